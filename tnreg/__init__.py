@@ -1,0 +1,22 @@
+"""tnreg: tensor factorizations as tensor networks over mode trees.
+
+Every edge of a mode tree is an index, every node a weight. CP, Tucker, tensor train, hierarchical
+Tucker, hierarchical tensor factorization and deep matrix factorization are trees, not classes.
+"""
+
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError, TreeError
+from tnreg.tree import ModeTree, gallery, load_tree
+from tnreg.trajectory import Trajectory
+from tnreg.optim import GroupRMSprop
+from tnreg.network import Network, network
+from tnreg.rank import effective_rank, entanglement_entropy, matricize
+from tnreg.contraction import Plan, plan
+from tnreg.factorization import Factorization, load
+from tnreg.gramians import hierarchical_rank, spectra
+from tnreg.components import balance_
+from tnreg.tensors import load_tensor
+from tnreg.tasks import completion, sensing
+from tnreg.fit import fit
+from tnreg import plots
+
+__version__ = "0.1.0"

@@ -1,0 +1,29 @@
+"""The errors that tnreg raises for bad input.
+
+All of them are ``TnregError``, which is a ``ValueError``: catching either one catches all. A message
+says what is wrong and where, what was found against what was expected, and what to write instead.
+"""
+
+
+class TnregError(ValueError):
+    """Base of every error that tnreg raises on purpose."""
+
+
+class TreeError(TnregError):
+    """Not a mode tree, or a node that the tree does not have."""
+
+
+class ShapeError(TnregError):
+    """Sizes, orders or shapes that do not fit each other."""
+
+
+class DataError(TnregError):
+    """Numbers that cannot be used: NaN, infinite, wrong dtype, an index out of range, no samples."""
+
+
+class OptionError(TnregError):
+    """An argument that is not one of the choices, or two that contradict each other."""
+
+
+class FileError(TnregError):
+    """A file that is missing, unreadable, or not what its name or its reader says."""

@@ -1,0 +1,490 @@
+"""Tensor factorizations over a mode tree, as one ``nn.Module``.
+
+With diagonal joins (Razin, Maman and Cohen 2022, arXiv:2201.11729) node v holds
+``W_v`` of shape ``(R_v, R_above)`` and its tensors are
+``W^(v, r) = Σ_r' W_v[r', r] ⊗_c W^(c, r')``; with full joins every child has an index of its own.
+Which classical model it is depends on the tree alone: a star is CP or Tucker, a caterpillar of full
+joins the tensor train, a binary tree hierarchical Tucker, a chain deep matrix factorization.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tnreg.contraction import Plan, check_index, contract, einsum, plan
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
+from tnreg.files import write_whole
+from tnreg.network import Network
+from tnreg.tree import ModeTree, Node, tree_from_json, tree_to_json
+
+__all__ = ["Factorization", "load"]
+
+_FORMAT = "tnreg.factorization/1"
+
+
+@final
+class Factorization(nn.Module):
+    """A tensor of shape ``sizes``, factorized along a mode tree.
+
+    Args:
+        tree: The mode tree, or what ``ModeTree`` takes.
+        sizes: Size of every mode (one integer if all are equal).
+        ranks: Size of the bond above every non-root node: one integer, or ``{node: integer}``.
+            Siblings under a diagonal join share their bond and need equal ranks.
+        join: ``"diagonal"``, ``"full"``, or ``{interior node: either}`` (nodes left out: diagonal).
+        root: ``"trained"``, or ``"ones"`` to fix the weight of a diagonal root to ones (CP without
+            weights, matrix factorization); a fixed root is no entry of ``weights``.
+        std: Standard deviation of the normal initial weights; small values give the incremental
+            learning of the theory.
+        dtype: float32, float64, complex64 or complex128; torch's default if left out.
+        device: Any torch device.
+        generator: For reproducible weights.
+
+    Raises:
+        TreeError, ShapeError, OptionError: Arguments that do not fit the tree.
+
+    Example:
+        >>> model = Factorization(ModeTree([[0, 1], [2, 3]]), (2, 3, 5, 7), 4)
+        >>> model.to_tensor().shape, model.weights[(0, 1)].shape
+        (torch.Size([2, 3, 5, 7]), torch.Size([4, 4]))
+    """
+
+    def __init__(
+        self,
+        tree: ModeTree,
+        sizes: Sequence[int] | int,
+        ranks: int | Mapping[Node, int],
+        *,
+        join: str | Mapping[Node, str] = "diagonal",
+        root: str = "trained",
+        std: float = 1e-2,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+        dtype = dtype or torch.get_default_dtype()
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise OptionError(f"dtype must be a floating or complex type, found {dtype}.")
+        if not (math.isfinite(std) and std >= 0):
+            raise OptionError(f"std must be a finite number >= 0, found {std!r}.")
+        self.network = Network.build(tree, sizes, ranks, join=join, root=root)
+        # Weights of equal nodes live in one parameter, so that a level is one batched call.
+        self.stacks = nn.ParameterList(
+            std
+            * torch.randn(
+                len(stack.positions), *stack.shape, dtype=dtype, device=device, generator=generator
+            )
+            for stack in self.network.stacks
+        )
+        self._entry_plans: list[tuple[Tensor, Plan]] = []
+
+    @property
+    def tree(self) -> ModeTree:
+        """The mode tree."""
+        return self.network.tree
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Size of every mode."""
+        return self.network.sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.stacks[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.stacks[0].device
+
+    @property
+    def weights(self) -> dict[Node, Tensor]:
+        """``{node: weight}`` in the order of ``tree.nodes``, differentiable views of the parameters.
+
+        Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
+        ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has no
+        ``R_above``; with ``root="ones"`` it is left out.
+        """
+        return self._by_node([stack.unbind(0) for stack in self.stacks])
+
+    @property
+    def gradients(self) -> dict[Node, Tensor]:
+        """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it."""
+        return self._by_node(
+            [(torch.zeros_like(s) if s.grad is None else s.grad).unbind(0) for s in self.stacks]
+        )
+
+    def _by_node(self, parts: Sequence[Sequence[Tensor]]) -> dict[Node, Tensor]:
+        slots = self.network.slots
+        return {
+            self.tree.nodes[p]: parts[slots[p][0]][slots[p][1]] for p in self.network.weighted
+        }
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[Node, Tensor]) -> None:
+        """Copy weights in; nodes that are not named keep theirs.
+
+        Raises:
+            TreeError: A node that the tree does not have.
+            ShapeError: A weight of another shape; nothing is copied then.
+            DataError: NaN or infinite weights, or complex ones for a real model.
+        """
+        checked = []
+        for node, weight in weights.items():
+            position = self.tree.position(node)
+            if position not in self.network.slots:
+                raise OptionError("the root's weight is fixed to ones (root='ones'); leave it out.")
+            value = torch.as_tensor(weight)
+            shape = self.network.shape(position)
+            if tuple(value.shape) != shape:
+                raise ShapeError(
+                    f"the weight of node {node!r} has another shape.\n"
+                    f"  found:    {tuple(value.shape)}\n  expected: {shape}"
+                )
+            if value.is_complex() and not self.dtype.is_complex:
+                raise DataError(f"a complex weight at node {node!r} for a model of {self.dtype}.")
+            if not torch.isfinite(value).all():
+                raise DataError(f"the weight of node {node!r} has NaN or infinite entries.")
+            checked.append((self.network.slots[position], value))
+        for (stack, slot), value in checked:
+            self.stacks[stack][slot].copy_(value)
+
+    def to_tensor(self) -> Tensor:
+        """The dense tensor, shape ``sizes``; axis n is mode n."""
+        return contract(plan(self), list(self.stacks))
+
+    def entries(self, index: Tensor | Plan) -> Tensor:
+        """Entries of the tensor at multi-indices, without the dense tensor where that is cheaper.
+
+        Args:
+            index: int64 ``(B, N)``, counted from 0; or ``tnreg.plan(model, index=index)``, which has
+                checked and planned it already. The last few indices are planned once.
+
+        Returns:
+            Shape ``(B,)``.
+
+        Raises:
+            ShapeError, DataError: Wrong shape or dtype, no rows, or an index out of range.
+        """
+        if isinstance(index, Plan):
+            if index.kind != "entries" or index.network != self.network:
+                raise OptionError(
+                    f"a plan of {index.kind} for another network cannot give the entries of this model.\n"
+                    "  write tnreg.plan(model, index=index)"
+                )
+            return contract(index, list(self.stacks))
+        return contract(self._entry_plan(index), list(self.stacks))
+
+    def _entry_plan(self, index: Tensor) -> Plan:
+        for known, chosen in self._entry_plans:
+            # compared by value: an index that was changed in place must not meet its old plan
+            if isinstance(index, Tensor) and known.device == index.device and torch.equal(known, index):
+                return chosen
+        check_index(self.network, index)
+        copy = index.detach().clone()
+        chosen = plan(self, index=copy.to(self.device))
+        self._entry_plans = [(copy, chosen), *self._entry_plans[:3]]
+        return chosen
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        """Inner product of the tensor with rank-one tensors: ``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>``.
+
+        One-hot features read entries, Gaussian ones are rank-one sensing, images in patches make it a
+        convolutional network (Cohen, Sharir and Shashua 2016). Nothing is conjugated.
+
+        Args:
+            features: ``(B, N, D)`` if all modes have size D, or N tensors ``(B, D_n)``.
+
+        Returns:
+            Shape ``(B,)``.
+
+        Raises:
+            ShapeError: Sizes that do not fit the modes.
+            DataError: No samples, or another dtype than the weights.
+        """
+        parts = self._check_features(features)
+        batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
+        inputs = features if isinstance(features, Tensor) else parts
+        return contract(plan(self, batch=batch), list(self.stacks), inputs)
+
+    def _check_features(self, features: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        if isinstance(features, Tensor):
+            found, parts = [tuple(features.shape)], [features]
+            fits = features.ndim == 3 and all((features.shape[2],) == (d,) for d in self.sizes)
+            fits = fits and features.shape[1] == self.tree.order
+        else:
+            parts = list(features)
+            found = [tuple(part.shape) for part in parts]
+            fits = len(parts) == self.tree.order and all(
+                part.ndim == 2 and part.shape == (parts[0].shape[0], size)
+                for part, size in zip(parts, self.sizes, strict=True)
+            )
+        if not fits:
+            sizes = self.sizes
+            whole = f"(B, {len(sizes)}, {sizes[0]}) or " if len(set(sizes)) == 1 else ""
+            raise ShapeError(
+                "features do not fit the modes.\n"
+                f"  found:    {found[0] if isinstance(features, Tensor) else found}\n"
+                f"  expected: {whole}{len(sizes)} tensors (B, D_n) with D = {sizes}"
+            )
+        if parts[0].shape[0] == 0:
+            raise DataError("an empty batch: give at least one sample.")
+        wrong = [part.dtype for part in parts if part.dtype != self.dtype]
+        if wrong:
+            raise DataError(
+                f"features have dtype {wrong[0]}, the weights {self.dtype}; write features.to(model.dtype)."
+            )
+        return parts
+
+    # Norms
+
+    def log_norm(self) -> Tensor:
+        """Natural logarithm of the tensor's Frobenius norm; ``-inf`` for zero. Never overflows."""
+        value, scale = self._scaled_inner(self)
+        return 0.5 * (value.real.clamp_min(0).log() + scale)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of the tensor, without forming it; differentiable except at zero.
+
+        Intermediate results are rescaled at every node, so that only a norm which itself leaves the
+        range of the dtype overflows. Cost: linear in the number of nodes.
+        """
+        value, scale = self._scaled_inner(self)
+        # two factors: the scale's own exponential may overflow where the product does not
+        return value.real.clamp_min(0).sqrt() * (scale / 4).exp() * (scale / 4).exp()
+
+    def inner(self, other: Factorization) -> Tensor:
+        """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
+
+        Args:
+            other: A factorization over the same tree and sizes; ranks and joins may differ.
+
+        Returns:
+            Scalar tensor; complex if either is.
+
+        Raises:
+            ShapeError: Another tree or other sizes.
+        """
+        if self.tree != other.tree or self.sizes != other.sizes:
+            raise ShapeError(
+                "inner products need the same tree and sizes.\n"
+                f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
+            )
+        value, scale = self._scaled_inner(other)
+        return value * (scale / 2).exp() * (scale / 2).exp()
+
+    def _scaled_inner(self, other: Factorization) -> tuple[Tensor, Tensor]:
+        """``(x, s)`` with ``<self, other> = x exp(s)`` and ``|x|`` of moderate size."""
+        tree = self.tree
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        left = [w.to(dtype).conj() for w in _in_order(self)]
+        right = [w.to(dtype) for w in _in_order(other)] if other is not self else [w.conj() for w in left]
+        scale = torch.zeros((), dtype=left[0].real.dtype, device=self.device)
+        grams: list[Tensor] = []
+        for i, below in enumerate(tree.links):
+            operands = [grams[c] for c in below]
+            terms = [self._word(i, "left"), other._word(i, "right")]
+            for weights in (left, right):
+                if i < len(weights):
+                    small, log = _rescale(weights[i])
+                    operands.append(small)
+                    scale = scale + log
+            words = [w for w, net in zip(terms, (self.network, other.network), strict=True) if i in net.slots]
+            links = [
+                _SYMBOLS["left"][0 if self.network.joins[i] == "diagonal" else k]
+                + _SYMBOLS["right"][0 if other.network.joins[i] == "diagonal" else k]
+                for k in range(len(below))
+            ]
+            out = "" if i == len(tree.nodes) - 1 else "ab"
+            call = einsum(f"{','.join([*links, *words])}->{out}", *(tuple(o.shape) for o in operands))
+            gram, log = _rescale(call(operands))
+            grams.append(gram)
+            scale = scale + log
+        return grams[-1], scale
+
+    def _word(self, position: int, side: str) -> str:
+        """Symbols of a weight's axes: below ones of this side, then the one above."""
+        below = self.tree.links[position]
+        above = "" if position == len(self.tree.nodes) - 1 else ("a" if side == "left" else "b")
+        if not below:
+            return "c" + above
+        count = 1 if self.network.joins[position] == "diagonal" else len(below)
+        return "".join(_SYMBOLS[side][k] for k in range(count)) + above
+
+    # Local components
+
+    def component_norms_at(self, node: Node) -> Tensor:
+        """``(K_v, R_v)``: norms of the vectors of the local components of one diagonal join.
+
+        The local component (v, r) holds column r of every child's weight and row r of the node's own
+        (if it has one); K_v counts them. Rows: the children in order, then the node.
+        """
+        i = self.tree.position(node)
+        if self.network.joins[i] != "diagonal":
+            raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
+        slots = self.network.slots
+        parts = [self.stacks[slots[c][0]][slots[c][1]].flatten(0, -2) for c in self.tree.links[i]]
+        if i in slots:
+            own = self.stacks[slots[i][0]][slots[i][1]]
+            parts.append(own.unsqueeze(0) if own.ndim == 1 else own.transpose(0, 1))
+        return torch.stack([_column_norms(part) for part in parts])
+
+    def component_norms(self) -> dict[Node, Tensor]:
+        """``{diagonal join: (K_v, R_v)}``: ``component_norms_at`` every node that has one."""
+        kinds = zip(self.tree.nodes, self.network.joins, strict=True)
+        return {node: self.component_norms_at(node) for node, kind in kinds if kind == "diagonal"}
+
+    def local_components(self) -> dict[Node, Tensor]:
+        """``{diagonal join v: (R_v,)}``: norm of every local component, the product of its vectors' norms.
+
+        Definition 5 of Razin, Maman and Cohen (2022). Few large ones at every node mean a tensor
+        near low hierarchical rank. Nodes with a full join have none.
+        """
+        return {node: norms.prod(0) for node, norms in self.component_norms().items()}
+
+    def unbalancedness(self) -> Tensor:
+        """Largest ``| ‖w‖² - ‖w'‖² |`` over vectors w, w' of one local component; 0 without any.
+
+        Gradient flow from any weights conserves every such difference.
+        """
+        found = [(norms**2).amax(0) - (norms**2).amin(0) for norms in self.component_norms().values()]
+        zero = torch.zeros((), dtype=self.stacks[0].real.dtype, device=self.device)
+        return torch.stack([zero, *(part.max() for part in found)]).max()
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and tree to a safetensors file, whole or not at all; read it with ``load``."""
+        about = {
+            "format": _FORMAT,
+            **tree_to_json(self.tree),
+            "sizes": self.sizes,
+            "joins": self.network.joins,
+            "root": "ones" if self.network.root_ones else "trained",
+            "bonds": self.network.bonds,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        tensors = {}
+        for position, weight in zip(self.network.weighted, _in_order(self), strict=True):
+            value = weight.detach().cpu()
+            # complex numbers as pairs: not every reader of the format knows complex types
+            tensors[f"weight.{position}"] = (torch.view_as_real(value) if value.is_complex() else value).clone()
+        text = {"tnreg": json.dumps(about)}
+        write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=text))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        joins = sorted({kind for kind in self.network.joins if kind != "leaf"})
+        count = sum(stack.numel() for stack in self.stacks)
+        root = ", root of ones" if self.network.root_ones else ""
+        return (
+            f"{self.tree!r}, sizes={self.sizes if len(self.sizes) <= 16 else f'({len(self.sizes)} modes)'},\n"
+            f"{' and '.join(joins)} joins{root}, bonds {_span(self.network.bonds[:-1])}, "
+            f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Factorization(\n  {self.extra_repr()}\n)".replace("),\n", "),\n  ")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factorization:
+        # plans are values and may be shared; their index tensors need no copy
+        copy = Factorization.__new__(Factorization)
+        memo[id(self)] = copy
+        nn.Module.__init__(copy)
+        copy.network = self.network
+        copy.stacks = nn.ParameterList(
+            nn.Parameter(stack.detach().clone(), requires_grad=stack.requires_grad) for stack in self.stacks
+        )
+        copy._entry_plans = list(self._entry_plans)
+        copy.train(self.training)
+        return copy
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Factorization:
+    """Read a factorization that ``save`` wrote. Nothing in the file is executed.
+
+    Raises:
+        FileError: No such file, truncated, of another kind (a pickle, say), or inconsistent.
+    """
+    file_path = Path(path)
+    if not file_path.is_file():
+        raise FileError(f"no such model file: {file_path}")
+    expected = "  expected: a safetensors file that Factorization.save wrote"
+    try:
+        with safetensors.safe_open(file_path, framework="pt", device="cpu") as file:
+            about = (file.metadata() or {}).get("tnreg")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise FileError(f"not a safetensors file: {file_path}\n  {error}\n{expected}") from None
+    if about is None:
+        raise FileError(f"a safetensors file without a tnreg tree: {file_path}\n{expected}")
+    try:
+        content = json.loads(about)
+        if content["format"] != _FORMAT:
+            raise FileError(f"format {content['format']!r} is not known; this version reads {_FORMAT!r}")
+        tree = tree_from_json(content)
+        names = tree.nodes
+        dtype = getattr(torch, content["dtype"])
+        model = Factorization(
+            tree,
+            content["sizes"],
+            dict(zip(names[:-1], content["bonds"][:-1], strict=True)),
+            join={n: j for n, j in zip(names, content["joins"], strict=True) if j != "leaf"},
+            root=content["root"],
+            std=0.0,
+            dtype=dtype,
+            device=device,
+        )
+        weighted = {f"weight.{p}": names[p] for p in model.network.weighted}
+        if set(weighted) != set(tensors):
+            raise FileError(f"weights {sorted(set(weighted) ^ set(tensors))[:4]} missing or not expected")
+        model.load_weights(
+            {
+                weighted[key]: torch.view_as_complex(value) if dtype.is_complex else value
+                for key, value in tensors.items()
+            }
+        )
+    except (TnregError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        raise FileError(f"not a factorization: {file_path}\n  {error}\n{expected}") from None
+    return model
+
+
+_SYMBOLS = {
+    side: [opt_symbol for k in range(2000) if (opt_symbol := chr(0x4E00 + 2000 * s + k))]
+    for s, side in enumerate(("left", "right"))
+}
+
+
+def _in_order(model: Factorization) -> list[Tensor]:
+    return list(model.weights.values())
+
+
+def _rescale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` divided by its largest magnitude, and the logarithm of that; the scale is a constant to autograd."""
+    largest = x.detach().abs().max()
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return x / largest, largest.log()
+
+
+def _column_norms(matrix: Tensor) -> Tensor:
+    """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
+    largest = matrix.detach().abs().amax()
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.linalg.vector_norm(matrix / largest, dim=0) * largest
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"

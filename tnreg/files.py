@@ -1,0 +1,68 @@
+"""Writing files and folders whole: beside first, then renamed into place.
+
+Whatever happens to the process in between, the old content or the new one is there, never a half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tnreg.errors import FileError
+
+__all__ = ["folder_written_whole", "write_whole"]
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
+    """Call ``write`` with a temporary path beside ``path``, then rename what it wrote to ``path``.
+
+    Raises:
+        FileError: The folder is missing or cannot be written; nothing was changed.
+    """
+    target = Path(path)
+    beside = _beside(target)
+    try:
+        write(beside)
+        os.replace(beside, target)
+    except OSError as error:
+        raise FileError(f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+    return target
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that takes its place when the block ends without error.
+
+    A folder that is there already is replaced as a whole. On an error the temporary one is removed.
+    """
+    target = Path(path)
+    beside = _beside(target)
+    if target.exists() and not target.is_dir():
+        raise FileError(f"cannot write the folder {target}: a file of that name is there.")
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise FileError(f"cannot write {target}: {error.strerror or error}") from None
+    try:
+        yield beside
+        if target.exists():
+            old = _beside(target, "old")
+            os.replace(target, old)
+            os.replace(beside, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _beside(target: Path, kind: str = "partial") -> Path:
+    # The process number keeps two processes that write to one path out of each other's way.
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")

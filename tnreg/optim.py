@@ -1,0 +1,92 @@
+"""Gradient descent with one adaptive step size for all parameters together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnreg.errors import OptionError
+
+__all__ = ["GroupRMSprop"]
+
+
+class GroupRMSprop(torch.optim.Optimizer):
+    """RMSprop whose running average is of the squared norm of the whole gradient.
+
+    ``γ ← α γ + (1 - α) Σ ‖g‖²`` over all parameters of all groups, then
+    ``p ← p - lr / (sqrt(γ / (1 - αᵗ)) + eps) · g``: one scalar step for all parameters, so a step
+    follows the gradient flow (local components keep their balance to first order), which per-entry
+    methods such as Adam do not. It is the optimizer of the experiments of Razin, Maman and Cohen
+    (2022), arXiv:2201.11729.
+
+    Args:
+        params: Parameters or parameter groups; a group may have its own ``lr``.
+        lr: Step length, roughly the distance moved per step by all parameters together.
+        alpha: Decay of the running average, in ``[0, 1)``.
+        eps: Added to the root; it rules the step while gradients are smaller than it.
+
+    Raises:
+        OptionError: ``lr`` or ``eps`` is negative, or ``alpha`` not in ``[0, 1)``.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-6
+    ) -> None:
+        if not lr >= 0:
+            raise OptionError(f"GroupRMSprop: lr must be >= 0, found {lr!r}.")
+        if not 0 <= alpha < 1:
+            raise OptionError(f"GroupRMSprop: alpha must be in [0, 1), found {alpha!r}.")
+        if not eps >= 0:
+            raise OptionError(f"GroupRMSprop: eps must be >= 0, found {eps!r}.")
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+        first = self.param_groups[0]
+        if any((g["alpha"], g["eps"]) != (first["alpha"], first["eps"]) for g in self.param_groups):
+            raise OptionError("GroupRMSprop: alpha and eps are shared by all groups; only lr may differ.")
+
+    @property
+    def step_size(self) -> float:
+        """Factor of the gradient in the last step of the first group; 0.0 before the first step."""
+        shared = self.state.get(self.param_groups[0]["params"][0], {})
+        return float(self.param_groups[0]["lr"] * shared["scale"]) if "scale" in shared else 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Do one step; parameters without a gradient stay as they are.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return loss
+        alpha, eps = self.param_groups[0]["alpha"], self.param_groups[0]["eps"]
+        # State lives at the first parameter, where torch saves and loads it like any other.
+        shared = self.state[self.param_groups[0]["params"][0]]
+        square = torch.stack([_square(g) for g in gradients]).sum()
+        average = shared.get("square_average")
+        shared["step"] = shared.get("step", 0) + 1
+        shared["square_average"] = square * (1 - alpha) if average is None else average * alpha + square * (1 - alpha)
+        scale = 1 / ((shared["square_average"] / (1 - alpha ** shared["step"])).sqrt() + eps)
+        shared["scale"] = scale
+        host = float(scale) if scale.device.type == "cpu" else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if host is not None:
+                    p.add_(p.grad, alpha=-group["lr"] * host)
+                else:  # stay on the device: reading the scale would wait for it
+                    p.addcmul_(p.grad, scale.to(p.dtype), value=-group["lr"])
+        return loss
+
+
+def _square(g: Tensor) -> Tensor:
+    flat = (torch.view_as_real(g) if g.is_complex() else g).reshape(-1)
+    return torch.dot(flat, flat)

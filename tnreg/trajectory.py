@@ -1,0 +1,155 @@
+"""What was recorded along a training: one row per observation."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tnreg.errors import FileError, OptionError, ShapeError
+from tnreg.files import write_whole
+
+__all__ = ["Trajectory"]
+
+Array = np.ndarray[Any, Any]
+
+
+class Trajectory:
+    """Observations along a training, as numpy arrays with one row per observation.
+
+    ``run.steps`` are the numbers of updates done at each observation; ``run["loss"]`` the loss there;
+    ``run[name]`` what the function of that name in ``observe`` returned: an array of shape
+    ``(rows,)`` for numbers, ``(rows, *shape)`` for tensors, ``{key: array}`` for dicts such as
+    local components or spectra. ``run.stop_reason`` says why the training ended.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._rows: dict[str, list[Any]] = {}
+        self.stop_reason: str = ""
+
+    @property
+    def steps(self) -> Array:
+        """Updates done at each observation, shape ``(rows,)``, int64."""
+        return np.asarray(self._steps, dtype=np.int64)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what was observed, the loss first."""
+        return tuple(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._rows:
+            raise OptionError(f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}.")
+        rows = self._rows[name]
+        if rows and isinstance(rows[0], dict):
+            return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return np.stack(rows) if rows else np.empty(0)
+
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add one row. Every row must have the same names and shapes; nothing is added otherwise.
+
+        Raises:
+            ShapeError: A name is new or missing, or a value has another shape than before.
+        """
+        row = {name: _freeze(value) for name, value in values.items()}
+        if self._steps:
+            for name in {**row, **self._rows}:
+                now = _form(row.get(name))
+                before = _form(self._rows[name][-1]) if name in self._rows else None
+                if now != before:
+                    raise ShapeError(
+                        f"the observation {name!r} changed its form at step {step}.\n"
+                        f"  before: {before}\n  now:    {now}\n"
+                        "  an observation returns the same shapes (and keys) every time"
+                    )
+        for name, value in row.items():
+            self._rows.setdefault(name, []).append(value)
+        self._steps.append(int(step))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an ``.npz`` file, whole or not at all; entries of a dict become ``name/repr(key)``."""
+        arrays: dict[str, Array] = {}
+        for name in self._rows:
+            value = self[name]
+            if isinstance(value, dict):
+                arrays.update({f"{name}/{key!r}": array for key, array in value.items()})
+            else:
+                arrays[name] = value
+        about = json.dumps({"stop_reason": self.stop_reason, "names": list(self._rows)})
+
+        def write(beside: Path) -> None:
+            with beside.open("wb") as file:
+                np.savez_compressed(file, **{"steps ": self.steps, "about ": np.array(about)}, **arrays)
+
+        write_whole(path, write)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trajectory:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileError: There is no such file, or it is not a trajectory.
+        """
+        run = cls()
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["about "]))
+                run.stop_reason = str(about["stop_reason"])
+                run._steps = [int(step) for step in file["steps "]]
+                for name in about["names"]:
+                    if name in file:
+                        run._rows[name] = list(file[name])
+                        continue
+                    keys = {k: _read_key(k[len(name) + 1 :]) for k in file.files if k.startswith(f"{name}/")}
+                    columns = {key: file[stored] for stored, key in keys.items()}
+                    run._rows[name] = [
+                        {key: column[i] for key, column in columns.items()} for i in range(len(run._steps))
+                    ]
+        except FileNotFoundError:
+            raise FileError(f"no such trajectory file: {path}") from None
+        except Exception as error:
+            raise FileError(
+                f"not a trajectory file: {path}\n  {type(error).__name__}: {error}\n"
+                "  expected: an .npz file that Trajectory.save wrote"
+            ) from None
+        return run
+
+    def __repr__(self) -> str:
+        last = f", last step {self._steps[-1]}" if self._steps else ""
+        return f"<Trajectory of {len(self)} rows{last}: {', '.join(self._rows)}; {self.stop_reason or 'running'}>"
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _freeze(part) for key, part in value.items()}
+    if isinstance(value, torch.Tensor):
+        # a copy: on the CPU .numpy() alone would go on changing with the weights
+        return value.detach().resolve_conj().cpu().numpy().copy()
+    return np.array(value)
+
+
+def _form(value: Any) -> Any:
+    return {k: v.shape for k, v in value.items()} if isinstance(value, dict) else getattr(value, "shape", None)
+
+
+def _read_key(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,600 @@
+"""Mode trees: rooted trees whose leaves are the modes ``0..N-1`` of a tensor.
+
+A ``ModeTree`` is a checked, frozen ``networkx.DiGraph`` with edges from parent to child. Every node
+stands for the modes below it. A leaf's name is its mode; an interior node is named by the sorted tuple
+of the modes below it, ``(0, 1)``; a node with one child by the tuple of that child's name, ``(0,)``.
+Names of interior nodes that a networkx graph brings along are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from tnreg.errors import FileError, TreeError
+from tnreg.files import write_whole
+
+Node = Hashable
+
+__all__ = ["ModeTree", "Node", "gallery", "load_tree", "read_tree_file"]
+
+# A JSON reader recurses once per level; deeper trees are stored as flat lists of child positions.
+_NESTED_DEPTH = 100
+
+
+class ModeTree:
+    """A rooted tree over the modes ``0..N-1`` of an order-N tensor.
+
+    Any arity, leaves beside interior nodes, nodes with one child, and modes that are not contiguous
+    are all allowed. Trees are immutable; two are equal if they have the same nodes and every node has
+    the same children in the same order (full joins lay out their weights in that order).
+
+    Args:
+        structure: Nested sequences of mode numbers, ``[[0, 1], [2, 3]]``, or a ``networkx.DiGraph``
+            with edges parent -> child whose leaves are the integers ``0..N-1``.
+
+    Raises:
+        TreeError: The structure is not a mode tree; the message names the node and the remedy.
+
+    Example:
+        >>> tree = ModeTree([[0, 1], [2, 3]])
+        >>> tree.nodes
+        (0, 1, (0, 1), 2, 3, (2, 3), (0, 1, 2, 3))
+        >>> tree.parent(3), tree.children((2, 3)), tree.modes_below((2, 3))
+        ((2, 3), (2, 3), (2, 3))
+    """
+
+    def __init__(self, structure: Sequence[Any] | nx.DiGraph | ModeTree) -> None:
+        if isinstance(structure, ModeTree):
+            names, links = structure.nodes, structure.links
+        elif isinstance(structure, nx.Graph):
+            names, links = _read_graph(structure)
+        else:
+            names, links = _read_nested(structure)
+        self._names: tuple[Node, ...] = names
+        self._links: tuple[tuple[int, ...], ...] = links
+        self._position = {name: i for i, name in enumerate(names)}
+        up: list[int | None] = [None] * len(names)
+        heights = [0] * len(names)
+        for i, below in enumerate(links):
+            for c in below:
+                up[c] = i
+            heights[i] = 1 + max((heights[c] for c in below), default=-1)
+        self._up = tuple(up)
+        self._heights = tuple(heights)
+        self._hash = hash((names, links))
+        self._modes: tuple[tuple[int, ...], ...] | None = None
+        self._graph: nx.DiGraph | None = None
+
+    # Families
+
+    @classmethod
+    def star(cls, n: int) -> ModeTree:
+        """All ``n`` modes under the root: the tree of CP and Tucker."""
+        _check_count("star", "n", n, 1)
+        return cls(list(range(n)))
+
+    @classmethod
+    def binary(cls, n: int) -> ModeTree:
+        """Neighbours paired level by level; a node without a partner waits for the next level."""
+        return cls.regular(n, 2)
+
+    @classmethod
+    def regular(cls, n: int, arity: int) -> ModeTree:
+        """Neighbours joined ``arity`` at a time, level by level, the last group of a level being smaller."""
+        _check_count("regular", "n", n, 1)
+        _check_count("regular", "arity", arity, 2)
+        return cls(_merge(list(range(n)), lambda level: _chunks(level, arity)))
+
+    @classmethod
+    def caterpillar(cls, n: int) -> ModeTree:
+        """``[[[0, 1], 2], 3]`` and so on: the tree of the tensor train."""
+        _check_count("caterpillar", "n", n, 1)
+        nested: Any = 0 if n > 1 else [0]
+        for mode in range(1, n):
+            nested = [nested, mode]
+        return cls(nested)
+
+    @classmethod
+    def chain(cls, depth: int) -> ModeTree:
+        """Two modes and ``depth`` factors: matrix factorization of that depth.
+
+        One-child nodes are put above the two leaves in turn, so with diagonal joins and
+        ``root="ones"`` the tensor is the product of ``depth`` matrices.
+        """
+        _check_count("chain", "depth", depth, 2)
+        sides: list[Any] = [0, 1]
+        for extra in range(depth - 2):
+            sides[extra % 2] = [sides[extra % 2]]
+        return cls(sides)
+
+    @classmethod
+    def half(cls, n: int) -> ModeTree:
+        """Mode ``i`` paired with ``i + n/2`` at every level ("half" pooling).
+
+        With an odd number of nodes in a level the middle one waits for the next.
+        """
+        _check_count("half", "n", n, 1)
+
+        def pair(level: list[Any]) -> list[list[Any]]:
+            step = (len(level) + 1) // 2
+            return [[level[i], level[i + step]] for i in range(len(level) - step)] + [
+                [node] for node in level[len(level) - step : step]
+            ]
+
+        return cls(_merge(list(range(n)), pair))
+
+    @classmethod
+    def grid(cls, shape: tuple[int, int], *, window: tuple[int, int] = (2, 2)) -> ModeTree:
+        """Quad tree of an image of ``shape = (height, width)``; mode = row * width + column.
+
+        Each level joins windows of ``window = (rows, columns)`` nodes; at ragged edges a window holds
+        fewer, and a node alone in its window waits for the next level. Once no window can join
+        anything more, what is left is joined at the root.
+        """
+        try:
+            (height, width), (rows, columns) = shape, window
+        except (TypeError, ValueError):
+            raise TreeError(
+                "ModeTree.grid needs a shape (height, width) and a window (rows, columns).\n"
+                f"  found: shape={shape!r}, window={window!r}"
+            ) from None
+        _check_count("grid", "height", height, 1)
+        _check_count("grid", "width", width, 1)
+        _check_count("grid", "rows of the window", rows, 1)
+        _check_count("grid", "columns of the window", columns, 1)
+        if rows * columns == 1:
+            raise TreeError("ModeTree.grid: a window of (1, 1) joins nothing; write e.g. window=(2, 2).")
+        level: list[list[Any]] = [[r * width + c for c in range(width)] for r in range(height)]
+        while (len(level) > 1 and rows > 1) or (len(level[0]) > 1 and columns > 1):
+            level = [
+                [
+                    _join([node for row in level[r : r + rows] for node in row[c : c + columns]])
+                    for c in range(0, len(level[0]), columns)
+                ]
+                for r in range(0, len(level), rows)
+            ]
+        rest = [node for row in level for node in row]
+        return cls(rest if len(rest) > 1 or isinstance(rest[0], int) else rest[0])
+
+    # Structure
+
+    @property
+    def order(self) -> int:
+        """Number of modes N."""
+        return sum(1 for below in self._links if not below)
+
+    @property
+    def root(self) -> Node:
+        """Name of the root."""
+        return self._names[-1]
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes, children before parents, the root last."""
+        return self._names
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The modes ``(0, .., N-1)``."""
+        return tuple(range(self.order))
+
+    @property
+    def interior(self) -> tuple[Node, ...]:
+        """Interior nodes, children before parents, the root last."""
+        return tuple(name for name, below in zip(self._names, self._links, strict=True) if below)
+
+    @property
+    def links(self) -> tuple[tuple[int, ...], ...]:
+        """For every node of ``nodes``, the positions in ``nodes`` of its children."""
+        return self._links
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """For every node of ``nodes``, the longest way down to a leaf; 0 at leaves."""
+        return self._heights
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        """The tree as a frozen ``networkx.DiGraph``, edges parent -> child, children in order."""
+        if self._graph is None:
+            graph = nx.DiGraph()
+            stack = [len(self._names) - 1]
+            while stack:  # parents first, so that networkx draws and walks it from the root
+                i = stack.pop()
+                graph.add_node(self._names[i])
+                graph.add_edges_from((self._names[i], self._names[c]) for c in self._links[i])
+                stack.extend(reversed(self._links[i]))
+            self._graph = nx.freeze(graph)
+        return self._graph
+
+    def position(self, node: Node) -> int:
+        """Position of ``node`` in ``nodes``; raises ``TreeError`` if the tree has no such node."""
+        try:
+            return self._position[node]
+        except (KeyError, TypeError):
+            shown = ", ".join(map(repr, self._names[-8:]))
+            more = "" if len(self._names) <= 8 else f" and {len(self._names) - 8} more"
+            raise TreeError(f"no node {node!r} in this tree.\n  its nodes: {shown}{more}") from None
+
+    def children(self, node: Node) -> tuple[Node, ...]:
+        """Names of the children of ``node`` in their order; ``()`` at a leaf."""
+        return tuple(self._names[c] for c in self._links[self.position(node)])
+
+    def parent(self, node: Node) -> Node | None:
+        """Name of the parent of ``node``; ``None`` at the root."""
+        up = self._up[self.position(node)]
+        return None if up is None else self._names[up]
+
+    def modes_below(self, node: Node) -> tuple[int, ...]:
+        """Modes below ``node`` in ascending order; the mode itself at a leaf."""
+        if self._modes is None:
+            modes: list[tuple[int, ...]] = []
+            for name, below in zip(self._names, self._links, strict=True):
+                if not below:
+                    modes.append((name,))  # type: ignore[arg-type]
+                else:
+                    found = tuple(sorted(m for c in below for m in modes[c]))
+                    modes.append(name if name == found else found)  # type: ignore[arg-type]
+            self._modes = tuple(modes)
+        return self._modes[self.position(node)]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, ModeTree):
+            return NotImplemented
+        return self._hash == other._hash and (self._names, self._links) == (other._names, other._links)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._names, self._links)
+
+    # Text and files
+
+    def __repr__(self) -> str:
+        if self._heights[-1] <= 12 and len(self._names) <= 64:
+            return f"ModeTree({_nested_text(self)})"
+        return (
+            f"<ModeTree of order {self.order}: {len(self._names)} nodes, height {self._heights[-1]}, "
+            f"root with {len(self._links[-1])} children>"
+        )
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, label: Callable[[Node], str] = str, ascii_only: bool = False) -> str:
+        """Drawing of the tree in characters, one node a line, root first.
+
+        Args:
+            label: What to write for a node; its name by default.
+            ascii_only: Use ``|``, ``-`` and ``+`` instead of box-drawing characters.
+        """
+        graph = self.graph
+        labels = {name: label(name) for name in self._names}
+        shown = nx.relabel_nodes(graph, {name: (i, labels[name]) for name, i in self._position.items()})
+        for node in shown:
+            shown.nodes[node]["label"] = node[1]
+        lines = nx.generate_network_text(
+            shown, sources=[(len(self._names) - 1, labels[self.root])], ascii_only=ascii_only
+        )
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tree as a JSON file that ``load_tree`` reads; the file appears whole or not at all."""
+        text = json.dumps(tree_to_json(self)) + "\n"
+        write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def load_tree(source: str | os.PathLike[str]) -> ModeTree:
+    """Read a tree from the gallery by its name, or from a JSON file.
+
+    Args:
+        source: A name that ``gallery()`` lists, such as ``"htf-4"``, or the path of a JSON file
+            ``{"tree": [[0, 1], [2, 3]]}`` (``"modes"`` and ``"sizes"`` may stand beside).
+
+    Raises:
+        FileError: There is no such name or file, or it is not a JSON file of that form.
+        TreeError: The file's content is not a mode tree.
+    """
+    content = read_tree_file(source)
+    return tree_from_json(content, where=str(source))
+
+
+def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object of a gallery tree or tree file, with its optional ``modes``, ``sizes`` and ``about``."""
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        path = _gallery_folder() / f"{source}.json"
+        if not path.exists():
+            raise FileError(
+                f"no tree named {str(source)!r} in the gallery and no such file.\n"
+                f"  gallery: {', '.join(gallery())}\n"
+                "  a file of your own is given by its path, e.g. load_tree('my_tree.json')"
+            )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"no such tree file: {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"not a readable JSON tree file: {path}\n  {error}") from None
+    if isinstance(content, list):
+        content = {"tree": content}
+    if not isinstance(content, dict) or "tree" not in content:
+        raise FileError(
+            f"not a tree file: {path}\n"
+            f"  found:    a JSON {type(content).__name__} without the key 'tree'\n"
+            '  expected: {"tree": [[0, 1], [2, 3]]}'
+        )
+    return content
+
+
+def gallery() -> tuple[str, ...]:
+    """Names of the trees that come with tnreg, for ``load_tree``."""
+    return tuple(sorted(path.stem for path in _gallery_folder().glob("*.json")))
+
+
+def tree_to_json(tree: ModeTree) -> dict[str, Any]:
+    """The tree as plain JSON values; the inverse of ``tree_from_json``."""
+    plain = _default_names(tree.links, tree.nodes)
+    names = {
+        i: _name_to_json(name)
+        for i, (name, usual) in enumerate(zip(tree.nodes, plain, strict=True))
+        if name != usual
+    }
+    if tree.heights[-1] > _NESTED_DEPTH:
+        links = [list(below) if below else tree.nodes[i] for i, below in enumerate(tree.links)]
+        return {"tree": {"links": links, "names": {str(i): name for i, name in names.items()}}}
+    nested: list[Any] = []
+    for i, below in enumerate(tree.links):
+        value: Any = [nested[c] for c in below] if below else tree.nodes[i]
+        nested.append({"name": names[i], "children": value} if i in names else value)
+    return {"tree": nested[-1]}
+
+
+def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
+    """Rebuild a tree from what ``tree_to_json`` gave."""
+    tree = content.get("tree") if isinstance(content, dict) else None
+    graph = nx.DiGraph()
+    try:
+        if isinstance(tree, dict) and "links" in tree:
+            links = [below if isinstance(below, list) else [] for below in tree["links"]]
+            names: list[Node] = [None if isinstance(n, list) else n for n in tree["links"]]
+            given = {int(i): _name_from_json(name) for i, name in tree.get("names", {}).items()}
+        else:
+            links, names, given = _flatten_json(tree)
+        full = [given.get(i, name) for i, name in enumerate(_default_names(links, names))]
+        graph.add_nodes_from(full)
+        graph.add_edges_from((full[i], full[c]) for i, below in enumerate(links) for c in below)
+    except TreeError:
+        raise
+    except Exception as error:
+        raise FileError(
+            f"not a tree: {where}\n  {type(error).__name__}: {error}\n"
+            '  expected: {"tree": [[0, 1], [2, 3]]}, nested lists of mode numbers'
+        ) from None
+    if isinstance(tree, list) and not given:
+        return ModeTree(tree)  # its errors speak of the lists that the user wrote
+    return ModeTree(graph)
+
+
+def _flatten_json(tree: Any) -> tuple[list[list[int]], list[Node], dict[int, Node]]:
+    links: list[list[int]] = []
+    names: list[Node] = []
+    given: dict[int, Node] = {}
+
+    def visit(value: Any) -> int:
+        name = None
+        if isinstance(value, dict):
+            name, value = _name_from_json(value["name"]), value["children"]
+        below = [visit(child) for child in value] if isinstance(value, list) else []
+        links.append(below)
+        names.append(None if isinstance(value, list) else value)
+        if name is not None:
+            given[len(links) - 1] = name
+        return len(links) - 1
+
+    visit(tree)
+    return links, names, given
+
+
+def _name_to_json(name: Node) -> Any:
+    if isinstance(name, tuple):
+        return [_name_to_json(part) for part in name]
+    if isinstance(name, str | int | float | bool) or name is None:
+        return name
+    raise TreeError(
+        f"the interior node {name!r} has a name that a file cannot hold.\n"
+        "  use strings, numbers or tuples of them, e.g. networkx.relabel_nodes(graph, {...: 'left'})"
+    )
+
+
+def _name_from_json(name: Any) -> Node:
+    return tuple(_name_from_json(part) for part in name) if isinstance(name, list) else name
+
+
+def _gallery_folder() -> Path:
+    inside = Path(__file__).parent / "trees"  # in a wheel
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "trees"
+
+
+def _rebuild(names: tuple[Node, ...], links: tuple[tuple[int, ...], ...]) -> ModeTree:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(names)
+    graph.add_edges_from((names[i], names[c]) for i, below in enumerate(links) for c in below)
+    return ModeTree(graph)
+
+
+def _check_count(family: str, what: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TreeError(f"ModeTree.{family}: {what} must be an integer >= {least}, found {value!r}.")
+
+
+def _join(nodes: list[Any]) -> Any:
+    return nodes[0] if len(nodes) == 1 else nodes
+
+
+def _chunks(level: list[Any], size: int) -> list[list[Any]]:
+    return [level[i : i + size] for i in range(0, len(level), size)]
+
+
+def _merge(level: list[Any], group: Callable[[list[Any]], list[list[Any]]]) -> Any:
+    if len(level) == 1:
+        return level
+    while len(level) > 1:
+        level = [_join(nodes) for nodes in group(level)]
+    return level[0]
+
+
+def _default_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> list[Node]:
+    """Names that nested lists give: modes below, or (child,) for a node with one child."""
+    modes: list[tuple[int, ...]] = []
+    out: list[Node] = []
+    for i, below in enumerate(links):
+        if not below:
+            out.append(names[i])
+            modes.append((names[i],))  # type: ignore[arg-type]
+            continue
+        modes.append(modes[below[0]] if len(below) == 1 else tuple(sorted(m for c in below for m in modes[c])))
+        out.append((out[below[0]],) if len(below) == 1 else modes[-1])
+    return out
+
+
+def _nested_text(tree: ModeTree) -> str:
+    usual = _default_names(tree.links, tree.nodes)
+    text: list[str] = []
+    for i, below in enumerate(tree.links):
+        inside = f"[{', '.join(text[c] for c in below)}]" if below else repr(tree.nodes[i])
+        text.append(inside if tree.nodes[i] == usual[i] else f"{tree.nodes[i]!r}: {inside}")
+    return text[-1]
+
+
+def _read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
+    leaves: list[Any] = []
+    links: list[list[int]] = []
+    names: list[Any] = []
+    if not isinstance(structure, list | tuple):
+        raise TreeError(
+            f"not a mode tree: {structure!r} ({type(structure).__name__}).\n"
+            "  expected: nested lists of mode numbers, e.g. ModeTree([[0, 1], [2, 3]]),\n"
+            "            or a networkx.DiGraph with edges parent -> child"
+        )
+    # Depth first without recursion: a caterpillar over a thousand modes nests a thousand lists.
+    path: list[tuple[Any, Iterator[Any], list[int]]] = [(structure, iter(structure), [])]
+    while path:
+        value, rest, below = path[-1]
+        for item in rest:
+            if isinstance(item, list | tuple):
+                if any(item is above for above, _, _ in path):
+                    raise TreeError("not a mode tree: a list contains itself.")
+                path.append((item, iter(item), []))
+                break
+            leaves.append(item)
+            names.append(item)
+            links.append([])
+            below.append(len(links) - 1)
+        else:
+            path.pop()
+            if not below:
+                raise TreeError(
+                    "not a mode tree: it is empty or has an interior node without children, [].\n"
+                    "  write every leaf as its mode number, e.g. ModeTree([[0, 1], [2, 3]])"
+                )
+            links.append(below)
+            names.append(None)
+            if path:
+                path[-1][2].append(len(links) - 1)
+    modes = _check_leaves(leaves, graph=False)
+    fixed = iter(modes)
+    names = [None if below else next(fixed) for below in links]
+    return tuple(_default_names(links, names)), tuple(map(tuple, links))
+
+
+def _read_graph(graph: nx.Graph) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
+    if not graph.is_directed():
+        raise TreeError(
+            "not a mode tree: the graph is undirected, so it has no root.\n"
+            "  direct its edges from parent to child, e.g. networkx.bfs_tree(graph, root)"
+        )
+    if graph.number_of_nodes() == 0:
+        raise TreeError("not a mode tree: the graph is empty.")
+    roots = [node for node, degree in graph.in_degree() if degree == 0]
+    many = [node for node, degree in graph.in_degree() if degree > 1]
+    if many:
+        raise TreeError(
+            f"not a mode tree: node {many[0]!r} has more than one parent.\n"
+            f"  its parents: {list(graph.predecessors(many[0]))}\n"
+            "  edges point from parent to child and every node but the root has one parent"
+        )
+    if not roots:
+        cycle = [edge[0] for edge in nx.find_cycle(graph)]
+        raise TreeError(f"not a mode tree: no root, every node has a parent; there is a cycle {cycle}.")
+    if len(roots) > 1:
+        raise TreeError(
+            f"not a mode tree: it has {len(roots)} roots, {roots[:8]}.\n"
+            "  join them under one node, e.g. graph.add_edges_from([('root', r) for r in roots])"
+        )
+    root = roots[0]
+    reached = {root, *nx.descendants(graph, root)}
+    if len(reached) < graph.number_of_nodes():
+        lost = [node for node in graph if node not in reached]
+        raise TreeError(
+            f"not a mode tree: {lost[:8]} cannot be reached from the root {root!r} (a cycle of their own)."
+        )
+    if graph.out_degree(root) == 0:
+        raise TreeError(
+            f"not a mode tree: the graph has the single node {root!r}; a root needs children.\n"
+            "  for one mode write ModeTree([0])"
+        )
+    order = list(nx.dfs_postorder_nodes(graph, root))
+    for node in order:
+        if graph.out_degree(node) and _is_int(node):
+            raise TreeError(
+                f"not a mode tree: the interior node {node!r} is named like a mode.\n"
+                f"  its children: {list(graph.successors(node))}\n"
+                "  integers are leaves; give interior nodes other names, e.g. a string or the tuple of modes"
+            )
+    modes = iter(_check_leaves([node for node in order if graph.out_degree(node) == 0], graph=True))
+    position = {node: i for i, node in enumerate(order)}
+    links = tuple(tuple(position[c] for c in graph.successors(node)) for node in order)
+    names = tuple(node if graph.out_degree(node) else next(modes) for node in order)
+    return names, links
+
+
+def _is_int(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__")
+
+
+def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
+    shown = repr(leaves) if len(leaves) <= 20 else f"{leaves[:20]!r} and {len(leaves) - 20} more"
+    tail = f"\n  leaves found:    {shown}\n  leaves expected: 0..N-1, each once"
+    for leaf in leaves:
+        if not _is_int(leaf):
+            hint = ""
+            if graph:
+                tail += " (interior nodes may have any name)"
+                hint = (
+                    f"\n  if {leaf!r} is an interior node it lacks its children, "
+                    f"e.g. graph.add_edges_from([({leaf!r}, 0), ({leaf!r}, 1)])"
+                )
+            raise TreeError(f"not a mode tree: leaf {leaf!r} is not a mode number.{tail}{hint}")
+    modes = [leaf.__index__() for leaf in leaves]
+    seen: set[int] = set()
+    for mode in modes:
+        if mode in seen:
+            raise TreeError(f"not a mode tree: mode {mode} appears twice.{tail}")
+        seen.add(mode)
+    missing = [mode for mode in range(len(modes)) if mode not in seen]
+    if missing:
+        raise TreeError(
+            f"not a mode tree: mode {missing[0]} is missing among {len(modes)} leaves.{tail[:-10]}"
+            f"each once, here 0..{len(modes) - 1}"
+        )
+    return modes
