@@ -19,4 +19,17 @@ from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
 from tnreg import plots
 
+__all__ = [
+    # trees and networks
+    "ModeTree", "gallery", "load_tree", "Network", "network", "Plan", "plan",
+    # factorizations
+    "Factorization", "load", "balance_",
+    # ranks
+    "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
+    # training
+    "load_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
+    # pictures and errors
+    "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
+]  # fmt: skip
+
 __version__ = "0.1.0"

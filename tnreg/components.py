@@ -11,12 +11,14 @@ __all__ = ["balance_"]
 
 
 @torch.no_grad()
-def balance_(model: Factorization, *, rtol: float | None = None, sweeps: int = 1000) -> Factorization:
+def balance_(
+    model: Factorization, *, rtol: float | None = None, sweeps: int = 1000
+) -> Factorization:
     """Rescale the weights in place until the vectors of every local component have equal norms.
 
-    Sweeps ``w ← w · σ^{1/K} / ‖w‖`` over all local components; each one leaves the tensor unchanged.
-    A component of norm zero becomes zero altogether, which changes nothing either. Afterwards the
-    unbalancedness is at most ``rtol`` times the largest squared norm.
+    Sweeps ``w ← w · σ^{1/K} / ‖w‖`` over all local components; each one leaves the tensor
+    unchanged. A component of norm zero becomes zero altogether, which changes nothing either.
+    Afterwards the unbalancedness is at most ``rtol`` times the largest squared norm.
 
     Args:
         model: A factorization with at least one diagonal join; full joins are left as they are.
@@ -55,5 +57,6 @@ def balance_(model: Factorization, *, rtol: float | None = None, sweeps: int = 1
         if found <= rtol * largest**2:
             return model
     raise OptionError(
-        f"not balanced to rtol={rtol:.3g} after {sweeps} sweeps (unbalancedness {found:.3g}); allow more sweeps."
+        f"not balanced to rtol={rtol:.3g} after {sweeps} sweeps (unbalancedness {found:.3g});\n"
+        "  allow more sweeps"
     )

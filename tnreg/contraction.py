@@ -8,17 +8,18 @@ network:
 - entries at given multi-indices: by the dense tensor and indexing; each subtree only at the
   sub-indices that occur below it (*distinct*); or sample by sample.
 
-The tree schedule goes from the leaves to the root and handles equal nodes in one batched call. Costs
-are counted, as opt_einsum counts them: one flop for each entry of an elementwise product, two for each
+The tree schedule goes from the leaves to the root and handles equal nodes in one batched call.
+Costs are counted, as opt_einsum counts them: one flop for each entry of an elementwise product, two
+    for each
 multiply-add of a sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import opt_einsum
@@ -40,20 +41,21 @@ _FLOPS_PER_MOVE = 32
 DENSE_LIMIT = 2**40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Einsum:
-    """One einsum as a sequence of pairwise steps, with its counted cost.
+    """One einsum as a sequence of steps, two operands each, with its counted cost.
 
     Attributes:
         equation: The whole einsum.
-        pairs: For each step the operands taken (positions in the shrinking list) and its equation.
+        steps: For each step the operands taken (positions in the shrinking list), its equation, and
+            the call that does it.
         flops: Counted flops of all steps.
         largest: Entries of the largest intermediate or result.
         moved: Entries of all intermediates and the result.
     """
 
     equation: str
-    pairs: tuple[tuple[tuple[int, ...], str], ...]
+    steps: tuple[tuple[tuple[int, ...], str, Callable[..., Tensor]], ...]
     flops: int
     largest: int
     moved: int
@@ -61,8 +63,8 @@ class Einsum:
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         """Carry out the steps."""
         left = list(operands)
-        for taken, equation in self.pairs:
-            left.append(torch.einsum(equation, *[left.pop(i) for i in taken]))
+        for taken, _, call in self.steps:
+            left.append(call(*[left.pop(i) for i in taken]))
         return left[0]
 
 
@@ -76,31 +78,130 @@ def einsum(equation: str, *shapes: tuple[int, ...]) -> Einsum:
     """
     inputs, output = equation.split("->")
     terms = inputs.split(",")
-    size = {s: n for term, shape in zip(terms, shapes, strict=True) for s, n in zip(term, shape, strict=True)}
+    size = {
+        s: n
+        for term, shape in zip(terms, shapes, strict=True)
+        for s, n in zip(term, shape, strict=True)
+    }
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
     flops = largest = moved = 0
-    pairs = []
+    steps = []
     for step in path:
         taken = tuple(sorted(step, reverse=True))
         parts = [terms.pop(i) for i in taken]
         kept = set(output).union(*terms)
         union = dict.fromkeys("".join(parts))
-        # the last step fixes the order of the axes; before it any order will do
-        result = "".join(s for s in union if s in kept) if terms else output
+        # axes of the output first and axes to be summed last: the order in which a matrix product
+        # needs no copy of its left factor
+        result = "".join(
+            [s for s in output if s in union] + [s for s in union if s in kept and s not in output]
+        )
         inner = any(s not in kept for s in union)
         flops += flop_count(frozenset(union), inner, len(parts), size)
         entries = math.prod(size[s] for s in result)
         largest, moved = max(largest, entries), moved + entries
-        pairs.append((taken, _letters(f"{','.join(parts)}->{result}")))
+        steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
         terms.append(result)
-    return Einsum(equation, tuple(pairs), flops, largest, moved)
+    return Einsum(equation, tuple(steps), flops, largest, moved)
 
 
-def _letters(equation: str) -> str:
+def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
+    """The torch calls of one step: a broadcast product or a matrix product, views elsewhere.
+
+    ``torch.einsum`` gives the same numbers; on small tensors it spends more time on views of its
+    own than on arithmetic, and it sends single products through batched kernels.
+    """
+    if len(parts) == 2 and all(s in parts[1] or s in result for s in parts[0]):
+        left, right = parts
+        if all(s in left or s in result for s in right):
+            summed = [s for s in left if s not in result]
+            return (
+                _matrix_product(left, right, result, size)
+                if summed
+                else _broadcast_product(left, right, result, size)
+            )
     # torch reads a-z and A-Z only; a single step of a long network needs few of them
-    symbols = dict.fromkeys(s for s in equation if s not in ",->")
-    table = {s: get_symbol(i) for i, s in enumerate(symbols)}
-    return "".join(table.get(s, s) for s in equation)
+    table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys("".join(parts)))}
+    equation = "->".join(
+        "".join(table.get(s, s) for s in side) for side in (",".join(parts), result)
+    )
+    return partial(torch.einsum, equation)
+
+
+def _broadcast_product(
+    left: str, right: str, result: str, size: Mapping[str, int]
+) -> Callable[..., Tensor]:
+    def view(term: str) -> Callable[[Tensor], Tensor]:
+        return _arrange(
+            term, [s for s in result if s in term], [size[s] if s in term else 1 for s in result]
+        )
+
+    first, second = view(left), view(right)
+    return lambda a, b: first(a) * second(b)
+
+
+def _matrix_product(
+    left: str, right: str, result: str, size: Mapping[str, int]
+) -> Callable[..., Tensor]:
+    only = [s for s in result if (s in left) != (s in right)]
+    swap = (
+        bool(only) and only[0] in right
+    )  # the factor whose axes come first in the result goes left
+    if swap:
+        left, right = right, left
+    batch = [s for s in result if s in left and s in right]
+    summed = [s for s in left if s not in result]
+    rows, columns = ([s for s in result if s in term and s not in batch] for term in (left, right))
+    count, inner, height, width = (
+        math.prod(size[s] for s in part) for part in (batch, summed, rows, columns)
+    )
+    shape = [size[s] for s in result]
+    back = _arrange("".join([*batch, *rows, *columns]), list(result), shape, before=True, size=size)
+
+    if height == width == 1 and count > 1:  # dot products, one per batch entry
+        flat = [count, inner]
+        first, second = (
+            _arrange(left, [*batch, *rows, *summed], flat),
+            _arrange(right, [*batch, *columns, *summed], flat),
+        )
+        return _swapped(swap, lambda a, b: back((first(a) * second(b)).sum(1)))
+
+    def factor(
+        term: str, outer: list[str], length: int, *, outer_first: bool
+    ) -> Callable[[Tensor], Tensor]:
+        # as the axes lie in memory, then transposed: a reshape of transposed axes would copy
+        lies_outer_first = not outer or not summed or term.index(outer[0]) < term.index(summed[0])
+        axes = [*batch, *outer, *summed] if lies_outer_first else [*batch, *summed, *outer]
+        flat = [length, inner] if lies_outer_first else [inner, length]
+        view = _arrange(term, axes, flat if count == 1 else [count, *flat])
+        return view if lies_outer_first == outer_first else lambda x: view(x).mT
+
+    first = factor(left, rows, height, outer_first=True)
+    second = factor(right, columns, width, outer_first=False)
+    product = torch.mm if count == 1 else torch.bmm
+    return _swapped(swap, lambda a, b: back(product(first(a), second(b))))
+
+
+def _swapped(swap: bool, call: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return (lambda a, b: call(b, a)) if swap else call
+
+
+def _arrange(
+    term: str,
+    axes: list[str],
+    shape: list[int],
+    *,
+    before: bool = False,
+    size: Mapping[str, int] | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """Bring axes in order, then reshape; ``before``: first give flat axes their sizes."""
+    order = [term.index(s) for s in axes]
+    moved = order != sorted(order)
+    if before:
+        assert size is not None
+        wide = [size[s] for s in term]
+        return (lambda x: x.reshape(wide).permute(order)) if moved else (lambda x: x.reshape(shape))
+    return (lambda x: x.permute(order).reshape(shape)) if moved else (lambda x: x.reshape(shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +215,10 @@ class Join:
         rows: Rows of every node's result.
         weight: Which stack and which slots of it, ``None`` for all; no weight at a root of ones.
         split: The earlier result whose slots are the children in order, if there is one.
-        picks: Otherwise, for each child, an earlier result as it is, or its ``(result, slot)`` per node.
-        gathers: For each child (or the leaf itself) the rows to take, flat over the nodes, or ``None``.
+        picks: Otherwise, for each child, an earlier result as it is, or its ``(result, slot)`` per
+            node.
+        gathers: For each child (or the leaf itself) the rows to take, flat over the nodes, or
+            ``None``.
     """
 
     nodes: tuple[int, ...]
@@ -176,9 +279,14 @@ class Plan:
                 lines.append(f"  {who}: {how}, {join.rows} rows")
                 continue
             gathered = " at distinct rows" if any(g is not None for g in join.gathers) else ""
-            lines.append(f"  {who}: {join.einsum.equation}{gathered}, {join.rows} rows, {join.einsum.flops:.3g} flops")
+            lines.append(
+                f"  {who}: {join.einsum.equation}{gathered}, {join.rows} rows, {join.einsum.flops:.3g} flops"
+            )
         if self.whole is not None:
-            lines += [f"  {' x '.join(map(str, taken))}: {equation}" for taken, equation in self.whole.pairs]
+            lines += [
+                f"  {' x '.join(map(str, taken))}: {equation}"
+                for taken, equation, _ in self.whole.steps
+            ]
         if self.take is not None:
             lines.append(f"  then {self.take.numel()} entries taken")
         return "\n".join(lines)
@@ -216,7 +324,9 @@ def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -
     return _plan_dense(network)
 
 
-def contract(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+def contract(
+    plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()
+) -> Tensor:
     """Carry out a plan.
 
     Args:
@@ -248,7 +358,9 @@ def _ascending(rows: Tensor, network: Network) -> Tensor:
     return shaped.permute([order.index(mode) for mode in range(len(order))])
 
 
-def _run_schedule(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
+def _run_schedule(
+    plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]
+) -> Tensor:
     network = plan.network
     results: list[Tensor] = []
     slots: dict[int, Sequence[Tensor]] = {}
@@ -284,7 +396,7 @@ def _run_schedule(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequenc
                 results.append(weight[0] if gather is None else _gather(weight[0], gather))
             continue
         if join.split is not None:
-            children = list(results[join.split].unflatten(0, (len(join.nodes), -1)).unbind(1))
+            children = list(_split(results[join.split], len(join.nodes)))
         else:
             children = [pick(place) for place in join.picks]
         operands = [
@@ -298,6 +410,11 @@ def _run_schedule(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequenc
 
 def _as_batch(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+
+
+def _split(result: Tensor, nodes: int) -> tuple[Tensor, ...]:
+    """First children, second children, ... of a result that holds them node by node."""
+    return result.reshape(nodes, -1, *result.shape[1:]).unbind(1)
 
 
 def _features(inputs: Tensor | Sequence[Tensor], modes: list[int]) -> Tensor:
@@ -338,7 +455,9 @@ def _cheaper(
     candidates = {"tree": flops, "opt_einsum": whole.flops}
     if flops <= whole.flops:
         return Plan(network, kind, "tree", flops, largest, candidates, batch, joins)
-    return Plan(network, kind, "opt_einsum", whole.flops, whole.largest, candidates, batch, whole=whole)
+    return Plan(
+        network, kind, "opt_einsum", whole.flops, whole.largest, candidates, batch, whole=whole
+    )
 
 
 def _whole(network: Network, batch: int | None) -> Einsum:
@@ -371,7 +490,9 @@ def _cost(network: Network, joins: Sequence[Join]) -> tuple[int, int, int]:
             largest = max(largest, len(join.nodes) * join.rows * network.bonds[first])
         for k, gather in enumerate(join.gathers):
             if gather is not None:
-                gathered = gather.numel() * network.bonds[(network.tree.links[first] or (first,))[k]]
+                gathered = (
+                    gather.numel() * network.bonds[(network.tree.links[first] or (first,))[k]]
+                )
                 moved += gathered
                 largest = max(largest, gathered)
     return flops, largest, moved
@@ -386,8 +507,8 @@ def _schedule(
 ) -> tuple[Join, ...]:
     """The batched calls from the leaves to the root: nodes of a height that need the same call.
 
-    A node's rows are all combinations of its children's rows, unless it is *aligned*: then its row i
-    comes from row i of every child, after ``gathers``.
+    A node's rows are all combinations of its children's rows, unless it is *aligned*: then its row
+    i comes from row i of every child, after ``gathers``.
 
     Args:
         network: The network.
@@ -423,22 +544,35 @@ def _schedule(
             heights = [rows[c] for c in below] if below else [network.shape(first)[0]]
             joined = tuple(
                 torch.cat([g + k * height for k, g in enumerate(part)])
-                for part, height in zip(zip(*(gathers[i] for i in nodes), strict=True), heights, strict=True)
+                for part, height in zip(
+                    zip(*(gathers[i] for i in nodes), strict=True), heights, strict=True
+                )
             )
         call = None
         if below:
-            call = _node_einsum(network, first, len(nodes), [rows[first] if aligned else rows[c] for c in below], aligned)
+            call = _node_einsum(
+                network,
+                first,
+                len(nodes),
+                [rows[first] if aligned else rows[c] for c in below],
+                aligned,
+            )
         elif features:
             shape = network.shape(first)
             call = einsum("gbd,gdr->gbr", (len(nodes), rows[first], shape[0]), (len(nodes), *shape))
         split, picks = _sources(network, nodes, places, [len(join.nodes) for join in joins])
-        joins.append(Join(nodes, call, rows[first], _weight_source(network, nodes), split, picks, joined))
+        joins.append(
+            Join(nodes, call, rows[first], _weight_source(network, nodes), split, picks, joined)
+        )
         places.update({position: (len(joins) - 1, slot) for slot, position in enumerate(nodes)})
     return tuple(joins)
 
 
 def _sources(
-    network: Network, nodes: tuple[int, ...], places: Mapping[int, tuple[int, int]], counts: list[int]
+    network: Network,
+    nodes: tuple[int, ...],
+    places: Mapping[int, tuple[int, int]],
+    counts: list[int],
 ) -> tuple[int | None, tuple[int | tuple[tuple[int, int], ...], ...]]:
     """Where the children of a group are: one result split in order, whole results, or single slots."""
     links = [network.tree.links[i] for i in nodes]
@@ -460,7 +594,9 @@ def _sources(
     return None, tuple(picks)
 
 
-def _weight_source(network: Network, nodes: tuple[int, ...]) -> tuple[int, tuple[int, ...] | None] | None:
+def _weight_source(
+    network: Network, nodes: tuple[int, ...]
+) -> tuple[int, tuple[int, ...] | None] | None:
     if nodes[0] not in network.slots:
         return None  # the root of ones
     stack = network.slots[nodes[0]][0]
@@ -468,7 +604,9 @@ def _weight_source(network: Network, nodes: tuple[int, ...]) -> tuple[int, tuple
     return stack, None if whole else tuple(network.slots[i][1] for i in nodes)
 
 
-def _node_einsum(network: Network, position: int, count: int, rows: list[int], aligned: bool) -> Einsum:
+def _node_einsum(
+    network: Network, position: int, count: int, rows: list[int], aligned: bool
+) -> Einsum:
     """One node's call: children ``(g, rows, bond)`` and the weight to ``(g, rows.., bond above)``."""
     below = network.tree.links[position]
     diagonal = network.joins[position] == "diagonal"
@@ -479,7 +617,9 @@ def _node_einsum(network: Network, position: int, count: int, rows: list[int], a
     row = next(symbols) if aligned else ""
     heads = [row if aligned else next(symbols) for _ in below]
     terms = [group + head + bond for head, bond in zip(heads, bonds, strict=True)]
-    shapes = [(count, n, network.bonds[c]) for n, c in zip(rows, below, strict=True)]
+    shapes: list[tuple[int, ...]] = [
+        (count, n, network.bonds[c]) for n, c in zip(rows, below, strict=True)
+    ]
     top = position == len(network.tree.nodes) - 1
     if position in network.slots:
         terms.append(group + (shared if diagonal else "".join(bonds)) + ("" if top else above))
@@ -510,7 +650,8 @@ def check_index(network: Network, index: Tensor) -> Tensor:
         row, mode = wrong[0].tolist()
         raise DataError(
             f"index out of range: {len(wrong)} of {index.numel()} values.\n"
-            f"  first: row {row} has {int(index[row, mode])} at mode {mode}, whose size is {network.sizes[mode]}\n"
+            f"  first: row {row} has {int(index[row, mode])} at mode {mode}, "
+            f"whose size is {network.sizes[mode]}\n"
             f"  expected: 0 <= index < {network.sizes[mode]}, counted from 0"
         )
     return index
@@ -539,7 +680,7 @@ def _plan_entries(network: Network, index: Tensor) -> Plan:
     routes["distinct"] = (flops, largest, joins, None, take)
     costs["distinct"] = flops + _FLOPS_PER_MOVE * (moved + count)
 
-    rows = {i: (columns[name],) for i, name in enumerate(tree.nodes) if not tree.links[i]}  # type: ignore[index]
+    rows = {tree.position(mode): (columns[mode],) for mode in tree.leaves}
     joins = _schedule(network, batch=count, gathers=rows)
     flops, largest, moved = _cost(network, joins)
     routes["per-sample"] = (flops, largest, joins, None, None)

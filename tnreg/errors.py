@@ -1,7 +1,8 @@
 """The errors that tnreg raises for bad input.
 
-All of them are ``TnregError``, which is a ``ValueError``: catching either one catches all. A message
-says what is wrong and where, what was found against what was expected, and what to write instead.
+All of them are ``TnregError``, which is a ``ValueError``: catching either one catches all. A
+message says what is wrong and where, what was found against what was expected, and what to write
+instead.
 """
 
 

@@ -103,20 +103,22 @@ class Factorization(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.stacks[0].dtype
+        dtype: torch.dtype = self.stacks[0].dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.stacks[0].device
+        device: torch.device = self.stacks[0].device
+        return device
 
     @property
     def weights(self) -> dict[Node, Tensor]:
         """``{node: weight}`` in the order of ``tree.nodes``, differentiable views of the parameters.
 
         Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
-        ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has no
-        ``R_above``; with ``root="ones"`` it is left out.
+        ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has
+        no ``R_above``; with ``root="ones"`` it is left out.
         """
         return self._by_node([stack.unbind(0) for stack in self.stacks])
 
@@ -129,9 +131,7 @@ class Factorization(nn.Module):
 
     def _by_node(self, parts: Sequence[Sequence[Tensor]]) -> dict[Node, Tensor]:
         slots = self.network.slots
-        return {
-            self.tree.nodes[p]: parts[slots[p][0]][slots[p][1]] for p in self.network.weighted
-        }
+        return {self.tree.nodes[p]: parts[slots[p][0]][slots[p][1]] for p in self.network.weighted}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[Node, Tensor]) -> None:
@@ -170,8 +170,8 @@ class Factorization(nn.Module):
         """Entries of the tensor at multi-indices, without the dense tensor where that is cheaper.
 
         Args:
-            index: int64 ``(B, N)``, counted from 0; or ``tnreg.plan(model, index=index)``, which has
-                checked and planned it already. The last few indices are planned once.
+            index: int64 ``(B, N)``, counted from 0; or ``tnreg.plan(model, index=index)``, which
+                has checked and planned it already. The last few indices are planned once.
 
         Returns:
             Shape ``(B,)``.
@@ -191,7 +191,11 @@ class Factorization(nn.Module):
     def _entry_plan(self, index: Tensor) -> Plan:
         for known, chosen in self._entry_plans:
             # compared by value: an index that was changed in place must not meet its old plan
-            if isinstance(index, Tensor) and known.device == index.device and torch.equal(known, index):
+            if (
+                isinstance(index, Tensor)
+                and known.device == index.device
+                and torch.equal(known, index)
+            ):
                 return chosen
         check_index(self.network, index)
         copy = index.detach().clone()
@@ -202,8 +206,8 @@ class Factorization(nn.Module):
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         """Inner product of the tensor with rank-one tensors: ``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>``.
 
-        One-hot features read entries, Gaussian ones are rank-one sensing, images in patches make it a
-        convolutional network (Cohen, Sharir and Shashua 2016). Nothing is conjugated.
+        One-hot features read entries, Gaussian ones are rank-one sensing, images in patches make it
+        a convolutional network (Cohen, Sharir and Shashua 2016). Nothing is conjugated.
 
         Args:
             features: ``(B, N, D)`` if all modes have size D, or N tensors ``(B, D_n)``.
@@ -291,7 +295,11 @@ class Factorization(nn.Module):
         tree = self.tree
         dtype = torch.promote_types(self.dtype, other.dtype)
         left = [w.to(dtype).conj() for w in _in_order(self)]
-        right = [w.to(dtype) for w in _in_order(other)] if other is not self else [w.conj() for w in left]
+        right = (
+            [w.to(dtype) for w in _in_order(other)]
+            if other is not self
+            else [w.conj() for w in left]
+        )
         scale = torch.zeros((), dtype=left[0].real.dtype, device=self.device)
         grams: list[Tensor] = []
         for i, below in enumerate(tree.links):
@@ -302,14 +310,20 @@ class Factorization(nn.Module):
                     small, log = _rescale(weights[i])
                     operands.append(small)
                     scale = scale + log
-            words = [w for w, net in zip(terms, (self.network, other.network), strict=True) if i in net.slots]
+            words = [
+                w
+                for w, net in zip(terms, (self.network, other.network), strict=True)
+                if i in net.slots
+            ]
             links = [
                 _SYMBOLS["left"][0 if self.network.joins[i] == "diagonal" else k]
                 + _SYMBOLS["right"][0 if other.network.joins[i] == "diagonal" else k]
                 for k in range(len(below))
             ]
             out = "" if i == len(tree.nodes) - 1 else "ab"
-            call = einsum(f"{','.join([*links, *words])}->{out}", *(tuple(o.shape) for o in operands))
+            call = einsum(
+                f"{','.join([*links, *words])}->{out}", *(tuple(o.shape) for o in operands)
+            )
             gram, log = _rescale(call(operands))
             grams.append(gram)
             scale = scale + log
@@ -329,8 +343,8 @@ class Factorization(nn.Module):
     def component_norms_at(self, node: Node) -> Tensor:
         """``(K_v, R_v)``: norms of the vectors of the local components of one diagonal join.
 
-        The local component (v, r) holds column r of every child's weight and row r of the node's own
-        (if it has one); K_v counts them. Rows: the children in order, then the node.
+        The local component (v, r) holds column r of every child's weight and row r of the node's
+        own (if it has one); K_v counts them. Rows: the children in order, then the node.
         """
         i = self.tree.position(node)
         if self.network.joins[i] != "diagonal":
@@ -360,7 +374,9 @@ class Factorization(nn.Module):
 
         Gradient flow from any weights conserves every such difference.
         """
-        found = [(norms**2).amax(0) - (norms**2).amin(0) for norms in self.component_norms().values()]
+        found = [
+            (norms**2).amax(0) - (norms**2).amin(0) for norms in self.component_norms().values()
+        ]
         zero = torch.zeros((), dtype=self.stacks[0].real.dtype, device=self.device)
         return torch.stack([zero, *(part.max() for part in found)]).max()
 
@@ -381,9 +397,13 @@ class Factorization(nn.Module):
         for position, weight in zip(self.network.weighted, _in_order(self), strict=True):
             value = weight.detach().cpu()
             # complex numbers as pairs: not every reader of the format knows complex types
-            tensors[f"weight.{position}"] = (torch.view_as_real(value) if value.is_complex() else value).clone()
+            tensors[f"weight.{position}"] = (
+                torch.view_as_real(value) if value.is_complex() else value
+            ).clone()
         text = {"tnreg": json.dumps(about)}
-        write_whole(path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=text))
+        write_whole(
+            path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=text)
+        )
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -406,14 +426,17 @@ class Factorization(nn.Module):
         nn.Module.__init__(copy)
         copy.network = self.network
         copy.stacks = nn.ParameterList(
-            nn.Parameter(stack.detach().clone(), requires_grad=stack.requires_grad) for stack in self.stacks
+            nn.Parameter(stack.detach().clone(), requires_grad=stack.requires_grad)
+            for stack in self.stacks
         )
         copy._entry_plans = list(self._entry_plans)
         copy.train(self.training)
         return copy
 
 
-def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Factorization:
+def load(
+    path: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> Factorization:
     """Read a factorization that ``save`` wrote. Nothing in the file is executed.
 
     Raises:
@@ -426,7 +449,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
     try:
         with safetensors.safe_open(file_path, framework="pt", device="cpu") as file:
             about = (file.metadata() or {}).get("tnreg")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except Exception as error:
         raise FileError(f"not a safetensors file: {file_path}\n  {error}\n{expected}") from None
     if about is None:
@@ -434,7 +457,9 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
     try:
         content = json.loads(about)
         if content["format"] != _FORMAT:
-            raise FileError(f"format {content['format']!r} is not known; this version reads {_FORMAT!r}")
+            raise FileError(
+                f"format {content['format']!r} is not known; this version reads {_FORMAT!r}"
+            )
         tree = tree_from_json(content)
         names = tree.nodes
         dtype = getattr(torch, content["dtype"])
@@ -450,14 +475,24 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
         )
         weighted = {f"weight.{p}": names[p] for p in model.network.weighted}
         if set(weighted) != set(tensors):
-            raise FileError(f"weights {sorted(set(weighted) ^ set(tensors))[:4]} missing or not expected")
+            raise FileError(
+                f"weights {sorted(set(weighted) ^ set(tensors))[:4]} missing or not expected"
+            )
         model.load_weights(
             {
                 weighted[key]: torch.view_as_complex(value) if dtype.is_complex else value
                 for key, value in tensors.items()
             }
         )
-    except (TnregError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+    except (
+        TnregError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
         raise FileError(f"not a factorization: {file_path}\n  {error}\n{expected}") from None
     return model
 
@@ -473,17 +508,22 @@ def _in_order(model: Factorization) -> list[Tensor]:
 
 
 def _rescale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` divided by its largest magnitude, and the logarithm of that; the scale is a constant to autograd."""
-    largest = x.detach().abs().max()
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    """``x`` divided by its largest magnitude, and the logarithm of that, a constant to autograd."""
+    largest = _largest(x)
     return x / largest, largest.log()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude, 1 for zeros."""
+    largest = x.detach().abs().max()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def _column_norms(matrix: Tensor) -> Tensor:
     """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
-    largest = matrix.detach().abs().amax()
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.linalg.vector_norm(matrix / largest, dim=0) * largest
+    largest = _largest(matrix)
+    norms: Tensor = torch.linalg.vector_norm(matrix / largest, dim=0)
+    return norms * largest
 
 
 def _span(values: Sequence[int]) -> str:

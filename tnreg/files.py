@@ -6,6 +6,7 @@ Whatever happens to the process in between, the old content or the new one is th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -40,27 +41,42 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that takes its place when the block ends without error.
 
-    A folder that is there already is replaced as a whole. On an error the temporary one is removed.
+    A run folder that tnreg wrote before, or an empty one, is replaced. On an error nothing changes.
+
+    Raises:
+        FileError: ``path`` is a file, or a folder that holds something else, or cannot be written.
     """
     target = Path(path)
     beside = _beside(target)
-    if target.exists() and not target.is_dir():
-        raise FileError(f"cannot write the folder {target}: a file of that name is there.")
+    if target.exists() and not _may_replace(target):
+        raise FileError(
+            f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
+            "  choose another folder, or remove it first"
+        )
     try:
         beside.mkdir(parents=True)
     except OSError as error:
         raise FileError(f"cannot write {target}: {error.strerror or error}") from None
     try:
         yield beside
+        old = _beside(target, "old")
         if target.exists():
-            old = _beside(target, "old")
             os.replace(target, old)
-            os.replace(beside, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(beside, target)
+        os.replace(beside, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _may_replace(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    try:
+        return "tnreg" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _beside(target: Path, kind: str = "partial") -> Path:

@@ -46,19 +46,22 @@ def fit(
         model: Any module; trained in place.
         loss: Called with the model, returns a real scalar, e.g. ``task.loss``.
         steps: Number of updates.
-        optimizer: ``"group-rmsprop"`` (one step size for all parameters, the optimizer of the theory),
-            ``"sgd"``, ``"adam"``, ``"lbfgs"``, a ``torch.optim.Optimizer`` that you made, or its class.
+        optimizer: ``"group-rmsprop"`` (one step size for all parameters, the optimizer of the
+            theory), ``"sgd"``, ``"adam"``, ``"lbfgs"``, a ``torch.optim.Optimizer`` that you made,
+            or its class.
         lr: Learning rate, for all but a ready-made optimizer.
-        observe: ``{name: f(model)}``; numbers, tensors, or dicts of them. The loss is always recorded.
+        observe: ``{name: f(model)}``; numbers, tensors, or dicts of them. The loss is always
+            recorded.
         every: Updates between rows.
-        stop: Called with the trajectory after each row; ends the training when it returns ``True`` or
-            a reason.
+        stop: Called with the trajectory after each row; ends the training when it returns ``True``
+            or a reason.
         progress: Show a progress bar with the loss.
 
     Returns:
         The trajectory. ``stop_reason`` is ``"steps"``, what ``stop`` said, ``"interrupted"`` after
-        Ctrl-C (what was recorded is kept), or tells that the loss is not finite any more (looked at in
-        every step on the CPU, at every row on other devices, where looking waits for the device).
+        Ctrl-C (what was recorded is kept), or tells that the loss is not finite any more (looked at
+        in every step on the CPU, at every row on other devices, where looking waits for the
+        device).
 
     Raises:
         OptionError: Unknown optimizer, or numbers out of range.
@@ -69,7 +72,9 @@ def fit(
         raise OptionError(f"fit: every must be an integer >= 1, found {every!r}.")
     watched = dict(observe or {})
     if "loss" in watched:
-        raise OptionError("fit: the name 'loss' is taken by the training loss; call it something else.")
+        raise OptionError(
+            "fit: the name 'loss' is taken by the training loss; call it something else."
+        )
     update = _optimizer(optimizer, model, lr)
     closed = _needs_closure(update)
     run = Trajectory()
@@ -126,10 +131,14 @@ def _optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimize
         )
     make = _OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
     if not callable(make):
-        raise OptionError(f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}.")
+        raise OptionError(
+            f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}."
+        )
     made = make(model.parameters(), lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
-        raise OptionError(f"fit: optimizer gave a {type(made).__name__}, not a torch.optim.Optimizer.")
+        raise OptionError(
+            f"fit: optimizer gave a {type(made).__name__}, not a torch.optim.Optimizer."
+        )
     return made
 
 
@@ -143,7 +152,13 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
     if not wanted:
         yield lambda step, loss: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("fit"),

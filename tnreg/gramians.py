@@ -1,8 +1,9 @@
 """Spectra of a factorization without its dense tensor.
 
 With ``U_v`` the matrix of node v's tensors (entries below v by bond above v) and ``E_v`` that of
-everything outside it, the matricization at v is ``U_v E_vᵀ``. Only the triangular factors of the two
-matter for its singular values: ``T_v`` goes up the tree, ``S_v`` comes down, and the spectrum is that
+everything outside it, the matricization at v is ``U_v E_vᵀ``. Only the triangular factors of the
+two matter for its singular values: ``T_v`` goes up the tree, ``S_v`` comes down, and the spectrum
+    is that
 of ``T_v S_vᵀ``. Squares are never formed, so values are right down to eps times the largest one.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnreg.contraction import einsum
-from tnreg.errors import OptionError, ShapeError
+from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
 from tnreg.rank import dense_spectra, numerical_rank
 from tnreg.tree import ModeTree, Node
@@ -29,19 +30,20 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
     At node v the rows are the modes below v and the columns all other modes.
 
     Args:
-        x: Dense real or complex tensor ``(D_0, ..., D_{N-1})`` (torch or numpy), axis n being mode n;
-            or a ``Factorization``, whose dense tensor is never formed.
+        x: Dense real or complex tensor ``(D_0, ..., D_{N-1})`` (torch or numpy), axis n being mode
+            n; or a ``Factorization``, whose dense tensor is never formed.
         tree: Mode tree over ``0..N-1``; the factorization's own if left out, and no other.
 
     Returns:
-        ``{node: singular values}``, descending, ``min(rows, columns)`` of them for a dense tensor and
-        at most the rank of the bond for a factorization; children before parents, without the root.
-        Zero tensors give zeros.
+        ``{node: singular values}``, descending, ``min(rows, columns)`` of them for a dense tensor
+        and at most the rank of the bond for a factorization; children before parents, without the
+        root. Zero tensors give zeros.
 
     Raises:
         ShapeError: ``x`` does not have ``tree.order`` axes.
         DataError: ``x`` has NaN, infinite or integer entries.
-        OptionError: A dense tensor without a tree, or a factorization with another tree than its own.
+        OptionError: A dense tensor without a tree, or a factorization with another tree than its
+            own.
 
     Cost: dense, see ``tnreg.rank.dense_spectra``; factorization, linear in the number of nodes,
     cubic in the bonds. Detached for a factorization; differentiable for a dense tensor that
@@ -83,7 +85,8 @@ def hierarchical_rank(
             ``1000 * eps``. For a trained model take e.g. 1e-3.
 
     Returns:
-        ``{node: rank}``, children before parents, without the root. A zero tensor gives 0 everywhere.
+        ``{node: rank}``, children before parents, without the root. A zero tensor gives 0
+        everywhere.
 
     Raises:
         ShapeError: ``x`` does not have ``tree.order`` axes.
@@ -100,14 +103,16 @@ def hierarchical_rank(
     """
     with torch.no_grad():
         found = spectra(x, tree)
-    along = x.tree if isinstance(x, Factorization) else tree
-    sizes = x.sizes if isinstance(x, Factorization) else tuple(torch.as_tensor(x).shape)
+    factored = isinstance(x, Factorization)
+    along = x.tree if factored else tree
+    assert along is not None  # spectra has refused a dense tensor without a tree
+    sizes: tuple[int, ...] = x.sizes if factored else tuple(torch.as_tensor(x).shape)
     total = math.prod(sizes)
     out: dict[Node, int] = {}
     for node, s in found.items():
-        rows = math.prod(sizes[m] for m in along.modes_below(node))  # type: ignore[union-attr]
+        rows = math.prod(sizes[m] for m in along.modes_below(node))
         columns = total // rows
-        if isinstance(x, Factorization):
+        if factored:
             # the factors are small: their rounding does not grow with the matrix they stand for
             rows, columns = min(rows, 1000), min(columns, 1000)
         out[node] = numerical_rank(s, rows, columns, rtol)
@@ -174,7 +179,9 @@ def _join(kind: str, below: list[Tensor], own: Tensor) -> Tensor:
     return einsum(equation, *(tuple(o.shape) for o in operands))(operands).flatten(0, -2)
 
 
-def _outside(kind: str, others: list[Tensor], own: Tensor, above: Tensor | None, which: int) -> Tensor:
+def _outside(
+    kind: str, others: list[Tensor], own: Tensor, above: Tensor | None, which: int
+) -> Tensor:
     """Everything outside one child by the bond above it: siblings, the node's weight, what is above."""
     if kind == "diagonal":
         side = own.unsqueeze(0) if above is None else above @ own.mT
@@ -186,9 +193,7 @@ def _outside(kind: str, others: list[Tensor], own: Tensor, above: Tensor | None,
     bonds, heads = letters[: len(others)], letters[len(others) : 2 * len(others)]
     head, bond, this = letters[-3:]
     terms = [h + b for h, b in zip(heads, bonds, strict=True)]
-    equation = (
-        f"{','.join([*terms, head + bond])},{''.join(bonds)}{bond}{this}->{''.join(heads)}{head}{this}"
-    )
+    equation = f"{','.join([*terms, head + bond])},{''.join(bonds)}{bond}{this}->{''.join(heads)}{head}{this}"
     operands = [*others, up, moved]
     return einsum(equation, *(tuple(o.shape) for o in operands))(operands).flatten(0, -2)
 

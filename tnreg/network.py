@@ -1,8 +1,8 @@
 """The tensor network of a factorization, without its numbers: which indices every weight has.
 
 Every edge of the tree is an index. The edge below a leaf is its mode; the edge above a node is its
-bond. Under a *full* join every child keeps a bond of its own; a *diagonal* join ties the bonds of its
-children into one index that all of them and the node's weight share (a hyperedge).
+bond. Under a *full* join every child keeps a bond of its own; a *diagonal* join ties the bonds of
+its children into one index that all of them and the node's weight share (a hyperedge).
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ class Network:
     @cached_property
     def slots(self) -> dict[int, tuple[int, int]]:
         """Position -> (which stack, which slot of it)."""
-        return {p: (s, k) for s, stack in enumerate(self.stacks) for k, p in enumerate(stack.positions)}
+        return {
+            p: (s, k) for s, stack in enumerate(self.stacks) for k, p in enumerate(stack.positions)
+        }
 
     @cached_property
     def leaf_order(self) -> tuple[int, ...]:
@@ -201,7 +203,10 @@ def network(model: Factorization) -> list[Any]:
     ends: dict[int, list[Any]] = {}  # index -> the axes that meet in it
     sample = next(iter(model.weights.values()))
     for position, (name, weight) in enumerate(model.weights.items()):
-        axes = [f"mode {i}" if i < tree.order else f"bond {tree.nodes[i - tree.order]}" for i in net.inner(position)]
+        axes = [
+            f"mode {i}" if i < tree.order else f"bond {tree.nodes[i - tree.order]}"
+            for i in net.inner(position)
+        ]
         if net.above[position] is not None:
             axes.append(f"bond above {name}")
         node = tensornetwork.Node(weight, name=str(name), axis_names=axes, backend="pytorch")
@@ -240,7 +245,7 @@ def _check_sizes(tree: ModeTree, sizes: Sequence[int] | int) -> tuple[int, ...]:
     if _is_size(sizes):
         return (int(sizes),) * tree.order  # type: ignore[arg-type]
     try:
-        found = tuple(sizes)  # type: ignore[arg-type]
+        found: tuple[Any, ...] = tuple(sizes)  # type: ignore[arg-type]
     except TypeError:
         found = (sizes,)
     if len(found) != tree.order:
@@ -258,9 +263,13 @@ def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, .
     given = {node: join for node in tree.interior} if isinstance(join, str) else dict(join)
     for node, kind in given.items():
         if kind not in ("diagonal", "full"):
-            raise OptionError(f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'.")
+            raise OptionError(
+                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'."
+            )
         if not tree.links[tree.position(node)]:
-            raise OptionError(f"node {node!r} is a leaf and joins nothing; name interior nodes only.")
+            raise OptionError(
+                f"node {node!r} is a leaf and joins nothing; name interior nodes only."
+            )
     return tuple(
         given.get(name, "diagonal") if below else "leaf"
         for name, below in zip(tree.nodes, tree.links, strict=True)
@@ -279,14 +288,16 @@ def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, 
         if tree.position(node) == len(names):
             raise ShapeError(f"the root {node!r} has no bond above it; leave it out of ranks.")
         if not _is_size(ranks[node]):
-            raise ShapeError(f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}.")
+            raise ShapeError(
+                f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}."
+            )
     missing = [name for name in names if name not in ranks]
     if missing:
         raise ShapeError(
             f"ranks lack the bond above {len(missing)} of {len(names)} non-root nodes: {missing[:8]}.\n"
             "  give one integer for all of them, or every non-root node its own"
         )
-    return tuple(int(ranks[name]) for name in names) + (1,)
+    return (*(int(ranks[name]) for name in names), 1)
 
 
 def _is_size(value: Any) -> bool:

@@ -44,7 +44,9 @@ class GroupRMSprop(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
         first = self.param_groups[0]
         if any((g["alpha"], g["eps"]) != (first["alpha"], first["eps"]) for g in self.param_groups):
-            raise OptionError("GroupRMSprop: alpha and eps are shared by all groups; only lr may differ.")
+            raise OptionError(
+                "GroupRMSprop: alpha and eps are shared by all groups; only lr may differ."
+            )
 
     @property
     def step_size(self) -> float:
@@ -53,7 +55,7 @@ class GroupRMSprop(torch.optim.Optimizer):
         return float(self.param_groups[0]["lr"] * shared["scale"]) if "scale" in shared else 0.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step; parameters without a gradient stay as they are.
 
         Args:
@@ -63,7 +65,9 @@ class GroupRMSprop(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         if not gradients:
             return loss
         alpha, eps = self.param_groups[0]["alpha"], self.param_groups[0]["eps"]
@@ -72,7 +76,9 @@ class GroupRMSprop(torch.optim.Optimizer):
         square = torch.stack([_square(g) for g in gradients]).sum()
         average = shared.get("square_average")
         shared["step"] = shared.get("step", 0) + 1
-        shared["square_average"] = square * (1 - alpha) if average is None else average * alpha + square * (1 - alpha)
+        shared["square_average"] = (
+            square * (1 - alpha) if average is None else average * alpha + square * (1 - alpha)
+        )
         scale = 1 / ((shared["square_average"] / (1 - alpha ** shared["step"])).sqrt() + eps)
         shared["scale"] = scale
         host = float(scale) if scale.device.type == "cpu" else None

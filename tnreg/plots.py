@@ -1,1 +1,204 @@
-"""placeholder"""
+"""Pictures. Every function draws on the axes given, or on new ones, and returns them.
+
+matplotlib is imported when something is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tnreg.errors import OptionError
+from tnreg.files import write_whole
+from tnreg.trajectory import Trajectory
+from tnreg.tree import ModeTree, Node
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+__all__ = ["bars", "components", "save_figure", "spectra", "trajectory", "tree"]
+
+
+def tree(
+    data: ModeTree,
+    ax: Axes | None = None,
+    *,
+    labels: Mapping[Node, str] | None = None,
+    edges: Mapping[Node, Any] | None = None,
+) -> Axes:
+    """The tree with its root on top; leaves along the bottom in the order of the tree.
+
+    Args:
+        data: The mode tree.
+        ax: Where to draw.
+        labels: ``{node: text}`` in place of the node's name, e.g. mode names at leaves.
+        edges: ``{non-root node: text}`` on the edge above it, e.g. hierarchical ranks.
+    """
+    ax = _axes(ax)
+    x: list[float] = []
+    leaf = 0
+    for below in data.links:
+        if below:
+            x.append((x[below[0]] + x[below[-1]]) / 2)
+        else:
+            x.append(float(leaf))
+            leaf += 1
+    y = data.heights
+    crowded = len(data.nodes) > 48
+    for i, below in enumerate(data.links):
+        for c in below:
+            ax.plot([x[i], x[c]], [y[i], y[c]], color="0.6", lw=1, zorder=1)
+            text = (edges or {}).get(data.nodes[c])
+            if text is not None and not crowded:
+                middle = ((x[i] + x[c]) / 2, (y[i] + y[c]) / 2)
+                ax.annotate(str(text), middle, ha="center", va="center", fontsize=8, color="C3",
+                            bbox={"fc": "white", "ec": "none", "pad": 0.8})  # fmt: skip
+    interior = [i for i, below in enumerate(data.links) if below]
+    leaves = [i for i, below in enumerate(data.links) if not below]
+    ax.scatter([x[i] for i in interior], [y[i] for i in interior], s=30, color="C0", zorder=2)
+    ax.scatter([x[i] for i in leaves], [y[i] for i in leaves], s=30, color="C1", zorder=2)
+    for i in range(len(x)):
+        given = (labels or {}).get(data.nodes[i])
+        if crowded and given is None and i in interior:
+            continue
+        text = _node_text(data.nodes[i]) if given is None else given
+        side = 8 if data.links[i] else -8
+        ax.annotate(text, (x[i], y[i]), xytext=(0, side), textcoords="offset points", ha="center",
+                    va="bottom" if side > 0 else "top", fontsize=6 if crowded else 8)  # fmt: skip
+    ax.set_axis_off()
+    ax.margins(0.12, 0.2)
+    return ax
+
+
+def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 1e-8) -> Axes:
+    """Singular values of every node, relative to its largest, on a logarithmic axis.
+
+    Args:
+        data: What ``tnreg.spectra`` gives.
+        ax: Where to draw.
+        floor: Values below ``floor`` times the largest are left out.
+    """
+    ax = _axes(ax)
+    for node, values in data.items():
+        s = _array(values)
+        s = s / s[0] if len(s) and s[0] > 0 else s
+        s = s[s > floor]
+        ax.semilogy(np.arange(1, len(s) + 1), s, marker="o", ms=3, lw=1, label=_node_text(node))
+    ax.set_xlabel("index of the singular value")
+    ax.set_ylabel("relative to the largest")
+    if len(data) <= 12:
+        ax.legend(title="modes below", fontsize=7)
+    return ax
+
+
+def trajectory(
+    data: Trajectory, ax: Axes | None = None, *, names: Sequence[str] = ("loss",), log: bool = True
+) -> Axes:
+    """What was recorded under these names, against the number of updates.
+
+    Args:
+        data: The trajectory.
+        ax: Where to draw.
+        names: Recorded numbers, vectors, or dicts of them; each component is a line.
+        log: Logarithmic vertical axis.
+    """
+    ax = _axes(ax)
+    for name in names:
+        found = data[name]
+        parts = found.items() if isinstance(found, dict) else [(None, found)]
+        for key, values in parts:
+            label = name if key is None else f"{name} {_node_text(key)}"
+            lines = ax.plot(data.steps, values.reshape(len(values), -1), lw=1.2)
+            if lines:
+                lines[0].set_label(label)
+    ax.set_xlabel("step")
+    if log:
+        ax.set_yscale("log")
+    if len(ax.get_legend_handles_labels()[0]) <= 12:
+        ax.legend(fontsize=7)
+    else:
+        ax.set_ylabel(", ".join(names))
+    return ax
+
+
+def components(
+    data: Trajectory,
+    ax: Axes | None = None,
+    *,
+    name: str = "components",
+    node: Node | None = None,
+    top: int = 10,
+) -> Axes:
+    """The largest local components of one node along training: the incremental learning of the theory.
+
+    Args:
+        data: A trajectory that observed ``lambda m: m.local_components()``.
+        ax: Where to draw.
+        name: The name it was observed under.
+        node: Which node; the root if left out.
+        top: How many, chosen by their size at the end.
+    """
+    found = data[name]
+    if not isinstance(found, dict):
+        raise OptionError(
+            f"plots.components: {name!r} is no dict of nodes; observe model.local_components()."
+        )
+    node = list(found)[-1] if node is None else node
+    if node not in found:
+        raise OptionError(
+            f"plots.components: no node {node!r}; there is {', '.join(map(str, found))}."
+        )
+    ax = _axes(ax)
+    values = found[node]
+    kept = np.argsort(-values[-1])[:top]
+    ax.plot(data.steps, values[:, kept], lw=1.2)
+    ax.set_xlabel("step")
+    ax.set_ylabel(f"local components at {_node_text(node)}")
+    return ax
+
+
+def bars(
+    data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error"
+) -> Axes:
+    """Named numbers side by side, each with its value."""
+    ax = _axes(ax)
+    drawn = ax.barh(list(data), list(data.values()), color=[f"C{k}" for k in range(len(data))])
+    ax.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel(unit)
+    ax.margins(x=0.15)
+    return ax
+
+
+def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    return write_whole(path, lambda beside: _root(drawn).savefig(beside, dpi=150, format="png"))
+
+
+def _root(drawn: Figure | SubFigure) -> Figure:
+    whole = drawn.get_figure(root=True)
+    assert whole is not None
+    return whole
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def _array(values: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def _node_text(node: Any) -> str:
+    if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
+        return "{" + ",".join(map(str, node)) + "}"
+    return str(node)

@@ -13,7 +13,14 @@ from torch import Tensor
 from tnreg.errors import DataError, OptionError, ShapeError
 from tnreg.tree import ModeTree, Node
 
-__all__ = ["check_dense", "dense_spectra", "effective_rank", "entanglement_entropy", "matricize", "numerical_rank"]
+__all__ = [
+    "check_dense",
+    "dense_spectra",
+    "effective_rank",
+    "entanglement_entropy",
+    "matricize",
+    "numerical_rank",
+]
 
 # Eigenvalues of a Gram matrix carry an error of about eps * s_max². A singular value s then has an
 # error of about eps * s_max² / s, below 1e-11 * s_max for s > 1e-4 * s_max.
@@ -93,13 +100,13 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
 
     Leaves come first; every node with fewer independent rows than rows is then replaced by its
     coordinates in them, so that larger nodes work on a smaller core with the same singular values.
-    Each spectrum comes from the Gram matrix of the shorter side in float64; if it reaches below 1e-4 of
-    its largest value, where squaring loses digits, it is computed again from a QR factorization. Errors
-    stay below 1e-11 of the largest singular value (float64).
+    Each spectrum comes from the Gram matrix of the shorter side in float64; if it reaches below
+    1e-4 of its largest value, where squaring loses digits, it is computed again from a QR
+    factorization. Errors stay below 1e-11 of the largest singular value (float64).
 
     Args:
-        x: Real or complex tensor ``(D_0, ..., D_{N-1})``. If it requires a gradient, every node gets a
-            plain, differentiable ``torch.linalg.svdvals`` instead.
+        x: Real or complex tensor ``(D_0, ..., D_{N-1})``. If it requires a gradient, every node
+            gets a plain, differentiable ``torch.linalg.svdvals`` instead.
         tree: Mode tree over ``0..N-1``.
 
     Returns:
@@ -114,7 +121,10 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     """
     x = check_dense(x, tree)
     if x.requires_grad and torch.is_grad_enabled():
-        return {node: torch.linalg.svdvals(matricize(x, tree.modes_below(node))) for node in tree.nodes[:-1]}
+        return {
+            node: torch.linalg.svdvals(matricize(x, tree.modes_below(node)))
+            for node in tree.nodes[:-1]
+        }
     shape, dtype = x.shape, x.dtype
     wide = torch.complex128 if x.is_complex() else torch.float64
     core = x.detach().to(wide if x.device.type != "mps" else dtype)
@@ -138,12 +148,16 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
         full[: min(len(values), len(full))] = values[: len(full)]
         found[i] = (full * scale).to(x.real.dtype if x.is_complex() else dtype)
         if basis is not None:
-            core = (basis.mH @ matrix).reshape(-1, *(n for k, n in enumerate(core.shape) if k != axis))
+            core = (basis.mH @ matrix).reshape(
+                -1, *(n for k, n in enumerate(core.shape) if k != axis)
+            )
             axes = [i, *(a for a in axes if a != i)]
     return {tree.nodes[i]: found[i] for i in range(len(tree.nodes) - 1)}
 
 
-def _merge_axes(core: Tensor, axes: list[int], below: Sequence[int], node: int) -> tuple[Tensor, list[int]]:
+def _merge_axes(
+    core: Tensor, axes: list[int], below: Sequence[int], node: int
+) -> tuple[Tensor, list[int]]:
     """The core with the axes of a node's children made one, in front."""
     which = [axes.index(c) for c in below]
     rest = [k for k in range(core.ndim) if k not in which]

@@ -14,7 +14,7 @@ from tnreg.errors import DataError, OptionError, ShapeError
 from tnreg.factorization import Factorization
 from tnreg.network import Network
 from tnreg.rank import check_numbers
-from tnreg.tree import ModeTree
+from tnreg.tree import ModeTree, Node
 
 __all__ = ["Completion", "Sensing", "completion", "sensing"]
 
@@ -60,7 +60,8 @@ class Completion:
         if self.test_values is None:
             raise OptionError(
                 "test_error: no unseen entries are known to this task.\n"
-                "  give completion(index=, values=, sizes=, test_index=, test_values=), or a target to sample from"
+                "  give completion(index=, values=, sizes=, test_index=, test_values=),\n"
+                "  or a target to sample from"
             )
         return _relative_error(self._predict(model, seen=False), self.test_values)
 
@@ -69,7 +70,9 @@ class Completion:
         """``‖W - W*‖ / ‖W*‖`` over the observed entries."""
         return _relative_error(self._predict(model, seen=True), self.values)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Completion:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Completion:
         """The same task on another device or in another dtype."""
         tested = self.test_index is not None and self.test_values is not None
         return Completion(
@@ -105,7 +108,9 @@ class Sensing:
         target: The dense tensor, to test against.
     """
 
-    def __init__(self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None) -> None:
+    def __init__(
+        self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None
+    ) -> None:
         self.features, self.values, self.target = tuple(features), values, target
         self.sizes = tuple(part.shape[1] for part in self.features)
 
@@ -122,10 +127,16 @@ class Sensing:
             raise OptionError("test_error: this task does not know its target tensor.")
         return _relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Sensing:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Sensing:
         """The same task on another device or in another dtype."""
         target = None if self.target is None else self.target.to(device, dtype)
-        return Sensing([part.to(device, dtype) for part in self.features], self.values.to(device, dtype), target)
+        return Sensing(
+            [part.to(device, dtype) for part in self.features],
+            self.values.to(device, dtype),
+            target,
+        )
 
     def __repr__(self) -> str:
         return f"<Sensing of {self.sizes}: {len(self.values)} rank-one measurements>"
@@ -143,7 +154,7 @@ def completion(
     test_index: Tensor | None = None,
     test_values: Tensor | None = None,
 ) -> Completion:
-    """Tensor completion: ``completion(target, samples)``, or entries of your own by ``index=, values=, sizes=``.
+    """Tensor completion: ``completion(target, samples)``, or entries of your own by their index.
 
     Args:
         target: Dense tensor, or a ``Factorization`` that stands for one.
@@ -155,7 +166,8 @@ def completion(
         index: Observed multi-indices ``(B, N)``, int64.
         values: Their values ``(B,)``.
         sizes: Mode sizes.
-        test_index, test_values: Unseen entries to test on, if there are any.
+        test_index: Unseen multi-indices to test on, if there are any.
+        test_values: Their values.
 
     Raises:
         DataError: NaN without ``missing="nan"``, infinite or integer data, an index out of range,
@@ -169,8 +181,16 @@ def completion(
     """
     own = index is not None or values is not None or sizes is not None
     if own:
-        if target is not None or samples is not None or index is None or values is None or sizes is None:
-            raise OptionError("completion: give either target and samples, or index=, values= and sizes=.")
+        if (
+            target is not None
+            or samples is not None
+            or index is None
+            or values is None
+            or sizes is None
+        ):
+            raise OptionError(
+                "completion: give either target and samples, or index=, values= and sizes=."
+            )
         return Completion(index, values, sizes, test_index, test_values)
     dense = _target(target, "completion", missing)
     known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
@@ -214,8 +234,10 @@ def sensing(target: Any, samples: int, *, seed: int = 0) -> Sensing:
         dtype=dense.dtype,
         device=dense.device,
     )
-    eye = {n: torch.eye(size, dtype=dense.dtype) for n, size in enumerate(dense.shape)}
-    star.load_weights({**eye, star.tree.root: dense})
+    weights: dict[Node, Tensor] = {
+        n: torch.eye(size, dtype=dense.dtype) for n, size in enumerate(dense.shape)
+    }
+    star.load_weights({**weights, star.tree.root: dense})
     with torch.no_grad():
         values = star(features)
     return Sensing(features, values, dense)
@@ -223,7 +245,9 @@ def sensing(target: Any, samples: int, *, seed: int = 0) -> Sensing:
 
 def _target(target: Any, who: str, missing: str | None) -> Tensor:
     if missing not in (None, "nan"):
-        raise OptionError(f"{who}: unknown missing={missing!r}; write missing='nan' or leave it out.")
+        raise OptionError(
+            f"{who}: unknown missing={missing!r}; write missing='nan' or leave it out."
+        )
     if target is None:
         raise OptionError(f"{who}: a target tensor is missing.")
     with torch.no_grad():
@@ -276,7 +300,9 @@ def _check_model(model: Factorization, sizes: tuple[int, ...]) -> None:
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    return difference.abs().square().mean() if difference.is_complex() else difference.square().mean()
+    return (
+        difference.abs().square().mean() if difference.is_complex() else difference.square().mean()
+    )
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -99,7 +99,9 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     try:
         arrays = _READERS[path.suffix](path)
     except Exception as error:
-        reason = "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
+        reason = (
+            "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
+        )
         raise FileError(
             f"not a readable {path.suffix} file of numbers: {path}\n  {reason or type(error).__name__}"
         ) from None
@@ -107,7 +109,9 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
         raise FileError(f"no array {key!r} in {path}; it holds: {', '.join(arrays) or 'none'}")
     if not key and len(arrays) != 1:
         listed = ", ".join(arrays) or "none"
-        raise FileError(f"{path} holds {len(arrays)} arrays: {listed}\n  name one of them: {path}:NAME")
+        raise FileError(
+            f"{path} holds {len(arrays)} arrays: {listed}\n  name one of them: {path}:NAME"
+        )
     values = arrays[key or next(iter(arrays))]
     if not (values.is_floating_point() or values.is_complex()):
         raise DataError(
@@ -146,7 +150,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys()}
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
@@ -159,7 +163,9 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    native = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's byte order only
+    native = array.astype(
+        array.dtype.newbyteorder("=")
+    )  # torch reads the machine's byte order only
     return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 

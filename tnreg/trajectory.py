@@ -23,8 +23,8 @@ Array = np.ndarray[Any, Any]
 class Trajectory:
     """Observations along a training, as numpy arrays with one row per observation.
 
-    ``run.steps`` are the numbers of updates done at each observation; ``run["loss"]`` the loss there;
-    ``run[name]`` what the function of that name in ``observe`` returned: an array of shape
+    ``run.steps`` are the numbers of updates done at each observation; ``run["loss"]`` the loss
+    there; ``run[name]`` what the function of that name in ``observe`` returned: an array of shape
     ``(rows,)`` for numbers, ``(rows, *shape)`` for tensors, ``{key: array}`` for dicts such as
     local components or spectra. ``run.stop_reason`` says why the training ended.
     """
@@ -55,7 +55,9 @@ class Trajectory:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._rows:
-            raise OptionError(f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}.")
+            raise OptionError(
+                f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}."
+            )
         rows = self._rows[name]
         if rows and isinstance(rows[0], dict):
             return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
@@ -93,9 +95,11 @@ class Trajectory:
                 arrays[name] = value
         about = json.dumps({"stop_reason": self.stop_reason, "names": list(self._rows)})
 
+        everything: dict[str, Any] = {"steps ": self.steps, "about ": np.array(about), **arrays}
+
         def write(beside: Path) -> None:
             with beside.open("wb") as file:
-                np.savez_compressed(file, **{"steps ": self.steps, "about ": np.array(about)}, **arrays)
+                np.savez_compressed(file, **everything)
 
         write_whole(path, write)
 
@@ -116,10 +120,15 @@ class Trajectory:
                     if name in file:
                         run._rows[name] = list(file[name])
                         continue
-                    keys = {k: _read_key(k[len(name) + 1 :]) for k in file.files if k.startswith(f"{name}/")}
+                    keys = {
+                        k: _read_key(k[len(name) + 1 :])
+                        for k in file.files
+                        if k.startswith(f"{name}/")
+                    }
                     columns = {key: file[stored] for stored, key in keys.items()}
                     run._rows[name] = [
-                        {key: column[i] for key, column in columns.items()} for i in range(len(run._steps))
+                        {key: column[i] for key, column in columns.items()}
+                        for i in range(len(run._steps))
                     ]
         except FileNotFoundError:
             raise FileError(f"no such trajectory file: {path}") from None
@@ -132,7 +141,8 @@ class Trajectory:
 
     def __repr__(self) -> str:
         last = f", last step {self._steps[-1]}" if self._steps else ""
-        return f"<Trajectory of {len(self)} rows{last}: {', '.join(self._rows)}; {self.stop_reason or 'running'}>"
+        names, state = ", ".join(self._rows), self.stop_reason or "running"
+        return f"<Trajectory of {len(self)} rows{last}: {names}; {state}>"
 
 
 def _freeze(value: Any) -> Any:
@@ -145,7 +155,11 @@ def _freeze(value: Any) -> Any:
 
 
 def _form(value: Any) -> Any:
-    return {k: v.shape for k, v in value.items()} if isinstance(value, dict) else getattr(value, "shape", None)
+    return (
+        {k: v.shape for k, v in value.items()}
+        if isinstance(value, dict)
+        else getattr(value, "shape", None)
+    )
 
 
 def _read_key(text: str) -> Any:

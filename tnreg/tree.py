@@ -1,9 +1,9 @@
 """Mode trees: rooted trees whose leaves are the modes ``0..N-1`` of a tensor.
 
 A ``ModeTree`` is a checked, frozen ``networkx.DiGraph`` with edges from parent to child. Every node
-stands for the modes below it. A leaf's name is its mode; an interior node is named by the sorted tuple
-of the modes below it, ``(0, 1)``; a node with one child by the tuple of that child's name, ``(0,)``.
-Names of interior nodes that a networkx graph brings along are kept.
+stands for the modes below it. A leaf's name is its mode; an interior node is named by the sorted
+tuple of the modes below it, ``(0, 1)``; a node with one child by the tuple of that child's name,
+``(0,)``. Names of interior nodes that a networkx graph brings along are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tnreg.files import write_whole
 
 Node = Hashable
 
-__all__ = ["ModeTree", "Node", "gallery", "load_tree", "read_tree_file"]
+__all__ = ["ModeTree", "Node", "gallery", "load_tree", "read_tree", "read_tree_file"]
 
 # A JSON reader recurses once per level; deeper trees are stored as flat lists of child positions.
 _NESTED_DEPTH = 100
@@ -31,8 +31,8 @@ class ModeTree:
     """A rooted tree over the modes ``0..N-1`` of an order-N tensor.
 
     Any arity, leaves beside interior nodes, nodes with one child, and modes that are not contiguous
-    are all allowed. Trees are immutable; two are equal if they have the same nodes and every node has
-    the same children in the same order (full joins lay out their weights in that order).
+    are all allowed. Trees are immutable; two are equal if they have the same nodes and every node
+    has the same children in the same order (full joins lay out their weights in that order).
 
     Args:
         structure: Nested sequences of mode numbers, ``[[0, 1], [2, 3]]``, or a ``networkx.DiGraph``
@@ -49,7 +49,7 @@ class ModeTree:
         ((2, 3), (2, 3), (2, 3))
     """
 
-    def __init__(self, structure: Sequence[Any] | nx.DiGraph | ModeTree) -> None:
+    def __init__(self, structure: Sequence[Any] | nx.DiGraph[Any] | ModeTree) -> None:
         if isinstance(structure, ModeTree):
             names, links = structure.nodes, structure.links
         elif isinstance(structure, nx.Graph):
@@ -69,7 +69,7 @@ class ModeTree:
         self._heights = tuple(heights)
         self._hash = hash((names, links))
         self._modes: tuple[tuple[int, ...], ...] | None = None
-        self._graph: nx.DiGraph | None = None
+        self._graph: nx.DiGraph[Any] | None = None
 
     # Families
 
@@ -133,9 +133,9 @@ class ModeTree:
     def grid(cls, shape: tuple[int, int], *, window: tuple[int, int] = (2, 2)) -> ModeTree:
         """Quad tree of an image of ``shape = (height, width)``; mode = row * width + column.
 
-        Each level joins windows of ``window = (rows, columns)`` nodes; at ragged edges a window holds
-        fewer, and a node alone in its window waits for the next level. Once no window can join
-        anything more, what is left is joined at the root.
+        Each level joins windows of ``window = (rows, columns)`` nodes; at ragged edges a window
+        holds fewer, and a node alone in its window waits for the next level. Once no window can
+        join anything more, what is left is joined at the root.
         """
         try:
             (height, width), (rows, columns) = shape, window
@@ -149,7 +149,9 @@ class ModeTree:
         _check_count("grid", "rows of the window", rows, 1)
         _check_count("grid", "columns of the window", columns, 1)
         if rows * columns == 1:
-            raise TreeError("ModeTree.grid: a window of (1, 1) joins nothing; write e.g. window=(2, 2).")
+            raise TreeError(
+                "ModeTree.grid: a window of (1, 1) joins nothing; write e.g. window=(2, 2)."
+            )
         level: list[list[Any]] = [[r * width + c for c in range(width)] for r in range(height)]
         while (len(level) > 1 and rows > 1) or (len(level[0]) > 1 and columns > 1):
             level = [
@@ -200,10 +202,10 @@ class ModeTree:
         return self._heights
 
     @property
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> nx.DiGraph[Any]:
         """The tree as a frozen ``networkx.DiGraph``, edges parent -> child, children in order."""
         if self._graph is None:
-            graph = nx.DiGraph()
+            graph: nx.DiGraph[Any] = nx.DiGraph()
             stack = [len(self._names) - 1]
             while stack:  # parents first, so that networkx draws and walks it from the root
                 i = stack.pop()
@@ -240,7 +242,7 @@ class ModeTree:
                     modes.append((name,))  # type: ignore[arg-type]
                 else:
                     found = tuple(sorted(m for c in below for m in modes[c]))
-                    modes.append(name if name == found else found)  # type: ignore[arg-type]
+                    modes.append(name if name == found else found)
             self._modes = tuple(modes)
         return self._modes[self.position(node)]
 
@@ -249,7 +251,10 @@ class ModeTree:
             return True
         if not isinstance(other, ModeTree):
             return NotImplemented
-        return self._hash == other._hash and (self._names, self._links) == (other._names, other._links)
+        return self._hash == other._hash and (self._names, self._links) == (
+            other._names,
+            other._links,
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -279,7 +284,9 @@ class ModeTree:
         """
         graph = self.graph
         labels = {name: label(name) for name in self._names}
-        shown = nx.relabel_nodes(graph, {name: (i, labels[name]) for name, i in self._position.items()})
+        shown = nx.relabel_nodes(
+            graph, {name: (i, labels[name]) for name, i in self._position.items()}
+        )
         for node in shown:
             shown.nodes[node]["label"] = node[1]
         lines = nx.generate_network_text(
@@ -308,8 +315,21 @@ def load_tree(source: str | os.PathLike[str]) -> ModeTree:
     return tree_from_json(content, where=str(source))
 
 
+def read_tree(text: str) -> ModeTree:
+    """A tree from one argument: nested lists as text, ``"[[0, 1], [2, 3]]"``, or what ``load_tree`` takes."""
+    if not text.lstrip().startswith("["):
+        return load_tree(text)
+    try:
+        nested = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TreeError(
+            f"not nested lists of mode numbers: {text}\n  {error}\n  write e.g. [[0, 1], [2, 3]]"
+        ) from None
+    return ModeTree(nested)
+
+
 def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object of a gallery tree or tree file, with its optional ``modes``, ``sizes`` and ``about``."""
+    """The JSON object of a tree file, with its optional ``modes``, ``sizes`` and ``about``."""
     path = Path(source)
     if not path.suffix and not path.exists():
         path = _gallery_folder() / f"{source}.json"
@@ -362,7 +382,7 @@ def tree_to_json(tree: ModeTree) -> dict[str, Any]:
 def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
     """Rebuild a tree from what ``tree_to_json`` gave."""
     tree = content.get("tree") if isinstance(content, dict) else None
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[Any] = nx.DiGraph()
     try:
         if isinstance(tree, dict) and "links" in tree:
             links = [below if isinstance(below, list) else [] for below in tree["links"]]
@@ -426,7 +446,7 @@ def _gallery_folder() -> Path:
 
 
 def _rebuild(names: tuple[Node, ...], links: tuple[tuple[int, ...], ...]) -> ModeTree:
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from(names)
     graph.add_edges_from((names[i], names[c]) for i, below in enumerate(links) for c in below)
     return ModeTree(graph)
@@ -434,7 +454,9 @@ def _rebuild(names: tuple[Node, ...], links: tuple[tuple[int, ...], ...]) -> Mod
 
 def _check_count(family: str, what: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TreeError(f"ModeTree.{family}: {what} must be an integer >= {least}, found {value!r}.")
+        raise TreeError(
+            f"ModeTree.{family}: {what} must be an integer >= {least}, found {value!r}."
+        )
 
 
 def _join(nodes: list[Any]) -> Any:
@@ -462,7 +484,11 @@ def _default_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> lis
             out.append(names[i])
             modes.append((names[i],))  # type: ignore[arg-type]
             continue
-        modes.append(modes[below[0]] if len(below) == 1 else tuple(sorted(m for c in below for m in modes[c])))
+        modes.append(
+            modes[below[0]]
+            if len(below) == 1
+            else tuple(sorted(m for c in below for m in modes[c]))
+        )
         out.append((out[below[0]],) if len(below) == 1 else modes[-1])
     return out
 
@@ -489,7 +515,7 @@ def _read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...
     # Depth first without recursion: a caterpillar over a thousand modes nests a thousand lists.
     path: list[tuple[Any, Iterator[Any], list[int]]] = [(structure, iter(structure), [])]
     while path:
-        value, rest, below = path[-1]
+        _, rest, below = path[-1]
         for item in rest:
             if isinstance(item, list | tuple):
                 if any(item is above for above, _, _ in path):
@@ -517,7 +543,7 @@ def _read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...
     return tuple(_default_names(links, names)), tuple(map(tuple, links))
 
 
-def _read_graph(graph: nx.Graph) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
+def _read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
     if not graph.is_directed():
         raise TreeError(
             "not a mode tree: the graph is undirected, so it has no root.\n"
@@ -535,7 +561,9 @@ def _read_graph(graph: nx.Graph) -> tuple[tuple[Node, ...], tuple[tuple[int, ...
         )
     if not roots:
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
-        raise TreeError(f"not a mode tree: no root, every node has a parent; there is a cycle {cycle}.")
+        raise TreeError(
+            f"not a mode tree: no root, every node has a parent; there is a cycle {cycle}."
+        )
     if len(roots) > 1:
         raise TreeError(
             f"not a mode tree: it has {len(roots)} roots, {roots[:8]}.\n"

@@ -1,0 +1,320 @@
+"""The command line: ``tnreg tree | rank | fit | plot | demo``.
+
+Options are typed function arguments, read by tyro; results are tables by rich. Exit codes: 0 done,
+1 bad input (one message on standard error), 2 unknown options, 130 interrupted before anything ran.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tnreg import (
+    ModeTree,
+    Trajectory,
+    effective_rank,
+    entanglement_entropy,
+    gallery,
+    hierarchical_rank,
+    load,
+    load_tensor,
+    load_tree,
+    plots,
+    spectra,
+)
+from tnreg.errors import OptionError, TnregError
+from tnreg.tree import read_tree, read_tree_file
+
+if TYPE_CHECKING:
+    from tnreg.tensors import DenseTensor
+
+__all__ = ["main"]
+
+console = Console()
+
+
+def tree(
+    source: str,
+    /,
+    *,
+    ascii: bool = False,
+    sizes: bool = False,
+    png: Path | None = None,
+) -> None:
+    """Draw a mode tree.
+
+    Args:
+        source: A gallery name (htf-4), a JSON file, or nested lists ("[[0,1],[2,3]]"); "list" lists
+            the gallery.
+        ascii: Draw with plain characters only.
+        sizes: Show mode names and sizes, where the file has them.
+        png: Also draw a picture into this file.
+    """
+    if source == "list":
+        table = Table("name", "order", "nodes", "about")
+        for name in gallery():
+            one, about = load_tree(name), read_tree_file(name)
+            table.add_row(name, str(one.order), str(len(one.nodes)), about.get("about", ""))
+        console.print(table)
+        return
+    found, about = read_tree(source), _tree_about(source)
+    labels: dict[Any, str] = {}
+    if sizes:
+        for mode in range(found.order):
+            name = (about.get("modes") or [""] * found.order)[mode]
+            size = (about.get("sizes") or [""] * found.order)[mode]
+            labels[mode] = " ".join(
+                part for part in (str(mode), str(name), f"size {size}" if size else "") if part
+            )
+    # plain print: a drawing is for pipes and files as well, without colours or wrapping
+    print(found.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
+    print(f"order {found.order}, {len(found.nodes)} nodes, height {found.heights[-1]}")
+    if png is not None:
+        plots.save_figure(plots.tree(found, _figure(), labels=labels).figure, png)
+        print(f"wrote {png}")
+
+
+def rank(
+    file: str,
+    /,
+    *,
+    tree: str | None = None,
+    rtol: float = 1e-3,
+    missing: Literal["nan"] | None = None,
+    device: str = "cpu",
+    png: Path | None = None,
+) -> None:
+    """Table of hierarchical ranks, effective ranks and entropies of a tensor along a tree.
+
+    Args:
+        file: A .npy, .npz, .safetensors or .pt file, a model that `tnreg fit` saved, or kinetic,
+            il2, covid19, indian-pines.
+        tree: Gallery name, JSON file or nested lists; a binary tree if left out (a model's own for
+            a model).
+        rtol: A singular value counts if it is above rtol times the largest of its node.
+        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
+            others here.
+        device: Any torch device, e.g. cuda.
+        png: Draw the singular values into this file.
+    """
+    subject, along, name = _rank_subject(file, tree, missing, _device(device))
+    with console.status("singular values ..."):
+        found = spectra(subject, along)
+        ranks = hierarchical_rank(subject, along, rtol=rtol)
+    table = Table(title=f"{name} {tuple(subject.sizes if along is None else subject.shape)}")
+    table.add_column("node")
+    heads = ("singular values", f"rank (rtol {rtol:g})", "effective rank", "entropy", "largest")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for node, s in found.items():
+        effective, entropy = float(effective_rank(s)), float(entanglement_entropy(s))
+        figures = (f"{effective:.2f}", f"{entropy:.3f}", f"{float(s[0]):.4g}")
+        table.add_row(str(node), str(len(s)), str(ranks[node]), *figures)
+    console.print(table)
+    if png is not None:
+        plots.save_figure(plots.spectra(found, _figure()).figure, png)
+        console.print(f"wrote {png}")
+
+
+def fit(
+    file: str,
+    /,
+    *,
+    tree: str | None = None,
+    observed: float = 0.3,
+    rank: int = 32,
+    join: Literal["diagonal", "full"] = "diagonal",
+    root: Literal["trained", "ones"] = "trained",
+    steps: int = 5000,
+    every: int = 25,
+    lr: float = 1e-2,
+    std: float = 0.1,
+    optimizer: Literal["group-rmsprop", "sgd", "adam", "lbfgs"] = "group-rmsprop",
+    missing: Literal["nan"] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: Literal["float32", "float64"] = "float32",
+    out: Path = Path("runs/fit"),
+    progress: bool = True,
+) -> None:
+    """Complete a tensor from a part of its entries with a factorization along a tree.
+
+    Writes a folder with config.json, model.safetensors, trajectory.npz and training.png; Ctrl-C
+    ends the training and writes what was recorded.
+
+    Args:
+        file: A .npy, .npz, .safetensors or .pt file, or kinetic, il2, covid19, indian-pines.
+        tree: Gallery name, JSON file or nested lists; a binary tree if left out.
+        observed: Share of the known entries that is observed; the rest tests.
+        rank: Size of every bond.
+        join: Kind of join at every node.
+        root: "ones" fixes the weight of a diagonal root (CP without weights).
+        steps: Updates.
+        every: Updates between observations.
+        lr: Learning rate.
+        std: Standard deviation of the initial weights.
+        optimizer: group-rmsprop is that of the theory.
+        missing: "nan": entries that are NaN were not measured.
+        seed: Chooses the observed entries and the initial weights.
+        device: Any torch device, e.g. cuda.
+        dtype: Type of the weights.
+        out: Folder of the run; one that tnreg wrote before is replaced, any other is refused.
+        progress: Show a progress bar.
+    """
+    from tnreg.experiments import completion
+
+    config = completion.Config(
+        tensor=file,
+        tree=tree,
+        observed=observed,
+        rank=rank,
+        join=join,
+        root=root,
+        steps=steps,
+        every=every,
+        lr=lr,
+        std=std,
+        optimizer=optimizer,
+        missing=missing,
+        seed=seed,
+        device=str(_device(device)),
+        dtype=dtype,
+    )
+    summary = completion.run(config, out, progress=progress)
+    table = Table("", "", title=f"{file} along {summary['tree']}", show_header=False)
+    for key in summary:
+        if key == "tree":
+            continue
+        value = summary[key]
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    console.print(f"wrote {out}")
+
+
+def plot(
+    run: Path,
+    /,
+    *,
+    names: tuple[str, ...] = (),
+    linear: bool = False,
+    png: Path | None = None,
+) -> None:
+    """Draw what a run recorded.
+
+    Args:
+        run: A run folder, or a trajectory .npz file.
+        names: What to draw, one panel each; everything that was recorded if left out.
+        linear: Linear instead of logarithmic vertical axes.
+        png: Where to write the picture; training.png in the run folder if left out.
+    """
+    file = run / "trajectory.npz" if run.is_dir() else run
+    found = Trajectory.load(file)
+    target = png or file.with_name("training.png")
+    from tnreg.experiments import completion
+
+    plots.save_figure(completion.draw(found, names or found.names, log=not linear), target)
+    console.print(f"{found!r}")
+    console.print(f"wrote {target}")
+
+
+def demo(
+    *,
+    out: Path = Path("runs/demo"),
+    device: str = "cpu",
+    seed: int = 0,
+    steps: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Complete a real tensor along a tree, end to end, and write a report.
+
+    Args:
+        out: Folder for pictures, trajectory, model and report.html.
+        device: Any torch device, e.g. cuda.
+        seed: Chooses the observed entries and the initial weights.
+        steps: Fewer updates than the demo's own, to try it out.
+        progress: Show progress bars.
+    """
+    from tnreg.experiments import demo as experiment
+
+    config = experiment.Config(device=str(_device(device)), seed=seed)
+    if steps is not None:
+        config = dataclasses.replace(config, steps=steps)
+    experiment.run(config, out, console=console, progress=progress)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the ``tnreg`` command."""
+    commands: dict[str, Any] = {"demo": demo, "tree": tree, "rank": rank, "fit": fit, "plot": plot}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="tnreg",
+            description="Tensor factorizations over mode trees: draw them, rank tensors, complete tensors.",
+            args=list(sys.argv[1:] if arguments is None else arguments),
+        )
+    except TnregError as error:
+        print(f"tnreg: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("tnreg: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _tree_about(source: str) -> dict[str, Any]:
+    return {} if source.lstrip().startswith("[") else read_tree_file(source)
+
+
+def _rank_subject(
+    file: str, tree: str | None, missing: str | None, device: torch.device
+) -> tuple[Any, Any, str]:
+    if file.endswith(".safetensors") and Path(file).is_file() and _is_model(file):
+        model = load(file, device=device)
+        if tree is None:
+            return model, None, Path(file).stem
+        return model.to_tensor().detach(), read_tree(tree), Path(file).stem
+    found: DenseTensor = load_tensor(file)
+    values = found.values.to(device)
+    if missing == "nan":
+        values = torch.where(torch.isnan(values), values.nanmean(), values)
+    elif found.missing:
+        raise OptionError(
+            f"{file} has {found.missing} missing entries (NaN); ranks need all of them.\n"
+            "  --missing nan sets them to the mean of the others; or complete it first: tnreg fit"
+        )
+    along = ModeTree.binary(values.ndim) if tree is None else read_tree(tree)
+    return values, along, found.name
+
+
+def _is_model(file: str) -> bool:
+    try:
+        load(file)
+    except TnregError:
+        return False
+    return True
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _figure() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, 4.5), layout="constrained").subplots()
+
+
+if __name__ == "__main__":
+    main()

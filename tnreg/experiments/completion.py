@@ -1,0 +1,192 @@
+"""Complete a tensor from a part of its entries, along any tree, into a run folder.
+
+A run folder holds ``config.json`` (settings, versions, results), ``model.safetensors``,
+``trajectory.npz`` and ``training.png``. It appears as a whole when the run ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tnreg
+from tnreg.errors import OptionError
+from tnreg.factorization import Factorization
+from tnreg.files import folder_written_whole
+from tnreg.fit import fit
+from tnreg.plots import save_figure, trajectory
+from tnreg.tasks import Completion, completion
+from tnreg.tensors import DenseTensor, load_tensor
+from tnreg.trajectory import Trajectory
+from tnreg.tree import ModeTree, read_tree
+
+__all__ = ["Config", "figure", "run"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one completion.
+
+    Attributes:
+        tensor: Name or file, for ``tnreg.load_tensor``.
+        tree: Gallery name, JSON file or nested lists; ``None`` for a binary tree.
+        observed: Share of the known entries that is observed.
+        rank: Size of every bond.
+        join: Kind of join at every node.
+        root: ``"trained"`` or ``"ones"``.
+        steps: Updates.
+        every: Updates between observations.
+        lr: Learning rate.
+        std: Standard deviation of the initial weights.
+        optimizer: Name of an optimizer of ``tnreg.fit``.
+        missing: ``"nan"`` if NaN marks entries that were not measured.
+        seed: Chooses the observed entries and the initial weights.
+        device: Torch device.
+        dtype: ``"float32"`` or ``"float64"``.
+    """
+
+    tensor: str = "il2"
+    tree: str | None = None
+    observed: float = 0.3
+    rank: int = 32
+    join: str = "diagonal"
+    root: str = "trained"
+    steps: int = 5000
+    every: int = 25
+    lr: float = 1e-2
+    std: float = 0.1
+    optimizer: str = "group-rmsprop"
+    missing: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+tiny = Config(tree="htf-4", rank=4, steps=30, every=10, missing="nan")
+
+
+def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[str, Any]:
+    """Train, write the folder, and return its summary.
+
+    Ctrl-C during the training ends it and writes what was recorded.
+    """
+    tensor = load_tensor(config.tensor)
+    tree = ModeTree.binary(tensor.values.ndim) if config.tree is None else read_tree(config.tree)
+    if not 0 < config.observed < 1:
+        raise OptionError(f"observed must be a share between 0 and 1, found {config.observed!r}.")
+    with folder_written_whole(folder) as beside:
+        task = scaled_task(
+            tensor, config.observed, config.seed, config.missing, config.dtype, config.device
+        )
+        model = Factorization(
+            tree,
+            tensor.values.shape,
+            config.rank,
+            join=config.join,
+            root=config.root,
+            std=config.std,
+            dtype=getattr(torch, config.dtype),
+            generator=torch.Generator().manual_seed(config.seed),
+        ).to(config.device)
+        observe: dict[str, Any] = {
+            "test error": task.test_error,
+            "unbalancedness": Factorization.unbalancedness,
+        }
+        if "diagonal" in model.network.joins:
+            observe["components"] = Factorization.local_components
+        start = time.perf_counter()
+        found = fit(
+            model, task.loss, steps=config.steps, optimizer=config.optimizer, lr=config.lr,
+            observe=observe, every=config.every, progress=progress,
+        )  # fmt: skip
+        summary = {
+            "tree": repr(tree),
+            "observed entries": len(task.values),
+            "unseen entries": len(found_values(task)),
+            "weights": sum(p.numel() for p in model.parameters()),
+            "seconds": time.perf_counter() - start,
+            "stopped by": found.stop_reason,
+            "final loss": float(found["loss"][-1]),
+            "train error": task.train_error(model),
+            "test error": task.test_error(model),
+            "test error of the mean": mean_error(task),
+        }
+        write_run(beside, config, found, model, summary)
+        save_figure(draw(found, found.names), beside / "training.png")
+    return summary
+
+
+def figure(folder: str | Path) -> Path:
+    """Draw ``training.png`` of a run folder again."""
+    path = Path(folder)
+    found = Trajectory.load(path / "trajectory.npz")
+    return save_figure(draw(found, found.names), path / "training.png")
+
+
+def draw(found: Trajectory, names: Sequence[str], *, log: bool = True) -> Any:
+    """One panel for each of the recorded names."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in names if _drawable(found[name])]
+    drawn = Figure(figsize=(4.2 * max(len(names), 1), 3.4), layout="constrained")
+    for name, ax in zip(
+        names, drawn.subplots(1, max(len(names), 1), squeeze=False)[0], strict=False
+    ):
+        trajectory(found, ax, names=[name], log=log)
+        ax.set_title(name)
+    return drawn
+
+
+def scaled_task(
+    tensor: DenseTensor, observed: float, seed: int, missing: str | None, dtype: str, device: str
+) -> Completion:
+    """The completion task of a tensor whose known entries are scaled to a mean square of 1."""
+    values = tensor.values.to(getattr(torch, dtype))
+    known = values[~torch.isnan(values)]
+    scale = known.square().mean().sqrt() if len(known) else torch.ones(())
+    return completion(
+        values / torch.where(scale > 0, scale, 1), observed, seed=seed, missing=missing
+    ).to(device)
+
+
+def mean_error(task: Completion) -> float:
+    """Test error of predicting the mean of the observed entries everywhere."""
+    values = found_values(task)
+    return float((values - task.values.mean()).norm() / values.norm())
+
+
+def found_values(task: Completion) -> torch.Tensor:
+    """Unseen values of a task made from a target."""
+    assert task.test_values is not None
+    return task.test_values
+
+
+def write_run(
+    folder: Path, config: Any, found: Trajectory, model: Factorization, summary: dict[str, Any]
+) -> None:
+    """Write what every run folder holds."""
+    found.save(folder / "trajectory.npz")
+    model.save(folder / "model.safetensors")
+    about = {
+        "tnreg": tnreg.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "config": dataclasses.asdict(config),
+        "summary": summary,
+    }
+    (folder / "config.json").write_text(
+        json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
+    )
+
+
+def _drawable(values: Any) -> bool:
+    parts = values.values() if isinstance(values, dict) else [values]
+    return all(part.dtype.kind == "f" for part in parts)
