@@ -16,6 +16,7 @@ multiply-add of a sum.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ __all__ = ["Einsum", "Plan", "contract", "einsum", "plan"]
 # Measured on two CPU cores (8⁴ entries, width 512): it ranks dense, distinct and per-sample as timed.
 _FLOPS_PER_MOVE = 32
 
+# Networks of at most this many tensors get an exhaustive path search (some milliseconds, once).
+_EXHAUSTIVE = 20
+
 # Entries beyond which a dense tensor is not even considered (8 TB in float64).
 DENSE_LIMIT = 2**40
 
@@ -52,6 +56,7 @@ class Einsum:
         flops: Counted flops of all steps.
         largest: Entries of the largest intermediate or result.
         moved: Entries of all intermediates and the result.
+        inputs_last: Whether a network's inputs come after its weights.
     """
 
     equation: str
@@ -59,6 +64,7 @@ class Einsum:
     flops: int
     largest: int
     moved: int
+    inputs_last: bool = False
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         """Carry out the steps."""
@@ -69,12 +75,13 @@ class Einsum:
 
 
 @lru_cache(maxsize=4096)
-def einsum(equation: str, *shapes: tuple[int, ...]) -> Einsum:
-    """Plan an einsum with opt_einsum's ``auto`` and count its cost.
+def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Einsum:
+    """Plan an einsum with a path search of opt_einsum and count its cost.
 
     Args:
         equation: Explicit einsum equation; any number of distinct symbols.
         *shapes: Shape of each operand.
+        search: Name of the path search.
     """
     inputs, output = equation.split("->")
     terms = inputs.split(",")
@@ -83,7 +90,7 @@ def einsum(equation: str, *shapes: tuple[int, ...]) -> Einsum:
         for term, shape in zip(terms, shapes, strict=True)
         for s, n in zip(term, shape, strict=True)
     }
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
     flops = largest = moved = 0
     steps = []
     for step in path:
@@ -342,7 +349,8 @@ def contract(
         parts = [stack.unbind(0) for stack in stacks]
         weights = [parts[s][k] for s, k in (network.slots[p] for p in network.weighted)]
         features = inputs.unbind(1) if isinstance(inputs, Tensor) else inputs
-        out = plan.whole([*features, *weights])
+        last = plan.whole.inputs_last
+        out = plan.whole([*weights, *features] if last else [*features, *weights])
     else:
         out = _run_schedule(plan, stacks, inputs)
     if plan.take is not None:
@@ -453,28 +461,49 @@ def _cheaper(
 ) -> Plan:
     flops, largest, _ = _cost(network, joins)
     candidates = {"tree": flops, "opt_einsum": whole.flops}
-    if flops <= whole.flops:
+    if cheapest(candidates) == "tree":
         return Plan(network, kind, "tree", flops, largest, candidates, batch, joins)
     return Plan(
         network, kind, "opt_einsum", whole.flops, whole.largest, candidates, batch, whole=whole
     )
 
 
+def cheapest(costs: Mapping[str, int]) -> str:
+    """The route of least cost; the first one of equals."""
+    return min(costs, key=lambda route: costs[route])
+
+
 def _whole(network: Network, batch: int | None) -> Einsum:
-    """The network as one einsum for opt_einsum's own path search."""
+    """The network as one einsum, by the cheapest path that opt_einsum finds.
+
+    What ``auto`` finds depends on the order of the operands, so both orders of weights and inputs are
+    tried, and for small networks dynamic programming as well.
+    """
     order = network.tree.order
-    letters = order + len(network.tree.nodes)  # modes, then bonds; the batch after them
+    batch_index = order + len(network.tree.nodes)  # modes, then bonds, then the batch
 
     def word(indices: Sequence[int]) -> str:
         return "".join(get_symbol(i) for i in indices)
 
-    terms = [word(network.indices(p)) for p in network.weighted]
-    shapes = [network.shape(p) for p in network.weighted]
-    if batch is None:
-        return einsum(f"{','.join(terms)}->{word(range(order))}", *shapes)
-    terms = [word((letters, mode)) for mode in range(order)] + terms
-    shapes = [(batch, size) for size in network.sizes] + shapes
-    return einsum(f"{','.join(terms)}->{word((letters,))}", *shapes)
+    weights = [(word(network.indices(p)), network.shape(p)) for p in network.weighted]
+    inputs: list[tuple[str, tuple[int, ...]]] = []
+    if batch is not None:
+        sizes = enumerate(network.sizes)
+        inputs = [(word((batch_index, mode)), (batch, size)) for mode, size in sizes]
+    output = word(range(order)) if batch is None else word((batch_index,))
+
+    def search(operands: list[tuple[str, tuple[int, ...]]], how: str) -> Einsum:
+        terms = ",".join(term for term, _ in operands)
+        return einsum(f"{terms}->{output}", *(shape for _, shape in operands), search=how)
+
+    found = [search(inputs + weights, "auto")]
+    if inputs:
+        found.append(search(weights + inputs, "auto"))
+    if len(inputs + weights) <= _EXHAUSTIVE:
+        found.append(search(inputs + weights, "dp"))
+    best = min(found, key=lambda path: path.flops)
+    # contract() hands in the inputs first
+    return dataclasses.replace(best, inputs_last=bool(inputs) and best is found[1])
 
 
 def _cost(network: Network, joins: Sequence[Join]) -> tuple[int, int, int]:
@@ -686,7 +715,7 @@ def _plan_entries(network: Network, index: Tensor) -> Plan:
     routes["per-sample"] = (flops, largest, joins, None, None)
     costs["per-sample"] = flops + _FLOPS_PER_MOVE * moved
 
-    best = min(costs, key=lambda route: costs[route])
+    best = cheapest(costs)
     flops, largest, joins, whole, where = routes[best]
     return Plan(network, "entries", best, flops, largest, costs, count, joins, whole, where)
 

@@ -267,8 +267,7 @@ class Factorization(nn.Module):
         range of the dtype overflows. Cost: linear in the number of nodes.
         """
         value, scale = self._scaled_inner(self)
-        # two factors: the scale's own exponential may overflow where the product does not
-        return value.real.clamp_min(0).sqrt() * (scale / 4).exp() * (scale / 4).exp()
+        return _unscaled(value.real.clamp_min(0).sqrt(), scale / 2)
 
     def inner(self, other: Factorization) -> Tensor:
         """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
@@ -288,7 +287,7 @@ class Factorization(nn.Module):
                 f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
             )
         value, scale = self._scaled_inner(other)
-        return value * (scale / 2).exp() * (scale / 2).exp()
+        return _unscaled(value, scale)
 
     def _scaled_inner(self, other: Factorization) -> tuple[Tensor, Tensor]:
         """``(x, s)`` with ``<self, other> = x exp(s)`` and ``|x|`` of moderate size."""
@@ -449,7 +448,8 @@ def load(
     try:
         with safetensors.safe_open(file_path, framework="pt", device="cpu") as file:
             about = (file.metadata() or {}).get("tnreg")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            # copies: what is mapped from the file can be too poorly aligned for complex numbers
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except Exception as error:
         raise FileError(f"not a safetensors file: {file_path}\n  {error}\n{expected}") from None
     if about is None:
@@ -511,6 +511,14 @@ def _rescale(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` divided by its largest magnitude, and the logarithm of that, a constant to autograd."""
     largest = _largest(x)
     return x / largest, largest.log()
+
+
+def _unscaled(value: Tensor, log: Tensor) -> Tensor:
+    """``value * exp(log)``: infinite only if the result is, and zeros stay zeros."""
+    if value.is_complex():
+        return torch.complex(_unscaled(value.real, log), _unscaled(value.imag, log))
+    half = (log / 2).exp()  # exp(log) alone may overflow where the product does not
+    return torch.where(value == 0, torch.zeros_like(value), value * half * half)
 
 
 def _largest(x: Tensor) -> Tensor:

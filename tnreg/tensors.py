@@ -150,7 +150,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+        return {key: file.get_tensor(key).clone() for key in file.keys()}
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,484 @@
+"""Law x tree: what must hold for every tree, join, root and dtype."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import definition
+import numpy as np
+import opt_einsum
+import pytest
+import torch
+import zoo
+from hypothesis import HealthCheck, given, settings
+
+from tnreg import (
+    Factorization,
+    ModeTree,
+    balance_,
+    hierarchical_rank,
+    matricize,
+    network,
+    plan,
+    spectra,
+)
+
+ZOO = list(zoo.zoo())
+some = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def number(x):
+    return float(x.detach())
+
+
+def assert_close(found, wanted, rtol=1e-12):
+    found, wanted = found.detach(), torch.as_tensor(wanted).detach()
+    assert found.shape == wanted.shape
+    scale = float(wanted.abs().max()) if wanted.numel() else 1.0
+    assert float((found - wanted).abs().max()) <= rtol * max(scale, 1e-300)
+
+
+def contracted_by_tensornetwork(model):
+    import tensornetwork
+
+    nodes = network(model)
+    dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda e: int(e.name.split()[1]))
+    assert [edge.name for edge in dangling] == [f"mode {n}" for n in range(model.tree.order)]
+    return tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor
+
+
+def rank_one(features, b):
+    out = features[0][b]
+    for x in features[1:]:
+        out = out.unsqueeze(-1) * x[b]
+    return out
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_dense_is_definition(model):
+    assert_close(model.to_tensor(), definition.of_model(model))
+
+
+@given(zoo.models())
+@some
+def test_dense_is_definition_random(model):
+    assert_close(model.to_tensor(), definition.of_model(model))
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_tensornetwork_contraction_is_ours(model):
+    assert_close(contracted_by_tensornetwork(model), model.to_tensor())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_tensornetwork_in_single_precision(dtype):
+    model = zoo.model_of(zoo.TREES["cp-4"], root="ones", dtype=dtype)
+    assert_close(contracted_by_tensornetwork(model), model.to_tensor(), 1e-5)
+
+
+def check_entries(model):
+    dense = model.to_tensor()
+    routes = set()
+    # few, many and repeated entries, so that every route is chosen somewhere
+    for count in (1, 3, 40, 400):
+        index = zoo.random_index(model.sizes, count, seed=count)
+        assert_close(model.entries(index), dense[tuple(index.T)])
+        chosen = plan(model, index=index)
+        routes.add(chosen.route)
+        assert chosen.candidates[chosen.route] == min(chosen.candidates.values())
+        assert_close(model.entries(chosen), dense[tuple(index.T)])
+    assert_close(model.entries(zoo.all_index(model.sizes)), dense.reshape(-1))
+    return routes
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_entries_are_dense(model):
+    assert check_entries(model) <= {"dense", "distinct", "per-sample"}
+
+
+@given(zoo.models())
+@some
+def test_entries_are_dense_random(model):
+    assert check_entries(model) <= {"dense", "distinct", "per-sample"}
+
+
+@pytest.mark.parametrize("route", ["dense", "distinct", "per-sample"])
+@pytest.mark.parametrize("name", ["htf-4", "across", "uneven", "cp-4", "one-child", "named"])
+@pytest.mark.parametrize("join", ["diagonal", "full", "mixed"])
+def test_every_route_to_entries(monkeypatch, route, name, join):
+    """Each of the three routes by itself, whatever its cost."""
+    import tnreg.contraction as contraction
+
+    tree = zoo.TREES[name]
+    model = zoo.model_of(tree, zoo.joins_of(tree)[join])
+    index = zoo.random_index(model.sizes, 30)
+    index = torch.cat([index, index[:5]])
+    monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
+    chosen = plan(model, index=index)
+    assert chosen.route == route
+    assert_close(model.entries(chosen), definition.of_model(model)[tuple(index.T.numpy())])
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_forward_on_one_hot_is_entries(model):
+    index = zoo.random_index(model.sizes, 9)
+    features = [
+        torch.nn.functional.one_hot(index[:, n], size).to(model.dtype)
+        for n, size in enumerate(model.sizes)
+    ]
+    assert_close(model(features), model.entries(index))
+
+
+def check_forward(model):
+    features = zoo.random_features(model.sizes, 5, model.dtype)
+    dense = model.to_tensor()
+    wanted = torch.stack([(rank_one(features, b) * dense).sum() for b in range(5)])
+    assert_close(model(features), wanted, 1e-11)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_forward_is_inner_product_with_rank_one(model):
+    check_forward(model)
+    assert model(zoo.random_features(model.sizes, 1, model.dtype)).shape == (1,)
+
+
+@given(zoo.models())
+@some
+def test_forward_is_inner_product_random(model):
+    check_forward(model)
+    assert plan(model, batch=5).batch == 5
+
+
+@pytest.mark.parametrize("route", ["tree", "opt_einsum"])
+@pytest.mark.parametrize("model", ZOO)
+def test_both_routes_agree(monkeypatch, model, route):
+    """The tree schedule and opt_einsum's path, each by itself, dense and on a batch."""
+    import tnreg.contraction as contraction
+
+    monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
+    contraction._plan_dense.cache_clear()
+    contraction._plan_batch.cache_clear()
+    try:
+        assert plan(model).route == plan(model, batch=5).route == route
+        assert_close(model.to_tensor(), definition.of_model(model))
+        check_forward(model)
+    finally:
+        contraction._plan_dense.cache_clear()
+        contraction._plan_batch.cache_clear()
+
+
+def test_equal_sizes_take_one_tensor():
+    for tree in (
+        ModeTree.binary(4),
+        ModeTree.half(8),
+        ModeTree([[0, 2], [1, 3]]),
+        ModeTree([0, [2, 1]]),
+    ):
+        model = zoo.model_of(tree, "full", sizes=(3,) * tree.order)
+        x = torch.randn(6, tree.order, 3, dtype=torch.float64)
+        assert_close(model(x), model(list(x.unbind(1))))
+        check_forward(model)
+
+
+def check_gradients(model):
+    names = [name for name, _ in model.named_parameters()]
+    start = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    index = zoo.random_index(model.sizes, 4)
+    features = zoo.random_features(model.sizes, 2, model.dtype)
+
+    class Everything(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return (
+                self.model.to_tensor(),
+                self.model.entries(index),
+                self.model(features),
+                self.model.norm(),
+            )
+
+    whole = Everything()
+
+    def function(*values):
+        given = {f"model.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(whole, given, ())
+
+    return torch.autograd.gradcheck(function, start, fast_mode=True, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "across", "uneven", "one-child", "caterpillar"])
+@pytest.mark.parametrize("kind", ["diagonal", "full", "mixed", "complex"])
+def test_gradients(name, kind):
+    tree = zoo.TREES[name]
+    sizes = tuple(min(n, 3) for n in zoo.sizes_of(tree))
+    dtype = torch.complex128 if kind == "complex" else torch.float64
+    join = zoo.joins_of(tree)["mixed" if kind == "complex" else kind]
+    assert check_gradients(zoo.model_of(tree, join, sizes=sizes, dtype=dtype))
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_norm_and_inner(model):
+    dense = model.to_tensor()
+    assert_close(model.norm(), dense.abs().square().sum().sqrt(), 1e-11)
+    assert_close(model.log_norm(), dense.abs().square().sum().sqrt().log(), 1e-9)
+    join = dict(zip(model.tree.nodes, model.network.joins, strict=True))
+    flipped = {v: "full" if join[v] == "diagonal" else "diagonal" for v in model.tree.interior}
+    for kind in ("diagonal", flipped):
+        other = zoo.model_of(model.tree, kind, seed=5, dtype=torch.complex128)
+        found, wanted = model.inner(other), (dense.conj() * other.to_tensor()).sum()
+        assert abs(complex(found.detach()) - complex(wanted.detach())) < 1e-11 * number(
+            model.norm() * other.norm()
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("order", [256, 1024])
+def test_norm_survives_high_order_and_scale(dtype, order):
+    """A tensor of rank one has the product of its vectors' norms as its norm, at any order."""
+    wanted = 0.0
+    model = Factorization(ModeTree.binary(order), 3, 2, join="full", dtype=dtype, std=1.0)
+    weights = {}
+    for v, w in model.weights.items():
+        value = torch.zeros_like(w)
+        if isinstance(v, int):
+            value[:, 0] = 5.0 if v % 2 else 0.1
+            wanted += math.log((5.0 if v % 2 else 0.1) * math.sqrt(3))
+        else:
+            value.view(-1)[0] = 1.0
+        weights[v] = value
+    model.load_weights(weights)
+    assert number(model.log_norm()) == pytest.approx(wanted, rel=1e-5)
+    assert number(model.inner(model).real) >= 0
+    balanced = Factorization(ModeTree.caterpillar(order), 2, 2, dtype=dtype, std=1.0)
+    assert math.isfinite(number(balanced.log_norm()))
+
+
+def test_norm_at_extreme_weights():
+    for power in (200, -200):
+        model = zoo.model_of(ModeTree.star(2), root="ones", sizes=(3, 3))
+        dense = model.to_tensor().detach()
+        a, b = (w.detach().clone() for w in model.weights.values())
+        model.load_weights({0: a * 10.0**power, 1: b * 10.0**-power})
+        assert_close(model.norm().detach(), dense.norm(), 1e-11)
+        model.load_weights({1: b})
+        assert_close(model.norm().detach() / 10.0**power, dense.norm(), 1e-11)
+        wanted = model.local_components()[(0, 1)].detach() / 10.0**power
+        assert torch.isfinite(wanted).all() and (wanted > 0).all()
+
+
+def test_zero_weights():
+    model = Factorization(ModeTree.binary(4), 3, 2, std=0.0, dtype=torch.float64)
+    assert number(model.norm()) == 0.0 and number(model.log_norm()) == -math.inf
+    assert set(hierarchical_rank(model).values()) == {0}
+    assert all(float(s.abs().max()) == 0 for s in spectra(model).values())
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_spectra_against_brute_force(model):
+    dense = model.to_tensor().detach()
+    tree = model.tree
+    wanted = {v: np.linalg.svd(matricize(dense, tree.modes_below(v)).numpy(), compute_uv=False)
+              for v in tree.nodes[:-1]}  # fmt: skip
+    found, factored = spectra(dense, tree), spectra(model)
+    assert list(found) == list(factored) == list(tree.nodes[:-1])
+    for v, s in wanted.items():
+        assert_close(found[v], torch.from_numpy(s), 1e-11)
+        short = torch.from_numpy(s)[: len(factored[v])]
+        assert_close(factored[v], short, 1e-11)
+        assert s[len(factored[v]) :].max(initial=0) < 1e-12 * s[0]
+
+
+@given(zoo.models())
+@some
+def test_spectra_random(model):
+    dense = model.to_tensor().detach()
+    found, factored = spectra(dense, model.tree), spectra(model)
+    for v in model.tree.nodes[:-1]:
+        wanted = torch.linalg.svdvals(matricize(dense, model.tree.modes_below(v)))
+        assert_close(found[v], wanted, 1e-10)
+        assert_close(factored[v], wanted[: len(factored[v])], 1e-10)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_rank_is_bounded_by_the_bonds(model):
+    tree = model.tree
+    for found in (hierarchical_rank(model), hierarchical_rank(model.to_tensor().detach(), tree)):
+        for v, rank in found.items():
+            bond = model.weights[v].shape[-1]
+            below = math.prod(model.sizes[m] for m in tree.modes_below(v))
+            assert 1 <= rank <= min(bond, below)
+            if tree.children(v) and model.network.joins[tree.position(v)] == "diagonal":
+                assert rank <= model.weights[v].shape[0]
+
+
+@given(zoo.trees(most=5))
+@some
+def test_off_tree_rank_bound(tree):
+    """rank of any matricization <= r^min of the numbers of maximal nodes that tile the two sides."""
+    model = Factorization(tree, 3, 2, std=1.0, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+    dense = model.to_tensor().detach()
+
+    def tiles(modes):
+        inside = [v for v in tree.nodes if set(tree.modes_below(v)) <= modes]
+        return sum(1 for v in inside if tree.parent(v) not in inside)
+
+    for count in range(1, tree.order):
+        for modes in itertools.combinations(range(tree.order), count):
+            rest = set(range(tree.order)) - set(modes)
+            s = torch.linalg.svdvals(matricize(dense, modes))
+            rank = int((s > 1e-10 * s[0]).sum())
+            assert rank <= 2 ** min(tiles(set(modes)), tiles(rest))
+
+
+def leaf_to_root_flops(model, batch=None):
+    """Children of a node merged one after another, then its weight; counted as opt_einsum counts."""
+    net, tree = model.network, model.tree
+    flops, rows = 0, []
+    for i, below in enumerate(tree.links):
+        if not below:
+            size = net.shape(i)[0]
+            rows.append(size if batch is None else batch)
+            flops += 0 if batch is None else 2 * batch * size * net.bonds[i]
+            continue
+        bond = net.bonds[below[0]] if net.joins[i] == "diagonal" else None
+        height, width = rows[below[0]], net.bonds[below[0]]
+        for c in below[1:]:
+            height = height * rows[c] if batch is None else batch
+            width = bond if bond is not None else width * net.bonds[c]
+            flops += height * width
+        rows.append(height)
+        above = net.bonds[i]
+        flops += 2 * height * width * above if i in net.slots else 2 * height * width
+    return flops
+
+
+def auto_flops(model, batch=None):
+    terms, shapes = [], []
+    for v, w in model.weights.items():
+        i = model.tree.position(v)
+        terms.append([f"i{k}" for k in model.network.indices(i)])
+        shapes.append(tuple(w.shape))
+    output = [f"i{n}" for n in range(model.tree.order)]
+    if batch is not None:
+        terms += [["batch", f"i{n}"] for n in range(model.tree.order)]
+        shapes += [(batch, size) for size in model.sizes]
+        output = ["batch"]
+    symbols = {s: opt_einsum.get_symbol(k) for k, s in enumerate(dict.fromkeys(sum(terms, [])))}
+    word = ",".join("".join(symbols[s] for s in term) for term in terms)
+    equation = f"{word}->{''.join(symbols[s] for s in output)}"
+    return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")[1].opt_cost
+
+
+@pytest.mark.parametrize("model", ZOO)
+@pytest.mark.parametrize("batch", [None, 1, 64])
+def test_plan_costs_no_more_than_either(model, batch):
+    chosen = plan(model, batch=batch)
+    assert chosen.flops == min(chosen.candidates.values())
+    assert chosen.flops <= leaf_to_root_flops(model, batch)
+    assert chosen.flops <= auto_flops(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("tree", "size", "rank", "join", "batch"),
+    [
+        (ModeTree.binary(4), 8, 512, "diagonal", None),
+        (ModeTree.binary(16), 8, 16, "full", 1024),
+        (ModeTree.star(3), 16, 256, "diagonal", None),
+        (ModeTree.caterpillar(12), 4, 8, "full", 32),
+        (ModeTree.grid((4, 4)), 3, 6, "diagonal", 100),
+        (ModeTree.chain(3), 64, 64, "diagonal", None),
+    ],
+)
+def test_plan_cost_at_published_sizes(tree, size, rank, join, batch):
+    model = Factorization(tree, size, rank, join=join)
+    assert plan(model, batch=batch).flops <= leaf_to_root_flops(model, batch)
+    assert plan(model, batch=batch).flops <= auto_flops(model, batch)
+
+
+def test_batch_plan_of_a_deep_tree_is_by_the_tree():
+    """What the tree schedule is for: opt_einsum's auto plans many times more flops here."""
+    chosen = plan(Factorization(ModeTree.binary(16), 8, 16, join="full"), batch=1024)
+    assert chosen.route == "tree"
+    assert chosen.candidates["opt_einsum"] > 10 * chosen.flops
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_scaling_one_weight_scales_the_tensor(model):
+    other = copy.deepcopy(model)
+    for v, w in model.weights.items():
+        other.load_weights({v: -3.0 * w.detach()})
+        assert_close(other.to_tensor(), -3.0 * model.to_tensor())
+        other.load_weights({v: w.detach()})
+    assert_close(other.to_tensor(), model.to_tensor(), 0.0)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_save_and_load(model, tmp_path):
+    from tnreg import load
+
+    model.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert again.network == model.network and again.dtype == model.dtype
+    for v, w in model.weights.items():
+        assert torch.equal(again.weights[v], w)
+    assert torch.equal(again.to_tensor(), model.to_tensor())
+
+
+@pytest.mark.parametrize("name", list(zoo.TREES))
+@pytest.mark.parametrize("root", ["trained", "ones"])
+def test_local_components_are_norms_of_what_they_add(name, root):
+    """Zeroing all other components at v leaves a tensor linear in each vector of (v, r)."""
+    model = zoo.model_of(zoo.TREES[name], root=root)
+    tree, weights = model.tree, {v: w.detach() for v, w in model.weights.items()}
+    for v, norms in model.local_components().items():
+        width = weights[tree.children(v)[0]].shape[1]
+        assert norms.shape == (width,)
+        for r in range(width):
+            vectors = [weights[c][:, r] for c in tree.children(v)]
+            if v in weights:
+                vectors.append(weights[v][r : r + 1] if v == tree.root else weights[v][r, :])
+            assert_close(norms[r].detach(), torch.stack([x.norm() for x in vectors]).prod(), 1e-12)
+    squares = []
+    for v in tree.interior:
+        rows = [weights[c].square().sum(0) for c in tree.children(v)]
+        if v in weights:
+            rows.append(weights[v].square() if v == tree.root else weights[v].square().sum(1))
+        squares += [number((a - b).abs().max()) for a, b in itertools.combinations(rows, 2)]
+    assert number(model.unbalancedness()) == pytest.approx(max(squares, default=0.0), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "model", [p for p in ZOO if p.id.endswith(("diagonal", "ones", "complex"))]
+)
+def test_balancing_keeps_the_tensor(model):
+    before = model.to_tensor().detach()
+    balanced = copy.deepcopy(model)
+    assert balance_(balanced) is balanced
+    assert_close(balanced.to_tensor(), before, 1e-11)
+    largest = max(number(n.max()) for n in balanced.component_norms().values())
+    assert number(balanced.unbalancedness()) <= 1e-13 * largest**2
+
+
+def test_conservation_under_gradient_descent():
+    """‖w‖² - ‖w'‖² changes by exactly lr² (‖g‖² - ‖g'‖²) in a step with one common step size."""
+    from tnreg import GroupRMSprop, completion
+
+    model = zoo.model_of(zoo.TREES["uneven"])
+    task = completion(zoo.model_of(zoo.TREES["uneven"], seed=9), 100)
+    optimizer = GroupRMSprop(model.parameters(), lr=1e-2)
+    task.loss(model).backward()
+    before = model.component_norms()
+    gradients = copy.deepcopy(model)
+    gradients.load_weights(model.gradients)
+    pushed = gradients.component_norms()
+    optimizer.step()
+    after = model.component_norms()
+    for v in before:
+        change = (after[v] ** 2 - before[v] ** 2).detach()
+        wanted = optimizer.step_size**2 * pushed[v].detach() ** 2
+        assert_close(change - change[0], wanted - wanted[0], 1e-9)

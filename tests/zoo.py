@@ -1,0 +1,148 @@
+"""Trees, mode sizes and models that the law suite runs over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+import torch
+from hypothesis import strategies as st
+
+from tnreg import Factorization, ModeTree
+
+SIZES = (2, 3, 5, 7, 4)
+
+
+def named_graph() -> nx.DiGraph:
+    graph = nx.DiGraph()
+    graph.add_edges_from([("top", "left"), ("top", 2), ("left", 1), ("left", 0)])
+    return graph
+
+
+TREES: dict[str, ModeTree] = {
+    "matrix": ModeTree([0, 1]),
+    "single": ModeTree([0]),
+    "cp-4": ModeTree.star(4),
+    "htf-4": ModeTree.binary(4),
+    "htf-5": ModeTree.binary(5),
+    "deep-chain": ModeTree.chain(5),
+    "mixed-arity": ModeTree([[0, 1, 2], [3, 4]]),
+    "one-child": ModeTree([[[0]], [[1, [2]]]]),
+    "one-child-root": ModeTree([[[0, 1], 2]]),
+    "across": ModeTree([[0, 2], [1, 3]]),
+    "uneven": ModeTree([[0, 3], [[1, 4], 2]]),
+    "backwards": ModeTree([[3, 1], [2, 0]]),
+    "caterpillar": ModeTree.caterpillar(5),
+    "named": ModeTree(named_graph()),
+}
+
+
+def sizes_of(tree: ModeTree) -> tuple[int, ...]:
+    return tuple(SIZES[n % len(SIZES)] for n in range(tree.order))
+
+
+def joins_of(tree: ModeTree) -> dict[str, Any]:
+    """The kinds of joins that every tree is tried with; the last alternates over the nodes."""
+    mixed = {v: "full" if k % 2 else "diagonal" for k, v in enumerate(tree.interior)}
+    return {"diagonal": "diagonal", "full": "full", "mixed": mixed}
+
+
+def bonds_of(tree: ModeTree, join: Any) -> dict[Any, int]:
+    """Different bonds wherever the joins allow it."""
+    bonds = {}
+    for k, v in enumerate(tree.interior):
+        kind = join if isinstance(join, str) else join[v]
+        for i, child in enumerate(tree.children(v)):
+            bonds[child] = 2 + k % 3 if kind == "diagonal" else 2 + (k + i) % 3
+    return bonds
+
+
+def model_of(
+    tree: ModeTree,
+    join: Any = "diagonal",
+    *,
+    root: str = "trained",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    sizes: tuple[int, ...] | None = None,
+) -> Factorization:
+    """A model with distinct mode sizes, unequal bonds and weights of order one."""
+    return Factorization(
+        tree,
+        sizes or sizes_of(tree),
+        bonds_of(tree, join),
+        join=join,
+        root=root,
+        std=0.7,
+        dtype=dtype,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def zoo() -> Iterator[Any]:
+    """(name, model) over all trees, joins and roots."""
+    import pytest
+
+    for name, tree in TREES.items():
+        for kind, join in joins_of(tree).items():
+            yield pytest.param(model_of(tree, join), id=f"{name}-{kind}")
+        yield pytest.param(model_of(tree, root="ones"), id=f"{name}-ones")
+        yield pytest.param(
+            model_of(tree, joins_of(tree)["mixed"], dtype=torch.complex128), id=f"{name}-complex"
+        )
+
+
+@st.composite
+def trees(draw: st.DrawFn, most: int = 6) -> ModeTree:
+    """Random trees: any arity, one-child nodes, modes in any order."""
+    order = draw(st.integers(1, most))
+    nodes: list[Any] = list(draw(st.permutations(range(order))))
+    while len(nodes) > 1:
+        count = draw(st.integers(1, len(nodes)))
+        picked = draw(st.permutations(range(len(nodes))))[:count]
+        joined = [nodes[i] for i in picked]
+        nodes = [node for i, node in enumerate(nodes) if i not in picked]
+        if count == 1 and isinstance(joined[0], list) and len(joined[0]) == 1:
+            nodes.append(joined[0])  # chains of one child need not grow for ever
+            continue
+        nodes.append(joined)
+    return ModeTree(nodes[0] if isinstance(nodes[0], list) else nodes)
+
+
+@st.composite
+def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Factorization:
+    """Random trees with random joins, sizes and bonds."""
+    tree = draw(trees())
+    join = {v: draw(st.sampled_from(["diagonal", "full"])) for v in tree.interior}
+    sizes = tuple(draw(st.integers(1, 4)) for _ in range(tree.order))
+    bonds: dict[Any, int] = {}
+    for v in tree.interior:
+        shared = draw(st.integers(1, 4))
+        for child in tree.children(v):
+            bonds[child] = shared if join[v] == "diagonal" else draw(st.integers(1, 3))
+    root = "trained"
+    if join[tree.root] == "diagonal":
+        root = draw(st.sampled_from(["trained", "ones"]))
+    return Factorization(
+        tree, sizes, bonds, join=join, root=root, std=1.0, dtype=dtype,
+        generator=torch.Generator().manual_seed(draw(st.integers(0, 999))),
+    )  # fmt: skip
+
+
+def random_index(sizes: tuple[int, ...], count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randint(n, (count,), generator=generator) for n in sizes], 1)
+
+
+def random_features(
+    sizes: tuple[int, ...], count: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, n, dtype=dtype, generator=generator) for n in sizes]
+
+
+def all_index(sizes: tuple[int, ...]) -> torch.Tensor:
+    count = math.prod(sizes)
+    return torch.stack(torch.unravel_index(torch.arange(count), sizes), 1)
