@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 
@@ -27,6 +28,9 @@ from tnreg import (
 
 ZOO = list(zoo.zoo())
 some = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+defined = functools.cache(definition.of_model)
 
 
 def number(x):
@@ -58,13 +62,13 @@ def rank_one(features, b):
 
 @pytest.mark.parametrize("model", ZOO)
 def test_dense_is_definition(model):
-    assert_close(model.to_tensor(), definition.of_model(model))
+    assert_close(model.to_tensor(), defined(model))
 
 
 @given(zoo.models())
 @some
 def test_dense_is_definition_random(model):
-    assert_close(model.to_tensor(), definition.of_model(model))
+    assert_close(model.to_tensor(), defined(model))
 
 
 @pytest.mark.parametrize("model", ZOO)
@@ -118,7 +122,7 @@ def test_every_route_to_entries(monkeypatch, route, name, join):
     monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
     chosen = plan(model, index=index)
     assert chosen.route == route
-    assert_close(model.entries(chosen), definition.of_model(model)[tuple(index.T.numpy())])
+    assert_close(model.entries(chosen), defined(model)[tuple(index.T.numpy())])
 
 
 @pytest.mark.parametrize("model", ZOO)
@@ -162,7 +166,7 @@ def test_both_routes_agree(monkeypatch, model, route):
     contraction._plan_batch.cache_clear()
     try:
         assert plan(model).route == plan(model, batch=5).route == route
-        assert_close(model.to_tensor(), definition.of_model(model))
+        assert_close(model.to_tensor(), defined(model))
         check_forward(model)
     finally:
         contraction._plan_dense.cache_clear()

@@ -138,13 +138,15 @@ def _load_dataset(name: str) -> DenseTensor:
 
 
 def _read_npy(path: Path) -> dict[str, Tensor]:
-    return {path.stem: _from_numpy(np.load(path, allow_pickle=False))}
+    with path.open("rb") as raw:
+        return {path.stem: _from_numpy(np.load(raw, allow_pickle=False))}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not a zip archive")
-    with np.load(path, allow_pickle=False) as file:
+    # opened here: numpy leaves a file open that it cannot read
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
         return {key: _from_numpy(file[key]) for key in file.files}
 
 

@@ -112,7 +112,8 @@ class Trajectory:
         """
         run = cls()
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # opened here: numpy leaves a file open that it cannot read
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 about = json.loads(str(file["about "]))
                 run.stop_reason = str(about["stop_reason"])
                 run._steps = [int(step) for step in file["steps "]]

@@ -1,0 +1,159 @@
+"""The command line: what it prints and writes, exit codes, and help for every option."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from tnreg import ModeTree, Trajectory, load
+from tnreg.cli import main
+
+
+def call(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    code = 0
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        code = stop.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture
+def tensor(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, zoo.model_of(ModeTree.binary(4)).to_tensor().detach().numpy())
+    return str(path)
+
+
+def test_tree(capsys, tmp_path):
+    code, out, _ = call(capsys, "tree", "htf-4", "--ascii")
+    assert code == 0 and "order 4, 7 nodes, height 2" in out and "(0, 1)" in out
+    code, out, _ = call(capsys, "tree", "[[0,2],[1,3]]", "--png", str(tmp_path / "t.png"))
+    assert code == 0 and "(0, 2)" in out and (tmp_path / "t.png").stat().st_size > 1000
+    code, out, _ = call(capsys, "tree", "il2-4", "--sizes")
+    assert code == 0 and "0 ligand size 13" in out
+    ModeTree.star(3).save(tmp_path / "own.json")
+    code, out, _ = call(capsys, "tree", str(tmp_path / "own.json"))
+    assert code == 0 and "order 3" in out
+    code, out, _ = call(capsys, "tree", "list")
+    assert code == 0 and "quad-8x8" in out
+
+
+def test_rank(capsys, tensor, tmp_path):
+    code, out, _ = call(
+        capsys,
+        "rank",
+        tensor,
+        "--tree",
+        "htf-4",
+        "--rtol",
+        "1e-9",
+        "--png",
+        str(tmp_path / "r.png"),
+    )
+    assert code == 0 and (tmp_path / "r.png").exists()
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[3].strip()
+        for line in out.splitlines()
+        if line.startswith("│")
+    }
+    assert rows == {"0": "2", "1": "2", "(0, 1)": "2", "2": "3", "3": "3", "(2, 3)": "2"}
+    model = zoo.model_of(ModeTree.binary(4))
+    model.save(tmp_path / "m.safetensors")
+    code, out, _ = call(capsys, "rank", str(tmp_path / "m.safetensors"))
+    assert code == 0 and "(2, 3)" in out
+    code, out, _ = call(capsys, "rank", str(tmp_path / "m.safetensors"), "--tree", "[[0,2],[1,3]]")
+    assert code == 0 and "(0, 2)" in out
+
+
+def test_fit_and_plot(capsys, tensor, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = call(capsys, "fit", tensor, "--tree", "htf-4", "--observed", "0.5", "--steps", "60", "--rank", "3",
+                          "--dtype", "float64", "--seed", "3", "--out", str(run), "--no-progress")  # fmt: skip
+    assert code == 0, err
+    assert "test error of the mean" in out and "stopped by" in out
+    about = json.loads((run / "config.json").read_text())
+    assert about["config"]["seed"] == 3 and about["summary"]["observed entries"] == 105
+    trajectory = Trajectory.load(run / "trajectory.npz")
+    assert trajectory.steps[-1] == 60 and trajectory["loss"][-1] < trajectory["loss"][0]
+    assert load(run / "model.safetensors").tree == ModeTree.binary(4)
+    (run / "training.png").unlink()
+    code, out, _ = call(capsys, "plot", str(run))
+    assert code == 0 and (run / "training.png").exists()
+    code, _, _ = call(
+        capsys,
+        "plot",
+        str(run / "trajectory.npz"),
+        "--names",
+        "loss",
+        "--png",
+        str(tmp_path / "l.png"),
+    )
+    assert code == 0 and (tmp_path / "l.png").exists()
+
+
+def test_same_seed_same_run(capsys, tensor, tmp_path):
+    for name in "ab":
+        call(capsys, "fit", tensor, "--steps", "20", "--out", str(tmp_path / name), "--no-progress")
+    a, b = (load(tmp_path / name / "model.safetensors") for name in "ab")
+    assert torch.equal(a.to_tensor(), b.to_tensor())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["tree", "nope"], 1, "no tree named 'nope'"),
+        (["tree", "[[0,1]"], 1, "not nested lists"),
+        (["tree", "[0,2]"], 1, "mode 1 is missing"),
+        (["rank", "nope.npy"], 1, "no such tensor"),
+        (["rank", "il2"], 1, "192 missing entries"),
+        (["rank", "covid19", "--tree", "htf-4"], 1, "3 axes and the tree 4 modes"),
+        (["rank", "covid19", "--device", "warp"], 1, "cannot use the device 'warp'"),
+        (["fit", "il2", "--no-progress"], 1, "192 NaN entries"),
+        (["fit", "covid19", "--observed", "2"], 1, "observed must be a share"),
+        (["fit", "covid19", "--tree", "htf-4"], 1, "3 mode sizes for a tree over 4 modes"),
+        (["fit", "covid19", "--rank", "0"], 1, "ranks must be a positive integer"),
+        (["plot", "nowhere"], 1, "no such trajectory file"),
+        (["fit", "covid19", "--optimizer", "x"], 2, "optimizer"),
+        (["nothing"], 2, "nothing"),
+        ([], 2, ""),
+    ],
+)
+def test_exit_codes(capsys, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = call(capsys, *arguments)
+    assert found == code and message in out + err
+    assert code != 1 or err.startswith("tnreg: ")
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+@pytest.mark.parametrize("command", ["tree", "rank", "fit", "plot", "demo"])
+def test_every_option_is_explained(capsys, command):
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0
+    lines = [line.strip("│ ") for line in out.splitlines()]
+    options = [i for i, line in enumerate(lines) if line.startswith("--")]
+    assert options
+    for i in options:
+        assert (
+            "(default:" in " ".join(lines[i : i + 5])
+            and len(" ".join(lines[i : i + 2]).split()) > 3
+        )
+
+
+def test_module_runs():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tnreg.cli", "tree", "star-3"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "(0, 1, 2)" in done.stdout

@@ -1,0 +1,144 @@
+"""Plans as values: routes, printing, caching, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, TnregError, plan
+from tnreg.contraction import einsum
+
+HTF = ModeTree.binary(4)
+
+
+def test_einsum_of_many_operands():
+    generator = torch.Generator().manual_seed(0)
+    for equation, shapes in [
+        ("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 5)]),
+        ("ab,bc->ca", [(2, 3), (3, 4)]),
+        ("ar,br,cr,r->abc", [(2, 5), (3, 5), (4, 5), (5,)]),
+        ("gar,gbr,grs->gabs", [(2, 3, 4), (2, 5, 4), (2, 4, 6)]),
+        ("gbi,gbj,gijk->gbk", [(2, 3, 4), (2, 3, 5), (2, 4, 5, 6)]),
+        ("bj,bj->b", [(3, 4), (3, 4)]),
+        ("xbi,ybi->xy", [(2, 3, 4), (5, 3, 4)]),
+        ("ib,bxi->x", [(4, 3), (3, 2, 4)]),
+        ("ab->", [(2, 3)]),
+        ("ab,c->c", [(2, 3), (4,)]),
+        ("a,b->ba", [(2,), (3,)]),
+        ("a,a->", [(4,), (4,)]),
+    ]:
+        operands = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+        wanted = torch.einsum(equation, *operands)
+        found = einsum(equation, *shapes)(operands)
+        assert found.shape == wanted.shape and torch.allclose(found, wanted), equation
+        turned = [x.mT.contiguous().mT if x.ndim > 1 else x for x in operands]
+        assert torch.allclose(einsum(equation, *shapes)(turned), wanted), equation
+
+
+def test_einsum_counts_as_opt_einsum_does():
+    import opt_einsum
+
+    for equation, shapes in [
+        ("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 5)]),
+        ("ar,br,cr,r->abc", [(2, 5), (3, 5), (4, 5), (5,)]),
+        ("gar,gbr,grs->gabs", [(2, 3, 4), (2, 5, 4), (2, 4, 6)]),
+    ]:
+        path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
+        found = einsum(equation, *shapes)
+        assert found.flops == info.opt_cost and found.largest == info.largest_intermediate
+        assert len(found.steps) == len(path)
+
+
+def test_plans_are_cached_and_printed():
+    model = Factorization(HTF, 8, 512)
+    assert plan(model) is plan(model.network) is plan(Factorization(HTF, 8, 512))
+    text = str(plan(model))
+    assert text.splitlines()[0] == "plan: dense of an order-4 network by tree"
+    assert "considered: tree 7.14e+07, opt_einsum" in text
+    assert "(0, 1), (2, 3): " in text and "the weight itself, 8 rows" in text
+    assert "32 samples" in str(plan(model, batch=32))
+    mixed = Factorization(ModeTree.caterpillar(5), 3, 4, join="full")
+    assert "by opt_einsum" in str(plan(mixed)) and " x " in str(plan(mixed))
+    index = zoo.random_index((8,) * 4, 3)
+    assert "rows of the weight" in str(plan(model, index=index))
+    assert "at distinct rows" in str(
+        plan(Factorization(ModeTree.binary(16), 8, 64), index=zoo.random_index((8,) * 16, 999))
+    )
+
+
+def test_route_by_counted_cost():
+    """The published size goes by the dense tensor, one entry by the sample, long trees never dense."""
+    model = Factorization(HTF, 8, 512)
+    index = torch.stack(torch.unravel_index(torch.randperm(4096)[:2048], (8,) * 4), 1)
+    chosen = plan(model, index=index)
+    assert chosen.route == "dense" and set(chosen.candidates) == {"dense", "distinct", "per-sample"}
+    assert plan(model, index=index[:2]).route == "per-sample"
+    long = Factorization(ModeTree.binary(64), 8, 16)
+    few = zoo.random_index((8,) * 64, 500)
+    assert "dense" not in plan(long, index=few).candidates
+    deep = few.clone()
+    deep[:, 2:] = deep[0, 2:]  # 64 distinct entries only
+    assert plan(long, index=deep).route == "distinct"
+
+
+def test_equal_nodes_are_one_call():
+    joins = plan(Factorization(ModeTree.binary(16), 8, 16, join="full"), batch=1024).joins
+    assert [len(join.nodes) for join in joins] == [16, 8, 4, 2, 1]
+    assert all(join.split is not None for join in joins[1:])
+
+
+def test_entries_plan_is_for_its_own_network():
+    model = zoo.model_of(HTF)
+    other = Factorization(HTF, model.sizes, 5, dtype=torch.float64)
+    with pytest.raises(OptionError, match="cannot give the entries of this model"):
+        other.entries(plan(model, index=zoo.random_index(model.sizes, 3)))
+    with pytest.raises(OptionError, match="a plan of dense"):
+        model.entries(plan(model))
+
+
+def test_an_index_changed_in_place_is_planned_again():
+    model = zoo.model_of(HTF)
+    index = zoo.random_index(model.sizes, 50)
+    dense = model.to_tensor()
+    assert torch.allclose(model.entries(index), dense[tuple(index.T)])
+    index[:, 0] = 1 - index[:, 0]
+    assert torch.allclose(model.entries(index), dense[tuple(index.T)])
+    index.numpy()[:, 1] = 2
+    assert torch.allclose(model.entries(index), dense[tuple(index.T)])
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (torch.zeros(3, 4), DataError, "int64 tensor of shape .B, 4., found dtype torch.float32"),
+        (torch.zeros(3, 4, dtype=torch.int32), DataError, "found dtype torch.int32"),
+        ([[0, 0, 0, 0]], DataError, "found list"),
+        (torch.zeros(4, dtype=torch.int64), ShapeError, r"found:    shape \(4,\)"),
+        (torch.zeros(3, 5, dtype=torch.int64), ShapeError, r"expected: \(B, 4\)"),
+        (torch.zeros(0, 4, dtype=torch.int64), DataError, "an empty batch"),
+        (
+            torch.tensor([[0, 0, 0, 0], [0, 3, 0, 0]]),
+            DataError,
+            "row 1 has 3 at mode 1, whose size is 3",
+        ),
+        (torch.tensor([[0, 0, -1, 0]]), DataError, "row 0 has -1 at mode 2"),
+    ],
+)
+def test_refuses_an_index(index, error, message):
+    model = zoo.model_of(HTF)
+    with pytest.raises(error, match=message):
+        model.entries(index)
+    if isinstance(index, torch.Tensor):
+        with pytest.raises(error, match=message):
+            plan(model, index=index)
+
+
+def test_refuses_what_cannot_be_dense():
+    model = Factorization(ModeTree.binary(64), 8, 4)
+    with pytest.raises(ShapeError, match=r"about 10\^58 entries"):
+        model.to_tensor()
+    with pytest.raises(TnregError, match="an empty batch"):
+        plan(model, batch=0)
+    assert model.entries(zoo.random_index(model.sizes, 7)).shape == (7,)
+    assert model(torch.randn(3, 64, 8)).shape == (3,)

@@ -1,0 +1,72 @@
+"""Every experiment with its tiny settings, end to end, into a temporary folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import matplotlib
+import pytest
+from rich.console import Console
+
+matplotlib.use("Agg")
+
+from tnreg import OptionError, Trajectory, load
+from tnreg.experiments import completion, demo
+
+
+def test_completion(tmp_path):
+    summary = completion.run(completion.tiny, tmp_path / "run")
+    assert summary["stopped by"] == "steps" and 0 < summary["test error"] < 2
+    assert summary["observed entries"] == 1440 and summary["unseen entries"] == 3360
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert completion.Config(**about["config"]) == completion.tiny
+    assert set(about) == {"tnreg", "torch", "python", "config", "summary"}
+    run = Trajectory.load(tmp_path / "run" / "trajectory.npz")
+    assert run.names == ("loss", "test error", "unbalancedness", "components")
+    (tmp_path / "run" / "training.png").unlink()
+    assert completion.figure(tmp_path / "run").exists()
+
+
+def test_completion_of_other_kinds(tmp_path):
+    config = dataclasses.replace(
+        completion.tiny, join="full", dtype="float64", tree=None, optimizer="adam"
+    )
+    summary = completion.run(config, tmp_path / "run")
+    assert summary["tree"] == "ModeTree([[0, 1], [2, 3]])"
+    assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == (
+        "loss",
+        "test error",
+        "unbalancedness",
+    )
+    with pytest.raises(OptionError, match="observed must be a share"):
+        completion.run(dataclasses.replace(config, observed=1.0), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_demo(tmp_path):
+    text = io.StringIO()
+    summary = demo.run(demo.tiny, tmp_path / "demo", console=Console(file=text, width=100))
+    said = text.getvalue()
+    for piece in ("{ligand, dose}", "measured tensor (192 missing", "learned tensor", "error on unseen entries",
+                  "CP of", "effective rank"):  # fmt: skip
+        assert piece in said
+    assert list(summary["test error"]) == [
+        "mean of the observed",
+        "CP, equal weights",
+        "tnreg, this tree",
+    ]
+    sizes = summary["weights"]
+    assert abs(sizes["CP"] - sizes["tnreg"]) < 0.2 * sizes["tnreg"]
+    folder = tmp_path / "demo"
+    expected = {"config.json", "model.safetensors", "trajectory.npz", "trajectory-cp.npz", "report.html",
+                "demo.png", "spectra.png", "slices.png", "training.png"}  # fmt: skip
+    assert {p.name for p in folder.iterdir()} == expected
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page and "<link" not in page and "<script" not in page  # opens offline
+    assert load(folder / "model.safetensors").sizes == (13, 4, 12, 8)
+    (folder / "training.png").unlink()
+    assert demo.figure(folder).exists()
+    demo.run(demo.tiny, folder)  # a run folder may be replaced

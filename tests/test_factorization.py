@@ -1,0 +1,288 @@
+"""The module itself: creation, loading weights, features, files, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import zoo
+
+from tnreg import (
+    DataError,
+    Factorization,
+    FileError,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    TreeError,
+    balance_,
+    load,
+    network,
+)
+
+HTF = ModeTree.binary(4)
+
+
+def test_initial_weights():
+    model = Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0))
+    again = Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0))
+    for v, w in model.weights.items():
+        assert torch.equal(w, again.weights[v])
+    assert model.weights[(0, 1)].std().item() == pytest.approx(0.5, rel=0.05)
+    assert model.dtype == torch.float32 and model.device.type == "cpu" and model.sizes == (30,) * 4
+    complex_ = Factorization(HTF, 30, 40, std=0.5, dtype=torch.complex64)
+    assert complex_.weights[(0, 1)].abs().square().mean().sqrt().item() == pytest.approx(
+        0.5, rel=0.05
+    )
+
+
+def test_it_is_a_module():
+    model = zoo.model_of(HTF)
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        w.numel() for w in model.weights.values()
+    )
+    other = zoo.model_of(HTF, seed=3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.to_tensor(), model.to_tensor())
+    assert model.float().dtype == torch.float32 and model.to_tensor().dtype == torch.float32
+    for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert torch.equal(copied.to_tensor(), other.to_tensor())
+        copied.load_weights({0: torch.zeros_like(copied.weights[0])})
+        assert copied.norm().item() == 0 and other.norm().item() > 0
+    assert "diagonal joins" in repr(other) and "ModeTree([[0, 1], [2, 3]])" in repr(other)
+
+
+def test_gradients_by_node():
+    model = zoo.model_of(HTF, zoo.joins_of(HTF)["mixed"])
+    assert all(g.abs().max() == 0 for g in model.gradients.values())
+    model.to_tensor().square().sum().backward()
+    for v, gradient in model.gradients.items():
+        other = copy.deepcopy(model)
+        weight = model.weights[v].detach().clone()
+        step = 1e-6 * torch.randn(weight.shape, dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            other.load_weights({v: weight + sign * step})
+            values.append(other.to_tensor().square().sum().item())
+        assert (values[0] - values[1]) / 2 == pytest.approx(
+            (gradient * step).sum().item(), rel=1e-6
+        )
+
+
+def test_load_weights():
+    model = zoo.model_of(HTF)
+    before = model.to_tensor().detach()
+    weights = {v: w.detach().clone() for v, w in model.weights.items()}
+    model.load_weights({v: 2 * w for v, w in weights.items()})
+    assert torch.allclose(model.to_tensor(), 2.0 ** len(weights) * before)
+    model.load_weights({0: weights[0].float().numpy()})
+    assert model.weights[0].dtype == torch.float64
+    kept = model.to_tensor().detach()
+    for given, error, message in [
+        ({"x": weights[0]}, TreeError, "no node 'x'"),
+        ({1: weights[1], 0: weights[0][:1]}, ShapeError, r"weight of node 0 has another shape"),
+        ({1: weights[1], 0: weights[0] * float("nan")}, DataError, "node 0 has NaN or infinite"),
+        ({1: weights[1], 0: weights[0] * 1j}, DataError, "complex weight at node 0"),
+    ]:
+        with pytest.raises(error, match=message):
+            model.load_weights(given)
+        assert torch.equal(model.to_tensor(), kept)  # nothing was copied
+    with pytest.raises(OptionError, match="fixed to ones"):
+        zoo.model_of(HTF, root="ones").load_weights({HTF.root: torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int64}, "dtype must be a floating or complex type"),
+        ({"std": -1.0}, "std must be a finite number >= 0"),
+        ({"std": float("nan")}, "std must be a finite number >= 0"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(OptionError, match=message):
+        Factorization(HTF, 3, 2, **options)
+
+
+def test_refuses_features():
+    model = zoo.model_of(HTF, sizes=(3, 3, 3, 3))
+    uneven = zoo.model_of(HTF)
+    good = torch.zeros(2, 4, 3, dtype=torch.float64)
+    for m, x, error, message in [
+        (
+            model,
+            good[:, :3],
+            ShapeError,
+            r"found:    \(2, 3, 3\)\n  expected: \(B, 4, 3\) or 4 tensors",
+        ),
+        (model, good[0], ShapeError, "features do not fit the modes"),
+        (uneven, good, ShapeError, r"expected: 4 tensors \(B, D_n\) with D = \(2, 3, 5, 7\)"),
+        (uneven, [good[:, 0]] * 4, ShapeError, "features do not fit"),
+        (uneven, [good[:, 0]] * 3, ShapeError, "features do not fit"),
+        (model, [good[:, 0]] * 3 + [good[:1, 0]], ShapeError, "features do not fit"),
+        (model, good[:0], DataError, "an empty batch"),
+        (
+            model,
+            good.float(),
+            DataError,
+            "features have dtype torch.float32, the weights torch.float64",
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            m(x)
+
+
+def test_refuses_inner_products_of_strangers():
+    with pytest.raises(ShapeError, match="same tree and sizes"):
+        zoo.model_of(HTF).inner(zoo.model_of(ModeTree.half(4)))
+    with pytest.raises(ShapeError, match="same tree and sizes"):
+        zoo.model_of(HTF).inner(zoo.model_of(HTF, sizes=(2, 2, 2, 2)))
+
+
+def test_components_need_a_diagonal_join():
+    full = zoo.model_of(HTF, "full")
+    assert full.local_components() == {} and full.unbalancedness().item() == 0
+    with pytest.raises(OptionError, match="no diagonal join"):
+        full.component_norms_at(HTF.root)
+    with pytest.raises(OptionError, match="full joins only"):
+        balance_(full)
+    with pytest.raises(OptionError, match="not balanced to rtol"):
+        balance_(zoo.model_of(HTF), sweeps=1)
+
+
+def test_balancing_a_dead_component():
+    model = zoo.model_of(HTF)
+    weight = model.weights[0].detach().clone()
+    weight[:, 1] = 0
+    model.load_weights({0: weight})
+    before = model.to_tensor().detach()
+    balance_(model)
+    assert torch.allclose(model.to_tensor(), before)
+    assert model.local_components()[(0, 1)][1].item() == 0
+    assert model.weights[1][:, 1].abs().max().item() == 0
+
+
+# Files
+
+
+def test_custom_names_and_deep_trees_survive_files(tmp_path):
+    for tree in (zoo.TREES["named"], ModeTree.caterpillar(300)):
+        model = Factorization(tree, 2, 2, std=1.0)
+        model.save(tmp_path / "m.safetensors")
+        again = load(tmp_path / "m.safetensors")
+        assert again.tree == tree
+        assert all(torch.equal(again.weights[v], w) for v, w in model.weights.items())
+
+
+def saved(tmp_path):
+    path = tmp_path / "m.safetensors"
+    zoo.model_of(HTF).save(path)
+    return path
+
+
+def test_load_refuses_what_is_no_model(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    marker = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(marker),))
+
+    for name, content in {
+        "truncated": whole[: len(whole) // 2],
+        "header only": whole[:20],
+        "empty": b"",
+        "random": os.urandom(2000),
+        "pickle": pickle.dumps(Bomb()),
+        "longer": whole + b"x",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(FileError, match="not a safetensors file"):
+            load(path)
+        assert not marker.exists(), name
+    torch.save({"w": torch.zeros(2)}, path)
+    with pytest.raises(FileError, match="not a safetensors file"):
+        load(path)
+    with pytest.raises(FileError, match="no such model file"):
+        load(tmp_path / "none")
+    with pytest.raises(FileError, match="no such model file"):
+        load(tmp_path)
+
+
+def test_load_refuses_inconsistent_models(tmp_path):
+    path = saved(tmp_path)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["tnreg"])
+
+    def check(message, tensors=tensors, **changes):
+        changed = {k: v for k, v in {**about, **changes}.items() if v is not None}
+        safetensors.torch.save_file(tensors, path, metadata={"tnreg": json.dumps(changed)})
+        with pytest.raises(FileError, match=message):
+            load(path)
+
+    check("format 'x' is not known", format="x")
+    check("'sizes'", sizes=None)
+    check("2 mode sizes for a tree over 4 modes", sizes=[2, 3])
+    check("mode 1 is missing", tree=[[0, 4], [2, 3]])
+    check("another shape", sizes=[2, 3, 5, 8])
+    check("not a factorization", bonds=[1])
+    check("not a factorization", joins="x")
+    check("unknown root", root="x")
+    check("not a factorization", dtype="nonsense")
+    check("not a factorization", dtype="int64")
+    check("missing or not expected", tensors={k: v for k, v in tensors.items() if k != "weight.0"})
+    check("missing or not expected", tensors={**tensors, "more": torch.zeros(2)})
+    check("NaN", tensors={**tensors, "weight.0": tensors["weight.0"] * float("nan")})
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(FileError, match="without a tnreg tree"):
+        load(path)
+
+
+def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def dies(tensors, target, metadata=None):
+        target.write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", dies)
+    with pytest.raises(FileError, match="cannot write .*No space left"):
+        zoo.model_of(HTF, seed=7).save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(FileError, match="cannot write"):
+        zoo.model_of(HTF).save(tmp_path / "no" / "folder")
+
+
+def test_a_killed_save_leaves_the_old_file(tmp_path):
+    """The process is killed while it writes; the file is the old one, not a half."""
+    path = saved(tmp_path)
+    before = path.read_bytes()
+    script = (
+        "import os, signal, sys, safetensors.torch, torch, tnreg\n"
+        "real = safetensors.torch.save_file\n"
+        "def dies(tensors, target, metadata=None):\n"
+        "    real(tensors, target, metadata)\n"
+        "    open(target, 'r+b').truncate(100)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "safetensors.torch.save_file = dies\n"
+        "tnreg.Factorization(tnreg.ModeTree.star(2), 3, 2).save(sys.argv[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == -9 and path.read_bytes() == before
+    load(path)
+
+
+def test_network_is_not_registered_as_state():
+    model = zoo.model_of(HTF)
+    assert all(key.startswith("stacks.") for key in model.state_dict())
+    assert len(network(model)) > len(model.weights)

@@ -1,0 +1,174 @@
+"""Training: what is recorded when, why it stops, optimizers, interruption, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from tnreg import (
+    Factorization,
+    GroupRMSprop,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    completion,
+    fit,
+    hierarchical_rank,
+)
+
+TREE = ModeTree.binary(4)
+
+
+def start(seed=0):
+    return zoo.model_of(TREE, seed=seed), completion(zoo.model_of(TREE, seed=9), 150)
+
+
+def test_rows():
+    model, task = start()
+    losses = []
+    run = fit(model, task.loss, steps=10, every=4, progress=False,
+              observe={"weight": lambda m: m.weights[0], "parts": lambda m: m.local_components(),
+                       "count": lambda m: losses.append(task.loss(m).item()) or len(losses)})  # fmt: skip
+    assert run.steps.tolist() == [0, 4, 8, 10] and run.stop_reason == "steps"
+    assert np.allclose(
+        run["loss"], losses, rtol=1e-12
+    )  # the loss belongs to the weights of its row
+    assert run["weight"].shape == (4, *model.weights[0].shape) and run["count"].tolist() == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert set(run["parts"]) == set(TREE.interior) and run["parts"][TREE.root].shape[0] == 4
+    assert np.array_equal(run["weight"][-1], model.weights[0].detach().numpy())
+    assert not np.array_equal(run["weight"][0], run["weight"][1])
+
+
+def test_it_is_gradient_descent():
+    model, task = start()
+    by_hand = copy.deepcopy(model)
+    fit(model, task.loss, steps=3, optimizer="sgd", lr=0.05, progress=False)
+    for _ in range(3):
+        by_hand.zero_grad()
+        task.loss(by_hand).backward()
+        with torch.no_grad():
+            for p in by_hand.parameters():
+                p -= 0.05 * p.grad
+    assert torch.allclose(model.to_tensor(), by_hand.to_tensor(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["group-rmsprop", "sgd", "adam", "lbfgs", torch.optim.AdamW])
+def test_optimizers(optimizer):
+    model, task = start()
+    run = fit(model, task.loss, steps=12, optimizer=optimizer, lr=1e-2, every=6, progress=False)
+    assert run["loss"][-1] < run["loss"][0]
+
+
+def test_own_optimizer():
+    model, task = start()
+    optimizer = GroupRMSprop(model.parameters(), lr=1e-3)
+    fit(model, task.loss, steps=2, optimizer=optimizer, progress=False)
+    assert optimizer.step_size > 0
+
+
+def test_completes_a_low_rank_tensor():
+    """From near zero: the hierarchical rank of the target is found and unseen entries are predicted."""
+    generator = torch.Generator().manual_seed(0)
+    target = Factorization(
+        TREE, 6, 1, std=1.0, dtype=torch.float64, generator=generator
+    ).to_tensor()
+    target = target.detach() * 36 / target.detach().norm()
+    task = completion(target, 500, seed=0)
+    model = Factorization(TREE, 6, 12, std=0.1, dtype=torch.float64, generator=generator)
+    run = fit(model, task.loss, steps=3000, every=100, progress=False,
+              stop=lambda run: run["loss"][-1] < 1e-4)  # fmt: skip
+    assert run.stop_reason == "stop"
+    assert task.test_error(model) < 2e-2
+    assert set(hierarchical_rank(model, rtol=1e-2).values()) == {1}
+
+
+def test_stop():
+    model, task = start()
+    run = fit(model, task.loss, steps=100, every=5, progress=False, stop=lambda run: len(run) == 3)
+    assert run.steps.tolist() == [0, 5, 10] and run.stop_reason == "stop"
+    run = fit(model, task.loss, steps=100, progress=False, stop=lambda run: "good enough")
+    assert run.steps.tolist() == [0] and run.stop_reason == "good enough"
+    assert fit(model, task.loss, steps=0, progress=False).steps.tolist() == [0]
+
+
+def test_stops_when_the_loss_is_not_finite():
+    model, task = start()
+    calls = []
+
+    def loss(m):
+        calls.append(1)
+        return task.loss(m) * (math.nan if len(calls) > 7 else 1.0)
+
+    run = fit(model, loss, steps=100, every=50, progress=False)
+    assert run.stop_reason.startswith("the loss became nan at step 7 of 100; try a smaller lr")
+    assert run.steps.tolist() == [0] and torch.isfinite(model.to_tensor()).all()
+    run = fit(model, task.loss, steps=400, optimizer="sgd", lr=1e3, progress=False)
+    assert "the loss became" in run.stop_reason and len(calls) == 8
+
+
+def test_interruption_keeps_what_was_recorded():
+    model, task = start()
+
+    def loss(m):
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return task.loss(m)
+
+    calls: list[int] = []
+    run = fit(model, loss, steps=1000, every=10, progress=False)
+    assert run.stop_reason == "interrupted" and run.steps.tolist() == [0, 10, 20]
+    assert run["loss"].shape == (3,)
+
+
+def test_progress_bar(capsys):
+    model, task = start()
+    fit(model, task.loss, steps=10)
+    assert "10/10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps must be an integer >= 0"),
+        ({"steps": 1.5}, "steps must be an integer"),
+        ({"steps": 1, "every": 0}, "every must be an integer >= 1"),
+        (
+            {"steps": 1, "optimizer": "rmsprop"},
+            "unknown optimizer 'rmsprop'; write one of group-rmsprop",
+        ),
+        ({"steps": 1, "optimizer": 3}, "must be a name or a torch.optim.Optimizer"),
+        ({"steps": 1, "optimizer": lambda p, lr: 3}, "gave a int, not a torch.optim.Optimizer"),
+        ({"steps": 1, "observe": {"loss": len}}, "the name 'loss' is taken"),
+    ],
+)
+def test_refuses(options, message):
+    model, task = start()
+    with pytest.raises(OptionError, match=message):
+        fit(model, task.loss, progress=False, **options)
+
+
+def test_an_observation_keeps_its_form():
+    model, task = start()
+    lengths = iter([2, 3])
+    with pytest.raises(
+        ShapeError, match=r"'x' changed its form at step 1.\n  before: \(2,\)\n  now:    \(3,\)"
+    ):
+        fit(
+            model,
+            task.loss,
+            steps=5,
+            every=1,
+            progress=False,
+            observe={"x": lambda m: torch.zeros(next(lengths))},
+        )

@@ -1,0 +1,112 @@
+"""The symbolic network: sizes, ranks and joins, what is refused, and the tensornetwork wiring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, network
+from tnreg.network import Network
+
+TREE = ModeTree([[0, 1], [2, 3]])
+
+
+def test_shapes_follow_the_contract():
+    ranks = {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}
+    model = Factorization(TREE, (2, 3, 5, 7), ranks, join={(2, 3): "full"})
+    shapes = {v: tuple(w.shape) for v, w in model.weights.items()}
+    assert shapes == {0: (2, 2), 1: (3, 2), (0, 1): (2, 3), 2: (5, 4), 3: (7, 5), (2, 3): (4, 5, 3),
+                      TREE.root: (3,)}  # fmt: skip
+    full = Factorization(TREE, 6, {**ranks, (0, 1): 4}, join="full")
+    assert full.weights[TREE.root].shape == (4, 3) and full.weights[(0, 1)].shape == (2, 2, 4)
+    ones = Factorization(TREE, 6, 3, root="ones")
+    assert TREE.root not in ones.weights and len(ones.weights) == 6
+
+
+def test_indices_are_edges():
+    net = Network.build(
+        TREE, 6, {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}, join={(2, 3): "full"}
+    )
+    position = TREE.position
+    assert net.indices(position(0))[0] == 0 and net.index_size(0) == 6
+    assert (
+        net.indices(position(0))[1]
+        == net.indices(position(1))[1]
+        == net.indices(position((0, 1)))[0]
+    )
+    assert net.indices(position(2))[1] != net.indices(position(3))[1]
+    assert [net.index_size(i) for i in net.indices(position((2, 3)))] == [4, 5, 3]
+    assert "(2, 3): full [bond 3: 4, bond 4: 5" in str(net)
+
+
+def test_equal_networks_hash_equal():
+    a, b = Network.build(TREE, 6, 2), Network.build(ModeTree.binary(4), (6,) * 4, 2)
+    assert a == b and hash(a) == hash(b) and a is not b
+    assert a != Network.build(TREE, 6, 3) and a != Network.build(TREE, 6, 2, root="ones")
+    assert a != "network"
+
+
+def test_equal_nodes_share_a_stack():
+    net = Network.build(ModeTree.binary(16), 8, 4, join="full")
+    assert [len(stack.positions) for stack in net.stacks] == [16, 8, 4, 2, 1]
+    uneven = Network.build(ModeTree.binary(4), (2, 3, 2, 3), 4)
+    assert sorted(len(stack.positions) for stack in uneven.stacks) == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "options", "error", "message"),
+    [
+        ((2, 3), 2, {}, ShapeError, "2 mode sizes for a tree over 4 modes"),
+        ((2, 3, 0, 1), 2, {}, ShapeError, "the size of mode 2 must be a positive integer, found 0"),
+        ((2, 3, 1.5, 1), 2, {}, ShapeError, "the size of mode 2 must be a positive integer"),
+        (None, 2, {}, ShapeError, "1 mode sizes for a tree"),
+        (4, 0, {}, ShapeError, "ranks must be a positive integer"),
+        (4, "5", {}, ShapeError, "ranks must be a positive integer"),
+        (4, {0: 2, 1: 2}, {}, ShapeError, "ranks lack the bond above 4 of 6 non-root nodes"),
+        (4, {(0, 1, 2, 3): 2}, {}, ShapeError, "has no bond above it"),
+        (4, {0: -1}, {}, ShapeError, "the rank at node 0 must be a positive integer"),
+        (4, {"x": 1}, {}, TreeError, "no node 'x'"),
+        (4, {0: 2, 1: 3, (0, 1): 2, 2: 2, 3: 2, (2, 3): 2}, {}, ShapeError,
+         "children of node .0, 1. have different ranks under a diagonal join"),
+        (4, 2, {"join": "half"}, OptionError, "unknown join 'half'"),
+        (4, 2, {"join": {0: "full"}}, OptionError, "node 0 is a leaf and joins nothing"),
+        (4, 2, {"join": {"x": "full"}}, TreeError, "no node 'x'"),
+        (4, 2, {"root": "fixed"}, OptionError, "unknown root 'fixed'"),
+        (4, 2, {"join": "full", "root": "ones"}, OptionError, "root='ones' needs a diagonal join"),
+    ],
+)  # fmt: skip
+def test_refuses(sizes, ranks, options, error, message):
+    with pytest.raises(error, match=message):
+        Network.build(TREE, sizes, ranks, **options)
+
+
+def test_tensornetwork_nodes_are_named_and_wired():
+    import tensornetwork
+
+    model = zoo.model_of(TREE)
+    nodes = network(model)
+    names = [node.name for node in nodes]
+    assert names[:7] == [str(v) for v in TREE.nodes]
+    assert sorted(names[7:]) == ["copy (0, 1)", "copy (0, 1, 2, 3)", "copy (2, 3)"]
+    assert all(isinstance(node, tensornetwork.CopyNode) for node in nodes[7:])
+    edges = {edge.name for node in nodes for edge in node.edges}
+    assert {"mode 0", "mode 3", "bond 0", "bond 3", "bond (0, 1)", "bond (0, 1) inside"} <= edges
+    assert not [
+        n for n in network(zoo.model_of(TREE, "full")) if isinstance(n, tensornetwork.CopyNode)
+    ]
+
+
+def test_gradients_flow_through_tensornetwork():
+    import tensornetwork
+
+    model = zoo.model_of(TREE)
+    nodes = network(model)
+    dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda edge: edge.name)
+    out = tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor
+    out.square().sum().backward()
+    found = {v: g.clone() for v, g in model.gradients.items()}
+    model.zero_grad()
+    model.to_tensor().square().sum().backward()
+    for v, gradient in model.gradients.items():
+        assert torch.allclose(found[v], gradient)

@@ -1,0 +1,85 @@
+"""Pictures: every function draws what it was given, on axes given or new."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import zoo
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from tnreg import ModeTree, OptionError, Trajectory, plots, spectra
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def recorded():
+    run = Trajectory()
+    model = zoo.model_of(ModeTree.binary(4))
+    for step in range(3):
+        run.append(
+            step,
+            {"loss": 1.0 / (1 + step), "vector": torch.rand(2), "parts": model.local_components()},
+        )
+    return run
+
+
+@pytest.mark.parametrize("tree", [*zoo.TREES.values(), ModeTree.grid((8, 8))])
+def test_tree(tree, ax):
+    drawn = plots.tree(tree, ax, edges={tree.nodes[0]: "rank 3"}, labels={0: "left"})
+    assert drawn is ax and len(ax.lines) == len(tree.nodes) - 1
+    texts = [t.get_text() for t in ax.texts]
+    assert "left" in texts and ("rank 3" in texts) == (len(tree.nodes) <= 48)
+    ax.figure.canvas.draw()
+
+
+def test_spectra(ax):
+    model = zoo.model_of(ModeTree.binary(4))
+    found = spectra(model)
+    assert plots.spectra(found, ax) is ax and len(ax.lines) == len(found)
+    for line, s in zip(ax.lines, found.values(), strict=True):
+        assert np.allclose(line.get_ydata(), (s / s[0]).numpy())
+    assert plots.spectra({0: torch.zeros(3)}, Figure().subplots()).lines
+
+
+def test_trajectory(ax):
+    run = recorded()
+    assert plots.trajectory(run, ax, names=["loss", "vector"]) is ax
+    assert len(ax.lines) == 3 and ax.lines[0].get_ydata().tolist() == run["loss"].tolist()
+    many = plots.trajectory(run, names=["parts"], log=False)
+    assert many.get_yscale() == "linear" and len(many.lines) == sum(
+        v.shape[1] for v in run["parts"].values()
+    )
+
+
+def test_components(ax):
+    run = recorded()
+    plots.components(run, ax, name="parts", top=2)
+    root = run["parts"][0, 1, 2, 3]
+    assert len(ax.lines) == 2 and ax.lines[0].get_ydata()[-1] == root[-1].max()
+    plots.components(run, ax, name="parts", node=(0, 1))
+    with pytest.raises(OptionError, match="no node 9"):
+        plots.components(run, name="parts", node=9)
+    with pytest.raises(OptionError, match="is no dict of nodes"):
+        plots.components(run, name="loss")
+
+
+def test_bars_and_new_axes(tmp_path):
+    drawn = plots.bars({"a": 1.0, "b": 2.0})
+    assert [p.get_width() for p in drawn.patches] == [1.0, 2.0]
+    plots.save_figure(drawn.figure, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,227 @@
+"""Ranks of dense tensors against brute force, their limits, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    effective_rank,
+    entanglement_entropy,
+    hierarchical_rank,
+    matricize,
+    spectra,
+)
+from tnreg.rank import dense_spectra
+
+
+def brute_force_matrix(tensor, modes):
+    rows = sorted(modes)
+    columns = [m for m in range(tensor.ndim) if m not in rows]
+    out = np.zeros(
+        (math.prod(tensor.shape[m] for m in rows), math.prod(tensor.shape[m] for m in columns))
+    )
+    for index in np.ndindex(*tensor.shape):
+        i = j = 0
+        for m in rows:
+            i = i * tensor.shape[m] + index[m]
+        for m in columns:
+            j = j * tensor.shape[m] + index[m]
+        out[i, j] = tensor[index]
+    return out
+
+
+@pytest.mark.parametrize("modes", [(0,), (2, 0), (1, 3), (3, 2, 1), (0, 1, 2, 3), ()])
+def test_matricize(modes):
+    tensor = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    wanted = brute_force_matrix(tensor.numpy(), modes)
+    assert np.array_equal(matricize(tensor, modes).numpy(), wanted)
+    assert np.array_equal(matricize(tensor.numpy(), modes).numpy(), wanted)
+
+
+@pytest.mark.parametrize("modes", [(0, 0), (4,), (-1,), 7])
+def test_matricize_refuses(modes):
+    with pytest.raises(ShapeError, match="distinct and within 0..3"):
+        matricize(torch.zeros(2, 3, 5, 4), modes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 2), (20, 2, 3, 2), (6, 6, 6, 6)])
+def test_spectra_of_generic_tensors(dtype, shape):
+    tensor = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for tree in (ModeTree.binary(4), ModeTree.half(4), ModeTree.star(4), ModeTree.caterpillar(4)):
+        for v, s in spectra(tensor, tree).items():
+            wanted = torch.linalg.svdvals(matricize(tensor, tree.modes_below(v)))
+            assert s.dtype == wanted.dtype
+            error = max(50 * torch.finfo(dtype).eps, 1e-11) * wanted[0].item()
+            assert torch.allclose(s, wanted, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_spectra_of_hard_tensors(scale):
+    """Singular values over 15 decades, low rank, one huge entry: errors stay below 1e-11 of the largest."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rotated(size):
+        return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+    decay = (
+        rotated(30)
+        @ torch.diag(10.0 ** torch.linspace(0, -15, 30, dtype=torch.float64))
+        @ rotated(30)
+    )
+    spiked = torch.randn(6, 5, 6, 5, generator=generator, dtype=torch.float64)
+    spiked[1, 2, 3, 4] = 1e9
+    low = torch.einsum(
+        "ir,jr,kr,lr->ijkl",
+        *(torch.randn(6, 2, generator=generator, dtype=torch.float64) for _ in range(4)),
+    )
+    for tensor in (decay.reshape(6, 5, 6, 5), spiked, low):
+        tree = ModeTree.binary(4)
+        for v, s in spectra(tensor * scale, tree).items():
+            wanted = torch.linalg.svdvals(matricize(tensor, tree.modes_below(v)))
+            assert torch.allclose(s / scale, wanted, rtol=0, atol=1e-11 * wanted[0].item())
+
+
+def test_exact_ranks():
+    generator = torch.Generator().manual_seed(2)
+    tree = ModeTree([[0, 3], [[1, 4], 2]])
+    bonds = {v: r for v, r in zip(tree.nodes[:-1], (2, 2, 3, 2, 2, 3, 3, 3), strict=True)}
+    model = Factorization(tree, 4, bonds, std=1.0, dtype=torch.float64, generator=generator)
+    found = hierarchical_rank(model.to_tensor().detach(), tree)
+    assert found == hierarchical_rank(model)
+    # (0, 3) and (1, 4) cannot exceed the bond below them, nor the root's other child the rank of (0, 3)
+    assert found == {0: 2, 3: 2, (0, 3): 2, 1: 2, 4: 2, (1, 4): 2, 2: 3, (1, 2, 4): 2}
+
+
+def test_zero_and_rank_one():
+    tree = ModeTree.binary(4)
+    assert set(hierarchical_rank(torch.zeros(2, 3, 4, 5), tree).values()) == {0}
+    assert set(hierarchical_rank(torch.ones(2, 3, 4, 5), tree).values()) == {1}
+    for s in spectra(torch.ones(2, 3, 4, 5, dtype=torch.float64), tree).values():
+        assert s[0].item() == pytest.approx(math.sqrt(120)) and s[1:].abs().max() < 1e-12
+
+
+def test_spectrum_lengths():
+    tree = ModeTree([[0, 1], 2])
+    found = spectra(torch.randn(2, 3, 4), tree)
+    assert {v: len(s) for v, s in found.items()} == {0: 2, 1: 3, (0, 1): 4, 2: 4}
+    assert all((s[:-1] >= s[1:]).all() for s in found.values())
+
+
+def test_threshold():
+    diagonal = torch.diag(torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64))
+    tree = ModeTree.star(2)
+    for rtol, rank in ((1e-1, 1), (1e-3, 2), (1e-5, 3), (None, 3)):
+        assert hierarchical_rank(diagonal, tree, rtol=rtol) == {0: rank, 1: rank}
+    with pytest.raises(OptionError, match=r"rtol must be in \[0, 1\)"):
+        hierarchical_rank(diagonal, tree, rtol=1.0)
+
+
+def test_spectra_differentiate():
+    tree = ModeTree.binary(4)
+    tensor = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(x):
+        return spectra(x, tree)[(0, 1)]
+
+    assert torch.autograd.gradcheck(function, tensor)
+    with torch.no_grad():
+        assert torch.allclose(spectra(tensor, tree)[(0, 1)], function(tensor))
+
+
+def test_effective_rank():
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])).item() == pytest.approx(3.0)
+    assert effective_rank([1.0, 0.0]).item() == pytest.approx(1.0)
+    assert (
+        effective_rank(torch.zeros(4)).item() == 0.0
+        and effective_rank(torch.zeros(0)).item() == 0.0
+    )
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    assert effective_rank(7 * p).item() == pytest.approx(
+        math.exp(0.5 * math.log(2) + 0.5 * math.log(4))
+    )
+
+
+def test_entanglement_entropy():
+    s = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    rho = (9 / 25, 16 / 25)
+    assert entanglement_entropy(s).item() == pytest.approx(-sum(r * math.log(r) for r in rho))
+    assert entanglement_entropy(1e-200 * s).item() == pytest.approx(entanglement_entropy(s).item())
+    assert entanglement_entropy(torch.ones(5)).item() == pytest.approx(math.log(5))
+    assert entanglement_entropy(torch.zeros(3)).item() == 0.0
+
+
+@pytest.mark.parametrize("function", [effective_rank, entanglement_entropy])
+def test_smooth_ranks_differentiate(function):
+    s = torch.tensor([3.0, 1.0, 0.2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, s)
+    zero = torch.tensor([1.0, 0.0], requires_grad=True)
+    function(zero).backward()
+    assert torch.isfinite(zero.grad).all()
+    for wrong in (torch.ones(2, 2), torch.ones(2, dtype=torch.int64)):
+        with pytest.raises(ShapeError, match="vector of real singular values"):
+            function(wrong)
+
+
+def test_refuses():
+    tree = ModeTree.binary(4)
+    nan = torch.randn(2, 2, 2, 2)
+    nan[0, 0, 0, 0], nan[1, 1, 1, 1] = math.nan, math.inf
+    for call in (spectra, hierarchical_rank):
+        with pytest.raises(DataError, match=r"2 entries that are not finite \(1 NaN, 1 infinite\)"):
+            call(nan, tree)
+        with pytest.raises(ShapeError, match="3 axes and the tree 4 modes"):
+            call(torch.zeros(2, 2, 2), tree)
+        with pytest.raises(DataError, match="dtype torch.int64"):
+            call(torch.zeros(2, 2, 2, 2, dtype=torch.int64), tree)
+        with pytest.raises(DataError, match="is empty"):
+            call(torch.zeros(2, 0, 2, 2), tree)
+        with pytest.raises(OptionError, match="need a tree"):
+            call(torch.zeros(2, 2))
+        with pytest.raises(OptionError, match="along its own tree"):
+            call(zoo.model_of(tree), ModeTree.star(4))
+
+
+def test_numpy_goes_in():
+    array = np.random.default_rng(0).standard_normal((3, 4, 5))
+    tree = ModeTree.star(3)
+    assert hierarchical_rank(array, tree) == {0: 3, 1: 4, 2: 5}
+    assert dense_spectra(array, tree).keys() == spectra(array, tree).keys()
+
+
+def test_wide_factored_spectra_are_not_expanded():
+    """Width 512 at every bond, as in the published experiment."""
+    model = Factorization(ModeTree.binary(4), 8, 512, std=0.05, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    dense = spectra(model.to_tensor().detach(), model.tree)
+    for v, s in spectra(model).items():
+        assert torch.allclose(s, dense[v][: len(s)], rtol=0, atol=1e-11 * s[0].item())
+
+
+def test_factored_spectra_at_extreme_scale_and_order():
+    tree = ModeTree.star(2)
+    model = zoo.model_of(tree, root="ones", sizes=(3, 3))
+    wanted = spectra(model)[0]
+    a, b = (w.detach().clone() for w in model.weights.values())
+    model.load_weights({0: a * 1e200, 1: b * 1e-200})
+    assert torch.allclose(spectra(model)[0], wanted)
+    model.load_weights({1: b})
+    assert torch.allclose(spectra(model)[0] / 1e200, wanted)
+    long = Factorization(ModeTree.binary(512), 2, 2, join="full", std=1.0, dtype=torch.float64,
+                         generator=torch.Generator().manual_seed(0))  # fmt: skip
+    halves = long.tree.children(long.tree.root)
+    s = spectra(long)
+    norm = long.norm().item()
+    for node in (halves[0], 5):  # in units of the norm, whose square leaves the range
+        assert torch.linalg.vector_norm(s[node] / norm).item() == pytest.approx(1)
+    assert hierarchical_rank(long)[halves[0]] == 2

@@ -1,0 +1,195 @@
+"""Completion and sensing: what is drawn, loss and errors by hand, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    completion,
+    sensing,
+)
+
+TREE = ModeTree.binary(4)
+
+
+def target(dtype=torch.float64):
+    return torch.randn(2, 3, 5, 7, dtype=dtype, generator=torch.Generator().manual_seed(3))
+
+
+def test_completion_splits_the_entries():
+    values = target()
+    task = completion(values, 80, seed=1)
+    assert task.index.shape == (80, 4) and task.test_index.shape == (130, 4)
+    assert torch.equal(task.values, values[tuple(task.index.T)])
+    assert torch.equal(task.test_values, values[tuple(task.test_index.T)])
+    both = torch.cat([task.index, task.test_index])
+    assert len(torch.unique(both, dim=0)) == 210
+    again, other = completion(values, 80, seed=1), completion(values, 80, seed=2)
+    assert torch.equal(task.index, again.index) and not torch.equal(task.index, other.index)
+    assert len(completion(values, 0.5).values) == 105
+    assert torch.equal(completion(values.numpy(), 80, seed=1).index, task.index)
+    everything = completion(values, 210)
+    assert everything.test_values is None and repr(everything).endswith(
+        "210 entries observed, 0 unseen>"
+    )
+
+
+def test_losses_by_hand():
+    model, values = zoo.model_of(TREE), target()
+    task = completion(values, 80)
+    dense = model.to_tensor().detach()
+    seen, unseen = tuple(task.index.T), tuple(task.test_index.T)
+    assert task.loss(model).item() == pytest.approx(
+        (dense[seen] - values[seen]).square().mean().item()
+    )
+    wanted = (dense[unseen] - values[unseen]).norm() / values[unseen].norm()
+    assert task.test_error(model) == pytest.approx(wanted.item())
+    assert task.train_error(model) == pytest.approx(
+        ((dense[seen] - values[seen]).norm() / values[seen].norm()).item()
+    )
+    task.loss(model).backward()
+    assert all(g.abs().max() > 0 for g in model.gradients.values())
+    zero = Factorization(TREE, values.shape, 1, std=0.0, dtype=torch.float64)
+    assert task.test_error(zero) == pytest.approx(1.0)
+
+
+def test_complex_losses():
+    model, values = zoo.model_of(TREE, dtype=torch.complex128), target(torch.complex128)
+    task = completion(values, 80)
+    difference = model.entries(task.index).detach() - task.values
+    assert task.loss(model).item() == pytest.approx(difference.abs().square().mean().item())
+    assert not task.loss(model).is_complex()
+
+
+def test_any_module_with_entries():
+    class Table(torch.nn.Module):
+        def entries(self, index):
+            return torch.ones(len(index), dtype=torch.float64)
+
+    task = completion(target(), 80)
+    assert task.loss(Table()).item() == pytest.approx((1 - task.values).square().mean().item())
+
+
+def test_own_entries():
+    index = torch.tensor([[0, 0], [1, 2], [1, 2]])
+    task = completion(index=index, values=torch.tensor([1.0, 2.0, 3.0]), sizes=(2, 3))
+    model = Factorization(ModeTree.star(2), (2, 3), 2, std=1.0)
+    assert task.loss(model).item() == pytest.approx(
+        (model.to_tensor().detach()[tuple(index.T)] - task.values).square().mean().item()
+    )
+    with pytest.raises(OptionError, match="no unseen entries are known"):
+        task.test_error(model)
+    tested = completion(
+        index=index,
+        values=torch.ones(3),
+        sizes=(2, 3),
+        test_index=index[:1],
+        test_values=torch.ones(1),
+    )
+    assert tested.to(dtype=torch.float64).test_values.dtype == torch.float64
+    assert math.isfinite(tested.test_error(model))
+
+
+def test_missing_entries():
+    values = target()
+    values[0, 0], values[1, 2, 3, 4] = math.nan, math.nan
+    with pytest.raises(DataError, match=r"36 NaN entries of 210.\n  .*missing='nan'"):
+        completion(values, 50)
+    task = completion(values, 50, missing="nan")
+    assert len(task.values) == 50 and len(task.test_values) == 124
+    assert torch.isfinite(task.values).all() and torch.isfinite(task.test_values).all()
+    with pytest.raises(DataError, match="samples must be an integer from 1 to 174"):
+        completion(values, 175, missing="nan")
+    with pytest.raises(DataError, match="all 210 entries of the target are NaN"):
+        completion(torch.full((2, 3, 5, 7), math.nan), 5, missing="nan")
+    values[0, 1, 0, 0] = math.inf
+    with pytest.raises(DataError, match=r"1 entries that are not finite \(0 NaN, 1 infinite\)"):
+        completion(values, 50, missing="nan")
+    with pytest.raises(OptionError, match="unknown missing='zero'"):
+        completion(values, 50, missing="zero")
+
+
+def test_a_factorization_is_a_target():
+    model = zoo.model_of(TREE)
+    for task in (completion(model, 50), sensing(model, 50)):
+        assert task.loss(model).item() < 1e-24 and task.test_error(model) < 1e-12
+
+
+def test_sensing_measures_the_target():
+    values = target()
+    task = sensing(values, 500, seed=4)
+    assert [f.shape for f in task.features] == [(500, n) for n in values.shape]
+    norms = torch.stack([f.square().sum(1) for f in task.features]).prod(0)
+    assert norms.mean().item() == pytest.approx(1.0, rel=0.2)
+    rank_one = torch.einsum("bi,bj,bk,bl->bijkl", *task.features)
+    assert torch.allclose(task.values, (rank_one * values).sum((1, 2, 3, 4)))
+    model = zoo.model_of(TREE)
+    found = (rank_one * model.to_tensor().detach()).sum((1, 2, 3, 4))
+    assert task.loss(model).item() == pytest.approx((found - task.values).square().mean().item())
+    dense = model.to_tensor().detach()
+    assert task.test_error(model) == pytest.approx(((dense - values).norm() / values.norm()).item())
+    assert torch.equal(sensing(values, 500, seed=4).values, task.values)
+    assert task.to(dtype=torch.float32).values.dtype == torch.float32 and "500 rank-one" in repr(
+        task
+    )
+    task.target = None
+    with pytest.raises(OptionError, match="does not know its target"):
+        task.test_error(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((), {}, OptionError, "a target tensor is missing"),
+        ((target(), 0), {}, DataError, "samples must be an integer from 1 to 210"),
+        ((target(), 211), {}, DataError, "from 1 to 210 .the known entries., or|samples"),
+        ((target(), 1.5), {}, DataError, r"a share in \(0, 1\), found 1.5"),
+        ((target(), None), {}, DataError, "found None"),
+        ((target().long(), 5), {}, DataError, "dtype torch.int64"),
+        ((np.arange(6).reshape(2, 3), 5), {}, DataError, "dtype torch.int64"),
+        ((torch.tensor(1.0), 1), {}, ShapeError, "a single number"),
+        ((torch.zeros(2, 0), 1), {}, DataError, "is empty"),
+        ((target(), 5), {"sizes": (2, 3)}, OptionError, "either target and samples, or index="),
+        ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(1)}, OptionError, "either target"),
+        ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(2), "sizes": (2, 3)}, ShapeError,
+         r"\(2,\) values for 1 rows"),
+        ((), {"index": torch.full((1, 2), 2), "values": torch.zeros(1), "sizes": (2, 3)}, DataError,
+         "row 0 has 2 at mode 0, whose size is 2"),
+        ((), {"index": torch.zeros(0, 2).long(), "values": torch.zeros(0), "sizes": (2, 3)}, DataError,
+         "an empty batch"),
+        ((), {"index": torch.zeros(1, 2).long(), "values": torch.full((1,), math.nan), "sizes": (2, 3)},
+         DataError, "not finite"),
+        ((), {"index": torch.zeros(1, 0).long(), "values": torch.zeros(1), "sizes": ()}, ShapeError,
+         "sizes are empty"),
+        ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(1), "sizes": (2, 3),
+              "test_index": torch.zeros(1, 2).long()}, OptionError, "test_index and test_values together"),
+    ],
+)  # fmt: skip
+def test_completion_refuses(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        completion(*arguments, **options)
+
+
+def test_sensing_refuses():
+    with pytest.raises(DataError, match="samples must be a positive integer, found 0"):
+        sensing(target(), 0)
+    values = target()
+    values[0, 0, 0, 0] = math.nan
+    with pytest.raises(DataError, match="sensing needs all entries"):
+        sensing(values, 3)
+
+
+def test_refuses_a_model_of_other_sizes():
+    for task in (completion(target(), 5), sensing(target(), 5)):
+        with pytest.raises(ShapeError, match="other mode sizes than the task"):
+            task.loss(zoo.model_of(TREE, sizes=(2, 3, 5, 8)))

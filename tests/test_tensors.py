@@ -1,0 +1,127 @@
+"""Real tensors: those of the wheel, files of every kind, and files that are not what they say."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from tnreg import DataError, FileError, OptionError, load_tensor
+from tnreg.tensors import DATASETS
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "missing"),
+    [
+        ("kinetic", (64, 12, 10, 60), 1754),
+        ("il2", (13, 4, 12, 8), 192),
+        ("covid19", (438, 6, 11), 0),
+        ("indian-pines", (145, 145, 200), 0),
+    ],
+)
+def test_datasets(name, shape, missing):
+    found = load_tensor(name)
+    assert tuple(found.values.shape) == shape and found.missing == missing
+    assert found.values.dtype == torch.float64 and len(found.modes) == len(shape)
+    assert found.name == name and found.source == DATASETS[name]
+    known = found.values[~torch.isnan(found.values)]
+    assert torch.isfinite(known).all() and known.std() > 0
+
+
+def test_files(tmp_path):
+    array = np.random.default_rng(0).standard_normal((2, 3, 4))
+    tensor = torch.from_numpy(array)
+    np.save(tmp_path / "a.npy", array)
+    np.save(tmp_path / "big.npy", array.astype(">f4"))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(array))
+    np.savez(tmp_path / "one.npz", x=array)
+    np.savez(tmp_path / "two.npz", x=array, y=2 * array)
+    safetensors.torch.save_file({"x": tensor, "y": 2 * tensor}, tmp_path / "two.safetensors")
+    torch.save(tensor, tmp_path / "t.pt")
+    torch.save({"x": tensor, "y": 2 * tensor, "note": 3}, tmp_path / "d.pt")
+    for name in (
+        "a.npy",
+        "fortran.npy",
+        "one.npz",
+        "two.npz:x",
+        "two.safetensors:x",
+        "t.pt",
+        "d.pt:x",
+    ):
+        found = load_tensor(str(tmp_path / name))
+        assert torch.equal(found.values, tensor) and found.modes == ("mode 0", "mode 1", "mode 2")
+    assert torch.equal(load_tensor(f"{tmp_path}/two.npz:y").values, 2 * tensor)
+    assert torch.allclose(load_tensor(tmp_path / "big.npy").values.double(), tensor, rtol=1e-6)
+    for name in ("two.npz", "two.safetensors", "d.pt"):
+        with pytest.raises(FileError, match="holds 2 arrays: x, y\n  name one of them"):
+            load_tensor(tmp_path / name)
+    with pytest.raises(FileError, match="no array 'z' in .*it holds: x, y"):
+        load_tensor(f"{tmp_path}/two.npz:z")
+
+
+class Bomb:
+    marker = ""
+
+    def __reduce__(self):
+        return (os.mkdir, (self.marker,))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
+def test_files_that_are_something_else(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Bomb.marker = str(tmp_path / "executed")
+    good = tmp_path / f"good{suffix}"
+    if suffix == ".safetensors":
+        safetensors.torch.save_file({"x": torch.zeros(50)}, good)
+    elif suffix == ".pt":
+        torch.save(torch.zeros(50), good)
+    else:
+        (np.save if suffix == ".npy" else np.savez)(good, np.zeros(50))
+    whole = good.read_bytes()
+    for content in (
+        b"",
+        os.urandom(500),
+        whole[:40],
+        whole[: len(whole) // 2],
+        pickle.dumps(Bomb()),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match=f"not a readable {suffix} file of numbers"):
+            load_tensor(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_objects_are_not_loaded(tmp_path):
+    Bomb.marker = str(tmp_path / "executed")
+    np.save(tmp_path / "o.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    torch.save([Bomb()], tmp_path / "o.pt")
+    for name in ("o.npy", "o.pt"):
+        with pytest.raises(FileError, match="it holds Python objects, which are not loaded"):
+            load_tensor(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(FileError, match="holds a list"):
+        load_tensor(tmp_path / "list.pt")
+
+
+def test_refuses(tmp_path):
+    np.save(tmp_path / "i.npy", np.arange(6))
+    with pytest.raises(DataError, match="dtype torch.int64; real or complex"):
+        load_tensor(tmp_path / "i.npy")
+    with pytest.raises(FileError, match="no such tensor: nothing.npy\n  by name: kinetic, il2"):
+        load_tensor("nothing.npy")
+    (tmp_path / "x.csv").write_text("1,2")
+    with pytest.raises(FileError, match="cannot tell what .* is from its ending '.csv'"):
+        load_tensor(tmp_path / "x.csv")
+
+
+def test_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorly", None)
+    monkeypatch.setitem(sys.modules, "tensorly.datasets", None)
+    with pytest.raises(OptionError, match=r"pip install 'tnreg\[data\]'"):
+        load_tensor("il2")

@@ -1,0 +1,88 @@
+"""Trajectories: rows, files, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tnreg import FileError, OptionError, ShapeError, Trajectory
+
+
+def example():
+    run = Trajectory()
+    for step in (0, 10, 20):
+        run.append(step, {"loss": 1.0 / (step + 1), "vector": torch.full((3,), float(step)),
+                          "parts": {(0, 1): torch.ones(2) * step, "top": np.array(step)}})  # fmt: skip
+    run.stop_reason = "steps"
+    return run
+
+
+def test_rows():
+    run = example()
+    assert len(run) == 3 and run.steps.tolist() == [0, 10, 20] and run.steps.dtype == np.int64
+    assert run.names == ("loss", "vector", "parts") == tuple(run) and "loss" in run
+    assert run["vector"].shape == (3, 3) and run["parts"][0, 1].shape == (3, 2)
+    assert run["parts"]["top"].tolist() == [0, 10, 20]
+    assert "3 rows, last step 20: loss, vector, parts; steps" in repr(run)
+    assert "running" in repr(Trajectory())
+
+
+def test_a_row_is_a_copy():
+    run, value = Trajectory(), torch.zeros(2)
+    run.append(0, {"x": value})
+    value += 1
+    assert run["x"].tolist() == [[0.0, 0.0]]
+
+
+def test_files(tmp_path):
+    run = example()
+    run.save(tmp_path / "run.npz")
+    again = Trajectory.load(tmp_path / "run.npz")
+    assert again.names == run.names and again.stop_reason == "steps"
+    assert np.array_equal(again.steps, run.steps) and np.array_equal(again["vector"], run["vector"])
+    assert set(again["parts"]) == {(0, 1), "top"}
+    assert np.array_equal(again["parts"][0, 1], run["parts"][0, 1])
+    again.append(
+        30, {"loss": 0.0, "vector": torch.zeros(3), "parts": {(0, 1): torch.zeros(2), "top": 3}}
+    )
+    assert len(again) == 4
+    empty = Trajectory()
+    empty.save(tmp_path / "empty.npz")
+    assert len(Trajectory.load(tmp_path / "empty.npz")) == 0
+    with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
+        assert "parts/(0, 1)" in file.files
+
+
+def test_refuses_changed_forms():
+    run = example()
+    good = {"loss": 1.0, "vector": torch.zeros(3), "parts": {(0, 1): torch.ones(2), "top": 1}}
+    for changed in ({**good, "vector": torch.zeros(4)}, {**good, "more": 1.0}, {"loss": 1.0},
+                    {**good, "parts": {(0, 1): torch.ones(2)}}):  # fmt: skip
+        with pytest.raises(ShapeError, match="changed its form at step 30"):
+            run.append(30, changed)
+    assert len(run) == 3 and run["loss"].shape == (3,)
+    with pytest.raises(
+        OptionError, match="nothing named 'los' was observed; there is: loss, vector"
+    ):
+        run["los"]
+
+
+def test_refuses_files(tmp_path):
+    path = tmp_path / "run.npz"
+    example().save(path)
+    whole = path.read_bytes()
+    for content in (whole[:50], b"", os.urandom(300), pickle.dumps({"loss": 1})):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match="not a trajectory file"):
+            Trajectory.load(path)
+    np.savez(path, x=np.zeros(2))
+    with pytest.raises(FileError, match="not a trajectory file"):
+        Trajectory.load(path)
+    with pytest.raises(FileError, match="no such trajectory file"):
+        Trajectory.load(tmp_path / "none.npz")
+    with pytest.raises(FileError, match="cannot write"):
+        example().save(tmp_path / "no" / "run.npz")

@@ -1,0 +1,287 @@
+"""Mode trees: families, names, text, files, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import networkx as nx
+import pytest
+import zoo
+from hypothesis import given, settings
+
+from tnreg import FileError, ModeTree, TreeError, gallery, load_tree
+from tnreg.tree import read_tree, tree_from_json, tree_to_json
+
+
+def test_structure():
+    tree = ModeTree([[0, 1], [2, 3]])
+    assert tree.order == 4 and tree.leaves == (0, 1, 2, 3)
+    assert tree.root == (0, 1, 2, 3)
+    assert tree.interior == ((0, 1), (2, 3), (0, 1, 2, 3))
+    assert tree.nodes == (0, 1, (0, 1), 2, 3, (2, 3), (0, 1, 2, 3))
+    assert tree.children(tree.root) == ((0, 1), (2, 3)) and tree.children(0) == ()
+    assert tree.parent(tree.root) is None and tree.parent(2) == (2, 3)
+    assert tree.modes_below((0, 1)) == (0, 1) and tree.modes_below(3) == (3,)
+
+
+@given(zoo.trees())
+@settings(max_examples=80, deadline=None)
+def test_children_come_before_parents(tree):
+    seen = set()
+    for node in tree.nodes:
+        assert set(tree.children(node)) <= seen
+        seen.add(node)
+    for node in tree.interior:
+        below = sorted(m for c in tree.children(node) for m in tree.modes_below(c))
+        assert tree.modes_below(node) == tuple(below)
+    assert tree.nodes[-1] == tree.root and tree.modes_below(tree.root) == tree.leaves
+    assert nx.is_arborescence(tree.graph)
+
+
+def test_names_of_one_child_nodes():
+    tree = ModeTree([[0], [[1]]])
+    assert tree.nodes == (0, (0,), 1, (1,), ((1,),), (0, 1))
+    assert tree.modes_below(((1,),)) == (1,)
+
+
+def test_graph_is_frozen_and_keeps_names_and_order():
+    graph = nx.DiGraph([("root", "b"), ("root", 0), ("b", 2), ("b", 1)])
+    tree = ModeTree(graph)
+    assert tree.children("root") == ("b", 0) and tree.children("b") == (2, 1)
+    with pytest.raises(nx.NetworkXError):
+        tree.graph.add_edge("root", 9)
+    graph.add_edge("root", 3)
+    assert tree.order == 3
+    assert ModeTree(tree.graph) == tree
+
+
+def test_families():
+    assert ModeTree.star(3) == ModeTree([0, 1, 2])
+    assert ModeTree.binary(4) == ModeTree([[0, 1], [2, 3]])
+    assert ModeTree.binary(5) == ModeTree([[[0, 1], [2, 3]], 4])
+    assert ModeTree.regular(9, 3) == ModeTree([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    assert ModeTree.regular(7, 3) == ModeTree([[0, 1, 2], [3, 4, 5], 6])
+    assert ModeTree.caterpillar(4) == ModeTree([[[0, 1], 2], 3])
+    assert ModeTree.chain(2) == ModeTree([0, 1])
+    assert ModeTree.chain(3) == ModeTree([[0], 1])
+    assert ModeTree.chain(5) == ModeTree([[[0]], [1]])
+    assert ModeTree.half(4) == ModeTree([[0, 2], [1, 3]])
+    assert ModeTree.half(8) == ModeTree([[[0, 4], [2, 6]], [[1, 5], [3, 7]]])
+    assert ModeTree.half(6) == ModeTree([[[0, 3], [2, 5]], [1, 4]])
+    assert ModeTree.grid((2, 4)) == ModeTree([[0, 1, 4, 5], [2, 3, 6, 7]])
+    assert ModeTree.grid((4, 4), window=(2, 4)) == ModeTree([list(range(8)), list(range(8, 16))])
+    assert ModeTree.grid((3, 3)) == ModeTree([[0, 1, 3, 4], [2, 5], [6, 7], 8])
+    assert ModeTree.grid((1, 1)) == ModeTree([0])
+    assert ModeTree.grid((2, 2), window=(2, 1)) == ModeTree([[0, 2], [1, 3]])
+    for one in (ModeTree.star(1), ModeTree.binary(1), ModeTree.caterpillar(1), ModeTree.half(1)):
+        assert one == ModeTree([0])
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 7])
+def test_chain_has_one_weight_per_factor(depth):
+    assert len(ModeTree.chain(depth).nodes) - 1 == depth
+
+
+def test_quad_tree_windows_hold_neighbours():
+    tree = ModeTree.grid((8, 8))
+    for node in tree.interior:
+        rows = {m // 8 for m in tree.modes_below(node)}
+        columns = {m % 8 for m in tree.modes_below(node)}
+        assert len(rows) == len(columns) == max(rows) - min(rows) + 1
+        assert len(tree.modes_below(node)) == len(rows) * len(columns)
+
+
+def test_equality_and_hash():
+    a, b = ModeTree([[0, 1], [2, 3]]), ModeTree(((0, 1), (2, 3)))
+    assert a == b and hash(a) == hash(b) and len({a, b}) == 1
+    assert a != ModeTree([[1, 0], [2, 3]])  # full joins lay out weights by the order of children
+    assert a != ModeTree([[0, 2], [1, 3]]) and a != "tree"
+    assert ModeTree(a) == a
+    named = zoo.TREES["named"]
+    for copied in (pickle.loads(pickle.dumps(named)), copy.deepcopy(named)):
+        assert copied == named and copied.children("left") == named.children("left")
+
+
+def test_repr_reads_back():
+    for tree in (ModeTree.binary(5), ModeTree.chain(4), ModeTree.half(8)):
+        assert eval(repr(tree), {"ModeTree": ModeTree}) == tree
+    assert repr(zoo.TREES["named"]) == "ModeTree('top': ['left': [1, 0], 2])"
+    assert "order 1024" in repr(ModeTree.binary(1024))
+
+
+def test_text():
+    text = ModeTree([[0, 1], 2]).text(ascii_only=True)
+    assert text.isascii()
+    assert [line.split()[-1] for line in text.splitlines()] == ["2)", "1)", "0", "1", "2"]
+    assert str(ModeTree.star(2)).splitlines()[1].endswith("0")
+    labelled = ModeTree.star(2).text(label=lambda v: "same")
+    assert labelled.count("same") == 3
+
+
+@pytest.mark.parametrize("tree", [*zoo.TREES.values(), ModeTree.caterpillar(400)])
+def test_files_keep_trees(tree, tmp_path):
+    tree.save(tmp_path / "tree.json")
+    assert load_tree(tmp_path / "tree.json") == tree
+    assert tree_from_json(json.loads(json.dumps(tree_to_json(tree)))) == tree
+
+
+def test_names_in_files(tmp_path):
+    graph = nx.DiGraph([("top", ("level", 1)), ("top", 2), (("level", 1), 0), (("level", 1), 1)])
+    tree = ModeTree(graph)
+    tree.save(tmp_path / "a.json")
+    assert load_tree(tmp_path / "a.json").interior == (("level", 1), "top")
+    chain = ModeTree(nx.relabel_nodes(ModeTree.caterpillar(300).graph, {(0, 1): "bottom"}))
+    chain.save(tmp_path / "b.json")
+    assert load_tree(tmp_path / "b.json") == chain
+    odd = ModeTree(nx.relabel_nodes(tree.graph, {"top": frozenset({1})}))
+    with pytest.raises(TreeError, match="a name that a file cannot hold"):
+        odd.save(tmp_path / "c.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_deep_trees():
+    tree = ModeTree.caterpillar(2000)
+    assert tree.order == 2000 and tree.modes_below(tree.parent(1500))[-1] == 1500
+    assert hash(tree) == hash(ModeTree.caterpillar(2000)) and "order 2000" in repr(tree)
+
+
+def test_gallery():
+    needed = {"star-3", "htf-4", "htf-8", "half-8", "caterpillar-6", "matrix-deep-3", "quad-4x4",
+              "quad-8x8", "across-4", "uneven-5"}  # fmt: skip
+    assert needed <= set(gallery())
+    assert load_tree("htf-4") == ModeTree.binary(4) and load_tree("htf-8") == ModeTree.binary(8)
+    assert load_tree("half-8") == ModeTree.half(8)
+    assert load_tree("quad-4x4") == ModeTree.grid((4, 4))
+    assert load_tree("quad-8x8") == ModeTree.grid((8, 8))
+    assert load_tree("matrix-deep-3") == ModeTree.chain(3)
+    assert load_tree("caterpillar-6") == ModeTree.caterpillar(6)
+    assert load_tree("across-4") == ModeTree([[0, 2], [1, 3]])
+    assert load_tree("star-3").order == 3 and load_tree("uneven-5").order == 5
+
+
+def test_read_tree():
+    assert read_tree(" [[0, 1], 2]") == ModeTree([[0, 1], 2])
+    assert read_tree("htf-4") == load_tree("htf-4")
+    with pytest.raises(TreeError, match="not nested lists of mode numbers"):
+        read_tree("[[0, 1]")
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ([], "empty or has an interior node without children"),
+        ([0, []], "interior node without children"),
+        (3, "not a mode tree: 3"),
+        ("01", "expected: nested lists of mode numbers"),
+        ([[0, "left"], 2], "leaf 'left' is not a mode number"),
+        ([0, True], "leaf True is not a mode number"),
+        ([0, 1.0], "leaf 1.0 is not a mode number"),
+        ([0, [1, 0]], "mode 0 appears twice"),
+        ([0, 2], "mode 1 is missing"),
+        ([1, 2], "mode 0 is missing"),
+        ([0, -1], "mode 1 is missing"),
+    ],
+)
+def test_refuses_lists(structure, message):
+    with pytest.raises(TreeError, match=message):
+        ModeTree(structure)
+
+
+def test_refuses_a_list_in_itself():
+    loop = [0]
+    loop.append(loop)
+    with pytest.raises(TreeError, match="a list contains itself"):
+        ModeTree(loop)
+
+
+@pytest.mark.parametrize(
+    ("edges", "nodes", "message"),
+    [
+        ([], [], "the graph is empty"),
+        ([], [0], "has the single node 0"),
+        ([("r", 0)], ["s"], "2 roots"),
+        ([("a", 0), ("b", 1)], [], r"2 roots, \['a', 'b'\]"),
+        (
+            [("r", "a"), ("r", "b"), ("a", 0), ("b", 0), ("b", 1)],
+            [],
+            "node 0 has more than one parent",
+        ),
+        ([("a", "b"), ("b", "a")], [], "no root, every node has a parent"),
+        ([("r", 0), ("a", "b"), ("b", "a")], [], "cannot be reached from the root 'r'"),
+        ([("r", "left"), ("r", 2), ("r", 3)], [], "leaf 'left' is not a mode number"),
+        ([("r", "left"), ("r", 0)], [], r"add_edges_from\(\[\('left', 0\), \('left', 1\)\]\)"),
+        ([("r", 0), ("r", 1), (1, 2)], [], "interior node 1 is named like a mode"),
+        ([("r", 0), ("r", 2)], [], "mode 1 is missing"),
+    ],
+)
+def test_refuses_graphs(edges, nodes, message):
+    graph = nx.DiGraph(edges)
+    graph.add_nodes_from(nodes)
+    with pytest.raises(TreeError, match=message):
+        ModeTree(graph)
+
+
+def test_refuses_undirected_graphs():
+    with pytest.raises(TreeError, match="undirected"):
+        ModeTree(nx.Graph([("r", 0), ("r", 1)]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModeTree.star(0), "n must be an integer >= 1"),
+        (lambda: ModeTree.binary(2.5), "n must be an integer"),
+        (lambda: ModeTree.regular(4, 1), "arity must be an integer >= 2"),
+        (lambda: ModeTree.chain(1), "depth must be an integer >= 2"),
+        (lambda: ModeTree.half(True), "n must be an integer"),
+        (lambda: ModeTree.grid((0, 3)), "height must be an integer >= 1"),
+        (lambda: ModeTree.grid((3, 3), window=(1, 1)), "joins nothing"),
+        (lambda: ModeTree.grid(4), r"needs a shape \(height, width\)"),
+    ],
+)
+def test_refuses_family_arguments(make, message):
+    with pytest.raises(TreeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("ask", ["children", "parent", "modes_below"])
+def test_unknown_nodes(ask):
+    with pytest.raises(TreeError, match=r"no node 'x' in this tree.\n  its nodes: 0, 1, \(0, 1\)"):
+        getattr(ModeTree.star(2), ask)("x")
+    with pytest.raises(TreeError, match="no node"):
+        getattr(ModeTree.star(2), ask)([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not a readable JSON tree file"),
+        ("{", "not a readable JSON tree file"),
+        ("[" * 100_000, "not a readable JSON tree file"),
+        ('{"leaves": 3}', "without the key 'tree'"),
+        ('"x"', "without the key 'tree'"),
+        ('{"tree": {"links": 3}}', "not a tree"),
+        ('{"tree": {"links": [0, 1, [7]]}}', "not a tree"),
+        ('{"tree": {"name": "x"}}', "not a tree"),
+    ],
+)
+def test_refuses_files(content, message, tmp_path):
+    path = tmp_path / "tree.json"
+    path.write_text(content)
+    with pytest.raises(FileError, match=message):
+        load_tree(path)
+
+
+def test_refuses_missing_files_and_names(tmp_path):
+    with pytest.raises(FileError, match="no tree named 'htf-5' in the gallery"):
+        load_tree("htf-5")
+    with pytest.raises(FileError, match="no such tree file"):
+        load_tree(tmp_path / "none.json")
+    path = tmp_path / "tree.json"
+    path.write_text('{"tree": [0, 2]}')
+    with pytest.raises(TreeError, match="mode 1 is missing"):
+        load_tree(path)
+    with pytest.raises(FileError, match="cannot write"):
+        ModeTree.star(2).save(tmp_path / "no" / "folder.json")
