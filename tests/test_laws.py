@@ -322,7 +322,7 @@ def test_rank_is_bounded_by_the_bonds(model):
 @given(zoo.trees(most=5))
 @some
 def test_off_tree_rank_bound(tree):
-    """rank of any matricization <= r^min of the numbers of maximal nodes that tile the two sides."""
+    """Rank of any matricization <= r^min of the numbers of maximal nodes that tile the two sides."""
     model = Factorization(tree, 3, 2, std=1.0, dtype=torch.float64,
                           generator=torch.Generator().manual_seed(1))  # fmt: skip
     dense = model.to_tensor().detach()
@@ -372,7 +372,9 @@ def auto_flops(model, batch=None):
         terms += [["batch", f"i{n}"] for n in range(model.tree.order)]
         shapes += [(batch, size) for size in model.sizes]
         output = ["batch"]
-    symbols = {s: opt_einsum.get_symbol(k) for k, s in enumerate(dict.fromkeys(sum(terms, [])))}
+    symbols = {
+        s: opt_einsum.get_symbol(k) for k, s in enumerate(dict.fromkeys(itertools.chain(*terms)))
+    }
     word = ",".join("".join(symbols[s] for s in term) for term in terms)
     equation = f"{word}->{''.join(symbols[s] for s in output)}"
     return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")[1].opt_cost

@@ -229,7 +229,7 @@ def demo(
     *,
     out: Path = Path("runs/demo"),
     device: str = "cpu",
-    seed: int = 0,
+    seed: int = 1,
     steps: int | None = None,
     progress: bool = True,
 ) -> None:

@@ -157,6 +157,7 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
         MofNCompleteColumn,
         Progress,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
@@ -164,6 +165,8 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
         TextColumn("fit"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.3g}"),
     )

@@ -117,7 +117,7 @@ def trajectory(
             if lines:
                 lines[0].set_label(label)
     ax.set_xlabel("step")
-    if log:
+    if log and any((_array(line.get_ydata()) > 0).any() for line in ax.lines):
         ax.set_yscale("log")
     if len(ax.get_legend_handles_labels()[0]) <= 12:
         ax.legend(fontsize=7)

@@ -82,25 +82,23 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
     tree = ModeTree.binary(tensor.values.ndim) if config.tree is None else read_tree(config.tree)
     if not 0 < config.observed < 1:
         raise OptionError(f"observed must be a share between 0 and 1, found {config.observed!r}.")
+    task = scaled_task(
+        tensor, config.observed, config.seed, config.missing, config.dtype, config.device
+    )
+    model = Factorization(
+        tree,
+        tensor.values.shape,
+        config.rank,
+        join=config.join,
+        root=config.root,
+        std=config.std,
+        dtype=getattr(torch, config.dtype),
+        generator=torch.Generator().manual_seed(config.seed),
+    ).to(config.device)
     with folder_written_whole(folder) as beside:
-        task = scaled_task(
-            tensor, config.observed, config.seed, config.missing, config.dtype, config.device
-        )
-        model = Factorization(
-            tree,
-            tensor.values.shape,
-            config.rank,
-            join=config.join,
-            root=config.root,
-            std=config.std,
-            dtype=getattr(torch, config.dtype),
-            generator=torch.Generator().manual_seed(config.seed),
-        ).to(config.device)
-        observe: dict[str, Any] = {
-            "test error": task.test_error,
-            "unbalancedness": Factorization.unbalancedness,
-        }
+        observe: dict[str, Any] = {"test error": task.test_error}
         if "diagonal" in model.network.joins:
+            observe["unbalancedness"] = Factorization.unbalancedness
             observe["components"] = Factorization.local_components
         start = time.perf_counter()
         found = fit(

@@ -66,12 +66,12 @@ class Config:
     tree: str = "il2-4"
     observed: float = 0.3
     rank: int = 64
-    std: float = 0.03
-    steps: int = 20_000
-    every: int = 50
+    std: float = 0.1
+    steps: int = 8000
+    every: int = 25
     lr: float = 1e-2
     rtol: float = 1e-2
-    seed: int = 0
+    seed: int = 1
     device: str = "cpu"
 
 
@@ -245,10 +245,10 @@ def _draw(
     axes = top.subplots(1, 3, width_ratios=[1, 1.3, 1])
     ranks = hierarchical_rank(model, rtol=config.rtol)
     plots.tree(tree, axes[0], labels={m: f"{m} {name}" for m, name in modes.items()},
-               edges={v: f"rank {r}" for v, r in ranks.items()})  # fmt: skip
-    axes[0].set_title("the tree, and the ranks that were learned")
+               edges=ranks)  # fmt: skip
+    axes[0].set_title("tree, learned ranks on its edges")
     plots.components(found, axes[1], top=6)
-    axes[1].set_title("local components, one after another")
+    axes[1].set_title("local components at the root, one after another")
     plots.bars(errors, axes[2])
     axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
     plots.save_figure(top, folder / "demo.png")
@@ -282,7 +282,7 @@ def _slices_figure(model: Factorization, task: Completion, filled: torch.Tensor)
     ):
         for column in range(4):
             # modes 0 and 2 as a picture, one time, every second cell
-            picture = values[:, -1, :, 2 * column]
+            picture = values[:, -1, :, 2 * column].numpy()
             image = axes[row, column].imshow(
                 picture, vmin=0, vmax=limit, aspect="auto", cmap="viridis"
             )
