@@ -23,6 +23,7 @@ from tnreg import (
     ShapeError,
     TreeError,
     balance_,
+    completion,
     load,
     network,
 )
@@ -51,7 +52,12 @@ def test_it_is_a_module():
     other = zoo.model_of(HTF, seed=3)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.to_tensor(), model.to_tensor())
+    other.entries(zoo.random_index(other.sizes, 5))
     assert model.float().dtype == torch.float32 and model.to_tensor().dtype == torch.float32
+    task = completion(other, 20)
+    task.loss(other)  # plans are kept from here on
+    other(zoo.random_features(other.sizes, 3))
+    assert pickle.loads(pickle.dumps(task)).loss(other).item() < 1e-24
     for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
         assert torch.equal(copied.to_tensor(), other.to_tensor())
         copied.load_weights({0: torch.zeros_like(copied.weights[0])})

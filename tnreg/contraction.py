@@ -51,6 +51,8 @@ class Einsum:
 
     Attributes:
         equation: The whole einsum.
+        shapes: Shapes of its operands.
+        search: The path search of opt_einsum.
         steps: For each step the operands taken (positions in the shrinking list), its equation, and
             the call that does it.
         flops: Counted flops of all steps.
@@ -60,6 +62,8 @@ class Einsum:
     """
 
     equation: str
+    shapes: tuple[tuple[int, ...], ...]
+    search: str
     steps: tuple[tuple[tuple[int, ...], str, Callable[..., Tensor]], ...]
     flops: int
     largest: int
@@ -72,6 +76,16 @@ class Einsum:
         for taken, _, call in self.steps:
             left.append(call(*[left.pop(i) for i in taken]))
         return left[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the calls are closures; whoever unpickles makes them again
+        return _einsum_again, (self.equation, self.shapes, self.search, self.inputs_last)
+
+
+def _einsum_again(
+    equation: str, shapes: tuple[tuple[int, ...], ...], search: str, inputs_last: bool
+) -> Einsum:
+    return dataclasses.replace(einsum(equation, *shapes, search=search), inputs_last=inputs_last)
 
 
 @lru_cache(maxsize=4096)
@@ -109,7 +123,7 @@ def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Ein
         largest, moved = max(largest, entries), moved + entries
         steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
         terms.append(result)
-    return Einsum(equation, tuple(steps), flops, largest, moved)
+    return Einsum(equation, shapes, search, tuple(steps), flops, largest, moved)
 
 
 def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
@@ -138,12 +152,11 @@ def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..
 def _broadcast_product(
     left: str, right: str, result: str, size: Mapping[str, int]
 ) -> Callable[..., Tensor]:
-    def view(term: str) -> Callable[[Tensor], Tensor]:
-        return _arrange(
-            term, [s for s in result if s in term], [size[s] if s in term else 1 for s in result]
-        )
+    def aligned(term: str) -> Callable[[Tensor], Tensor]:
+        shape = [size[s] if s in term else 1 for s in result]
+        return _brought(term, [s for s in result if s in term], shape, size)
 
-    first, second = view(left), view(right)
+    first, second = aligned(left), aligned(right)
     return lambda a, b: first(a) * second(b)
 
 
@@ -151,10 +164,8 @@ def _matrix_product(
     left: str, right: str, result: str, size: Mapping[str, int]
 ) -> Callable[..., Tensor]:
     only = [s for s in result if (s in left) != (s in right)]
-    swap = (
-        bool(only) and only[0] in right
-    )  # the factor whose axes come first in the result goes left
-    if swap:
+    swap = bool(only) and only[0] in right
+    if swap:  # the factor whose axes come first in the result goes left
         left, right = right, left
     batch = [s for s in result if s in left and s in right]
     summed = [s for s in left if s not in result]
@@ -162,53 +173,59 @@ def _matrix_product(
     count, inner, height, width = (
         math.prod(size[s] for s in part) for part in (batch, summed, rows, columns)
     )
-    shape = [size[s] for s in result]
-    back = _arrange("".join([*batch, *rows, *columns]), list(result), shape, before=True, size=size)
 
     if height == width == 1 and count > 1:  # dot products, one per batch entry
         flat = [count, inner]
-        first, second = (
-            _arrange(left, [*batch, *rows, *summed], flat),
-            _arrange(right, [*batch, *columns, *summed], flat),
-        )
-        return _swapped(swap, lambda a, b: back((first(a) * second(b)).sum(1)))
+        first = _brought(left, [*batch, *rows, *summed], flat, size)
+        second = _brought(right, [*batch, *columns, *summed], flat, size)
+        last = _spread([*batch, *rows, *columns], result, [count], size)
+        return _swapped(swap, lambda a, b: last((first(a) * second(b)).sum(1)))
 
     def factor(
         term: str, outer: list[str], length: int, *, outer_first: bool
     ) -> Callable[[Tensor], Tensor]:
         # as the axes lie in memory, then transposed: a reshape of transposed axes would copy
-        lies_outer_first = not outer or not summed or term.index(outer[0]) < term.index(summed[0])
+        lies_outer_first = not outer or term.index(outer[0]) < term.index(summed[0])
         axes = [*batch, *outer, *summed] if lies_outer_first else [*batch, *summed, *outer]
         flat = [length, inner] if lies_outer_first else [inner, length]
-        view = _arrange(term, axes, flat if count == 1 else [count, *flat])
+        view = _brought(term, axes, flat if count == 1 else [count, *flat], size)
         return view if lies_outer_first == outer_first else lambda x: view(x).mT
 
     first = factor(left, rows, height, outer_first=True)
     second = factor(right, columns, width, outer_first=False)
     product = torch.mm if count == 1 else torch.bmm
-    return _swapped(swap, lambda a, b: back(product(first(a), second(b))))
+    flat = [height, width] if count == 1 else [count, height, width]
+    last = _spread([*batch, *rows, *columns], result, flat, size)
+    return _swapped(swap, lambda a, b: last(product(first(a), second(b))))
 
 
 def _swapped(swap: bool, call: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     return (lambda a, b: call(b, a)) if swap else call
 
 
-def _arrange(
-    term: str,
-    axes: list[str],
-    shape: list[int],
-    *,
-    before: bool = False,
-    size: Mapping[str, int] | None = None,
+def _brought(
+    term: str, axes: Sequence[str], shape: list[int], size: Mapping[str, int]
 ) -> Callable[[Tensor], Tensor]:
-    """Bring axes in order, then reshape; ``before``: first give flat axes their sizes."""
+    """Axes of a term brought in an order, then reshaped; views that change nothing are left out."""
     order = [term.index(s) for s in axes]
-    moved = order != sorted(order)
-    if before:
-        assert size is not None
-        wide = [size[s] for s in term]
-        return (lambda x: x.reshape(wide).permute(order)) if moved else (lambda x: x.reshape(shape))
-    return (lambda x: x.permute(order).reshape(shape)) if moved else (lambda x: x.reshape(shape))
+    if order != sorted(order):
+        return lambda x: x.permute(order).reshape(shape)
+    return _same if [size[s] for s in term] == shape else lambda x: x.reshape(shape)
+
+
+def _spread(
+    axes: Sequence[str], result: str, shape: list[int], size: Mapping[str, int]
+) -> Callable[[Tensor], Tensor]:
+    """The inverse: a tensor of this shape given the sizes of its axes, then brought in order."""
+    order = [list(axes).index(s) for s in result]
+    wide = [size[s] for s in axes]
+    if order != sorted(order):
+        return lambda x: x.reshape(wide).permute(order)
+    return _same if wide == shape else lambda x: x.reshape(wide)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,7 +429,11 @@ def _run_schedule(
             for child, gather in zip(children, join.gathers, strict=True)
         ]
         assert join.einsum is not None
-        results.append(join.einsum([*operands, *weight]).reshape(len(join.nodes), join.rows, -1))
+        joined = join.einsum([*operands, *weight])
+        # several row axes become one; a view that changes nothing would still cost its backward
+        results.append(
+            joined if joined.ndim == 3 else joined.reshape(len(join.nodes), join.rows, -1)
+        )
     return results[-1]
 
 

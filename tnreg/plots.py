@@ -88,7 +88,8 @@ def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 
         s = _array(values)
         s = s / s[0] if len(s) and s[0] > 0 else s
         s = s[s > floor]
-        ax.semilogy(np.arange(1, len(s) + 1), s, marker="o", ms=3, lw=1, label=_node_text(node))
+        marker = "o" if len(s) <= 40 else None
+        ax.semilogy(np.arange(1, len(s) + 1), s, marker=marker, ms=3, lw=1, label=_node_text(node))
     ax.set_xlabel("index of the singular value")
     ax.set_ylabel("relative to the largest")
     if len(data) <= 12:
