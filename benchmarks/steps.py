@@ -205,7 +205,8 @@ def full(device: torch.device) -> dict[str, Call]:
 
         return call
 
-    assert torch.allclose(stacked(), model(x), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert (stacked() - model(x)).abs().max() < 1e-4 * model(x).abs().max()
     return {
         "tnreg forward": quiet(lambda: model(x)),
         "stacked einsum forward": quiet(stacked),
@@ -221,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

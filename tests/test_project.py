@@ -1,0 +1,182 @@
+"""The project around the package: README, gallery page, changelog, packaging, examples.
+
+Run as a script, ``python tests/test_project.py``, it writes the gallery page and README's speed table again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tnreg
+from tnreg.tree import read_tree_file
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def gallery_page():
+    lines = [
+        "# Gallery",
+        "",
+        'One JSON file a tree: nested lists of mode numbers, with optional mode names and sizes. `tnreg.load_tree("htf-4")` reads',
+        'one by its name; `tnreg tree NAME --png FILE` draws it. A file of your own needs the key `tree` only: `{"tree": [[0, 1], [2, 3]]}`.',
+    ]
+    for name in tnreg.gallery():
+        content, tree = read_tree_file(name), tnreg.load_tree(name)
+        modes = content.get("modes")
+        label = (
+            (lambda v, m=modes: f"{v} {m[v]}" if isinstance(v, int) else str(v)) if modes else str
+        )
+        lines += ["", f"## {name}", "", content["about"][0].upper() + content["about"][1:] + ".", "",
+                  "```text", tree.text(label=label), "```"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def speed_table():
+    figures = json.loads((ROOT / "benchmarks" / "results" / "steps-cpu.json").read_text())[
+        "milliseconds"
+    ]
+    rows = []
+    for block, what in {
+        "htf": "HTF 8⁴, widths 512, 2,048 entries: training step",
+        "cp": "CP 16³, 256 components, 2,048 entries: training step",
+        "matrix": "matrix 64×64, depth 3, 2,048 entries: training step",
+        "full": "full joins, 16 sites, dim 8, bond 16, batch 1,024",
+    }.items():
+        found = figures[block]
+        for peer, time in found.items():
+            if peer.startswith("tnreg"):
+                continue
+            mine = next(
+                k
+                for k in found
+                if k.startswith("tnreg") and k.endswith("backward") == peer.endswith("backward")
+            )
+            rows.append(
+                f"| {what} | {peer} | {found[mine]:.2f} ms | {time:.2f} ms | {time / found[mine]:.2f} |"
+            )
+    head = ["| work | against | tnreg | other | other / tnreg |", "|---|---|---|---|---|"]
+    return "\n".join(head + rows)
+
+
+def test_gallery_page_pictures_every_tree():
+    assert (ROOT / "trees" / "README.md").read_text(encoding="utf-8") == gallery_page()
+
+
+def test_gallery_files_fit_their_trees():
+    for name in tnreg.gallery():
+        content, tree = read_tree_file(name), tnreg.load_tree(name)
+        assert set(content) <= {"about", "tree", "modes", "sizes"} and content["about"]
+        for key in ("modes", "sizes"):
+            assert len(content.get(key, tree.leaves)) == tree.order
+
+
+def test_readme_speed_table_is_the_committed_run():
+    assert speed_table() in README
+
+
+def test_readme_runs():
+    """The Python block prints what the block after it says."""
+    code, output = re.search(r"```python\n(.*?)```\s*```text\n(.*?)```", README, re.DOTALL).groups()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "README", "exec"), {})
+    assert said.getvalue() == output
+
+
+def test_readme_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "tnreg.cli", "--help"], capture_output=True, text=True
+    ).stdout
+    documented = set(re.findall(r"^tnreg (\w+)", README, re.MULTILINE))
+    assert documented == set(re.findall(r"• (\w+)", help_text))
+
+
+def test_readme_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_public_names_are_in_the_changelog_and_documented():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## ([\d.]+)", changelog, re.MULTILINE).group(1) == tnreg.__version__
+    for name in tnreg.__all__:
+        thing = getattr(tnreg, name)
+        assert thing.__doc__, name
+        if name not in (
+            "TreeError",
+            "ShapeError",
+            "DataError",
+            "OptionError",
+            "FileError",
+            "TnregError",
+            "Plan",
+            "Network",
+        ):
+            assert f"`{name}" in changelog, name
+
+
+def test_lower_bounds_cover_what_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = dict(
+        re.findall(r"^(\w+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    )
+
+    def numbers(version):
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+    extras = project["optional-dependencies"]
+    for requirement in project["dependencies"] + extras["data"] + extras["dev"]:
+        match = re.fullmatch(r"([\w-]+)(?:>=(\S+))?", requirement)
+        if match and match[2]:
+            assert numbers(pinned[match[1]]) >= numbers(match[2]), requirement
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(script, tmp_path):
+    picture = tmp_path / "figure.png"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, picture],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG") and "effective rank" in done.stdout
+
+
+def test_wheel_holds_the_gallery(tmp_path):
+    """hatchling's own list of what goes into the wheel."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    import zipfile
+
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "tnreg/trees/htf-4.json",
+        "tnreg/py.typed",
+        "tnreg/experiments/demo.py",
+        "tnreg/cli.py",
+    } <= names
+    assert not [name for name in names if name.startswith(("tests", "runs"))]
+
+
+if __name__ == "__main__":
+    (ROOT / "trees" / "README.md").write_text(gallery_page(), encoding="utf-8")
+    marked = re.sub(
+        r"(?s)SPEED_TABLE|\| work \| against .*?(?=\n\n)", lambda _: speed_table(), README
+    )
+    (ROOT / "README.md").write_text(marked, encoding="utf-8")
