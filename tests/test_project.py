@@ -27,8 +27,9 @@ def gallery_page():
     lines = [
         "# Gallery",
         "",
-        'One JSON file a tree: nested lists of mode numbers, with optional mode names and sizes. `tnreg.load_tree("htf-4")` reads',
-        'one by its name; `tnreg tree NAME --png FILE` draws it. A file of your own needs the key `tree` only: `{"tree": [[0, 1], [2, 3]]}`.',
+        "One JSON file a tree: nested lists of mode numbers, with optional mode names and sizes.",
+        '`tnreg.load_tree("htf-4")` reads one by its name; `tnreg tree NAME --png FILE` draws it.',
+        'A file of your own needs the key `tree` only: `{"tree": [[0, 1], [2, 3]]}`.',
     ]
     for name in tnreg.gallery():
         content, tree = read_tree_file(name), tnreg.load_tree(name)
@@ -158,7 +159,7 @@ def test_examples_run(script, tmp_path):
 
 
 def test_wheel_holds_the_gallery(tmp_path):
-    """hatchling's own list of what goes into the wheel."""
+    """A wheel made by the build backend has the trees inside and no tests."""
     from hatchling.builders.wheel import WheelBuilder
 
     [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
