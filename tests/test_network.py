@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -22,6 +23,19 @@ def test_shapes_follow_the_contract():
     assert full.weights[TREE.root].shape == (4, 3) and full.weights[(0, 1)].shape == (2, 2, 4)
     ones = Factorization(TREE, 6, 3, root="ones")
     assert TREE.root not in ones.weights and len(ones.weights) == 6
+
+
+def test_sizes_and_ranks_of_any_integer_kind():
+    wanted = Network.build(TREE, (2, 3, 5, 7), 4)
+    for sizes in (
+        np.array([2, 3, 5, 7]),
+        torch.Size([2, 3, 5, 7]),
+        torch.tensor([2, 3, 5, 7]),
+        iter((2, 3, 5, 7)),
+    ):
+        assert Network.build(TREE, sizes, np.int64(4)) == wanted
+    assert Network.build(TREE, np.int32(3), 4).sizes == (3, 3, 3, 3)
+    assert Network.build(TREE, (2, 3, 5, 7), {v: np.int64(4) for v in TREE.nodes[:-1]}) == wanted
 
 
 def test_indices_are_edges():

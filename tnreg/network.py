@@ -7,6 +7,7 @@ its children into one index that all of them and the node's weight share (a hype
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -301,4 +302,7 @@ def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, 
 
 
 def _is_size(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__") and value.__index__() >= 1
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:  # no integer; an array of several numbers lands here as well
+        return False

@@ -145,8 +145,8 @@ class Sensing:
 def completion(
     target: Any = None,
     samples: int | float | None = None,
-    *,
     seed: int = 0,
+    *,
     missing: str | None = None,
     index: Tensor | None = None,
     values: Tensor | None = None,
@@ -202,7 +202,7 @@ def completion(
     return Completion(multi[:count], picked[:count], dense.shape, *rest)
 
 
-def sensing(target: Any, samples: int, *, seed: int = 0) -> Sensing:
+def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
     """Rank-one sensing: inner products of the target with random Gaussian rank-one tensors.
 
     The factors of a measurement are normal with variance ``(Π D_n)^{-1/N}``, so that a measurement

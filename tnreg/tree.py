@@ -130,7 +130,7 @@ class ModeTree:
         return cls(_merge(list(range(n)), pair))
 
     @classmethod
-    def grid(cls, shape: tuple[int, int], *, window: tuple[int, int] = (2, 2)) -> ModeTree:
+    def grid(cls, shape: tuple[int, int], window: tuple[int, int] = (2, 2)) -> ModeTree:
         """Quad tree of an image of ``shape = (height, width)``; mode = row * width + column.
 
         Each level joins windows of ``window = (rows, columns)`` nodes; at ragged edges a window
