@@ -25,6 +25,7 @@ from tnreg.contraction import Plan, check_index, contract, einsum, plan
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.files import write_whole
 from tnreg.network import Network
+from tnreg.scaled import absorbed, equilibrated, unscaled
 from tnreg.tree import ModeTree, Node, tree_from_json, tree_to_json
 
 __all__ = ["Factorization", "load"]
@@ -257,8 +258,8 @@ class Factorization(nn.Module):
 
     def log_norm(self) -> Tensor:
         """Natural logarithm of the tensor's Frobenius norm; ``-inf`` for zero. Never overflows."""
-        value, scale = self._scaled_inner(self)
-        return 0.5 * (value.real.clamp_min(0).log() + scale)
+        value, log = self._scaled_inner(self)
+        return 0.5 * (value.real.clamp_min(0).log() + log)
 
     def norm(self) -> Tensor:
         """Frobenius norm of the tensor, without forming it; differentiable except at zero.
@@ -266,8 +267,8 @@ class Factorization(nn.Module):
         Intermediate results are rescaled at every node, so that only a norm which itself leaves the
         range of the dtype overflows. Cost: linear in the number of nodes.
         """
-        value, scale = self._scaled_inner(self)
-        return _unscaled(value.real.clamp_min(0).sqrt(), scale / 2)
+        value, log = self._scaled_inner(self)
+        return unscaled(value.real.clamp_min(0).sqrt(), log / 2)
 
     def inner(self, other: Factorization) -> Tensor:
         """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
@@ -286,56 +287,52 @@ class Factorization(nn.Module):
                 "inner products need the same tree and sizes.\n"
                 f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
             )
-        value, scale = self._scaled_inner(other)
-        return _unscaled(value, scale)
+        value, log = self._scaled_inner(other)
+        return unscaled(value, log)
 
     def _scaled_inner(self, other: Factorization) -> tuple[Tensor, Tensor]:
-        """``(x, s)`` with ``<self, other> = x exp(s)`` and ``|x|`` of moderate size."""
+        """``(x, log)`` with ``<self, other> = x exp(log)``.
+
+        Every node holds the inner products of its tensors, ``(R_above, other's R_above)``, with a
+        logarithmic scale for each row and column.
+        """
         tree = self.tree
         dtype = torch.promote_types(self.dtype, other.dtype)
-        left = [w.to(dtype).conj() for w in _in_order(self)]
-        right = (
-            [w.to(dtype) for w in _in_order(other)]
-            if other is not self
-            else [w.conj() for w in left]
-        )
-        scale = torch.zeros((), dtype=left[0].real.dtype, device=self.device)
-        grams: list[Tensor] = []
+        sides = [[w.to(dtype) for w in model.weights.values()] for model in (self, other)]
+        kinds = [model.network.joins for model in (self, other)]
+        grams: list[tuple[Tensor, Tensor, Tensor]] = []
         for i, below in enumerate(tree.links):
-            operands = [grams[c] for c in below]
-            terms = [self._word(i, "left"), other._word(i, "right")]
-            for weights in (left, right):
-                if i < len(weights):
-                    small, log = _rescale(weights[i])
-                    operands.append(small)
-                    scale = scale + log
+            children = [grams[c] for c in below]
+            if kinds[0][i] == kinds[1][i] == "diagonal":
+                children = [_multiplied(children)]
+            scaled, logs = [], []
+            for side in range(2):
+                weight = _own_weight(sides[side], i, len(tree.links), children, side)
+                diagonal = kinds[side][i] == "diagonal"
+                given = [child[1 + side] for child in children]
+                weight, log = absorbed(
+                    weight, [torch.stack(given).sum(0)] if diagonal else given or [None]
+                )
+                scaled.append(weight.conj() if side == 0 else weight)
+                logs.append(log)
+            letters = [
+                ["x" if kinds[side][i] == "diagonal" and len(children) > 1 else chr(0x4E00 + 2 * k + side)
+                 for k in range(max(len(children), 1))]
+                for side in range(2)
+            ]  # fmt: skip
+            if not below:
+                letters[1] = letters[0]  # both meet in the mode
             words = [
-                w
-                for w, net in zip(terms, (self.network, other.network), strict=True)
-                if i in net.slots
+                "".join(dict.fromkeys(part)) + above
+                for part, above in zip(letters, "ab", strict=True)
             ]
-            links = [
-                _SYMBOLS["left"][0 if self.network.joins[i] == "diagonal" else k]
-                + _SYMBOLS["right"][0 if other.network.joins[i] == "diagonal" else k]
-                for k in range(len(below))
-            ]
-            out = "" if i == len(tree.nodes) - 1 else "ab"
-            call = einsum(
-                f"{','.join([*links, *words])}->{out}", *(tuple(o.shape) for o in operands)
-            )
-            gram, log = _rescale(call(operands))
-            grams.append(gram)
-            scale = scale + log
-        return grams[-1], scale
-
-    def _word(self, position: int, side: str) -> str:
-        """Symbols of a weight's axes: below ones of this side, then the one above."""
-        below = self.tree.links[position]
-        above = "" if position == len(self.tree.nodes) - 1 else ("a" if side == "left" else "b")
-        if not below:
-            return "c" + above
-        count = 1 if self.network.joins[position] == "diagonal" else len(below)
-        return "".join(_SYMBOLS[side][k] for k in range(count)) + above
+            pairs = [x + y for x, y in zip(*letters, strict=True)] if below else []
+            operands = [*(child[0] for child in children), *scaled]
+            call = einsum(f"{','.join([*pairs, *words])}->ab", *(tuple(o.shape) for o in operands))
+            gram, rows, columns = equilibrated(call(operands))
+            grams.append((gram, logs[0] + rows, logs[1] + columns))
+        gram, rows, columns = grams[-1]
+        return gram[0, 0], rows[0] + columns[0]
 
     # Local components
 
@@ -393,7 +390,7 @@ class Factorization(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         tensors = {}
-        for position, weight in zip(self.network.weighted, _in_order(self), strict=True):
+        for position, weight in zip(self.network.weighted, self.weights.values(), strict=True):
             value = weight.detach().cpu()
             # complex numbers as pairs: not every reader of the format knows complex types
             tensors[f"weight.{position}"] = (
@@ -497,39 +494,31 @@ def load(
     return model
 
 
-_SYMBOLS = {
-    side: [opt_symbol for k in range(2000) if (opt_symbol := chr(0x4E00 + 2000 * s + k))]
-    for s, side in enumerate(("left", "right"))
-}
+def _multiplied(
+    grams: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entrywise product of scaled matrices, rescaled after each factor."""
+    out, rows, columns = grams[0]
+    for gram, more_rows, more_columns in grams[1:]:
+        out, by_row, by_column = equilibrated(out * gram)
+        rows, columns = rows + more_rows + by_row, columns + more_columns + by_column
+    return out, rows, columns
 
 
-def _in_order(model: Factorization) -> list[Tensor]:
-    return list(model.weights.values())
-
-
-def _rescale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` divided by its largest magnitude, and the logarithm of that, a constant to autograd."""
-    largest = _largest(x)
-    return x / largest, largest.log()
-
-
-def _unscaled(value: Tensor, log: Tensor) -> Tensor:
-    """``value * exp(log)``: infinite only if the result is, and zeros stay zeros."""
-    if value.is_complex():
-        return torch.complex(_unscaled(value.real, log), _unscaled(value.imag, log))
-    half = (log / 2).exp()  # exp(log) alone may overflow where the product does not
-    return torch.where(value == 0, torch.zeros_like(value), value * half * half)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Largest magnitude, 1 for zeros."""
-    largest = x.detach().abs().max()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+def _own_weight(
+    weights: Sequence[Tensor], i: int, nodes: int, children: Sequence[Any], side: int
+) -> Tensor:
+    """A node's weight with an axis above; ones at a root without weight."""
+    if i == len(weights):
+        gram: Tensor = children[0][0]
+        return gram.new_ones(gram.shape[side], 1)
+    return weights[i].unsqueeze(-1) if i == nodes - 1 else weights[i]
 
 
 def _column_norms(matrix: Tensor) -> Tensor:
     """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
-    largest = _largest(matrix)
+    largest = matrix.detach().abs().amax(0)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     norms: Tensor = torch.linalg.vector_norm(matrix / largest, dim=0)
     return norms * largest
 

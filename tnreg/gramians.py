@@ -1,24 +1,26 @@
 """Spectra of a factorization without its dense tensor.
 
 With ``U_v`` the matrix of node v's tensors (entries below v by bond above v) and ``E_v`` that of
-everything outside it, the matricization at v is ``U_v E_vᵀ``. Only the triangular factors of the
-two matter for its singular values: ``T_v`` goes up the tree, ``S_v`` comes down, and the spectrum
-    is that
+everything outside it, the matricization at v is ``U_v E_vᵀ``. Only the triangular factors of the two
+matter for its singular values: ``T_v`` goes up the tree, ``S_v`` comes down, and the spectrum is that
 of ``T_v S_vᵀ``. Squares are never formed, so values are right down to eps times the largest one.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from opt_einsum.parser import get_symbol
 from torch import Tensor
 
 from tnreg.contraction import einsum
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
 from tnreg.rank import dense_spectra, numerical_rank
+from tnreg.scaled import absorbed, columns, unscaled
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["hierarchical_rank", "spectra"]
@@ -55,13 +57,13 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
         tensor([1.7321, 1.7321, 1.7321])
     """
     if isinstance(x, Factorization):
-        if tree is not None and tree != x.tree:
-            raise OptionError(
-                "spectra of a factorization are along its own tree.\n"
-                f"  found: {tree!r}\n  own:   {x.tree!r}\n"
-                "  for another tree give the dense tensor: spectra(model.to_tensor(), tree)"
-            )
-        return _factored_spectra(x)
+        _check_own_tree(x, tree)
+        real, sizes = x.stacks[0].real.dtype, x.sizes
+        found: dict[Node, Tensor] = {}
+        for node, (values, log) in _factored_spectra(x).items():
+            rows = math.prod(sizes[m] for m in x.tree.modes_below(node))
+            found[node] = unscaled(values, log).to(real)[:rows]
+        return found
     if tree is None:
         raise OptionError("spectra of a dense tensor need a tree: spectra(tensor, tree).")
     return dense_spectra(x, tree)
@@ -101,118 +103,132 @@ def hierarchical_rank(
         >>> hierarchical_rank(torch.einsum("ac,bd->abcd", pair, pair), tree)[(0, 1)]  # ties across it
         9
     """
+    out: dict[Node, int] = {}
+    if isinstance(x, Factorization):
+        _check_own_tree(x, tree)
+        sizes, limit = x.sizes, torch.finfo(x.dtype).eps
+        for node, (values, _) in _factored_spectra(x).items():
+            # before any scale is applied: a tiny or huge tensor has the same rank. The factors are
+            # small, so their rounding does not grow with the matrix that they stand for.
+            rows = math.prod(sizes[m] for m in x.tree.modes_below(node))
+            longest = min(max(rows, math.prod(sizes) // rows), 1000)
+            out[node] = numerical_rank(values, longest * limit if rtol is None else rtol)
+        return out
     with torch.no_grad():
         found = spectra(x, tree)
-    factored = isinstance(x, Factorization)
-    along = x.tree if factored else tree
-    assert along is not None  # spectra has refused a dense tensor without a tree
-    sizes: tuple[int, ...] = x.sizes if factored else tuple(torch.as_tensor(x).shape)
-    total = math.prod(sizes)
-    out: dict[Node, int] = {}
+    assert tree is not None  # spectra has refused a dense tensor without a tree
+    sizes = tuple(torch.as_tensor(x).shape)
     for node, s in found.items():
-        rows = math.prod(sizes[m] for m in along.modes_below(node))
-        columns = total // rows
-        if factored:
-            # the factors are small: their rounding does not grow with the matrix they stand for
-            rows, columns = min(rows, 1000), min(columns, 1000)
-        out[node] = numerical_rank(s, rows, columns, rtol)
+        rows = math.prod(sizes[m] for m in tree.modes_below(node))
+        longest = max(rows, math.prod(sizes) // rows)
+        out[node] = numerical_rank(s, longest * torch.finfo(s.dtype).eps if rtol is None else rtol)
     return out
+
+
+def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:
+    if tree is not None and tree != model.tree:
+        raise OptionError(
+            "spectra of a factorization are along its own tree.\n"
+            f"  found: {tree!r}\n  own:   {model.tree!r}\n"
+            "  for another tree give the dense tensor: spectra(model.to_tensor().detach(), tree)"
+        )
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A triangular factor ``matrix * exp(logs)``, column by column."""
+
+    matrix: Tensor
+    logs: Tensor
 
 
 @torch.no_grad()
-def _factored_spectra(model: Factorization) -> dict[Node, Tensor]:
+def _factored_spectra(model: Factorization) -> dict[Node, tuple[Tensor, Tensor]]:
+    """``{node: (values, log)}``: singular values ``values * exp(log)`` with moderate values."""
     tree, net = model.tree, model.network
     wide = torch.complex128 if model.dtype.is_complex else torch.float64
-    weights = {tree.position(node): w.to(wide) for node, w in model.weights.items()}
+    weights = [w.to(wide) for w in model.weights.values()]
+    if net.root_ones:
+        weights.append(torch.ones(net.bonds[tree.links[-1][0]], dtype=wide, device=model.device))
+    weights[-1] = weights[-1].unsqueeze(-1)  # the root's bond above has size 1
     top = len(tree.nodes) - 1
-    up: list[Tensor] = []
-    logs: list[float] = []  # scale of what is below (and including) each node
-    for i, below in enumerate(tree.links):
-        if i == top:
-            break
-        own, log = _normalized(weights[i])
-        below_product = own if not below else _join(net.joins[i], [up[c] for c in below], own)
-        triangle, more = _normalized(_triangle(below_product))
-        up.append(triangle)
-        logs.append(log + more + sum(logs[c] for c in below))
 
-    down: dict[int, tuple[Tensor, float]] = {}
+    up: list[_Factor] = []
+    for i, below in enumerate(tree.links[:-1]):
+        if not below:
+            up.append(_triangle(*absorbed(weights[i], [None])))
+        else:
+            up.append(_joined(net.joins[i], [up[c] for c in below], weights[i]))
+
+    one = torch.ones(1, 1, dtype=wide, device=model.device)
+    down: dict[int, _Factor] = {top: _Factor(one, one[0].real * 0)}
     for i in range(top, -1, -1):
         below = tree.links[i]
-        for k, c in enumerate(below):
-            others = [up[s] for s in below if s != c]
-            log = sum(logs[s] for s in below if s != c)
-            if i in weights:
-                own, more = _normalized(weights[i])
-                log += more
-            else:
-                own = torch.ones(net.bonds[below[0]], dtype=wide, device=model.device)
-            if i == top:
-                outside = _outside(net.joins[i], others, own, None, k)
-            else:
-                above, more = down[i]
-                log += more
-                outside = _outside(net.joins[i], others, own, above, k)
-            triangle, more = _normalized(_triangle(outside))
-            down[c] = (triangle, log + more)
-    out: dict[Node, Tensor] = {}
-    real = model.stacks[0].real.dtype
+        if not below:
+            continue
+        outside = _outside_all(net.joins[i], [up[c] for c in below], weights[i], down[i])
+        down.update(zip(below, outside, strict=True))
+
+    out: dict[Node, tuple[Tensor, Tensor]] = {}
     for i in range(top):
-        outer, log = down[i]
-        values = torch.linalg.svdvals(up[i] @ outer.mT)
-        scale = log + logs[i]
-        limit = math.prod(model.sizes[m] for m in tree.modes_below(tree.nodes[i]))
-        # in halves: exp(scale) alone may leave the range where the product does not
-        out[tree.nodes[i]] = (values * math.exp(scale / 2) * math.exp(scale / 2)).to(real)[:limit]
+        logs = up[i].logs + down[i].logs
+        scale = logs.max()
+        values = torch.linalg.svdvals((up[i].matrix * (logs - scale).exp()) @ down[i].matrix.mT)
+        out[tree.nodes[i]] = values, scale
     return out
 
 
-def _join(kind: str, below: list[Tensor], own: Tensor) -> Tensor:
+def _joined(kind: str, below: list[_Factor], weight: Tensor) -> _Factor:
     """Rows of all children combined, through the node's weight: ``(rows, R_above)``."""
     if kind == "diagonal":
-        return _khatri_rao(below) @ own
-    letters = [chr(0x4E00 + k) for k in range(2 * len(below) + 1)]
-    bonds, heads = letters[: len(below)], letters[len(below) : -1]
-    terms = [head + bond for head, bond in zip(heads, bonds, strict=True)]
-    equation = f"{','.join(terms)},{''.join(bonds)}{letters[-1]}->{''.join(heads)}{letters[-1]}"
-    operands = [*below, own]
-    return einsum(equation, *(tuple(o.shape) for o in operands))(operands).flatten(0, -2)
+        product = _khatri_rao(below)
+        weight, logs = absorbed(weight, [product.logs])
+        return _triangle(product.matrix @ weight, logs)
+    weight, logs = absorbed(weight, [factor.logs for factor in below])
+    symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
+    bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
+    terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
+    equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
+    operands = [*(factor.matrix for factor in below), weight]
+    whole = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
+    return _triangle(whole.flatten(0, -2), logs)
 
 
-def _outside(
-    kind: str, others: list[Tensor], own: Tensor, above: Tensor | None, which: int
-) -> Tensor:
-    """Everything outside one child by the bond above it: siblings, the node's weight, what is above."""
+def _outside_all(kind: str, below: list[_Factor], weight: Tensor, above: _Factor) -> list[_Factor]:
+    """For every child what is outside it: siblings, the node's weight, and what is above."""
     if kind == "diagonal":
-        side = own.unsqueeze(0) if above is None else above @ own.mT
-        return _khatri_rao([*others, side])
-    full = own.unsqueeze(-1) if above is None else own
-    up = torch.ones(1, 1, dtype=own.dtype, device=own.device) if above is None else above
-    moved = full.movedim(which, -1)  # siblings.., above, this child
-    letters = [chr(0x4E00 + k) for k in range(2 * len(others) + 3)]
-    bonds, heads = letters[: len(others)], letters[len(others) : 2 * len(others)]
-    head, bond, this = letters[-3:]
-    terms = [h + b for h, b in zip(heads, bonds, strict=True)]
-    equation = f"{','.join([*terms, head + bond])},{''.join(bonds)}{bond}{this}->{''.join(heads)}{head}{this}"
-    operands = [*others, up, moved]
-    return einsum(equation, *(tuple(o.shape) for o in operands))(operands).flatten(0, -2)
-
-
-def _khatri_rao(parts: list[Tensor]) -> Tensor:
-    """Row combinations of matrices ``(k_c, R)``: ``(Π k_c, R)``, shortened by QR where it grows tall."""
-    out = parts[0]
-    for part in parts[1:]:
-        out = (out.unsqueeze(1) * part.unsqueeze(0)).flatten(0, 1)
-        out = _triangle(out)
+        side, logs = absorbed(weight.mT, [above.logs])
+        rest = [_Factor(above.matrix @ side, logs)]
+        before = [
+            rest
+        ]  # products of the siblings in front, and behind: each child needs one of both
+        for factor in below[:-1]:
+            before.append([_khatri_rao([*before[-1], factor])])
+        out, behind = [], list[_Factor]()
+        for k in range(len(below) - 1, -1, -1):
+            out.append(_khatri_rao([*before[k], *behind]))
+            behind = [_khatri_rao([*behind, below[k]])]
+        return out[::-1]
+    out = []
+    for k in range(len(below)):
+        siblings = [factor for s, factor in enumerate(below) if s != k]
+        turned = weight.movedim(k, -1)  # siblings.., above, this child
+        out.append(_joined("full", [*siblings, above], turned))
     return out
 
 
-def _triangle(matrix: Tensor) -> Tensor:
-    """A matrix with the same Gram and at most as many rows as columns."""
-    rows, columns = matrix.shape
-    return matrix if rows <= columns else torch.linalg.qr(matrix, mode="r")[1]
+def _khatri_rao(parts: list[_Factor]) -> _Factor:
+    """Row combinations of matrices ``(k_c, R)``: ``(Π k_c, R)``, shortened and rescaled on the way."""
+    out = parts[0]
+    for part in parts[1:]:
+        product = (out.matrix.unsqueeze(1) * part.matrix.unsqueeze(0)).flatten(0, 1)
+        out = _triangle(product, out.logs + part.logs)
+    return out
 
 
-def _normalized(x: Tensor) -> tuple[Tensor, float]:
-    largest = float(x.abs().max())
-    return (x, 0.0) if largest == 0 else (x / largest, math.log(largest))
+def _triangle(matrix: Tensor, logs: Tensor) -> _Factor:
+    """A factor with the same Gram matrix and at most as many rows as columns."""
+    rows, width = matrix.shape
+    short = matrix if rows <= width else torch.linalg.qr(matrix, mode="r")[1]
+    short, more = columns(short)
+    return _Factor(short, logs + more)

@@ -132,13 +132,11 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     if scale > 0:
         core = core / scale  # squares neither overflow nor underflow
     eps = torch.finfo(core.dtype).eps
-    axes: list[int] = list(range(tree.order))  # node (as a position) of every axis of the core
-    leaf = {tree.position(mode): mode for mode in range(tree.order)}
-    axes = [tree.position(mode) for mode in range(tree.order)]
+    axes = [tree.position(mode) for mode in tree.leaves]  # the node of every axis of the core
     total = math.prod(shape)
     found: dict[int, Tensor] = {}
     for i in sorted(range(len(tree.nodes) - 1), key=lambda i: tree.heights[i]):
-        if i not in leaf:
+        if tree.links[i]:
             core, axes = _merge_axes(core, axes, tree.links[i], i)
         axis = axes.index(i)
         matrix = matricize(core, axis)
@@ -187,11 +185,9 @@ def _svd_rows(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
     return values, basis @ left[:, :kept]
 
 
-def numerical_rank(s: Tensor, rows: int, columns: int, rtol: float | None) -> int:
-    """Count of singular values ``> rtol * s_max``; by default ``rtol = max(rows, columns) * eps``."""
-    if rtol is None:
-        rtol = max(rows, columns) * torch.finfo(s.dtype).eps
-    elif not 0 <= rtol < 1:
+def numerical_rank(s: Tensor, rtol: float) -> int:
+    """Count of singular values ``> rtol * s_max``."""
+    if not 0 <= rtol < 1:
         raise OptionError(f"rtol must be in [0, 1), found {rtol!r}.")
     return int((s > rtol * s[0]).sum()) if len(s) else 0
 
@@ -209,11 +205,11 @@ def effective_rank(s: Tensor | Sequence[float]) -> Tensor:
         >>> effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]))
         tensor(3.)
     """
-    s = _check_values(s)
-    total = s.sum()
-    if total == 0:
-        return torch.zeros_like(total)
-    return torch.exp(_entropy(s / total))
+    s, largest = _check_values(s)
+    if largest == 0:
+        return torch.zeros_like(largest)
+    s = s / largest  # a sum of huge values would overflow
+    return torch.exp(_entropy(s / s.sum()))
 
 
 def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
@@ -224,11 +220,10 @@ def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
     Args:
         s: Non-negative singular values, shape ``(k,)``.
     """
-    s = _check_values(s)
-    largest = s.max() if len(s) else s.sum()
+    s, largest = _check_values(s)
     if largest == 0:
         return torch.zeros_like(largest)
-    square = (s / largest.detach()) ** 2
+    square = (s / largest) ** 2
     return _entropy(square / square.sum())
 
 
@@ -238,10 +233,14 @@ def _entropy(p: Tensor) -> Tensor:
     return -(p * p.log()).sum()
 
 
-def _check_values(s: Tensor | Sequence[float]) -> Tensor:
+def _check_values(s: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The values, and the largest of them as a constant (0 for none)."""
     s = torch.as_tensor(s)
     if s.ndim != 1 or not s.is_floating_point():
         raise ShapeError(
             f"expected a vector of real singular values, found shape {tuple(s.shape)}, dtype {s.dtype}."
         )
-    return s
+    fixed = s.detach()
+    if not bool((torch.isfinite(fixed) & (fixed >= 0)).all()):
+        raise DataError("singular values must be finite and not negative.")
+    return s, fixed.max() if len(s) else fixed.sum()

@@ -1,0 +1,65 @@
+"""Matrices with a logarithmic scale per column, for products that leave the range of the dtype.
+
+A tensor of order 1024 multiplies a thousand weights. What is kept is a matrix ``m`` of moderate size
+and a vector of logarithms ``logs``; they stand for ``m * exp(logs)``, column by column. One scale per
+column rather than one for all, because two columns may drift apart below one node and meet again above
+it. Scales are constants to autograd: they cancel in every result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["absorbed", "columns", "equilibrated", "unscaled"]
+
+
+def columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide the slices along the last axis by their largest magnitude: ``(x, logs)``."""
+    largest = _positive(x.detach().abs().flatten(0, -2).amax(0))
+    return x / largest, largest.log()
+
+
+def absorbed(weight: Tensor, logs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Multiply a weight by ``exp(logs[i])`` along axis i, then scale its columns.
+
+    Args:
+        weight: Shape ``(R_1, ..., R_k, R)``.
+        logs: For each of the first k axes its logarithms, or ``None``.
+
+    Returns:
+        The weight with columns of largest magnitude 1 (or 0), and their logarithms ``(R,)``.
+    """
+    total = torch.zeros((), dtype=weight.real.dtype, device=weight.device)
+    for axis, log in enumerate(logs):
+        if log is not None:
+            total = total + log.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
+    size = weight.detach().abs().log() + total  # -inf at zeros
+    top = size.flatten(0, -2).amax(0)
+    top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+    # |weight| * exp(total - top) <= 1, but the exponential alone may overflow: in halves
+    half = ((total - top) / 2).exp()
+    scaled = weight * half * half
+    return torch.where(weight == 0, torch.zeros_like(weight), scaled), top
+
+
+def equilibrated(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide rows, then columns of a matrix by their largest magnitudes: ``(x, row logs, column logs)``."""
+    rows = _positive(x.detach().abs().amax(1))
+    x = x / rows.unsqueeze(1)
+    x, logs = columns(x)
+    return x, rows.log(), logs
+
+
+def unscaled(value: Tensor, log: Tensor) -> Tensor:
+    """``value * exp(log)``: infinite only if the result is, and zeros stay zeros."""
+    if value.is_complex():
+        return torch.complex(unscaled(value.real, log), unscaled(value.imag, log))
+    half = (log / 2).exp()  # exp(log) alone may overflow where the product does not
+    return torch.where(value == 0, torch.zeros_like(value), value * half * half)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.ones_like(x))
