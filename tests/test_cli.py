@@ -48,6 +48,13 @@ def test_tree(capsys, tmp_path):
     assert code == 0 and "quad-8x8" in out
 
 
+def test_tree_sizes_must_fit(capsys, tmp_path):
+    for content in ('{"tree": [0, 1], "modes": ["a"]}', '{"tree": [0, 1], "sizes": 5}'):
+        (tmp_path / "t.json").write_text(content)
+        code, _, err = call(capsys, "tree", str(tmp_path / "t.json"), "--sizes")
+        assert code == 1 and "need one entry for each of 2 modes" in err
+
+
 def test_rank(capsys, tensor, tmp_path):
     code, out, _ = call(
         capsys,

@@ -7,7 +7,7 @@ import torch
 import zoo
 
 from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, TnregError, plan
-from tnreg.contraction import einsum
+from tnreg.einsum import einsum
 
 HTF = ModeTree.binary(4)
 
@@ -138,7 +138,11 @@ def test_refuses_what_cannot_be_dense():
     model = Factorization(ModeTree.binary(64), 8, 4)
     with pytest.raises(ShapeError, match=r"about 10\^58 entries"):
         model.to_tensor()
-    with pytest.raises(TnregError, match="an empty batch"):
+    with pytest.raises(TnregError, match="batch must be an integer >= 1, found 0"):
         plan(model, batch=0)
+    with pytest.raises(OptionError, match="batch= for inputs or index= for entries"):
+        plan(model, batch=2, index=zoo.random_index(model.sizes, 7))
+    with pytest.raises(OptionError, match="expected a Factorization or its network, found Tensor"):
+        plan(torch.zeros(2))
     assert model.entries(zoo.random_index(model.sizes, 7)).shape == (7,)
     assert model(torch.randn(3, 64, 8)).shape == (3,)

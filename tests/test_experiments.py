@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 
 import matplotlib
+import numpy as np
 import pytest
+import torch
+import zoo
 from rich.console import Console
 
 matplotlib.use("Agg")
 
-from tnreg import OptionError, Trajectory, load
+from tnreg import DataError, ModeTree, OptionError, Trajectory, load
 from tnreg.experiments import completion, demo
 
 
@@ -69,3 +73,36 @@ def test_demo(tmp_path):
     (folder / "training.png").unlink()
     assert demo.figure(folder).exists()
     demo.run(demo.tiny, folder)  # a run folder may be replaced
+
+
+def write_tensor(path, scale, extra=None):
+    values = zoo.model_of(ModeTree.binary(4)).to_tensor().detach().numpy() * scale
+    if extra is not None:
+        values[0, 0, 0, 0] = extra
+    np.save(path, values)
+    return str(path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+def test_the_saved_model_is_in_the_unit_of_the_data(tmp_path, scale):
+    file = write_tensor(tmp_path / "x.npy", scale)
+    config = completion.Config(
+        tensor=file, tree="htf-4", rank=6, steps=600, observed=0.9, dtype="float64"
+    )
+    summary = completion.run(config, tmp_path / "run")
+    values = torch.from_numpy(np.load(file))
+    found = load(tmp_path / "run" / "model.safetensors").to_tensor().detach()
+    assert summary["scale"] == pytest.approx((values / scale).square().mean().sqrt().item() * scale)
+    assert ((found - values) / scale).norm() < 0.3 * (values / scale).norm()
+
+
+def test_completion_refuses_bad_data(tmp_path):
+    bad = write_tensor(tmp_path / "inf.npy", 1.0, math.inf)
+    with pytest.raises(DataError, match="not finite"):
+        completion.run(completion.Config(tensor=bad, missing="nan", steps=1), tmp_path / "run")
+    np.save(tmp_path / "complex.npy", np.ones((2, 3)) * 1j)
+    with pytest.raises(DataError, match="is complex; this experiment trains real factorizations"):
+        completion.run(
+            completion.Config(tensor=str(tmp_path / "complex.npy"), steps=1), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()

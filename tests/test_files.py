@@ -10,8 +10,10 @@ import sys
 import time
 
 import pytest
+import torch
 
-from tnreg import FileError
+import tnreg
+from tnreg import DataError, FileError
 from tnreg.files import folder_written_whole, write_whole
 
 
@@ -24,6 +26,24 @@ def test_write_whole(tmp_path):
             target, lambda beside: (beside.write_text("tw"), (_ for _ in ()).throw(RuntimeError()))
         )
     assert target.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tnreg.Factorization(tnreg.ModeTree.star(2), 3, 2)
+    for path, message in [
+        ("", "the path is empty"),
+        (".", "cannot write"),
+        ("no/m.st", "there is no folder"),
+    ]:
+        with pytest.raises(FileError, match=message):
+            model.save(path)
+    model.load_weights({0: torch.ones(3, 2)})
+    with torch.no_grad():
+        model.stacks[0].fill_(float("nan"))
+    with pytest.raises(DataError, match="not saved: the weights of 2 nodes are NaN or infinite"):
+        model.save("m.st")
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_written_whole(tmp_path):

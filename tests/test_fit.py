@@ -134,7 +134,7 @@ def test_interruption_keeps_what_was_recorded():
 def test_progress_bar(capsys):
     model, task = start()
     fit(model, task.loss, steps=10)
-    assert "10/10" in capsys.readouterr().out
+    assert "10/10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,9 @@ def test_progress_bar(capsys):
         ({"steps": 1, "optimizer": 3}, "must be a name or a torch.optim.Optimizer"),
         ({"steps": 1, "optimizer": lambda p, lr: 3}, "gave a int, not a torch.optim.Optimizer"),
         ({"steps": 1, "observe": {"loss": len}}, "the name 'loss' is taken"),
+        ({"steps": 1, "observe": {"x": 3}}, "'x' must be a function"),
+        ({"steps": 1, "stop": 3}, "'stop' must be a function"),
+        ({"steps": 1, "lr": -1.0}, "lr must be a finite number >= 0"),
     ],
 )
 def test_refuses(options, message):
@@ -172,3 +175,26 @@ def test_an_observation_keeps_its_form():
             progress=False,
             observe={"x": lambda m: torch.zeros(next(lengths))},
         )
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (lambda m: m.to_tensor(), r"shape \(2, 3, 5, 7\)"),
+        (lambda m: 1.0, "found: float"),
+        (lambda m: m.norm().detach(), "requires_grad=False"),
+        (lambda m: m.norm() * 1j, "dtype torch.complex128"),
+    ],
+)
+def test_refuses_losses(loss, found):
+    with pytest.raises(OptionError, match=f"must return a real scalar(.|\n)*{found}"):
+        fit(start()[0], loss, steps=1, progress=False)
+    with torch.no_grad(), pytest.raises(OptionError, match="gradients are switched off"):
+        fit(start()[0], loss, steps=1, progress=False)
+
+
+def test_numpy_integers_count():
+    model, task = start()
+    assert fit(
+        model, task.loss, steps=np.int64(3), every=np.int32(2), progress=False
+    ).steps.tolist() == [0, 2, 3]

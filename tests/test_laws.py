@@ -214,14 +214,36 @@ def check_gradients(model):
     return torch.autograd.gradcheck(function, start, fast_mode=True, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["matrix", "cp-4", "across", "uneven", "one-child", "caterpillar"])
-@pytest.mark.parametrize("kind", ["diagonal", "full", "mixed", "complex"])
+@pytest.mark.parametrize("name", list(zoo.TREES))
+@pytest.mark.parametrize("kind", ["diagonal", "full", "mixed", "ones", "complex"])
 def test_gradients(name, kind):
     tree = zoo.TREES[name]
     sizes = tuple(min(n, 3) for n in zoo.sizes_of(tree))
     dtype = torch.complex128 if kind == "complex" else torch.float64
-    join = zoo.joins_of(tree)["mixed" if kind == "complex" else kind]
-    assert check_gradients(zoo.model_of(tree, join, sizes=sizes, dtype=dtype))
+    join = zoo.joins_of(tree).get(
+        kind, "diagonal" if kind == "ones" else zoo.joins_of(tree)["mixed"]
+    )
+    root = "ones" if kind == "ones" else "trained"
+    assert check_gradients(zoo.model_of(tree, join, root=root, sizes=sizes, dtype=dtype))
+
+
+@given(zoo.models())
+@settings(some, max_examples=15)
+def test_gradients_random(model):
+    assert check_gradients(model)
+
+
+@given(zoo.models())
+@some
+def test_tensornetwork_and_one_hot_random(model):
+    if len(model.weights) > 1:  # a single node has no edge to contract
+        assert_close(contracted_by_tensornetwork(model), model.to_tensor())
+    index = zoo.random_index(model.sizes, 5)
+    features = [
+        torch.nn.functional.one_hot(index[:, n], size).double()
+        for n, size in enumerate(model.sizes)
+    ]
+    assert_close(model(features), model.entries(index))
 
 
 @pytest.mark.parametrize("model", ZOO)
@@ -240,11 +262,13 @@ def test_norm_and_inner(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
-@pytest.mark.parametrize("order", [256, 1024])
-def test_norm_survives_high_order_and_scale(dtype, order):
+@pytest.mark.parametrize(
+    "tree", [ModeTree.binary(256), ModeTree.binary(1024), ModeTree.caterpillar(1024)], ids=repr
+)
+def test_norm_survives_high_order_and_scale(dtype, tree):
     """A tensor of rank one has the product of its vectors' norms as its norm, at any order."""
     wanted = 0.0
-    model = Factorization(ModeTree.binary(order), 3, 2, join="full", dtype=dtype, std=1.0)
+    model = Factorization(tree, 3, 2, join="full", dtype=dtype, std=1.0)
     weights = {}
     for v, w in model.weights.items():
         value = torch.zeros_like(w)
@@ -257,8 +281,20 @@ def test_norm_survives_high_order_and_scale(dtype, order):
     model.load_weights(weights)
     assert number(model.log_norm()) == pytest.approx(wanted, rel=1e-5)
     assert number(model.inner(model).real) >= 0
-    balanced = Factorization(ModeTree.caterpillar(order), 2, 2, dtype=dtype, std=1.0)
-    assert math.isfinite(number(balanced.log_norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tree", [ModeTree.star(1024), ModeTree.regular(1024, 32)], ids=repr)
+def test_norm_of_wide_diagonal_joins(dtype, tree):
+    """Rank one again, under joins of many children, where factors of 5 and 0.1 meet a thousandfold."""
+    model = Factorization(tree, 2, 2, dtype=dtype, std=0.0, root="ones")
+    weights = {v: torch.eye(2) for v in model.tree.interior[:-1]}
+    for n in range(1024):
+        weights[n] = torch.diag(torch.tensor([5.0, 0.1] if n % 3 else [0.2, 10.0]))
+    model.load_weights(weights)
+    logs = [sum(math.log(float(weights[n][r, r])) for n in range(1024)) for r in range(2)]
+    wanted = max(logs) + 0.5 * math.log1p(math.exp(2 * (min(logs) - max(logs))))
+    assert number(model.log_norm()) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_norm_at_extreme_weights():
@@ -389,6 +425,15 @@ def test_plan_costs_no_more_than_either(model, batch):
     assert chosen.flops <= auto_flops(model, batch)
 
 
+@given(zoo.models())
+@some
+def test_plan_cost_random(model):
+    for batch in (None, 3, 64):
+        chosen = plan(model, batch=batch)
+        assert chosen.flops <= leaf_to_root_flops(model, batch)
+        assert chosen.flops <= auto_flops(model, batch)
+
+
 @pytest.mark.parametrize(
     ("tree", "size", "rank", "join", "batch"),
     [
@@ -467,7 +512,7 @@ def test_balancing_keeps_the_tensor(model):
     assert balance_(balanced) is balanced
     assert_close(balanced.to_tensor(), before, 1e-11)
     largest = max(number(n.max()) for n in balanced.component_norms().values())
-    assert number(balanced.unbalancedness()) <= 1e-13 * largest**2
+    assert number(balanced.unbalancedness()) <= 1e-10 * largest**2
 
 
 def test_conservation_under_gradient_descent():

@@ -192,9 +192,48 @@ def test_refuses():
             call(zoo.model_of(tree), ModeTree.star(4))
 
 
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [-1.0, 2.0], [math.inf]])
+def test_smooth_ranks_refuse(values):
+    for function in (effective_rank, entanglement_entropy):
+        with pytest.raises(DataError, match="finite and not negative"):
+            function(torch.tensor(values))
+
+
+def test_smooth_ranks_at_the_end_of_the_range():
+    assert effective_rank(torch.tensor([3e38, 3e38])).item() == pytest.approx(2.0)
+    assert entanglement_entropy(torch.tensor([3e38, 3e38])).item() == pytest.approx(math.log(2))
+
+
+def test_rank_does_not_depend_on_scale():
+    generator = torch.Generator().manual_seed(0)
+    for dtype, std in ((torch.float32, 1e-2), (torch.float32, 5.0), (torch.float64, 1e-3)):
+        model = Factorization(ModeTree.binary(64), 8, 4, std=std, dtype=dtype, generator=generator)
+        found = hierarchical_rank(model, rtol=1e-9 if dtype == torch.float64 else 1e-5)
+        assert set(found.values()) == {4}
+    assert torch.isinf(
+        spectra(Factorization(ModeTree.binary(256), 8, 16, join="full", std=1.0))[0][0]
+    )
+
+
+def test_wide_star_spectra():
+    """Two components that shrink and grow in turn: scales differ by more than the range of a double."""
+    model = Factorization(ModeTree.star(256), 2, 2, root="ones", dtype=torch.float64)
+    grow = torch.tensor([10.0, 0.1], dtype=torch.float64)
+    model.load_weights({n: torch.diag(grow if n < 128 else 1 / grow) for n in range(256)})
+    assert model.norm().item() == pytest.approx(math.sqrt(2))
+    assert spectra(model)[7].tolist() == pytest.approx([1.0, 1.0])
+
+
 def test_numpy_goes_in():
     array = np.random.default_rng(0).standard_normal((3, 4, 5))
     tree = ModeTree.star(3)
+    for other in (array[::-1], array.astype(">f8"), np.asfortranarray(array), array.tolist()):
+        assert hierarchical_rank(other, tree) == {0: 3, 1: 4, 2: 5}
+    assert matricize(array, np.int64(1)).shape == (4, 15)
+    with pytest.raises(DataError, match="not a tensor of numbers: str"):
+        spectra("il2", tree)
+    with pytest.raises(OptionError, match="write a ModeTree"):
+        spectra(array, [0, 1, 2])
     assert hierarchical_rank(array, tree) == {0: 3, 1: 4, 2: 5}
     assert dense_spectra(array, tree).keys() == spectra(array, tree).keys()
 

@@ -159,6 +159,15 @@ def test_sensing_measures_the_target():
         ((np.arange(6).reshape(2, 3), 5), {}, DataError, "dtype torch.int64"),
         ((torch.tensor(1.0), 1), {}, ShapeError, "a single number"),
         ((torch.zeros(2, 0), 1), {}, DataError, "is empty"),
+        (("il2", 5), {}, DataError, "not a tensor of numbers|dtype|str"),
+        ((target(), 5), {"test_index": torch.zeros(1, 4).long(), "test_values": torch.zeros(1)},
+         OptionError, "a target brings its own test entries"),
+        ((), {"index": torch.zeros(1, 1).long(), "values": torch.zeros(1), "sizes": (2,), "seed": 3},
+         OptionError, "seed and missing are for a target"),
+        ((), {"index": torch.zeros(1, 1).long(), "values": torch.zeros(1), "sizes": 2}, ShapeError,
+         "one integer for each mode, found 2"),
+        ((), {"index": torch.zeros(1, 1).long(), "values": torch.zeros(1), "sizes": (2.5,)}, ShapeError,
+         "size of mode 0 must be a positive integer, found 2.5"),
         ((target(), 5), {"sizes": (2, 3)}, OptionError, "either target and samples, or index="),
         ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(1)}, OptionError, "either target"),
         ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(2), "sizes": (2, 3)}, ShapeError,
@@ -170,7 +179,7 @@ def test_sensing_measures_the_target():
         ((), {"index": torch.zeros(1, 2).long(), "values": torch.full((1,), math.nan), "sizes": (2, 3)},
          DataError, "not finite"),
         ((), {"index": torch.zeros(1, 0).long(), "values": torch.zeros(1), "sizes": ()}, ShapeError,
-         "sizes are empty"),
+         "sizes must be one integer for each mode"),
         ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(1), "sizes": (2, 3),
               "test_index": torch.zeros(1, 2).long()}, OptionError, "test_index and test_values together"),
     ],
@@ -181,7 +190,7 @@ def test_completion_refuses(arguments, options, error, message):
 
 
 def test_sensing_refuses():
-    with pytest.raises(DataError, match="samples must be a positive integer, found 0"):
+    with pytest.raises(DataError, match="samples must be an integer >= 1, found 0"):
         sensing(target(), 0)
     values = target()
     values[0, 0, 0, 0] = math.nan
@@ -193,3 +202,38 @@ def test_refuses_a_model_of_other_sizes():
     for task in (completion(target(), 5), sensing(target(), 5)):
         with pytest.raises(ShapeError, match="other mode sizes than the task"):
             task.loss(zoo.model_of(TREE, sizes=(2, 3, 5, 8)))
+
+
+def test_numpy_numbers_count():
+    assert len(completion(target(), np.int64(40)).values) == 40
+    assert len(completion(target(), np.float32(0.5)).values) == 105
+    assert len(sensing(target(), np.int64(7)).values) == 7
+
+
+def test_a_zero_target():
+    task = completion(torch.zeros(2, 3, 5, 7, dtype=torch.float64), 9)
+    zero = Factorization(TREE, (2, 3, 5, 7), 1, std=0.0, dtype=torch.float64)
+    assert task.test_error(zero) == 0.0 and task.test_error(zoo.model_of(TREE)) == math.inf
+
+
+def test_tasks_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    sensing(target(), 5), completion(target(), 5)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_devices_must_agree():
+    task = completion(target(), 5)
+    with pytest.raises(OptionError, match="the model is on meta, the task on cpu; write task.to"):
+        task.loss(Factorization(TREE, (2, 3, 5, 7), 2, device="meta"))
+
+
+def test_plans_made_in_inference_mode_train():
+    model, task = zoo.model_of(TREE), completion(target(), 20)
+    index = zoo.random_index(model.sizes, 6)
+    with torch.inference_mode():
+        task.loss(model), model.entries(index), model.to_tensor()
+    (task.loss(model) + model.entries(index).sum() + model.to_tensor().sum()).backward()
+    assert all(g.abs().max() > 0 for g in model.gradients.values())

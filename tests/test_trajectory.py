@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tnreg import FileError, OptionError, ShapeError, Trajectory
+from tnreg import DataError, FileError, OptionError, ShapeError, Trajectory
 
 
 def example():
@@ -54,7 +54,31 @@ def test_files(tmp_path):
     empty.save(tmp_path / "empty.npz")
     assert len(Trajectory.load(tmp_path / "empty.npz")) == 0
     with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
-        assert "parts/(0, 1)" in file.files
+        assert {"steps", "loss", "parts/(0, 1)", "parts/top"} <= set(file.files)
+
+
+def test_any_name_survives_a_file(tmp_path):
+    run = Trajectory()
+    values = {"file": 1.0, "allow_pickle": 2.0, "steps": 3.0, "about": 4.0, "err/test": 5.0}
+    values["err"] = {"test": 6.0, 1: 7.0, "1": 8.0}
+    values["half"] = torch.tensor(0.5, dtype=torch.bfloat16)
+    run.append(0, values)
+    run.save(tmp_path / "run.npz")
+    again = Trajectory.load(tmp_path / "run.npz")
+    assert again.names == tuple(values) and again.steps.tolist() == [0]
+    for name, value in values.items():
+        if isinstance(value, dict):
+            assert {k: float(v[0]) for k, v in again[name].items()} == value
+        else:
+            assert float(again[name][0]) == float(value)
+
+
+@pytest.mark.parametrize("value", [None, object(), [[1], [1, 2]], {"a": {"b": 1}}, {"a": None}])
+def test_refuses_what_is_no_number(value):
+    run = Trajectory()
+    with pytest.raises(DataError, match="cannot be recorded"):
+        run.append(0, {"x": value})
+    assert len(run) == 0
 
 
 def test_refuses_changed_forms():

@@ -147,6 +147,18 @@ def test_deep_trees():
     assert hash(tree) == hash(ModeTree.caterpillar(2000)) and "order 2000" in repr(tree)
 
 
+def test_chains_of_one_child_nodes_have_a_limit():
+    assert ModeTree.chain(700) == ModeTree.chain(700)
+    with pytest.raises(TreeError, match="more than 400 nodes with one child in a row"):
+        ModeTree.chain(3000)
+
+
+def test_a_folder_does_not_hide_the_gallery(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "htf-4").mkdir()
+    assert load_tree("htf-4") == ModeTree.binary(4)
+
+
 def test_gallery():
     needed = {"star-3", "htf-4", "htf-8", "half-8", "caterpillar-6", "matrix-deep-3", "quad-4x4",
               "quad-8x8", "across-4", "uneven-5"}  # fmt: skip

@@ -30,7 +30,7 @@ from tnreg import (
     plots,
     spectra,
 )
-from tnreg.errors import OptionError, TnregError
+from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.tree import read_tree, read_tree_file
 
 if TYPE_CHECKING:
@@ -68,12 +68,14 @@ def tree(
     found, about = read_tree(source), _tree_about(source)
     labels: dict[Any, str] = {}
     if sizes:
-        for mode in range(found.order):
-            name = (about.get("modes") or [""] * found.order)[mode]
-            size = (about.get("sizes") or [""] * found.order)[mode]
-            labels[mode] = " ".join(
-                part for part in (str(mode), str(name), f"size {size}" if size else "") if part
+        names, counts = (about.get(key) or [""] * found.order for key in ("modes", "sizes"))
+        if not all(isinstance(part, list) and len(part) == found.order for part in (names, counts)):
+            raise FileError(
+                f"{source}: 'modes' and 'sizes' need one entry for each of {found.order} modes."
             )
+        for mode in found.leaves:
+            size = f"size {counts[mode]}" if counts[mode] else ""
+            labels[mode] = " ".join(part for part in (str(mode), str(names[mode]), size) if part)
     # plain print: a drawing is for pipes and files as well, without colours or wrapping
     print(found.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
     print(f"order {found.order}, {len(found.nodes)} nodes, height {found.heights[-1]}")
@@ -283,7 +285,8 @@ def _rank_subject(
     found: DenseTensor = load_tensor(file)
     values = found.values.to(device)
     if missing == "nan":
-        values = torch.where(torch.isnan(values), values.nanmean(), values)
+        known = values[~torch.isnan(values)]
+        values = torch.where(torch.isnan(values), known.mean(), values)
     elif found.missing:
         raise OptionError(
             f"{file} has {found.missing} missing entries (NaN); ranks need all of them.\n"

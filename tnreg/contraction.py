@@ -9,30 +9,25 @@ network:
   sub-indices that occur below it (*distinct*); or sample by sample.
 
 The tree schedule goes from the leaves to the root and handles equal nodes in one batched call.
-Costs are counted, as opt_einsum counts them: one flop for each entry of an elementwise product, two
-    for each
-multiply-add of a sum.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-import opt_einsum
 import torch
-from opt_einsum.helpers import flop_count
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-from tnreg.errors import DataError, ShapeError
+from tnreg.einsum import Einsum, along, einsum, find_path
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.network import Network
 
-__all__ = ["Einsum", "Plan", "contract", "einsum", "plan"]
+__all__ = ["Plan", "contract", "plan"]
 
 # Moving one number through memory costs about as much time as this many flops of a matrix product.
 # Measured on two CPU cores (8⁴ entries, width 512): it ranks dense, distinct and per-sample as timed.
@@ -41,191 +36,11 @@ _FLOPS_PER_MOVE = 32
 # Networks of at most this many tensors get an exhaustive path search (some milliseconds, once).
 _EXHAUSTIVE = 20
 
+# Networks of more tensors than this are searched once for batches of similar size, not for each.
+_LARGE = 128
+
 # Entries beyond which a dense tensor is not even considered (8 TB in float64).
 DENSE_LIMIT = 2**40
-
-
-@dataclass(frozen=True, eq=False)
-class Einsum:
-    """One einsum as a sequence of steps, two operands each, with its counted cost.
-
-    Attributes:
-        equation: The whole einsum.
-        shapes: Shapes of its operands.
-        search: The path search of opt_einsum.
-        steps: For each step the operands taken (positions in the shrinking list), its equation, and
-            the call that does it.
-        flops: Counted flops of all steps.
-        largest: Entries of the largest intermediate or result.
-        moved: Entries of all intermediates and the result.
-        inputs_last: Whether a network's inputs come after its weights.
-    """
-
-    equation: str
-    shapes: tuple[tuple[int, ...], ...]
-    search: str
-    steps: tuple[tuple[tuple[int, ...], str, Callable[..., Tensor]], ...]
-    flops: int
-    largest: int
-    moved: int
-    inputs_last: bool = False
-
-    def __call__(self, operands: Sequence[Tensor]) -> Tensor:
-        """Carry out the steps."""
-        left = list(operands)
-        for taken, _, call in self.steps:
-            left.append(call(*[left.pop(i) for i in taken]))
-        return left[0]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # the calls are closures; whoever unpickles makes them again
-        return _einsum_again, (self.equation, self.shapes, self.search, self.inputs_last)
-
-
-def _einsum_again(
-    equation: str, shapes: tuple[tuple[int, ...], ...], search: str, inputs_last: bool
-) -> Einsum:
-    return dataclasses.replace(einsum(equation, *shapes, search=search), inputs_last=inputs_last)
-
-
-@lru_cache(maxsize=4096)
-def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Einsum:
-    """Plan an einsum with a path search of opt_einsum and count its cost.
-
-    Args:
-        equation: Explicit einsum equation; any number of distinct symbols.
-        *shapes: Shape of each operand.
-        search: Name of the path search.
-    """
-    inputs, output = equation.split("->")
-    terms = inputs.split(",")
-    size = {
-        s: n
-        for term, shape in zip(terms, shapes, strict=True)
-        for s, n in zip(term, shape, strict=True)
-    }
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
-    flops = largest = moved = 0
-    steps = []
-    for step in path:
-        taken = tuple(sorted(step, reverse=True))
-        parts = [terms.pop(i) for i in taken]
-        kept = set(output).union(*terms)
-        union = dict.fromkeys("".join(parts))
-        # axes of the output first and axes to be summed last: the order in which a matrix product
-        # needs no copy of its left factor
-        result = "".join(
-            [s for s in output if s in union] + [s for s in union if s in kept and s not in output]
-        )
-        inner = any(s not in kept for s in union)
-        flops += flop_count(frozenset(union), inner, len(parts), size)
-        entries = math.prod(size[s] for s in result)
-        largest, moved = max(largest, entries), moved + entries
-        steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
-        terms.append(result)
-    return Einsum(equation, shapes, search, tuple(steps), flops, largest, moved)
-
-
-def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
-    """The torch calls of one step: a broadcast product or a matrix product, views elsewhere.
-
-    ``torch.einsum`` gives the same numbers; on small tensors it spends more time on views of its
-    own than on arithmetic, and it sends single products through batched kernels.
-    """
-    if len(parts) == 2 and all(s in parts[1] or s in result for s in parts[0]):
-        left, right = parts
-        if all(s in left or s in result for s in right):
-            summed = [s for s in left if s not in result]
-            return (
-                _matrix_product(left, right, result, size)
-                if summed
-                else _broadcast_product(left, right, result, size)
-            )
-    # torch reads a-z and A-Z only; a single step of a long network needs few of them
-    table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys("".join(parts)))}
-    equation = "->".join(
-        "".join(table.get(s, s) for s in side) for side in (",".join(parts), result)
-    )
-    return partial(torch.einsum, equation)
-
-
-def _broadcast_product(
-    left: str, right: str, result: str, size: Mapping[str, int]
-) -> Callable[..., Tensor]:
-    def aligned(term: str) -> Callable[[Tensor], Tensor]:
-        shape = [size[s] if s in term else 1 for s in result]
-        return _brought(term, [s for s in result if s in term], shape, size)
-
-    first, second = aligned(left), aligned(right)
-    return lambda a, b: first(a) * second(b)
-
-
-def _matrix_product(
-    left: str, right: str, result: str, size: Mapping[str, int]
-) -> Callable[..., Tensor]:
-    only = [s for s in result if (s in left) != (s in right)]
-    swap = bool(only) and only[0] in right
-    if swap:  # the factor whose axes come first in the result goes left
-        left, right = right, left
-    batch = [s for s in result if s in left and s in right]
-    summed = [s for s in left if s not in result]
-    rows, columns = ([s for s in result if s in term and s not in batch] for term in (left, right))
-    count, inner, height, width = (
-        math.prod(size[s] for s in part) for part in (batch, summed, rows, columns)
-    )
-
-    if height == width == 1 and count > 1:  # dot products, one per batch entry
-        flat = [count, inner]
-        first = _brought(left, [*batch, *rows, *summed], flat, size)
-        second = _brought(right, [*batch, *columns, *summed], flat, size)
-        last = _spread([*batch, *rows, *columns], result, [count], size)
-        return _swapped(swap, lambda a, b: last((first(a) * second(b)).sum(1)))
-
-    def factor(
-        term: str, outer: list[str], length: int, *, outer_first: bool
-    ) -> Callable[[Tensor], Tensor]:
-        # as the axes lie in memory, then transposed: a reshape of transposed axes would copy
-        lies_outer_first = not outer or term.index(outer[0]) < term.index(summed[0])
-        axes = [*batch, *outer, *summed] if lies_outer_first else [*batch, *summed, *outer]
-        flat = [length, inner] if lies_outer_first else [inner, length]
-        view = _brought(term, axes, flat if count == 1 else [count, *flat], size)
-        return view if lies_outer_first == outer_first else lambda x: view(x).mT
-
-    first = factor(left, rows, height, outer_first=True)
-    second = factor(right, columns, width, outer_first=False)
-    product = torch.mm if count == 1 else torch.bmm
-    flat = [height, width] if count == 1 else [count, height, width]
-    last = _spread([*batch, *rows, *columns], result, flat, size)
-    return _swapped(swap, lambda a, b: last(product(first(a), second(b))))
-
-
-def _swapped(swap: bool, call: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return (lambda a, b: call(b, a)) if swap else call
-
-
-def _brought(
-    term: str, axes: Sequence[str], shape: list[int], size: Mapping[str, int]
-) -> Callable[[Tensor], Tensor]:
-    """Axes of a term brought in an order, then reshaped; views that change nothing are left out."""
-    order = [term.index(s) for s in axes]
-    if order != sorted(order):
-        return lambda x: x.permute(order).reshape(shape)
-    return _same if [size[s] for s in term] == shape else lambda x: x.reshape(shape)
-
-
-def _spread(
-    axes: Sequence[str], result: str, shape: list[int], size: Mapping[str, int]
-) -> Callable[[Tensor], Tensor]:
-    """The inverse: a tensor of this shape given the sizes of its axes, then brought in order."""
-    order = [list(axes).index(s) for s in result]
-    wide = [size[s] for s in axes]
-    if order != sorted(order):
-        return lambda x: x.reshape(wide).permute(order)
-    return _same if wide == shape else lambda x: x.reshape(wide)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,8 +134,10 @@ class Plan:
 def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -> Plan:
     """Plan the contraction of a factorization: dense tensor, batch of inputs, or entries.
 
-    The plan costs no more flops than leaf-to-root and than opt_einsum's ``auto``; for entries it is
-    the cheapest of three routes by flops plus memory traffic. Plans are cached.
+    For the dense tensor and for batches the plan costs no more flops than leaf-to-root and than
+    opt_einsum's ``auto``. For entries it is the cheapest of three routes by flops plus 32 for every
+    number moved, as gathering is bound by memory: not always the one of fewest flops. Plans for dense
+    tensors and batches are cached.
 
     Args:
         model: A ``Factorization`` or its ``Network``.
@@ -335,11 +152,19 @@ def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -
         ShapeError: ``index`` is not of shape ``(B, N)``.
         DataError: ``index`` is not int64, empty, or out of range.
     """
-    network: Network = model if isinstance(model, Network) else model.network
+    network = model if isinstance(model, Network) else getattr(model, "network", None)
+    if not isinstance(network, Network):
+        raise OptionError(
+            f"plan: expected a Factorization or its network, found {type(model).__name__}."
+        )
     if index is not None:
-        return _plan_entries(network, index)
+        if batch is not None:
+            raise OptionError("plan: give batch= for inputs or index= for entries, not both.")
+        # made to be kept: a plan made in inference mode could not be trained with later
+        with torch.inference_mode(False), torch.no_grad():
+            return _plan_entries(network, check_index(network, index).detach().clone())
     if batch is not None:
-        return _plan_batch(network, int(batch))
+        return _plan_batch(network, check_integer(batch, 1, "plan: batch", DataError))
     if math.prod(network.sizes) > DENSE_LIMIT:
         raise ShapeError(
             f"the dense tensor would have about 10^{sum(map(math.log10, network.sizes)):.0f} entries.\n"
@@ -366,8 +191,7 @@ def contract(
         parts = [stack.unbind(0) for stack in stacks]
         weights = [parts[s][k] for s, k in (network.slots[p] for p in network.weighted)]
         features = inputs.unbind(1) if isinstance(inputs, Tensor) else inputs
-        last = plan.whole.inputs_last
-        out = plan.whole([*weights, *features] if last else [*features, *weights])
+        out = plan.whole([*features, *weights])
     else:
         out = _run_schedule(plan, stacks, inputs)
     if plan.take is not None:
@@ -471,8 +295,6 @@ def _plan_dense(network: Network) -> Plan:
 
 @lru_cache(maxsize=256)
 def _plan_batch(network: Network, batch: int) -> Plan:
-    if batch < 1:
-        raise DataError("an empty batch: give at least one sample.")
     joins = _schedule(network, batch=batch, features=True)
     return _cheaper(network, "batch", joins, _whole(network, batch), batch)
 
@@ -497,34 +319,57 @@ def cheapest(costs: Mapping[str, int]) -> str:
 def _whole(network: Network, batch: int | None) -> Einsum:
     """The network as one einsum, by the cheapest path that opt_einsum finds.
 
-    What ``auto`` finds depends on the order of the operands, so both orders of weights and inputs are
-    tried, and for small networks dynamic programming as well.
+    Inputs come first, then the weights. What ``auto`` finds depends on the order of the operands, so
+    for all but large networks both orders are tried, and for small ones dynamic programming as well.
     """
     order = network.tree.order
-    batch_index = order + len(network.tree.nodes)  # modes, then bonds, then the batch
+    batch_symbol = get_symbol(order + len(network.tree.nodes))  # after the modes and the bonds
 
     def word(indices: Sequence[int]) -> str:
         return "".join(get_symbol(i) for i in indices)
 
-    weights = [(word(network.indices(p)), network.shape(p)) for p in network.weighted]
-    inputs: list[tuple[str, tuple[int, ...]]] = []
+    terms = [word(network.indices(p)) for p in network.weighted]
+    shapes = [network.shape(p) for p in network.weighted]
+    output = word(range(order))
     if batch is not None:
-        sizes = enumerate(network.sizes)
-        inputs = [(word((batch_index, mode)), (batch, size)) for mode, size in sizes]
-    output = word(range(order)) if batch is None else word((batch_index,))
+        terms = [batch_symbol + get_symbol(mode) for mode in range(order)] + terms
+        output = batch_symbol
+    equation = f"{','.join(terms)}->{output}"
 
-    def search(operands: list[tuple[str, tuple[int, ...]]], how: str) -> Einsum:
-        terms = ",".join(term for term, _ in operands)
-        return einsum(f"{terms}->{output}", *(shape for _, shape in operands), search=how)
+    def sized(samples: int | None) -> tuple[tuple[int, ...], ...]:
+        inputs = [] if samples is None else [(samples, size) for size in network.sizes]
+        return (*inputs, *shapes)
 
-    found = [search(inputs + weights, "auto")]
-    if inputs:
-        found.append(search(weights + inputs, "auto"))
-    if len(inputs + weights) <= _EXHAUSTIVE:
-        found.append(search(inputs + weights, "dp"))
-    best = min(found, key=lambda path: path.flops)
-    # contract() hands in the inputs first
-    return dataclasses.replace(best, inputs_last=bool(inputs) and best is found[1])
+    if len(terms) > _LARGE:
+        similar = None if batch is None else 1 << (batch - 1).bit_length()
+        return along(equation, sized(batch), find_path(equation, sized(similar), "auto"))
+    given = sized(batch)
+    found = [einsum(equation, *given)]
+    if batch is not None:
+        turned = [*range(order, len(terms)), *range(order)]  # weights first
+        other = f"{','.join(terms[i] for i in turned)}->{output}"
+        path = find_path(other, tuple(given[i] for i in turned), "auto")
+        found.append(along(equation, given, _renumbered(path, turned)))
+    if len(terms) <= _EXHAUSTIVE:
+        found.append(einsum(equation, *given, search="dp"))
+    return min(found, key=lambda path: path.flops)
+
+
+def _renumbered(
+    path: Sequence[Sequence[int]], turned: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """A path over reordered operands as one over the operands in their own order."""
+    theirs = list(turned)  # names of what is left, in their order; new results get new names
+    ours = list(range(len(turned)))
+    out = []
+    for count, step in enumerate(path):
+        names = [theirs[i] for i in step]
+        out.append(tuple(sorted(ours.index(name) for name in names)))
+        for left in (theirs, ours):
+            for name in names:
+                left.remove(name)
+            left.append(len(turned) + count)
+    return tuple(out)
 
 
 def _cost(network: Network, joins: Sequence[Join]) -> tuple[int, int, int]:
@@ -708,7 +553,6 @@ def check_index(network: Network, index: Tensor) -> Tensor:
 
 
 def _plan_entries(network: Network, index: Tensor) -> Plan:
-    check_index(network, index)
     tree, count = network.tree, index.shape[0]
     columns = index.unbind(1)
     routes: dict[str, tuple[int, int, tuple[Join, ...], Einsum | None, Tensor | None]] = {}

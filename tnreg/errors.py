@@ -5,6 +5,9 @@ message says what is wrong and where, what was found against what was expected, 
 instead.
 """
 
+import operator
+from typing import Any
+
 
 class TnregError(ValueError):
     """Base of every error that tnreg raises on purpose."""
@@ -28,3 +31,21 @@ class OptionError(TnregError):
 
 class FileError(TnregError):
     """A file that is missing, unreadable, or not what its name or its reader says."""
+
+
+def check_integer(value: Any, least: int, what: str, error: type[TnregError] = OptionError) -> int:
+    """The value as an ``int``, numpy's integers included, or one clear error.
+
+    Args:
+        value: What was given.
+        least: Smallest value allowed.
+        what: Whose argument it is, for the message.
+        error: Kind of error to raise.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise error(f"{what} must be an integer >= {least}, found {value!r}.")
+    return number

@@ -21,7 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.contraction import Plan, check_index, contract, einsum, plan
+from tnreg.contraction import Plan, check_index, contract, plan
+from tnreg.einsum import einsum
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.files import write_whole
 from tnreg.network import Network
@@ -49,7 +50,7 @@ class Factorization(nn.Module):
             learning of the theory.
         dtype: float32, float64, complex64 or complex128; torch's default if left out.
         device: Any torch device.
-        generator: For reproducible weights.
+        generator: For reproducible weights, the same on every device.
 
     Raises:
         TreeError, ShapeError, OptionError: Arguments that do not fit the tree.
@@ -76,17 +77,14 @@ class Factorization(nn.Module):
         super().__init__()
         tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
         dtype = dtype or torch.get_default_dtype()
-        if not (dtype.is_floating_point or dtype.is_complex):
-            raise OptionError(f"dtype must be a floating or complex type, found {dtype}.")
-        if not (math.isfinite(std) and std >= 0):
+        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+            raise OptionError(f"dtype must be a floating or complex torch.dtype, found {dtype!r}.")
+        if not isinstance(std, int | float) or not (math.isfinite(std) and std >= 0):
             raise OptionError(f"std must be a finite number >= 0, found {std!r}.")
         self.network = Network.build(tree, sizes, ranks, join=join, root=root)
         # Weights of equal nodes live in one parameter, so that a level is one batched call.
         self.stacks = nn.ParameterList(
-            std
-            * torch.randn(
-                len(stack.positions), *stack.shape, dtype=dtype, device=device, generator=generator
-            )
+            _initial((len(stack.positions), *stack.shape), std, dtype, device, generator)
             for stack in self.network.stacks
         )
         self._entry_plans: list[tuple[Tensor, Plan]] = []
@@ -115,11 +113,12 @@ class Factorization(nn.Module):
 
     @property
     def weights(self) -> dict[Node, Tensor]:
-        """``{node: weight}`` in the order of ``tree.nodes``, differentiable views of the parameters.
+        """``{node: weight}`` in the order of ``tree.nodes``: differentiable views of the parameters.
 
         Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
         ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has
-        no ``R_above``; with ``root="ones"`` it is left out.
+        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views: what is
+        computed from them differentiates back to the parameters; gradients by node are ``gradients``.
         """
         return self._by_node([stack.unbind(0) for stack in self.stacks])
 
@@ -157,8 +156,12 @@ class Factorization(nn.Module):
                 )
             if value.is_complex() and not self.dtype.is_complex:
                 raise DataError(f"a complex weight at node {node!r} for a model of {self.dtype}.")
+            value = value.to(self.dtype)
             if not torch.isfinite(value).all():
-                raise DataError(f"the weight of node {node!r} has NaN or infinite entries.")
+                raise DataError(
+                    f"the weight of node {node!r} has NaN or infinite entries, or too large ones for "
+                    f"{self.dtype}."
+                )
             checked.append((self.network.slots[position], value))
         for (stack, slot), value in checked:
             self.stacks[stack][slot].copy_(value)
@@ -190,18 +193,14 @@ class Factorization(nn.Module):
         return contract(self._entry_plan(index), list(self.stacks))
 
     def _entry_plan(self, index: Tensor) -> Plan:
+        check_index(self.network, index)
+        index = index.to(self.device)
         for known, chosen in self._entry_plans:
             # compared by value: an index that was changed in place must not meet its old plan
-            if (
-                isinstance(index, Tensor)
-                and known.device == index.device
-                and torch.equal(known, index)
-            ):
+            if known.device == index.device and torch.equal(known, index):
                 return chosen
-        check_index(self.network, index)
-        copy = index.detach().clone()
-        chosen = plan(self, index=copy.to(self.device))
-        self._entry_plans = [(copy, chosen), *self._entry_plans[:3]]
+        chosen = plan(self, index=index)
+        self._entry_plans = [(index.detach().clone(), chosen), *self._entry_plans[:3]]
         return chosen
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
@@ -220,6 +219,8 @@ class Factorization(nn.Module):
             ShapeError: Sizes that do not fit the modes.
             DataError: No samples, or another dtype than the weights.
         """
+        if not isinstance(features, Tensor | Sequence):
+            features = torch.as_tensor(features)
         parts = self._check_features(features)
         batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
         inputs = features if isinstance(features, Tensor) else parts
@@ -231,7 +232,7 @@ class Factorization(nn.Module):
             fits = features.ndim == 3 and all((features.shape[2],) == (d,) for d in self.sizes)
             fits = fits and features.shape[1] == self.tree.order
         else:
-            parts = list(features)
+            parts = [torch.as_tensor(part) for part in features]
             found = [tuple(part.shape) for part in parts]
             fits = len(parts) == self.tree.order and all(
                 part.ndim == 2 and part.shape == (parts[0].shape[0], size)
@@ -282,6 +283,11 @@ class Factorization(nn.Module):
         Raises:
             ShapeError: Another tree or other sizes.
         """
+        if not isinstance(other, Factorization):
+            raise OptionError(
+                f"inner products are with another Factorization, found {type(other).__name__}.\n"
+                "  for a dense tensor: (model.to_tensor().conj() * tensor).sum()"
+            )
         if self.tree != other.tree or self.sizes != other.sizes:
             raise ShapeError(
                 "inner products need the same tree and sizes.\n"
@@ -389,6 +395,11 @@ class Factorization(nn.Module):
             "bonds": self.network.bonds,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        broken = [node for node, w in self.weights.items() if not torch.isfinite(w.detach()).all()]
+        if broken:
+            raise DataError(
+                f"not saved: the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}."
+            )
         tensors = {}
         for position, weight in zip(self.network.weighted, self.weights.values(), strict=True):
             value = weight.detach().cpu()
@@ -426,6 +437,8 @@ class Factorization(nn.Module):
             for stack in self.stacks
         )
         copy._entry_plans = list(self._entry_plans)
+        for ours, theirs in zip(copy.stacks, self.stacks, strict=True):
+            ours.grad = None if theirs.grad is None else theirs.grad.clone()
         copy.train(self.training)
         return copy
 
@@ -492,6 +505,22 @@ def load(
     ) as error:
         raise FileError(f"not a factorization: {file_path}\n  {error}\n{expected}") from None
     return model
+
+
+def _initial(
+    shape: tuple[int, ...],
+    std: float,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if generator is None:
+        return std * torch.randn(shape, dtype=dtype, device=device)
+    # drawn where the generator lives, so that a CPU generator gives the same weights on every device
+    drawn = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+    return (std * drawn).to(device or drawn.device)
 
 
 def _multiplied(

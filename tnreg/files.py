@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tnreg.errors import FileError
 
 __all__ = ["folder_written_whole", "write_whole"]
@@ -24,13 +26,17 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
     Raises:
         FileError: The folder is missing or cannot be written; nothing was changed.
     """
-    target = Path(path)
+    target = _absolute(path)
     beside = _beside(target)
     try:
+        if not target.parent.is_dir():
+            raise FileError(f"cannot write {target}: there is no folder {target.parent}")
         write(beside)
         os.replace(beside, target)
-    except OSError as error:
-        raise FileError(f"cannot write {target}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise FileError(
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -46,7 +52,7 @@ def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileError: ``path`` is a file, or a folder that holds something else, or cannot be written.
     """
-    target = Path(path)
+    target = _absolute(path)
     beside = _beside(target)
     if target.exists() and not _may_replace(target):
         raise FileError(
@@ -77,6 +83,14 @@ def _may_replace(folder: Path) -> bool:
         return "tnreg" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    if not os.fspath(path):
+        raise FileError("cannot write: the path is empty.")
+    return Path(
+        os.path.abspath(path)
+    )  # "." and ".." have no name that another one could stand beside
 
 
 def _beside(target: Path, kind: str = "partial") -> Path:

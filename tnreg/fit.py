@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, check_integer
 from tnreg.optim import GroupRMSprop
 from tnreg.trajectory import Trajectory
 
@@ -66,15 +66,18 @@ def fit(
     Raises:
         OptionError: Unknown optimizer, or numbers out of range.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise OptionError(f"fit: steps must be an integer >= 0, found {steps!r}.")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise OptionError(f"fit: every must be an integer >= 1, found {every!r}.")
+    steps = check_integer(steps, 0, "fit: steps")
+    every = check_integer(every, 1, "fit: every")
     watched = dict(observe or {})
     if "loss" in watched:
         raise OptionError(
             "fit: the name 'loss' is taken by the training loss; call it something else."
         )
+    for name, function in [*watched.items(), *([("stop", stop)] if stop is not None else [])]:
+        if not callable(function):
+            raise OptionError(f"fit: {name!r} must be a function, found {function!r}.")
+    if not torch.is_grad_enabled():
+        raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
     update = _optimizer(optimizer, model, lr)
     closed = _needs_closure(update)
     run = Trajectory()
@@ -90,6 +93,8 @@ def fit(
             for step in range(steps + 1):
                 due = step % every == 0 or step == steps
                 value = loss(model) if due or not closed else None
+                if step == 0:
+                    _check_loss(value)
                 if value is not None and (due or value.device.type == "cpu"):
                     found = float(value.detach())
                     if due:
@@ -121,6 +126,25 @@ def fit(
     return run
 
 
+def _check_loss(value: Any) -> None:
+    if (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and value.is_floating_point()
+        and value.requires_grad
+    ):
+        return
+    found = type(value).__name__
+    if isinstance(value, Tensor):
+        found = (
+            f"shape {tuple(value.shape)}, dtype {value.dtype}, requires_grad={value.requires_grad}"
+        )
+    raise OptionError(
+        "fit: loss(model) must return a real scalar tensor that depends on the model's parameters.\n"
+        f"  found: {found}"
+    )
+
+
 def _optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if isinstance(chosen, torch.optim.Optimizer):
         return chosen
@@ -134,6 +158,8 @@ def _optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimize
         raise OptionError(
             f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}."
         )
+    if not isinstance(lr, int | float) or not (math.isfinite(lr) and lr >= 0):
+        raise OptionError(f"fit: lr must be a finite number >= 0, found {lr!r}.")
     made = make(model.parameters(), lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise OptionError(
@@ -152,6 +178,7 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
     if not wanted:
         yield lambda step, loss: None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -171,7 +198,7 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
         TextColumn("loss {task.fields[loss]:.3g}"),
     )
     # drawn from here, not from a thread of its own that would compete with the training
-    with Progress(*columns, auto_refresh=False) as bar:
+    with Progress(*columns, auto_refresh=False, console=Console(stderr=True)) as bar:
         task = bar.add_task("fit", total=steps, loss=float("nan"))
         drawn = -1.0
 

@@ -16,10 +16,10 @@ import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-from tnreg.contraction import einsum
+from tnreg.einsum import einsum
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
-from tnreg.rank import dense_spectra, numerical_rank
+from tnreg.rank import as_tensor, dense_spectra, numerical_rank
 from tnreg.scaled import absorbed, columns, unscaled
 from tnreg.tree import ModeTree, Node
 
@@ -64,8 +64,12 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
             rows = math.prod(sizes[m] for m in x.tree.modes_below(node))
             found[node] = unscaled(values, log).to(real)[:rows]
         return found
-    if tree is None:
-        raise OptionError("spectra of a dense tensor need a tree: spectra(tensor, tree).")
+    if not isinstance(tree, ModeTree):
+        found_kind = "none" if tree is None else repr(tree)
+        raise OptionError(
+            "spectra of a dense tensor need a tree: spectra(tensor, tree).\n"
+            f"  found: {found_kind}; write a ModeTree, e.g. ModeTree.binary(4) or load_tree('htf-4')"
+        )
     return dense_spectra(x, tree)
 
 
@@ -117,7 +121,7 @@ def hierarchical_rank(
     with torch.no_grad():
         found = spectra(x, tree)
     assert tree is not None  # spectra has refused a dense tensor without a tree
-    sizes = tuple(torch.as_tensor(x).shape)
+    sizes = tuple(as_tensor(x).shape)
     for node, s in found.items():
         rows = math.prod(sizes[m] for m in tree.modes_below(node))
         longest = max(rows, math.prod(sizes) // rows)

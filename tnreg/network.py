@@ -261,6 +261,10 @@ def _check_sizes(tree: ModeTree, sizes: Sequence[int] | int) -> tuple[int, ...]:
 
 
 def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:
+    if not isinstance(join, str | Mapping):
+        raise OptionError(
+            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}."
+        )
     given = {node: join for node in tree.interior} if isinstance(join, str) else dict(join)
     for node, kind in given.items():
         if kind not in ("diagonal", "full"):

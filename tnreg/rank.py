@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from tnreg.errors import DataError, OptionError, ShapeError
 from tnreg.tree import ModeTree, Node
 
 __all__ = [
+    "as_tensor",
     "check_dense",
     "dense_spectra",
     "effective_rank",
@@ -47,8 +48,8 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
         >>> matricize(torch.zeros(2, 3, 5), (0, 2)).shape
         torch.Size([10, 3])
     """
-    tensor = torch.as_tensor(tensor)
-    rows = sorted([modes] if isinstance(modes, int) else modes)
+    tensor = as_tensor(tensor)
+    rows = sorted(modes) if isinstance(modes, Iterable) else [modes]
     if len(set(rows)) < len(rows) or any(not 0 <= m < tensor.ndim for m in rows):
         raise ShapeError(
             f"matricize: modes must be distinct and within 0..{tensor.ndim - 1}, found {modes}."
@@ -58,9 +59,24 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
     return tensor.permute(rows + columns).reshape(height, -1)
 
 
+def as_tensor(values: Any) -> Tensor:
+    """Numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, nested lists."""
+    if isinstance(values, Tensor):
+        return values.to_dense() if values.layout != torch.strided else values
+    try:
+        array = np.asarray(values)
+        native = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"not a tensor of numbers: {type(values).__name__}.\n  {error}\n"
+            "  a file or a named tensor is read by tnreg.load_tensor(...).values"
+        ) from None
+
+
 def check_dense(tensor: Any, tree: ModeTree, *, sizes: Sequence[int] | None = None) -> Tensor:
     """The tensor as a finite floating-point torch tensor of ``tree.order`` axes, or one clear error."""
-    tensor = torch.as_tensor(tensor)
+    tensor = as_tensor(tensor)
     if tensor.ndim != tree.order:
         raise ShapeError(
             f"the tensor has {tensor.ndim} axes and the tree {tree.order} modes.\n"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from opt_einsum.parser import get_symbol
 from torch import Tensor, nn
 
 from tnreg.contraction import Plan, check_index, plan
-from tnreg.errors import DataError, OptionError, ShapeError
+from tnreg.einsum import einsum
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorization import Factorization
 from tnreg.network import Network
-from tnreg.rank import check_numbers
-from tnreg.tree import ModeTree, Node
+from tnreg.rank import as_tensor, check_numbers
+from tnreg.tree import ModeTree
 
 __all__ = ["Completion", "Sensing", "completion", "sensing"]
 
@@ -36,7 +40,7 @@ class Completion:
         test_index: Tensor | None = None,
         test_values: Tensor | None = None,
     ) -> None:
-        self.sizes = tuple(int(n) for n in sizes)
+        self.sizes = Network.build(ModeTree.star(_length(sizes)), sizes, 1).sizes
         self.index, self.values = _check_entries(index, values, self.sizes)
         self.test_index: Tensor | None = None
         self.test_values: Tensor | None = None
@@ -44,7 +48,7 @@ class Completion:
             raise OptionError("completion: give test_index and test_values together, or neither.")
         if test_index is not None and test_values is not None:
             self.test_index, self.test_values = _check_entries(test_index, test_values, self.sizes)
-        self._plans: dict[tuple[Network, bool], Plan] = {}
+        self._plans: dict[tuple[Network, torch.device, bool], Plan] = {}
 
     def loss(self, model: nn.Module) -> Tensor:
         """Mean squared error over the observed entries: scalar, differentiable."""
@@ -53,6 +57,8 @@ class Completion:
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
         """``‖W - W*‖ / ‖W*‖`` over the unseen entries; 1.0 is what predicting zero gives.
+
+        If all of them are zero, it is 0.0 or infinite.
 
         Raises:
             OptionError: No unseen entries are known.
@@ -89,9 +95,14 @@ class Completion:
         if not isinstance(model, Factorization):
             return model.entries(index)  # type: ignore[operator, no-any-return]
         _check_model(model, self.sizes)
-        key = (model.network, seen)
+        if model.device.type != self.values.device.type:
+            raise OptionError(
+                f"the model is on {model.device}, the task on {self.values.device}; "
+                "write task.to(model.device)."
+            )
+        key = (model.network, model.device, seen)
         if key not in self._plans:  # checked and planned once, not at every step
-            self._plans[key] = plan(model.network, index=index)
+            self._plans[key] = plan(model.network, index=index.to(model.device))
         return model.entries(self._plans[key])
 
     def __repr__(self) -> str:
@@ -191,7 +202,11 @@ def completion(
             raise OptionError(
                 "completion: give either target and samples, or index=, values= and sizes=."
             )
+        if seed != 0 or missing is not None:
+            raise OptionError("completion: seed and missing are for a target to sample from.")
         return Completion(index, values, sizes, test_index, test_values)
+    if test_index is not None or test_values is not None:
+        raise OptionError("completion: a target brings its own test entries; leave test_index out.")
     dense = _target(target, "completion", missing)
     known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
     count = _count(samples, len(known), "completion")
@@ -217,29 +232,21 @@ def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
         DataError: NaN, infinite or integer data, or no measurements.
     """
     dense = _target(target, "sensing", None)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise DataError(f"sensing: samples must be a positive integer, found {samples!r}.")
+    samples = check_integer(samples, 1, "sensing: samples", DataError)
     generator = torch.Generator().manual_seed(seed)
     scale = math.exp(-math.log(dense.numel()) / (2 * dense.ndim))
     features = [
         (scale * torch.randn(samples, size, generator=generator, dtype=torch.float64)).to(dense)
         for size in dense.shape
     ]
-    # contracted by a star of full joins whose core is the target: the target's own dtype and device
-    star = Factorization(
-        ModeTree.star(dense.ndim),
-        dense.shape,
-        {n: size for n, size in enumerate(dense.shape)},
-        join="full",
-        dtype=dense.dtype,
-        device=dense.device,
+    # leaf by leaf, as a star of full joins with the target as its core
+    words = [get_symbol(0) + get_symbol(n + 1) for n in range(dense.ndim)]
+    core = "".join(get_symbol(n + 1) for n in range(dense.ndim))
+    operands = [*features, dense]
+    call = einsum(
+        f"{','.join([*words, core])}->{get_symbol(0)}", *(tuple(o.shape) for o in operands)
     )
-    weights: dict[Node, Tensor] = {
-        n: torch.eye(size, dtype=dense.dtype) for n, size in enumerate(dense.shape)
-    }
-    star.load_weights({**weights, star.tree.root: dense})
-    with torch.no_grad():
-        values = star(features)
+    values = call(operands)
     return Sensing(features, values, dense)
 
 
@@ -251,7 +258,7 @@ def _target(target: Any, who: str, missing: str | None) -> Tensor:
     if target is None:
         raise OptionError(f"{who}: a target tensor is missing.")
     with torch.no_grad():
-        dense = target.to_tensor() if isinstance(target, Factorization) else torch.as_tensor(target)
+        dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
     dense = dense.detach()
     if dense.ndim == 0:
         raise ShapeError(f"{who}: the target is a single number; it needs at least one mode.")
@@ -269,20 +276,36 @@ def _target(target: Any, who: str, missing: str | None) -> Tensor:
 
 
 def _count(samples: int | float | None, known: int, who: str) -> int:
-    if isinstance(samples, float) and 0 < samples < 1:
-        return max(1, round(samples * known))
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= known:
+    if (
+        not isinstance(samples, bool)
+        and isinstance(samples, float | np.floating)
+        and 0 < samples < 1
+    ):
+        return max(1, round(float(samples) * known))
+    try:
+        count = 0 if isinstance(samples, bool) else operator.index(samples)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if not 1 <= count <= known:
         raise DataError(
-            f"{who}: samples must be an integer from 1 to {known} (the known entries) or a share in (0, 1), "
-            f"found {samples!r}."
+            f"{who}: samples must be an integer from 1 to {known} (the known entries) or a share "
+            f"in (0, 1), found {samples!r}."
         )
-    return samples
+    return count
+
+
+def _length(sizes: Sequence[int]) -> int:
+    try:
+        length = len(sizes)
+    except TypeError:
+        length = 0
+    if length == 0:
+        raise ShapeError(f"completion: sizes must be one integer for each mode, found {sizes!r}.")
+    return length
 
 
 def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    star = Network.build(ModeTree.star(len(sizes)), sizes, 1) if sizes else None
-    if star is None:
-        raise ShapeError("completion: sizes are empty.")
+    star = Network.build(ModeTree.star(len(sizes)), sizes, 1)
     index, values = check_index(star, torch.as_tensor(index)), torch.as_tensor(values)
     if values.shape != (index.shape[0],):
         raise ShapeError(
@@ -307,4 +330,5 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:
     norm = torch.linalg.vector_norm(wanted)
-    return float(torch.linalg.vector_norm(found - wanted) / norm) if norm > 0 else float("nan")
+    error = torch.linalg.vector_norm(found - wanted)
+    return float(error / norm) if norm > 0 else (math.inf if error > 0 else 0.0)

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, FileError, OptionError
+from tnreg.rank import as_tensor
 
 __all__ = ["DATASETS", "DenseTensor", "load_tensor"]
 
@@ -42,26 +42,30 @@ class DenseTensor:
         return int(torch.isnan(self.values).sum())
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    loader: str
-    modes: tuple[str, ...]
-    about: str
-
-
-DATASETS: Mapping[str, str] = {
-    "kinetic": "fluorescence 64x12x10x60, 1,754 entries missing; Nikolajsen et al. 2003",
-    "il2": "IL-2 responses 13x4x12x8, 192 entries missing; Orcutt-Jahns et al. 2021",
-    "covid19": "COVID-19 serology 438x6x11; Zohar et al. 2020",
-    "indian-pines": "hyperspectral image 145x145x200; Baumgardner et al. 2015",
-}
-
+# name -> (function of tensorly.datasets, what the modes are, description)
 _LOADERS = {
-    "kinetic": _Dataset("load_kinetic", ("measurement", "emission", "excitation", "time"), ""),
-    "il2": _Dataset("load_IL2data", ("ligand", "time", "dose", "cell"), ""),
-    "covid19": _Dataset("load_covid19_serology", ("sample", "antigen", "receptor"), ""),
-    "indian-pines": _Dataset("load_indian_pines", ("row", "column", "band"), ""),
+    "kinetic": (
+        "load_kinetic",
+        ("measurement", "emission", "excitation", "time"),
+        "fluorescence 64x12x10x60, 1,754 entries missing; Nikolajsen et al. 2003",
+    ),
+    "il2": (
+        "load_IL2data",
+        ("ligand", "time", "dose", "cell"),
+        "IL-2 responses 13x4x12x8, 192 entries missing; Orcutt-Jahns et al. 2021",
+    ),
+    "covid19": (
+        "load_covid19_serology",
+        ("sample", "antigen", "receptor"),
+        "COVID-19 serology 438x6x11; Zohar et al. 2020",
+    ),
+    "indian-pines": (
+        "load_indian_pines",
+        ("row", "column", "band"),
+        "hyperspectral image 145x145x200; Baumgardner et al. 2015",
+    ),
 }
+DATASETS: Mapping[str, str] = {name: about for name, (_, _, about) in _LOADERS.items()}
 
 
 def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
@@ -129,17 +133,17 @@ def _load_dataset(name: str) -> DenseTensor:
         raise OptionError(
             f"the tensor {name!r} is part of tensorly, which is not installed; pip install 'tnreg[data]'"
         ) from None
-    entry = _LOADERS[name]
-    bunch = getattr(tensorly.datasets, entry.loader)()
+    loader, modes, about = _LOADERS[name]
+    bunch = getattr(tensorly.datasets, loader)()
     values = np.array(bunch["tensor"], dtype=np.float64)
     if "missing_values_position" in bunch:  # the wheel has zeros there and a mask beside
         values[np.asarray(bunch["missing_values_position"], dtype=bool)] = np.nan
-    return DenseTensor(name, torch.from_numpy(values), entry.modes, DATASETS[name])
+    return DenseTensor(name, torch.from_numpy(values), modes, about)
 
 
 def _read_npy(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as raw:
-        return {path.stem: _from_numpy(np.load(raw, allow_pickle=False))}
+        return {path.stem: as_tensor(np.load(raw, allow_pickle=False))}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -147,7 +151,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         raise ValueError("it is not a zip archive")
     # opened here: numpy leaves a file open that it cannot read
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-        return {key: _from_numpy(file[key]) for key in file.files}
+        return {key: as_tensor(file[key]) for key in file.files}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -158,17 +162,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pt(path: Path) -> dict[str, Tensor]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Tensor):
-        return {path.stem: content}
+        return {path.stem: as_tensor(content)}
     if isinstance(content, dict):
         return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     raise ValueError(f"it holds a {type(content).__name__}, not a tensor or a dict of tensors")
-
-
-def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    native = array.astype(
-        array.dtype.newbyteorder("=")
-    )  # torch reads the machine's byte order only
-    return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 
 def _is_pickle(error: Exception) -> bool:

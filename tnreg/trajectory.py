@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnreg.errors import FileError, OptionError, ShapeError
+from tnreg.errors import DataError, FileError, OptionError, ShapeError
 from tnreg.files import write_whole
 
 __all__ = ["Trajectory"]
@@ -68,8 +69,9 @@ class Trajectory:
 
         Raises:
             ShapeError: A name is new or missing, or a value has another shape than before.
+            DataError: A value that is no number, tensor or dict of them.
         """
-        row = {name: _freeze(value) for name, value in values.items()}
+        row = {name: _freeze(name, value) for name, value in values.items()}
         if self._steps:
             for name in {**row, **self._rows}:
                 now = _form(row.get(name))
@@ -85,21 +87,39 @@ class Trajectory:
         self._steps.append(int(step))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an ``.npz`` file, whole or not at all; entries of a dict become ``name/repr(key)``."""
-        arrays: dict[str, Array] = {}
+        """Write an ``.npz`` file, whole or not at all.
+
+        Its arrays are ``steps``, every recorded name, and ``name/key`` for every key of a dict (a
+        number is appended where two would be called alike); ``about`` holds which is which.
+        """
+        arrays: dict[str, Array] = {"steps": self.steps}
+        names: dict[str, Any] = {}
+
+        def put(title: str, array: Array) -> str:
+            unique, count = title, 1
+            while unique in arrays or unique == "about":
+                count += 1
+                unique = f"{title} {count}"
+            arrays[unique] = array
+            return unique
+
         for name in self._rows:
             value = self[name]
             if isinstance(value, dict):
-                arrays.update({f"{name}/{key!r}": array for key, array in value.items()})
+                names[name] = [
+                    [repr(key), put(f"{name}/{key}", part)] for key, part in value.items()
+                ]
             else:
-                arrays[name] = value
-        about = json.dumps({"stop_reason": self.stop_reason, "names": list(self._rows)})
-
-        everything: dict[str, Any] = {"steps ": self.steps, "about ": np.array(about), **arrays}
+                names[name] = put(name, value)
+        about = json.dumps({"stop_reason": self.stop_reason, "names": names})
+        arrays["about"] = np.array(about)
 
         def write(beside: Path) -> None:
-            with beside.open("wb") as file:
-                np.savez_compressed(file, **everything)
+            # numpy's savez takes names as keyword arguments, of which some are its own
+            with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+                for title, array in arrays.items():
+                    with file.open(f"{title}.npy", "w", force_zip64=True) as raw:
+                        np.lib.format.write_array(raw, np.asanyarray(array), allow_pickle=False)
 
         write_whole(path, write)
 
@@ -114,22 +134,16 @@ class Trajectory:
         try:
             # opened here: numpy leaves a file open that it cannot read
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                about = json.loads(str(file["about "]))
+                about = json.loads(str(file["about"]))
                 run.stop_reason = str(about["stop_reason"])
-                run._steps = [int(step) for step in file["steps "]]
-                for name in about["names"]:
-                    if name in file:
-                        run._rows[name] = list(file[name])
+                run._steps = [int(step) for step in file["steps"]]
+                for name, stored in about["names"].items():
+                    if isinstance(stored, str):
+                        run._rows[name] = list(file[stored])
                         continue
-                    keys = {
-                        k: _read_key(k[len(name) + 1 :])
-                        for k in file.files
-                        if k.startswith(f"{name}/")
-                    }
-                    columns = {key: file[stored] for stored, key in keys.items()}
+                    columns = {_read_key(key): file[title] for key, title in stored}
                     run._rows[name] = [
-                        {key: column[i] for key, column in columns.items()}
-                        for i in range(len(run._steps))
+                        {key: column[i] for key, column in columns.items()} for i in range(len(run))
                     ]
         except FileNotFoundError:
             raise FileError(f"no such trajectory file: {path}") from None
@@ -146,13 +160,30 @@ class Trajectory:
         return f"<Trajectory of {len(self)} rows{last}: {names}; {state}>"
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _freeze(part) for key, part in value.items()}
+        return {key: _freeze_array(f"{name}[{key!r}]", part) for key, part in value.items()}
+    return _freeze_array(name, value)
+
+
+def _freeze_array(name: str, value: Any) -> Array:
     if isinstance(value, torch.Tensor):
+        value = value.detach().resolve_conj().resolve_neg().cpu()
+        if value.dtype == torch.bfloat16:
+            value = value.float()  # numpy has no such type
         # a copy: on the CPU .numpy() alone would go on changing with the weights
-        return value.detach().resolve_conj().cpu().numpy().copy()
-    return np.array(value)
+        copied: Array = value.numpy().copy()
+        return copied
+    try:
+        array = np.array(value)
+    except ValueError:
+        array = np.array(None)
+    if array.dtype.kind not in "biufcU":
+        raise DataError(
+            f"the observation {name!r} is a {type(value).__name__}, which cannot be recorded.\n"
+            "  return a number, a tensor, or a dict of them"
+        )
+    return array
 
 
 def _form(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import networkx as nx
 
-from tnreg.errors import FileError, TreeError
+from tnreg.errors import FileError, TreeError, check_integer
 from tnreg.files import write_whole
 
 Node = Hashable
@@ -25,6 +25,9 @@ __all__ = ["ModeTree", "Node", "gallery", "load_tree", "read_tree", "read_tree_f
 
 # A JSON reader recurses once per level; deeper trees are stored as flat lists of child positions.
 _NESTED_DEPTH = 100
+
+# Names of one-child nodes nest, and Python compares nested tuples by recursion.
+_LONGEST_CHAIN = 400
 
 
 class ModeTree:
@@ -76,7 +79,7 @@ class ModeTree:
     @classmethod
     def star(cls, n: int) -> ModeTree:
         """All ``n`` modes under the root: the tree of CP and Tucker."""
-        _check_count("star", "n", n, 1)
+        n = check_integer(n, 1, "ModeTree.star: n", TreeError)
         return cls(list(range(n)))
 
     @classmethod
@@ -87,14 +90,14 @@ class ModeTree:
     @classmethod
     def regular(cls, n: int, arity: int) -> ModeTree:
         """Neighbours joined ``arity`` at a time, level by level, the last group of a level being smaller."""
-        _check_count("regular", "n", n, 1)
-        _check_count("regular", "arity", arity, 2)
+        n = check_integer(n, 1, "ModeTree.regular: n", TreeError)
+        arity = check_integer(arity, 2, "ModeTree.regular: arity", TreeError)
         return cls(_merge(list(range(n)), lambda level: _chunks(level, arity)))
 
     @classmethod
     def caterpillar(cls, n: int) -> ModeTree:
         """``[[[0, 1], 2], 3]`` and so on: the tree of the tensor train."""
-        _check_count("caterpillar", "n", n, 1)
+        n = check_integer(n, 1, "ModeTree.caterpillar: n", TreeError)
         nested: Any = 0 if n > 1 else [0]
         for mode in range(1, n):
             nested = [nested, mode]
@@ -107,7 +110,7 @@ class ModeTree:
         One-child nodes are put above the two leaves in turn, so with diagonal joins and
         ``root="ones"`` the tensor is the product of ``depth`` matrices.
         """
-        _check_count("chain", "depth", depth, 2)
+        depth = check_integer(depth, 2, "ModeTree.chain: depth", TreeError)
         sides: list[Any] = [0, 1]
         for extra in range(depth - 2):
             sides[extra % 2] = [sides[extra % 2]]
@@ -119,7 +122,7 @@ class ModeTree:
 
         With an odd number of nodes in a level the middle one waits for the next.
         """
-        _check_count("half", "n", n, 1)
+        n = check_integer(n, 1, "ModeTree.half: n", TreeError)
 
         def pair(level: list[Any]) -> list[list[Any]]:
             step = (len(level) + 1) // 2
@@ -144,10 +147,10 @@ class ModeTree:
                 "ModeTree.grid needs a shape (height, width) and a window (rows, columns).\n"
                 f"  found: shape={shape!r}, window={window!r}"
             ) from None
-        _check_count("grid", "height", height, 1)
-        _check_count("grid", "width", width, 1)
-        _check_count("grid", "rows of the window", rows, 1)
-        _check_count("grid", "columns of the window", columns, 1)
+        height = check_integer(height, 1, "ModeTree.grid: height", TreeError)
+        width = check_integer(width, 1, "ModeTree.grid: width", TreeError)
+        rows = check_integer(rows, 1, "ModeTree.grid: rows of the window", TreeError)
+        columns = check_integer(columns, 1, "ModeTree.grid: columns of the window", TreeError)
         if rows * columns == 1:
             raise TreeError(
                 "ModeTree.grid: a window of (1, 1) joins nothing; write e.g. window=(2, 2)."
@@ -331,7 +334,7 @@ def read_tree(text: str) -> ModeTree:
 def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a tree file, with its optional ``modes``, ``sizes`` and ``about``."""
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         path = _gallery_folder() / f"{source}.json"
         if not path.exists():
             raise FileError(
@@ -452,13 +455,6 @@ def _rebuild(names: tuple[Node, ...], links: tuple[tuple[int, ...], ...]) -> Mod
     return ModeTree(graph)
 
 
-def _check_count(family: str, what: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TreeError(
-            f"ModeTree.{family}: {what} must be an integer >= {least}, found {value!r}."
-        )
-
-
 def _join(nodes: list[Any]) -> Any:
     return nodes[0] if len(nodes) == 1 else nodes
 
@@ -479,8 +475,10 @@ def _default_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> lis
     """Names that nested lists give: modes below, or (child,) for a node with one child."""
     modes: list[tuple[int, ...]] = []
     out: list[Node] = []
+    chained: list[int] = []  # one-child nodes in a row
     for i, below in enumerate(links):
         if not below:
+            chained.append(0)
             out.append(names[i])
             modes.append((names[i],))  # type: ignore[arg-type]
             continue
@@ -489,6 +487,12 @@ def _default_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> lis
             if len(below) == 1
             else tuple(sorted(m for c in below for m in modes[c]))
         )
+        chained.append(1 + chained[below[0]] if len(below) == 1 else 0)
+        if chained[-1] > _LONGEST_CHAIN:
+            raise TreeError(
+                f"not a mode tree: more than {_LONGEST_CHAIN} nodes with one child in a row; their "
+                "names nest one in another."
+            )
         out.append((out[below[0]],) if len(below) == 1 else modes[-1])
     return out
 
@@ -622,7 +626,7 @@ def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
     missing = [mode for mode in range(len(modes)) if mode not in seen]
     if missing:
         raise TreeError(
-            f"not a mode tree: mode {missing[0]} is missing among {len(modes)} leaves.{tail[:-10]}"
-            f"each once, here 0..{len(modes) - 1}"
+            f"not a mode tree: mode {missing[0]} is missing among {len(modes)} leaves.{tail}, "
+            f"here 0..{len(modes) - 1}"
         )
     return modes

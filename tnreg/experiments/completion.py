@@ -1,11 +1,14 @@
 """Complete a tensor from a part of its entries, along any tree, into a run folder.
 
 A run folder holds ``config.json`` (settings, versions, results), ``model.safetensors``,
-``trajectory.npz`` and ``training.png``. It appears as a whole when the run ends.
+``trajectory.npz`` and ``training.png``. It appears as a whole when the run ends. Training is on
+entries scaled to a mean square of 1, and the recorded losses are of these; the saved model is in the
+unit of the data again, and ``scale`` in the summary is what lies between.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import platform
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 import tnreg
-from tnreg.errors import OptionError
+from tnreg.errors import DataError, OptionError
 from tnreg.factorization import Factorization
 from tnreg.files import folder_written_whole
 from tnreg.fit import fit
@@ -82,7 +85,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
     tree = ModeTree.binary(tensor.values.ndim) if config.tree is None else read_tree(config.tree)
     if not 0 < config.observed < 1:
         raise OptionError(f"observed must be a share between 0 and 1, found {config.observed!r}.")
-    task = scaled_task(
+    task, scale = scaled_task(
         tensor, config.observed, config.seed, config.missing, config.dtype, config.device
     )
     model = Factorization(
@@ -109,6 +112,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
             "tree": repr(tree),
             "observed entries": len(task.values),
             "unseen entries": len(found_values(task)),
+            "scale": scale,
             "weights": sum(p.numel() for p in model.parameters()),
             "seconds": time.perf_counter() - start,
             "stopped by": found.stop_reason,
@@ -117,7 +121,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
             "test error": task.test_error(model),
             "test error of the mean": mean_error(task),
         }
-        write_run(beside, config, found, model, summary)
+        write_run(beside, config, found, in_units(model, scale), summary)
         save_figure(draw(found, found.names), beside / "training.png")
     return summary
 
@@ -145,14 +149,34 @@ def draw(found: Trajectory, names: Sequence[str], *, log: bool = True) -> Any:
 
 def scaled_task(
     tensor: DenseTensor, observed: float, seed: int, missing: str | None, dtype: str, device: str
-) -> Completion:
-    """The completion task of a tensor whose known entries are scaled to a mean square of 1."""
-    values = tensor.values.to(getattr(torch, dtype))
-    known = values[~torch.isnan(values)]
-    scale = known.square().mean().sqrt() if len(known) else torch.ones(())
-    return completion(
-        values / torch.where(scale > 0, scale, 1), observed, seed=seed, missing=missing
-    ).to(device)
+) -> tuple[Completion, float]:
+    """A tensor's completion task, its known entries scaled to a mean square of 1, and the scale.
+
+    Multiply by the scale to return to the unit of the data, as ``in_units`` does for a model.
+    """
+    if tensor.values.is_complex():
+        raise DataError(
+            f"{tensor.name} is complex; this experiment trains real factorizations.\n"
+            "  use tnreg.completion and a Factorization with dtype=torch.complex128"
+        )
+    # checked and scaled in double precision: squares of large or small data leave the range of floats
+    task = completion(tensor.values.double(), observed, seed=seed, missing=missing)
+    known = torch.cat([task.values, found_values(task)])
+    largest = known.abs().max()
+    scale = float(largest * (known / largest).square().mean().sqrt()) if largest > 0 else 1.0
+    scaled = Completion(
+        task.index, task.values / scale, task.sizes, task.test_index, found_values(task) / scale
+    )
+    return scaled.to(device, getattr(torch, dtype)), scale
+
+
+@torch.no_grad()
+def in_units(model: Factorization, scale: float) -> Factorization:
+    """A copy of a model trained on scaled data that stands for the data itself."""
+    copied = copy.deepcopy(model)
+    node, weight = list(copied.weights.items())[-1]
+    copied.load_weights({node: weight * scale})
+    return copied
 
 
 def mean_error(task: Completion) -> float:

@@ -1,9 +1,8 @@
-"""The main job on a real tensor: draw the tree, read its ranks, complete it, watch components emerge.
+"""The main job on a real tensor: draw the tree, read its ranks, complete it, see components emerge.
 
 The IL-2 response tensor (13 ligands x 4 times x 12 doses x 8 cells) is completed from a part of its
 entries along the tree {ligand, dose} | {time, cell}, starting near zero, and compared on the unseen
-entries with two baselines: the mean of the observed entries, and CP with as many weights, trained
-    in
+entries with two baselines: the mean of the observed entries, and CP with as many weights, trained in
 the same way.
 """
 
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
-from tnreg.experiments.completion import mean_error, scaled_task, write_run
+from tnreg.experiments.completion import in_units, mean_error, scaled_task, write_run
 from tnreg.factorization import Factorization
 from tnreg.files import folder_written_whole
 from tnreg.fit import fit
@@ -106,7 +105,9 @@ def run(
     )
 
     with folder_written_whole(folder) as beside:
-        task = scaled_task(tensor, config.observed, config.seed, "nan", "float32", config.device)
+        task, scale = scaled_task(
+            tensor, config.observed, config.seed, "nan", "float32", config.device
+        )
         tell(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
         model, found = _train(tree, config.rank, "trained", task, config, progress)
         components = sum(p.numel() for p in model.parameters()) // sum(task.sizes)
@@ -129,9 +130,10 @@ def run(
             "weights": {"tnreg": _size(model), "CP": _size(baseline)},
             "ranks": {str(v): r for v, r in hierarchical_rank(model, rtol=config.rtol).items()},
             "stopped by": found.stop_reason,
+            "scale": scale,
             "seconds": time.perf_counter() - start,
         }
-        write_run(beside, config, found, model, summary)
+        write_run(beside, config, found, in_units(model, scale), summary)
         compared.save(beside / "trajectory-cp.npz")
         _draw(
             beside,
