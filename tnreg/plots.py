@@ -182,9 +182,11 @@ def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path
 
 
 def _root(drawn: Figure | SubFigure) -> Figure:
-    whole = drawn.get_figure(root=True)
-    assert whole is not None
-    return whole
+    import matplotlib.figure
+
+    while not isinstance(drawn, matplotlib.figure.Figure):
+        drawn = drawn.figure
+    return drawn
 
 
 def _axes(ax: Axes | None) -> Axes:
