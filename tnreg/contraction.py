@@ -210,29 +210,34 @@ def _ascending(rows: Tensor, network: Network) -> Tensor:
 def _run_schedule(
     plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]
 ) -> Tensor:
+    """Results are ``(nodes, rows, bond)``, or ``(rows, bond)`` where a call is for one node only."""
     network = plan.network
     results: list[Tensor] = []
     slots: dict[int, Sequence[Tensor]] = {}
     parts: dict[int, Sequence[Tensor]] = {}
 
+    def slot_of(result: int, slot: int) -> Tensor:
+        if len(plan.joins[result].nodes) == 1:
+            return results[result]
+        if result not in slots:
+            # unbind has one backward for all slots; indexing would add a full-size gradient for each
+            slots[result] = results[result].unbind(0)
+        return slots[result][slot]
+
     def pick(place: int | tuple[tuple[int, int], ...]) -> Tensor:
-        if isinstance(place, int):
-            return results[place]
-        for result, _ in place:
-            if result not in slots:
-                # unbind has one backward for all slots; indexing would add a full-size gradient for each
-                slots[result] = results[result].unbind(0)
-        return _as_batch([slots[result][slot] for result, slot in place])
+        return (
+            results[place] if isinstance(place, int) else _together([slot_of(*at) for at in place])
+        )
 
     def weight_of(join: Join) -> list[Tensor]:
         if join.weight is None:
             return []
         stack, chosen = join.weight
         if chosen is None:
-            return [stacks[stack]]
+            return [stacks[stack] if len(join.nodes) > 1 else stacks[stack].squeeze(0)]
         if stack not in parts:
             parts[stack] = stacks[stack].unbind(0)
-        return [_as_batch([parts[stack][slot] for slot in chosen])]
+        return [_together([parts[stack][slot] for slot in chosen])]
 
     for join in plan.joins:
         weight = weight_of(join)
@@ -254,32 +259,39 @@ def _run_schedule(
         ]
         assert join.einsum is not None
         joined = join.einsum([*operands, *weight])
-        # several row axes become one; a view that changes nothing would still cost its backward
-        results.append(
-            joined if joined.ndim == 3 else joined.reshape(len(join.nodes), join.rows, -1)
-        )
+        count = len(join.nodes)
+        if joined.ndim != 2 + (count > 1) and join is not plan.joins[-1]:
+            # several row axes become one
+            joined = joined.reshape(*([count] if count > 1 else []), join.rows, -1)
+        results.append(joined)
     return results[-1]
 
 
-def _as_batch(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _split(result: Tensor, nodes: int) -> tuple[Tensor, ...]:
     """First children, second children, ... of a result that holds them node by node."""
+    if nodes == 1:
+        return result.unbind(0)
     return result.reshape(nodes, -1, *result.shape[1:]).unbind(1)
 
 
 def _features(inputs: Tensor | Sequence[Tensor], modes: list[int]) -> Tensor:
     """Inputs of these modes as ``(modes, B, D)``, without a copy where they are all in order."""
     if not isinstance(inputs, Tensor):
-        return _as_batch([inputs[mode] for mode in modes])
+        return _together([inputs[mode] for mode in modes])
+    if len(modes) == 1:
+        return inputs[:, modes[0]]
     batch = inputs.transpose(0, 1)
     return batch if modes == list(range(len(batch))) else batch[modes]
 
 
 def _gather(matrices: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a batch of matrices ``(g, n, r)`` by flat numbers in ``0..g*n-1`` -> ``(g, m, r)``."""
+    """Rows ``(m, r)`` of a matrix, or ``(g, m, r)`` of g matrices by flat numbers in ``0..g*n-1``."""
+    if matrices.ndim == 2:
+        return matrices.index_select(0, rows)
     count, _, bond = matrices.shape
     return matrices.reshape(-1, bond).index_select(0, rows).reshape(count, -1, bond)
 
@@ -454,7 +466,9 @@ def _schedule(
             )
         elif features:
             shape = network.shape(first)
-            call = einsum("gbd,gdr->gbr", (len(nodes), rows[first], shape[0]), (len(nodes), *shape))
+            count = [len(nodes)] if len(nodes) > 1 else []
+            words = "gbd,gdr->gbr" if count else "bd,dr->br"
+            call = einsum(words, (*count, rows[first], shape[0]), (*count, *shape))
         split, picks = _sources(network, nodes, places, [len(join.nodes) for join in joins])
         joins.append(
             Join(nodes, call, rows[first], _weight_source(network, nodes), split, picks, joined)
@@ -502,23 +516,28 @@ def _weight_source(
 def _node_einsum(
     network: Network, position: int, count: int, rows: list[int], aligned: bool
 ) -> Einsum:
-    """One node's call: children ``(g, rows, bond)`` and the weight to ``(g, rows.., bond above)``."""
+    """The call for ``count`` nodes: children ``(g, rows, bond)`` and weights to ``(g, rows.., bond)``.
+
+    For a single node the axis g is left out.
+    """
     below = network.tree.links[position]
     diagonal = network.joins[position] == "diagonal"
     symbols = iter(get_symbol(i) for i in range(2 * len(below) + 3))
-    group, above = next(symbols), next(symbols)
-    shared = next(symbols)
+    group, above, shared = next(symbols), next(symbols), next(symbols)
+    sizes = [count]
+    if count == 1:
+        group, sizes = "", []
     bonds = [shared if diagonal else next(symbols) for _ in below]
     row = next(symbols) if aligned else ""
     heads = [row if aligned else next(symbols) for _ in below]
     terms = [group + head + bond for head, bond in zip(heads, bonds, strict=True)]
     shapes: list[tuple[int, ...]] = [
-        (count, n, network.bonds[c]) for n, c in zip(rows, below, strict=True)
+        (*sizes, n, network.bonds[c]) for n, c in zip(rows, below, strict=True)
     ]
     top = position == len(network.tree.nodes) - 1
     if position in network.slots:
         terms.append(group + (shared if diagonal else "".join(bonds)) + ("" if top else above))
-        shapes.append((count, *network.shape(position)))
+        shapes.append((*sizes, *network.shape(position)))
     out = group + (row if aligned else "".join(heads)) + ("" if top else above)
     return einsum(f"{','.join(terms)}->{out}", *shapes)
 
