@@ -11,7 +11,8 @@ import pytest
 
 ROOMS = [
     "errors", "files", "tree", "trajectory", "optim", "network", "rank", "einsum", "contraction", "scaled",
-    "factorization", "gramians", "components", "tensors", "tasks", "fit", "plots", "experiments", "cli",
+    "factorization", "gramians", "components", "dynamics", "tensors", "tasks", "fit", "plots",
+    "experiments", "cli",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -17,7 +17,7 @@ from tnreg.components import balance_
 from tnreg.tensors import load_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
-from tnreg import plots
+from tnreg import dynamics, plots
 
 __all__ = [
     # trees and networks
@@ -28,8 +28,8 @@ __all__ = [
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training
     "load_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
-    # pictures and errors
-    "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
+    # theory, pictures and errors
+    "dynamics", "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -1,0 +1,316 @@
+"""The laws of gradient flow: exact ones to machine precision, the others as slopes in the step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import zoo
+
+from tnreg import (
+    Factorization,
+    GroupRMSprop,
+    ModeTree,
+    OptionError,
+    balance_,
+    completion,
+    hierarchical_rank,
+)
+from tnreg.dynamics import (
+    component_drive,
+    conservation_drift,
+    constant_drive,
+    distance_bound,
+    keep_components,
+    measured_rate,
+    predicted_rate,
+    predicted_singular_rate,
+    rate_bounds,
+)
+
+MODELS = [
+    pytest.param(zoo.model_of(tree, join, root=root, dtype=dtype), id=f"{name}-{root}-{kind}")
+    for name, tree in zoo.TREES.items()
+    for kind, join, root, dtype in [
+        ("diagonal", "diagonal", "trained", torch.float64),
+        ("diagonal", "diagonal", "ones", torch.float64),
+        ("mixed", zoo.joins_of(tree)["mixed"], "trained", torch.float64),
+        ("complex", "diagonal", "trained", torch.complex128),
+    ]
+]
+
+
+def task_of(model):
+    """Completion of another random tensor from more than half of its entries."""
+    other = zoo.model_of(model.tree, seed=9, sizes=model.sizes, dtype=model.dtype)
+    return completion(other, 0.6)
+
+
+def dense_gradient(model, loss):
+    """-dL/dW on the dense tensor, independent of the factorization's own backward pass."""
+    dense = model.to_tensor().detach().requires_grad_()
+
+    class Table(torch.nn.Module):
+        def entries(self, index):
+            return dense[tuple(index.T)]
+
+    return -torch.autograd.grad(loss(Table()), dense)[0]
+
+
+def others_zeroed(model, node, r):
+    """The end tensor with all components at the node but the r-th set to zero."""
+    alone = copy.deepcopy(model)
+    for child in model.tree.children(node):
+        weight = model.weights[child].detach().clone()
+        mask = torch.zeros(weight.shape[-1], dtype=weight.dtype)
+        mask[r] = 1
+        alone.load_weights({child: weight * mask})
+    return alone.to_tensor().detach()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_vector_of_a_component_has_the_same_drive(model):
+    """Law 1: what gradient flow conserves."""
+    for drive in component_drive(model, task_of(model).loss).values():
+        assert torch.allclose(drive, drive[:1].expand_as(drive), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rate_against_its_definition(model):
+    """Law 2 with <-grad L, C> from the dense tensor."""
+    loss = task_of(model).loss
+    pull = dense_gradient(model, loss)
+    norms = model.component_norms()
+    for node, rate in predicted_rate(model, loss).items():
+        sigma = norms[node].detach().prod(0)
+        for r in range(len(rate)):
+            component = others_zeroed(model, node, r) / sigma[r]
+            ip = (pull.conj() * component).sum().real
+            wanted = ip * (sigma[r] ** 2 / norms[node].detach()[:, r] ** 2).sum()
+            assert torch.allclose(rate[r], wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_measured_rate_converges_to_the_predicted_one(model):
+    """Halving the step halves the difference."""
+    loss = task_of(model).loss
+    exact = predicted_rate(model, loss)
+    errors = []
+    for step in (1e-4, 5e-5):
+        found = measured_rate(model, loss, step=step)
+        errors.append(max((found[v] - exact[v]).abs().max().item() for v in exact))
+    if errors[0] > 1e-9:
+        assert 1.9 < errors[0] / errors[1] < 2.1
+
+
+@pytest.mark.parametrize("name", ["cp-4", "htf-4", "across", "uneven", "mixed-arity"])
+@pytest.mark.parametrize("root", ["trained", "ones"])
+def test_balanced_form(name, root):
+    model = balance_(zoo.model_of(zoo.TREES[name], root=root))
+    loss = task_of(model).loss
+    exact, balanced = predicted_rate(model, loss), predicted_rate(model, loss, form="balanced")
+    for node, rate in exact.items():
+        assert torch.allclose(rate, balanced[node], rtol=1e-8, atol=1e-12)
+    unbalanced = zoo.model_of(zoo.TREES[name], root=root)
+    exact, balanced = (predicted_rate(unbalanced, loss, form=f) for f in ("exact", "balanced"))
+    assert any(not torch.allclose(exact[v], balanced[v], rtol=1e-3) for v in exact)
+
+
+def test_cp_component_is_the_product_of_unit_vectors():
+    """Law 3 for CP."""
+    model = zoo.model_of(ModeTree.star(3), root="ones")
+    loss = task_of(model).loss
+    pull = dense_gradient(model, loss)
+    weights = [w.detach() for w in model.weights.values()]
+    units = [w / w.norm(dim=0) for w in weights]
+    ip = torch.einsum("ijk,ir,jr,kr->r", pull, *units)
+    norms = torch.stack([w.norm(dim=0) for w in weights])
+    wanted = ip * norms.prod(0) ** 2 * norms.pow(-2).sum(0)
+    assert torch.allclose(predicted_rate(model, loss)[model.tree.root], wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_singular_values_of_deep_matrix_factorization(depth):
+    """Law 3 for matrices: the exact rate for any weights, the balanced law for balanced ones."""
+    tree = ModeTree.chain(depth)
+    model = zoo.model_of(tree, root="ones", sizes=(5, 6))
+    loss = task_of(model).loss
+    count = model.weights[0].shape[1]
+
+    def values(m):
+        return torch.linalg.svdvals(m.to_tensor())[:count]
+
+    exact = predicted_singular_rate(model, loss)[:count]
+    errors = [
+        (measured_rate(model, loss, step=h, of=values) - exact).abs().max() for h in (1e-4, 5e-5)
+    ]
+    assert 1.9 < (errors[0] / errors[1]).item() < 2.1
+
+    generator = torch.Generator().manual_seed(0)
+    balanced = Factorization(tree, (5, 6), 5, root="ones", dtype=torch.float64)
+
+    def rotation(n):
+        return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+
+    middle = torch.diag(torch.tensor([2.0, 1.5, 1.0, 0.7, 0.3], dtype=torch.float64))
+    left, turns = rotation(5) @ middle, [rotation(5) for _ in range(depth - 1)]
+    # W = W_0 W_1 .. W_(L-1): neighbours share a rotation, so that W_l' W_l = W_(l+1) W_(l+1)'
+    factors = [left @ turns[0].T]
+    factors += [turns[k] @ middle @ turns[k + 1].T for k in range(depth - 2)]
+    last = (turns[-1] @ middle @ rotation(6)[:5]).T
+    zero_side = [v for v in tree.interior[:-1] if tree.modes_below(v) == (0,)]
+    one_side = [v for v in tree.interior[:-1] if tree.modes_below(v) == (1,)]
+    weights = {0: factors[0], 1: last}
+    weights |= dict(zip(zero_side, factors[1:], strict=False))
+    weights |= {v: f.T for v, f in zip(one_side, reversed(factors[1:]), strict=False)}
+    balanced.load_weights(weights)
+    loss = task_of(balanced).loss
+    for wanted, found in zip(
+        predicted_singular_rate(balanced, loss),
+        predicted_singular_rate(balanced, loss, form="balanced"),
+        strict=True,
+    ):
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bounds_for_unbalanced_weights(model):
+    """Law 4."""
+    loss = task_of(model).loss
+    rates = predicted_rate(model, loss)
+    for node, (lower, upper) in rate_bounds(model, loss).items():
+        slack = 1e-12 * (upper - lower).abs().max() + 1e-15
+        assert (rates[node] >= lower - slack).all() and (rates[node] <= upper + slack).all()
+        assert (
+            (lower < upper).any()
+            or len(model.component_norms()[node]) < 2
+            or upper.abs().max() < 1e-14
+        )
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 5])
+@pytest.mark.parametrize("drive", [0.3, -0.2])
+def test_constant_drive_solves_its_equation(vectors, drive):
+    """Law 5 against a fine Runge-Kutta integration."""
+    sigma, steps, time = 0.5, 4000, 1.0
+
+    def slope(s):
+        return vectors * s ** (2 - 2 / vectors) * drive
+
+    h, value = time / steps, sigma
+    for _ in range(steps):
+        a = slope(value)
+        b = slope(value + h / 2 * a)
+        c = slope(value + h / 2 * b)
+        value += h / 6 * (a + 2 * b + 2 * c + slope(value + h * c))
+    assert constant_drive(sigma, drive, vectors, time).item() == pytest.approx(value, rel=1e-9)
+
+
+def test_constant_drive_rises_more_sharply_with_more_vectors():
+    assert constant_drive(0.5, 1.0, 4, 100.0).item() == float("inf")
+    times = torch.linspace(0, 1, 5)
+    assert constant_drive(0.1, 1.0, 2, times).shape == (5,)
+
+    # of two components that differ by a tenth, the larger one wins by more when K is larger
+    def gap(count, t):
+        return (constant_drive(0.011, 1.0, count, t) / constant_drive(0.01, 1.0, count, t)).item()
+
+    assert gap(2, 1.0) == pytest.approx(1.1) and gap(3, 4.4) > 10
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_few_components_mean_near_low_rank(model):
+    """Law 6: the bound holds, and what is kept has the rank it should."""
+    dense, nodes = model.to_tensor().detach(), list(model.local_components())
+    for count in (0, 1, 2):
+        kept = keep_components(model, count)
+        distance = (kept.to_tensor().detach() - dense).abs().square().sum().sqrt()
+        assert distance <= distance_bound(model, count) * (1 + 1e-12)
+        ranks = hierarchical_rank(kept, rtol=1e-10)
+        for node, child in ((v, c) for v in nodes for c in model.tree.children(v)):
+            assert ranks[child] <= count, (node, child)
+    assert distance_bound(model, 99).item() == 0.0
+    assert (
+        torch.equal(keep_components(model, {nodes[0]: 99} if nodes else 1).to_tensor(), dense)
+        or not nodes
+    )
+
+
+def test_gradient_descent_conserves_and_adam_and_momentum_do_not():
+    """One common step size: the drift of a step is of second order; others: of first order."""
+
+    def drift(make, step):
+        model = zoo.model_of(zoo.TREES["uneven"])
+        task = task_of(model)
+        before = model.component_norms()
+        optimizer = make(model.parameters(), step)
+        for _ in range(2):
+            optimizer.zero_grad()
+            task.loss(model).backward()
+            optimizer.step()
+        return conservation_drift(before, model.component_norms()).item()
+
+    makers = {
+        "sgd": lambda p, h: torch.optim.SGD(p, lr=h),
+        "group-rmsprop": lambda p, h: GroupRMSprop(p, lr=h),
+        "adam": lambda p, h: torch.optim.Adam(p, lr=h),
+    }
+    orders = {name: drift(make, 1e-3) / drift(make, 5e-4) for name, make in makers.items()}
+    assert 3.8 < orders["sgd"] < 4.2 and 3.8 < orders["group-rmsprop"] < 4.2
+    assert 1.9 < orders["adam"] < 2.1
+
+    def travelled(momentum):
+        """Drift over a fixed time of the flow: plain descent halves it by halving the step."""
+        out = []
+        for steps in (200, 400):
+            model = zoo.model_of(zoo.TREES["htf-4"])
+            task, before = task_of(model), model.component_norms()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.02 / steps, momentum=momentum)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                task.loss(model).backward()
+                optimizer.step()
+            out.append(conservation_drift(before, model.component_norms()).item())
+        return out
+
+    plain, heavy = travelled(0.0), travelled(0.99)
+    assert 1.8 < plain[0] / plain[1] < 2.2
+    assert heavy[1] > 20 * plain[1]
+
+
+def test_nothing_is_changed():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    loss, before = task_of(model).loss, model.to_tensor().detach()
+    loss(model).backward()
+    gradients = {v: g.clone() for v, g in model.gradients.items()}
+    predicted_rate(model, loss), measured_rate(model, loss), rate_bounds(model, loss)
+    keep_components(model, 1), component_drive(model, loss)
+    assert torch.equal(model.to_tensor(), before)
+    assert all(torch.equal(g, gradients[v]) for v, g in model.gradients.items())
+
+
+def test_dead_components_stay():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    model.load_weights({0: torch.zeros_like(model.weights[0])})
+    loss = task_of(model).loss
+    for form, node in itertools.product(("exact", "balanced"), [(0, 1)]):
+        assert predicted_rate(model, loss, form=form)[node].abs().max() == 0
+
+
+def test_refuses():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    loss = task_of(model).loss
+    with pytest.raises(OptionError, match="unknown form 'x'"):
+        predicted_rate(model, loss, form="x")
+    with pytest.raises(OptionError, match="has order 4"):
+        predicted_singular_rate(model, loss)
+    with pytest.raises(OptionError, match="node 0 has no diagonal join"):
+        keep_components(model, {0: 1})
+    with pytest.raises(OptionError, match="ranks must be an integer >= 0"):
+        distance_bound(model, -1)
+    with pytest.raises(OptionError, match="nothing to conserve"):
+        conservation_drift({}, {})
+    with pytest.raises(OptionError, match="vectors must be an integer >= 1"):
+        constant_drive(1.0, 1.0, 0, 1.0)
