@@ -211,7 +211,8 @@ def _outside_all(kind: str, below: list[_Factor], weight: Tensor, above: _Factor
         out, behind = [], list[_Factor]()
         for k in range(len(below) - 1, -1, -1):
             out.append(_khatri_rao([*before[k], *behind]))
-            behind = [_khatri_rao([*behind, below[k]])]
+            if k > 0:
+                behind = [_khatri_rao([*behind, below[k]])]
         return out[::-1]
     out = []
     for k in range(len(below)):

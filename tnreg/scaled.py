@@ -8,6 +8,7 @@ it. Scales are constants to autograd: they cancel in every result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,14 @@ def absorbed(weight: Tensor, logs: Sequence[Tensor | None]) -> tuple[Tensor, Ten
     for axis, log in enumerate(logs):
         if log is not None:
             total = total + log.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
+    high, low = total.max(), total.min()
+    if bool(high - low < 0.2 * math.log(torch.finfo(total.dtype).max)):
+        # the usual case: no product of a column's entries can leave the range
+        weight, first = columns(weight)
+        if total.ndim == 0:
+            return weight, first + total
+        weight, second = columns(weight * (total - high).exp())
+        return weight, first + second + high
     size = weight.detach().abs().log() + total  # -inf at zeros
     top = size.flatten(0, -2).amax(0)
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
