@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.contraction import Plan, check_index, contract, plan
+from tnreg.contraction import Plan, contract, plan
 from tnreg.einsum import einsum
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.files import write_whole
@@ -193,12 +193,13 @@ class Factorization(nn.Module):
         return contract(self._entry_plan(index), list(self.stacks))
 
     def _entry_plan(self, index: Tensor) -> Plan:
-        check_index(self.network, index)
-        index = index.to(self.device)
-        for known, chosen in self._entry_plans:
-            # compared by value: an index that was changed in place must not meet its old plan
-            if known.device == index.device and torch.equal(known, index):
-                return chosen
+        if isinstance(index, Tensor):
+            index = index.to(self.device)
+            for known, chosen in self._entry_plans:
+                # compared by value: an index that was changed in place must not meet its old plan
+                same_kind = known.dtype == index.dtype and known.device == index.device
+                if same_kind and torch.equal(known, index):
+                    return chosen
         chosen = plan(self, index=index)
         self._entry_plans = [(index.detach().clone(), chosen), *self._entry_plans[:3]]
         return chosen
