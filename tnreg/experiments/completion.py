@@ -96,8 +96,9 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
         root=config.root,
         std=config.std,
         dtype=getattr(torch, config.dtype),
+        device=config.device,
         generator=torch.Generator().manual_seed(config.seed),
-    ).to(config.device)
+    )
     with folder_written_whole(folder) as beside:
         observe: dict[str, Any] = {"test error": task.test_error}
         if "diagonal" in model.network.joins:
@@ -108,6 +109,8 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
             model, task.loss, steps=config.steps, optimizer=config.optimizer, lr=config.lr,
             observe=observe, every=config.every, progress=progress,
         )  # fmt: skip
+        if len(found) == 0:  # interrupted before there was anything to keep
+            raise KeyboardInterrupt
         summary = {
             "tree": repr(tree),
             "observed entries": len(task.values),

@@ -48,7 +48,7 @@ class Config:
     """Settings of the demo; chosen on seeds 100 to 102, so that the default seed is a fresh one.
 
     Attributes:
-        tensor: One of ``tnreg.tensors.DATASETS``.
+        tensor: A tensor of four modes among ``tnreg.tensors.DATASETS``.
         tree: Gallery tree of the tensor.
         observed: Share of the known entries that is observed.
         rank: Size of every bond.
@@ -147,7 +147,6 @@ def run(
             measured,
             learned,
             errors,
-            filled,
         )
         _write_report(beside, config, tensor.source, tree, summary)
     tell(
@@ -174,8 +173,9 @@ def _train(
         root=root,
         std=config.std,
         dtype=torch.float32,
+        device=config.device,
         generator=torch.Generator().manual_seed(config.seed),
-    ).to(config.device)
+    )
     found = fit(
         model,
         task.loss,
@@ -239,7 +239,6 @@ def _draw(
     measured: dict[Node, torch.Tensor],
     learned: dict[Node, torch.Tensor],
     errors: dict[str, float],
-    filled: torch.Tensor,
 ) -> None:
     from matplotlib.figure import Figure
 
@@ -262,11 +261,11 @@ def _draw(
         plots.spectra(data, ax, floor=1e-5)
         ax.set_title(f"{title}: singular values per node")
     plots.save_figure(both, folder / "spectra.png")
-    plots.save_figure(_slices_figure(model, task, filled), folder / "slices.png")
+    plots.save_figure(_slices_figure(model, task, modes), folder / "slices.png")
     plots.save_figure(_training_figure(found, compared), folder / "training.png")
 
 
-def _slices_figure(model: Factorization, task: Completion, filled: torch.Tensor) -> Any:
+def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]) -> Any:
     from matplotlib.figure import Figure
 
     with torch.no_grad():
@@ -283,15 +282,15 @@ def _slices_figure(model: Factorization, task: Completion, filled: torch.Tensor)
         (("observed", seen), ("learned", learned), ("measured", truth))
     ):
         for column in range(4):
-            # modes 0 and 2 as a picture, one time, every second cell
+            # modes 0 and 2 as a picture, at the last of mode 1 and every second of mode 3
             picture = values[:, -1, :, 2 * column].numpy()
             image = axes[row, column].imshow(
                 picture, vmin=0, vmax=limit, aspect="auto", cmap="viridis"
             )
-            axes[row, column].set_title(f"{name}, cell {2 * column}", fontsize=9)
-        axes[row, 0].set_ylabel("ligand")
+            axes[row, column].set_title(f"{name}, {modes[3]} {2 * column}", fontsize=9)
+        axes[row, 0].set_ylabel(modes[0])
     for ax in axes[-1]:
-        ax.set_xlabel("dose")
+        ax.set_xlabel(modes[2])
     drawn.colorbar(image, ax=axes, shrink=0.6)
     return drawn
 
