@@ -46,27 +46,43 @@ def component_drive(model: Factorization, loss: Loss) -> dict[Node, Tensor]:
     is what gradient flow conserves ``|w|^2 - |w'|^2`` by. Complex: the real part.
     """
     gradients = _gradients(model, loss)
+    return {
+        node: torch.stack([_drive(pair) for pair in pairs])
+        for node, pairs in _vectors(model, gradients).items()
+    }
+
+
+def _vectors(
+    model: Factorization, gradients: list[Tensor]
+) -> dict[Node, list[tuple[Tensor, Tensor]]]:
+    """``{diagonal join: [(weights, gradients)]}``, each ``(entries, R_v)``: the vectors as columns."""
     slots, tree = model.network.slots, model.tree
     weights = [stack.detach() for stack in model.stacks]
 
-    def columns(position: int) -> tuple[Tensor, Tensor]:
+    def pair(position: int) -> tuple[Tensor, Tensor]:
         stack, slot = slots[position]
-        return weights[stack][slot], -gradients[stack][slot]
+        return weights[stack][slot], gradients[stack][slot]
 
-    out: dict[Node, Tensor] = {}
+    out: dict[Node, list[tuple[Tensor, Tensor]]] = {}
     for i, below in enumerate(tree.links):
         if model.network.joins[i] != "diagonal":
             continue
-        rows = []
-        for c in below:
-            w, g = columns(c)
-            rows.append((w.conj() * g).real.flatten(0, -2).sum(0))
+        out[tree.nodes[i]] = [(w.flatten(0, -2), g.flatten(0, -2)) for w, g in map(pair, below)]
         if i in slots:
-            w, g = columns(i)
-            product = (w.conj() * g).real
-            rows.append(product if product.ndim == 1 else product.sum(1))
-        out[tree.nodes[i]] = torch.stack(rows)
+            w, g = pair(i)
+            out[tree.nodes[i]].append((w[None], g[None]) if w.ndim == 1 else (w.mT, g.mT))
     return out
+
+
+def _drive(pair: tuple[Tensor, Tensor]) -> Tensor:
+    weight, gradient = pair
+    return -(weight.conj() * gradient).real.sum(0)
+
+
+def _drives(model: Factorization, loss: Loss) -> dict[Node, Tensor]:
+    """``{diagonal join: (R_v,)}``: what all rows of ``component_drive`` equal, by the shortest vectors."""
+    pairs = _vectors(model, _gradients(model, loss))
+    return {node: _drive(min(found, key=lambda p: len(p[0]))) for node, found in pairs.items()}
 
 
 def predicted_rate(model: Factorization, loss: Loss, *, form: str = "exact") -> dict[Node, Tensor]:
@@ -87,10 +103,10 @@ def predicted_rate(model: Factorization, loss: Loss, *, form: str = "exact") -> 
     Cost: one backward pass.
     """
     _check_form(form)
-    drives = component_drive(model, loss)
+    drives = _drives(model, loss)
     out: dict[Node, Tensor] = {}
     for node, norms in _component_norms(model).items():
-        sigma, drive = norms.prod(0), drives[node].mean(0)
+        sigma, drive = norms.prod(0), drives[node]
         alive = sigma > 0
         if form == "exact":
             growth = sigma * torch.where(alive, norms, 1).pow(-2).sum(0)
@@ -137,12 +153,12 @@ def rate_bounds(model: Factorization, loss: Loss) -> dict[Node, tuple[Tensor, Te
     ``sigma^2 / (sigma^(2/K) + epsilon) K ip <= d sigma/dt <= (sigma^(2/K) + epsilon)^(K-1) K ip`` for
     ``ip >= 0``, the other way round for ``ip < 0``. Components of norm 0 have (0, 0).
     """
-    drives = component_drive(model, loss)
+    drives = _drives(model, loss)
     out: dict[Node, tuple[Tensor, Tensor]] = {}
     for node, norms in _component_norms(model).items():
         count, sigma = len(norms), norms.prod(0)
         alive = sigma > 0
-        ip = torch.where(alive, drives[node].mean(0) / torch.where(alive, sigma, 1), 0)
+        ip = torch.where(alive, drives[node] / torch.where(alive, sigma, 1), 0)
         square = torch.where(alive, sigma, 1) ** (2 / count)
         epsilon = norms.square().amax(0) - norms.square().amin(0)
         one = sigma.square() / (square + epsilon) * count * ip

@@ -20,7 +20,7 @@ from tnreg.einsum import einsum
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
 from tnreg.rank import as_tensor, dense_spectra, numerical_rank
-from tnreg.scaled import absorbed, columns, unscaled
+from tnreg.scaled import absorbed, columns, times, unscaled
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["hierarchical_rank", "spectra"]
@@ -165,29 +165,36 @@ def _factored_spectra(model: Factorization) -> dict[Node, tuple[Tensor, Tensor]]
             up.append(_joined(net.joins[i], [up[c] for c in below], weights[i]))
 
     one = torch.ones(1, 1, dtype=wide, device=model.device)
-    down: dict[int, _Factor] = {top: _Factor(one, one[0].real * 0)}
+    down: dict[int, list[_Factor]] = {top: [_Factor(one, one[0].real * 0)]}
     for i in range(top, -1, -1):
         below = tree.links[i]
         if not below:
             continue
         outside = _outside_all(net.joins[i], [up[c] for c in below], weights[i], down[i])
-        down.update(zip(below, outside, strict=True))
+        for c, parts in zip(below, outside, strict=True):
+            # nothing goes down from a leaf, so what is outside it need not become one short matrix
+            down[c] = parts if not tree.links[c] else [_khatri_rao(parts)]
 
-    out: dict[Node, tuple[Tensor, Tensor]] = {}
-    for i in range(top):
-        logs = up[i].logs + down[i].logs
-        scale = logs.max()
-        values = torch.linalg.svdvals((up[i].matrix * (logs - scale).exp()) @ down[i].matrix.mT)
-        out[tree.nodes[i]] = values, scale
-    return out
+    return {tree.nodes[i]: _between(up[i], down[i]) for i in range(top)}
+
+
+def _between(inside: _Factor, outside: list[_Factor]) -> tuple[Tensor, Tensor]:
+    """``(values, log)``: singular values of ``inside`` times the row combinations of ``outside``."""
+    logs = torch.stack([inside.logs, *(part.logs for part in outside)]).sum(0)
+    scale = logs.max()
+    *short, last = sorted((part.matrix for part in outside), key=len)
+    rows = inside.matrix * (logs - scale).exp()
+    for part in short:  # the largest part is multiplied last: no combination of it is ever formed
+        rows = (rows.unsqueeze(1) * part.unsqueeze(0)).flatten(0, 1)
+    product = (rows @ last.mT).reshape(len(inside.matrix), -1)
+    return torch.linalg.svdvals(product), scale
 
 
 def _joined(kind: str, below: list[_Factor], weight: Tensor) -> _Factor:
     """Rows of all children combined, through the node's weight: ``(rows, R_above)``."""
     if kind == "diagonal":
         product = _khatri_rao(below)
-        weight, logs = absorbed(weight, [product.logs])
-        return _triangle(product.matrix @ weight, logs)
+        return _triangle(*times(product.matrix, product.logs, weight))
     weight, logs = absorbed(weight, [factor.logs for factor in below])
     symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
     bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
@@ -195,35 +202,36 @@ def _joined(kind: str, below: list[_Factor], weight: Tensor) -> _Factor:
     equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
     operands = [*(factor.matrix for factor in below), weight]
     whole = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
-    return _triangle(whole.flatten(0, -2), logs)
+    whole, more = columns(whole.flatten(0, -2))
+    return _triangle(whole, logs + more)
 
 
-def _outside_all(kind: str, below: list[_Factor], weight: Tensor, above: _Factor) -> list[_Factor]:
-    """For every child what is outside it: siblings, the node's weight, and what is above."""
+def _outside_all(
+    kind: str, below: list[_Factor], weight: Tensor, above: list[_Factor]
+) -> list[list[_Factor]]:
+    """For every child what is outside it, as matrices whose row combinations are meant."""
+    [top] = above
     if kind == "diagonal":
-        side, logs = absorbed(weight.mT, [above.logs])
-        rest = [_Factor(above.matrix @ side, logs)]
-        before = [
-            rest
-        ]  # products of the siblings in front, and behind: each child needs one of both
-        for factor in below[:-1]:
-            before.append([_khatri_rao([*before[-1], factor])])
-        out, behind = [], list[_Factor]()
-        for k in range(len(below) - 1, -1, -1):
-            out.append(_khatri_rao([*before[k], *behind]))
-            if k > 0:
-                behind = [_khatri_rao([*behind, below[k]])]
-        return out[::-1]
+        rest = _Factor(*times(top.matrix, top.logs, weight.mT))
+        # products of the siblings in front, and behind: each child needs both
+        before, behind = [list[_Factor]()], [list[_Factor]()]
+        for front, back in zip(below[:-1], below[:0:-1], strict=True):
+            before.append([_khatri_rao([*before[-1], front])])
+            behind.append([_khatri_rao([back, *behind[-1]])])
+        return [[rest, *b, *a] for b, a in zip(before, reversed(behind), strict=True)]
     out = []
     for k in range(len(below)):
         siblings = [factor for s, factor in enumerate(below) if s != k]
         turned = weight.movedim(k, -1)  # siblings.., above, this child
-        out.append(_joined("full", [*siblings, above], turned))
+        out.append([_joined("full", [*siblings, top], turned)])
     return out
 
 
 def _khatri_rao(parts: list[_Factor]) -> _Factor:
-    """Row combinations of matrices ``(k_c, R)``: ``(Π k_c, R)``, shortened and rescaled on the way."""
+    """Row combinations of matrices ``(k_c, R)``: ``(Π k_c, R)``, shortened on the way.
+
+    Columns of largest magnitude 1 give columns of largest magnitude 1: nothing has to be rescaled.
+    """
     out = parts[0]
     for part in parts[1:]:
         product = (out.matrix.unsqueeze(1) * part.matrix.unsqueeze(0)).flatten(0, 1)
@@ -232,8 +240,13 @@ def _khatri_rao(parts: list[_Factor]) -> _Factor:
 
 
 def _triangle(matrix: Tensor, logs: Tensor) -> _Factor:
-    """A factor with the same Gram matrix and at most as many rows as columns."""
-    rows, width = matrix.shape
-    short = matrix if rows <= width else torch.linalg.qr(matrix, mode="r")[1]
-    short, more = columns(short)
+    """A factor with the same Gram matrix and at most as many rows as columns.
+
+    Args:
+        matrix: Columns of largest magnitude 1, or 0.
+        logs: Their logarithms.
+    """
+    if len(matrix) <= matrix.shape[1]:
+        return _Factor(matrix, logs)
+    short, more = columns(torch.linalg.qr(matrix, mode="r")[1])
     return _Factor(short, logs + more)

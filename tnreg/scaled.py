@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["absorbed", "columns", "equilibrated", "unscaled"]
+__all__ = ["absorbed", "columns", "equilibrated", "times", "unscaled"]
 
 
 def columns(x: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the slices along the last axis by their largest magnitude: ``(x, logs)``."""
-    largest = _positive(x.detach().abs().flatten(0, -2).amax(0))
+    largest = _positive(_largest(x.flatten(0, -2)))
     return x / largest, largest.log()
 
 
@@ -52,6 +52,33 @@ def absorbed(weight: Tensor, logs: Sequence[Tensor | None]) -> tuple[Tensor, Ten
     half = ((total - top) / 2).exp()
     scaled = weight * half * half
     return torch.where(weight == 0, torch.zeros_like(weight), scaled), top
+
+
+def times(matrix: Tensor, logs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``(matrix * exp(logs)) @ weight``, its columns scaled: ``(matrix, logs)``.
+
+    Args:
+        matrix: ``(rows, R)``, columns of largest magnitude 1 or 0; few rows beside those of the weight.
+        logs: ``(R,)``.
+        weight: ``(R, S)``.
+    """
+    high, low = logs.max(), logs.min()
+    quarter = 0.2 * math.log(torch.finfo(logs.dtype).max)
+    # one number per column, so that a large weight is neither copied nor read twice
+    largest = _positive(_largest(weight))
+    spread = torch.stack([high - low, largest.log().abs().max()])
+    if bool((spread < quarter).all()):  # the usual case: no product can leave the range
+        matrix, more = columns((matrix * (logs - high).exp()) @ weight)
+        return matrix, more + high
+    weight, more = absorbed(weight, [logs])
+    matrix, rest = columns(matrix @ weight)
+    return matrix, more + rest
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude in every column of a matrix."""
+    x = x.detach()
+    return x.abs().amax(0) if x.is_complex() else torch.maximum(x.amax(0), -x.amin(0))
 
 
 def equilibrated(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
