@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -198,3 +200,65 @@ def test_numpy_integers_count():
     assert fit(
         model, task.loss, steps=np.int64(3), every=np.int32(2), progress=False
     ).steps.tolist() == [0, 2, 3]
+
+
+class FakeCuda:
+    """Stands in for torch.cuda on a machine without one: a capture keeps the call, a replay makes it."""
+
+    def __init__(self):
+        self.events = []
+        self.recording = None
+
+    def install(self, monkeypatch, module):
+        fake = self
+
+        class Graph:
+            def replay(self):
+                fake.events.append("replay")
+                self.step()
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                fake.events.append("wait")
+
+        @contextlib.contextmanager
+        def graph(recorded):
+            step, module_step = fake.captured.step, lambda: fake.events.append("record")
+            recorded.step, fake.captured.step = step, module_step
+            yield
+            fake.captured.step = step
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+
+        def captured(step, model, closed):
+            fake.captured = module._Captured(step, torch.device("cpu"))
+            return fake.captured
+
+        monkeypatch.setattr(module, "_captured", captured)
+
+
+def test_a_graph_makes_the_same_steps(monkeypatch):
+    """Three ordinary steps, one recording that changes nothing, then replays."""
+    model, task = start()
+    expected = fit(model, task.loss, steps=10, every=5, progress=False)
+    model, task = start()
+    fake = FakeCuda()
+    fake.install(monkeypatch, sys.modules["tnreg.fit"])
+    found = fit(model, task.loss, steps=10, every=5, progress=False, graph=True)
+    assert np.array_equal(found["loss"], expected["loss"])
+    assert fake.events == ["wait"] * 6 + ["record"] + ["replay"] * 7
+
+
+def test_a_graph_needs_a_cuda_device():
+    model, task = start()
+    with pytest.raises(OptionError, match="needs a CUDA device .* found a model on cpu"):
+        fit(model, task.loss, steps=1, graph=True, progress=False)
+    with pytest.raises(OptionError, match="found an optimizer that evaluates the loss itself"):
+        fit(model, task.loss, steps=1, graph=True, optimizer="lbfgs", progress=False)

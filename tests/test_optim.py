@@ -98,3 +98,32 @@ def test_groups_share_their_average():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "eps": eps} for eps in (1e-3, 1e-4)]
     with pytest.raises(OptionError, match="shared by all groups"):
         GroupRMSprop(groups)
+
+
+def test_the_count_on_a_device_gives_the_same_steps(monkeypatch, tmp_path):
+    """What a device does, done here: count and averages as tensors, changed in place."""
+
+    def train(steps, optimizer, p):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (p**4).sum().backward()
+            optimizer.step()
+
+    def fresh():
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        return GroupRMSprop([p], lr=0.1), p
+
+    expected, p = fresh()
+    train(50, expected, p)
+    monkeypatch.setattr("tnreg.optim._on_host", lambda x: False)
+    optimizer, q = fresh()
+    train(20, optimizer, q)
+    held = optimizer.state[q]["square_average"]
+    train(5, optimizer, q)
+    assert optimizer.state[q]["square_average"] is held  # a captured graph knows this memory
+    torch.save(optimizer.state_dict(), tmp_path / "o")
+    other = GroupRMSprop([q], lr=0.1)
+    other.load_state_dict(torch.load(tmp_path / "o"))
+    train(25, other, q)
+    assert torch.allclose(p, q, rtol=1e-5)
+    assert other.step_size == pytest.approx(expected.step_size, rel=1e-5)

@@ -557,7 +557,7 @@ def _column_norms(matrix: Tensor) -> Tensor:
     # Not linalg.vector_norm, which takes ten times as long along columns. In blocks, as fresh memory for
     # a large matrix of doubles costs more than the arithmetic does.
     rows = 64 if matrix.device.type == "cpu" else max(len(matrix), 1)
-    blocks = [part.double().square().sum(0) for part in matrix.split(rows)]
+    blocks = [part.double().square().sum(0) for part in torch.split(matrix, rows)]
     squares = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
     alive = squares > 0  # the root has no gradient at zero; the norm has a subgradient, 0
     norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tnreg.checkpoint import (
+    RandomState,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    write_checkpoint,
+)
 from tnreg.errors import OptionError, check_integer
 from tnreg.optim import GroupRMSprop
 from tnreg.trajectory import Trajectory
@@ -37,6 +46,10 @@ def fit(
     every: int = 25,
     stop: Callable[[Trajectory], bool | str] | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
+    settings: Mapping[str, Any] | None = None,
+    graph: bool = False,
 ) -> Trajectory:
     """Minimise ``loss(model)`` and record observations along the way.
 
@@ -56,6 +69,19 @@ def fit(
         stop: Called with the trajectory after each row; ends the training when it returns ``True``
             or a reason.
         progress: Show a progress bar with the loss.
+        checkpoint: A file for the state of the training, written whole at a row every
+            ``checkpoint_seconds`` and at the end. If it is there at the start, the training goes on
+            from it and ends as one that was never interrupted, to the last bit on one machine; a
+            finished one is returned as it was (or goes on if ``steps`` are more now). Give a new
+            model as before: the file holds its parameters, the optimizer, torch's random state and
+            the trajectory, but not the loss and no generators of your own.
+        checkpoint_seconds: Least time between two writings.
+        settings: What identifies the training, e.g. its config; a checkpoint with other settings is
+            refused.
+        graph: On a CUDA device, record the whole step as a CUDA graph after three ordinary ones and
+            replay it, so that no launches are paid and nothing waits between rows. The loss must not
+            wait for the device (``.item()``) nor change its shapes, and an optimizer of torch's own
+            needs ``capturable=True``. Not run on a GPU yet.
 
     Returns:
         The trajectory. ``stop_reason`` is ``"steps"``, what ``stop`` said, ``"interrupted"`` after
@@ -64,7 +90,8 @@ def fit(
         device).
 
     Raises:
-        OptionError: Unknown optimizer, or numbers out of range.
+        OptionError: Unknown optimizer, numbers out of range, or the checkpoint of another training.
+        FileError: The checkpoint cannot be read or written.
     """
     steps = check_integer(steps, 0, "fit: steps")
     every = check_integer(every, 1, "fit: every")
@@ -80,7 +107,6 @@ def fit(
         raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
     update = _optimizer(optimizer, model, lr)
     closed = _needs_closure(update)
-    run = Trajectory()
 
     def evaluate() -> Tensor:
         update.zero_grad(set_to_none=True)
@@ -88,16 +114,38 @@ def fit(
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
+    def whole_step() -> None:
+        evaluate()
+        update.step()
+
+    replay = _captured(whole_step, model, closed) if graph else None
+    saved = _Saved(checkpoint, checkpoint_seconds, model, update, {
+        **(settings or {}), "optimizer": _described(update), "every": every,
+        "observed": ["loss", *watched],
+    })  # fmt: skip
+    run = saved.read(steps)
+    if run.stop_reason:
+        return run
+    first = int(run.steps[-1]) if len(run) else 0
+    resumed = len(run) > 0
+
     with _progress_bar(steps, progress) as show:
         try:
-            for step in range(steps + 1):
+            for step in range(first, steps + 1):
                 due = step % every == 0 or step == steps
-                value = loss(model) if due or not closed else None
-                if step == 0:
+                ahead = (
+                    not closed and replay is None
+                )  # the loss of the row serves the update as well
+                if due:
+                    saved.before_row()
+                value = loss(model) if due or ahead else None
+                if step == first:
                     _check_loss(value)
                 if value is not None and (due or value.device.type == "cpu"):
                     found = float(value.detach())
-                    if due:
+                    if resumed:
+                        saved.go_on(found, float(run.last("loss")[0]), step)
+                    elif due:
                         with torch.no_grad():
                             row = {name: function(model) for name, function in watched.items()}
                         run.append(step, {"loss": found, **row})
@@ -108,22 +156,129 @@ def fit(
                             "try a smaller lr or smaller initial weights"
                         )
                         break
-                    verdict = stop(run) if due and stop is not None else False
+                    verdict = stop(run) if due and stop is not None and not resumed else False
                     if verdict:
                         run.stop_reason = verdict if isinstance(verdict, str) else "stop"
                         break
+                if due and not resumed and step < steps:
+                    saved.write(run)
+                resumed = False
                 if step == steps:
                     run.stop_reason = "steps"
                 elif closed:
                     update.step(evaluate)  # type: ignore[arg-type]
+                elif replay is not None:
+                    replay()
                 else:
                     assert value is not None
                     update.zero_grad(set_to_none=True)
                     value.backward()  # type: ignore[no-untyped-call]
                     update.step()
+            saved.write(run, at_once=True)
         except KeyboardInterrupt:
             run.stop_reason = "interrupted"
     return run
+
+
+class _Saved:
+    """The checkpoint of one training; does nothing without a path."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        seconds: float,
+        model: nn.Module,
+        update: torch.optim.Optimizer,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.seconds, self.settings = seconds, settings
+        self.model, self.update = model, update
+        self.written = time.monotonic()
+        self.before: RandomState = []
+        self.after: RandomState = []
+
+    def before_row(self) -> None:
+        """At a row that was read the random state is put back; at others it is kept for the file."""
+        if self.after:
+            set_random_state(self.before)
+        elif self.path is not None:
+            self.before = random_state()
+
+    def read(self, steps: int) -> Trajectory:
+        if self.path is None or not self.path.exists():
+            return Trajectory()
+        run, self.before, self.after = read_checkpoint(
+            self.path, self.model, self.update, self.settings
+        )
+        last = int(run.steps[-1])
+        if last > steps:
+            raise OptionError(
+                f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}.\n"
+                f"  give steps >= {last}, or delete the file"
+            )
+        if run.stop_reason == "steps" and last < steps:
+            run.stop_reason = ""
+        return run
+
+    def write(self, run: Trajectory, *, at_once: bool = False) -> None:
+        if self.path is None or not (at_once or time.monotonic() - self.written >= self.seconds):
+            return
+        write_checkpoint(self.path, self.model, self.update, run, self.settings, self.before)
+        self.written = time.monotonic()
+
+    def go_on(self, found: float, recorded: float, step: int) -> None:
+        """After the loss of a row that was read: is it the same one?"""
+        set_random_state(self.after)
+        self.after = []
+        if not math.isclose(found, recorded, rel_tol=1e-3):
+            raise OptionError(
+                f"fit: the checkpoint {self.path} is of another training.\n"
+                f"  loss recorded at step {step}: {recorded:.6g}\n"
+                f"  loss found there now: {found:.6g}\n"
+                "  other data, or another loss; delete the file, or choose another one"
+            )
+
+
+class _Captured:
+    """A training step as a CUDA graph, recorded after three ordinary steps have warmed it up."""
+
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+        self.step, self.device = step, device
+        self.ordinary = 3
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.ordinary > 0:  # on a stream of its own, as torch asks for before a capture
+            self.ordinary -= 1
+            main, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                self.step()
+            main.wait_stream(side)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, does not run
+                self.step()
+        self.graph.replay()
+
+
+def _captured(step: Callable[[], None], model: nn.Module, closed: bool) -> _Captured:
+    device = next(model.parameters()).device
+    if device.type != "cuda" or closed:
+        what = "an optimizer that evaluates the loss itself" if closed else f"a model on {device}"
+        raise OptionError(
+            f"fit: graph=True needs a CUDA device and an ordinary optimizer, found {what}.\n"
+            "  leave graph out"
+        )
+    return _Captured(step, device)
+
+
+def _described(update: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's kind and numbers, as far as they can be compared."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in update.param_groups]
+    return {"kind": type(update).__name__, "groups": groups}
 
 
 def _check_loss(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -74,14 +75,23 @@ class GroupRMSprop(torch.optim.Optimizer):
         # State lives at the first parameter, where torch saves and loads it like any other.
         shared = self.state[self.param_groups[0]["params"][0]]
         square = torch.stack([_square(g) for g in gradients]).sum()
-        average = shared.get("square_average")
-        shared["step"] = shared.get("step", 0) + 1
-        shared["square_average"] = (
-            square * (1 - alpha) if average is None else average * alpha + square * (1 - alpha)
-        )
-        scale = 1 / ((shared["square_average"] / (1 - alpha ** shared["step"])).sqrt() + eps)
-        shared["scale"] = scale
-        host = float(scale) if scale.device.type == "cpu" else None
+        on_host = _on_host(square)
+        host: float | None
+        if not shared:
+            shared["step"] = 0 if on_host else torch.zeros_like(square)
+            shared["square_average"], shared["scale"] = square * 0, square * 0
+        elif not on_host:
+            shared["step"] = shared["step"].to(square.device)  # read from a file, it is on the host
+        shared["step"] += 1
+        average = shared["square_average"] * alpha + square * (1 - alpha)
+        scale = 1 / ((average / _correction(alpha, shared["step"])).sqrt() + eps)
+        if on_host:
+            shared["square_average"], shared["scale"] = average, scale
+            host = float(scale)
+        else:  # in place, and counted on the device: a captured CUDA graph replays exactly this
+            shared["square_average"].copy_(average)
+            shared["scale"].copy_(scale)
+            host = None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -91,6 +101,16 @@ class GroupRMSprop(torch.optim.Optimizer):
                 else:  # stay on the device: reading the scale would wait for it
                     p.addcmul_(p.grad, scale.to(p.dtype), value=-group["lr"])
         return loss
+
+
+def _on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _correction(alpha: float, step: int | Tensor) -> float | Tensor:
+    """``1 - alpha**step``, exact in floats as well."""
+    log = math.log(alpha) if alpha > 0 else -math.inf
+    return -torch.expm1(step * log) if isinstance(step, Tensor) else -math.expm1(step * log)
 
 
 def _square(g: Tensor) -> Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from tnreg.errors import DataError, FileError, OptionError, ShapeError
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, check_integer
 from tnreg.files import write_whole
 
 __all__ = ["Trajectory"]
@@ -55,14 +56,18 @@ class Trajectory:
         return iter(self._rows)
 
     def __getitem__(self, name: str) -> Any:
+        return self.last(name, max(len(self), 1))
+
+    def last(self, name: str, rows: int = 1) -> Any:
+        """The last ``rows`` rows of one name (fewer if there are not so many), shaped as in ``run[name]``.
+
+        For stop functions: it does not read all the rows before.
+        """
         if name not in self._rows:
             raise OptionError(
                 f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}."
             )
-        rows = self._rows[name]
-        if rows and isinstance(rows[0], dict):
-            return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        return np.stack(rows) if rows else np.empty(0)
+        return _stacked(self._rows[name][-check_integer(rows, 1, "last: rows") :])
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one row. Every row must have the same names and shapes; nothing is added otherwise.
@@ -92,6 +97,15 @@ class Trajectory:
         Its arrays are ``steps``, every recorded name, and ``name/key`` for every key of a dict (a
         number is appended where two would be called alike); ``about`` holds which is which.
         """
+        write_whole(path, lambda beside: self._write(beside, zipfile.ZIP_DEFLATED))
+
+    def to_bytes(self) -> bytes:
+        """What ``save`` writes, not compressed."""
+        held = io.BytesIO()
+        self._write(held, zipfile.ZIP_STORED)
+        return held.getvalue()
+
+    def _write(self, to: Path | io.BytesIO, compression: int) -> None:
         arrays: dict[str, Array] = {"steps": self.steps}
         names: dict[str, Any] = {}
 
@@ -114,14 +128,33 @@ class Trajectory:
         about = json.dumps({"stop_reason": self.stop_reason, "names": names})
         arrays["about"] = np.array(about)
 
-        def write(beside: Path) -> None:
-            # numpy's savez takes names as keyword arguments, of which some are its own
-            with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
-                for title, array in arrays.items():
-                    with file.open(f"{title}.npy", "w", force_zip64=True) as raw:
-                        np.lib.format.write_array(raw, np.asanyarray(array), allow_pickle=False)
+        # numpy's savez takes names as keyword arguments, of which some are its own
+        with zipfile.ZipFile(to, "w", compression) as file:
+            for title, array in arrays.items():
+                with file.open(f"{title}.npy", "w", force_zip64=True) as raw:
+                    np.lib.format.write_array(raw, np.asanyarray(array), allow_pickle=False)
 
-        write_whole(path, write)
+    @classmethod
+    def from_bytes(cls, held: bytes) -> Trajectory:
+        """Read what ``to_bytes`` gave."""
+        return cls._read(io.BytesIO(held))
+
+    @classmethod
+    def _read(cls, raw: BinaryIO) -> Trajectory:
+        run = cls()
+        with np.load(raw, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            run.stop_reason = str(about["stop_reason"])
+            run._steps = [int(step) for step in file["steps"]]
+            for name, stored in about["names"].items():
+                if isinstance(stored, str):
+                    run._rows[name] = list(file[stored])
+                    continue
+                columns = {_read_key(key): file[title] for key, title in stored}
+                run._rows[name] = [
+                    {key: column[i] for key, column in columns.items()} for i in range(len(run))
+                ]
+        return run
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trajectory:
@@ -130,21 +163,10 @@ class Trajectory:
         Raises:
             FileError: There is no such file, or it is not a trajectory.
         """
-        run = cls()
         try:
             # opened here: numpy leaves a file open that it cannot read
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                about = json.loads(str(file["about"]))
-                run.stop_reason = str(about["stop_reason"])
-                run._steps = [int(step) for step in file["steps"]]
-                for name, stored in about["names"].items():
-                    if isinstance(stored, str):
-                        run._rows[name] = list(file[stored])
-                        continue
-                    columns = {_read_key(key): file[title] for key, title in stored}
-                    run._rows[name] = [
-                        {key: column[i] for key, column in columns.items()} for i in range(len(run))
-                    ]
+            with open(path, "rb") as raw:
+                return cls._read(raw)
         except FileNotFoundError:
             raise FileError(f"no such trajectory file: {path}") from None
         except Exception as error:
@@ -152,12 +174,17 @@ class Trajectory:
                 f"not a trajectory file: {path}\n  {type(error).__name__}: {error}\n"
                 "  expected: an .npz file that Trajectory.save wrote"
             ) from None
-        return run
 
     def __repr__(self) -> str:
         last = f", last step {self._steps[-1]}" if self._steps else ""
         names, state = ", ".join(self._rows), self.stop_reason or "running"
         return f"<Trajectory of {len(self)} rows{last}: {names}; {state}>"
+
+
+def _stacked(rows: list[Any]) -> Any:
+    if rows and isinstance(rows[0], dict):
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return np.stack(rows) if rows else np.empty(0)
 
 
 def _freeze(name: str, value: Any) -> Any:

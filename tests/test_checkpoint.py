@@ -1,0 +1,184 @@
+"""A killed training goes on and ends bit for bit as one that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from tnreg import FileError, ModeTree, OptionError, Trajectory, completion, fit
+from tnreg.checkpoint import read_checkpoint
+
+TREE = ModeTree.binary(4)
+
+
+def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=False, **options):
+    """A training whose last observation is ``stop_at``: there the process is killed, or Ctrl-C comes."""
+    model, task = zoo.model_of(TREE, seed=0), completion(zoo.model_of(TREE, seed=9), 150)
+    kill, seen = stop_at or (None, None), []
+
+    def loss(m):
+        noise = 1 + 0.1 * torch.rand((), dtype=torch.float64) if noisy else 1.0
+        return task.loss(m) * noise
+
+    def watch(m):
+        seen.append(1)
+        if len(seen) == kill[1]:
+            if kill[0] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        if noisy:
+            torch.rand(3)
+        return m.local_components()
+
+    run = fit(model, loss, steps=steps, every=10, optimizer=optimizer, progress=False, checkpoint=path,
+              observe={"components": watch}, checkpoint_seconds=0, **options)  # fmt: skip
+    return model, run
+
+
+def assert_same(found, expected):
+    assert np.array_equal(found.steps, expected.steps)
+    assert np.array_equal(found["loss"], expected["loss"])
+    assert found.stop_reason == expected.stop_reason and found.names == expected.names
+    for node, values in expected["components"].items():
+        assert np.array_equal(found["components"][node], values)
+
+
+def assert_equal(one, other):
+    (model, run), (expected_model, expected) = one, other
+    assert_same(run, expected)
+    for found, weight in zip(model.parameters(), expected_model.parameters(), strict=True):
+        assert torch.equal(found, weight)
+
+
+@pytest.mark.parametrize("optimizer", ["group-rmsprop", "adam", "lbfgs"])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_interrupted_training_goes_on(tmp_path, optimizer, noisy):
+    torch.manual_seed(3)
+    whole = train(None, optimizer=optimizer, noisy=noisy)
+    torch.manual_seed(3)
+    path = tmp_path / "c"
+    _, cut = train(path, optimizer=optimizer, noisy=noisy, stop_at=("ctrl-c", 4))
+    assert cut.stop_reason == "interrupted" and cut.steps.tolist() == [0, 10, 20]
+    torch.manual_seed(4)  # the state of torch's generator comes from the file
+    assert_equal(train(path, optimizer=optimizer, noisy=noisy), whole)
+    again = train(path, optimizer=optimizer, noisy=noisy)
+    assert_equal(again, whole)  # a finished one is returned as it was
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_process_goes_on(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_checkpoint import train\n"
+        "train(sys.argv[2], stop_at=('kill', 5))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "c")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert (tmp_path / "c").exists()
+    assert_equal(train(tmp_path / "c"), train(None))
+
+
+def test_more_steps_than_before(tmp_path):
+    train(tmp_path / "c", steps=30)
+    assert_equal(train(tmp_path / "c", steps=60), train(None, steps=60))
+    with pytest.raises(OptionError, match="is at step 60, beyond steps=40"):
+        train(tmp_path / "c", steps=40)
+
+
+def test_a_verdict_stays(tmp_path):
+    stop = lambda run: "enough" if len(run) == 3 else False  # noqa: E731
+    _, first = train(tmp_path / "c", stop=stop)
+    _, second = train(tmp_path / "c", stop=stop)
+    assert first.stop_reason == second.stop_reason == "enough"
+    assert second.steps.tolist() == [0, 10, 20]
+
+
+def test_written_at_intervals(tmp_path, monkeypatch):
+    model, task = zoo.model_of(TREE, seed=0), completion(zoo.model_of(TREE, seed=9), 150)
+    times = iter(range(0, 1000, 10))
+    fit_module = sys.modules["tnreg.fit"]  # the name in the package is the function
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: next(times))
+    written = []
+    monkeypatch.setattr(fit_module, "write_checkpoint", lambda *a: written.append(len(a[3])))
+    fit(model, task.loss, steps=60, every=10, progress=False, checkpoint=tmp_path / "c",
+        checkpoint_seconds=25)  # fmt: skip
+    assert written == [3, 6, 7]  # rows; the clock moves by 10 with every look at it
+
+
+def test_other_trainings_are_refused(tmp_path):
+    path = tmp_path / "c"
+    train(path, steps=20, settings={"seed": 1})
+    model = zoo.model_of(TREE, seed=0)
+    before = [p.detach().clone() for p in model.parameters()]
+    task = completion(zoo.model_of(TREE, seed=10), 150)
+
+    def other(model=model, loss=task.loss, optimizer="group-rmsprop", every=10, **options):
+        options = {"observe": {"components": lambda m: m.local_components()}, **options}
+        options = {"settings": {"seed": 1}, **options}
+        fit(model, loss, steps=60, optimizer=optimizer, every=every, progress=False, checkpoint=path,
+            **options)  # fmt: skip
+
+    for options, message in [
+        ({"settings": {"seed": 2}}, "other settings.\n  seed: 1 there, 2 now"),
+        ({"optimizer": "sgd"}, "optimizer: .*GroupRMSprop.*SGD"),
+        ({"lr": 0.5}, r"0.01.*0.5"),
+        ({"every": 5}, "every: 10 there, 5 now"),
+        ({"observe": {}}, "observed: .*components"),
+        ({"model": zoo.model_of(TREE, seed=0, sizes=(3, 3, 5, 7))}, "is of another model"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            other(**options)
+    for now, then in zip(model.parameters(), before, strict=True):
+        assert torch.equal(now, then)
+    with pytest.raises(
+        OptionError, match="loss found there now: (.|\n)*other data, or another loss"
+    ):
+        other()
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"half"])
+def test_files_that_are_no_checkpoints(tmp_path, content):
+    path = tmp_path / "c"
+    train(path, steps=20)
+    path.write_bytes(path.read_bytes()[:2000] if content == b"half" else content)
+    with pytest.raises(FileError, match="not a checkpoint: (.|\n)*delete"):
+        train(path)
+    torch.save({"format": "other", "run": 1}, path)
+    with pytest.raises(FileError, match="format 'other', this version reads"):
+        train(path)
+    with pytest.raises(FileError, match="no folder"):
+        train(tmp_path / "nowhere" / "c")
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    torch.save({"format": "tnreg.checkpoint/1", "run": Evil()}, tmp_path / "c")
+    model = zoo.model_of(TREE)
+    with pytest.raises(FileError, match="not a checkpoint"):
+        read_checkpoint(tmp_path / "c", model, torch.optim.SGD(model.parameters(), lr=1.0), {})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_trajectories_in_memory():
+    run = Trajectory()
+    run.append(0, {"a": 1.0, "b": {(0, 1): torch.ones(2)}})
+    run.append(5, {"a": 2.0, "b": {(0, 1): torch.zeros(2)}})
+    run.stop_reason = "steps"
+    back = Trajectory.from_bytes(run.to_bytes())
+    assert back.stop_reason == "steps" and back.steps.tolist() == [0, 5]
+    assert back["b"][(0, 1)].tolist() == [[1, 1], [0, 0]]
+    assert back.last("a").tolist() == [2.0] and back.last("a", 9).tolist() == [1.0, 2.0]
+    assert back.last("b")[(0, 1)].tolist() == [[0, 0]]
+    with pytest.raises(OptionError, match="nothing named 'c'"):
+        back.last("c")

@@ -1,0 +1,112 @@
+"""The state of a training on disk, so that one that was killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnreg.errors import FileError, OptionError
+from tnreg.files import write_whole
+from tnreg.trajectory import Trajectory
+
+__all__ = ["random_state", "read_checkpoint", "set_random_state", "write_checkpoint"]
+
+_FORMAT = "tnreg.checkpoint/1"
+
+RandomState = list[torch.Tensor]
+
+
+def random_state() -> RandomState:
+    """State of torch's generators, the CPU's first."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put back what ``random_state`` gave."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+def write_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Trajectory,
+    settings: Mapping[str, Any],
+    before: RandomState,
+) -> None:
+    """Write parameters, optimizer state, random state and trajectory, whole or not at all.
+
+    Args:
+        path: Replaced if it is there.
+        model: The model at the step of the last row of ``run``.
+        optimizer: Its optimizer.
+        run: What was recorded.
+        settings: What has to be the same when the training goes on; JSON can write it.
+        before: Random state before the loss of that row was computed.
+    """
+    held = {
+        "format": _FORMAT,
+        "settings": json.dumps(settings, default=str),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": [before, random_state()],
+        "run": torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8),
+    }
+    write_whole(path, lambda beside: torch.save(held, beside))
+
+
+def read_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+) -> tuple[Trajectory, RandomState, RandomState]:
+    """Put a checkpoint's state into the model and the optimizer.
+
+    Nothing in the file is executed.
+
+    Returns:
+        What was recorded, and the random states before the loss of the last row and after that row.
+
+    Raises:
+        FileError: Not a checkpoint.
+        OptionError: A checkpoint of another training; nothing was changed.
+    """
+    away = f"  delete {path}, or choose another file"
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        if held["format"] != _FORMAT:
+            raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
+        run = Trajectory.from_bytes(held["run"].numpy().tobytes())
+        before = json.loads(held["settings"])
+    except Exception as error:
+        said = str(error).splitlines()[:1]
+        raise FileError(
+            f"not a checkpoint: {path}\n  {type(error).__name__}: {' '.join(said)}\n{away}"
+        ) from None
+    now = json.loads(json.dumps(settings, default=str))
+    differ = [
+        f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    if differ:
+        lines = "\n".join(differ)
+        raise OptionError(f"{path} is of a training with other settings.\n{lines}\n{away}")
+    ours, theirs = model.state_dict(), held["model"]
+    if _shapes(ours) != _shapes(theirs):
+        raise OptionError(
+            f"{path} is of another model.\n  there: {_shapes(theirs)}\n  now:   {_shapes(ours)}\n{away}"
+        )
+    model.load_state_dict(theirs)
+    optimizer.load_state_dict(held["optimizer"])
+    return run, *held["random"]
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
