@@ -17,7 +17,8 @@ def test_formula():
     optimizer = GroupRMSprop(
         [{"params": [p]}, {"params": [q], "lr": 0.3}], lr=0.1, alpha=0.9, eps=1e-3
     )
-    average = 0.0
+    average = elapsed = 0.0
+    assert optimizer.flow_time == 0.0
     for t in range(1, 6):
         optimizer.zero_grad()
         (p.square().sum() + (q**4).sum()).backward()
@@ -30,6 +31,8 @@ def test_formula():
             q.detach(), b, rtol=1e-13
         )
         assert optimizer.step_size == pytest.approx(0.1 * step)
+        elapsed += 0.1 * step
+        assert optimizer.flow_time == pytest.approx(elapsed)
 
 
 def test_first_step_has_length_lr():
@@ -126,4 +129,5 @@ def test_the_count_on_a_device_gives_the_same_steps(monkeypatch, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "o"))
     train(25, other, q)
     assert torch.allclose(p, q, rtol=1e-5)
+    assert other.flow_time == pytest.approx(expected.flow_time, rel=1e-5)
     assert other.step_size == pytest.approx(expected.step_size, rel=1e-5)

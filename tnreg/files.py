@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from tnreg.errors import FileError
 
-__all__ = ["folder_written_whole", "write_whole"]
+__all__ = ["check_folder", "folder_written_whole", "write_whole"]
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
@@ -43,6 +43,21 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
     return target
 
 
+def check_folder(path: str | os.PathLike[str]) -> Path:
+    """The absolute path, if a run folder may be written there.
+
+    Raises:
+        FileError: ``path`` is a file, or a folder that holds something else than a run of tnreg.
+    """
+    target = _absolute(path)
+    if target.exists() and not _may_replace(target):
+        raise FileError(
+            f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
+            "  choose another folder, or remove it first"
+        )
+    return target
+
+
 @contextlib.contextmanager
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that takes its place when the block ends without error.
@@ -52,13 +67,8 @@ def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileError: ``path`` is a file, or a folder that holds something else, or cannot be written.
     """
-    target = _absolute(path)
+    target = check_folder(path)
     beside = _beside(target)
-    if target.exists() and not _may_replace(target):
-        raise FileError(
-            f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
-            "  choose another folder, or remove it first"
-        )
     try:
         beside.mkdir(parents=True)
     except OSError as error:

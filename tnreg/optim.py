@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -55,6 +56,16 @@ class GroupRMSprop(torch.optim.Optimizer):
         shared = self.state.get(self.param_groups[0]["params"][0], {})
         return float(self.param_groups[0]["lr"] * shared["scale"]) if "scale" in shared else 0.0
 
+    @property
+    def flow_time(self) -> float:
+        """Sum of the step sizes so far: the time of the gradient flow that the first group follows."""
+        shared = self.state.get(self.param_groups[0]["params"][0], {})
+        return float(shared["elapsed"]) if "elapsed" in shared else 0.0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy the state of another optimizer in; the two share nothing afterwards."""
+        super().load_state_dict(copy.deepcopy(state_dict))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step; parameters without a gradient stay as they are.
@@ -80,6 +91,7 @@ class GroupRMSprop(torch.optim.Optimizer):
         if not shared:
             shared["step"] = 0 if on_host else torch.zeros_like(square)
             shared["square_average"], shared["scale"] = square * 0, square * 0
+            shared["elapsed"] = 0.0 if on_host else square * 0
         elif not on_host:
             shared["step"] = shared["step"].to(square.device)  # read from a file, it is on the host
         shared["step"] += 1
@@ -88,9 +100,11 @@ class GroupRMSprop(torch.optim.Optimizer):
         if on_host:
             shared["square_average"], shared["scale"] = average, scale
             host = float(scale)
+            shared["elapsed"] += self.param_groups[0]["lr"] * host
         else:  # in place, and counted on the device: a captured CUDA graph replays exactly this
             shared["square_average"].copy_(average)
             shared["scale"].copy_(scale)
+            shared["elapsed"] += self.param_groups[0]["lr"] * scale
             host = None
         for group in self.param_groups:
             for p in group["params"]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["bars", "components", "save_figure", "spectra", "trajectory", "tree"]
+__all__ = ["bars", "components", "node_text", "save_figure", "spectra", "trajectory", "tree"]
 
 
 def tree(
@@ -66,7 +66,7 @@ def tree(
         given = (labels or {}).get(data.nodes[i])
         if crowded and given is None and i in interior:
             continue
-        text = _node_text(data.nodes[i]) if given is None else given
+        text = node_text(data.nodes[i]) if given is None else given
         side = 8 if data.links[i] else -8
         ax.annotate(text, (x[i], y[i]), xytext=(0, side), textcoords="offset points", ha="center",
                     va="bottom" if side > 0 else "top", fontsize=6 if crowded else 8)  # fmt: skip
@@ -89,7 +89,7 @@ def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 
         s = s / s[0] if len(s) and s[0] > 0 else s
         s = s[s > floor]
         marker = "o" if len(s) <= 40 else None
-        ax.semilogy(np.arange(1, len(s) + 1), s, marker=marker, ms=3, lw=1, label=_node_text(node))
+        ax.semilogy(np.arange(1, len(s) + 1), s, marker=marker, ms=3, lw=1, label=node_text(node))
     ax.set_xlabel("index of the singular value")
     ax.set_ylabel("relative to the largest")
     if len(data) <= 12:
@@ -113,7 +113,7 @@ def trajectory(
         found = data[name]
         parts = found.items() if isinstance(found, dict) else [(None, found)]
         for key, values in parts:
-            label = name if key is None else f"{name} {_node_text(key)}"
+            label = name if key is None else f"{name} {node_text(key)}"
             lines = ax.plot(data.steps, values.reshape(len(values), -1), lw=1.2)
             if lines:
                 lines[0].set_label(label)
@@ -159,7 +159,7 @@ def components(
     kept = np.argsort(-values[-1])[:top]
     ax.plot(data.steps, values[:, kept], lw=1.2)
     ax.set_xlabel("step")
-    ax.set_ylabel(f"local components at {_node_text(node)}")
+    ax.set_ylabel(f"local components at {node_text(node)}")
     return ax
 
 
@@ -201,7 +201,8 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
-def _node_text(node: Any) -> str:
+def node_text(node: Any) -> str:
+    """A node's name as a label: ``{0,1}`` for the node over modes 0 and 1."""
     if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
         return "{" + ",".join(map(str, node)) + "}"
     return str(node)

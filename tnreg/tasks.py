@@ -138,6 +138,11 @@ class Sensing:
             raise OptionError("test_error: this task does not know its target tensor.")
         return _relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
 
+    @torch.no_grad()
+    def train_error(self, model: nn.Module) -> float:
+        """``‖y - y*‖ / ‖y*‖`` over the measurements."""
+        return _relative_error(model(self.features), self.values)
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Sensing:

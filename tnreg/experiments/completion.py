@@ -9,9 +9,6 @@ unit of the data again, and ``scale`` in the summary is what lies between.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +17,8 @@ from typing import Any
 
 import torch
 
-import tnreg
 from tnreg.errors import DataError, OptionError
+from tnreg.experiments.folder import write_run
 from tnreg.factorization import Factorization
 from tnreg.files import folder_written_whole
 from tnreg.fit import fit
@@ -192,24 +189,6 @@ def found_values(task: Completion) -> torch.Tensor:
     """Unseen values of a task made from a target."""
     assert task.test_values is not None
     return task.test_values
-
-
-def write_run(
-    folder: Path, config: Any, found: Trajectory, model: Factorization, summary: dict[str, Any]
-) -> None:
-    """Write what every run folder holds."""
-    found.save(folder / "trajectory.npz")
-    model.save(folder / "model.safetensors")
-    about = {
-        "tnreg": tnreg.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "config": dataclasses.asdict(config),
-        "summary": summary,
-    }
-    (folder / "config.json").write_text(
-        json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
-    )
 
 
 def _drawable(values: Any) -> bool:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
-from tnreg.experiments.completion import in_units, mean_error, scaled_task, write_run
+from tnreg.experiments.completion import in_units, mean_error, scaled_task
+from tnreg.experiments.folder import write_run
 from tnreg.factorization import Factorization
 from tnreg.files import folder_written_whole
 from tnreg.fit import fit

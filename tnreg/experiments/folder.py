@@ -1,0 +1,75 @@
+"""Run folders: what every experiment writes, and how it is read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tnreg
+from tnreg.errors import FileError
+from tnreg.factorization import Factorization
+from tnreg.trajectory import Trajectory
+
+__all__ = ["Run", "read_run", "write_run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds.
+
+    Attributes:
+        folder: Where it is.
+        experiment: Name of the module that wrote it.
+        config: Settings, as JSON gives them back.
+        summary: Results.
+        found: The trajectory.
+    """
+
+    folder: Path
+    experiment: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    found: Trajectory
+
+
+def write_run(
+    folder: Path, config: Any, found: Trajectory, model: Factorization, summary: dict[str, Any]
+) -> None:
+    """Write what every run folder holds: config.json, trajectory.npz, model.safetensors."""
+    found.save(folder / "trajectory.npz")
+    model.save(folder / "model.safetensors")
+    about = {
+        "tnreg": tnreg.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "experiment": type(config).__module__.rpartition(".")[2],
+        "config": dataclasses.asdict(config),
+        "summary": summary,
+    }
+    (folder / "config.json").write_text(
+        json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
+    )
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        FileError: It is none.
+    """
+    path = Path(folder)
+    try:
+        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        parts = about["experiment"], about["config"], about["summary"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"not a run folder: {path}\n  {type(error).__name__}: {error}\n"
+            "  expected: a folder with the config.json and trajectory.npz of a run"
+        ) from None
+    return Run(path, *parts, Trajectory.load(path / "trajectory.npz"))
