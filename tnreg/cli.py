@@ -1,4 +1,4 @@
-"""The command line: ``tnreg tree | rank | fit | plot | demo``.
+"""The command line: ``tnreg tree | rank | fit | run | plot | demo``.
 
 Options are typed function arguments, read by tyro; results are tables by rich. Exit codes: 0 done,
 1 bad input (one message on standard error), 2 unknown options, 130 interrupted before anything ran.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -31,6 +32,9 @@ from tnreg import (
     spectra,
 )
 from tnreg.errors import FileError, OptionError, TnregError
+from tnreg.experiments import completion, dynamics, init_scale
+from tnreg.experiments import demo as demo_experiment
+from tnreg.experiments.folder import read_run
 from tnreg.tree import read_tree, read_tree_file
 
 if TYPE_CHECKING:
@@ -171,8 +175,6 @@ def fit(
         out: Folder of the run; one that tnreg wrote before is replaced, any other is refused.
         progress: Show a progress bar.
     """
-    from tnreg.experiments import completion
-
     config = completion.Config(
         tensor=file,
         tree=tree,
@@ -201,29 +203,100 @@ def fit(
     console.print(f"wrote {out}")
 
 
+def run(
+    experiment: Any,
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Run an experiment of the paper, or the same on a tree and a target of your own.
+
+    Writes a run folder; one that was killed or interrupted goes on when the same command is given.
+
+    Args:
+        experiment: What to run.
+        out: Folder of the run, runs/MODEL-SEED if left out; one that tnreg wrote before is replaced,
+            any other is refused.
+        progress: Show a progress bar.
+    """
+    _device(experiment.device)
+    if isinstance(experiment, init_scale.Config):
+        folder = out or Path("runs") / f"init-scale-{experiment.model}"
+    else:
+        folder = out or Path("runs") / f"{experiment.model}-{experiment.seed}"
+    try:
+        if isinstance(experiment, init_scale.Config):
+            rows = init_scale.run(experiment, folder, progress=progress)
+            table = Table(*rows[0], title=f"{experiment.model} from several initial scales")
+            for row in rows:
+                table.add_row(*(_short(value) for value in row.values()))
+        else:
+            table = _dynamics_table(dynamics.run(experiment, folder, progress=progress), experiment)
+    except KeyboardInterrupt:
+        message = "tnreg: interrupted; the same command goes on where this one stopped"
+        print(message, file=sys.stderr)
+        raise SystemExit(130) from None
+    console.print(table)
+    console.print(f"wrote {folder}")
+
+
+def _dynamics_table(summary: dict[str, Any], config: dynamics.Config) -> Table:
+    table = Table("", "", title=f"{config.model}, seed {config.seed}", show_header=False)
+    for key, value in summary.items():
+        if key == "components":
+            value = "\n".join(f"{v}: {' '.join(f'{c:.3g}' for c in c)}" for v, c in value.items())
+        elif key == "jumps":
+            value = "\n".join(
+                f"{v}: {', '.join(f'{a}-{b}' for a, b in sorted(c))}" for v, c in value.items()
+            )
+        elif isinstance(value, dict):
+            value = ", ".join(f"{v}: {_short(c)}" for v, c in value.items())
+        elif isinstance(value, list):
+            value = " ".join(map(_short, value))
+        table.add_row(key, _short(value))
+    return table
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def plot(
-    run: Path,
+    runs: tuple[Path, ...],
     /,
     *,
     names: tuple[str, ...] = (),
     linear: bool = False,
     png: Path | None = None,
 ) -> None:
-    """Draw what a run recorded.
+    """Draw what a run recorded; several runs of `dynamics` side by side.
 
     Args:
-        run: A run folder, or a trajectory .npz file.
-        names: What to draw, one panel each; everything that was recorded if left out.
+        runs: Run folders, or one trajectory .npz file. Without further options the pictures in the
+            folder are drawn again.
+        names: What to draw, one panel each.
         linear: Linear instead of logarithmic vertical axes.
-        png: Where to write the picture; training.png in the run folder if left out.
+        png: Where to write the picture; training.png beside the trajectory, or panels.png beside
+            several runs, if left out.
     """
-    file = run / "trajectory.npz" if run.is_dir() else run
-    found = Trajectory.load(file)
-    target = png or file.with_name("training.png")
-    from tnreg.experiments import completion
-
-    plots.save_figure(completion.draw(found, names or found.names, log=not linear), target)
-    console.print(f"{found!r}")
+    if not runs:
+        raise OptionError("plot: give a run folder.")
+    first = runs[0]
+    file = first / "trajectory.npz" if first.is_dir() else first
+    kind = read_run(first).experiment if (file.parent / "config.json").is_file() and (
+        file.is_file() and first.is_dir()) else ""  # fmt: skip
+    if len(runs) > 1 or (kind == "dynamics" and png is not None and not names):
+        target = png or first.parent / "panels.png"
+        plots.save_figure(dynamics.panels(runs), target)
+    elif (first / "init-scale.png").is_file():
+        target = init_scale.figure(first)
+    elif kind == "dynamics" and not names:
+        target = dynamics.figure(first)
+    else:
+        found = Trajectory.load(file)
+        target = png or file.with_name("training.png")
+        plots.save_figure(completion.draw(found, names or found.names, log=not linear), target)
+        console.print(f"{found!r}")
     console.print(f"wrote {target}")
 
 
@@ -244,23 +317,30 @@ def demo(
         steps: Fewer updates than the demo's own, to try it out.
         progress: Show progress bars.
     """
-    from tnreg.experiments import demo as experiment
-
-    config = experiment.Config(device=str(_device(device)), seed=seed)
+    config = demo_experiment.Config(device=str(_device(device)), seed=seed)
     if steps is not None:
         config = dataclasses.replace(config, steps=steps)
-    experiment.run(config, out, console=console, progress=progress)
+    demo_experiment.run(config, out, console=console, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the ``tnreg`` command."""
-    commands: dict[str, Any] = {"demo": demo, "tree": tree, "rank": rank, "fit": fit, "plot": plot}
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Any] = {
+        "demo": demo, "tree": tree, "rank": rank, "fit": fit, "run": _run_with_defaults(given),
+        "plot": plot,
+    }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="tnreg",
             description="Tensor factorizations over mode trees: draw them, rank tensors, complete tensors.",
-            args=list(sys.argv[1:] if arguments is None else arguments),
+            args=given,
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.CascadeSubcommandArgs,
+            ),
         )
     except TnregError as error:
         print(f"tnreg: {type(error).__name__}: {error}", file=sys.stderr)
@@ -268,6 +348,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("tnreg: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _run_with_defaults(given: Sequence[str]) -> Any:
+    """The command ``run``; the preset that ``--model`` names gives the defaults of all options."""
+    named = [given[i + 1] for i, word in enumerate(given[:-1]) if word == "--model"]
+    named += [word.removeprefix("--model=") for word in given if word.startswith("--model=")]
+    preset = dynamics.MODELS.get(named[-1] if named else "", dynamics.htf)
+    about = tyro.conf.subcommand("dynamics", default=preset, description="One training, watched.")
+    sweep = tyro.conf.subcommand("init-scale", description="Trainings from several initial scales.")
+    kinds = Annotated[dynamics.Config, about] | Annotated[init_scale.Config, sweep]
+    command = types.FunctionType(run.__code__, run.__globals__, "run", None, run.__closure__)
+    command.__kwdefaults__, command.__doc__ = run.__kwdefaults__, run.__doc__
+    command.__annotations__ = {**run.__annotations__, "experiment": kinds}
+    return command
 
 
 def _tree_about(source: str) -> dict[str, Any]:

@@ -472,7 +472,8 @@ def _training_figure(one: Run) -> Any:
         _draw_components(found, first)
         first.set_title("components at the root")
     else:
-        _draw_values(found.steps, list(found["spectra"].values())[-1], first, one.config["top"])
+        first.plot(found.steps, list(found["spectra"].values())[-1], lw=1.2)
+        first.set_xlabel("step")
         first.set_title("singular values below the root")
     for name in ("train error", "test error"):
         if name in found:
@@ -494,18 +495,18 @@ def _training_figure(one: Run) -> Any:
     return drawn
 
 
-def _draw_values(steps: Array, values: Array, ax: Any, top: int) -> None:
-    ax.plot(steps, values[:, :top], lw=1.2)
-    ax.set_xlabel("step")
-
-
 def _spectra_figure(one: Run) -> Any:
     """Local components in the upper row; below, singular values on the tree and off it."""
     from matplotlib.figure import Figure
 
     found, top = one.found, one.config["top"]
-    # the two children of a binary root share their singular values
-    lower = {f"on the tree: {node_text(v)}": s for v, s in list(found["spectra"].items())[::-1][:3]}
+    lower: dict[str, Array] = {}
+    for node in sorted(found["spectra"], key=lambda v: -len(v) if isinstance(v, tuple) else 0):
+        values = found["spectra"][node]
+        # the two children of a binary root share their singular values
+        shown = [s[-1] for s in lower.values() if s.shape == values.shape]
+        if len(lower) < 3 and not any(np.allclose(values[-1], s, rtol=1e-3) for s in shown):
+            lower[f"on the tree: {node_text(node)}"] = values
     off = found["off-tree"] if "off-tree" in found else {}
     lower |= {f"off the tree: {{{modes}}}": s for modes, s in off.items()}
     nodes = list(found["components"])[::-1][: len(lower)] if "components" in found else []
@@ -518,7 +519,8 @@ def _spectra_figure(one: Run) -> Any:
     for ax in axes[0][len(nodes) :] if nodes else ():
         ax.set_axis_off()
     for ax, (title, values) in zip(axes[-1], lower.items(), strict=True):
-        _draw_values(found.steps, values, ax, top)
+        ax.plot(found.steps, values[:, :top], lw=1.2)
+        ax.set_xlabel("step")
         ax.set_ylabel("singular value")
         ax.set_title(title, fontsize=9)
     return drawn
@@ -544,8 +546,10 @@ def _rates_figure(one: Run) -> Any:
         both = (followed.measured > 0) & (followed.predicted > 0)
         label = node_text(node)
         right.loglog(followed.predicted[both], followed.measured[both], ".", ms=2, label=label)
-    low, high = right.get_xlim()
-    right.plot([low, high], [low, high], color="0.5", lw=0.8)
+    high = 3 * max(right.get_xlim()[1], right.get_ylim()[1])
+    right.plot([high * 1e-9, high], [high * 1e-9, high], color="0.5", lw=0.8)
+    right.set_xlim(high * 1e-9, high)  # far below, rounding is all there is to see
+    right.set_ylim(high * 1e-9, high)
     right.set_xlabel("predicted dσ/dt")
     right.set_ylabel("measured between two observations")
     if right.get_legend_handles_labels()[0]:
@@ -555,4 +559,4 @@ def _rates_figure(one: Run) -> Any:
 
 def _threshold(values: Array) -> float:
     largest = float(np.nanmax(np.abs(values), initial=0.0))
-    return largest * 1e-4 if largest > 0 else 1.0
+    return largest * 1e-3 if largest > 0 else 1.0
