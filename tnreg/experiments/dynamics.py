@@ -140,6 +140,7 @@ def run(
     *,
     tree: ModeTree | None = None,
     target: Any = None,
+    pictures: bool = True,
     progress: bool = False,
     checkpoint_seconds: float = 30.0,
 ) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def run(
         folder: Where the run goes. Beside it, ``FOLDER.checkpoint`` holds the state while it trains.
         tree: A tree of your own in place of ``config.tree``.
         target: A dense tensor or a ``Factorization`` of your own in place of the configured target.
+        pictures: Draw them; ``figure`` does it later.
         progress: Show a progress bar.
         checkpoint_seconds: Least time between two writings of the state.
 
@@ -194,7 +196,8 @@ def run(
     }
     with folder_written_whole(place) as beside:
         write_run(beside, config, found, model, summary)
-        figure(beside)
+        if pictures:
+            figure(beside)
     checkpoint.unlink(missing_ok=True)
     return summary
 
@@ -362,8 +365,11 @@ class Tracks:
     Attributes:
         steps: Updates done at every row, ``(rows,)``.
         norms: ``(rows, k)``; NaN where one was not yet among the recorded ones.
-        measured: Rates between neighbouring rows, ``(rows - 1, k)``: change of the norm by flow time.
-        predicted: Mean of the predicted rates at both rows, ``(rows - 1, k)``; NaN if not recorded.
+        measured: Change of the norm by flow time from the row before to the row after, for all rows
+            but the first and the last, ``(rows - 2, k)``. Two intervals, because gradient descent at
+            the edge of stability jumps to and fro with every step.
+        predicted: Mean over the same flow time of the rates that theory predicts, ``(rows - 2, k)``;
+            NaN if they were not recorded.
     """
 
     steps: Array
@@ -388,7 +394,7 @@ class Tracks:
         """Median of ``|measured - predicted| / |predicted|`` while components rise from 10 to 90 %."""
         last = self.norms[-1]
         rising = (self.norms > 0.1 * last) & (self.norms < 0.9 * last) & (last > 0.01 * last.max())
-        inside = rising[1:] & rising[:-1] & np.isfinite(self.predicted) & (self.predicted != 0)
+        inside = rising[1:-1] & np.isfinite(self.predicted) & (self.predicted != 0)
         if not inside.any():
             return None
         ratio = self.measured[inside] / self.predicted[inside]
@@ -416,12 +422,14 @@ def tracks(found: Trajectory, node: Node | None = None) -> Tracks:
 
     norms = follow(recorded[node])
     passed = np.diff(found["flow time"])[:, None]
+    around = passed[1:] + passed[:-1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        measured = np.diff(norms, axis=0) / passed
-    predicted = np.full_like(measured, np.nan)
-    if "predicted rate" in found:
-        rates = follow(found["predicted rate"][node])
-        predicted = (rates[1:] + rates[:-1]) / 2
+        measured = (norms[2:] - norms[:-2]) / around
+        predicted = np.full_like(measured, np.nan)
+        if "predicted rate" in found:
+            rates = follow(found["predicted rate"][node])
+            grown = passed * (rates[1:] + rates[:-1]) / 2
+            predicted = (grown[1:] + grown[:-1]) / around
     return Tracks(found.steps, norms, measured, predicted)
 
 
@@ -458,6 +466,7 @@ def _draw_components(found: Trajectory, ax: Any, node: Node | None = None) -> No
     followed = tracks(found, node)
     ax.plot(followed.steps, followed.norms, lw=1.4)
     ax.set_xlabel("step")
+    ax.locator_params(axis="x", nbins=5)
     order = sum(isinstance(mode, int) for mode in found["spectra"])
     ax.set_ylabel("singular value" if order == 2 else "norm of the component")
 
@@ -535,8 +544,8 @@ def _rates_figure(one: Run) -> Any:
     root = tracks(one.found)
     alive = np.flatnonzero(root.norms[-1] > 0.01 * root.norms[-1].max())
     for k in alive:
-        [line] = left.plot(root.steps[1:], root.measured[:, k], lw=2, alpha=0.4)
-        left.plot(root.steps[1:], root.predicted[:, k], lw=1, ls="--", color=line.get_color())
+        [line] = left.plot(root.steps[1:-1], root.measured[:, k], lw=2, alpha=0.4)
+        left.plot(root.steps[1:-1], root.predicted[:, k], lw=1, ls="--", color=line.get_color())
     left.set_xlabel("step")
     left.set_ylabel("dσ/dt")
     left.set_yscale("symlog", linthresh=_threshold(root.measured[:, alive]))
@@ -551,7 +560,8 @@ def _rates_figure(one: Run) -> Any:
     right.set_xlim(high * 1e-9, high)  # far below, rounding is all there is to see
     right.set_ylim(high * 1e-9, high)
     right.set_xlabel("predicted dσ/dt")
-    right.set_ylabel("measured between two observations")
+    right.set_ylabel("measured dσ/dt")
+    right.set_title("all nodes")
     if right.get_legend_handles_labels()[0]:
         right.legend(markerscale=5, fontsize=7)
     return drawn

@@ -109,7 +109,7 @@ def _result(config: dynamics.Config, cell: Path, progress: bool) -> dict[str, An
             )
         summary = there.summary
     else:
-        summary = dynamics.run(config, cell, progress=progress)
+        summary = dynamics.run(config, cell, pictures=False, progress=progress)
     largest = list(summary["components"].values())[-1] if "components" in summary else []
     return {
         "std": config.std,

@@ -1,0 +1,303 @@
+"""The dynamics experiment and the sweep over initial scales: tiny trainings, end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import zoo
+
+matplotlib.use("Agg")
+
+from tnreg import (
+    DataError,
+    Factorization,
+    FileError,
+    ModeTree,
+    OptionError,
+    Trajectory,
+    hierarchical_rank,
+    load,
+    plots,
+    spectra,
+)
+from tnreg.experiments import dynamics, init_scale
+from tnreg.experiments.folder import read_run
+from tnreg.experiments.init_scale import run as sweep
+
+PICTURES = ["dynamics.png", "rates.png", "spectra.png"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return dynamics.run(dynamics.tiny, folder), read_run(folder)
+
+
+def test_folder(tiny):
+    summary, one = tiny
+    files = ["config.json", "dynamics.png", "model.safetensors", "rates.png", "spectra.png"]
+    assert sorted(p.name for p in one.folder.iterdir()) == [*files, "trajectory.npz"]
+    assert not list(one.folder.parent.glob("*.checkpoint"))
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in one.config.items()}
+    assert dynamics.Config(**config) == dynamics.tiny and one.experiment == "dynamics"
+    assert one.summary["test error"] == summary["test error"]
+    for name in PICTURES:
+        (one.folder / name).unlink()
+    assert dynamics.figure(one.folder) == one.folder / "dynamics.png"
+    assert all((one.folder / name).stat().st_size > 5000 for name in PICTURES)
+
+
+def test_what_is_recorded_belongs_to_the_model(tiny):
+    summary, one = tiny
+    found, model = one.found, load(one.folder / "model.safetensors")
+    root = model.tree.root
+    for node, norms in model.local_components().items():
+        ids = found["component ids"][node][-1]
+        assert np.allclose(found["components"][node][-1], norms.detach().numpy()[ids], rtol=1e-12)
+        assert (np.diff(found["components"][node], axis=1) <= 0).all()  # the largest first
+    for node, s in spectra(model).items():
+        assert np.allclose(found["spectra"][node][-1], s.numpy(), atol=1e-12)
+    off = torch.linalg.svdvals(model.to_tensor().detach().permute(0, 2, 1, 3).reshape(9, 9))
+    assert np.allclose(found["off-tree"]["0,2"][-1], off.numpy(), atol=1e-12)
+    assert found["unbalancedness"][-1] == pytest.approx(model.unbalancedness().item(), rel=1e-9)
+    assert summary["ranks"] == {str(v): r for v, r in hierarchical_rank(model, rtol=1e-2).items()}
+    # the step size is that of the step before the row, the time the sum of all of them
+    assert found["flow time"][0] == 0 and (np.diff(found["flow time"]) > 0).all()
+    assert len(summary["jumps"][str(root)]) == 1
+
+
+def test_it_learns_the_rank_of_the_target_as_theory_predicts(tiny):
+    summary, one = tiny
+    assert set(summary["ranks"].values()) == {1} and summary["ranks"] == summary["target ranks"]
+    assert summary["test error"] < 0.05
+    assert max(summary["rate error"].values()) < 0.2  # a step of 1 % of the way, a row every ten
+    followed = dynamics.tracks(one.found)
+    assert followed.norms.shape == (31, 8) and followed.measured.shape == (29, 8)
+    start, end = followed.jumps()[0]
+    assert 0 < start < end < 300
+    k = int(np.argmax(followed.norms[-1]))
+    before = followed.norms[followed.steps <= start - 10, k]
+    assert (before < 0.1 * followed.norms[-1, k]).all()
+
+
+def test_tracks_follow_one_component_through_changes_of_order():
+    found = Trajectory()
+    rows = [((3, 7), (0.2, 0.1)), ((7, 5), (4.0, 0.3)), ((5, 7), (9.5, 4.0)), ((5, 7), (10.0, 4.0))]
+    for step, (ids, norms) in enumerate(rows):
+        row = {"components": norms, "component ids": ids, "predicted rate": np.array(ids) * 1.0}
+        found.append(step, {"flow time": 2.0 * step, **{k: {"v": v} for k, v in row.items()}})
+    followed = dynamics.tracks(found, "v")
+    assert np.array_equal(followed.norms, [[np.nan, 0.1], [0.3, 4.0], [9.5, 4], [10, 4]], True)
+    assert np.allclose(followed.measured[1], [(10 - 0.3) / 4, 0])
+    assert np.allclose(followed.predicted[1], [5, 7]) and np.isnan(followed.measured[0, 0])
+    assert followed.jumps() == [[2, 2], [1, 1]]
+    with pytest.raises(OptionError, match="no node 'w'; there is v"):
+        dynamics.tracks(found, "w")
+
+
+def test_published_settings():
+    """Theory.md 3.1 by numbers: sizes, ranks, scales, samples, stop rule; target norm 64."""
+    for config, order, size, std in (
+        (dynamics.mf, 2, 64, 1e-3),
+        (dynamics.cp, 3, 16, 1e-3),
+        (dynamics.htf, 4, 8, 1e-2),
+    ):
+        assert config.target_sizes == (size,) * order and config.std == std
+        assert (config.samples, config.target_rank, config.lr) == (2048, 5, 1e-2)
+        assert (config.every, config.stop_below, config.stop_checks) == (25, 5e-5, 100)
+        task, dense, _ = dynamics._task(config, None)
+        assert dense.norm().item() == pytest.approx(64) and len(task.values) == 2048
+        ranks = hierarchical_rank(dense, ModeTree.star(order), rtol=1e-8)
+        assert set(ranks.values()) == {5}
+    assert (dynamics.mf.rank, dynamics.cp.rank, dynamics.htf.rank) == (64, 256, 512)
+    assert (dynamics.mf.root, dynamics.cp.root, dynamics.htf.root) == ("ones", "ones", "trained")
+
+
+def test_stop_rule():
+    stop, found = dynamics._stays_below(1.0, 3), Trajectory()
+    verdicts = []
+    for step, loss in enumerate([0.5, 0.5, 0.5, 2.0, 0.5, 0.9, 0.5, 0.5, 0.5]):
+        found.append(step, {"loss": loss})
+        verdicts.append(stop(found))
+    assert verdicts[:7] == [False] * 7 and verdicts[7] == "loss below 1 at 4 checks in a row"
+
+
+def small(**changes):
+    return dataclasses.replace(dynamics.tiny, steps=40, **changes)
+
+
+def test_own_tree_and_target(tmp_path):
+    """A model along another tree than the target's; both given as objects; unequal sizes."""
+    tree = zoo.TREES["uneven"]
+    target = zoo.model_of(ModeTree.binary(5))
+    summary = dynamics.run(
+        small(off_tree=()), tmp_path / "a", tree=tree, target=target, pictures=False
+    )
+    assert summary["sizes"] == [2, 3, 5, 7, 4] and summary["tree"] == repr(tree)
+    assert load(tmp_path / "a" / "model.safetensors").tree == tree
+    dense = target.to_tensor().detach()
+    wanted = hierarchical_rank(dense, tree, rtol=1e-2)
+    assert summary["target ranks"] == {str(v): r for v, r in wanted.items()}
+    rms = (dense.square().mean().sqrt()).item()
+    assert summary["scale"] == pytest.approx(rms)
+    np.save(tmp_path / "x.npy", dense.numpy())
+    config = small(off_tree=(), tree=str(tmp_path / "t.json"), target=str(tmp_path / "x.npy"))
+    tree.save(tmp_path / "t.json")
+    again = dynamics.run(config, tmp_path / "b", pictures=False)
+    assert again["loss"] == summary["loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "sensing", "tree": "[[0,2],[1,3]]"},
+        {"join": "full", "rank": 2},
+        {"tree": "caterpillar-6", "target_tree": "half-6", "rates": False},
+        {"tree": "matrix-deep-3", "target_tree": "[0,1]", "root": "ones", "off_tree": ()},
+        {"samples": 81, "dtype": "float32"},
+        {"target": "il2", "missing": "nan", "tree": "il2-4", "samples": 500, "off_tree": ("1,3",)},
+    ],
+)
+def test_other_settings(tmp_path, changes):
+    changes = dict(changes)
+    if changes.get("target_tree") == "half-6":
+        changes |= {"target_tree": "[[0,3],[1,4],[2,5]]", "target_sizes": (2,) * 6}
+    if changes.get("target_tree") == "[0,1]":
+        changes |= {"target_sizes": (9, 9), "target_root": "ones"}
+    summary = dynamics.run(small(**changes), tmp_path / "run")
+    found = read_run(tmp_path / "run").found
+    assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists()
+    assert ("components" in summary) == (changes.get("join") != "full")
+    assert ("predicted rate" in found) == ("rates" not in changes and "join" not in changes)
+    assert ("test error" in summary) == (changes.get("samples") != 81)
+    assert ("target ranks" in summary) == ("missing" not in changes)
+    if "target_sizes" in changes and len(changes["target_sizes"]) == 2:  # a matrix: singular values
+        root = list(found["components"])[-1]
+        assert np.array_equal(found["components"][root], found["spectra"][0][:, :9])
+    plots.save_figure(plots.trajectory(found).figure, tmp_path / "t.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"off_tree": ("0,4",)}, OptionError, "no set of some of the modes 0..3"),
+        ({"off_tree": ("0,1,2,3",)}, OptionError, "no set of some of the modes"),
+        ({"off_tree": ("x",)}, OptionError, "'x' is no set"),
+        ({"samples": 82}, DataError, "integer from 1 to 81"),
+        ({"target": "nope.npy"}, FileError, "no such tensor"),
+        ({"target": "il2"}, DataError, "not finite"),
+        ({"tree": "star-3"}, OptionError, "4 mode sizes for a tree over 3 modes"),
+    ],
+)
+def test_refuses(tmp_path, changes, error, message):
+    with pytest.raises(
+        (error, ValueError) if error is OptionError else error, match=message
+    ) as caught:
+        dynamics.run(small(**changes), tmp_path / "run")
+    assert type(caught.value).__module__ == "tnreg.errors" and not list(tmp_path.iterdir())
+
+
+def test_refuses_complex_targets_and_foreign_folders(tmp_path):
+    target = zoo.model_of(ModeTree.binary(4), dtype=torch.complex128)
+    with pytest.raises(DataError, match="is complex"):
+        dynamics.run(small(), tmp_path / "run", target=target)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(FileError, match="is no run folder of tnreg"):
+        dynamics.run(small(), tmp_path / "mine")
+    with pytest.raises(FileError, match="not a run folder"):
+        read_run(tmp_path / "mine")
+    with pytest.raises(OptionError, match="at least one run folder"):
+        dynamics.panels([])
+
+
+def test_a_zero_target_is_no_division_by_zero(tmp_path):
+    summary = dynamics.run(small(), tmp_path / "run", target=torch.zeros(3, 3, 3, 3).double())
+    assert summary["scale"] == 1.0 and np.isfinite(summary["loss"])
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path, tiny):
+    """The process is killed once its checkpoint is there; the same call then ends like the whole run."""
+    code = (
+        "import sys\nfrom tnreg.experiments import dynamics\n"
+        "dynamics.run(dynamics.tiny, sys.argv[1], checkpoint_seconds=0)"
+    )
+    place = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", code, str(place)])
+    checkpoint = tmp_path / "run.checkpoint"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not place.exists()
+    with pytest.raises(OptionError, match=r"other settings.\n  seed: 0 there, 1 now"):
+        dynamics.run(dataclasses.replace(dynamics.tiny, seed=1), place)
+    assert checkpoint.exists()
+    summary = dynamics.run(dynamics.tiny, place, pictures=False)
+    whole = tiny[1]
+    found = read_run(place).found
+    assert found.names == whole.found.names and summary["seconds"] is None
+    for name in found.names:
+        one, other = found[name], whole.found[name]
+        pairs = [(one[k], other[k]) for k in other] if isinstance(other, dict) else [(one, other)]
+        assert all(np.array_equal(a, b) for a, b in pairs), name
+    models = [load(folder / "model.safetensors") for folder in (place, whole.folder)]
+    for ours, theirs in zip(*(m.weights.values() for m in models), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not checkpoint.exists()
+
+
+def test_an_interrupted_run_leaves_its_checkpoint(tmp_path, monkeypatch):
+    def interrupted(self, model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dynamics._Observations, "_off_tree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dynamics.run(dynamics.tiny, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_panels(tiny, tmp_path):
+    drawn = dynamics.panels([tiny[1].folder, tiny[1].folder])
+    assert len(drawn.axes) == 2 and drawn.axes[0].get_ylabel() == "norm of the component"
+    assert len(drawn.axes[0].lines) == 8
+
+
+def test_init_scale(tmp_path):
+    place = tmp_path / "sweep"
+    rows = sweep(init_scale.tiny, place)
+    assert [(row["std"], row["seed"]) for row in rows] == [(0.1, 1), (0.1, 2), (0.5, 1), (0.5, 2)]
+    assert json.loads((place / "config.json").read_text())["summary"] == rows
+    cells = sorted(p.name for p in place.iterdir() if p.is_dir())
+    assert cells == ["std-0.1-seed-1", "std-0.1-seed-2", "std-0.5-seed-1", "std-0.5-seed-2"]
+    weights = place / cells[0] / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    more = dataclasses.replace(init_scale.tiny, stds=(0.1, 0.3))
+    assert len(sweep(more, place)) == 4 and weights.stat().st_mtime_ns == written
+    (place / "config.json").unlink()  # a sweep that was cut short
+    (place / "init-scale.png").unlink()
+    assert sweep(init_scale.tiny, place) == rows
+    with pytest.raises(OptionError, match="made with other settings"):
+        sweep(dataclasses.replace(init_scale.tiny, steps=50), place)
+    (place / "init-scale.png").unlink()
+    assert init_scale.figure(place).stat().st_size > 5000
+    with pytest.raises(OptionError, match="at least one std and one seed"):
+        sweep(dataclasses.replace(init_scale.tiny, seeds=()), place)
+    with pytest.raises(FileError, match="not a finished sweep"):
+        init_scale.figure(place / cells[0])
+    base = dataclasses.replace(dynamics.tiny, rank=3)
+    assert (
+        len(sweep(dataclasses.replace(init_scale.tiny, seeds=(1,)), tmp_path / "b", base=base)) == 2
+    )
+    assert isinstance(load(tmp_path / "b" / cells[0] / "model.safetensors"), Factorization)
