@@ -14,6 +14,7 @@ import zoo
 
 from tnreg import ModeTree, Trajectory, load
 from tnreg.cli import main
+from tnreg.experiments import dynamics
 
 
 def call(capsys, *arguments):
@@ -110,6 +111,55 @@ def test_fit_and_plot(capsys, tensor, tmp_path):
     assert code == 0 and (tmp_path / "l.png").exists()
 
 
+def test_run_dynamics(capsys, tmp_path):
+    run = tmp_path / "runs" / "tiny-3"  # the folder above is made
+    options = ("--model", "tiny", "--seed", "3", "--steps", "40", "--no-progress")
+    code, out, err = call(capsys, "run", "dynamics", *options, "--out", str(run))
+    assert code == 0, err
+    for word in ("test error", "target ranks", "components", "jumps", "rate error"):
+        assert word in out
+    about = json.loads((run / "config.json").read_text())
+    assert (about["config"]["model"], about["config"]["seed"]) == ("tiny", 3)
+    assert about["config"]["rank"] == 8  # the preset's, not the default of the class
+    (run / "rates.png").unlink()
+    assert call(capsys, "plot", str(run))[0] == 0 and (run / "rates.png").exists()
+    code, out, _ = call(capsys, "plot", str(run), str(run))
+    assert code == 0 and (run.parent / "panels.png").exists()
+    code, _, _ = call(capsys, "plot", str(run), "--png", str(tmp_path / "one.png"))
+    assert code == 0 and (tmp_path / "one.png").exists()
+    code, _, _ = call(capsys, "plot", str(run), "--names", "spectra", "loss")
+    assert code == 0 and (run / "training.png").exists()
+
+
+def test_run_takes_the_defaults_of_the_preset(capsys):
+    for given in (["--model", "cp"], ["--model=cp"], ["--seed", "2", "--model", "cp"]):
+        _, out, _ = call(capsys, "run", "dynamics", *given, "--help")
+        assert re.search(r"--rank INT.*?\(default: *[│\s]*256\)", out, re.DOTALL)
+    _, out, _ = call(capsys, "run", "dynamics", "--help")
+    assert re.search(r"--rank INT.*?\(default: *[│\s]*512\)", out, re.DOTALL)
+
+
+def test_run_init_scale(capsys, tmp_path):
+    options = "--model tiny --stds 0.1 0.5 --seeds 1 --steps 30 --no-progress".split()
+    code, out, err = call(capsys, "run", "init-scale", *options, "--out", str(tmp_path / "s"))
+    assert code == 0, err
+    assert "effective rank" in out and (tmp_path / "s" / "init-scale.png").exists()
+    (tmp_path / "s" / "init-scale.png").unlink()
+    assert call(capsys, "plot", str(tmp_path / "s"))[0] == 0
+    assert (tmp_path / "s" / "init-scale.png").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dynamics, "fit", interrupted)
+    code, _, err = call(
+        capsys, "run", "dynamics", "--model", "tiny", "--out", str(tmp_path / "run")
+    )
+    assert code == 130 and "the same command goes on where this one stopped" in err
+
+
 def test_same_seed_same_run(capsys, tensor, tmp_path):
     for name in "ab":
         call(capsys, "fit", tensor, "--steps", "20", "--out", str(tmp_path / name), "--no-progress")
@@ -132,6 +182,13 @@ def test_same_seed_same_run(capsys, tensor, tmp_path):
         (["fit", "covid19", "--tree", "htf-4"], 1, "3 mode sizes for a tree over 4 modes"),
         (["fit", "covid19", "--rank", "0"], 1, "ranks must be a positive integer"),
         (["plot", "nowhere"], 1, "no such trajectory file"),
+        (["plot", "nowhere", "nowhere"], 1, "not a run folder"),
+        (["plot"], 1, "give a run folder"),
+        (["run", "dynamics", "--tree", "nope", "--model", "tiny"], 1, "no tree named 'nope'"),
+        (["run", "dynamics", "--device", "warp"], 1, "cannot use the device 'warp'"),
+        (["run", "dynamics", "--model", "nope"], 2, "nope"),
+        (["run", "init-scale", "--model", "tiny", "--seeds"], 1, "at least one std and one seed"),
+        (["run"], 2, "dynamics"),
         (["fit", "covid19", "--optimizer", "x"], 2, "optimizer"),
         (["nothing"], 2, "nothing"),
         ([], 2, ""),
@@ -145,9 +202,11 @@ def test_exit_codes(capsys, tmp_path, monkeypatch, arguments, code, message):
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
-@pytest.mark.parametrize("command", ["tree", "rank", "fit", "plot", "demo"])
+@pytest.mark.parametrize(
+    "command", ["tree", "rank", "fit", "plot", "demo", "run", "run dynamics", "run init-scale"]
+)
 def test_every_option_is_explained(capsys, command):
-    code, out, _ = call(capsys, command, "--help")
+    code, out, _ = call(capsys, *command.split(), "--help")
     assert code == 0
     lines = [line.strip("│ ") for line in out.splitlines()]
     options = [i for i, line in enumerate(lines) if re.match(r"--[a-z]", line)]

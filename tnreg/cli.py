@@ -34,7 +34,7 @@ from tnreg import (
 from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.experiments import completion, dynamics, init_scale
 from tnreg.experiments import demo as demo_experiment
-from tnreg.experiments.folder import read_run
+from tnreg.experiments.folder import experiment_of
 from tnreg.tree import read_tree, read_tree_file
 
 if TYPE_CHECKING:
@@ -282,17 +282,16 @@ def plot(
     if not runs:
         raise OptionError("plot: give a run folder.")
     first = runs[0]
-    file = first / "trajectory.npz" if first.is_dir() else first
-    kind = read_run(first).experiment if (file.parent / "config.json").is_file() and (
-        file.is_file() and first.is_dir()) else ""  # fmt: skip
+    kind = experiment_of(first)
     if len(runs) > 1 or (kind == "dynamics" and png is not None and not names):
         target = png or first.parent / "panels.png"
         plots.save_figure(dynamics.panels(runs), target)
-    elif (first / "init-scale.png").is_file():
+    elif kind == "init_scale":
         target = init_scale.figure(first)
     elif kind == "dynamics" and not names:
         target = dynamics.figure(first)
     else:
+        file = first / "trajectory.npz" if first.is_dir() else first
         found = Trajectory.load(file)
         target = png or file.with_name("training.png")
         plots.save_figure(completion.draw(found, names or found.names, log=not linear), target)

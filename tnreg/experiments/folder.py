@@ -16,7 +16,7 @@ from tnreg.errors import FileError
 from tnreg.factorization import Factorization
 from tnreg.trajectory import Trajectory
 
-__all__ = ["Run", "read_run", "write_run"]
+__all__ = ["Run", "experiment_of", "read_run", "write_run"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ def write_run(
     (folder / "config.json").write_text(
         json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
     )
+
+
+def experiment_of(folder: str | Path) -> str:
+    """Name of the experiment that wrote a folder; empty if none did."""
+    try:
+        about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return str(about["experiment"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def read_run(folder: str | Path) -> Run:
