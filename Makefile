@@ -4,13 +4,37 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test check format lint types bench clean
+.PHONY: demo test figures check format lint types bench clean
+
+SEEDS := 1 2 3
+DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
+SWEEPS := runs/init-scale-cp runs/init-scale-mf
 
 demo: $(READY)
 	$(BIN)/tnreg demo --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The three dynamics at the published settings, a quarter of an hour on two cores. What is in runs/ is not
+# trained again, and what was killed goes on.
+figures: $(DYNAMICS) $(SWEEPS)
+	mkdir -p runs/figures
+	$(BIN)/tnreg plot runs/mf-1 runs/cp-1 runs/htf-1 --png runs/figures/dynamics.png
+	$(BIN)/tnreg plot runs/htf-1
+	cp runs/htf-1/rates.png runs/figures/rates.png
+	cp runs/htf-1/spectra.png runs/figures/spectra.png
+	cp runs/init-scale-cp/init-scale.png runs/figures/init-scale.png
+	$(BIN)/python benchmarks/dynamics_runs.py $(DYNAMICS) --out runs/figures/dynamics-runs.json
+
+runs/mf-%: | $(READY)
+	$(BIN)/tnreg run dynamics --model mf --seed $* --out $@
+runs/cp-%: | $(READY)
+	$(BIN)/tnreg run dynamics --model cp --seed $* --out $@
+runs/htf-%: | $(READY)
+	$(BIN)/tnreg run dynamics --model htf --seed $* --out $@
+runs/init-scale-%: | $(READY)
+	$(BIN)/tnreg run init-scale --model $* --out $@
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -30,6 +54,7 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/steps.py --out benchmarks/results/steps-cpu.json
+	$(BIN)/python benchmarks/dynamics.py --out benchmarks/results/dynamics-cpu.json
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tnreg needs Python 3.11 or newer; set PYTHON=..."; exit 1; }

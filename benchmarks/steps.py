@@ -50,6 +50,15 @@ def measure(rows: dict[str, Call], device: torch.device, rounds: int) -> dict[st
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def machine_name(device: torch.device, threads: int) -> str:
+    """What the figures were measured on."""
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{name}, {threads} threads, {versions}"
+
+
 def training_step(predict: Callable[[], Tensor], values: Tensor, parameters: list[Tensor]) -> Call:
     """One SGD step on the mean squared error."""
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
@@ -228,11 +237,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    )
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    machine = f"{name}, {arguments.threads} threads, {versions}"
+    machine = machine_name(device, arguments.threads)
     print(machine)
     results: dict[str, dict[str, float]] = {}
     for block in (htf, cp, matrix, full):

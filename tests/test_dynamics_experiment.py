@@ -65,7 +65,7 @@ def test_what_is_recorded_belongs_to_the_model(tiny):
         ids = found["component ids"][node][-1]
         assert np.allclose(found["components"][node][-1], norms.detach().numpy()[ids], rtol=1e-12)
         assert (np.diff(found["components"][node], axis=1) <= 0).all()  # the largest first
-    for node, s in spectra(model).items():
+    for node, s in spectra(model.to_tensor().detach(), model.tree).items():
         assert np.allclose(found["spectra"][node][-1], s.numpy(), atol=1e-12)
     off = torch.linalg.svdvals(model.to_tensor().detach().permute(0, 2, 1, 3).reshape(9, 9))
     assert np.allclose(found["off-tree"]["0,2"][-1], off.numpy(), atol=1e-12)
@@ -74,6 +74,18 @@ def test_what_is_recorded_belongs_to_the_model(tiny):
     # the step size is that of the step before the row, the time the sum of all of them
     assert found["flow time"][0] == 0 and (np.diff(found["flow time"]) > 0).all()
     assert len(summary["jumps"][str(root)]) == 1
+
+
+def test_a_large_tensor_is_observed_without_being_made_dense(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(dynamics, "_SMALL", 0)
+    dynamics.run(dynamics.tiny, tmp_path / "run", pictures=False)
+    found, dense = read_run(tmp_path / "run").found, tiny[1].found
+    for node, s in found["spectra"].items():
+        assert s.shape[1] <= 8  # the rank of the bond
+        assert np.allclose(s, dense["spectra"][node][:, : s.shape[1]], atol=1e-11)
+    for name in ("test error", "train error", "loss"):
+        assert np.allclose(found[name], dense[name], rtol=1e-10)
+    assert np.allclose(found["off-tree"]["0,2"], dense["off-tree"]["0,2"], atol=1e-11)
 
 
 def test_it_learns_the_rank_of_the_target_as_theory_predicts(tiny):

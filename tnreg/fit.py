@@ -96,15 +96,7 @@ def fit(
     steps = check_integer(steps, 0, "fit: steps")
     every = check_integer(every, 1, "fit: every")
     watched = dict(observe or {})
-    if "loss" in watched:
-        raise OptionError(
-            "fit: the name 'loss' is taken by the training loss; call it something else."
-        )
-    for name, function in [*watched.items(), *([("stop", stop)] if stop is not None else [])]:
-        if not callable(function):
-            raise OptionError(f"fit: {name!r} must be a function, found {function!r}.")
-    if not torch.is_grad_enabled():
-        raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
+    _check_functions(watched, stop)
     update = _optimizer(optimizer, model, lr)
     closed = _needs_closure(update)
 
@@ -119,6 +111,7 @@ def fit(
         update.step()
 
     replay = _captured(whole_step, model, closed) if graph else None
+    ordinary = not closed and replay is None
     saved = _Saved(checkpoint, checkpoint_seconds, model, update, {
         **(settings or {}), "optimizer": _described(update), "every": every,
         "observed": ["loss", *watched],
@@ -129,16 +122,15 @@ def fit(
     first = int(run.steps[-1]) if len(run) else 0
     resumed = len(run) > 0
 
+    update.zero_grad(set_to_none=True)
     with _progress_bar(steps, progress) as show:
         try:
             for step in range(first, steps + 1):
                 due = step % every == 0 or step == steps
-                ahead = (
-                    not closed and replay is None
-                )  # the loss of the row serves the update as well
                 if due:
                     saved.before_row()
-                value = loss(model) if due or ahead else None
+                # an ordinary update goes on from this very loss, other kinds evaluate their own
+                value = loss(model) if due or ordinary else None
                 if step == first:
                     _check_loss(value)
                 if value is not None and (due or value.device.type == "cpu"):
@@ -171,9 +163,11 @@ def fit(
                     replay()
                 else:
                     assert value is not None
-                    update.zero_grad(set_to_none=True)
                     value.backward()  # type: ignore[no-untyped-call]
                     update.step()
+                    # memory that would still be held while the next loss is computed
+                    value = None
+                    update.zero_grad(set_to_none=True)
             saved.write(run, at_once=True)
         except KeyboardInterrupt:
             run.stop_reason = "interrupted"
@@ -279,6 +273,18 @@ def _described(update: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's kind and numbers, as far as they can be compared."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in update.param_groups]
     return {"kind": type(update).__name__, "groups": groups}
+
+
+def _check_functions(watched: Mapping[str, Any], stop: Any) -> None:
+    if "loss" in watched:
+        raise OptionError(
+            "fit: the name 'loss' is taken by the training loss; call it something else."
+        )
+    for name, function in [*watched.items(), *([("stop", stop)] if stop is not None else [])]:
+        if not callable(function):
+            raise OptionError(f"fit: {name!r} must be a function, found {function!r}.")
+    if not torch.is_grad_enabled():
+        raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
 
 
 def _check_loss(value: Any) -> None:

@@ -20,7 +20,7 @@ from tnreg.network import Network
 from tnreg.rank import as_tensor, check_numbers
 from tnreg.tree import ModeTree
 
-__all__ = ["Completion", "Sensing", "completion", "sensing"]
+__all__ = ["Completion", "Sensing", "completion", "relative_error", "sensing"]
 
 
 class Completion:
@@ -69,12 +69,12 @@ class Completion:
                 "  give completion(index=, values=, sizes=, test_index=, test_values=),\n"
                 "  or a target to sample from"
             )
-        return _relative_error(self._predict(model, seen=False), self.test_values)
+        return relative_error(self._predict(model, seen=False), self.test_values)
 
     @torch.no_grad()
     def train_error(self, model: nn.Module) -> float:
         """``‖W - W*‖ / ‖W*‖`` over the observed entries."""
-        return _relative_error(self._predict(model, seen=True), self.values)
+        return relative_error(self._predict(model, seen=True), self.values)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -136,12 +136,12 @@ class Sensing:
         """``‖W - W*‖ / ‖W*‖`` over all entries, none of which was seen by itself."""
         if self.target is None:
             raise OptionError("test_error: this task does not know its target tensor.")
-        return _relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
+        return relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
 
     @torch.no_grad()
     def train_error(self, model: nn.Module) -> float:
         """``‖y - y*‖ / ‖y*‖`` over the measurements."""
-        return _relative_error(model(self.features), self.values)
+        return relative_error(model(self.features), self.values)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -333,7 +333,8 @@ def _mean_square(difference: Tensor) -> Tensor:
     )
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """``‖found - wanted‖ / ‖wanted‖``; 0.0 or infinite if nothing but zeros is wanted."""
     norm = torch.linalg.vector_norm(wanted)
     error = torch.linalg.vector_norm(found - wanted)
     return float(error / norm) if norm > 0 else (math.inf if error > 0 else 0.0)

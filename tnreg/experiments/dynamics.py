@@ -35,7 +35,7 @@ from tnreg.gramians import hierarchical_rank, spectra
 from tnreg.optim import GroupRMSprop
 from tnreg.plots import node_text, save_figure
 from tnreg.rank import as_tensor, check_numbers, effective_rank, matricize, numerical_rank
-from tnreg.tasks import Completion, Sensing, completion, sensing
+from tnreg.tasks import Completion, Sensing, completion, relative_error, sensing
 from tnreg.tensors import load_tensor
 from tnreg.trajectory import Trajectory
 from tnreg.tree import ModeTree, Node, read_tree
@@ -126,6 +126,8 @@ tiny = dataclasses.replace(
     every=10, dtype="float64",
 )  # fmt: skip
 MODELS: dict[str, Config] = {"mf": mf, "cp": cp, "htf": htf, "htf-small": htf_small, "tiny": tiny}
+
+_SMALL = 2**16  # entries of a tensor that is made dense to be observed
 
 _TITLES = {
     "mf": "matrix factorization",
@@ -243,7 +245,11 @@ def _stays_below(value: float, checks: int) -> Callable[[Trajectory], bool | str
 
 
 class _Observations:
-    """What is recorded in every row; what two observations need is computed once."""
+    """What is recorded in every row; what two observations need is computed once.
+
+    A small tensor is made dense once a row for errors and singular values: at 8^4 and width 512 that
+    costs a fifth of the factored spectra. A large one never is.
+    """
 
     def __init__(
         self,
@@ -252,13 +258,17 @@ class _Observations:
         optimizer: GroupRMSprop,
         model: Factorization,
     ) -> None:
-        self.config, self.task, self.optimizer = config, task, optimizer
+        self.config, self.task = config, task
+        self.dense: Tensor | None = None
+        self.small = math.prod(model.sizes) <= _SMALL
         self.matrix = model.tree.order == 2
         self.off_tree = {text: _modes(text, model.tree.order) for text in config.off_tree}
-        functions: dict[str, Callable[[Factorization], Any]] = {"train error": task.train_error}
+        functions: dict[str, Callable[[Factorization], Any]] = {
+            "train error": task.train_error,
+            "spectra": self._spectra,
+        }
         if isinstance(task, Sensing) or task.test_values is not None:
-            functions["test error"] = task.test_error
-        functions["spectra"] = self._spectra
+            functions["test error"] = self._test_error
         functions["effective rank"] = self._effective_ranks
         if self.off_tree:
             functions["off-tree"] = self._off_tree
@@ -274,14 +284,26 @@ class _Observations:
         self.functions = functions
 
     def _spectra(self, model: Factorization) -> dict[Node, Tensor]:
-        self.spectra = spectra(model)
+        self.dense = model.to_tensor() if self.small else None
+        if self.dense is None:
+            self.spectra = spectra(model)
+        else:
+            self.spectra = spectra(self.dense.double(), model.tree)
         return self.spectra
+
+    def _test_error(self, model: Factorization) -> float:
+        task = self.task
+        if self.dense is None or not isinstance(task, Completion) or task.test_index is None:
+            return task.test_error(model)
+        assert task.test_values is not None
+        found = self.dense[task.test_index.unbind(1)]
+        return relative_error(found, task.test_values)
 
     def _effective_ranks(self, _: Factorization) -> dict[Node, Tensor]:
         return {node: effective_rank(s) for node, s in self.spectra.items()}
 
     def _off_tree(self, model: Factorization) -> dict[str, Tensor]:
-        dense = model.to_tensor().double()
+        dense = (model.to_tensor() if self.dense is None else self.dense).double()
         return {t: torch.linalg.svdvals(matricize(dense, m)) for t, m in self.off_tree.items()}
 
     def _components(self, model: Factorization) -> dict[Node, Tensor]:
