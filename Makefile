@@ -8,7 +8,7 @@ export MPLBACKEND ?= Agg
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
-SWEEPS := runs/init-scale-cp runs/init-scale-mf
+SWEEPS := $(foreach model,cp mf,runs/init-scale-$(model)/init-scale.png)
 
 demo: $(READY)
 	$(BIN)/tnreg demo --out runs/demo
@@ -33,8 +33,8 @@ runs/cp-%: | $(READY)
 	$(BIN)/tnreg run dynamics --model cp --seed $* --out $@
 runs/htf-%: | $(READY)
 	$(BIN)/tnreg run dynamics --model htf --seed $* --out $@
-runs/init-scale-%: | $(READY)
-	$(BIN)/tnreg run init-scale --model $* --out $@
+runs/init-scale-%/init-scale.png: | $(READY)
+	$(BIN)/tnreg run init-scale --model $* --out $(@D)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
