@@ -8,7 +8,7 @@ export MPLBACKEND ?= Agg
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
-SWEEPS := $(foreach model,cp mf,runs/init-scale-$(model)/init-scale.png)
+SWEEPS := runs/init-scale-cp/init-scale.png
 
 demo: $(READY)
 	$(BIN)/tnreg demo --out runs/demo

@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot
 import tnreg
 from tnreg.experiments import dynamics
 
-FIT_STEPS = 50
+FIT_STEPS = 100
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 ROOMS = [
     "errors", "files", "tree", "trajectory", "optim", "network", "rank", "einsum", "contraction", "scaled",
-    "factorization", "gramians", "components", "dynamics", "tensors", "tasks", "checkpoint", "fit", "plots",
+    "factorization", "gramians", "hsvd", "components", "dynamics", "tensors", "tasks", "checkpoint",
+    "fit", "plots",
     "experiments", "cli",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"

@@ -1,6 +1,7 @@
 """The project around the package: README, gallery page, changelog, packaging, examples.
 
-Run as a script, ``python tests/test_project.py``, it writes the gallery page and README's speed table again.
+Run as a script, ``python tests/test_project.py``, it writes the gallery page and the tables of README and
+docs again.
 """
 
 from __future__ import annotations
@@ -69,6 +70,74 @@ def speed_table():
     return "\n".join(head + rows)
 
 
+PUBLISHED = {  # figure 1, 2 and 4 of the paper
+    "mf": ("36.5 32.2 28.3 23.3 20.2 \\| ≈ 0", "0.1–0.4, 1.1–1.5, 2.3–2.9, 2.9–3.3, 4.4–4.8"),
+    "cp": ("37.2 36.2 24.2 21.7 17.4 \\| ≈ 0", "0.1–0.5, 1.2–1.6, 2.3–2.7, 4.7–5.0, 6.1–6.4"),
+    "htf": ("9.46 4.76 2.53 1.48 0.86 \\| ≈ 0", "first 10.2; 13.2, 15.7, 20, 30"),
+}
+
+
+def dynamics_table():
+    runs = json.loads((ROOT / "benchmarks/results/dynamics-runs.json").read_text())["runs"]
+    lines = ["| run | components \\| next | jumps | ranks (target) | test error | steps |"]
+    lines.append("|---|---|---|---|---|---|")
+    for model, (components, jumps) in PUBLISHED.items():
+        lines.append(f"| {model.upper()}, published | {components} | {jumps} | | | |")
+        for run in (r for r in runs if r["model"] == model):
+            largest = run["components"]
+            alive = [c for c in largest if c > 0.01 * largest[0]]
+            shown = " ".join(f"{c:.3g}" for c in alive) + f" \\| {largest[len(alive)]:.1g}"
+            when = ", ".join(f"{a / 1000:.1f}–{b / 1000:.1f}" for a, b in run["jumps"])
+            ranks = " ".join(map(str, run["ranks"].values()))
+            target = " ".join(map(str, run["target ranks"].values()))
+            steps = f"{run['steps']:,}"
+            lines.append(
+                f"| {model.upper()}, seed {run['seed']} | {shown} | {when} | {ranks} ({target}) "
+                f"| {run['test error']:.2g} | {steps} |"
+            )
+    return "\n".join(lines)
+
+
+def cost_table():
+    found = json.loads((ROOT / "benchmarks/results/dynamics-cpu.json").read_text())
+    times = found["milliseconds"]
+    step = times["step: tnreg"]
+    lines = ["| what | ms | of a step |", "|---|---|---|"]
+    lines += [f"| {name} | {time:.2f} | {time / step:.2f} |" for name, time in times.items()]
+    return "\n".join(lines)
+
+
+def test_docs_tables_are_the_committed_results():
+    page = (ROOT / "docs/dynamics.md").read_text(encoding="utf-8")
+    assert dynamics_table() in page and cost_table() in page
+
+
+def test_published_dynamics_are_reproduced():
+    """The committed runs: as many components as the target has, and the ranks of the target at every node."""
+    runs = json.loads((ROOT / "benchmarks/results/dynamics-runs.json").read_text())["runs"]
+    assert sorted((r["model"], r["seed"]) for r in runs) == [
+        (model, seed) for model in ("cp", "htf", "mf") for seed in (1, 2, 3)
+    ]
+    for run in runs:
+        assert run["ranks"] == run["target ranks"]
+        if run["model"] != "htf":
+            assert run["components"][5] < 0.01 * run["components"][4] and len(run["jumps"]) == 5
+
+
+def test_docs_run(tmp_path, monkeypatch):
+    """Every Python block of the docs, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for code, output in re.findall(
+            r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", text, re.DOTALL
+        ):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                exec(compile(code, page.name, "exec"), {})
+            assert said.getvalue() == output, page.name
+
+
 def test_gallery_page_pictures_every_tree():
     assert (ROOT / "trees" / "README.md").read_text(encoding="utf-8") == gallery_page()
 
@@ -105,9 +174,10 @@ def test_readme_commands_exist():
     assert documented == set(re.findall(r"• (\w+)", help_text))
 
 
-def test_readme_links_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_links_exist():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page.name, link)
 
 
 def test_public_names_are_in_the_changelog_and_documented():
@@ -181,3 +251,12 @@ if __name__ == "__main__":
         r"(?s)SPEED_TABLE|\| work \| against .*?(?=\n\n)", lambda _: speed_table(), README
     )
     (ROOT / "README.md").write_text(marked, encoding="utf-8")
+    page = (ROOT / "docs/dynamics.md").read_text(encoding="utf-8")
+    for mark, head, table in (
+        ("DYNAMICS_TABLE", "| run | ", dynamics_table()),
+        ("COST_TABLE", "| what | ms ", cost_table()),
+    ):
+        page = re.sub(
+            rf"(?s){mark}|{re.escape(head)}.*?(?=\n\n|\Z)", lambda _, t=table: t, page, count=1
+        )
+    (ROOT / "docs/dynamics.md").write_text(page.rstrip() + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from tnreg.rank import effective_rank, entanglement_entropy, matricize
 from tnreg.contraction import Plan, plan
 from tnreg.factorization import Factorization, load
 from tnreg.gramians import hierarchical_rank, spectra
+from tnreg.hsvd import decompose, truncate
 from tnreg.components import balance_
 from tnreg.tensors import load_tensor
 from tnreg.tasks import completion, sensing
@@ -23,7 +24,7 @@ __all__ = [
     # trees and networks
     "ModeTree", "gallery", "load_tree", "Network", "network", "Plan", "plan",
     # factorizations
-    "Factorization", "load", "balance_",
+    "Factorization", "load", "balance_", "decompose", "truncate",
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training

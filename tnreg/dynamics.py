@@ -85,7 +85,13 @@ def _drives(model: Factorization, loss: Loss) -> dict[Node, Tensor]:
     return {node: _drive(min(found, key=lambda p: len(p[0]))) for node, found in pairs.items()}
 
 
-def predicted_rate(model: Factorization, loss: Loss, *, form: str = "exact") -> dict[Node, Tensor]:
+def predicted_rate(
+    model: Factorization,
+    loss: Loss,
+    *,
+    form: str = "exact",
+    norms: Mapping[Node, Tensor] | None = None,
+) -> dict[Node, Tensor]:
     """``{diagonal join: (R_v,)}``: ``d sigma/dt`` of every local component by the theory.
 
     Args:
@@ -93,6 +99,7 @@ def predicted_rate(model: Factorization, loss: Loss, *, form: str = "exact") -> 
         loss: Called with the model, e.g. ``task.loss``.
         form: ``"exact"`` holds for any weights; ``"balanced"`` is the law for weights whose
             unbalancedness is zero, ``K sigma^(2 - 2/K) <-grad L, C>``.
+        norms: ``model.component_norms()``, if they are at hand.
 
     Returns:
         Rates in units of sigma per unit of gradient-flow time; 0 for components of norm 0.
@@ -105,13 +112,13 @@ def predicted_rate(model: Factorization, loss: Loss, *, form: str = "exact") -> 
     _check_form(form)
     drives = _drives(model, loss)
     out: dict[Node, Tensor] = {}
-    for node, norms in _component_norms(model).items():
-        sigma, drive = norms.prod(0), drives[node]
+    for node, found in (_component_norms(model) if norms is None else norms).items():
+        sigma, drive = found.prod(0), drives[node]
         alive = sigma > 0
         if form == "exact":
-            growth = sigma * torch.where(alive, norms, 1).pow(-2).sum(0)
+            growth = sigma * torch.where(alive, found, 1).pow(-2).sum(0)
         else:
-            growth = len(norms) * torch.where(alive, sigma, 1) ** (1 - 2 / len(norms))
+            growth = len(found) * torch.where(alive, sigma, 1) ** (1 - 2 / len(found))
         out[node] = torch.where(alive, drive * growth, 0)
     return out
 

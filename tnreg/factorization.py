@@ -52,6 +52,10 @@ class Factorization(nn.Module):
         device: Any torch device.
         generator: For reproducible weights, the same on every device.
 
+    Attributes:
+        error_bound: Set by ``decompose`` and ``truncate``: bound on the Frobenius distance to what was
+            decomposed. ``None`` otherwise.
+
     Raises:
         TreeError, ShapeError, OptionError: Arguments that do not fit the tree.
 
@@ -88,6 +92,54 @@ class Factorization(nn.Module):
             for stack in self.network.stacks
         )
         self._entry_plans: list[tuple[Tensor, Plan]] = []
+        self.error_bound: float | None = None
+
+    @classmethod
+    def from_weights(
+        cls,
+        tree: ModeTree,
+        weights: Mapping[Node, Tensor],
+        *,
+        join: str | Mapping[Node, str] = "full",
+    ) -> Factorization:
+        """A factorization that holds copies of these weights; sizes and ranks are read off them.
+
+        Args:
+            tree: The mode tree.
+            weights: ``{node: weight}`` of all nodes, shaped as ``weights`` says; a diagonal root
+                that is left out is fixed to ones.
+            join: As for the class.
+
+        Raises:
+            ShapeError, OptionError: Weights that do not fit the tree or each other.
+        """
+        top = tree.root
+        missing = [node for node in tree.nodes if node not in weights and node != top]
+        if missing:
+            raise ShapeError(f"from_weights: there is no weight for node {missing[0]!r}.")
+        flat = [n for n in tree.nodes[:-1] if torch.as_tensor(weights[n]).ndim < 2]
+        if flat:
+            raise ShapeError(
+                f"the weight of node {flat[0]!r} needs two axes or more, with the bond above it last.\n"
+                f"  found: shape {tuple(torch.as_tensor(weights[flat[0]]).shape)}"
+            )
+        given = {node: torch.as_tensor(weight) for node, weight in weights.items()}
+        sample = given[tree.nodes[0]]
+        dtype = sample.dtype
+        for weight in given.values():
+            dtype = torch.promote_types(dtype, weight.dtype)
+        model = cls(
+            tree,
+            [given[mode].shape[0] for mode in tree.leaves],
+            {node: given[node].shape[-1] for node in tree.nodes[:-1]},
+            join=join,
+            root="trained" if top in given else "ones",
+            std=0.0,
+            dtype=dtype,
+            device=sample.device,
+        )
+        model.load_weights(given)
+        return model
 
     @property
     def tree(self) -> ModeTree:
@@ -438,6 +490,7 @@ class Factorization(nn.Module):
             for stack in self.stacks
         )
         copy._entry_plans = list(self._entry_plans)
+        copy.error_bound = self.error_bound
         for ours, theirs in zip(copy.stacks, self.stacks, strict=True):
             ours.grad = None if theirs.grad is None else theirs.grad.clone()
         copy.train(self.training)
@@ -549,16 +602,20 @@ def _column_norms(matrix: Tensor) -> Tensor:
     """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
     if matrix.is_complex():  # (n, R) -> (n, R, 2) -> (2n, R)
         matrix = torch.view_as_real(matrix).mT.flatten(0, 1)
+    # not linalg.vector_norm, which takes ten times as long along columns
     scale: Tensor | float = 1.0
-    if matrix.dtype != torch.float32:  # squares of floats fit into doubles
+    if matrix.dtype == torch.float32:
+        squares = None
+        if matrix.device.type == "cpu":  # a copy in doubles is slow here; most often floats will do
+            squares = matrix.square().sum(0, dtype=torch.float64)
+            if not bool(((squares > 1e-24) & (squares < 1e30)).all()):
+                squares = None
+        if squares is None:  # squares of floats fit into doubles
+            squares = matrix.double().square().sum(0)
+    else:
         largest = matrix.detach().abs().amax(0)
         scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-        matrix = matrix / scale
-    # Not linalg.vector_norm, which takes ten times as long along columns. In blocks, as fresh memory for
-    # a large matrix of doubles costs more than the arithmetic does.
-    rows = 64 if matrix.device.type == "cpu" else max(len(matrix), 1)
-    blocks = [part.double().square().sum(0) for part in torch.split(matrix, rows)]
-    squares = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+        squares = (matrix / scale).double().square().sum(0)
     alive = squares > 0  # the root has no gradient at zero; the norm has a subgradient, 0
     norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
     return (norms * scale).to(matrix.dtype)

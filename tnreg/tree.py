@@ -70,6 +70,7 @@ class ModeTree:
             heights[i] = 1 + max((heights[c] for c in below), default=-1)
         self._up = tuple(up)
         self._heights = tuple(heights)
+        self._order = sum(1 for below in links if not below)
         self._hash = hash((names, links))
         self._modes: tuple[tuple[int, ...], ...] | None = None
         self._graph: nx.DiGraph[Any] | None = None
@@ -172,7 +173,7 @@ class ModeTree:
     @property
     def order(self) -> int:
         """Number of modes N."""
-        return sum(1 for below in self._links if not below)
+        return self._order
 
     @property
     def root(self) -> Node:

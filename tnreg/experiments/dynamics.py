@@ -314,7 +314,7 @@ class _Observations:
         if self.matrix:
             rates = {model.tree.root: predicted_singular_rate(model, self.task.loss)}
         else:
-            rates = predicted_rate(model, self.task.loss)
+            rates = predicted_rate(model, self.task.loss, norms=self.norms)
         return {node: rates[node][ids] for node, ids in self.ids.items()}
 
     def _unbalancedness(self, _: Factorization) -> Tensor:

@@ -1,0 +1,320 @@
+"""Hierarchical SVD: the error guarantee on random and hard tensors, ranks as small as they can be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    TreeError,
+    decompose,
+    hierarchical_rank,
+    matricize,
+    spectra,
+    truncate,
+)
+
+TOLERANCES = [None, 0.0, 1e-12, 1e-6, 1e-2, 0.3, 0.9]
+DTYPES = [torch.float64, torch.complex128, torch.float32]
+
+
+def random_tensor(sizes, dtype=torch.float64, seed=0):
+    return torch.randn(sizes, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def decaying(sizes, dtype=torch.float64):
+    """1 / (1 + i_0 + i_1 + ...): singular values that fall slowly at first and then fast."""
+    grids = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
+    return (1.0 / (1 + sum(grids))).to(dtype)
+
+
+def one_entry(tensor, value):
+    tensor[1, 1, 1, 1] = value
+    return tensor
+
+
+def assert_kept(found, tensor, rtol):
+    """The promise: within rtol (or rounding), and within the bound that was given."""
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    norm = torch.linalg.vector_norm(tensor.to(wide)).item()
+    error = torch.linalg.vector_norm(found.to_tensor().detach().to(wide) - tensor.to(wide)).item()
+    rounding = 40 * len(found.tree.nodes) * torch.finfo(tensor.dtype).eps
+    assert error <= max(rtol or 0.0, rounding) * norm
+    assert error <= found.error_bound * (1 + 1e-6) or error == 0
+    assert found.error_bound <= (max(rtol or 0.0, rounding) + rounding) * norm
+    assert found.dtype == tensor.dtype and set(found.network.joins) <= {"leaf", "full"}
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("randomized", [False, True])
+def test_decompose_keeps_its_promise(name, dtype, randomized):
+    tree = zoo.TREES[name]
+    sizes = zoo.sizes_of(tree)
+    for tensor in (random_tensor(sizes, dtype), decaying(sizes, dtype)):
+        for rtol in TOLERANCES:
+            assert_kept(decompose(tensor, tree, rtol=rtol, randomized=randomized), tensor, rtol)
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_truncate_keeps_its_promise(name, dtype):
+    tree = zoo.TREES[name]
+    for join in zoo.joins_of(tree).values():
+        model = zoo.model_of(tree, join, dtype=dtype)
+        tensor = model.to_tensor().detach()
+        for rtol in TOLERANCES:
+            assert_kept(truncate(model, rtol=rtol), tensor, rtol)
+    tensor = (model := zoo.model_of(tree, root="ones", dtype=dtype)).to_tensor().detach()
+    assert_kept(truncate(model, rtol=0.1), tensor, 0.1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=zoo.trees(), seed=st.integers(0, 2**16), rtol=st.sampled_from(TOLERANCES))
+def test_on_random_trees(tree, seed, rtol):
+    sizes = zoo.sizes_of(tree)
+    tensor = random_tensor(sizes, seed=seed)
+    found = decompose(tensor, tree, rtol=rtol)
+    assert_kept(found, tensor, rtol)
+    again = truncate(found, rtol=rtol)
+    error = (again.to_tensor() - found.to_tensor()).norm().item()
+    assert error <= max(rtol or 0, 1e-13) * found.norm().item()
+
+
+HARD = {
+    "zero": torch.zeros(4, 5, 6, 3).double(),
+    "one huge entry": one_entry(torch.zeros(4, 5, 6, 3).double(), 1e300),
+    "huge beside small": one_entry(random_tensor((4, 5, 6, 3)), 1e8),
+    "tiny": random_tensor((4, 5, 6, 3)) * 1e-250,
+    "rank one": torch.einsum("a,b,c,d->abcd", *(random_tensor((n,)) for n in (4, 5, 6, 3))),
+    "slow": decaying((4, 5, 6, 3)) + 0.1 * random_tensor((4, 5, 6, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("tree", ["htf-4", "across", "cp-4", "backwards"])
+def test_hard_cases(name, tree):
+    tensor, tree = HARD[name], zoo.TREES[tree]
+    unit = tensor / tensor.abs().max().clamp_min(1e-300)
+    for rtol in (None, 1e-9, 1e-3, 0.2):
+        found = decompose(tensor, tree, rtol=rtol)
+        scaled = found.to_tensor().detach() / tensor.abs().max().clamp_min(1e-300)
+        assert (scaled - unit).norm() <= max(rtol or 0, 1e-14) * unit.norm()
+        assert math.isfinite(found.error_bound)
+        if name in ("zero", "one huge entry", "rank one"):
+            assert set(found.network.bonds) == {1}
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+def test_exact_ranks_are_found(name):
+    """What has low hierarchical rank is decomposed with exactly these bonds, and no error."""
+    tree = zoo.TREES[name]
+    for join in zoo.joins_of(tree).values():
+        model = zoo.model_of(tree, join)
+        tensor = model.to_tensor().detach()
+        ranks = hierarchical_rank(tensor, tree, rtol=1e-10)
+        for found in (
+            decompose(tensor, tree),
+            truncate(model),
+            decompose(tensor, tree, rtol=1e-10),
+        ):
+            assert dict(zip(tree.nodes[:-1], found.network.bonds[:-1], strict=True)) == ranks
+            assert_kept(found, tensor, 1e-10)
+
+
+def test_a_matrix_gets_the_best_rank():
+    """For two modes the guarantee is reached with the least rank that any method can reach."""
+    tree, matrix = ModeTree([0, 1]), decaying((30, 40))
+    values = torch.linalg.svdvals(matrix)
+    tails = values.square().flip(0).cumsum(0).flip(0).sqrt() / values.norm()
+    for rank in range(1, 8):  # just enough, and just too little, for this rank
+        for found in (
+            decompose(matrix, tree, rtol=tails[rank].item() * 1.001),
+            truncate(decompose(matrix, tree), rtol=tails[rank].item() * 1.001),
+            decompose(matrix, tree, rtol=tails[rank].item() * 1.001, randomized=True),
+        ):
+            assert found.network.bonds[:2] == (rank, rank)
+        found = decompose(matrix, tree, rtol=tails[rank].item() * 0.999)
+        assert found.network.bonds[:2] == (rank + 1, rank + 1)
+
+
+def test_what_a_node_does_not_need_others_may_spend():
+    """All rank is in one pair of modes: nearly the whole tolerance is spent there."""
+    matrix = torch.diag(torch.arange(1.0, 9.0).double())
+    tensor = torch.einsum("ab,c,d->acbd", matrix, torch.ones(3).double(), torch.ones(3).double())
+    tree = ModeTree([[0, 1], [2, 3]])
+    squares = matrix.diagonal().square()
+    allowed = (squares[:4].sum() / squares.sum()).sqrt().item() * 1.01  # four of eight may go
+    assert decompose(tensor, tree, rtol=allowed).network.bonds[tree.position(0)] <= 5
+    assert truncate(decompose(tensor, tree), rtol=allowed).network.bonds[tree.position(0)] <= 6
+
+
+@pytest.mark.parametrize("name", ["htf-4", "uneven", "cp-4", "caterpillar", "across"])
+def test_given_ranks(name):
+    """Ranks are kept to; the error lies between the best possible one and Grasedyck's bound."""
+    tree = zoo.TREES[name]
+    tensor = random_tensor(zoo.sizes_of(tree))
+    tails = {v: s[2:].square().sum().item() for v, s in spectra(tensor, tree).items()}
+    pair = tree.children(tree.root)
+    counted = [v for v in tails if len(pair) != 2 or v != pair[1]]
+    for found in (decompose(tensor, tree, ranks=2), truncate(decompose(tensor, tree), ranks=2),
+                  decompose(tensor, tree, ranks=2, rtol=1e-9)):  # fmt: skip
+        assert max(found.network.bonds) <= 2
+        error = (found.to_tensor() - tensor).norm().item()
+        assert math.sqrt(max(tails.values())) <= error * (1 + 1e-12)
+        assert error <= math.sqrt(sum(tails[v] for v in counted)) * (1 + 1e-12)
+        assert error <= found.error_bound <= math.sqrt(sum(tails[v] for v in counted)) * (1 + 1e-9)
+    found = decompose(tensor, tree, ranks={0: 1})
+    assert found.network.bonds[tree.position(0)] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_weights_are_orthonormal(dtype):
+    for tree in (zoo.TREES["across"], zoo.TREES["one-child"], zoo.TREES["mixed-arity"]):
+        tensor = random_tensor(zoo.sizes_of(tree), dtype)
+        for found in (decompose(tensor, tree, rtol=0.3), decompose(tensor, tree, rtol=1e-12)):
+            for node, weight in list(found.weights.items())[:-1]:
+                basis = weight.detach().flatten(0, -2)
+                identity = torch.eye(basis.shape[1], dtype=dtype)
+                assert torch.allclose(basis.mH @ basis, identity, atol=1e-12), node
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_random_vectors_find_large_nodes(dtype):
+    """A node of 300 rows and rank 12 with a tail: found from few products, within the tolerance."""
+    left, right = (torch.linalg.qr(random_tensor((300, 300), dtype, seed=s))[0] for s in (1, 2))
+    values = torch.cat([torch.linspace(1, 0.5, 12), 1e-5 * torch.ones(288)]).double()
+    matrix = (left * values.to(dtype)) @ right
+    tree = ModeTree([0, 1])
+    for rtol in (1e-3, 1e-4):
+        found = decompose(matrix, tree, rtol=rtol, randomized=True, seed=3)
+        assert_kept(found, matrix, rtol)
+        assert found.network.bonds[0] == 12
+    assert_kept(decompose(matrix, tree, rtol=1e-9, randomized=True), matrix, 1e-9)
+    capped = decompose(matrix, tree, ranks=5, randomized=True)
+    error = (capped.to_tensor() - matrix).norm().item()
+    assert capped.network.bonds[0] == 5 and error <= capped.error_bound
+    assert error <= 1.5 * values[5:].norm().item()
+    same = [decompose(matrix, tree, rtol=1e-3, randomized=True, seed=3) for _ in range(2)]
+    assert torch.equal(same[0].to_tensor(), same[1].to_tensor())
+
+
+def test_wide_diagonal_joins_are_not_expanded():
+    """Width 300 in 4 modes of size 5: a full join of that width would have 300**3 weights."""
+    tree = ModeTree.binary(4)
+    model = Factorization(tree, 5, 300, std=0.1, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    tensor = model.to_tensor().detach()
+    for rtol in (None, 1e-6, 0.1):
+        found = truncate(model, rtol=rtol)
+        assert_kept(found, tensor, rtol)
+        assert max(found.network.bonds) <= 25
+
+
+@pytest.mark.parametrize("order", [64, 1024])
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+def test_any_order_and_scale(order, join):
+    """Single weights of 1e200 and 1e-200, a norm far beyond the range: finite and right."""
+    tree = ModeTree.binary(order)
+    generator = torch.Generator().manual_seed(1)
+    model = Factorization(tree, 2, 3, join=join, std=0.5, dtype=torch.float64, generator=generator)
+    weights = model.weights
+    for node, scale in ((0, 1e200), (1, 1e-200), (2, 1e150), (tree.root, 1e100)):
+        model.load_weights({node: weights[node].detach() * scale})
+    found = truncate(model, rtol=1e-8)
+    assert all(torch.isfinite(w).all() for w in found.weights.values())
+    assert found.log_norm().item() == pytest.approx(model.log_norm().item(), rel=1e-9)
+    ranks, rounded = hierarchical_rank(model, rtol=1e-7), hierarchical_rank(found, rtol=1e-7)
+    assert ranks == rounded and max(found.network.bonds) <= 3
+    # one weight scaled by c scales the result by c
+    node = tree.interior[0]
+    model.load_weights({node: model.weights[node].detach() * 1e3})
+    assert truncate(model, rtol=1e-8).log_norm().item() - found.log_norm().item() == pytest.approx(
+        math.log(1e3), rel=1e-6
+    )
+
+
+def test_matricizations_are_what_is_cut():
+    """The kept bond of every node is the rank of that matricization, along the tree's own splits."""
+    tree = zoo.TREES["across"]
+    tensor = torch.einsum("abx,cdx->acbd", random_tensor((3, 3, 2)), random_tensor((3, 3, 2)))
+    found = decompose(tensor, tree)
+    assert found.network.bonds[tree.position((0, 2))] == torch.linalg.matrix_rank(
+        matricize(tensor, (0, 2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rtol": 1.0}, OptionError, r"rtol must be a number in \[0, 1\), found 1.0"),
+        ({"rtol": -0.1}, OptionError, "rtol must be"),
+        ({"rtol": "x"}, OptionError, "rtol must be"),
+        ({"rtol": math.nan}, OptionError, "rtol must be"),
+        ({"ranks": 0}, OptionError, "node 0 needs a positive integer, found 0"),
+        ({"ranks": {(0, 1): 1.5}}, OptionError, r"node \(0, 1\) needs a positive integer"),
+        ({"ranks": {(0, 1, 2, 3): 2}}, OptionError, "root .* has no bond above it"),
+        ({"ranks": {9: 2}}, TreeError, "9"),
+    ],
+)
+def test_refuses_options(options, error, message):
+    model = zoo.model_of(ModeTree.binary(4))
+    with pytest.raises(error, match=message):
+        decompose(model.to_tensor(), model.tree, **options)
+    with pytest.raises(error, match=message):
+        truncate(model, **options)
+
+
+def test_refuses_data():
+    tree = ModeTree.binary(4)
+    with pytest.raises(ShapeError, match="3 axes and the tree 4 modes"):
+        decompose(torch.ones(2, 2, 2), tree)
+    with pytest.raises(DataError, match="not finite"):
+        decompose(torch.full((2, 2, 2, 2), math.nan), tree)
+    with pytest.raises(DataError, match="dtype torch.int64"):
+        decompose(torch.ones(2, 2, 2, 2).long(), tree)
+    with pytest.raises(OptionError, match=r"write truncate\(model"):
+        decompose(zoo.model_of(tree), tree)
+    with pytest.raises(OptionError, match=r"write decompose\(tensor, tree\)"):
+        truncate(torch.ones(2, 2))
+    with pytest.raises(ShapeError, match="40 children; its core would have"):
+        truncate(Factorization(ModeTree.star(40), 3, 4))
+
+
+def test_nothing_given_is_changed():
+    tensor = random_tensor((3, 4, 5))
+    before = tensor.clone()
+    model = decompose(tensor, ModeTree.star(3), rtol=0.1)
+    weights = {v: w.detach().clone() for v, w in model.weights.items()}
+    truncate(model, rtol=0.5)
+    assert torch.equal(tensor, before)
+    assert all(torch.equal(w, weights[v]) for v, w in model.weights.items())
+    assert all(p.requires_grad for p in model.parameters())  # it can be trained on
+
+
+def test_from_weights():
+    for join in ("diagonal", "full"):
+        model = zoo.model_of(ModeTree.binary(4), join)
+        again = Factorization.from_weights(model.tree, model.weights, join=join)
+        assert torch.equal(again.to_tensor(), model.to_tensor()) and again.network == model.network
+    ones = zoo.model_of(ModeTree.star(3), root="ones")
+    again = Factorization.from_weights(ones.tree, ones.weights, join="diagonal")
+    assert again.network == ones.network
+    weights = dict(model.weights)
+    with pytest.raises(ShapeError, match="the weight of node 1 needs two axes"):
+        Factorization.from_weights(model.tree, {**weights, 1: torch.ones(3)})
+    with pytest.raises(ShapeError, match=r"node \(0, 1\) has another shape"):
+        Factorization.from_weights(model.tree, {**weights, 1: torch.ones(3, 9)})
+    del weights[2]
+    with pytest.raises(ShapeError, match="no weight for node 2"):
+        Factorization.from_weights(model.tree, weights)

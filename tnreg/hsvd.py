@@ -1,0 +1,523 @@
+"""Hierarchical singular value decomposition along any tree: from a dense tensor, or from a factorization.
+
+Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` rounds a
+factorization without its dense tensor: the squares of what is discarded anywhere bound that of the
+error, so the smallest singular values of all nodes together go first. ``decompose`` goes from the
+leaves up on a core that shrinks with every node, where what is discarded adds up to the error exactly;
+it spends a part of the tolerance there and the rest by ``truncate``. In both the tolerance is an upper
+bound on the relative error, always (down to the rounding of the dtype).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from opt_einsum.parser import get_symbol
+from torch import Tensor
+
+from tnreg.einsum import einsum
+from tnreg.errors import OptionError, ShapeError
+from tnreg.factorization import Factorization
+from tnreg.rank import check_dense
+from tnreg.scaled import absorbed, columns, times
+from tnreg.tree import ModeTree, Node
+
+__all__ = ["decompose", "truncate"]
+
+# Share of the tolerance that decompose may spend on the way up: a larger one makes the core smaller,
+# a smaller one leaves more to where it is needed.
+_FIRST_SHARE = 0.3
+
+# What is kept of a node with more rows than this is looked for with random vectors first, if asked for.
+_RANDOMIZED_ROWS = 64
+
+_LARGEST_CORE = 2**31
+
+
+def decompose(
+    tensor: Tensor | np.ndarray[Any, Any],
+    tree: ModeTree,
+    *,
+    ranks: int | Mapping[Node, int] | None = None,
+    rtol: float | None = None,
+    randomized: bool = False,
+    seed: int = 0,
+) -> Factorization:
+    """Hierarchical singular value decomposition of a dense tensor, with full joins.
+
+    All weights but the root's have orthonormal columns. What a node does not need of the tolerance is
+    there for the others.
+
+    Args:
+        tensor: Real or complex tensor ``(D_0, ..., D_{N-1})``.
+        tree: Mode tree over ``0..N-1``. A star gives the Tucker decomposition, a caterpillar the tensor
+            train, a binary tree hierarchical Tucker.
+        ranks: Largest bond: one integer, or ``{node: integer}`` (nodes left out have no limit).
+        rtol: ``‖A - A_H‖ <= rtol ‖A‖``, unless ``ranks`` cut further. With neither, only what is
+            zero to rounding is cut.
+        randomized: Look for the columns to keep of large nodes with random vectors first (Halko,
+            Martinsson and Tropp 2011). The error is measured, not estimated, so that the guarantee is
+            the same for ``rtol >= 1e-6`` in double precision; bonds may be a little larger.
+        seed: Draws those vectors.
+
+    Returns:
+        A ``Factorization`` of the tensor's dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
+
+    Raises:
+        ShapeError, DataError: The tensor does not fit the tree, or has NaN or infinite entries.
+        OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
+
+    Cost: a Gram matrix per node, of the tensor for the first leaf, of a smaller core afterwards; QR
+    factorizations where the tolerance is too tight for squares. Works in double precision.
+
+    Example:
+        >>> tree, pair = ModeTree.binary(4), torch.eye(3, dtype=torch.float64)
+        >>> found = decompose(torch.einsum("ac,bd->abcd", pair, pair), tree)
+        >>> found.weights[(0, 1)].shape, bool(found.error_bound < 1e-13)
+        (torch.Size([3, 3, 9]), True)
+    """
+    if isinstance(tensor, Factorization):
+        raise OptionError("decompose is for dense tensors; write truncate(model, rtol=...).")
+    tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+    with torch.no_grad():
+        dense = check_dense(tensor, tree).detach()
+        limits = _limits(tree, ranks)
+        share = _share(rtol)
+        wide = torch.complex128 if dense.is_complex() else torch.float64
+        order = [name for name, below in zip(tree.nodes, tree.links, strict=True) if not below]
+        core = dense.permute([int(n) for n in order]).to(wide)  # type: ignore[call-overload]
+        log2, largest = 0, float(_largest(core))
+        if largest > 0 and not 1e-100 < largest < 1e100:  # squares would leave the range
+            log2 = math.frexp(largest)[1]
+            core = core * 2.0 ** (-log2 // 2) * 2.0 ** (-log2 - -log2 // 2)
+        random = torch.Generator(core.device).manual_seed(seed) if randomized else None
+        first = share if share is None else _FIRST_SHARE * share
+        sweep = _Sweep(core.contiguous(), tree, limits, first, random)
+        weights, lost = sweep.run(), sweep.lost
+        if share:
+            bases, top = dict(weights), len(tree.nodes) - 1
+            outside = _outside(tree, bases, bases.pop(top))
+            kept, more = _pooled(tree, outside, limits, share**2 * sweep.total - lost)
+            weights, lost = _projected(tree, weights, outside, kept), lost + more
+        return _built(tree, weights, log2, dense.dtype, math.sqrt(lost))
+
+
+class _Sweep:
+    """From the leaves up: at every node a basis of the core's rows, then the core in that basis.
+
+    The core's axes are nodes in the order of the tree's leaves, so that the children of a node are
+    always neighbours and nothing has to be permuted.
+    """
+
+    def __init__(
+        self,
+        core: Tensor,
+        tree: ModeTree,
+        limits: Mapping[int, int],
+        share: float | None,
+        random: torch.Generator | None,
+    ) -> None:
+        self.core, self.tree, self.limits, self.random = core, tree, limits, random
+        self.exact = share is None
+        self.front = [i for i, below in enumerate(tree.links) if not below]
+        self.sizes = list(core.shape)
+        self.total = float(_square(core))
+        self.left = (share or 0.0) ** 2 * self.total
+        self.lost = 0.0
+        self.at = 0  # which axis of the core is looked at
+
+    def run(self) -> dict[int, Tensor]:
+        """Weights by position; the root's is the core that is left."""
+        tree, top = self.tree, len(self.tree.nodes) - 1
+        weights: dict[int, Tensor] = {}
+        order = sorted(range(top), key=lambda i: tree.heights[i])
+        # the last child of a binary root has the rank of its sibling and discards nothing
+        shared = len(tree.links[top]) == 2
+        for count, i in enumerate(order):
+            shape = self._merge(i)
+            spenders = len(order) - shared - count
+            allowed = self.left / max(spenders, 1)
+            self.at = self.front.index(i)
+            behind = math.prod(self.sizes[self.at + 1 :])
+            view = self.core.reshape(-1, self.sizes[self.at], behind)
+            basis, lost = self._basis(view, allowed, self.limits.get(i))
+            self.left -= min(lost, self.left)
+            self.lost += lost
+            weights[i] = basis.reshape(*shape, -1)
+        weights[top] = self.core.reshape(self.sizes)
+        return weights
+
+    def _merge(self, i: int) -> tuple[int, ...]:
+        below = self.tree.links[i]
+        if not below:
+            return (self.sizes[self.front.index(i)],)
+        k = self.front.index(below[0])
+        shape = tuple(self.sizes[k : k + len(below)])
+        self.front[k : k + len(below)] = [i]
+        self.sizes[k : k + len(below)] = [math.prod(shape)]
+        return shape
+
+    def _basis(self, view: Tensor, allowed: float, limit: int | None) -> tuple[Tensor, float]:
+        """An orthonormal basis ``(rows, r)`` of what is kept, and the square of what is discarded."""
+        rows, others = view.shape[1], view.numel() // view.shape[1]
+        inside, outside = None, 0.0
+        if self.random is not None and min(rows, others) > _RANDOMIZED_ROWS:
+            inside, outside = self._range(view, allowed, limit)
+        if inside is not None:
+            self._apply(view, inside)
+            view = self.core.reshape(view.shape[0], inside.shape[1], -1)
+        left, squares = _left_vectors(view, allowed, self.exact)
+        if self.exact:
+            floor = (max(rows, others) * torch.finfo(squares.dtype).eps) ** 2 * float(squares[0])
+            kept = int((squares > floor).sum())
+        else:  # the smallest first, as long as they fit
+            fits = squares.flip(0).cumsum(0) <= allowed - outside
+            kept = len(squares) - int(fits.sum())
+        kept = max(1, kept if limit is None else min(kept, limit))
+        lost = outside + float(squares[kept:].sum())
+        if kept < view.shape[1]:
+            basis = left[:, :kept]
+            self._apply(view, basis)
+        else:
+            basis = torch.eye(kept, dtype=view.dtype, device=view.device)
+        return basis if inside is None else inside @ basis, lost
+
+    def _apply(self, view: Tensor, basis: Tensor) -> None:
+        """The core in the coordinates of the basis."""
+        before, rows, behind = view.shape
+        if behind == 1:
+            core = view.reshape(before, rows) @ basis.conj()
+        elif before == 1:
+            core = basis.mH @ view.reshape(rows, behind)
+        else:
+            core = torch.matmul(basis.mH, view)
+        self.core = core
+        self.sizes[self.at] = basis.shape[1]
+
+    def _range(
+        self, view: Tensor, allowed: float, limit: int | None
+    ) -> tuple[Tensor | None, float]:
+        """A basis outside of which lies at most half of what may be discarded, and how much does.
+
+        From products with random vectors, until what is outside is small enough; ``None`` if that
+        would not be fewer than half of the rows.
+        """
+        before, rows, behind = view.shape
+        eps, whole = torch.finfo(view.real.dtype).eps, float(_square(view))
+        goal = max(allowed / 2, 64 * eps * whole)  # a difference of squares tells no finer
+        basis = view.new_zeros(rows, 0)
+        width = _RANDOMIZED_ROWS // 2 if limit is None else limit + 8
+        while basis.shape[1] + width < min(rows, before * behind) // 2:
+            drawn = torch.randn(before, behind, width, generator=self.random, device=view.device,
+                                dtype=view.real.dtype).to(view.dtype)  # fmt: skip
+            sample = torch.bmm(view, drawn).sum(0)
+            for _ in range(2):  # twice: once leaves the rounding of the first
+                sample = torch.linalg.qr(sample - basis @ (basis.mH @ sample))[0]
+            basis = torch.cat([basis, sample], 1)
+            outside = max(whole - float(_square(torch.matmul(basis.mH, view))), 0.0)
+            if limit is not None or outside <= goal:
+                return basis, outside + 4 * eps * whole
+            width *= 2
+        return None, 0.0
+
+
+def _left_vectors(view: Tensor, allowed: float, exact: bool) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of the middle axis against the others, and squared singular values.
+
+    The squares are descending and rounded up by what rounding may hide. They come from the Gram matrix
+    where that is accurate enough for the tolerance, and from a QR factorization elsewhere.
+    """
+    before, rows, behind = view.shape
+    others = before * behind
+    eps = torch.finfo(view.real.dtype).eps
+    if rows <= others and not exact:
+        if behind == 1:
+            flat = view.reshape(before, rows)
+            gram = flat.mT @ flat.conj()
+        elif before == 1:
+            flat = view.reshape(rows, behind)
+            gram = flat @ flat.mH
+        else:
+            gram = torch.bmm(view, view.mH).sum(0)
+        hidden = 2 * eps * float(gram.diagonal().real.sum()) / math.sqrt(rows)
+        if allowed > 8 * rows * hidden:
+            squares, vectors = torch.linalg.eigh(gram)
+            return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden
+    matrix = view.permute(1, 0, 2).reshape(rows, others)
+    if rows <= others:
+        triangle = torch.linalg.qr(matrix.mH, mode="r")[1]
+        left, values, _ = torch.linalg.svd(triangle.mH, full_matrices=False)
+    else:
+        outer, triangle = torch.linalg.qr(matrix)
+        left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
+        left = outer @ left
+    return left, (values + (0 if exact else 4 * eps * values[0])).square()
+
+
+def truncate(
+    model: Factorization,
+    *,
+    ranks: int | Mapping[Node, int] | None = None,
+    rtol: float | None = None,
+) -> Factorization:
+    """Round a factorization to smaller bonds, with full joins, without its dense tensor.
+
+    Singular values of all nodes are pooled, and the smallest of them discarded as long as their squares
+    sum to less than the tolerance allows: the two children of a binary root share theirs, and count
+    once (Grasedyck 2010).
+
+    Args:
+        model: Any joins, any root. Wide diagonal joins are never expanded.
+        ranks: Largest bond: one integer, or ``{node: integer}``.
+        rtol: ``‖A - A_H‖ <= rtol ‖A‖``, unless ``ranks`` cut further. With neither, only what is
+            zero to rounding is cut.
+
+    Returns:
+        A ``Factorization`` of the same dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
+
+    Raises:
+        OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
+        ShapeError: A node with so many children that its core would not fit into memory.
+
+    Cost: QR and singular values per node: linear in the number of nodes, fourth order in the bonds of a
+    binary tree. Works in double precision and on logarithmic scales.
+    """
+    if not isinstance(model, Factorization):
+        raise OptionError(
+            f"truncate is for factorizations, found {type(model).__name__}; write decompose(tensor, tree)."
+        )
+    tree = model.tree
+    limits, share = _limits(tree, ranks), _share(rtol)
+    with torch.no_grad():
+        bases, core, log = _orthogonalized(model)
+        outside = _outside(tree, bases, core)
+        # what rounding may add is taken off beforehand
+        part = None if share is None else share**2 - (16 * torch.finfo(core.dtype).eps) ** 2
+        allowed = None if part is None else part * float(_square(core))
+        kept, lost = _pooled(tree, outside, limits, allowed)
+        weights = _projected(tree, {**bases, len(tree.nodes) - 1: core}, outside, kept)
+        return _built(tree, weights, log / math.log(2), model.dtype, math.sqrt(lost))
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """Singular vectors and values of a node's matricization in the node's own basis."""
+
+    vectors: Tensor
+    values: Tensor
+
+
+def _orthogonalized(model: Factorization) -> tuple[dict[int, Tensor], Tensor, float]:
+    """Orthonormal bases of all nodes ``(children.., k)``, the core at the root, and its log scale."""
+    tree, net = model.tree, model.network
+    wide = torch.complex128 if model.dtype.is_complex else torch.float64
+    weights = [w.to(wide) for w in model.weights.values()]
+    top = len(tree.nodes) - 1
+    if net.root_ones:
+        weights.append(torch.ones(net.bonds[tree.links[-1][0]], dtype=wide, device=model.device))
+    weights[top] = weights[top].unsqueeze(-1)
+    bases: dict[int, Tensor] = {}
+    factors: list[
+        tuple[Tensor, Tensor]
+    ] = []  # (k, R) with columns of largest magnitude 1, and logs
+    for i, below in enumerate(tree.links):
+        shape = tuple(len(factors[c][0]) for c in below) or weights[i].shape[:1]
+        if math.prod(shape) > _LARGEST_CORE:
+            raise ShapeError(
+                f"node {tree.nodes[i]!r} has {len(below)} children; its core would have "
+                f"{math.prod(shape):.3g} entries.\n"
+                "  use a tree with fewer children per node"
+            )
+        if not below:
+            matrix, logs = columns(weights[i])
+        else:
+            matrix, logs = _rows(net.joins[i], [factors[c] for c in below], weights[i])
+        if i == top:
+            return bases, matrix.reshape(shape), float(logs[0])
+        if len(matrix) > matrix.shape[1]:
+            basis, triangle = torch.linalg.qr(matrix)
+            triangle, more = columns(triangle)
+            factors.append((triangle, logs + more))
+        else:
+            basis = torch.eye(len(matrix), dtype=wide, device=model.device)
+            factors.append((matrix, logs))
+        bases[i] = basis.reshape(*shape, -1)
+    raise AssertionError("a tree ends at its root")
+
+
+def _rows(
+    kind: str, below: Sequence[tuple[Tensor, Tensor]], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All combinations of the children's rows, through the node's weight: ``(rows, R_above)``."""
+    if kind == "diagonal":
+        matrix, logs = below[0]
+        for other, more in below[1:]:
+            matrix = (matrix.unsqueeze(1) * other.unsqueeze(0)).flatten(0, 1)
+            logs = logs + more
+        return times(matrix, logs, weight)
+    weight, logs = absorbed(weight, [log for _, log in below])
+    symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
+    bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
+    terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
+    equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
+    operands = [*(matrix for matrix, _ in below), weight]
+    whole, more = columns(
+        einsum(equation, *(tuple(o.shape) for o in operands))(operands).flatten(0, -2)
+    )
+    return whole, logs + more
+
+
+def _outside(tree: ModeTree, bases: Mapping[int, Tensor], core: Tensor) -> dict[int, _Outside]:
+    """From the root down: the singular values at every node, and their vectors in the node's basis."""
+    top = len(tree.nodes) - 1
+    found: dict[int, _Outside] = {}
+    for i in range(top, -1, -1):
+        below = tree.links[i]
+        if not below:
+            continue
+        block = core
+        if i != top:
+            block = bases[i] @ (found[i].vectors * found[i].values)
+        for axis, c in enumerate(below):
+            matrix = block.movedim(axis, 0).flatten(1) if block.ndim > 1 else block.unsqueeze(1)
+            if matrix.shape[1] > matrix.shape[0]:
+                matrix = torch.linalg.qr(matrix.mH, mode="r")[1].mH
+            vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+            found[c] = _Outside(vectors, values)
+    return found
+
+
+def _projected(
+    tree: ModeTree,
+    weights: Mapping[int, Tensor],
+    outside: Mapping[int, _Outside],
+    kept: Mapping[int, int],
+) -> dict[int, Tensor]:
+    """The weights between the first ``kept`` singular vectors of their nodes, orthonormal again."""
+    out: dict[int, Tensor] = {}
+    inside: dict[int, Tensor] = {}  # (kept, rows) of every node, for its parent
+    for i, below in enumerate(tree.links):
+        weight = weights[i]
+        for axis, c in enumerate(below):
+            weight = torch.tensordot(inside[c], weight, ([1], [axis])).movedim(0, axis)
+        if i in outside:
+            vectors = outside[i].vectors[:, : kept[i]]
+            weight = weight @ vectors
+            basis, triangle = torch.linalg.qr(weight.flatten(0, -2))
+            weight, inside[i] = basis.reshape(*weight.shape[:-1], -1), triangle @ vectors.mH
+        out[i] = weight
+    return out
+
+
+def _pooled(
+    tree: ModeTree,
+    outside: Mapping[int, _Outside],
+    limits: Mapping[int, int],
+    allowed: float | None,
+) -> tuple[dict[int, int], float]:
+    """How many singular values to keep at every node, and the sum of the squares of the others.
+
+    Args:
+        tree: The tree.
+        outside: Singular values by position.
+        limits: Largest bonds by position.
+        allowed: What that sum may be; ``None`` keeps all that are not zero to rounding.
+    """
+    top = len(tree.nodes) - 1
+    pair = tree.links[top] if len(tree.links[top]) == 2 else ()
+    counted = [i for i in range(top) if not pair or i != pair[1]]
+    largest = max(float(outside[i].values[0]) for i in counted)
+    eps = torch.finfo(outside[counted[0]].values.dtype).eps
+    kept: dict[int, int] = {}
+    if allowed is None:
+        for i in counted:
+            kept[i] = int((outside[i].values > 64 * len(outside[i].values) * eps * largest).sum())
+    else:
+        # rounded up by what rounding may hide, unless nothing may be discarded anyway
+        hidden = 4 * eps * largest if allowed > 0 else 0.0
+        squares = torch.cat([(outside[i].values + hidden).square() for i in counted])
+        ascending, places = squares.sort()
+        dropped = torch.zeros_like(squares, dtype=torch.bool)
+        dropped[places[ascending.cumsum(0) <= allowed]] = True
+        parts = torch.split(dropped, [len(outside[i].values) for i in counted])
+        kept = {i: int((~part).sum()) for i, part in zip(counted, parts, strict=True)}
+    if pair:
+        kept[pair[1]] = min(kept[pair[0]], len(outside[pair[1]].values))
+    for i in range(top):
+        kept[i] = max(1, min(kept[i], limits.get(i, kept[i])))
+    if pair:
+        kept[pair[0]] = kept[pair[1]] = min(kept[c] for c in pair)
+    lost = sum(float(outside[i].values[kept[i] :].square().sum()) for i in counted)
+    return kept, lost
+
+
+def _built(
+    tree: ModeTree, weights: Mapping[int, Tensor], log2: float, dtype: torch.dtype, lost: float
+) -> Factorization:
+    """The factorization with these weights times ``2**log2``, and its error bound."""
+    top = len(tree.nodes) - 1
+    root = weights[top]
+    size = float(torch.linalg.vector_norm(root))
+    reach = 0.9 * math.log2(torch.finfo(dtype).max)
+    each = 0
+    if size > 0 and abs(log2 + math.log2(size)) > reach:
+        each = round(log2 / (top + 1))  # no weight alone leaves the range; whole powers are exact
+    scales = [each] * top + [log2 - each * top]
+    scaled = {tree.nodes[i]: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
+    model = Factorization.from_weights(tree, scaled, join="full")
+    # rounding of the weights, once per node, besides what was discarded
+    rounding = 4 * (top + 1) * torch.finfo(dtype).eps * size
+    try:
+        model.error_bound = 2.0**log2 * (lost + rounding)
+    except OverflowError:
+        model.error_bound = math.inf
+    return model
+
+
+def _limits(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[int, int]:
+    if ranks is None:
+        return {}
+    given = ranks if isinstance(ranks, Mapping) else dict.fromkeys(tree.nodes[:-1], ranks)
+    out: dict[int, int] = {}
+    for node, rank in given.items():
+        position = tree.position(node)
+        if position == len(tree.nodes) - 1:
+            raise OptionError(f"ranks: the root {node!r} has no bond above it; leave it out.")
+        try:
+            value = 0 if isinstance(rank, bool) else operator.index(rank)
+        except TypeError:
+            value = 0
+        if value < 1:
+            raise OptionError(f"ranks: node {node!r} needs a positive integer, found {rank!r}.")
+        out[position] = value
+    return out
+
+
+def _share(rtol: float | None) -> float | None:
+    if rtol is None:
+        return None
+    if (
+        isinstance(rtol, bool)
+        or not isinstance(rtol, int | float | np.floating)
+        or not 0 <= rtol < 1
+    ):
+        raise OptionError(f"rtol must be a number in [0, 1), found {rtol!r}.")
+    return float(rtol)
+
+
+def _square(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x)
+    return norm.square()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
+    parts = torch.view_as_real(x) if x.is_complex() else x
+    low, high = torch.aminmax(parts)
+    return torch.maximum(-low, high)
