@@ -11,9 +11,8 @@ import pytest
 
 ROOMS = [
     "errors", "files", "tree", "trajectory", "optim", "network", "rank", "einsum", "contraction", "scaled",
-    "factorization", "gramians", "hsvd", "components", "dynamics", "tensors", "tasks", "checkpoint",
-    "fit", "plots",
-    "experiments", "cli",
+    "factorization", "gramians", "hsvd", "algebra", "components",
+    "dynamics", "tensors", "tasks", "checkpoint", "fit", "plots", "experiments", "cli",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -18,13 +18,14 @@ from tnreg.components import balance_
 from tnreg.tensors import load_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
-from tnreg import dynamics, plots
+from tnreg import algebra, dynamics, plots
 
 __all__ = [
     # trees and networks
     "ModeTree", "gallery", "load_tree", "Network", "network", "Plan", "plan",
     # factorizations
     "Factorization", "load", "balance_", "decompose", "truncate",
+    "algebra",
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training

@@ -1,0 +1,198 @@
+"""Arithmetic of factorizations against the same arithmetic of their dense tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, truncate
+from tnreg import algebra as al
+
+DTYPES = [torch.float64, torch.complex128]
+
+
+def dense(model):
+    return model.to_tensor().detach() if isinstance(model, Factorization) else model
+
+
+def assert_equal(found, expected, size=0.0):
+    """Equal to rounding of the expected tensor, or of terms of norm ``size`` that it is the sum of."""
+    found = dense(found)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    error = torch.linalg.vector_norm(found - expected)
+    assert error <= 1e-12 * max(torch.linalg.vector_norm(expected).item(), size)
+
+
+def every(name, dtype):
+    """Models of a tree: all joins, a root of ones, and pairs of unequal bonds."""
+    tree = zoo.TREES[name]
+    models = [zoo.model_of(tree, join, dtype=dtype) for join in zoo.joins_of(tree).values()]
+    return [*models, zoo.model_of(tree, root="ones", dtype=dtype, seed=5)]
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_and_products(name, dtype):
+    """Every pair of kinds: diagonal, full and mixed joins, trained roots and roots of ones."""
+    models = every(name, dtype)
+    for one, other in itertools.product(models, models):
+        x, y = dense(one), dense(other)
+        assert_equal(al.add(one, other), x + y)
+        assert_equal(al.subtract(one, other), x - y, x.norm().item())
+        assert_equal(al.hadamard(one, other), x * y)
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_one_model(name, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for model in every(name, dtype):
+        x, order = dense(model), model.tree.order
+        assert_equal(al.scale(model, -2.5), -2.5 * x)
+        assert_equal(al.scale(model, 1j), 1j * x)
+        assert_equal(al.full_joins(model), x)
+        assert_equal(al.diagonal_joins(model), x)
+        assert set(al.full_joins(model).network.joins) <= {"leaf", "full"}
+        assert set(al.diagonal_joins(model).network.joins) <= {"leaf", "diagonal"}
+        turned = torch.randperm(order, generator=generator).tolist()
+        assert_equal(al.permute_modes(model, turned), x.permute(turned))
+        matrices = {
+            mode: torch.randn(3, model.sizes[mode], dtype=dtype, generator=generator)
+            for mode in range(0, order, 2)
+        }
+        expected = x
+        for mode, matrix in matrices.items():
+            expected = torch.tensordot(expected, matrix, ([mode], [1])).movedim(-1, mode)
+        assert_equal(al.mode_product(model, matrices), expected)
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_set_of_modes_can_be_taken_away(name, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for model in every(name, dtype):
+        x, order = dense(model), model.tree.order
+        for count in range(1, order + 1):
+            for modes in itertools.combinations(range(order), count):
+                assert_equal(al.marginal(model, modes), x.sum(modes))
+                key = tuple(1 if m in modes else slice(None) for m in range(order))
+                assert_equal(al.select(model, key), x[key])
+        vectors = {
+            m: torch.randn(model.sizes[m], dtype=dtype, generator=generator)
+            for m in range(0, order, 2)
+        }
+        expected = x
+        for mode in sorted(vectors, reverse=True):
+            expected = torch.tensordot(expected, vectors[mode], ([mode], [0]))
+        assert_equal(al.contract_modes(model, vectors), expected)
+
+
+def test_the_tree_after_modes_are_taken_away():
+    """Modes are renumbered in order; a node with one child left goes; one that had one child stays."""
+    model = zoo.model_of(ModeTree([[0, 3], [[1, 4], 2]]))
+    assert al.select(model, 0).tree == ModeTree([2, [[0, 3], 1]])
+    assert al.select(model, (..., 0)).tree == ModeTree([[0, 3], [1, 2]])
+    assert al.select(model, (0, slice(None), slice(None), 0)).tree == ModeTree([[0, 2], 1])
+    assert al.select(model, (0, 0, 0, slice(None), 0)).tree == ModeTree([0])
+    chain = zoo.model_of(ModeTree([[[0]], [[1, [2]]]]))
+    assert al.select(chain, 0).tree == ModeTree([[0, [1]]])
+
+
+KEYS = [
+    0, -1, slice(1, None), slice(None, None, 2), ..., (..., 1), (0, ..., -2), (slice(0, 1), 1),
+    (slice(None, None, -1), ...), (slice(-2, None), slice(None), 0, slice(1, 4)), (1, 1, 1, 1), (),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_keys_mean_what_they_mean_for_arrays(key):
+    for join in ("diagonal", "full"):
+        model = zoo.model_of(zoo.TREES["across"], join)
+        assert_equal(al.select(model, key), torch.as_tensor(dense(model).numpy()[key].copy()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(model=zoo.models(), data=st.data())
+def test_random_models(model, data):
+    x, order = dense(model), model.tree.order
+    modes = data.draw(st.sets(st.integers(0, order - 1), min_size=1))
+    assert_equal(al.marginal(model, sorted(modes)), x.sum(sorted(modes)))
+    assert_equal(al.add(model, al.scale(model, 0.5)), 1.5 * x)
+    assert_equal(al.hadamard(model, model), x * x)
+    assert_equal(al.diagonal_joins(al.full_joins(model)), x)
+
+
+def test_bonds_are_no_larger_than_said():
+    one, other = (zoo.model_of(ModeTree.binary(4), "full", seed=s) for s in (0, 1))
+    bonds = list(zip(one.network.bonds, other.network.bonds, strict=True))[:-1]
+    assert list(al.add(one, other).network.bonds[:-1]) == [a + b for a, b in bonds]
+    assert list(al.hadamard(one, other).network.bonds[:-1]) == [a * b for a, b in bonds]
+    rounded = truncate(al.add(one, one), rtol=1e-10)
+    ranks = truncate(one).network.bonds
+    assert rounded.network.bonds == ranks  # twice the same needs no more
+    assert_equal(rounded, 2 * dense(one))
+
+
+def test_differences_of_large_orders():
+    """At order 512 nothing dense exists; the difference of a model and itself is zero to rounding."""
+    model = Factorization(ModeTree.binary(512), 2, 3, std=0.5, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    twice = al.add(model, model)
+    assert twice.log_norm().item() == pytest.approx(model.log_norm().item() + math.log(2), abs=1e-9)
+    total = al.marginal(model, range(512))
+    assert torch.isfinite(total) and total.ndim == 0
+    expected = model(torch.ones(1, 512, 2, dtype=torch.float64))[0]
+    assert total.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_nothing_given_is_changed():
+    model = zoo.model_of(ModeTree.binary(4))
+    before = {v: w.detach().clone() for v, w in model.weights.items()}
+    (
+        al.add(model, model),
+        al.select(model, 0),
+        al.mode_product(model, {0: torch.zeros(2, 2).double()}),
+    )
+    assert all(torch.equal(w, before[v]) for v, w in model.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: al.add(m, zoo.model_of(ModeTree.star(4))), ShapeError, "same tree and sizes"),
+        (
+            lambda m: al.hadamard(m, zoo.model_of(m.tree, sizes=(2, 2, 2, 2))),
+            ShapeError,
+            "same tree",
+        ),
+        (lambda m: al.add(m, 3), OptionError, "expected a Factorization, found int"),
+        (lambda m: al.select(m, 2), ShapeError, "index 2 is out of range for mode 0, size 2"),
+        (lambda m: al.select(m, slice(2, 2)), ShapeError, "takes nothing of mode 0"),
+        (lambda m: al.select(m, "a"), OptionError, "a key is an integer, a slice"),
+        (lambda m: al.select(m, None), OptionError, "a key is an integer, a slice"),
+        (lambda m: al.select(m, (0,) * 5), OptionError, "for other than 4 modes"),
+        (lambda m: al.select(m, (..., ...)), OptionError, "for other than 4 modes"),
+        (lambda m: al.marginal(m, 4), TreeError, "no mode 4; modes are 0..3"),
+        (
+            lambda m: al.contract_modes(m, {0: torch.ones(3).double()}),
+            ShapeError,
+            "mode 0 does not fit",
+        ),
+        (
+            lambda m: al.mode_product(m, {1: torch.ones(3, 2).double()}),
+            ShapeError,
+            "mode 1 does not fit",
+        ),
+        (lambda m: al.mode_product(m, {-1: torch.ones(3, 2)}), TreeError, "no mode -1"),
+        (lambda m: al.permute_modes(m, (0, 1, 2, 2)), OptionError, "each of 0..3 once"),
+    ],
+)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call(zoo.model_of(ModeTree.binary(4)))

@@ -1,0 +1,442 @@
+"""Arithmetic of factorizations along one tree: results are factorizations again, nothing is densified.
+
+Sums add bonds, entrywise products multiply them; ``truncate`` brings them down again. Every function
+leaves its arguments alone; a result is a new model with weights of its own, not connected to theirs by
+autograd.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnreg.errors import OptionError, ShapeError, TreeError
+from tnreg.factorization import Factorization
+from tnreg.rank import as_tensor, check_numbers
+from tnreg.tree import ModeTree, Node
+
+__all__ = [
+    "add",
+    "contract_modes",
+    "diagonal_joins",
+    "full_joins",
+    "hadamard",
+    "marginal",
+    "mode_product",
+    "permute_modes",
+    "scale",
+    "select",
+    "subtract",
+]
+
+
+def add(one: Factorization, other: Factorization) -> Factorization:
+    """``one + other``, entry by entry; bonds are the sums of theirs.
+
+    Args:
+        one: A factorization.
+        other: Another over the same tree and sizes. Where one has a diagonal join and the other a
+            full one, the result has a full one.
+
+    Raises:
+        ShapeError: Another tree or other sizes.
+    """
+    pairs, joins = _paired(one, other)
+    weights: dict[Node, Tensor] = {}
+    for i, (a, b) in enumerate(pairs):
+        node = one.tree.nodes[i]
+        if a is None or b is None:  # both roots are of ones, and so is the result's
+            continue
+        # a leaf's mode is common to both; all other axes are blocks beside each other
+        common = not one.tree.links[i]
+        shape = [
+            n if common and axis == 0 else n + m
+            for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
+        ]
+        whole = a.new_zeros(shape)
+        first = tuple(slice(0, n) for n in a.shape)
+        second = tuple(
+            slice(0, m) if common and axis == 0 else slice(n, n + m)
+            for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
+        )
+        whole[first] += a
+        whole[second] += b
+        weights[node] = whole
+    return Factorization.from_weights(one.tree, weights, join=joins)
+
+
+def subtract(one: Factorization, other: Factorization) -> Factorization:
+    """``one - other``, entry by entry; see ``add``."""
+    return add(one, scale(other, -1.0))
+
+
+def scale(model: Factorization, factor: float | complex) -> Factorization:
+    """The tensor times a number; a root of ones gets a weight if needed, as no leaf is changed."""
+    with torch.no_grad():
+        weights, joins = _weights_of(model, ones=False), _joins_of(model)
+        if isinstance(factor, complex):
+            dtype = torch.promote_types(model.dtype, torch.complex64)
+            weights = {node: w.to(dtype) for node, w in weights.items()}
+        root = model.tree.root
+        weights[root] = weights[root] * factor
+        return Factorization.from_weights(model.tree, weights, join=joins)
+
+
+def hadamard(one: Factorization, other: Factorization) -> Factorization:
+    """``one * other``, entry by entry; bonds are the products of theirs.
+
+    Args:
+        one: A factorization.
+        other: Another over the same tree and sizes.
+
+    Raises:
+        ShapeError: Another tree or other sizes.
+    """
+    pairs, joins = _paired(one, other)
+    weights: dict[Node, Tensor] = {}
+    for i, (a, b) in enumerate(pairs):
+        if a is None or b is None:
+            continue
+        if not one.tree.links[i]:  # rows belong to the mode: Kronecker products of the rows
+            weights[one.tree.nodes[i]] = (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)
+        else:
+            weights[one.tree.nodes[i]] = torch.kron(a, b)
+    return Factorization.from_weights(one.tree, weights, join=joins)
+
+
+def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factorization:
+    """Multiply modes by matrices: ``W'[.., j, ..] = sum_i M[j, i] W[.., i, ..]``.
+
+    Args:
+        model: A factorization.
+        matrices: ``{mode: (new size, size)}``.
+
+    Raises:
+        TreeError: No such mode.
+        ShapeError: A matrix of another shape.
+    """
+    with torch.no_grad():
+        weights = dict(model.weights)
+        for mode, given in matrices.items():
+            _check_mode(model, mode)
+            matrix = check_numbers(as_tensor(given)).to(model.device)
+            if matrix.ndim != 2 or matrix.shape[1] != model.sizes[mode]:
+                raise ShapeError(
+                    f"mode_product: the matrix of mode {mode} does not fit.\n"
+                    f"  found:    {tuple(matrix.shape)}\n  expected: (any, {model.sizes[mode]})"
+                )
+            dtype = torch.promote_types(matrix.dtype, model.dtype)
+            weights[mode] = matrix.to(dtype) @ weights[mode].to(dtype)
+        return Factorization.from_weights(model.tree, weights, join=_joins_of(model))
+
+
+def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factorization | Tensor:
+    """Contract modes with vectors: ``W'[..] = sum_i v[i] W[.., i, ..]``; nothing is conjugated.
+
+    The modes that are left keep their order and are numbered anew. Nodes that lose all but one child
+    this way disappear with their weight multiplied into that child.
+
+    Args:
+        model: A factorization.
+        vectors: ``{mode: (size,)}``.
+
+    Returns:
+        A factorization of fewer modes, or a 0-dimensional tensor if none is left.
+
+    Raises:
+        TreeError: No such mode.
+        ShapeError: A vector of another length.
+    """
+    with torch.no_grad():
+        checked: dict[int, Tensor] = {}
+        for mode, given in vectors.items():
+            _check_mode(model, mode)
+            vector = check_numbers(as_tensor(given)).to(model.device)
+            if vector.shape != (model.sizes[mode],):
+                raise ShapeError(
+                    f"contract_modes: the vector of mode {mode} does not fit.\n"
+                    f"  found:    {tuple(vector.shape)}\n  expected: ({model.sizes[mode]},)"
+                )
+            checked[mode] = vector
+        return _contracted(model, checked)
+
+
+def marginal(model: Factorization, modes: int | Sequence[int]) -> Factorization | Tensor:
+    """Sum over some modes: a factorization of the others, or a 0-dimensional tensor."""
+    chosen = [modes] if isinstance(modes, int) else list(modes)
+    for mode in chosen:
+        _check_mode(model, mode)
+    ones = {mode: torch.ones(model.sizes[mode], dtype=model.dtype) for mode in chosen}
+    return contract_modes(model, ones)
+
+
+def select(model: Factorization, key: Any) -> Factorization | Tensor:
+    """``W[key]`` as for arrays: an integer takes a mode away, a slice shortens it.
+
+    Args:
+        model: A factorization.
+        key: An integer, a slice or ``...``, or a tuple of them; what is left out stays whole.
+
+    Returns:
+        A factorization of the modes that are left, or a 0-dimensional tensor if none is.
+
+    Raises:
+        OptionError: Something else as a key, or too many of them.
+        ShapeError: An integer out of range, or a slice of nothing.
+    """
+    with torch.no_grad():
+        weights = dict(model.weights)
+        vectors: dict[int, Tensor] = {}
+        for mode, item in enumerate(_full_key(key, model.tree.order)):
+            size = model.sizes[mode]
+            if isinstance(item, slice):
+                start, stop, step = item.indices(size)
+                rows = list(range(start, stop, step))
+                if not rows:
+                    raise ShapeError(f"select: {item} takes nothing of mode {mode}, size {size}.")
+                weights[mode] = weights[mode][rows]
+            else:
+                if not -size <= item < size:
+                    raise ShapeError(
+                        f"select: index {item} is out of range for mode {mode}, size {size}."
+                    )
+                vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
+                vectors[mode][item] = 1
+        shorter = Factorization.from_weights(model.tree, weights, join=_joins_of(model))
+        return _contracted(shorter, vectors) if vectors else shorter
+
+
+def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
+    """Reorder the modes as ``torch.permute`` does: mode n of the result is mode ``order[n]`` of the model.
+
+    The tree is the same with its leaves renamed; interior nodes get their usual names.
+
+    Raises:
+        OptionError: ``order`` does not hold every mode once.
+    """
+    new = list(order)
+    if sorted(new) != list(model.tree.leaves):
+        raise OptionError(
+            f"permute_modes: order must hold each of 0..{model.tree.order - 1} once, found {order!r}."
+        )
+    tree = model.tree
+    names = {mode: new.index(mode) for mode in tree.leaves}
+    with torch.no_grad():
+        return _renamed(tree, _weights_of(model), _joins_of(model), names)
+
+
+def full_joins(model: Factorization) -> Factorization:
+    """The same tensor with full joins everywhere: exact; a diagonal join of bond R gets R^children entries.
+
+    For wide joins ``truncate(model)`` does the same on bonds that are no larger than needed.
+    """
+    with torch.no_grad():
+        weights = _weights_of(model, ones=False)
+        for i, kind in enumerate(model.network.joins):
+            if kind == "diagonal":
+                node = model.tree.nodes[i]
+                weights[node] = _spread(weights[node], len(model.tree.links[i]))
+        return Factorization.from_weights(model.tree, weights, join="full")
+
+
+def diagonal_joins(model: Factorization) -> Factorization:
+    """The same tensor with diagonal joins everywhere: exact, each bond the product of its siblings'."""
+    with torch.no_grad():
+        tree, weights = model.tree, _weights_of(model)
+        joins, out = _joins_of(model), dict[Node, Tensor]()
+        for i, below in enumerate(tree.links):
+            node = tree.nodes[i]
+            if below and joins[node] == "full":
+                flat = weights[node].flatten(0, len(below) - 1)
+                out[node] = flat
+            elif node in weights:
+                out[node] = weights[node]
+        for i, below in enumerate(tree.links):
+            node = tree.nodes[i]
+            if not below or joins[node] == "diagonal":
+                continue
+            bonds = [weights[tree.nodes[c]].shape[-1] for c in below]
+            combined = torch.cartesian_prod(*(torch.arange(n) for n in bonds)).reshape(
+                -1, len(below)
+            )
+            for k, c in enumerate(below):
+                columns = combined[:, k].to(model.device)
+                out[tree.nodes[c]] = out[tree.nodes[c]].index_select(-1, columns)
+        return Factorization.from_weights(tree, out, join="diagonal")
+
+
+def _contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
+    """Without the modes of ``vectors``, which have been checked."""
+    tree, joins = model.tree, _joins_of(model)
+    weights = _weights_of(model, ones=False)
+    gone: dict[int, Tensor] = {}  # position -> what it is now: a vector over the bond above it
+    instead: dict[int, int] = {}  # a node that disappeared -> the child that stands for it
+    links: dict[int, list[int]] = {}
+    top = len(tree.nodes) - 1
+    taken = {tree.position(mode) for mode in vectors}
+    for i, below in enumerate(tree.links):
+        node = tree.nodes[i]
+        if i in taken:
+            mode = int(node)  # type: ignore[call-overload]
+            weight = weights[node]
+            dtype = torch.promote_types(weight.dtype, vectors[mode].dtype)
+            gone[i] = vectors[mode].to(dtype) @ weight.to(dtype)
+            continue
+        left = [c for c in below if c not in gone]
+        if len(left) < len(below):
+            weights[node] = _absorb(weights[node], joins[node], [gone.get(c) for c in below])
+        if below and not left:
+            gone[i] = weights[node]
+            continue
+        links[i] = [instead.get(c, c) for c in left]
+        # a node that is left with one child goes, except for a root above nothing but a leaf
+        if len(left) == 1 < len(below) and (i != top or tree.links[links[i][0]]):
+            child = tree.nodes[links[i][0]]
+            dtype = torch.promote_types(weights[child].dtype, weights[node].dtype)
+            weights[child] = weights[child].to(dtype) @ weights[node].to(dtype)
+            instead[i] = links[i][0]
+    if top in gone:
+        return gone[top]
+    root = instead.get(top, top)
+    kept = [m for m in tree.leaves if m not in vectors]
+    names = {m: k for k, m in enumerate(kept)}
+
+    def nested(i: int) -> Any:
+        return [nested(c) for c in links[i]] if links.get(i) else names[int(tree.nodes[i])]  # type: ignore[call-overload]
+
+    def walk(i: int) -> list[int]:
+        return [*(n for c in links.get(i, []) for n in walk(c)), i]
+
+    structure = nested(root)
+    smaller = ModeTree(structure if isinstance(structure, list) else [structure])
+    order = walk(root)
+    new = dict(zip(smaller.nodes, (weights[tree.nodes[i]] for i in order), strict=True))
+    kinds = {
+        v: joins[tree.nodes[i]] for v, i in zip(smaller.nodes, order, strict=True) if links.get(i)
+    }
+    return Factorization.from_weights(smaller, new, join=kinds)
+
+
+def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tensor:
+    """A node's weight with the children that are vectors now contracted into it."""
+    for vector in vectors:
+        if vector is not None:
+            weight = weight.to(torch.promote_types(weight.dtype, vector.dtype))
+    if kind == "diagonal":
+        for vector in vectors:
+            if vector is not None:
+                weight = vector.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)) * weight
+        if all(v is not None for v in vectors):
+            weight = weight.sum(0)
+        return weight
+    for axis in reversed(range(len(vectors))):
+        vector = vectors[axis]
+        if vector is not None:
+            weight = torch.tensordot(vector.to(weight.dtype), weight, ([0], [axis]))
+    return weight
+
+
+def _renamed(
+    tree: ModeTree,
+    weights: Mapping[Node, Tensor],
+    joins: Mapping[Node, str],
+    names: Mapping[int, int],
+) -> Factorization:
+    """The same network with its leaves called otherwise."""
+
+    def nested(i: int) -> Any:
+        below = tree.links[i]
+        return [nested(c) for c in below] if below else names[int(tree.nodes[i])]  # type: ignore[call-overload]
+
+    other = ModeTree(nested(len(tree.nodes) - 1))
+    renamed = dict(zip(tree.nodes, other.nodes, strict=True))
+    return Factorization.from_weights(
+        other,
+        {renamed[node]: weight for node, weight in weights.items()},
+        join={renamed[node]: kind for node, kind in joins.items()},
+    )
+
+
+def _paired(
+    one: Factorization, other: Factorization
+) -> tuple[list[tuple[Tensor | None, Tensor | None]], dict[Node, str]]:
+    """Weights of both by node, of one dtype and with the same joins; ``None`` for a root of ones."""
+    for model in (one, other):
+        if not isinstance(model, Factorization):
+            raise OptionError(f"expected a Factorization, found {type(model).__name__}.")
+    if one.tree != other.tree or one.sizes != other.sizes:
+        raise ShapeError(
+            "both factorizations need the same tree and sizes.\n"
+            f"  found: {one.tree!r} {one.sizes}\n  and:   {other.tree!r} {other.sizes}"
+        )
+    tree, dtype = one.tree, torch.promote_types(one.dtype, other.dtype)
+    ones = one.network.root_ones and other.network.root_ones
+    kinds = [_joins_of(model) for model in (one, other)]
+    joins = {
+        v: "diagonal" if kinds[0][v] == kinds[1][v] == "diagonal" else "full" for v in tree.interior
+    }
+    sides: list[dict[Node, Tensor]] = []
+    with torch.no_grad():
+        for model, kind in zip((one, other), kinds, strict=True):
+            weights = _weights_of(model, ones=ones)
+            for v in tree.interior:
+                if kind[v] == "diagonal" and joins[v] == "full":
+                    weights[v] = _spread(weights[v], len(tree.children(v)))
+            sides.append({node: w.to(dtype) for node, w in weights.items()})
+    return [(sides[0].get(v), sides[1].get(v)) for v in tree.nodes], joins
+
+
+def _spread(weight: Tensor, children: int) -> Tensor:
+    """A diagonal weight ``(R, ...)`` as that of a full join: ``(R, .., R, ...)``, zero off the diagonal."""
+    bond = weight.shape[0]
+    whole = weight.new_zeros([bond] * children + list(weight.shape[1:]))
+    every = torch.arange(bond, device=weight.device)
+    whole[(every,) * children] = weight
+    return whole
+
+
+def _weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
+    """Detached weights; with ``ones=False`` a root of ones has its weight as well."""
+    weights = {node: w.detach() for node, w in model.weights.items()}
+    if model.network.root_ones and not ones:
+        bond = model.network.bonds[model.tree.links[-1][0]]
+        weights[model.tree.root] = torch.ones(bond, dtype=model.dtype, device=model.device)
+    return weights
+
+
+def _joins_of(model: Factorization) -> dict[Node, str]:
+    kinds = zip(model.tree.nodes, model.network.joins, strict=True)
+    return {node: kind for node, kind in kinds if kind != "leaf"}
+
+
+def _check_mode(model: Factorization, mode: Any) -> None:
+    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode < model.tree.order:
+        raise TreeError(f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}.")
+
+
+def _full_key(key: Any, order: int) -> list[int | slice]:
+    """One integer or slice for every mode."""
+    items = list(key) if isinstance(key, tuple) else [key]
+    dots = [k for k, item in enumerate(items) if isinstance(item, EllipsisType)]
+    if len(dots) > 1 or len(items) - len(dots) > order:
+        raise OptionError(f"select: {key!r} is for other than {order} modes.")
+    at = dots[0] if dots else len(items)
+    missing = order - (len(items) - len(dots))
+    items = [*items[:at], *[slice(None)] * missing, *items[at + len(dots) :]]
+    out: list[int | slice] = []
+    for item in items:
+        if isinstance(item, slice):
+            out.append(item)
+            continue
+        try:
+            out.append(operator.index(item))
+        except TypeError:
+            raise OptionError(
+                f"select: a key is an integer, a slice or '...' for each mode, found {item!r}."
+            ) from None
+    return out
