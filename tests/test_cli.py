@@ -83,6 +83,26 @@ def test_rank(capsys, tensor, tmp_path):
     assert code == 0 and "(0, 2)" in out
 
 
+def test_decompose(capsys, tensor, tmp_path):
+    out, png = tmp_path / "m.safetensors", tmp_path / "d.png"
+    options = ("--tree", "htf-4", "--rtol", "0.2", "--out", str(out), "--png", str(png))
+    code, said, err = call(capsys, "decompose", tensor, *options)
+    assert code == 0, err
+    model, values = load(out), torch.from_numpy(np.load(tensor))
+    error = ((model.to_tensor() - values).norm() / values.norm()).item()
+    assert error <= 0.2 and f"reached {error:.4g}" in said and png.exists()
+    assert f"of {values.numel()} " in said and "asked 0.2" in said
+    rows = [line.split("│") for line in said.splitlines() if line.startswith("│")]
+    ranks = {row[1].strip(): int(row[3]) for row in rows}
+    nodes = zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True)
+    assert ranks == {str(node): bond for node, bond in nodes}
+    zoo.model_of(ModeTree.binary(4)).save(tmp_path / "wide.safetensors")
+    code, said, _ = call(capsys, "decompose", str(tmp_path / "wide.safetensors"), "--ranks", "1")
+    assert code == 0 and "bound" in said and "reached" not in said
+    code, said, _ = call(capsys, "decompose", tensor, "--randomized", "--rtol", "1e-9")
+    assert code == 0 and "asked 1e-09" in said
+
+
 def test_fit_and_plot(capsys, tensor, tmp_path):
     run = tmp_path / "run"
     options = (
@@ -176,6 +196,9 @@ def test_same_seed_same_run(capsys, tensor, tmp_path):
         (["rank", "nope.npy"], 1, "no such tensor"),
         (["rank", "il2"], 1, "192 missing entries"),
         (["rank", "covid19", "--tree", "htf-4"], 1, "3 axes and the tree 4 modes"),
+        (["decompose", "covid19", "--rtol", "2"], 1, "rtol must be a number in [0, 1)"),
+        (["decompose", "covid19", "--ranks", "0"], 1, "needs a positive integer"),
+        (["decompose", "nope.npy"], 1, "no such tensor"),
         (["rank", "covid19", "--device", "warp"], 1, "cannot use the device 'warp'"),
         (["fit", "il2", "--no-progress"], 1, "192 NaN entries"),
         (["fit", "covid19", "--observed", "2"], 1, "observed must be a share"),
@@ -203,7 +226,8 @@ def test_exit_codes(capsys, tmp_path, monkeypatch, arguments, code, message):
 
 
 @pytest.mark.parametrize(
-    "command", ["tree", "rank", "fit", "plot", "demo", "run", "run dynamics", "run init-scale"]
+    "command",
+    "tree,rank,decompose,fit,plot,demo,run,run dynamics,run init-scale".split(","),
 )
 def test_every_option_is_explained(capsys, command):
     code, out, _ = call(capsys, *command.split(), "--help")

@@ -1,4 +1,4 @@
-"""The command line: ``tnreg tree | rank | fit | run | plot | demo``.
+"""The command line: ``tnreg tree | rank | decompose | fit | run | plot | demo``.
 
 Options are typed function arguments, read by tyro; results are tables by rich. Exit codes: 0 done,
 1 bad input (one message on standard error), 2 unknown options, 130 interrupted before anything ran.
@@ -7,7 +7,9 @@ Options are typed function arguments, read by tyro; results are tables by rich. 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +32,9 @@ from tnreg import (
     load_tree,
     plots,
     spectra,
+    truncate,
 )
+from tnreg import decompose as hierarchical_svd
 from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.experiments import completion, dynamics, init_scale
 from tnreg.experiments import demo as demo_experiment
@@ -127,6 +131,83 @@ def rank(
     console.print(table)
     if png is not None:
         plots.save_figure(plots.spectra(found, _figure()).figure, png)
+        console.print(f"wrote {png}")
+
+
+def decompose(
+    file: str,
+    /,
+    *,
+    tree: str | None = None,
+    rtol: float = 1e-3,
+    ranks: int | None = None,
+    randomized: bool = False,
+    missing: Literal["nan"] | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+    png: Path | None = None,
+) -> None:
+    """Hierarchical SVD of a tensor along a tree, or rounding of a saved model, to a relative error.
+
+    Args:
+        file: A .npy, .npz, .safetensors or .pt file, a model that tnreg saved, or kinetic, il2, covid19,
+            indian-pines.
+        tree: Gallery name, JSON file or nested lists; a binary tree if left out (a model's own for
+            a model).
+        rtol: Largest relative error, kept to unless ranks cut further.
+        ranks: Largest bond.
+        randomized: Look for the columns of large nodes with random vectors first.
+        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
+            others here.
+        device: Any torch device, e.g. cuda.
+        out: Save the factorization into this file.
+        png: Draw singular values and the tree with its ranks into this file.
+    """
+    subject, along, name = _rank_subject(file, tree, missing, _device(device))
+    start = time.perf_counter()
+    with console.status("decomposing ..."):
+        if along is None:
+            found = truncate(subject, rtol=rtol, ranks=ranks)
+        else:
+            found = hierarchical_svd(subject, along, rtol=rtol, ranks=ranks, randomized=randomized)
+    seconds = time.perf_counter() - start
+    with console.status("singular values ..."):
+        values = spectra(subject, along)
+    norm = subject.norm().item()
+    bonds = dict(zip(found.tree.nodes[:-1], found.network.bonds[:-1], strict=True))
+    table = Table("node", title=f"{name} {found.sizes}, {seconds:.2f} s", title_justify="left")
+    for head in ("singular values", "rank", "largest cut", "error of the cut"):
+        table.add_column(head, justify="right")
+    for node, s in values.items():
+        rest = s[bonds[node] :].double()
+        cut = f"{float(rest[0]) / norm:.2e}" if len(rest) and norm > 0 else "0"
+        error = f"{float(rest.norm()) / norm:.2e}" if len(rest) and norm > 0 else "0"
+        table.add_row(str(node), str(len(s)), str(bonds[node]), cut, error)
+    console.print(table)
+    weights = sum(p.numel() for p in found.parameters())
+    before = (
+        sum(p.numel() for p in subject.parameters()) if along is None else math.prod(found.sizes)
+    )
+    bound = (found.error_bound or 0.0) / norm if norm > 0 else 0.0
+    console.print(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
+    asked = f"relative error: asked {rtol:g}, bound {bound:.4g}"
+    if along is not None:
+        with torch.no_grad():
+            reached = float(torch.linalg.vector_norm(found.to_tensor() - subject))
+        asked += f", reached {reached / norm if norm > 0 else 0.0:.4g}"
+    console.print(asked)
+    if out is not None:
+        found.save(out)
+        console.print(f"wrote {out}")
+    if png is not None:
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=(12, 4.5), layout="constrained")
+        left, right = drawn.subplots(1, 2)
+        plots.spectra(values, left)
+        plots.tree(found.tree, right, edges=bonds)
+        right.set_title("ranks")
+        plots.save_figure(drawn, png)
         console.print(f"wrote {png}")
 
 
@@ -326,8 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the ``tnreg`` command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Any] = {
-        "demo": demo, "tree": tree, "rank": rank, "fit": fit, "run": _run_with_defaults(given),
-        "plot": plot,
+        "demo": demo, "tree": tree, "rank": rank, "decompose": decompose, "fit": fit,
+        "run": _run_with_defaults(given), "plot": plot,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(
