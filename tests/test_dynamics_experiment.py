@@ -247,10 +247,12 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, tiny):
     place = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", code, str(place)])
     checkpoint = tmp_path / "run.checkpoint"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    try:
+        while not checkpoint.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not place.exists()
     with pytest.raises(OptionError, match=r"other settings.\n  seed: 0 there, 1 now"):
         dynamics.run(dataclasses.replace(dynamics.tiny, seed=1), place)

@@ -87,14 +87,17 @@ def test_a_run_that_dies(tmp_path, sign):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
     )
-    end = time.monotonic() + 60
-    while not list(tmp_path.glob(".run.partial-*")) and time.monotonic() < end:
-        assert process.poll() is None
-        time.sleep(0.05)
-    assert list(tmp_path.glob(".run.partial-*"))
-    time.sleep(2.0)  # well into the training
-    process.send_signal(sign)
-    errors = process.communicate(timeout=60)[1].decode()
+    try:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob(".run.partial-*")) and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert list(tmp_path.glob(".run.partial-*"))
+        time.sleep(2.0)  # well into the training
+        process.send_signal(sign)
+        errors = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()  # whatever happened, nothing goes on training
     if sign == signal.SIGKILL:
         assert not out.exists()
         return
