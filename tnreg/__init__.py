@@ -18,14 +18,14 @@ from tnreg.components import balance_
 from tnreg.tensors import load_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
-from tnreg import algebra, dynamics, plots
+from tnreg import algebra, convert, dynamics, plots
 
 __all__ = [
     # trees and networks
     "ModeTree", "gallery", "load_tree", "Network", "network", "Plan", "plan",
     # factorizations
     "Factorization", "load", "balance_", "decompose", "truncate",
-    "algebra",
+    "algebra", "convert",
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training

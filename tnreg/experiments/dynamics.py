@@ -241,7 +241,7 @@ class _Observations:
     """What is recorded in every row; what two observations need is computed once.
 
     A small tensor is made dense once a row for errors and singular values: at 8^4 and width 512 that
-    costs a fifth of the factored spectra. A large one never is.
+    costs a quarter of the factored spectra. A large one is so only for off-tree sets, if asked for.
     """
 
     def __init__(
