@@ -107,9 +107,23 @@ def cost_table():
     return "\n".join(lines)
 
 
+def decompose_table():
+    found = json.loads((ROOT / "benchmarks/results/decompose-cpu.json").read_text())["results"]
+    lines = ["| tensor | library | seconds | of the first | error |", "|---|---|---|---|---|"]
+    for tensor, rows in found.items():
+        first = next(iter(rows.values()))["seconds"]
+        lines += [
+            f"| {tensor} | {library} {row['version']} | {row['seconds']:.2f} "
+            f"| {row['seconds'] / first:.1f} | {row['error']:.1e} |"
+            for library, row in rows.items()
+        ]
+    return "\n".join(lines)
+
+
 def test_docs_tables_are_the_committed_results():
     page = (ROOT / "docs/dynamics.md").read_text(encoding="utf-8")
     assert dynamics_table() in page and cost_table() in page
+    assert decompose_table() in (ROOT / "docs/decompose.md").read_text(encoding="utf-8")
 
 
 def test_published_dynamics_are_reproduced():
@@ -251,12 +265,13 @@ if __name__ == "__main__":
         r"(?s)SPEED_TABLE|\| work \| against .*?(?=\n\n)", lambda _: speed_table(), README
     )
     (ROOT / "README.md").write_text(marked, encoding="utf-8")
-    page = (ROOT / "docs/dynamics.md").read_text(encoding="utf-8")
-    for mark, head, table in (
-        ("DYNAMICS_TABLE", "| run | ", dynamics_table()),
-        ("COST_TABLE", "| what | ms ", cost_table()),
+    for name, mark, head, table in (
+        ("dynamics", "DYNAMICS_TABLE", "| run | ", dynamics_table()),
+        ("dynamics", "COST_TABLE", "| what | ms ", cost_table()),
+        ("decompose", "SPEED_TABLE", "| tensor | ", decompose_table()),
     ):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         page = re.sub(
             rf"(?s){mark}|{re.escape(head)}.*?(?=\n\n|\Z)", lambda _, t=table: t, page, count=1
         )
-    (ROOT / "docs/dynamics.md").write_text(page.rstrip() + "\n", encoding="utf-8")
+        (ROOT / "docs" / f"{name}.md").write_text(page.rstrip() + "\n", encoding="utf-8")
