@@ -52,7 +52,7 @@ def test_spectra(ax):
     found = spectra(model)
     assert plots.spectra(found, ax) is ax and len(ax.lines) == len(found)
     for line, s in zip(ax.lines, found.values(), strict=True):
-        assert np.allclose(line.get_ydata(), (s / s[0]).numpy())
+        assert np.allclose(line.get_ydata(), (s / s[0]).detach().numpy())
     assert plots.spectra({0: torch.zeros(3)}, Figure().subplots()).lines
 
 

@@ -116,7 +116,7 @@ def rank(
         png: Draw the singular values into this file.
     """
     subject, along, name = _rank_subject(file, tree, missing, _device(device))
-    with console.status("singular values ..."):
+    with torch.no_grad(), console.status("singular values ..."):
         found = spectra(subject, along)
         ranks = hierarchical_rank(subject, along, rtol=rtol)
     table = Table(title=f"{name} {tuple(subject.sizes if along is None else subject.shape)}")
@@ -171,7 +171,7 @@ def decompose(
         else:
             found = hierarchical_svd(subject, along, rtol=rtol, ranks=ranks, randomized=randomized)
     seconds = time.perf_counter() - start
-    with console.status("singular values ..."):
+    with torch.no_grad(), console.status("singular values ..."):
         values = spectra(subject, along)
     norm = subject.norm().item()
     bonds = dict(zip(found.tree.nodes[:-1], found.network.bonds[:-1], strict=True))

@@ -48,8 +48,8 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
             own.
 
     Cost: dense, see ``tnreg.rank.dense_spectra``; factorization, linear in the number of nodes,
-    cubic in the bonds. Detached for a factorization; differentiable for a dense tensor that
-    requires a gradient.
+    cubic in the bonds. Differentiable once, in the tensor or in the weights of the factorization
+    (under ``torch.no_grad()`` that is not paid for).
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3)
@@ -111,7 +111,9 @@ def hierarchical_rank(
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         sizes, limit = x.sizes, torch.finfo(x.dtype).eps
-        for node, (values, _) in _factored_spectra(x).items():
+        with torch.no_grad():
+            factored = _factored_spectra(x)
+        for node, (values, _) in factored.items():
             # before any scale is applied: a tiny or huge tensor has the same rank. The factors are
             # small, so their rounding does not grow with the matrix that they stand for.
             rows = math.prod(sizes[m] for m in x.tree.modes_below(node))
@@ -146,7 +148,6 @@ class _Factor:
     logs: Tensor
 
 
-@torch.no_grad()
 def _factored_spectra(model: Factorization) -> dict[Node, tuple[Tensor, Tensor]]:
     """``{node: (values, log)}``: singular values ``values * exp(log)`` with moderate values."""
     tree, net = model.tree, model.network
@@ -248,5 +249,11 @@ def _triangle(matrix: Tensor, logs: Tensor) -> _Factor:
     """
     if len(matrix) <= matrix.shape[1]:
         return _Factor(matrix, logs)
-    short, more = columns(torch.linalg.qr(matrix, mode="r")[1])
+    if matrix.requires_grad:
+        # Only the Gram matrix of a factor matters, and to first order that of Q'A with a fixed Q is that
+        # of A: gradients need no derivative of the factorization, which low rank would make infinite.
+        basis = torch.linalg.qr(matrix.detach())[0]
+        short, more = columns(basis.mH @ matrix)
+    else:
+        short, more = columns(torch.linalg.qr(matrix, mode="r")[1])
     return _Factor(short, logs + more)

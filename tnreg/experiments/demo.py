@@ -118,7 +118,8 @@ def run(
         )
         baseline, compared = _train(star, components, "ones", task, config, progress)
 
-        learned = spectra(model)
+        with torch.no_grad():
+            learned = spectra(model)
         tell(_rank_table("learned tensor", learned, model, tree, config, modes))
         errors = {
             "mean of the observed": mean_error(task),
