@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from steps import flat_index, leaves, machine_name, measure
+from steps import htf_by_hand, machine_name, measure
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 import tnreg
 from tnreg.experiments import dynamics
@@ -74,26 +73,7 @@ def main() -> None:
         task.loss(model).backward()
         optimizer.step()
 
-    hand, sample = leaves(model), leaves(model)
-    flat = flat_index(task)
-    features = [one_hot(task.index[:, n], 8).float() for n in range(4)]
-
-    def dense() -> Tensor:
-        a, b, ab, c, d, cd, top = hand
-        left = (a.unsqueeze(1) * b).reshape(64, 512) @ ab
-        right = (c.unsqueeze(1) * d).reshape(64, 512) @ cd
-        return ((left * top) @ right.T).reshape(-1)[flat]
-
-    def per_sample() -> Tensor:
-        a, b, ab, c, d, cd, top = sample
-        xa, xb, xc, xd = (
-            torch.einsum("bi,ir->br", x, w) for x, w in zip(features, (a, b, c, d), strict=True)
-        )
-        left = torch.einsum("br,br,rs->bs", xa, xb, ab)
-        right = torch.einsum("br,br,rs->bs", xc, xd, cd)
-        return torch.einsum("bs,bs,s->b", left, right, top)
-
-    tree = model.tree
+    by_hand, tree = htf_by_hand(task, model), model.tree
 
     @torch.no_grad()
     def one_svd_per_node() -> None:
@@ -108,8 +88,10 @@ def main() -> None:
     found = dynamics._Observations(config, task, optimizer, model)
     rows: dict[str, Callable[[], object]] = {
         "step: tnreg": bare,
-        "step: hand-written dense then index": step_of(dense, hand),
-        "step: per-sample one-hot einsum": step_of(per_sample, sample),
+        "step: hand-written dense then index": step_of(*by_hand["hand-written dense then index"]),
+        "step: per-sample one-hot einsum": step_of(
+            *by_hand["per-sample one-hot einsum, leaf to root"]
+        ),
         "fit, nothing observed": training(watched=False),
         "fit, all observed every 25": training(watched=True),
         "one svdvals per node of the dense tensor": one_svd_per_node,

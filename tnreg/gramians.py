@@ -9,6 +9,7 @@ of ``T_v S_vᵀ``. Squares are never formed, so values are right down to eps tim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from tnreg.rank import as_tensor, dense_spectra, numerical_rank
 from tnreg.scaled import absorbed, columns, times, unscaled
 from tnreg.tree import ModeTree, Node
 
-__all__ = ["hierarchical_rank", "spectra"]
+__all__ = ["full_rows", "hierarchical_rank", "spectra"]
 
 
 def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
@@ -196,15 +197,28 @@ def _joined(kind: str, below: list[_Factor], weight: Tensor) -> _Factor:
     if kind == "diagonal":
         product = _khatri_rao(below)
         return _triangle(*times(product.matrix, product.logs, weight))
-    weight, logs = absorbed(weight, [factor.logs for factor in below])
+    return _triangle(*full_rows([(factor.matrix, factor.logs) for factor in below], weight))
+
+
+def full_rows(below: Sequence[tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """All combinations of the children's rows, through the weight of a full join: ``(rows, R_above)``.
+
+    Args:
+        below: For every child a matrix ``(rows, bond)`` and the logarithms of its columns' scales.
+        weight: ``(R_c1, ..., R_ck, R_above)``.
+
+    Returns:
+        The matrix with columns of largest magnitude 1 or 0, and their logarithms.
+    """
+    weight, logs = absorbed(weight, [log for _, log in below])
     symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
     bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
     terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
     equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
-    operands = [*(factor.matrix for factor in below), weight]
+    operands = [*(matrix for matrix, _ in below), weight]
     whole = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
     whole, more = columns(whole.flatten(0, -2))
-    return _triangle(whole, logs + more)
+    return whole, logs + more
 
 
 def _outside_all(

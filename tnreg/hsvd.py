@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-from tnreg.einsum import einsum
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
+from tnreg.gramians import full_rows
 from tnreg.rank import check_dense
-from tnreg.scaled import absorbed, columns, times
+from tnreg.scaled import columns, times
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["decompose", "truncate"]
@@ -361,16 +360,7 @@ def _rows(
             matrix = (matrix.unsqueeze(1) * other.unsqueeze(0)).flatten(0, 1)
             logs = logs + more
         return times(matrix, logs, weight)
-    weight, logs = absorbed(weight, [log for _, log in below])
-    symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
-    bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
-    terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
-    equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
-    operands = [*(matrix for matrix, _ in below), weight]
-    whole, more = columns(
-        einsum(equation, *(tuple(o.shape) for o in operands))(operands).flatten(0, -2)
-    )
-    return whole, logs + more
+    return full_rows(below, weight)
 
 
 def _outside(tree: ModeTree, bases: Mapping[int, Tensor], core: Tensor) -> dict[int, _Outside]:
