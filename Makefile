@@ -16,8 +16,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# The three dynamics at the published settings, a quarter of an hour on two cores. What is in runs/ is not
-# trained again, and what was killed goes on.
+# The three dynamics at the published settings: half an hour beside other work on two cores. What is in
+# runs/ is not trained again, and what was killed goes on.
 figures: $(DYNAMICS) $(SWEEPS)
 	mkdir -p runs/figures
 	$(BIN)/tnreg plot runs/mf-1 runs/cp-1 runs/htf-1 --png runs/figures/dynamics.png

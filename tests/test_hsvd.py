@@ -200,7 +200,13 @@ def test_random_vectors_find_large_nodes(dtype):
         found = decompose(matrix, tree, rtol=rtol, randomized=True, seed=3)
         assert_kept(found, matrix, rtol)
         assert found.network.bonds[0] == 12
-    assert_kept(decompose(matrix, tree, rtol=1e-9, randomized=True), matrix, 1e-9)
+    faint = (left * torch.where(values < 0.1, 1e-3 * values, values).to(dtype)) @ right
+    for rtol in (1e-9, None):  # a tail of 1e-8 that differences of squares do not show
+        assert_kept(decompose(faint, tree, rtol=rtol, randomized=True), faint, rtol)
+    # a limit that need not cut takes nothing off the guarantee
+    slow = (left * torch.linspace(1, 0.01, 300).to(dtype)) @ right
+    assert_kept(decompose(slow, tree, rtol=0.05, ranks=299, randomized=True), slow, 0.05)
+    assert_kept(decompose(matrix, tree, rtol=1e-4, ranks=13, randomized=True), matrix, 1e-4)
     capped = decompose(matrix, tree, ranks=5, randomized=True)
     error = (capped.to_tensor() - matrix).norm().item()
     assert capped.network.bonds[0] == 5 and error <= capped.error_bound

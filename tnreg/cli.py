@@ -357,8 +357,8 @@ def plot(
             folder are drawn again.
         names: What to draw, one panel each.
         linear: Linear instead of logarithmic vertical axes.
-        png: Where to write the picture; training.png beside the trajectory, or panels.png beside
-            several runs, if left out.
+        png: Where to write the picture; if left out the experiment's own pictures in its folder,
+            training.png beside a trajectory, panels.png beside several runs.
     """
     if not runs:
         raise OptionError("plot: give a run folder.")
@@ -368,7 +368,7 @@ def plot(
         target = png or first.parent / "panels.png"
         plots.save_figure(dynamics.panels(runs), target)
     elif kind == "init_scale":
-        target = init_scale.figure(first)
+        target = init_scale.figure(first, png)
     elif kind == "dynamics" and not names:
         target = dynamics.figure(first)
     else:

@@ -62,7 +62,8 @@ def decompose(
             zero to rounding is cut.
         randomized: Look for the columns to keep of large nodes with random vectors first (Halko,
             Martinsson and Tropp 2011). The error is measured, not estimated, so that the guarantee is
-            the same for ``rtol >= 1e-6`` in double precision; bonds may be a little larger.
+            the same; bonds may be a little larger. Where the tolerance is too tight to measure it by
+            (below some 1e-6) random vectors are not used.
         seed: Draws those vectors.
 
     Returns:
@@ -94,7 +95,8 @@ def decompose(
         log2, largest = 0, float(_largest(core))
         if largest > 0 and not 1e-100 < largest < 1e100:  # squares would leave the range
             log2 = math.frexp(largest)[1]
-            core = core * 2.0 ** (-log2 // 2) * 2.0 ** (-log2 - -log2 // 2)
+            half = log2 // 2  # the power itself may leave the range
+            core = core * 2.0**-half * 2.0 ** (half - log2)
         random = torch.Generator(core.device).manual_seed(seed) if randomized else None
         first = share if share is None else _FIRST_SHARE * share
         sweep = _Sweep(core.contiguous(), tree, limits, first, random)
@@ -202,14 +204,18 @@ class _Sweep:
     def _range(
         self, view: Tensor, allowed: float, limit: int | None
     ) -> tuple[Tensor | None, float]:
-        """A basis outside of which lies at most half of what may be discarded, and how much does.
+        """A basis outside of which lies at most what may be discarded, and how much does.
 
         From products with random vectors, until what is outside is small enough; ``None`` if that
-        would not be fewer than half of the rows.
+        would not be fewer than half of the rows, or if differences of squares cannot tell so little.
+        With nothing but a limit one set of vectors has to do.
         """
         before, rows, behind = view.shape
-        eps, whole = torch.finfo(view.real.dtype).eps, float(_square(view))
-        goal = max(allowed / 2, 64 * eps * whole)  # a difference of squares tells no finer
+        whole = float(_square(view))
+        hidden = 16 * torch.finfo(view.real.dtype).eps * whole
+        by_limit = self.exact and limit is not None
+        if not by_limit and hidden > allowed / 2:
+            return None, 0.0
         basis = view.new_zeros(rows, 0)
         width = _RANDOMIZED_ROWS // 2 if limit is None else limit + 8
         while basis.shape[1] + width < min(rows, before * behind) // 2:
@@ -220,8 +226,8 @@ class _Sweep:
                 sample = torch.linalg.qr(sample - basis @ (basis.mH @ sample))[0]
             basis = torch.cat([basis, sample], 1)
             outside = max(whole - float(_square(torch.matmul(basis.mH, view))), 0.0)
-            if limit is not None or outside <= goal:
-                return basis, outside + 4 * eps * whole
+            if by_limit or outside <= allowed / 2:
+                return basis, outside + hidden
             width *= 2
         return None, 0.0
 
@@ -296,9 +302,7 @@ def truncate(
     with torch.no_grad():
         bases, core, log = _orthogonalized(model)
         outside = _outside(tree, bases, core)
-        # what rounding may add is taken off beforehand
-        part = None if share is None else share**2 - (16 * torch.finfo(core.dtype).eps) ** 2
-        allowed = None if part is None else part * float(_square(core))
+        allowed = None if share is None else share**2 * float(_square(core))
         kept, lost = _pooled(tree, outside, limits, allowed)
         weights = _projected(tree, {**bases, len(tree.nodes) - 1: core}, outside, kept)
         return _built(tree, weights, log / math.log(2), model.dtype, math.sqrt(lost))
@@ -490,6 +494,7 @@ def _limits(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[int,
 
 
 def _share(rtol: float | None) -> float | None:
+    """The tolerance less what rounding may add to the error."""
     if rtol is None:
         return None
     if (
@@ -498,7 +503,7 @@ def _share(rtol: float | None) -> float | None:
         or not 0 <= rtol < 1
     ):
         raise OptionError(f"rtol must be a number in [0, 1), found {rtol!r}.")
-    return float(rtol)
+    return max(float(rtol) - 16 * torch.finfo(torch.float64).eps, 0.0)
 
 
 def _square(x: Tensor) -> Tensor:

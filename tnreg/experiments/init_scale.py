@@ -96,7 +96,7 @@ def _cell(place: Path, std: float, seed: int) -> Path:
 
 def _is_sweep(place: Path) -> bool:
     """A sweep that was cut short: nothing but its cells."""
-    return place.is_dir() and all(p.name.startswith("std-") for p in place.iterdir())
+    return place.is_dir() and all(p.name.lstrip(".").startswith("std-") for p in place.iterdir())
 
 
 def _result(config: dynamics.Config, cell: Path, progress: bool) -> dict[str, Any]:
@@ -122,8 +122,11 @@ def _result(config: dynamics.Config, cell: Path, progress: bool) -> dict[str, An
     }
 
 
-def figure(folder: str | Path) -> Path:
-    """Draw ``init-scale.png``: components by scale for the first seed, then errors of all seeds."""
+def figure(folder: str | Path, png: str | Path | None = None) -> Path:
+    """Draw components by scale for the first seed, then errors of all seeds.
+
+    Into ``init-scale.png`` of the folder, or another file.
+    """
     from matplotlib.figure import Figure
 
     place = Path(folder)
@@ -154,4 +157,4 @@ def figure(folder: str | Path) -> Path:
         ax.set_xlabel("standard deviation of the initial weights")
         ax.set_title(f"{name} at the end (grey: mean of {len(seeds)} seeds)")
     left.set_yscale("log")
-    return save_figure(drawn, place / "init-scale.png")
+    return save_figure(drawn, png or place / "init-scale.png")
