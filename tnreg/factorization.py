@@ -141,6 +141,22 @@ class Factorization(nn.Module):
         model.load_weights(given)
         return model
 
+    @classmethod
+    def holding(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
+        """A factorization that takes these weights over as they are: no copy, no check.
+
+        Args:
+            network: The network.
+            stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
+        """
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.network = network
+        model.stacks = nn.ParameterList(nn.Parameter(stack) for stack in stacks)
+        model._entry_plans = []
+        model.error_bound = None
+        return model
+
     @property
     def tree(self) -> ModeTree:
         """The mode tree."""
@@ -481,17 +497,12 @@ class Factorization(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factorization:
         # plans are values and may be shared; their index tensors need no copy
-        copy = Factorization.__new__(Factorization)
+        copy = Factorization.holding(self.network, [s.detach().clone() for s in self.stacks])
         memo[id(self)] = copy
-        nn.Module.__init__(copy)
-        copy.network = self.network
-        copy.stacks = nn.ParameterList(
-            nn.Parameter(stack.detach().clone(), requires_grad=stack.requires_grad)
-            for stack in self.stacks
-        )
         copy._entry_plans = list(self._entry_plans)
         copy.error_bound = self.error_bound
         for ours, theirs in zip(copy.stacks, self.stacks, strict=True):
+            ours.requires_grad_(theirs.requires_grad)
             ours.grad = None if theirs.grad is None else theirs.grad.clone()
         copy.train(self.training)
         return copy

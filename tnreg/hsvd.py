@@ -22,9 +22,9 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
-from tnreg.gramians import full_rows
+from tnreg.frames import Batch, Frame, Outside, batches, climb, frames, outside, scale_of, taken
+from tnreg.network import Network
 from tnreg.rank import check_dense
-from tnreg.scaled import columns, times
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["decompose", "truncate"]
@@ -100,12 +100,21 @@ def decompose(
         random = torch.Generator(core.device).manual_seed(seed) if randomized else None
         first = share if share is None else _FIRST_SHARE * share
         sweep = _Sweep(core.contiguous(), tree, limits, first, random)
-        weights, lost = sweep.run(), sweep.lost
-        if share:
-            bases, top = dict(weights), len(tree.nodes) - 1
-            outside = _outside(tree, bases, bases.pop(top))
-            kept, more = _pooled(tree, outside, limits, share**2 * sweep.total - lost)
-            weights, lost = _projected(tree, weights, outside, kept), lost + more
+        weights = sweep.run()
+        if not share or sweep.total == 0:
+            return _built(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
+        left = max(share**2 * sweep.total - sweep.lost, 0.0) / (sweep.total - sweep.lost)
+        net = Network.build(
+            tree,
+            [weights[tree.position(mode)].shape[0] for mode in tree.leaves],
+            {node: weights[i].shape[-1] for i, node in enumerate(tree.nodes[:-1])},
+            join="full",
+        )
+        stacks = [torch.stack([weights[i] for i in stack.positions]) for stack in net.stacks]
+        rounded = _rounded(net, stacks, limits, math.sqrt(left), orthonormal=True)
+        lost = sweep.lost + rounded.lost * (rounded.size * 2.0**rounded.power) ** 2
+        weights = rounded.weights
+        weights[len(tree.nodes) - 1] *= 2.0**rounded.power
         return _built(tree, weights, log2, dense.dtype, math.sqrt(lost))
 
 
@@ -297,164 +306,232 @@ def truncate(
         raise OptionError(
             f"truncate is for factorizations, found {type(model).__name__}; write decompose(tensor, tree)."
         )
-    tree = model.tree
-    limits, share = _limits(tree, ranks), _share(rtol)
+    net = model.network
+    limits, share = _limits(model.tree, ranks), _share(rtol)
     with torch.no_grad():
-        bases, core, log = _orthogonalized(model)
-        outside = _outside(tree, bases, core)
-        allowed = None if share is None else share**2 * float(_square(core))
-        kept, lost = _pooled(tree, outside, limits, allowed)
-        weights = _projected(tree, {**bases, len(tree.nodes) - 1: core}, outside, kept)
-        return _built(tree, weights, log / math.log(2), model.dtype, math.sqrt(lost))
+        wide = torch.complex128 if model.dtype.is_complex else torch.float64
+        rounded = _rounded(net, [stack.to(wide) for stack in model.stacks], limits, share)
+        lost = math.sqrt(rounded.lost) * rounded.size
+        return _built(model.tree, rounded.weights, rounded.power, model.dtype, lost)
 
 
 @dataclass(frozen=True)
-class _Outside:
-    """Singular vectors and values of a node's matricization in the node's own basis."""
+class _Rounded:
+    """A rounded tensor is that of ``weights`` times ``2**power``.
 
-    vectors: Tensor
-    values: Tensor
+    ``size * 2**power`` was its norm before, and ``lost`` the share of the square that was cut off.
+    """
 
-
-def _orthogonalized(model: Factorization) -> tuple[dict[int, Tensor], Tensor, float]:
-    """Orthonormal bases of all nodes ``(children.., k)``, the core at the root, and its log scale."""
-    tree, net = model.tree, model.network
-    wide = torch.complex128 if model.dtype.is_complex else torch.float64
-    weights = [w.to(wide) for w in model.weights.values()]
-    top = len(tree.nodes) - 1
-    if net.root_ones:
-        weights.append(torch.ones(net.bonds[tree.links[-1][0]], dtype=wide, device=model.device))
-    weights[top] = weights[top].unsqueeze(-1)
-    bases: dict[int, Tensor] = {}
-    factors: list[
-        tuple[Tensor, Tensor]
-    ] = []  # (k, R) with columns of largest magnitude 1, and logs
-    for i, below in enumerate(tree.links):
-        shape = tuple(len(factors[c][0]) for c in below) or weights[i].shape[:1]
-        if math.prod(shape) > _LARGEST_CORE:
-            raise ShapeError(
-                f"node {tree.nodes[i]!r} has {len(below)} children; its core would have "
-                f"{math.prod(shape):.3g} entries.\n"
-                "  use a tree with fewer children per node"
-            )
-        if not below:
-            matrix, logs = columns(weights[i])
-        else:
-            matrix, logs = _rows(net.joins[i], [factors[c] for c in below], weights[i])
-        if i == top:
-            return bases, matrix.reshape(shape), float(logs[0])
-        if len(matrix) > matrix.shape[1]:
-            basis, triangle = torch.linalg.qr(matrix)
-            triangle, more = columns(triangle)
-            factors.append((triangle, logs + more))
-        else:
-            basis = torch.eye(len(matrix), dtype=wide, device=model.device)
-            factors.append((matrix, logs))
-        bases[i] = basis.reshape(*shape, -1)
-    raise AssertionError("a tree ends at its root")
+    weights: dict[int, Tensor]
+    lost: float
+    size: float
+    power: float
 
 
-def _rows(
-    kind: str, below: Sequence[tuple[Tensor, Tensor]], weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """All combinations of the children's rows, through the node's weight: ``(rows, R_above)``."""
-    if kind == "diagonal":
-        matrix, logs = below[0]
-        for other, more in below[1:]:
-            matrix = (matrix.unsqueeze(1) * other.unsqueeze(0)).flatten(0, 1)
-            logs = logs + more
-        return times(matrix, logs, weight)
-    return full_rows(below, weight)
+def _rounded(
+    net: Network,
+    stacks: Sequence[Tensor],
+    limits: Mapping[int, int],
+    share: float | None,
+    *,
+    orthonormal: bool = False,
+) -> _Rounded:
+    """Rounding in orthonormal frames, equal nodes together.
+
+    Args:
+        net: The network.
+        stacks: Its weights in double precision.
+        limits: Largest bonds by position.
+        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+        orthonormal: Whether weights but the root's are to have orthonormal columns to rounding.
+    """
+    parts = batches(net)
+    if sum(len(b.nodes) * math.prod(b.shape) * b.bond for b in parts) > _LARGEST_CORE:
+        widest = max(parts, key=lambda b: math.prod(b.shape) * b.bond)
+        raise _too_wide(net, widest.nodes[0], math.prod(widest.shape) * widest.bond)
+    found = frames(net, stacks)
+    size, power = (float(x) for x in scale_of(found))
+    # rounding of squared singular values, if they come from Gram matrices
+    hidden = 4 * torch.finfo(torch.float64).eps
+    squares = share is not None and share**2 > 64 * hidden * sum(
+        len(b.nodes) * b.rank for b in parts
+    )
+    results = outside(net, found, squares=squares, vectors=True)
+    assert results is not None or squares
+    if results is None:
+        squares, results = False, outside(net, found, squares=False, vectors=True)
+    assert results is not None
+    kept, lost = _pooled(net, results, limits, share, hidden if squares else 0.0)
+    weights = _projected(net, found, results, kept, orthonormal)
+    return _Rounded(weights, lost, size, power)
 
 
-def _outside(tree: ModeTree, bases: Mapping[int, Tensor], core: Tensor) -> dict[int, _Outside]:
-    """From the root down: the singular values at every node, and their vectors in the node's basis."""
-    top = len(tree.nodes) - 1
-    found: dict[int, _Outside] = {}
-    for i in range(top, -1, -1):
-        below = tree.links[i]
-        if not below:
-            continue
-        block = core
-        if i != top:
-            block = bases[i] @ (found[i].vectors * found[i].values)
-        for axis, c in enumerate(below):
-            matrix = block.movedim(axis, 0).flatten(1) if block.ndim > 1 else block.unsqueeze(1)
-            if matrix.shape[1] > matrix.shape[0]:
-                matrix = torch.linalg.qr(matrix.mH, mode="r")[1].mH
-            vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-            found[c] = _Outside(vectors, values)
-    return found
-
-
-def _projected(
-    tree: ModeTree,
-    weights: Mapping[int, Tensor],
-    outside: Mapping[int, _Outside],
-    kept: Mapping[int, int],
-) -> dict[int, Tensor]:
-    """The weights between the first ``kept`` singular vectors of their nodes, orthonormal again."""
-    out: dict[int, Tensor] = {}
-    inside: dict[int, Tensor] = {}  # (kept, rows) of every node, for its parent
-    for i, below in enumerate(tree.links):
-        weight = weights[i]
-        for axis, c in enumerate(below):
-            weight = torch.tensordot(inside[c], weight, ([1], [axis])).movedim(0, axis)
-        if i in outside:
-            vectors = outside[i].vectors[:, : kept[i]]
-            weight = weight @ vectors
-            basis, triangle = torch.linalg.qr(weight.flatten(0, -2))
-            weight, inside[i] = basis.reshape(*weight.shape[:-1], -1), triangle @ vectors.mH
-        out[i] = weight
-    return out
+def _too_wide(net: Network, node: int, numbers: int) -> ShapeError:
+    return ShapeError(
+        f"node {net.tree.nodes[node]!r} has {len(net.tree.links[node])} children; its core would have "
+        f"{numbers:.3g} entries.\n"
+        "  use a tree with fewer children per node, or smaller ranks"
+    )
 
 
 def _pooled(
-    tree: ModeTree,
-    outside: Mapping[int, _Outside],
+    net: Network,
+    results: Sequence[Outside],
     limits: Mapping[int, int],
-    allowed: float | None,
-) -> tuple[dict[int, int], float]:
+    share: float | None,
+    hidden: float,
+) -> tuple[list[int], float]:
     """How many singular values to keep at every node, and the sum of the squares of the others.
 
     Args:
-        tree: The tree.
-        outside: Singular values by position.
+        net: The network.
+        results: Singular values of the tensor divided by its norm.
         limits: Largest bonds by position.
-        allowed: What that sum may be; ``None`` keeps all that are not zero to rounding.
+        share: Root of what that sum may be; ``None`` keeps all that are not zero to rounding.
+        hidden: What rounding may hide of a square.
     """
-    top = len(tree.nodes) - 1
-    pair = tree.links[top] if len(tree.links[top]) == 2 else ()
-    counted = [i for i in range(top) if not pair or i != pair[1]]
-    largest = max(float(outside[i].values[0]) for i in counted)
-    eps = torch.finfo(outside[counted[0]].values.dtype).eps
-    kept: dict[int, int] = {}
-    if allowed is None:
-        for i in counted:
-            kept[i] = int((outside[i].values > 64 * len(outside[i].values) * eps * largest).sum())
+    links, top = net.tree.links, len(net.tree.nodes) - 1
+    pair = links[top] if len(links[top]) == 2 else ()
+    chosen = [
+        (batch, part.values)
+        for batch, part in zip(batches(net), results, strict=False)
+        if not batch.step
+    ]
+    eps = torch.finfo(chosen[0][1].dtype).eps
+    if share is None:
+        largest = max(float(values.max()) for _, values in chosen)
+        keep = [values > 64 * values.shape[1] * eps * largest for _, values in chosen]
     else:
         # rounded up by what rounding may hide, unless nothing may be discarded anyway
-        hidden = 4 * eps * largest if allowed > 0 else 0.0
-        squares = torch.cat([(outside[i].values + hidden).square() for i in counted])
-        ascending, places = squares.sort()
-        dropped = torch.zeros_like(squares, dtype=torch.bool)
-        dropped[places[ascending.cumsum(0) <= allowed]] = True
-        parts = torch.split(dropped, [len(outside[i].values) for i in counted])
-        kept = {i: int((~part).sum()) for i, part in zip(counted, parts, strict=True)}
+        slack = 4 * eps if share > 0 else 0.0
+        rounded = [(values + slack).square() + hidden for _, values in chosen]
+        for (batch, _), part in zip(chosen, rounded, strict=True):
+            if pair and pair[1] in batch.nodes:
+                # its sibling's singular values are its own
+                part[batch.nodes.index(pair[1])] = math.inf
+        ascending, places = torch.cat([part.flatten() for part in rounded]).sort(stable=True)
+        above = torch.ones_like(ascending, dtype=torch.bool)
+        above[places[ascending.cumsum(0) <= share**2]] = False
+        sizes = [part.numel() for part in rounded]
+        keep = [
+            mask.reshape(part.shape)
+            for mask, part in zip(torch.split(above, sizes), rounded, strict=True)
+        ]
+    kept = [1] * len(net.tree.nodes)
+    for (batch, _), mask in zip(chosen, keep, strict=True):
+        for node, count in zip(batch.nodes, mask.sum(1).tolist(), strict=True):
+            kept[node] = count
     if pair:
-        kept[pair[1]] = min(kept[pair[0]], len(outside[pair[1]].values))
+        kept[pair[1]] = min(kept)  # replaced by its sibling's below
+        kept[pair[0]] = kept[pair[1]] = max(kept[pair[0]], 1)
     for i in range(top):
         kept[i] = max(1, min(kept[i], limits.get(i, kept[i])))
     if pair:
-        kept[pair[0]] = kept[pair[1]] = min(kept[c] for c in pair)
-    lost = sum(float(outside[i].values[kept[i] :].square().sum()) for i in counted)
+        ranks = [
+            values.shape[1] for batch, values in chosen for node in batch.nodes if node in pair
+        ]
+        kept[pair[0]] = kept[pair[1]] = min(*(kept[c] for c in pair), *ranks)
+    lost = 0.0
+    for batch, values in chosen:
+        counts = torch.tensor([kept[node] for node in batch.nodes], device=values.device)
+        if pair and pair[1] in batch.nodes:
+            counts[batch.nodes.index(pair[1])] = values.shape[1]
+        gone = torch.arange(values.shape[1], device=values.device) >= counts.unsqueeze(1)
+        lost += float(((values.square() + hidden) * gone).sum())
     return kept, lost
 
 
+def _projected(
+    net: Network,
+    found: Sequence[Frame],
+    results: Sequence[Outside],
+    kept: list[int],
+    orthonormal: bool,
+) -> dict[int, Tensor]:
+    """The weights between the first ``kept`` singular vectors of their nodes.
+
+    Nodes of a batch are cut to the largest bond among them first, with zeros beyond their own, and to
+    their own at the end. ``kept`` shrinks where the children of a node leave it fewer rows.
+    """
+    tree, parts = net.tree, batches(net)
+    inside: list[
+        Tensor
+    ] = []  # (nodes, kept, rank): singular vectors in the coordinates of the frame
+    spread: list[list[int]] = []  # what the first of those axes stands for
+    out: dict[int, Tensor] = {}
+    for b, batch in enumerate(parts):
+        frame, count = found[b], len(batch.nodes)
+        below = [taken(inside[c], slots) for c, slots in batch.below]
+        axes = [width for c, _ in batch.below for width in spread[c]]
+        rows = [math.prod(kept[c] for c in tree.links[node]) for node in batch.nodes]
+        vectors = None
+        if not batch.root and not batch.step:
+            part = results[b].vectors
+            assert part is not None
+            vectors = _masked(part, [kept[node] for node in batch.nodes])
+        block = _in_frame(batch, frame, vectors)
+        if math.prod(axes) * block.shape[-1] > _LARGEST_CORE:
+            raise _too_wide(net, batch.nodes[0], math.prod(axes) * block.shape[-1])
+        if below:
+            block = climb(block, below[::-1])
+        if batch.step:
+            inside.append(block.flatten(1, -2))
+            spread.append(axes)
+            continue
+        block = block.reshape(count, *(axes or batch.shape), -1)
+        if vectors is not None:
+            short = batch.kind != "leaf" and any(
+                kept[node] > most for node, most in zip(batch.nodes, rows, strict=True)
+            )
+            turned = vectors.mH
+            if orthonormal or short:
+                basis, triangle = torch.linalg.qr(block.flatten(1, -2))
+                block, turned = basis.reshape(*block.shape[:-1], -1), triangle @ turned
+                for node, most in zip(batch.nodes, rows, strict=True):
+                    kept[node] = kept[node] if batch.kind == "leaf" else min(kept[node], most)
+                turned = _masked(turned.mH, [kept[node] for node in batch.nodes]).mH
+            inside.append(turned)
+            spread.append([turned.shape[1]])
+        for node, weight in zip(batch.nodes, block.unbind(0), strict=True):
+            for axis, c in enumerate(tree.links[node]):
+                weight = weight.narrow(axis, 0, kept[c])
+            out[node] = weight[..., 0] if batch.root else weight[..., : kept[node]]
+    return out
+
+
+def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:
+    """The nodes' bases of singular vectors (all of the frame if ``None``) over those of the children."""
+    turn = frame.turn if vectors is None else vectors
+    if vectors is not None and frame.turn is not None:
+        turn = frame.turn @ vectors
+    if frame.rows is None:
+        if turn is None:
+            unit = torch.eye(batch.rank, dtype=frame.factor.dtype, device=frame.factor.device)
+            turn = unit.expand(len(batch.nodes), -1, -1)
+        return turn.reshape(len(turn), *batch.shape, -1)
+    if turn is None:
+        return frame.rows
+    return (frame.rows.flatten(1, -2) @ turn).reshape(len(turn), *batch.shape, -1)
+
+
+def _masked(vectors: Tensor, counts: Sequence[int]) -> Tensor:
+    """The first columns of every matrix, with zeros beyond its own count."""
+    most = max(counts)
+    vectors = vectors[..., :most]
+    if min(counts) == most:
+        return vectors
+    many = torch.tensor(counts, device=vectors.device)
+    return vectors * (torch.arange(most, device=vectors.device) < many.unsqueeze(1)).unsqueeze(1)
+
+
 def _built(
-    tree: ModeTree, weights: Mapping[int, Tensor], log2: float, dtype: torch.dtype, lost: float
+    tree: ModeTree,
+    weights: Mapping[int, Tensor],
+    log2: float,
+    dtype: torch.dtype,
+    lost: float,
 ) -> Factorization:
-    """The factorization with these weights times ``2**log2``, and its error bound."""
+    """The factorization with these weights times ``2**log2``; its error bound is ``lost`` times that."""
     top = len(tree.nodes) - 1
     root = weights[top]
     size = float(torch.linalg.vector_norm(root))
@@ -464,9 +541,16 @@ def _built(
         each = round(log2 / (top + 1))  # no weight alone leaves the range; whole powers are exact
     scales = [each] * top + [log2 - each * top]
     scaled = {tree.nodes[i]: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
-    model = Factorization.from_weights(tree, scaled, join="full")
-    # rounding of the weights, once per node, besides what was discarded
-    rounding = 4 * (top + 1) * torch.finfo(dtype).eps * size
+    net = Network.build(
+        tree,
+        [scaled[mode].shape[0] for mode in tree.leaves],
+        {node: scaled[node].shape[-1] for node in tree.nodes[:-1]},
+        join="full",
+    )
+    stacks = [torch.stack([scaled[tree.nodes[i]] for i in part.positions]) for part in net.stacks]
+    model = Factorization.holding(net, stacks)
+    # rounding of the weights and of the work, once per node, besides what was discarded
+    rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps) * (top + 1) * size
     try:
         model.error_bound = 2.0**log2 * (lost + rounding)
     except OverflowError:

@@ -12,9 +12,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-__all__ = ["absorbed", "columns", "equilibrated", "times", "unscaled"]
+from tnreg.einsum import einsum
+
+__all__ = ["absorbed", "columns", "equilibrated", "full_rows", "times", "unscaled"]
 
 
 def columns(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +76,27 @@ def times(matrix: Tensor, logs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     weight, more = absorbed(weight, [logs])
     matrix, rest = columns(matrix @ weight)
     return matrix, more + rest
+
+
+def full_rows(below: Sequence[tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """All combinations of the children's rows, through the weight of a full join: ``(rows, R_above)``.
+
+    Args:
+        below: For every child a matrix ``(rows, bond)`` and the logarithms of its columns' scales.
+        weight: ``(R_c1, ..., R_ck, R_above)``.
+
+    Returns:
+        The matrix with columns of largest magnitude 1 or 0, and their logarithms.
+    """
+    weight, logs = absorbed(weight, [log for _, log in below])
+    symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
+    bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
+    terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
+    equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
+    operands = [*(matrix for matrix, _ in below), weight]
+    whole = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
+    whole, more = columns(whole.flatten(0, -2))
+    return whole, logs + more
 
 
 def _largest(x: Tensor) -> Tensor:
