@@ -10,22 +10,20 @@ with noise of 1e-9. torchTT and tensorly make tensor trains, tnreg both a binary
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from peers import main, timed, version
 
 SIZE, ORDER, RTOL = 16, 6, 1e-6
-LIBRARIES = ("tnreg, binary tree", "tnreg, tensor train", "tensap", "torchTT", "tensorly")
+LIBRARIES = {
+    "tnreg, binary tree": "tnreg",
+    "tnreg, tensor train": "tnreg",
+    "tensap": "peers",
+    "torchTT": "peers",
+    "tensorly": "peers",
+}
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -60,12 +58,7 @@ def worker(library: str, turns: int) -> dict[str, Any]:
         error = float(
             np.linalg.norm(np.asarray(dense(found)).reshape(x.shape) - x) / np.linalg.norm(x)
         )
-        times = []
-        for _ in range(turns):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        out[name] = {"seconds": times, "error": error, "version": version}
+        out[name] = {"seconds": timed(call, turns), "error": error, "version": version}
     return out
 
 
@@ -88,7 +81,7 @@ def _setup(library: str, x: np.ndarray) -> tuple[Callable[[], Any], Callable[[An
         import torchtt
 
         given = torch.from_numpy(x)
-        return lambda: torchtt.TT(given, eps=RTOL), lambda f: f.full().numpy(), _version("torchTT")
+        return lambda: torchtt.TT(given, eps=RTOL), lambda f: f.full().numpy(), version("torchTT")
     if library == "tensap":
         import tensap
 
@@ -98,14 +91,14 @@ def _setup(library: str, x: np.ndarray) -> tuple[Callable[[], Any], Callable[[An
         return (
             lambda: truncator.hsvd(full, tree),
             lambda f: f.full().data,
-            _version("tensap"),
+            version("tensap"),
         )
     import tensorly
     from tensorly.decomposition import tensor_train
 
     # tensorly cuts by ranks only: given those that torchTT or tnreg find it has to do the same work
     ranks = [1, *_train_ranks(x), 1]
-    return lambda: tensor_train(x, ranks), lambda f: tensorly.tt_to_tensor(f), _version("tensorly")
+    return lambda: tensor_train(x, ranks), lambda f: tensorly.tt_to_tensor(f), version("tensorly")
 
 
 def _train_ranks(x: np.ndarray) -> list[int]:
@@ -120,59 +113,11 @@ def _train_ranks(x: np.ndarray) -> list[int]:
     return ranks
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def main() -> None:
-    """Run all libraries in turns and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--peers", help="interpreter of an environment with the peers")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
-    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        arguments.to.write_text(json.dumps(worker(arguments.worker, arguments.turns)))
-        return
-    results: dict[str, dict[str, Any]] = {name: {} for name in ("smooth", "rank 8")}
-    for _ in range(arguments.rounds):
-        for library in LIBRARIES:
-            python = sys.executable if library.startswith("tnreg") else arguments.peers
-            if python is None:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                to = Path(folder) / "times.json"
-                subprocess.run(
-                    [python, "-W", "ignore", __file__, "--worker", library, "--to", to,
-                     "--turns", str(arguments.turns)],
-                    check=True, stdout=subprocess.DEVNULL,
-                )  # fmt: skip
-                for name, found in json.loads(to.read_text()).items():
-                    row = results[name].setdefault(library, {**found, "seconds": []})
-                    row["seconds"] += found["seconds"]
-    machine = f"{platform.machine()} CPU, 2 threads, Python {platform.python_version()}"
-    print(machine)
-    for name, rows in results.items():
-        base = statistics.median(rows[LIBRARIES[0]]["seconds"])
-        for library, row in rows.items():
-            row["seconds"] = statistics.median(row["seconds"])
-            ratio = row["seconds"] / base
-            label = f"{library} {row['version']}"
-            print(
-                f"  {name:8s} {label:28s} {row['seconds']:7.2f} s  {ratio:5.1f} x  error {row['error']:.1e}"
-            )
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
-        )
+def line(library: str, row: Mapping[str, Any], ratio: float) -> str:
+    """A row of the printed table."""
+    name = f"{library} {row['version']}"
+    return f"{name:28s} {row['seconds']:7.2f} s  {ratio:5.1f} x  error {row['error']:.1e}"
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, LIBRARIES, worker, line=line)

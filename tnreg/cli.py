@@ -161,7 +161,7 @@ def decompose(
             others here.
         device: Any torch device, e.g. cuda.
         out: Save the factorization into this file.
-        png: Draw singular values and the tree with its ranks into this file.
+        png: Draw singular values and the tree with its ranks and error budget into this file.
     """
     subject, along, name = _rank_subject(file, tree, missing, _device(device))
     start = time.perf_counter()
@@ -203,10 +203,7 @@ def decompose(
         from matplotlib.figure import Figure
 
         drawn = Figure(figsize=(12, 4.5), layout="constrained")
-        left, right = drawn.subplots(1, 2)
-        plots.spectra(values, left)
-        plots.tree(found.tree, right, edges=bonds)
-        right.set_title("ranks")
+        plots.decomposition(values, found, drawn.subplots(1, 2))
         plots.save_figure(drawn, png)
         console.print(f"wrote {png}")
 

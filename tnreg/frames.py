@@ -40,6 +40,9 @@ __all__ = [
 # this on average over its columns: frames are then orthonormal to some 1e-14.
 _WELL_CONDITIONED = 32
 
+# Up to here two Gram matrices one after the other do it (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya 2015).
+_FAIRLY_CONDITIONED = 1e10
+
 # Singular values below this share of the largest are not taken from squares: errors stay below 1e-11
 # of the largest one.
 _GRAM_FLOOR = 1e-4
@@ -215,8 +218,8 @@ def taken(stack: Tensor, slots: Sequence[int]) -> Tensor:
 def frames(network: Network, stacks: Sequence[Tensor]) -> list[Frame]:
     """Frames of all batches, leaves first; the root's has the core as ``rows`` and its scale as ``logs``.
 
-    A frame comes from the Cholesky factor of a Gram matrix where that is well conditioned, and from a
-    Householder QR factorization elsewhere.
+    A frame comes from the Cholesky factor of a Gram matrix where that is well conditioned, from two one
+    after the other where it is fairly so, and from a Householder QR factorization elsewhere.
 
     Args:
         network: The network.
@@ -343,14 +346,27 @@ def _framed(batch: Batch, rows: Tensor, logs: Tensor, *, careful: bool = False) 
         return Frame.of(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)), None, flat, logs)
     if gram is None:
         return Frame.of(None, None, flat * scale.unsqueeze(1), logs)
-    lower, bad = torch.linalg.cholesky_ex(gram * scale.unsqueeze(1) * scale.unsqueeze(2))
-    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
-    size = torch.linalg.vector_norm(inverse, dim=(1, 2)).square() / batch.rank
-    if bool(((bad == 0) & (size <= _WELL_CONDITIONED)).all()):
-        return Frame.of(rows, inverse.mH * scale.unsqueeze(2), lower.mH, logs)
+    lower, inverse, worst = _cholesky(gram * scale.unsqueeze(1) * scale.unsqueeze(2))
+    turn = inverse.mH * scale.unsqueeze(2)
+    if worst <= _WELL_CONDITIONED:
+        return Frame.of(rows, turn, lower.mH, logs)
+    if worst <= _FAIRLY_CONDITIONED:  # nearly orthonormal after the first time
+        first = flat @ turn
+        second, inverse, worst = _cholesky(first.mH @ first)
+        if worst <= _WELL_CONDITIONED:
+            return Frame.of(first.reshape(rows.shape), inverse.mH, second.mH @ lower.mH, logs)
     basis, triangle = torch.linalg.qr(flat * scale.unsqueeze(1))
     return Frame.of(basis.reshape(rows.shape), None, triangle, logs)
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Cholesky factors, their inverses, and the largest mean square of the inverses' columns."""
+    lower, bad = torch.linalg.cholesky_ex(gram)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
+    size = torch.linalg.vector_norm(inverse, dim=(1, 2)).square() / gram.shape[-1]
+    worst = torch.where((bad == 0) & torch.isfinite(size), size, math.inf).max()
+    return lower, inverse, float(worst)
 
 
 def outside(

@@ -24,7 +24,7 @@ from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
 from tnreg.frames import Batch, Frame, Outside, batches, climb, frames, outside, scale_of, taken
 from tnreg.network import Network
-from tnreg.rank import check_dense
+from tnreg.rank import axis_gram, axis_product, check_dense, largest_of
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["decompose", "truncate"]
@@ -92,7 +92,7 @@ def decompose(
         wide = torch.complex128 if dense.is_complex() else torch.float64
         order = [name for name, below in zip(tree.nodes, tree.links, strict=True) if not below]
         core = dense.permute([int(n) for n in order]).to(wide)  # type: ignore[call-overload]
-        log2, largest = 0, float(_largest(core))
+        log2, largest = 0, float(largest_of(core))
         if largest > 0 and not 1e-100 < largest < 1e100:  # squares would leave the range
             log2 = math.frexp(largest)[1]
             half = log2 // 2  # the power itself may leave the range
@@ -200,14 +200,7 @@ class _Sweep:
 
     def _apply(self, view: Tensor, basis: Tensor) -> None:
         """The core in the coordinates of the basis."""
-        before, rows, behind = view.shape
-        if behind == 1:
-            core = view.reshape(before, rows) @ basis.conj()
-        elif before == 1:
-            core = basis.mH @ view.reshape(rows, behind)
-        else:
-            core = torch.matmul(basis.mH, view)
-        self.core = core
+        self.core = axis_product(view, basis)
         self.sizes[self.at] = basis.shape[1]
 
     def _range(
@@ -251,14 +244,7 @@ def _left_vectors(view: Tensor, allowed: float, exact: bool) -> tuple[Tensor, Te
     others = before * behind
     eps = torch.finfo(view.real.dtype).eps
     if rows <= others and not exact:
-        if behind == 1:
-            flat = view.reshape(before, rows)
-            gram = flat.mT @ flat.conj()
-        elif before == 1:
-            flat = view.reshape(rows, behind)
-            gram = flat @ flat.mH
-        else:
-            gram = torch.bmm(view, view.mH).sum(0)
+        gram = axis_gram(view)
         hidden = 2 * eps * float(gram.diagonal().real.sum()) / math.sqrt(rows)
         if allowed > 8 * rows * hidden:
             squares, vectors = torch.linalg.eigh(gram)
@@ -593,10 +579,3 @@ def _share(rtol: float | None) -> float | None:
 def _square(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x)
     return norm.square()
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
-    parts = torch.view_as_real(x) if x.is_complex() else x
-    low, high = torch.aminmax(parts)
-    return torch.maximum(-low, high)

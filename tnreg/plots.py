@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["bars", "components", "node_text", "save_figure", "spectra", "trajectory", "tree"]
+    from tnreg.factorization import Factorization
+
+__all__ = [
+    "bars",
+    "components",
+    "decomposition",
+    "node_text",
+    "save_figure",
+    "spectra",
+    "trajectory",
+    "tree",
+]
 
 
 def tree(
@@ -95,6 +106,47 @@ def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 
     if len(data) <= 12:
         ax.legend(title="modes below", fontsize=7)
     return ax
+
+
+def decomposition(
+    data: Mapping[Node, Any],
+    model: Factorization,
+    axes: Sequence[Axes] | None = None,
+    *,
+    labels: Mapping[Node, str] | None = None,
+) -> list[Axes]:
+    """A decomposed tensor: its singular values, and the tree with ranks and the error budget on its edges.
+
+    Args:
+        data: What ``tnreg.spectra`` gives for the tensor that was decomposed.
+        model: What ``decompose`` or ``truncate`` made of it.
+        axes: Where to draw: two of them.
+        labels: ``{node: text}`` in place of the node's name, e.g. mode names at leaves.
+
+    Returns:
+        The axes. On every edge is the rank, and the share of the tensor's norm that is beyond it; the
+        squares of these shares add up to at most the square of the error bound.
+    """
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")[1]
+    left, right = axes
+    spectra(data, left)
+    bonds = dict(zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True))
+    edges: dict[Node, str] = {}
+    for node, rank in bonds.items():
+        s = _array(data[node]).astype(float)
+        largest = s.max(initial=0.0)
+        share = 0.0
+        if largest > 0:
+            share = float(np.linalg.norm(s[rank:] / largest) / np.linalg.norm(s / largest))
+            left.plot(rank, min(max(s[min(rank, len(s)) - 1] / largest, 1e-8), 1), "kx", ms=6)
+        edges[node] = f"{rank}, cut {share:.1e}"
+    left.set_title("singular values, the last one kept crossed")
+    tree(model.tree, right, labels=labels, edges=edges)
+    right.set_title("ranks, and the share of the norm that was cut")
+    return [left, right]
 
 
 def trajectory(

@@ -15,17 +15,26 @@ from tnreg.tree import ModeTree, Node
 
 __all__ = [
     "as_tensor",
+    "axis_gram",
+    "axis_product",
     "check_dense",
     "dense_spectra",
     "effective_rank",
     "entanglement_entropy",
+    "largest_of",
     "matricize",
     "numerical_rank",
 ]
 
 # Eigenvalues of a Gram matrix carry an error of about eps * s_max². A singular value s then has an
-# error of about eps * s_max² / s, below 1e-11 * s_max for s > 1e-4 * s_max.
-_GRAM_FLOOR = 1e-4
+# error of some 10 eps * s_max² / s, below 1e-11 * s_max for s > 1e-3 * s_max.
+_GRAM_FLOOR = 1e-3
+
+# Tensors up to here get one SVD per node: more would take longer than it saves.
+_SMALL = 2**14
+
+# Numbers in the products of one call, before they are summed.
+_CHUNK = 2**19
 
 
 def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int) -> Tensor:
@@ -115,10 +124,12 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     """Singular values of a dense tensor's matricization at every node but the root.
 
     Leaves come first; every node with fewer independent rows than rows is then replaced by its
-    coordinates in them, so that larger nodes work on a smaller core with the same singular values.
-    Each spectrum comes from the Gram matrix of the shorter side in float64; if it reaches below
-    1e-4 of its largest value, where squaring loses digits, it is computed again from a QR
-    factorization. Errors stay below 1e-11 of the largest singular value (float64).
+    coordinates in them, so that larger nodes work on a smaller core with the same singular values. The
+    two children of a binary root share theirs.
+
+    Each spectrum comes from the Gram matrix of the shorter side in float64; if it reaches below 1e-3 of
+    its largest value, where squaring loses digits, it is computed again from a QR factorization. Errors
+    stay below 1e-11 of the largest singular value (float64). A small tensor gets one SVD per node.
 
     Args:
         x: Real or complex tensor ``(D_0, ..., D_{N-1})``. If it requires a gradient, every node
@@ -136,69 +147,136 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     Cost: one Gram product with ``x`` per leaf, then per node on the core that is left.
     """
     x = check_dense(x, tree)
-    if x.requires_grad and torch.is_grad_enabled():
-        return {
-            node: torch.linalg.svdvals(matricize(x, tree.modes_below(node)))
-            for node in tree.nodes[:-1]
-        }
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    if differentiable or (x.numel() <= _SMALL and _plain(x)):
+        return _svdvals_of_nodes(x, tree)
     shape, dtype = x.shape, x.dtype
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    core = x.detach().to(wide if x.device.type != "mps" else dtype)
-    scale = core.abs().max()
-    if scale > 0:
-        core = core / scale  # squares neither overflow nor underflow
-    eps = torch.finfo(core.dtype).eps
-    axes = [tree.position(mode) for mode in tree.leaves]  # the node of every axis of the core
-    total = math.prod(shape)
+    total, top = math.prod(shape), len(tree.nodes) - 1
+    core, scale = _ready(x, tree)
+    # in the order of the tree's leaves the children of a node are always neighbours
+    axes = [i for i, below in enumerate(tree.links) if not below]
+    sizes = list(core.shape)
+    pair = tree.links[top] if len(tree.links[top]) == 2 else ()
     found: dict[int, Tensor] = {}
-    for i in sorted(range(len(tree.nodes) - 1), key=lambda i: tree.heights[i]):
-        if tree.links[i]:
-            core, axes = _merge_axes(core, axes, tree.links[i], i)
-        axis = axes.index(i)
-        matrix = matricize(core, axis)
-        values, basis = _svd_rows(matrix, eps)
+    for i in sorted(range(top), key=lambda i: tree.heights[i]):
+        below = tree.links[i]
+        if below:
+            k = axes.index(below[0])
+            sizes[k : k + len(below)] = [math.prod(sizes[k : k + len(below)])]
+            axes[k : k + len(below)] = [i]
+        if i in pair and (other := pair[i == pair[0]]) in found:
+            values = found[other]
+        else:
+            k = axes.index(i)
+            view = core.reshape(math.prod(sizes[:k]), sizes[k], -1)
+            values, basis = _svd_of_axis(view, last=i in tree.links[top])
+            if basis is not None:
+                core, sizes[k] = axis_product(view, basis), basis.shape[1]
         rows = math.prod(shape[m] for m in tree.modes_below(tree.nodes[i]))
         full = values.new_zeros(min(rows, total // rows))
         full[: min(len(values), len(full))] = values[: len(full)]
-        found[i] = (full * scale).to(x.real.dtype if x.is_complex() else dtype)
-        if basis is not None:
-            core = (basis.mH @ matrix).reshape(
-                -1, *(n for k, n in enumerate(core.shape) if k != axis)
-            )
-            axes = [i, *(a for a in axes if a != i)]
-    return {tree.nodes[i]: found[i] for i in range(len(tree.nodes) - 1)}
+        found[i] = full
+    real = x.real.dtype if x.is_complex() else dtype
+    return {tree.nodes[i]: (found[i] * scale).to(real) for i in range(top)}
 
 
-def _merge_axes(
-    core: Tensor, axes: list[int], below: Sequence[int], node: int
-) -> tuple[Tensor, list[int]]:
-    """The core with the axes of a node's children made one, in front."""
-    which = [axes.index(c) for c in below]
-    rest = [k for k in range(core.ndim) if k not in which]
-    merged = matricize(core, which).reshape(-1, *(core.shape[k] for k in rest))
-    return merged, [node, *(axes[k] for k in rest)]
+def _plain(x: Tensor) -> bool:
+    """Whether LAPACK can take the numbers as they are: double precision, and scales that it can square."""
+    largest = float(largest_of(x.detach()))
+    return x.dtype in (torch.float64, torch.complex128) and (
+        1e-100 < largest < 1e100 or largest == 0
+    )
 
 
-def _svd_rows(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """Singular values, and an orthonormal basis of the rows if they are dependent."""
-    rows, columns = matrix.shape
-    if rows <= columns:
-        gram = matrix @ matrix.mH
-        squares, basis = torch.linalg.eigh((gram + gram.mH) / 2)
-        values = squares.clamp_min(0).sqrt().flip(0)
-        if values[0] == 0:
-            return values, basis[:, :1]
-        if values[-1] > _GRAM_FLOOR * values[0]:
-            return values, None
-        # R of the conjugate transpose has the same singular values; its right vectors are the basis
-        triangle = torch.linalg.qr(matrix.mH, mode="r")[1]
-        _, values, right = torch.linalg.svd(triangle, full_matrices=False)
-        kept = int((values > eps * values[0]).sum())
-        return values, right.mH[:, :kept] if kept < rows else None
-    basis, triangle = torch.linalg.qr(matrix)
-    left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
-    kept = max(1, int((values > eps * values[0]).sum()))
-    return values, basis @ left[:, :kept]
+def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
+    found: dict[Node, Tensor] = {}
+    pair = tree.children(tree.root)
+    for node in tree.nodes[:-1]:
+        if len(pair) == 2 and node == pair[1]:
+            found[node] = found[pair[0]]
+        else:
+            found[node] = torch.linalg.svdvals(matricize(x, tree.modes_below(node)))
+    return found
+
+
+def _ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, float]:
+    """The tensor in double precision, axes in the order of the tree's leaves; squares stay in range."""
+    order = [name for name, below in zip(tree.nodes, tree.links, strict=True) if not below]
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    core = x.detach().permute([int(n) for n in order])  # type: ignore[call-overload]
+    core = core.to(wide if x.device.type != "mps" else x.dtype).contiguous()
+    largest, scale = float(largest_of(core)), 1.0
+    if largest > 0 and not 1e-100 < largest < 1e100:
+        scale = 2.0 ** (math.frexp(largest)[1] - 1)
+        core = core / scale
+    return core, scale
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """Largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
+    parts = torch.view_as_real(x) if x.is_complex() else x
+    low, high = torch.aminmax(parts)
+    return torch.maximum(-low, high)
+
+
+def axis_gram(view: Tensor) -> Tensor:
+    """``Σ_ac v[a, i, c] conj(v[a, j, c])`` of a view ``(before, rows, behind)``, without moving axes."""
+    before, rows, behind = view.shape
+    if behind == 1:
+        flat = view.reshape(before, rows)
+        return flat.mT @ flat.conj()
+    if before == 1:
+        flat = view.reshape(rows, behind)
+        return flat @ flat.mH
+    chunk = max(1, _CHUNK // rows**2)
+    if before <= chunk:
+        return torch.bmm(view, view.mH).sum(0)
+    gram = view.new_zeros(rows, rows)
+    for part in torch.split(view, chunk):
+        gram += torch.bmm(part, part.mH).sum(0)
+    return gram
+
+
+def axis_product(view: Tensor, basis: Tensor) -> Tensor:
+    """``Σ_i conj(basis[i, r]) v[a, i, c]``: ``(before, r, behind)``."""
+    before, rows, behind = view.shape
+    if behind == 1:
+        return (view.reshape(before, rows) @ basis.conj()).unsqueeze(2)
+    return torch.matmul(basis.mH, view)
+
+
+def _svd_of_axis(view: Tensor, *, last: bool) -> tuple[Tensor, Tensor | None]:
+    """Singular values of the middle axis against the others, and a basis if its rows are dependent.
+
+    Args:
+        view: ``(before, rows, behind)``.
+        last: No basis is needed.
+    """
+    before, rows, behind = view.shape
+    if rows > before * behind:
+        matrix = view.transpose(0, 1).reshape(rows, -1)
+        if last:  # the transpose has the same values
+            return _svd_of_axis(matrix.mT.unsqueeze(0), last=True)
+        basis, triangle = torch.linalg.qr(matrix)
+        left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
+        kept = max(1, int((values > torch.finfo(values.dtype).eps * values[0]).sum()))
+        return values, basis @ left[:, :kept]
+    eps = torch.finfo(view.real.dtype).eps
+    gram = axis_gram(view)
+    squares, basis = torch.linalg.eigh((gram + gram.mH) / 2)
+    values = squares.clamp_min(0).sqrt().flip(0)
+    if values[0] == 0:
+        return values, None if last else basis[:, :1]
+    if values[-1] > _GRAM_FLOOR * values[0]:
+        return values, None
+    # R of the conjugate transpose has the same singular values; its right vectors are the basis
+    matrix = view.transpose(0, 1).reshape(rows, -1)
+    triangle = torch.linalg.qr(matrix.mH, mode="r")[1]
+    if last:
+        return torch.linalg.svdvals(triangle), None
+    _, values, right = torch.linalg.svd(triangle, full_matrices=False)
+    kept = int((values > eps * values[0]).sum())
+    return values, right.mH[:, :kept] if kept < rows else None
 
 
 def numerical_rank(s: Tensor, rtol: float) -> int:
