@@ -122,10 +122,12 @@ def test_keys_mean_what_they_mean_for_arrays(key):
 def test_random_models(model, data):
     x, order = dense(model), model.tree.order
     modes = data.draw(st.sets(st.integers(0, order - 1), min_size=1))
-    assert_equal(al.marginal(model, sorted(modes)), x.sum(sorted(modes)))
-    assert_equal(al.add(model, al.scale(model, 0.5)), 1.5 * x)
-    assert_equal(al.hadamard(model, model), x * x)
-    assert_equal(al.diagonal_joins(al.full_joins(model)), x)
+    # terms may cancel: rounding is that of the terms
+    size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
+    assert_equal(al.marginal(model, sorted(modes)), x.sum(sorted(modes)), size)
+    assert_equal(al.add(model, al.scale(model, 0.5)), 1.5 * x, size)
+    assert_equal(al.hadamard(model, model), x * x, size**2)
+    assert_equal(al.diagonal_joins(al.full_joins(model)), x, size)
 
 
 def test_bonds_are_no_larger_than_said():
@@ -196,3 +198,78 @@ def test_nothing_given_is_changed():
 def test_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call(zoo.model_of(ModeTree.binary(4)))
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_interior_node_can_be_the_root(name, dtype):
+    for model in every(name, dtype):
+        x = dense(model)
+        for node in model.tree.interior:
+            found = al.reroot(model, node)
+            assert_equal(found, x)
+            # what hangs below the new root is what the old node's neighbours separate
+            below = {found.tree.modes_below(c) for c in found.tree.children(found.tree.root)}
+            whole = set(model.tree.leaves)
+            inside = {model.tree.modes_below(c) for c in model.tree.children(node)}
+            rest = tuple(sorted(whole - set(model.tree.modes_below(node))))
+            assert below == inside | ({rest} if rest else set())
+
+
+def test_reroot_moves_a_chain_of_bonds():
+    """A tensor train hung up at its middle keeps its bonds."""
+    tree = ModeTree.caterpillar(6)
+    ranks = {node: 2 + i % 3 for i, node in enumerate(tree.nodes[:-1])}
+    model = Factorization(tree, 3, ranks, join="full", std=1.0, dtype=torch.float64)
+    found = al.reroot(model, tree.interior[2])
+    assert_equal(found, dense(model))
+    assert found.tree.root == tuple(range(6)) and len(found.tree.children(found.tree.root)) == 3
+    assert sum(p.numel() for p in found.parameters()) <= sum(p.numel() for p in model.parameters())
+    with pytest.raises(OptionError, match="is a leaf"):
+        al.reroot(model, 0)
+    with pytest.raises(TreeError):
+        al.reroot(model, "nowhere")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("rtol", [1e-1, 1e-3, 1e-6])
+def test_linear_combinations_keep_their_promise(dtype, rtol):
+    tree = zoo.TREES["mixed-arity"]
+    models = [zoo.model_of(tree, dtype=dtype, seed=k) for k in range(5)]
+    factors = [1.0, -2.0, 0.5, 3.0, 1.0]
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    exact = sum(c * dense(m).to(wide) for c, m in zip(factors, models, strict=True))
+    found = al.linear_combination(models, factors, rtol=rtol)
+    error = torch.linalg.vector_norm(dense(found).to(wide) - exact)
+    size = torch.linalg.vector_norm(exact)
+    rounding = 1e4 * torch.finfo(dtype).eps * sum(m.norm().item() for m in models)
+    assert error <= rtol * size + rounding and error <= found.error_bound + rounding
+
+
+def test_a_long_sum_never_grows():
+    """Fifty terms that span four dimensions: bonds of the partial sums stay small, and so does the result."""
+    tree = ModeTree.binary(8)
+    base = [
+        Factorization(tree, 3, 2, join="full", std=0.5, dtype=torch.float64,
+                      generator=torch.Generator().manual_seed(k)) for k in range(2)
+    ]  # fmt: skip
+    models = [base[k % 2] for k in range(50)]
+    factors = [(-1.0) ** (k // 2) * (1 + k) for k in range(50)]
+    found = al.linear_combination(models, factors, rtol=1e-8)
+    pair = [sum(c for c in factors[k::2]) for k in range(2)]
+    exact = pair[0] * dense(base[0]) + pair[1] * dense(base[1])
+    assert torch.linalg.vector_norm(dense(found) - exact) <= 1e-8 * torch.linalg.vector_norm(exact)
+    assert max(found.network.bonds) <= 4
+    one = al.linear_combination(models[:1], rtol=1e-8)
+    assert_equal(one, dense(base[0]))
+
+
+def test_a_sum_that_cancels():
+    """What is left is rounding: it is kept, not guessed at."""
+    model = zoo.model_of(zoo.TREES["htf-4"], dtype=torch.float64)
+    found = al.linear_combination([model, model, model], [1.0, 1.0, -2.0], rtol=1e-3)
+    assert dense(found).norm() <= 1e-13 * model.norm()
+    with pytest.raises(OptionError, match="as many coefficients"):
+        al.linear_combination([model], [1.0, 2.0], rtol=1e-3)
+    with pytest.raises(OptionError, match="as many coefficients"):
+        al.linear_combination([], rtol=1e-3)

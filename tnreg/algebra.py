@@ -7,6 +7,7 @@ autograd.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from types import EllipsisType
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError, TreeError
 from tnreg.factorization import Factorization
+from tnreg.hsvd import truncate
 from tnreg.rank import as_tensor, check_numbers
 from tnreg.tree import ModeTree, Node
 
@@ -26,9 +28,11 @@ __all__ = [
     "diagonal_joins",
     "full_joins",
     "hadamard",
+    "linear_combination",
     "marginal",
     "mode_product",
     "permute_modes",
+    "reroot",
     "scale",
     "select",
     "subtract",
@@ -73,6 +77,133 @@ def add(one: Factorization, other: Factorization) -> Factorization:
 def subtract(one: Factorization, other: Factorization) -> Factorization:
     """``one - other``, entry by entry; see ``add``."""
     return add(one, scale(other, -1.0))
+
+
+def linear_combination(
+    models: Sequence[Factorization],
+    coefficients: Sequence[float | complex] | None = None,
+    *,
+    rtol: float,
+    ranks: int | Mapping[Node, int] | None = None,
+) -> Factorization:
+    """``sum_k c_k models[k]``, rounded on the way: bonds never hold more than a rounded sum and one term.
+
+    Args:
+        models: Factorizations over one tree and sizes.
+        coefficients: One number for each; ones if left out.
+        rtol: ``‖S - found‖ <= rtol ‖S‖`` for the exact sum S, unless ``ranks`` cut further.
+        ranks: Largest bond of the result: one integer, or ``{node: integer}``.
+
+    Returns:
+        A factorization with full joins; its ``error_bound`` bounds the error.
+
+    Raises:
+        OptionError: No models, another number of coefficients, or ``rtol`` outside ``[0, 1)``.
+        ShapeError: Another tree or other sizes.
+
+    Cost: an inner product for every pair of models, which tells the norm of the sum, and one rounding per
+    model. If the terms cancel to less than 1e-7 of their size that norm is lost in rounding: nothing is
+    then cut on the way but what is zero to rounding.
+    """
+    terms = list(models)
+    factors = [1.0] * len(terms) if coefficients is None else list(coefficients)
+    if not terms or len(factors) != len(terms):
+        raise OptionError(
+            "linear_combination needs models and as many coefficients, "
+            f"found {len(terms)} and {len(factors)}."
+        )
+    scaled = [
+        model if factor == 1 else scale(model, factor)
+        for model, factor in zip(terms, factors, strict=True)
+    ]
+    for model in scaled:
+        _paired(scaled[0], model)
+    # what may be lost in all, as a number; half of it in equal parts on the way
+    allowed = rtol * _least_norm_of_sum(scaled)
+    part = allowed / 2 / max(len(scaled) - 2, 1)
+    total, lost = scaled[0], 0.0
+    for k, model in enumerate(scaled[1:], 1):
+        total = add(total, model)
+        if k < len(scaled) - 1:
+            size = total.norm().item()
+            share = part / size if 0 < size < math.inf else 0.0
+            total = truncate(total, rtol=min(share, 0.5) if share > 0 else None)
+            lost += total.error_bound or 0.0
+    size = total.norm().item()
+    left = rtol
+    if lost > 0 and 0 < size < math.inf:
+        # of the exact sum, which is at least as large as this
+        left = max(rtol * (size - lost) - lost, 0.0) / size
+    found = truncate(total, rtol=left, ranks=ranks)
+    found.error_bound = (found.error_bound or 0.0) + lost
+    return found
+
+
+def _least_norm_of_sum(models: Sequence[Factorization]) -> float:
+    """A lower bound of the norm of a sum, from inner products; 0 if rounding leaves none."""
+    square = rounding = 0.0
+    with torch.no_grad():
+        for i, one in enumerate(models):
+            for j, other in enumerate(models[: i + 1]):
+                value = complex(one.inner(other)).real * (1 if i == j else 2)
+                square, rounding = square + value, rounding + abs(value)
+    eps = max(torch.finfo(model.dtype).eps for model in models)
+    least = square - 64 * len(models[0].tree.nodes) * eps * rounding
+    return math.sqrt(least) if 0 < least < math.inf else 0.0
+
+
+def reroot(model: Factorization, node: Node) -> Factorization:
+    """The same tensor over the same tree hung up at another interior node: exact, bonds stay what they are.
+
+    Edges on the way from the old root turn round; a root that is left with one child goes, with its
+    weight multiplied into the neighbour. Diagonal joins on the way become full ones (R^children
+    entries). Interior nodes get their usual names.
+
+    Args:
+        model: A factorization.
+        node: An interior node of its tree.
+
+    Raises:
+        TreeError: No such node.
+        OptionError: A leaf.
+    """
+    tree = model.tree
+    target = tree.position(node)
+    if not tree.links[target]:
+        raise OptionError(f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}.")
+    parent = {c: i for i, below in enumerate(tree.links) for c in below}
+    path = [target]
+    while path[0] in parent:
+        path.insert(0, parent[path[0]])
+    with torch.no_grad():
+        weights, joins = _weights_of(model, ones=False), _joins_of(model)
+        if target == path[0]:
+            return Factorization.from_weights(tree, weights, join=joins)
+        held = {i: weights[v] for i, v in enumerate(tree.nodes)}
+        kinds = {i: joins[v] for i, v in enumerate(tree.nodes) if v in joins}
+        links = {i: list(below) for i, below in enumerate(tree.links) if below}
+        upper: int | None = None  # what now stands for all that was above
+        vector: Tensor | None = None  # or, if no mode is there, its weight
+        for i, towards in zip(path, [*path[1:], None], strict=True):
+            weight, below = held[i], links[i]
+            if kinds[i] == "diagonal":
+                weight, kinds[i] = _spread(weight, len(below)), "full"
+            if vector is not None:
+                weight, vector = weight @ vector, None
+            if upper is not None:
+                below = [*below, upper]
+            if towards is not None:
+                weight = weight.movedim(below.index(towards), -1)
+                below = [c for c in below if c != towards]
+            if not below:
+                upper, vector = None, weight
+            elif i == path[0] and len(below) == 1:
+                upper = below[0]
+                held[upper] = held[upper] @ weight
+            else:
+                upper = i
+            held[i], links[i] = weight, below
+        return _hung(tree, target, links, held, kinds, {m: m for m in tree.leaves})
 
 
 def scale(model: Factorization, factor: float | complex) -> Factorization:
@@ -304,7 +435,29 @@ def _contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factoriz
         return gone[top]
     root = instead.get(top, top)
     kept = [m for m in tree.leaves if m not in vectors]
-    names = {m: k for k, m in enumerate(kept)}
+    held = {i: weights[tree.nodes[i]] for i in links}
+    kinds = {i: joins[tree.nodes[i]] for i, below in links.items() if below}
+    return _hung(tree, root, links, held, kinds, {m: k for k, m in enumerate(kept)})
+
+
+def _hung(
+    tree: ModeTree,
+    root: int,
+    links: Mapping[int, Sequence[int]],
+    held: Mapping[int, Tensor],
+    kinds: Mapping[int, str],
+    names: Mapping[int, int],
+) -> Factorization:
+    """The factorization of what hangs below a position, by other links than the tree's.
+
+    Args:
+        tree: Names the leaves.
+        root: Position of the new root.
+        links: Children by position.
+        held: Weights by position.
+        kinds: Joins by position.
+        names: ``{mode: its new number}``.
+    """
 
     def nested(i: int) -> Any:
         return [nested(c) for c in links[i]] if links.get(i) else names[int(tree.nodes[i])]  # type: ignore[call-overload]
@@ -313,13 +466,13 @@ def _contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factoriz
         return [*(n for c in links.get(i, []) for n in walk(c)), i]
 
     structure = nested(root)
-    smaller = ModeTree(structure if isinstance(structure, list) else [structure])
+    other = ModeTree(structure if isinstance(structure, list) else [structure])
     order = walk(root)
-    new = dict(zip(smaller.nodes, (weights[tree.nodes[i]] for i in order), strict=True))
-    kinds = {
-        v: joins[tree.nodes[i]] for v, i in zip(smaller.nodes, order, strict=True) if links.get(i)
-    }
-    return Factorization.from_weights(smaller, new, join=kinds)
+    return Factorization.from_weights(
+        other,
+        {v: held[i] for v, i in zip(other.nodes, order, strict=True)},
+        join={v: kinds[i] for v, i in zip(other.nodes, order, strict=True) if links.get(i)},
+    )
 
 
 def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tensor:

@@ -524,8 +524,12 @@ def _built(
     reach = 0.9 * math.log2(torch.finfo(dtype).max)
     each = 0
     if size > 0 and abs(log2 + math.log2(size)) > reach:
-        each = round(log2 / (top + 1))  # no weight alone leaves the range; whole powers are exact
-    scales = [each] * top + [log2 - each * top]
+        each = math.floor(
+            log2 / (top + 1)
+        )  # no weight alone leaves the range; whole powers are exact
+    rest = math.floor(log2 - each * (top + 1)) if each else 0
+    scales = [each + (i < rest) for i in range(top)]
+    scales.append(log2 - sum(scales))
     scaled = {tree.nodes[i]: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
     net = Network.build(
         tree,

@@ -1,0 +1,182 @@
+"""Orthonormal frames: what they promise, and spectra in them against dense tensors and the other routes."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+import zoo
+from hypothesis import given, settings
+
+from tnreg import Factorization, ModeTree, decompose, matricize, spectra, truncate
+from tnreg.frames import batches, frames, outside, scale_of
+
+gramians = sys.modules["tnreg.gramians"]
+DTYPES = [torch.float64, torch.complex128]
+
+
+def models_of(name, dtype):
+    tree = zoo.TREES[name]
+    models = [zoo.model_of(tree, join, dtype=dtype) for join in zoo.joins_of(tree).values()]
+    return [*models, zoo.model_of(tree, root="ones", dtype=dtype, seed=5)]
+
+
+def of_route(model, squares):
+    """``{node: values}`` of one route alone; ``None`` if it gives up."""
+    with torch.no_grad():
+        found = frames(model.network, list(model.stacks))
+        parts = outside(model.network, found, squares=squares, vectors=False)
+        if parts is None:
+            return None
+        size, power = scale_of(found)
+        return {
+            model.tree.nodes[node]: part.values[slot] * size * torch.exp2(power)
+            for batch, part in zip(batches(model.network), parts, strict=False)
+            for slot, node in enumerate(batch.nodes)
+            if not batch.step
+        }
+
+
+def assert_spectra(found, tensor, tree, rtol):
+    assert set(found) == set(tree.nodes[:-1])
+    for node, values in found.items():
+        expected = torch.linalg.svdvals(matricize(tensor, tree.modes_below(node)))
+        count = min(len(values), len(expected))
+        assert (values[:count] - expected[:count]).abs().max() <= rtol * expected[0]
+        assert (
+            expected[count:].sum() <= rtol * expected[0]
+            and values[count:].sum() <= rtol * expected[0]
+        )
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spectra_of_both_routes(name, dtype):
+    for model in models_of(name, dtype):
+        tensor = model.to_tensor().detach()
+        with torch.no_grad():
+            chosen = spectra(model)
+        assert_spectra(chosen, tensor, model.tree, 1e-11)
+        assert_spectra(of_route(model, squares=False), tensor, model.tree, 1e-13)
+        quick = of_route(model, squares=True)
+        if quick is not None:
+            assert_spectra(quick, tensor, model.tree, 1e-11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(model=zoo.models())
+def test_spectra_of_random_models(model):
+    tensor = model.to_tensor().detach()
+    size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
+    with torch.no_grad():
+        found = spectra(model)
+    for node, values in found.items():
+        expected = torch.linalg.svdvals(matricize(tensor, model.tree.modes_below(node)))
+        count = min(len(values), len(expected))
+        limit = 1e-11 * expected[0] + 1e-13 * size
+        assert (values[:count] - expected[:count]).abs().max() <= limit
+        assert values[count:].sum() <= limit
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frames_are_orthonormal_and_hold_the_tensor(name, dtype):
+    for model in models_of(name, dtype):
+        net = model.network
+        with torch.no_grad():
+            found = frames(net, list(model.stacks))
+            for batch, frame in zip(batches(net), found, strict=True):
+                if batch.root or frame.rows is None:
+                    continue
+                basis = frame.rows.flatten(1, -2)
+                basis = basis if frame.turn is None else basis @ frame.turn
+                gram = basis.mH @ basis
+                assert (gram - torch.eye(batch.rank, dtype=dtype)).abs().max() < 1e-12
+            size, power = scale_of(found)
+        assert float(size * torch.exp2(power)) == pytest.approx(model.norm().item(), rel=1e-12)
+
+
+def test_equal_nodes_share_a_call():
+    """A complete binary tree of 64 modes: one batch a level; uneven ones: nodes of one shape together."""
+    model = Factorization(ModeTree.binary(64), 4, 3, join="full")
+    assert [len(b.nodes) for b in batches(model.network)] == [64, 32, 16, 8, 4, 2, 1]
+    star = Factorization(ModeTree.star(9), 4, 3)
+    parts = batches(star.network)
+    assert [(len(b.nodes), b.step) for b in parts][-1] == (1, False)
+    assert max(math.prod(b.shape) for b in parts if b.below) <= 9  # joined two by two
+
+
+@pytest.mark.parametrize("decay", [1e-3, 1e-6, 1e-9])
+def test_small_values_are_not_squared_away(decay):
+    """Values down to 1e-13 of the largest: the route by squares gives up, and the other one finds them."""
+    tree = ModeTree.binary(4)
+    values = decay ** torch.arange(3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    bases = [
+        torch.linalg.qr(x)[0]
+        for x in torch.randn(4, 5, 3, dtype=torch.float64, generator=generator)
+    ]
+    tensor = torch.einsum("r,ar,br,cr,dr->abcd", values, *bases)
+    model = decompose(tensor, tree)
+    with torch.no_grad():
+        found = spectra(model)
+    if decay**2 < 1e-5:
+        assert of_route(model, squares=True) is None
+    for node in tree.nodes[:-1]:
+        kept = values[values > 1e-13]
+        assert torch.allclose(found[node][: len(kept)], kept, rtol=1e-2, atol=1e-15)
+        assert torch.allclose(found[node][: len(kept)], kept, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("factor", [1e200, 1e-200, 1.0])
+@pytest.mark.parametrize("join", ["full", "diagonal"])
+def test_any_order_and_scale(factor, join):
+    """Order 1024, weights of 1e±200: the same relative spectra as node by node."""
+    generator = torch.Generator().manual_seed(0)
+    tree = ModeTree.binary(1024)
+    model = Factorization(tree, 2, 3, join=join, std=1.0, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        for stack in model.stacks:
+            stack *= factor
+        found = gramians._factored_spectra(model)
+        slow = {i: v[0] / v[0, 0] for places, v, _ in gramians._one_by_one(model) for i in places}
+    for places, values, _ in found:
+        for i, one in zip(places, values, strict=True):
+            assert torch.isfinite(one).all() and one[0] > 0
+            expected = slow[i]
+            assert (one[: len(expected)] / one[0] - expected).abs().max() < 1e-9
+    rounded = truncate(model, rtol=1e-3)
+    assert all(torch.isfinite(p).all() for p in rounded.parameters())
+
+
+def test_scales_that_drift_apart():
+    """Columns of 1e±150 side by side below a node that brings them together again."""
+    tree = ModeTree.binary(4)
+    model = Factorization(tree, 3, 2, join="full", std=1.0, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(1))  # fmt: skip
+    with torch.no_grad():
+        plain = spectra(model)
+        weights = {node: w.detach().clone() for node, w in model.weights.items()}
+        scale = torch.tensor([1e150, 1e-150], dtype=torch.float64)
+        for leaf in (0, 1):
+            weights[leaf] *= scale
+        weights[(0, 1)] /= scale[:, None, None] * scale[None, :, None]
+        model.load_weights(weights)
+        found = spectra(model)
+    for node, values in plain.items():
+        assert torch.allclose(found[node], values, rtol=1e-10)
+
+
+def test_what_does_not_fit_goes_node_by_node(monkeypatch):
+    """Frames of wide diagonal joins would not fit: the same values, without them."""
+    model = zoo.model_of(zoo.TREES["htf-4"], dtype=torch.float64)
+    with torch.no_grad():
+        expected = spectra(model)
+        monkeypatch.setattr(sys.modules["tnreg.frames"], "_MOST_NUMBERS", 1)
+        monkeypatch.setattr(gramians, "frames", None)  # not called
+        for node, values in spectra(model).items():
+            assert torch.allclose(
+                values, expected[node][: len(values)], rtol=0, atol=1e-12 * expected[0][0]
+            )
