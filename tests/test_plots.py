@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from tnreg import ModeTree, OptionError, Trajectory, plots, spectra
+from tnreg import ModeTree, OptionError, Trajectory, decompose, plots, spectra
 
 
 @pytest.fixture
@@ -83,3 +83,17 @@ def test_bars_and_new_axes(tmp_path):
     assert [p.get_width() for p in drawn.patches] == [1.0, 2.0]
     plots.save_figure(drawn.figure, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decomposition_shows_ranks_and_budget():
+    """Every edge has its rank and what was cut; the squares add up to at most the bound's."""
+    tree = ModeTree.binary(4)
+    tensor = torch.randn(
+        4, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    model = decompose(tensor, tree, rtol=0.5)
+    left, right = plots.decomposition(spectra(tensor, tree), model)
+    texts = [t.get_text() for t in right.texts if "cut" in t.get_text()]
+    assert len(texts) == len(tree.nodes) - 1 and len(left.lines) >= len(texts)
+    assert sorted(int(t.split(",")[0]) for t in texts) == sorted(model.network.bonds[:-1])
+    assert any(float(t.split("cut ")[1]) > 0 for t in texts)

@@ -522,13 +522,12 @@ def _built(
     root = weights[top]
     size = float(torch.linalg.vector_norm(root))
     reach = 0.9 * math.log2(torch.finfo(dtype).max)
-    each = 0
+    scales: list[float] = [0.0] * top
     if size > 0 and abs(log2 + math.log2(size)) > reach:
-        each = math.floor(
-            log2 / (top + 1)
-        )  # no weight alone leaves the range; whole powers are exact
-    rest = math.floor(log2 - each * (top + 1)) if each else 0
-    scales = [each + (i < rest) for i in range(top)]
+        # no weight alone leaves the range; whole powers are exact
+        each = math.floor(log2 / (top + 1))
+        rest = math.floor(log2 - each * (top + 1))
+        scales = [float(each + (i < rest)) for i in range(top)]
     scales.append(log2 - sum(scales))
     scaled = {tree.nodes[i]: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
     net = Network.build(
