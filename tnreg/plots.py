@@ -124,8 +124,8 @@ def decomposition(
         labels: ``{node: text}`` in place of the node's name, e.g. mode names at leaves.
 
     Returns:
-        The axes. On every edge is the rank, and the share of the tensor's norm that is beyond it; the
-        squares of these shares add up to at most the square of the error bound.
+        The axes. On every edge is the rank, and the share of the tensor's norm that is beyond it. The
+        squares of these shares, one for both children of a binary root, bound that of the relative error.
     """
     if axes is None:
         import matplotlib.pyplot as plt
