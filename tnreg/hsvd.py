@@ -79,7 +79,7 @@ def decompose(
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3, dtype=torch.float64)
         >>> found = decompose(torch.einsum("ac,bd->abcd", pair, pair), tree)
-        >>> found.weights[(0, 1)].shape, bool(found.error_bound < 1e-13)
+        >>> found.weights[(0, 1)].shape, bool(found.error_bound < 1e-10)
         (torch.Size([3, 3, 9]), True)
     """
     if isinstance(tensor, Factorization):
