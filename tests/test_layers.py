@@ -11,7 +11,7 @@ import pytest
 
 ROOMS = [
     "errors", "files", "tree", "trajectory", "optim", "network", "rank", "einsum", "contraction", "scaled",
-    "factorization", "frames", "gramians", "hsvd", "algebra", "convert", "components",
+    "factorization", "frames", "gramians", "rounding", "hsvd", "products", "algebra", "convert", "components",
     "dynamics", "tensors", "tasks", "checkpoint", "fit", "plots", "experiments", "cli",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
