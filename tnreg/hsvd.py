@@ -20,9 +20,8 @@ from torch import Tensor
 
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
-from tnreg.network import Network
 from tnreg.rank import axis_gram, axis_product, check_dense, largest_of
-from tnreg.rounding import built, limits_of, rounded, share_of
+from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["decompose", "truncate"]
@@ -100,13 +99,7 @@ def decompose(
         if not share or sweep.total == 0:
             return built(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
         left = max(share**2 * sweep.total - sweep.lost, 0.0) / (sweep.total - sweep.lost)
-        net = Network.build(
-            tree,
-            [weights[tree.position(mode)].shape[0] for mode in tree.leaves],
-            {node: weights[i].shape[-1] for i, node in enumerate(tree.nodes[:-1])},
-            join="full",
-        )
-        stacks = [torch.stack([weights[i] for i in stack.positions]) for stack in net.stacks]
+        net, stacks = on_network(tree, weights)
         rest = rounded(net, stacks, limits, math.sqrt(left), orthonormal=True)
         lost = sweep.lost + rest.lost * (rest.size * 2.0**rest.power) ** 2
         weights = rest.weights

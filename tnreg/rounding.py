@@ -20,7 +20,7 @@ from tnreg.frames import Batch, Frame, Outside, batches, climb, frames, outside,
 from tnreg.network import Network
 from tnreg.tree import ModeTree, Node
 
-__all__ = ["Rounded", "built", "limits_of", "rounded", "share_of"]
+__all__ = ["Rounded", "built", "limits_of", "on_network", "rounded", "share_of"]
 
 _LARGEST_CORE = 2**31
 
@@ -253,15 +253,8 @@ def built(
         rest = math.floor(log2 - each * (top + 1))
         scales = [float(each + (i < rest)) for i in range(top)]
     scales.append(log2 - sum(scales))
-    scaled = {tree.nodes[i]: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
-    net = Network.build(
-        tree,
-        [scaled[mode].shape[0] for mode in tree.leaves],
-        {node: scaled[node].shape[-1] for node in tree.nodes[:-1]},
-        join="full",
-    )
-    stacks = [torch.stack([scaled[tree.nodes[i]] for i in part.positions]) for part in net.stacks]
-    model = Factorization.holding(net, stacks)
+    scaled = {i: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
+    model = Factorization.holding(*on_network(tree, scaled))
     # rounding of the weights and of the work, once per node, besides what was discarded
     rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps) * (top + 1) * size
     try:
@@ -269,6 +262,17 @@ def built(
     except OverflowError:
         model.error_bound = math.inf
     return model
+
+
+def on_network(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, list[Tensor]]:
+    """The network with full joins that these weights make, by position, and its stacks."""
+    net = Network.build(
+        tree,
+        [weights[tree.position(mode)].shape[0] for mode in tree.leaves],
+        {node: weights[i].shape[-1] for i, node in enumerate(tree.nodes[:-1])},
+        join="full",
+    )
+    return net, [torch.stack([weights[i] for i in part.positions]) for part in net.stacks]
 
 
 def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[int, int]:
