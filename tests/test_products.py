@@ -70,9 +70,10 @@ def test_the_tolerance_is_kept(name, dtype, route, never_formed):
 @pytest.mark.parametrize(
     "tree", [ModeTree.binary(8), ModeTree.caterpillar(8)], ids=["binary", "chain"]
 )
-def test_products_too_large_to_be_formed(tree, route):
-    """A product with a thousand million weights, on bonds hardly larger than its ranks."""
-    one, other = (decaying(tree, 4, 12, seed) for seed in (0, 1))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_products_too_large_to_be_formed(tree, dtype, route):
+    """Millions of weights, on bonds hardly larger than the ranks of the product."""
+    one, other = (decaying(tree, 4, 12, seed, dtype) for seed in (0, 1))
     exact = dense(one) * dense(other)
     size = torch.linalg.vector_norm(exact)
     for rtol in (1e-1, 1e-3, 1e-8):
