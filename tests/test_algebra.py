@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -107,6 +108,9 @@ def test_the_tree_after_modes_are_taken_away():
 KEYS = [
     0, -1, slice(1, None), slice(None, None, 2), ..., (..., 1), (0, ..., -2), (slice(0, 1), 1),
     (slice(None, None, -1), ...), (slice(-2, None), slice(None), 0, slice(1, 4)), (1, 1, 1, 1), (),
+    np.int64(1), np.uint8(0), np.array(-1), (..., np.int32(-1)), (slice(None), slice(2, None, -2)),
+    (..., slice(-1, -4, -1)), (..., slice(-99, 99, 3)), (slice(np.int64(0), np.int64(1)), ...),
+    (..., slice(None, 0, -1), 0), (-1, -1, -1, -1), (0, 0, ..., 0, 0),
 ]  # fmt: skip
 
 
@@ -115,6 +119,51 @@ def test_keys_mean_what_they_mean_for_arrays(key):
     for join in ("diagonal", "full"):
         model = zoo.model_of(zoo.TREES["across"], join)
         assert_equal(al.select(model, key), torch.as_tensor(dense(model).numpy()[key].copy()))
+
+
+@pytest.mark.parametrize("key", [torch.tensor(1), (0, torch.tensor(-1))], ids=str)
+def test_keys_of_torch(key):
+    model = zoo.model_of(zoo.TREES["across"])
+    assert_equal(al.select(model, key), dense(model)[key])
+
+
+UNSURPRISING = {
+    "none": None, "none in a tuple": (0, None), "true": True, "numpy's false": np.False_,
+    "torch's true": torch.tensor(True), "list": [0, 1], "list in a tuple": (0, [0, 1]),
+    "array": np.array([0, 1]), "mask": np.array([True, False]), "rows": torch.tensor([0, 1]),
+    "float": 1.0, "text": "a", "nested": ((0, 1), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNSURPRISING.values(), ids=list(UNSURPRISING))
+def test_keys_that_arrays_know_and_factorizations_do_not(key):
+    """New axes, masks and lists of rows are refused; a boolean is no integer, as for arrays."""
+    with pytest.raises(
+        OptionError, match="a key is an integer, a slice or '...' for each mode, found"
+    ):
+        al.select(zoo.model_of(zoo.TREES["across"]), key)
+
+
+def test_modes_may_be_numpy_integers():
+    model = zoo.model_of(zoo.TREES["across"])
+    x = dense(model)
+    assert_equal(al.marginal(model, np.int64(1)), x.sum(1))
+    assert_equal(al.marginal(model, np.array([0, 3])), x.sum((0, 3)))
+    assert_equal(al.permute_modes(model, np.array([3, 1, 0, 2])), x.permute(3, 1, 0, 2))
+
+
+def test_trees_a_thousand_nodes_deep():
+    """Deeper than Python recurses: whatever makes a new tree walks the old one without recursion."""
+    tree = ModeTree.caterpillar(1100)
+    model = Factorization(tree, 2, 2, join="full", std=0.5, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    log = model.log_norm().item()
+    assert al.reroot(model, tree.interior[500]).log_norm().item() == pytest.approx(log, rel=1e-10)
+    turned = al.permute_modes(model, range(1099, -1, -1))
+    assert turned.log_norm().item() == pytest.approx(log, rel=1e-10)
+    halves = [al.select(model, (..., k)).log_norm().item() for k in (0, 1)]
+    both = max(halves) + math.log(sum(math.exp(2 * (h - max(halves))) for h in halves)) / 2
+    assert both == pytest.approx(log, rel=1e-10)
 
 
 @settings(max_examples=40, deadline=None)
@@ -176,8 +225,12 @@ def test_nothing_given_is_changed():
         (lambda m: al.add(m, 3), OptionError, "expected a Factorization, found int"),
         (lambda m: al.select(m, 2), ShapeError, "index 2 is out of range for mode 0, size 2"),
         (lambda m: al.select(m, slice(2, 2)), ShapeError, "takes nothing of mode 0"),
-        (lambda m: al.select(m, "a"), OptionError, "a key is an integer, a slice"),
-        (lambda m: al.select(m, None), OptionError, "a key is an integer, a slice"),
+        (lambda m: al.select(m, -3), ShapeError, "index -3 is out of range for mode 0, size 2"),
+        (lambda m: al.select(m, (..., slice(3, 3, -1))), ShapeError, "takes nothing of mode 3"),
+        (lambda m: al.select(m, slice(None, None, 0)), OptionError, "mode 0 is no slice: .*zero"),
+        (lambda m: al.select(m, slice("a", None)), OptionError, "mode 0 is no slice: .*integers"),
+        (lambda m: al.marginal(m, True), TreeError, "no mode True"),
+        (lambda m: al.marginal(m, [0, 1.5]), TreeError, "no mode 1.5"),
         (lambda m: al.select(m, (0,) * 5), OptionError, "for other than 4 modes"),
         (lambda m: al.select(m, (..., ...)), OptionError, "for other than 4 modes"),
         (lambda m: al.marginal(m, 4), TreeError, "no mode 4; modes are 0..3"),

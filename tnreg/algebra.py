@@ -8,8 +8,8 @@ autograd.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from types import EllipsisType
 from typing import Any
 
@@ -207,7 +207,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
             else:
                 upper = i
             held[i], links[i] = weight, below
-        return _hung(tree, target, links, held, kinds, {m: m for m in tree.leaves})
+        return hung_up(target, links, held, kinds, {tree.position(m): m for m in tree.leaves})[0]
 
 
 def scale(model: Factorization, factor: float | complex) -> Factorization:
@@ -339,9 +339,13 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
         return _contracted(model, checked)
 
 
-def marginal(model: Factorization, modes: int | Sequence[int]) -> Factorization | Tensor:
-    """Sum over some modes: a factorization of the others, or a 0-dimensional tensor."""
-    chosen = [modes] if isinstance(modes, int) else list(modes)
+def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization | Tensor:
+    """Sum over some modes: a factorization of the others, or a 0-dimensional tensor.
+
+    Raises:
+        TreeError: No such mode; negative ones do not count from the end.
+    """
+    chosen = list(modes) if isinstance(modes, Iterable) else [modes]
     for mode in chosen:
         _check_mode(model, mode)
     ones = {mode: torch.ones(model.sizes[mode], dtype=model.dtype) for mode in chosen}
@@ -353,13 +357,16 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
 
     Args:
         model: A factorization.
-        key: An integer, a slice or ``...``, or a tuple of them; what is left out stays whole.
+        key: An integer (Python's, numpy's, torch's; negative ones count from the end), a slice (with
+            steps of either sign; bounds beyond the end are cut) or ``...``, or a tuple of them; what is
+            left out stays whole.
 
     Returns:
         A factorization of the modes that are left, or a 0-dimensional tensor if none is.
 
     Raises:
-        OptionError: Something else as a key, or too many of them.
+        OptionError: Something else as a key (``None``, booleans, lists and arrays of indices, which
+            arrays know as well), a step of 0, or too many of them.
         ShapeError: An integer out of range, or a slice of nothing.
     """
     with torch.no_grad():
@@ -368,8 +375,12 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
         for mode, item in enumerate(_full_key(key, model.tree.order)):
             size = model.sizes[mode]
             if isinstance(item, slice):
-                start, stop, step = item.indices(size)
-                rows = list(range(start, stop, step))
+                try:
+                    rows = list(range(*item.indices(size)))
+                except (TypeError, ValueError) as error:
+                    raise OptionError(
+                        f"select: {item} of mode {mode} is no slice: {error}."
+                    ) from None
                 if not rows:
                     raise ShapeError(f"select: {item} takes nothing of mode {mode}, size {size}.")
                 weights[mode] = weights[mode][rows]
@@ -398,9 +409,12 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
             f"permute_modes: order must hold each of 0..{model.tree.order - 1} once, found {order!r}."
         )
     tree = model.tree
-    names = {mode: new.index(mode) for mode in tree.leaves}
+    names = {tree.position(mode): n for n, mode in enumerate(new)}
     with torch.no_grad():
-        return _renamed(tree, _weights_of(model), _joins_of(model), names)
+        links = {i: below for i, below in enumerate(tree.links) if below}
+        held = {tree.position(node): weight for node, weight in _weights_of(model).items()}
+        kinds = {tree.position(node): kind for node, kind in _joins_of(model).items()}
+        return hung_up(len(tree.nodes) - 1, links, held, kinds, names)[0]
 
 
 def full_joins(model: Factorization) -> Factorization:
@@ -479,42 +493,45 @@ def _contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factoriz
     kept = [m for m in tree.leaves if m not in vectors]
     held = {i: weights[tree.nodes[i]] for i in links}
     kinds = {i: joins[tree.nodes[i]] for i, below in links.items() if below}
-    return _hung(tree, root, links, held, kinds, {m: k for k, m in enumerate(kept)})
+    return hung_up(root, links, held, kinds, {tree.position(m): k for k, m in enumerate(kept)})[0]
 
 
-def _hung(
-    tree: ModeTree,
+def hung_up(
     root: int,
     links: Mapping[int, Sequence[int]],
     held: Mapping[int, Tensor],
     kinds: Mapping[int, str],
-    names: Mapping[int, int],
-) -> Factorization:
-    """The factorization of what hangs below a position, by other links than the tree's.
+    modes: Mapping[int, int],
+) -> tuple[Factorization, list[int]]:
+    """The factorization of numbered nodes that hang below one of them.
 
     Args:
-        tree: Names the leaves.
-        root: Position of the new root.
-        links: Children by position.
-        held: Weights by position.
-        kinds: Joins by position.
-        names: ``{mode: its new number}``.
+        root: Number of the root, an interior node.
+        links: Children of the interior nodes.
+        held: Weights; a diagonal root that has none is fixed to ones.
+        kinds: Joins of the interior nodes.
+        modes: Modes of the leaves.
+
+    Returns:
+        The factorization, whose interior nodes have their usual names, and the numbers of its nodes in
+        the order of ``tree.nodes``.
     """
-
-    def nested(i: int) -> Any:
-        return [nested(c) for c in links[i]] if links.get(i) else names[int(tree.nodes[i])]  # type: ignore[call-overload]
-
-    def walk(i: int) -> list[int]:
-        return [*(n for c in links.get(i, []) for n in walk(c)), i]
-
-    structure = nested(root)
-    other = ModeTree(structure if isinstance(structure, list) else [structure])
-    order = walk(root)
-    return Factorization.from_weights(
-        other,
-        {v: held[i] for v, i in zip(other.nodes, order, strict=True)},
-        join={v: kinds[i] for v, i in zip(other.nodes, order, strict=True) if links.get(i)},
+    order, left = list[int](), [root]
+    while left:  # without recursion: a caterpillar over a thousand modes is a thousand nodes deep
+        order.append(left.pop())
+        left.extend(links.get(order[-1], ()))
+    order.reverse()
+    nested: dict[int, Any] = {}
+    for i in order:
+        below = links.get(i)
+        nested[i] = [nested.pop(c) for c in below] if below else modes[i]
+    tree = ModeTree(nested[root])
+    found = Factorization.from_weights(
+        tree,
+        {v: held[i] for v, i in zip(tree.nodes, order, strict=True) if i in held},
+        join={v: kinds[i] for v, i in zip(tree.nodes, order, strict=True) if links.get(i)},
     )
+    return found, order
 
 
 def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tensor:
@@ -534,27 +551,6 @@ def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tens
         if vector is not None:
             weight = torch.tensordot(vector.to(weight.dtype), weight, ([0], [axis]))
     return weight
-
-
-def _renamed(
-    tree: ModeTree,
-    weights: Mapping[Node, Tensor],
-    joins: Mapping[Node, str],
-    names: Mapping[int, int],
-) -> Factorization:
-    """The same network with its leaves called otherwise."""
-
-    def nested(i: int) -> Any:
-        below = tree.links[i]
-        return [nested(c) for c in below] if below else names[int(tree.nodes[i])]  # type: ignore[call-overload]
-
-    other = ModeTree(nested(len(tree.nodes) - 1))
-    renamed = dict(zip(tree.nodes, other.nodes, strict=True))
-    return Factorization.from_weights(
-        other,
-        {renamed[node]: weight for node, weight in weights.items()},
-        join={renamed[node]: kind for node, kind in joins.items()},
-    )
 
 
 def _paired(
@@ -610,7 +606,11 @@ def _joins_of(model: Factorization) -> dict[Node, str]:
 
 
 def _check_mode(model: Factorization, mode: Any) -> None:
-    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode < model.tree.order:
+    try:
+        known = not isinstance(mode, bool) and 0 <= index(mode) < model.tree.order
+    except TypeError:
+        known = False
+    if not known:
         raise TreeError(f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}.")
 
 
@@ -629,9 +629,14 @@ def _full_key(key: Any, order: int) -> list[int | slice]:
             out.append(item)
             continue
         try:
-            out.append(operator.index(item))
+            # a boolean is an integer to Python, but not to arrays
+            number = None if "bool" in str(getattr(item, "dtype", type(item))) else index(item)
         except TypeError:
+            number = None
+        if number is None:
             raise OptionError(
-                f"select: a key is an integer, a slice or '...' for each mode, found {item!r}."
-            ) from None
+                f"select: a key is an integer, a slice or '...' for each mode, found {item!r}.\n"
+                "  for some rows of a mode write algebra.mode_product(model, {mode: rows of the identity})"
+            )
+        out.append(number)
     return out
