@@ -18,6 +18,7 @@ from tnreg.components import balance_
 from tnreg.tensors import load_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
+from tnreg.cnn import ConvNet, from_cnn, to_cnn
 from tnreg import algebra, convert, dynamics, plots
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training
     "load_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
+    # convolutional networks
+    "ConvNet", "to_cnn", "from_cnn",
     # theory, pictures and errors
     "dynamics", "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip

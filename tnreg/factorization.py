@@ -157,6 +157,21 @@ class Factorization(nn.Module):
         model.error_bound = None
         return model
 
+    @classmethod
+    def viewing(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
+        """A factorization that computes with these tensors and has no parameters of its own.
+
+        Gradients of what it computes flow to where the tensors come from.
+
+        Args:
+            network: The network.
+            stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
+        """
+        model = cls.holding(network, [])
+        del model.stacks
+        object.__setattr__(model, "stacks", list(stacks))
+        return model
+
     @property
     def tree(self) -> ModeTree:
         """The mode tree."""

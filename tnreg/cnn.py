@@ -1,0 +1,613 @@
+"""The convolutional network that a factorization is, and the way back.
+
+``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>`` computed from the leaves to the root is a network of 1x1 convolutions
+and product pooling, a convolutional arithmetic circuit (Cohen, Sharir and Shashua 2016,
+arXiv:1509.05009; Razin, Maman and Cohen 2022, arXiv:2201.11729): every leaf's weight is a 1x1
+convolution at its position, every interior node multiplies the channels of its children and convolves
+the result, the root is linear. A star is a shallow network, a binary tree a deep one.
+
+| tree | network |
+|---|---|
+| nodes of one height | one layer |
+| bond above a node | channels of its convolution |
+| local component (v, r) | pooled channel r at v: filter r of every child, and what v's filters read from channel r |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast, final
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.factorization import Factorization
+from tnreg.network import Network
+from tnreg.pooling import Group, LocalConv, Maps, groups_of, maps_of, pooled, rescaled
+from tnreg.tree import ModeTree, Node
+
+__all__ = ["ConvNet", "from_cnn", "to_cnn"]
+
+# Networks of more modes than this multiply on scales, unless told otherwise.
+_UNSCALED_MODES = 8
+
+
+@final
+class ConvNet(nn.Module):
+    """1x1 convolutions and product pooling along a mode tree: the convolutional network that the tree is.
+
+    Layer h holds the nodes of height h. Layer 0 convolves the inputs; the others multiply the channels of
+    siblings (product pooling; under a full join all pairs of channels) and convolve; nodes whose parent
+    is higher wait. The root is linear. Without ``share`` every position has filters of its own (locally
+    connected); with it every layer is one ``nn.Conv2d``.
+
+    Args:
+        tree: The mode tree, or what ``ModeTree`` takes.
+        sizes: Channels of the input at every position (one integer if all are equal).
+        ranks: Channels of every convolution: one integer, or ``{non-root node: integer}``.
+        join: ``"diagonal"``, ``"full"``, or ``{interior node: either}``.
+        root: ``"trained"``, or ``"ones"`` to sum the channels of a diagonal root.
+        outputs: Number of outputs; ``None`` for one output without an axis.
+        share: The same filters at all nodes of a layer.
+        scaled: Multiply on scales that are powers of two, so that any number of positions neither
+            overflows nor underflows; the value is the same. ``None``: from 9 positions on.
+        std: Standard deviation of the normal initial weights.
+        dtype: float32, float64, complex64 or complex128; torch's default if left out.
+        device: Any torch device.
+        generator: For reproducible weights.
+
+    Attributes:
+        network: Indices and sizes, without the numbers.
+        outputs: Number of outputs, or ``None``.
+        share: Whether filters are shared over the nodes of a layer.
+        scaled: Whether products are multiplied on scales.
+
+    Raises:
+        TreeError, ShapeError, OptionError: Arguments that do not fit the tree, or filters that cannot
+            be shared as nodes of a layer differ in their channels.
+
+    Example:
+        >>> net = ConvNet(ModeTree.grid((4, 4)), 3, 8, share=True)
+        >>> net(torch.randn(5, 3, 4, 4)).shape, net.nodes_of(2)[-1] == net.tree.root
+        (torch.Size([5]), True)
+    """
+
+    def __init__(
+        self,
+        tree: ModeTree,
+        sizes: Sequence[int] | int,
+        ranks: int | Mapping[Node, int],
+        *,
+        join: str | Mapping[Node, str] = "diagonal",
+        root: str = "trained",
+        outputs: int | None = None,
+        share: bool = False,
+        scaled: bool | None = None,
+        std: float = 1e-2,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        drawn = Factorization(
+            tree, sizes, ranks, join=join, root=root, std=std, dtype=dtype, device=device,
+            generator=generator,
+        )  # fmt: skip
+        if outputs is not None:
+            check_integer(outputs, 1, "outputs")
+            if root == "ones":
+                raise OptionError("several outputs need a root of their own: leave out root='ones'.")
+        weights = {node: w.detach() for node, w in drawn.weights.items()}
+        if outputs is not None:
+            last = weights[drawn.tree.root]
+            shape = (*last.shape, outputs)
+            place = generator.device if generator is not None else last.device
+            more = torch.randn(shape, dtype=last.dtype, device=place, generator=generator)
+            weights[drawn.tree.root] = (std * more).to(last.device)
+        if share:
+            first: dict[int, Tensor] = {}
+            for i, node in enumerate(drawn.tree.nodes[: len(drawn.network.weighted)]):
+                height = drawn.tree.heights[i]
+                weights[node] = first.setdefault(height, weights[node])
+        self._assemble(drawn.network, weights, outputs, share, scaled)
+
+    @classmethod
+    def holding(
+        cls,
+        network: Network,
+        weights: Mapping[Node, Tensor],
+        *,
+        outputs: int | None = None,
+        share: bool = False,
+        scaled: bool | None = None,
+    ) -> ConvNet:
+        """A network with copies of these weights, shaped as ``weights`` says.
+
+        Raises:
+            OptionError: ``share`` with weights that differ between nodes of a layer.
+        """
+        net = cls.__new__(cls)
+        nn.Module.__init__(net)
+        net._assemble(network, weights, outputs, share, scaled)
+        return net
+
+    def _assemble(
+        self,
+        network: Network,
+        weights: Mapping[Node, Tensor],
+        outputs: int | None,
+        share: bool,
+        scaled: bool | None,
+    ) -> None:
+        tree = network.tree
+        self.network, self.outputs, self.share = network, outputs, share
+        self.scaled = tree.order > _UNSCALED_MODES if scaled is None else bool(scaled)
+        self._groups = groups_of(network)
+        self._layout = maps_of(tree)
+        plain = len(set(network.sizes)) == 1 and len(self._groups) == tree.heights[-1] + 1
+        self._maps = self._layout if share and plain else None
+        self._cut = sorted({g for group in self._groups for child in group.picks for g, _ in child})
+        self._nodes_at: list[list[int]] = [[] for _ in range(tree.heights[-1] + 1)]
+        for i, height in enumerate(tree.heights):
+            self._nodes_at[height].append(i)
+        self.convs = nn.ModuleDict()
+        for g, group in enumerate(self._groups):
+            if group.positions[0] not in network.slots:
+                continue  # a root of ones sums
+            held = [weights[tree.nodes[p]].detach() for p in group.positions]
+            name = self._name(g)
+            if group.positions[-1] == len(tree.nodes) - 1 and outputs is None:
+                held = [held[0].unsqueeze(-1)]
+            if not share:
+                self.convs[name] = LocalConv(torch.stack(held))
+            elif name in self.convs:
+                _check_shared(self.convs[name], held, tree, group)
+            else:
+                self.convs[name] = _shared_conv(held, tree, group)
+
+    def _name(self, g: int) -> str:
+        """Key of a group's convolution in ``convs``: one a group, or one a layer if filters are shared."""
+        height = self.tree.heights[self._groups[g].positions[0]]
+        if self.share:
+            return f"layer{height}"
+        peers = [k for k in range(len(self._groups))
+                 if self.tree.heights[self._groups[k].positions[0]] == height]  # fmt: skip
+        return f"layer{height}" if len(peers) == 1 else f"layer{height}_{peers.index(g)}"
+
+    # What it is
+
+    @property
+    def tree(self) -> ModeTree:
+        """The mode tree over the positions."""
+        return self.network.tree
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Channels of the input at every position."""
+        return self.network.sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def depth(self) -> int:
+        """Number of layers; layer 0 convolves the inputs."""
+        return len(self._nodes_at)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """``(height, width)`` of the image if the tree is a complete ``ModeTree.grid``, else ``None``."""
+        found = self._layout
+        return found.shape if found is not None and found.shape[1] > 1 else None
+
+    def layer_of(self, node: Node) -> int:
+        """Number of the layer that holds a node: its height in the tree."""
+        return self.tree.heights[self.tree.position(node)]
+
+    def nodes_of(self, layer: int) -> tuple[Node, ...]:
+        """Nodes of a layer, in the order of ``tree.nodes``.
+
+        Raises:
+            OptionError: No such layer.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.depth:
+            raise OptionError(f"layers are 0..{self.depth - 1}, found {layer!r}.")
+        return tuple(self.tree.nodes[i] for i in self._nodes_at[layer])
+
+    def layers(self) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
+        """Every convolution: its name in ``convs``, its join, and the nodes it stands at, leaves first."""
+        for g, group in enumerate(self._groups):
+            if group.positions[0] in self.network.slots:
+                nodes = tuple(self.tree.nodes[p] for p in group.positions)
+                yield self._name(g), group.join, nodes
+
+    @property
+    def weights(self) -> dict[Node, Tensor]:
+        """``{node: filters}`` shaped as a factorization's weights, differentiable views of the parameters.
+
+        The root has an axis of outputs more if there are several. With shared filters all nodes of a
+        layer give the same ones.
+        """
+        return self._by_node(lambda conv: cast(Tensor, conv.weight))
+
+    @property
+    def gradients(self) -> dict[Node, Tensor]:
+        """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it.
+
+        With shared filters every node of a layer gives the gradient of the filters, the sum over nodes.
+        """
+
+        def gradient(conv: nn.Module) -> Tensor:
+            weight = cast(Tensor, conv.weight)
+            return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+        return self._by_node(gradient)
+
+    def _by_node(self, read: Any) -> dict[Node, Tensor]:
+        found: dict[int, Tensor] = {}
+        for g, group in enumerate(self._groups):
+            if group.positions[0] not in self.network.slots:
+                continue
+            value = read(self.convs[self._name(g)])
+            for k, p in enumerate(group.positions):
+                shape = self.network.shape(p)
+                if p == len(self.tree.nodes) - 1 and self.outputs is not None:
+                    shape = (*shape, self.outputs)
+                one = value.flatten(1).mT if self.share else value[k]
+                found[p] = one.reshape(shape)
+        return {self.tree.nodes[p]: found[p] for p in sorted(found)}
+
+    def as_factorization(self) -> Factorization:
+        """The factorization with these very weights: gradients of what it computes flow to the network.
+
+        It has no parameters of its own. Several outputs are a further mode N, a leaf below the root.
+        """
+        network, weights = self.network, self.weights
+        if self.outputs is not None:
+            network = _with_classes(network, self.outputs)
+            last, root = weights.pop(self.tree.root), network.tree.root
+            if network.root_ones:
+                weights[self.tree.order] = last.mT
+            else:
+                unit = torch.eye(self.outputs, dtype=last.dtype, device=last.device)
+                weights[self.tree.order], weights[root] = unit, last
+        by_position = [weights[network.tree.nodes[p]] for p in network.weighted]
+        stacks = [torch.stack([by_position[p] for p in s.positions]) for s in network.stacks]
+        return Factorization.viewing(network, stacks)
+
+    # What it does
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Values of the network.
+
+        Args:
+            x: Channels first: ``(B, D, N)``, or ``(B, D, H, W)`` with ``H * W = N`` and position
+                ``row * W + column``; with unequal sizes N tensors ``(B, D_n)``.
+
+        Returns:
+            ``(B,)``, or ``(B, outputs)``.
+
+        Raises:
+            ShapeError: Sizes that do not fit the positions.
+            DataError: No samples, or another dtype than the weights.
+        """
+        value, log = self.scaled_values(x)
+        if log is None:
+            return value
+        log = log if self.outputs is None else log.unsqueeze(-1)
+        half = (log / 2).floor()  # 2^log alone may leave the range where the product does not
+        return value * torch.exp2(half) * torch.exp2(log - half)
+
+    def scaled_values(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``(values, log)`` with ``forward(x) = values * 2^log``: also where that leaves the dtype's range.
+
+        Returns:
+            Values as ``forward``, and ``(B,)`` binary logarithms, constant to autograd, or ``None`` if the
+            network does not multiply on scales.
+        """
+        logs: list[Tensor] = []
+        if self._maps is not None:
+            value = self._through_maps(self._as_maps(x, logs), self._maps, logs)
+        else:
+            value = self._through_blocks(self._as_blocks(x, logs), logs)
+        # every scale of every node divides the whole once, as f is linear in each node's values
+        total = sum(logs[1:], logs[0]) if self.scaled else None
+        return (value if self.outputs is not None else value[:, 0]), total
+
+    def _through_blocks(self, inputs: Mapping[int, Tensor], logs: list[Tensor]) -> Tensor:
+        blocks: list[Tensor] = []
+        rows: dict[int, Sequence[Tensor]] = {}
+        for g, group in enumerate(self._groups):
+            wide = None
+            if group.join == "leaf":
+                x = inputs[g]
+            else:
+                parts = group.children(blocks, rows)
+                x, wide = pooled(parts, group.join, scaled=self.scaled)
+            if wide is not None:
+                logs.append(wide.sum((0, 2)))
+            if self.scaled and group.even:
+                x, log = rescaled(x)
+                logs.append(log.sum((0, 2)))
+            x = self._convolved(g, x, logs)
+            blocks.append(x)
+            if g in self._cut:
+                rows[g] = x.unbind(0)
+        return blocks[-1][0]
+
+    def _convolved(self, g: int, x: Tensor, logs: list[Tensor]) -> Tensor:
+        if self._groups[g].positions[0] not in self.network.slots:
+            return x.sum(-1, keepdim=True)
+        conv = self.convs[self._name(g)]
+        if isinstance(conv, LocalConv):
+            if not (self.scaled and (self._groups[g].even or self._groups[g].join == "leaf")):
+                return cast(Tensor, conv(x))
+            x, log = conv.scaled(x)
+            logs.append(log)
+            return x
+        flat = x.flatten(0, 1)
+        out = conv(flat.reshape(*flat.shape, 1, 1))
+        return cast(Tensor, out.reshape(*x.shape[:2], -1))
+
+    def _through_maps(self, x: Tensor, maps: Maps, logs: list[Tensor]) -> Tensor:
+        """An ordinary 2-D network: ``(B, channels, height, width)`` all the way."""
+        for layer, group in enumerate(self._groups):
+            name, wide = f"layer{layer}", None
+            if layer:
+                rows, columns = maps.windows[layer - 1]
+                cut = x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+                parts = [part for row in cut.unbind(-3) for part in row.unbind(-1)]
+                x, wide = pooled(parts, group.join, dim=-3, scaled=self.scaled)
+            if wide is not None:
+                logs.append(wide.sum((1, 2, 3)))
+            if self.scaled and group.even:
+                x, log = rescaled(x, -3)
+                logs.append(log.sum((1, 2, 3)))
+            x = self.convs[name](x) if name in self.convs else x.sum(1, keepdim=True)
+        return x.flatten(1)
+
+    def _as_maps(self, x: Tensor | Sequence[Tensor], logs: list[Tensor]) -> Tensor:
+        assert self._maps is not None
+        if not isinstance(x, Tensor):
+            x = torch.stack([torch.as_tensor(part) for part in x], 2) if len(x) else torch.empty(0)
+        self._check(x)
+        if self.scaled:
+            x, log = rescaled(x, 1)
+            logs.append(log.flatten(1).sum(1))
+        if self._maps.order is not None:
+            x = x.flatten(2)[:, :, list(self._maps.order)]
+        return x.reshape(*x.shape[:2], *self._maps.shape)
+
+    def _as_blocks(self, x: Tensor | Sequence[Tensor], logs: list[Tensor]) -> dict[int, Tensor]:
+        """For every group of leaves its inputs ``(positions, B, channels)``."""
+        leaves = [(g, [int(self.tree.nodes[p]) for p in group.positions])  # type: ignore[call-overload]
+                  for g, group in enumerate(self._groups) if group.join == "leaf"]  # fmt: skip
+        if isinstance(x, Tensor):
+            self._check(x)
+            x = x.flatten(2)
+            if self.scaled:
+                x, log = rescaled(x, 1)
+                logs.append(log.sum((1, 2)))
+            whole = x.permute(2, 0, 1)
+            every = list(range(self.tree.order))
+            return {g: whole.contiguous() if modes == every else whole[modes] for g, modes in leaves}
+        parts = [torch.as_tensor(part) for part in x]
+        fits = len(parts) == self.tree.order and all(
+            part.ndim == 2 and part.shape == (parts[0].shape[0], size)
+            for part, size in zip(parts, self.sizes, strict=True)
+        )
+        if not fits:
+            raise self._misfit([tuple(part.shape) for part in parts])
+        self._check_numbers(parts[0])
+        out = {}
+        for g, modes in leaves:
+            block = torch.stack([parts[mode] for mode in modes])
+            if self.scaled:
+                block, log = rescaled(block)
+                logs.append(log.sum((0, 2)))
+            out[g] = block
+        return out
+
+    def _check(self, x: Tensor) -> None:
+        fits = x.ndim in (3, 4) and all(x.shape[1] == size for size in self.sizes)
+        fits = fits and math.prod(x.shape[2:]) == self.tree.order
+        if fits and x.ndim == 4 and self.grid is not None:
+            fits = tuple(x.shape[2:]) == self.grid
+        if not fits:
+            raise self._misfit(tuple(x.shape))
+        self._check_numbers(x)
+
+    def _check_numbers(self, x: Tensor) -> None:
+        if x.shape[0] == 0:
+            raise DataError("an empty batch: give at least one sample.")
+        if x.dtype != self.dtype:
+            raise DataError(
+                f"inputs have dtype {x.dtype}, the weights {self.dtype}; write x.to(net.dtype)."
+            )
+
+    def _misfit(self, found: Any) -> ShapeError:
+        n, sizes = self.tree.order, self.sizes
+        wanted = f"{n} tensors (B, D_n) with D = {sizes}"
+        if len(set(sizes)) == 1:
+            image = f" or (B, {sizes[0]}, {self.grid[0]}, {self.grid[1]})" if self.grid else ""
+            wanted = f"(B, {sizes[0]}, {n}){image} or {wanted}"
+        return ShapeError(f"inputs do not fit the positions.\n  found:    {found}\n  expected: {wanted}")
+
+    # How it reads
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        kind = "shared filters" if self.share else "locally connected"
+        lines = [f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("]
+        waiting = 0
+        for layer, at in enumerate(self._nodes_at):
+            groups = [g for g, group in enumerate(self._groups)
+                      if self.tree.heights[group.positions[0]] == layer]  # fmt: skip
+            for g in groups:
+                lines += [f"  layer {layer}  {text}" for text in self._lines(g)]
+            taken = sum(len(self.tree.links[i]) for i in at)
+            waiting += len(at) - taken
+            idle = waiting - len(at)
+            if layer and idle:
+                lines.append(f"  layer {layer}  {'identity':34s} {idle} {_nodes(idle)} waiting")
+        return "\n".join([*lines, ")"])
+
+    def _lines(self, g: int) -> list[str]:
+        group, out = self._groups[g], []
+        first, count = group.positions[0], len(group.positions)
+        root = first == len(self.tree.nodes) - 1
+        inner = self.network.bonds[first] if not root else self.outputs or 1
+        where = f"{count} {_nodes(count)}"
+        if group.join == "leaf":
+            given = self.network.index_size(self.network.inner(first)[0])
+        else:
+            bonds = [self.network.bonds[c] for c in self.tree.links[first]]
+            given = bonds[0] if group.join == "diagonal" else math.prod(bonds)
+            over = f"over {len(bonds)}"
+            if self.grid is not None and self._layout is not None:
+                rows, columns = self._layout.windows[self.tree.heights[first] - 1]
+                over = f"{rows}x{columns}"
+            kind = "product pooling" if group.join == "diagonal" else "product pooling, all pairs,"
+            out.append(f"{f'{kind} {over}':34s} {where}, {given} channels")
+        if first not in self.network.slots:
+            return [*out, f"{'sum':34s} {given} -> 1"]
+        kind = "linear" if root else "1x1 convolution" + (", shared" if self.share else "")
+        return [*out, f"{kind:34s} {where}, {given} -> {inner}"]
+
+
+def to_cnn(
+    model: Factorization,
+    *,
+    share: bool = False,
+    classes: bool = False,
+    scaled: bool | None = None,
+) -> ConvNet:
+    """The convolutional network that a factorization is: ``to_cnn(model)(x) == model(features)``.
+
+    Args:
+        model: Any tree, joins and root.
+        share: One ``nn.Conv2d`` per layer; the model must have equal weights at all nodes of a height.
+        classes: The last mode, a leaf below the root, is not an input: its indices are the outputs.
+        scaled: See ``ConvNet``.
+
+    Returns:
+        A ``ConvNet`` with copies of the weights. It takes channels first: ``(B, D, N)`` or
+        ``(B, D, H, W)``, or N tensors ``(B, D_n)``.
+
+    Raises:
+        OptionError: ``share`` with weights that differ, or ``classes`` without such a leaf.
+
+    Example:
+        >>> model = Factorization(ModeTree.binary(4), 3, 5, std=1.0)
+        >>> x = torch.randn(7, 3, 4)
+        >>> torch.allclose(to_cnn(model)(x), model(x.mT), rtol=1e-4)
+        True
+    """
+    if not isinstance(model, Factorization):
+        raise OptionError(f"to_cnn takes a Factorization, found {type(model).__name__}.")
+    network = model.network
+    weights = {node: w.detach() for node, w in model.weights.items()}
+    outputs = None
+    if classes:
+        network, weights, outputs = _without_classes(network, weights)
+    return ConvNet.holding(network, weights, outputs=outputs, share=share, scaled=scaled)
+
+
+def from_cnn(net: ConvNet) -> Factorization:
+    """The factorization of a network that ``to_cnn`` or ``ConvNet`` made, with copies of its weights.
+
+    Several outputs become a further mode N, a leaf below the root. Shared filters become equal weights.
+
+    Raises:
+        OptionError: Another kind of network.
+    """
+    if not isinstance(net, ConvNet):
+        raise OptionError(
+            f"from_cnn takes a ConvNet, as to_cnn makes them, found {type(net).__name__}.\n"
+            "  of any network: tnreg.grid_tensor(net, templates, tree) is its tensor on few patches"
+        )
+    with torch.no_grad():
+        seen = net.as_factorization()
+        return Factorization.holding(seen.network, [s.detach().clone() for s in seen.stacks])
+
+
+def _with_classes(network: Network, outputs: int) -> Network:
+    """The network with a leaf of classes below the root; a diagonal root is of ones then."""
+    tree = network.tree
+    graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
+    graph.add_edge(tree.root, tree.order)
+    wider = ModeTree(graph)
+    diagonal = network.joins[-1] == "diagonal"
+    bonds = dict(zip(tree.nodes[:-1], network.bonds[:-1], strict=True))
+    bonds[tree.order] = bonds[tree.children(tree.root)[0]] if diagonal else outputs
+    joins = {v: j for v, j in zip(tree.nodes, network.joins, strict=True) if j != "leaf"}
+    root = "ones" if diagonal else "trained"
+    return Network.build(wider, (*network.sizes, outputs), bonds, join=joins, root=root)
+
+
+def _without_classes(
+    network: Network, weights: dict[Node, Tensor]
+) -> tuple[Network, dict[Node, Tensor], int]:
+    """The network without the leaf of the last mode, whose weight goes into the root's."""
+    tree, last = network.tree, network.tree.order - 1
+    if tree.order < 2 or tree.parent(last) != tree.root or len(tree.children(tree.root)) < 2:
+        raise OptionError(
+            f"classes=True: the last mode, {last}, must be a leaf below the root beside other children.\n"
+            f"  found: {tree!r}"
+        )
+    graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
+    graph.remove_node(last)
+    narrower = ModeTree(graph)
+    leaf = weights.pop(last)
+    if network.joins[-1] == "diagonal":
+        root = weights.get(tree.root)
+        weights[tree.root] = leaf.mT if root is None else root.unsqueeze(-1) * leaf.mT
+    else:
+        axis = tree.children(tree.root).index(last)
+        weights[tree.root] = torch.tensordot(weights[tree.root], leaf, ([axis], [1]))
+    bonds = dict(zip(tree.nodes[:-1], network.bonds[:-1], strict=True))
+    bonds.pop(last)
+    joins = {v: j for v, j in zip(tree.nodes, network.joins, strict=True) if j != "leaf"}
+    smaller = Network.build(narrower, network.sizes[:-1], bonds, join=joins)
+    return smaller, weights, network.sizes[-1]
+
+
+def _shared_conv(held: Sequence[Tensor], tree: ModeTree, group: Group) -> nn.Conv2d:
+    weight = held[0].flatten(0, -2)
+    conv = nn.Conv2d(*weight.shape, 1, bias=False, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        conv.weight.copy_(weight.mT[:, :, None, None])
+    _check_shared(conv, held, tree, group)
+    return conv
+
+
+def _check_shared(
+    conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group: Group
+) -> None:
+    shared = cast(Tensor, conv.weight).detach()[:, :, 0, 0].mT
+    for position, weight in zip(group.positions, held, strict=True):
+        flat = weight.flatten(0, -2)
+        if flat.shape == shared.shape and torch.equal(flat, shared):
+            continue
+        how = "channels" if flat.shape != shared.shape else "weights"
+        raise OptionError(
+            f"share=True: the nodes of height {tree.heights[position]} differ in their {how}, "
+            f"first {tree.nodes[position]!r}.\n"
+            "  write share=False, or ConvNet(tree, sizes, ranks, share=True) for a network that shares "
+            "from the start"
+        )
+
+
+def _nodes(count: int) -> str:
+    return "node" if count == 1 else "nodes"
+

@@ -1,0 +1,237 @@
+"""Product pooling and 1x1 convolutions: the layers of the networks that trees are.
+
+A layer holds the nodes of one height of a mode tree. Product pooling multiplies the channels of
+siblings: channel by channel under a diagonal join, all pairs of channels (R_1 ... R_k of them) under a
+full join. A 1x1 convolution with filters of its own at every node follows.
+
+Positions come first in memory, ``(positions, batch, channels)``: equal nodes are then one batched
+matrix product, and siblings are next to each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tnreg.network import Network
+from tnreg.tree import ModeTree
+
+__all__ = ["Grid", "Group", "LocalConv", "Maps", "grid_of", "groups_of", "maps_of", "pooled", "rescaled"]
+
+# Factors of moderate magnitude that are multiplied before their product is scaled again.
+_FACTORS = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal nodes of one height, and where the values of their children are.
+
+    Attributes:
+        positions: Positions in ``tree.nodes``.
+        join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
+        block: The earlier group whose slots are the children of these nodes, in order, if there is one.
+        picks: Otherwise, for each child, ``(group, slot)`` per node.
+        even: Whether the pooled values are to be scaled: more than four convolved inputs have been
+            multiplied below since that was done last, so never more than some sixteen are.
+    """
+
+    positions: tuple[int, ...]
+    join: str
+    block: int | None
+    picks: tuple[tuple[tuple[int, int], ...], ...]
+    even: bool
+
+    def children(self, blocks: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """For each child the values ``(nodes, B, channels)``.
+
+        Args:
+            blocks: Values of the earlier groups.
+            rows: The same, cut into nodes where some group needs it.
+        """
+        if self.block is not None:
+            whole = blocks[self.block]
+            count = len(self.positions)
+            return list(whole.reshape(count, -1, *whole.shape[1:]).unbind(1))
+        return [torch.stack([rows[g][slot] for g, slot in child]) for child in self.picks]
+
+
+def groups_of(net: Network) -> tuple[Group, ...]:
+    """The nodes of a network in groups that one batched call can handle, leaves first, the root last."""
+    tree = net.tree
+    members = [stack.positions for stack in net.stacks]
+    if net.root_ones:
+        members.append((len(tree.nodes) - 1,))
+    order = sorted(range(len(members)), key=lambda s: (tree.heights[members[s][0]], s))
+    slot: dict[int, tuple[int, int]] = {}
+    factors: dict[int, int] = {}
+    out: list[Group] = []
+    for s in order:
+        positions = members[s]
+        below = [tree.links[p] for p in positions]
+        places = [[slot[c] for c in children] for children in below]
+        picks = tuple(zip(*places, strict=True)) if below[0] else ()
+        flat = [place for children in places for place in children]
+        block = None
+        if flat:
+            first = flat[0][0]
+            whole = [(first, k) for k in range(len(out[first].positions))]
+            block = first if flat == whole else None
+        multiplied = max((sum(factors[c] for c in children) for children in below if children), default=1)
+        even = multiplied > _FACTORS
+        factors |= dict.fromkeys(positions, 1 if even else multiplied)
+        picks = () if block is not None else picks
+        out.append(Group(positions, net.joins[positions[0]], block, picks, even))
+        slot |= {p: (len(out) - 1, k) for k, p in enumerate(positions)}
+    return tuple(out)
+
+
+def pooled(
+    parts: Sequence[Tensor], join: str, *, dim: int = -1, scaled: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Product over siblings, and what it has to be multiplied with.
+
+    Args:
+        parts: For each child its channels along ``dim``, all of one shape but for ``dim``.
+        join: ``"diagonal"``: channel by channel; ``"full"``: all products of one channel of each child,
+            the channel of the last child running fastest.
+        dim: Axis of the channels.
+        scaled: Scale the running product by powers of two after every fourth factor, channel by channel,
+            so that a product of any number of moderate factors stays in the range of the dtype.
+
+    Returns:
+        The product, and binary logarithms of its scale (channels of size 1), or ``None`` for no scale.
+    """
+    out = parts[0]
+    logs: Tensor | None = None
+    for k, part in enumerate(parts[1:], 1):
+        if join == "full":
+            out = (out.unsqueeze(dim) * part.unsqueeze(dim - 1)).flatten(dim - 1, dim)
+            continue
+        out = out * part
+        if scaled and k % _FACTORS == 0 and k + 1 < len(parts):
+            out, more = _even(out, out.detach().abs())
+            logs = more if logs is None else logs + more
+    if logs is None:
+        return out, None
+    # only now do channels meet: what is far below the largest of them is lost in rounding anyway
+    alive = torch.where(out.detach() == 0, torch.full_like(logs, -1e9), logs)
+    top = alive.amax(dim, keepdim=True).clamp_min(-1e8)
+    return out * torch.exp2((logs - top).clamp_max(0)), top
+
+
+def rescaled(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Divide by the power of two below the largest magnitude along ``dim``: ``(x, binary logarithms)``.
+
+    The scale is constant to autograd: what is multilinear does not depend on it.
+    """
+    return _even(x, x.detach().abs().amax(dim, keepdim=True))
+
+
+def _even(x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    # within what the dtype can invert; zeros stay zeros on any scale
+    reach = torch.finfo(size.dtype).max / 4
+    log = size.clamp(1 / reach, reach).log2().floor()
+    return x * torch.exp2(-log), log
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An image of ``height x width`` patches, and the windows that each level joins."""
+
+    height: int
+    width: int
+    windows: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A tree all of whose nodes of one height have equal windows: an ordinary 2-D network.
+
+    Attributes:
+        shape: Positions ``(height, width)``; a sequence is ``(N, 1)``.
+        windows: Product pooling of every level, leaves first.
+        order: Mode at every position of a sequence, ``None`` if in order.
+    """
+
+    shape: tuple[int, int]
+    windows: tuple[tuple[int, int], ...]
+    order: tuple[int, ...] | None
+
+
+def grid_of(tree: ModeTree) -> Grid | None:
+    """The image whose ``ModeTree.grid`` this tree is, with complete windows at every level."""
+    height_one = [i for i, below in enumerate(tree.links) if below and tree.heights[i] == 1]
+    if not height_one or len(tree.nodes) < 3:
+        return None
+    modes = tree.modes_below(tree.nodes[height_one[0]])
+    if modes[0] != 0:
+        return None
+    columns = next((k for k, m in enumerate(modes) if m != k), len(modes))
+    if columns == len(modes) or len(modes) % columns:
+        return None
+    width, rows = modes[columns], len(modes) // columns
+    if tree.order % width:
+        return None
+    height, windows = tree.order // width, []
+    h, w = height, width
+    while h > 1 or w > 1:
+        window = (min(rows, h), min(columns, w))
+        if h % window[0] or w % window[1] or window == (1, 1):
+            return None
+        windows.append(window)
+        h, w = h // window[0], w // window[1]
+    same = tree.links == ModeTree.grid((height, width), (rows, columns)).links
+    in_order = _leaf_modes(tree) == _leaf_modes(ModeTree.grid((height, width), (rows, columns)))
+    return Grid(height, width, tuple(windows)) if same and in_order else None
+
+
+def maps_of(tree: ModeTree) -> Maps | None:
+    """The ordinary 2-D layout of a tree, if all its nodes of one height have equally many children below."""
+    grid = grid_of(tree)
+    if grid is not None:
+        return Maps((grid.height, grid.width), grid.windows, None)
+    windows: list[tuple[int, int]] = []
+    for height in range(1, tree.heights[-1] + 1):
+        nodes = [below for i, below in enumerate(tree.links) if tree.heights[i] == height]
+        complete = all(tree.heights[c] == height - 1 for below in nodes for c in below)
+        if not complete or len({len(below) for below in nodes}) > 1:
+            return None
+        windows.append((len(nodes[0]), 1))
+    order = _leaf_modes(tree)
+    return Maps((tree.order, 1), tuple(windows), None if order == tree.leaves else order)
+
+
+def _leaf_modes(tree: ModeTree) -> tuple[int, ...]:
+    both = zip(tree.nodes, tree.links, strict=True)
+    return tuple(name for name, below in both if not below)  # type: ignore[misc]
+
+
+class LocalConv(nn.Module):
+    """1x1 convolutions with filters of their own at every position.
+
+    Args:
+        weight: ``(positions, *channels in, channels out)``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(positions, B, channels in)`` to ``(positions, B, channels out)``."""
+        return torch.bmm(x, self.weight.flatten(1, -2))
+
+    def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` with filters scaled to about 1, and the binary logarithm of what they lack in all."""
+        weight = self.weight.flatten(1, -2)
+        even, log = _even(weight, weight.detach().abs().amax((1, 2), keepdim=True))
+        return torch.bmm(x, even), log.sum()
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        count, *inner, out = self.weight.shape
+        return f"{math.prod(inner)}, {out}, kernel_size=1, positions={count}"
