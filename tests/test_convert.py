@@ -1,18 +1,34 @@
-"""Conversions against what tensorly makes of the same arrays, and back."""
+"""Conversions against what the other libraries make of the same arrays, and back."""
 
 from __future__ import annotations
 
+import sys
+
+import networkx as nx
 import numpy as np
 import pytest
+import quimb.tensor
 import tensorly
+import tensornetwork
 import torch
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac, tensor_train, tucker
 from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 
-from tnreg import Factorization, ModeTree, OptionError, ShapeError, convert, decompose
+from tnreg import (
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    TreeError,
+    convert,
+    decompose,
+    network,
+)
 
 SIZES = (4, 5, 3, 6)
 HTF = zoo.model_of(ModeTree.binary(4))
@@ -93,6 +109,345 @@ def test_what_comes_out_is_a_copy():
     weights.zero_(), factors[0].zero_()
     convert.to_tensor_train(zoo.model_of(ModeTree.caterpillar(3), "full"))[0].zero_()
     assert torch.equal(model.to_tensor(), before)
+
+
+def contracted(nodes, order=None):
+    """What tensornetwork makes of the nodes, or of a copy of them."""
+    nodes = list(tensornetwork.replicate_nodes(nodes))
+    dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda edge: int(edge.name[5:]))
+    found = tensornetwork.contractors.greedy(nodes, output_edge_order=dangling)
+    return torch.as_tensor(found.tensor).detach()
+
+
+def assert_same_model(found, model):
+    assert found.network == model.network and found.dtype == model.dtype
+    weights = found.weights
+    for node, weight in model.weights.items():
+        assert torch.equal(weights[node], weight), node
+
+
+@pytest.mark.parametrize("model", list(zoo.zoo()))
+def test_what_network_makes_comes_back(model):
+    """Tree, joins, roots and names: bit for bit, in any order of the nodes."""
+    nodes = network(model)
+    if model.tree.root == "top" and model.network.root_ones:  # no node has this name
+        names = {"top": (0, 1, 2)}
+        graph = nx.relabel_nodes(nx.DiGraph(model.tree.graph), names)
+        weights = {names.get(v, v): w for v, w in model.weights.items()}
+        model = Factorization.from_weights(ModeTree(graph), weights, join="diagonal")
+    assert_same_model(convert.from_nodes(nodes), model)
+    assert_same_model(convert.from_nodes(sorted(nodes, key=lambda node: node.name)), model)
+
+
+@pytest.mark.parametrize("model", list(zoo.zoo()))
+def test_what_to_quimb_makes_comes_back(model):
+    net = convert.to_quimb(model)
+    order = [f"mode {n}" for n in range(model.tree.order)]
+    dense = net.contract(output_inds=order, preserve_tensor=True).data
+    assert torch.allclose(dense, model.to_tensor(), rtol=1e-12, atol=1e-12)
+    assert_same_model(convert.from_quimb(net), model)
+    arrays = net.copy()
+    arrays.apply_to_arrays(lambda x: x.detach().numpy())
+    assert_same_model(convert.from_quimb(arrays), model)
+
+
+@settings(max_examples=25, deadline=None)
+@given(model=st.one_of(zoo.models(), zoo.models(torch.complex64)))
+def test_random_models_there_and_back(model):
+    assert_same_model(convert.from_nodes(network(model)), model)
+    assert_same_model(convert.from_quimb(convert.to_quimb(model)), model)
+
+
+def test_names_of_quimb():
+    model = zoo.model_of(ModeTree([[0, 1], 2]), {(0, 1): "diagonal", (0, 1, 2): "full"})
+    net = convert.to_quimb(model)
+    assert set(net.outer_inds()) == {"mode 0", "mode 1", "mode 2"}
+    assert net.ind_sizes()["bond (0, 1)"] == model.network.bonds[2]
+    assert net["(0, 1)"].inds == ("bond (0, 1) inside", "bond (0, 1)")
+    assert set(net["(0, 1, 2)"].tags) == {"(0, 1, 2)", "full", "root"}
+    assert "leaf" in net["2"].tags
+    ones = convert.to_quimb(zoo.model_of(ModeTree.star(3), root="ones"))
+    assert ones.num_tensors == 3 and ones["0"].inds == ("mode 0", "ones (0, 1, 2)")
+    net["0"].data.sum().backward()  # the model's own weights
+    assert torch.equal(model.gradients[0], torch.ones(model.weights[0].shape).double())
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_matrix_product_states_of_quimb(dtype):
+    state = quimb.tensor.MPS_rand_state(5, 3, phys_dim=2, dtype=dtype, seed=0)
+    model = convert.from_quimb(state)
+    assert model.tree == ModeTree.caterpillar(5)
+    dense = state.contract(output_inds=[f"k{n}" for n in range(5)]).data
+    assert np.allclose(model.to_tensor().detach().numpy(), dense, atol=1e-14)
+    cores = [core.numpy() for core in convert.to_tensor_train(model)]
+    cores[0], cores[-1] = cores[0][0], cores[-1][..., 0]
+    again = quimb.tensor.MatrixProductState(cores, shape="lpr")
+    assert abs(again.H @ state - state.H @ state) < 1e-13
+    state.exponent = 2.0
+    loud = convert.from_quimb(state).to_tensor().detach().numpy()
+    assert np.allclose(loud, 100 * dense, atol=1e-11)
+    ring = quimb.tensor.MPS_rand_state(4, 2, cyclic=True, seed=0)
+    with pytest.raises(TreeError, match="from_quimb: the network has a loop through 'I"):
+        convert.from_quimb(ring)
+
+
+def test_hyperindices_of_quimb():
+    """CP, Tucker of a tied core, and an outer index that several tensors have."""
+    a, b, c = (random((n, 3)) for n in (4, 5, 2))
+    tensors = [
+        quimb.tensor.Tensor(x, ("r", k)) for x, k in zip((a.T, b.T, c.T), "xyz", strict=True)
+    ]
+    cp = convert.from_quimb(quimb.tensor.TensorNetwork(tensors), modes="xyz")
+    assert cp.network.root_ones and cp.tree == ModeTree.star(3)
+    assert np.allclose(cp.to_tensor().detach(), np.einsum("xr,yr,zr->xyz", a, b, c))
+    weights = quimb.tensor.Tensor(np.array([1.0, 2.0, 3.0]), ("r",))
+    cp = convert.from_quimb(quimb.tensor.TensorNetwork([weights, *tensors]), modes="zxy")
+    assert torch.equal(cp.weights[cp.tree.root].detach(), torch.tensor([1.0, 2, 3]).double())
+    assert np.allclose(cp.to_tensor().detach(), np.einsum("xr,yr,zr,r->zxy", a, b, c, [1, 2, 3]))
+    both = convert.from_quimb(quimb.tensor.TensorNetwork([weights, *tensors]), modes="rzxy")
+    assert np.allclose(both.to_tensor().detach(), np.einsum("xr,yr,zr,r->rzxy", a, b, c, [1, 2, 3]))
+    core = quimb.tensor.Tensor(random((3, 6)), ("r", "s"))
+    more = [*tensors, core, quimb.tensor.Tensor(random((6, 7, 2)), ("s", "u", "v"))]
+    for root in (None, "top"):
+        core.add_tag("top")
+        tied = convert.from_quimb(quimb.tensor.TensorNetwork(more), modes="xyzuv", root=root)
+        exact = np.einsum("xr,yr,zr,rs,suv->xyzuv", a, b, c, core.data, more[-1].data)
+        assert np.allclose(tied.to_tensor().detach(), exact)
+
+
+def wired(shapes, bonds, dtype=np.float64):
+    """Nodes of random arrays: axes that are strings dangle, equal numbers are wired."""
+    generator = np.random.default_rng(1)
+    ends, nodes = {}, {}
+    for name, axes in shapes.items():
+        size = [bonds.get(a, 2) for a in axes]
+        x = generator.standard_normal(size)
+        if np.issubdtype(dtype, np.complexfloating):
+            x = x + 1j * generator.standard_normal(size)
+        nodes[name] = tensornetwork.Node(x.astype(dtype), name=name, backend="numpy")
+        for axis, a in zip(nodes[name].edges, axes, strict=True):
+            ends.setdefault(a, []).append(axis)
+    for a, edges in ends.items():
+        if isinstance(a, str):
+            edges[0].set_name(a)
+        else:
+            tensornetwork.connect(*edges)
+    return nodes
+
+
+WIRINGS = {
+    "train": ({"A": ["mode 0", 1], "B": [1, "mode 1", 2], "C": [2, "mode 2"]}, ModeTree.caterpillar(3)),
+    "tucker": (
+        {"core": [1, 2, 3], "U": ["mode 0", 1], "V": ["mode 1", 2], "W": [3, "mode 2"]},
+        ModeTree.star(3),
+    ),
+    "binary": (
+        {"A": ["mode 2", 1], "B": ["mode 0", 2], "C": [5, 1, 2], "D": ["mode 1", 3],
+         "E": ["mode 3", 4], "F": [3, 4, 6], "top": [6, 5]}, ModeTree([[1, 3], [2, 0]]),
+    ),
+    "several modes": (
+        {"A": ["mode 0", "mode 1", 1], "B": [1, "mode 3", "mode 2"]},
+        ModeTree([[0, 1], 3, 2]),
+    ),
+    "one node": ({"A": ["mode 1", "mode 0"]}, ModeTree([1, 0])),
+    "one vector": ({"A": ["mode 0"]}, ModeTree([0])),
+    "ends without modes": (
+        {"A": [1], "B": [1, 2, "mode 0"], "C": [2, 3], "D": [3, "mode 1", 4], "E": [4]},
+        ModeTree([[0], 1]),
+    ),
+    "a number beside": ({"A": ["mode 0", 1], "B": [1, "mode 1"], "C": []}, ModeTree.caterpillar(2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIRINGS)
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128, np.float32])
+def test_trees_wired_by_hand(name, dtype):
+    shapes, tree = WIRINGS[name]
+    sizes = {"mode 0": 3, "mode 1": 4, "mode 2": 5, 1: 3, 2: 4, 3: 2, 4: 5, 5: 3, 6: 4}
+    nodes = list(wired(shapes, sizes, dtype).values())
+    model = convert.from_nodes(nodes)
+    if name != "ends without modes":
+        assert model.tree == tree
+    assert set(model.network.joins) == {"leaf", "full"}
+    exact = contracted(nodes)
+    found = model.to_tensor().detach()
+    assert found.dtype == exact.dtype
+    assert torch.allclose(found, exact, rtol=1e-5 if dtype == np.float32 else 1e-12, atol=1e-5)
+    for root in {node.name for node in nodes if len(node.edges) > 1}:
+        turned = convert.from_nodes(nodes, root=root).to_tensor().detach()
+        assert torch.allclose(turned, exact, rtol=1e-5, atol=1e-4 if dtype == np.float32 else 1e-11)
+
+
+def test_a_train_by_hand_is_a_tensor_train():
+    nodes = wired(WIRINGS["train"][0], {})
+    assert [c.shape for c in convert.to_tensor_train(convert.from_nodes(nodes.values()))] == [
+        (1, 2, 2), (2, 2, 2), (2, 2, 1)
+    ]  # fmt: skip
+
+
+def test_modes_by_edges_and_names():
+    nodes = wired(
+        {"A": ["left", 1], "B": [1, "middle", 2], "C": [2, "right"]}, {"left": 3, "right": 5}
+    )
+    edges = [nodes["C"][1], nodes["A"][0], nodes["B"][1]]
+    model = convert.from_nodes(nodes.values(), modes=edges)
+    assert model.sizes == (5, 3, 2)
+    again = convert.from_nodes(nodes.values(), modes=["right", "left", "middle"])
+    assert torch.equal(model.to_tensor(), again.to_tensor())
+    exact = np.einsum("lb,bmc,cr->rlm", *(nodes[k].tensor for k in "ABC"))
+    assert np.allclose(model.to_tensor().detach(), exact)
+
+
+def test_copy_nodes_wired_by_hand():
+    """CP with weights; copies of copies; a dangling edge of a copy; a copy that only sums."""
+    arrays = [random((n, 3)) for n in (4, 5, 2, 6)]
+    nodes = [tensornetwork.Node(x, backend="numpy") for x in arrays]
+    hubs = [tensornetwork.CopyNode(3, 3, backend="numpy") for _ in range(3)]
+    nodes[0][1] ^ hubs[0][0]
+    nodes[1][1] ^ hubs[0][1]
+    hubs[0][2] ^ hubs[1][0]
+    hubs[1][1] ^ nodes[2][1]
+    hubs[1][2] ^ hubs[2][0]
+    nodes[3][1] ^ hubs[2][1]
+    for k, edge in enumerate([*(node[0] for node in nodes), hubs[2][2]]):
+        edge.set_name(f"mode {k}")
+    model = convert.from_nodes([*nodes, *hubs])
+    exact = np.einsum("ar,br,cr,dr->abcdr", *arrays)
+    assert model.network.root_ones and np.allclose(model.to_tensor().detach(), exact)
+    one = tensornetwork.Node(arrays[0], backend="numpy")
+    one[1] ^ tensornetwork.CopyNode(1, 3, backend="numpy")[0]
+    one[0].set_name("mode 0")
+    summed = convert.from_nodes([one, one.edges[1].get_nodes()[1]])
+    assert np.allclose(summed.to_tensor().detach(), arrays[0].sum(1))
+
+
+def test_a_long_chain_of_nodes():
+    """More nodes than Python recurses."""
+    model = Factorization(ModeTree.caterpillar(1030), 2, 1, join="full", std=1.0, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    assert_same_model(convert.from_quimb(convert.to_quimb(model)), model)
+
+
+class OnlyDLPack:
+    """An array of a library that knows nothing of numpy."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
+class OnlyArray:
+    """An object that only numpy can read."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.x, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64, np.complex128])
+@pytest.mark.parametrize(
+    "kind", [np.asarray, torch.from_numpy, OnlyDLPack, OnlyArray, np.ndarray.tolist]
+)
+def test_arrays_of_any_kind(kind, dtype):
+    arrays = [(random((n, 3)) + (1j if np.issubdtype(dtype, np.complexfloating) else 0) * n).astype(dtype)
+              for n in (4, 5)]  # fmt: skip
+    model = convert.from_cp(None, [kind(x) for x in arrays])
+    exact = np.einsum("ar,br->ab", *arrays)
+    dense = model.to_tensor().detach()
+    assert np.allclose(dense, exact, atol=1e-5)
+    if kind is not np.ndarray.tolist:
+        assert dense.numpy().dtype == dtype
+    # and out again: the same memory, so the same bits
+    weight = model.weights[0].detach()
+    for out in (np.asarray(weight), np.from_dlpack(weight), torch.from_dlpack(weight)):
+        assert np.array_equal(np.asarray(out), arrays[0])
+        assert torch.as_tensor(out).data_ptr() == weight.data_ptr()
+
+
+def test_read_only_arrays():
+    fixed = random((4, 3))
+    fixed.flags.writeable = False
+    model = convert.from_cp(None, [fixed, fixed])
+    assert np.allclose(model.to_tensor().detach(), fixed @ fixed.T)
+
+
+def looped():
+    nodes = wired({"A": ["mode 0", 1, 2], "B": [1, 3, "mode 1"], "C": [2, 3, "mode 2"]}, {})
+    return list(nodes.values())
+
+
+def parallel():
+    return list(wired({"A": ["mode 0", 1, 2], "B": [1, 2, "mode 1"]}, {}).values())
+
+
+def on_itself():
+    node = tensornetwork.Node(np.ones((2, 2, 2)), name="A", backend="numpy")
+    node[1] ^ node[2]
+    node[0].set_name("mode 0")
+    return [node]
+
+
+def copied_twice():
+    nodes = wired({"A": ["mode 0", "x", "y"]}, {})
+    hub = tensornetwork.CopyNode(2, 2, name="hub", backend="numpy")
+    hub[0] ^ nodes["A"][1], hub[1] ^ nodes["A"][2]
+    return [nodes["A"], hub]
+
+
+def apart():
+    return list(wired({"A": ["mode 0", 1], "B": [1, "mode 1"], "C": ["mode 2"]}, {}).values())
+
+
+def named(*names):
+    return list(wired({"A": [names[0], 1], "B": [1, *names[1:]]}, {}).values())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "error", "message"),
+    [
+        (looped, {}, TreeError, "from_nodes: the network has a loop through '[ABC]'"),
+        (parallel, {}, TreeError, "loop through '[AB]'.*\n.*flatten edges that run in parallel"),
+        (on_itself, {}, TreeError, "loop through 'A'"),
+        (copied_twice, {}, TreeError, "loop through 'A'"),
+        (apart, {}, TreeError, "not connected"),
+        (lambda: looped()[:2], {}, ShapeError, "'[AB]' is wired to 'C', which is not given"),
+        (lambda: named("mode 0", "mode 2"), {}, ShapeError, r"(?s)cannot be told.*'mode 2'.*'mode 1'"),
+        (lambda: named("mode 0", "mode 0"), {}, ShapeError, "cannot be told from their names"),
+        (lambda: named("mode 0", "site 1"), {}, ShapeError, "cannot be told from their names"),
+        (lambda: named("a", "b"), {}, ShapeError, "or give modes="),
+        (lambda: named("a", "b"), {"modes": ["a"]}, ShapeError, "everything that dangles once"),
+        (lambda: named("a", "b"), {"modes": ["a", "a"]}, ShapeError, "everything that dangles once"),
+        (lambda: named("a", "b"), {"modes": ["a", "c"]}, ShapeError, "everything that dangles once"),
+        (lambda: named("mode 0", "mode 1"), {"root": "Z"}, TreeError, "0 are called 'Z'"),
+        (lambda: list(wired({"A": [1], "B": [1]}, {}).values()), {}, ShapeError, "has no modes"),
+        (list, {}, ShapeError, "has no modes"),
+    ],
+)  # fmt: skip
+def test_nodes_that_are_no_tree(nodes, options, error, message):
+    with pytest.raises(error, match=message):
+        convert.from_nodes(nodes(), **options)
+
+
+def test_quimb_that_is_no_tree(monkeypatch):
+    with pytest.raises(OptionError, match="expected a TensorNetwork, found int"):
+        convert.from_quimb(3)
+    state = quimb.tensor.MPS_rand_state(3, 2, seed=0)
+    with pytest.raises(ShapeError, match="everything that dangles once"):
+        convert.from_quimb(state, modes=["k0", "k1"])
+    with pytest.raises(TreeError, match="0 are called 'top'"):
+        convert.from_quimb(state, root="top")
+    with pytest.raises(ShapeError, match="cannot be told from their names"):
+        convert.from_quimb(quimb.tensor.MPO_rand(3, 2, seed=0))
+    monkeypatch.setitem(sys.modules, "quimb.tensor", None)
+    with pytest.raises(OptionError, match="quimb is missing: pip install 'tnreg.quimb.'"):
+        convert.to_quimb(HTF)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,8 @@ def network(model: Factorization) -> list[Any]:
     edges ``"mode <n>"``. The tensors are the model's own weights, so gradients flow through.
 
     Returns:
-        List of nodes; contract it e.g. with ``tensornetwork.contractors.greedy``.
+        List of nodes; contract it e.g. with ``tensornetwork.contractors.greedy``. The way back is
+        ``tnreg.convert.from_nodes``.
     """
     import tensornetwork
 
@@ -208,6 +209,8 @@ def network(model: Factorization) -> list[Any]:
             f"mode {i}" if i < tree.order else f"bond {tree.nodes[i - tree.order]}"
             for i in net.inner(position)
         ]
+        if net.joins[position] == "diagonal":
+            axes = [f"bond {name} inside"]
         if net.above[position] is not None:
             axes.append(f"bond above {name}")
         node = tensornetwork.Node(weight, name=str(name), axis_names=axes, backend="pytorch")
