@@ -1,0 +1,210 @@
+"""Boxes and samplers: what is drawn, how often, and that it is drawn again after a restart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from tnreg.errors import OptionError, ShapeError
+from tnreg.patches import (
+    DifferingPatches,
+    FixedPatches,
+    PresetPatches,
+    RandomPatches,
+    as_sampler,
+    box_mask,
+)
+
+PAIR = ((0, 0, 2, 3), (4, 4, 6, 5))
+THREE = [(0, 0, 1, 1), (0, 2, 2, 4), (3, 0, 5, 5)]
+
+
+def drawn(sampler, x, count):
+    return [tuple(map(tuple, sampler.draw(x).tolist())) for _ in range(count)]
+
+
+def gap(a, b):
+    return max(
+        max(a[0], b[0]) - min(a[2], b[2]),
+        max(a[1], b[1]) - min(a[3], b[3]),
+    )
+
+
+def pairs(height, width, size, distance, exact):
+    boxes = [
+        (i, j, i + size, j + size)
+        for i, j in product(range(height - size + 1), range(width - size + 1))
+    ]
+    return {
+        (a, b)
+        for a, b in product(boxes, boxes)
+        if (gap(a, b) == distance if exact else gap(a, b) >= distance)
+    }
+
+
+def uniform(found, expected):
+    """Every pair and no other, as often as chance says (six standard deviations)."""
+    counts = Counter(found)
+    assert set(counts) == set(expected)
+    mean = len(found) / len(expected)
+    assert all(abs(n - mean) < 6 * mean**0.5 for n in counts.values())
+
+
+def test_mask():
+    mask = box_mask(torch.tensor([1, 2, 3, 6]), 4, 7)
+    expected = torch.zeros(4, 7, dtype=torch.bool)
+    expected[1:3, 2:6] = True
+    assert torch.equal(mask, expected)
+
+
+def test_a_pair_is_used_as_given():
+    sampler = as_sampler(PAIR, "penalty")
+    x = torch.zeros(2, 1, 6, 5)
+    assert drawn(sampler, x, 2) == [PAIR, PAIR]
+    assert sampler.state_dict() == {}
+    sampler.load_state_dict({})
+    assert as_sampler(sampler, "penalty") is sampler
+
+
+def test_preset_boxes_are_drawn_in_both_orders():
+    x = torch.zeros(2, 5, 5)
+    expected = [(a, b) for a, b in product(THREE, THREE) if a != b]
+    uniform(drawn(PresetPatches(THREE, seed=1), x, 300), expected)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "distance", "exact"),
+    [
+        (3, 3, 1, 0, False),
+        (3, 6, 2, 0, False),
+        (5, 5, 2, 1, False),
+        (4, 5, 2, 0, True),
+        (3, 5, 1, 2, True),
+    ],
+)
+def test_random_patches_are_uniform(height, width, size, distance, exact):
+    sampler = RandomPatches(size, distance, exact=exact, seed=2)
+    expected = pairs(height, width, size, distance, exact)
+    found = drawn(sampler, torch.zeros(2, 1, height, width), 20 * len(expected))
+    uniform(found, expected)
+
+
+def test_default_is_the_published_one():
+    [(a, b)] = drawn(RandomPatches(), torch.zeros(2, 1, 150, 150), 1)
+    assert (a[2] - a[0], a[3] - a[1]) == (2, 2) and gap(a, b) >= 0
+
+
+def test_differing_patches_are_where_samples_differ():
+    """Two samples differ in one pixel, three hold a spot elsewhere in common."""
+    x = torch.zeros(3, 2, 6, 7)
+    x[:, 0, 4, 5] = 1.0
+    x[1, 1, 1, 1] = 0.5
+    for i, j in drawn(DifferingPatches(2, seed=3), x, 200):
+        assert j[0] <= 1 < j[2] and j[1] <= 1 < j[3]
+        assert (i[0] <= 4 < i[2] and i[1] <= 5 < i[3]) and gap(i, j) >= 0
+
+
+def test_differing_patches_in_proportion():
+    """One place changes two of four samples, one all four: 1 to 2."""
+    x = torch.zeros(4, 1, 1, 9)
+    x[0, 0, 0, 0] = 1.0  # swaps change sample 0 and its successor
+    x[0, 0, 0, 8] = x[2, 0, 0, 8] = 1.0
+    found = Counter(j[1] for _, j in drawn(DifferingPatches(1, seed=4), x, 900))
+    assert set(found) == {0, 8} and found[8] / found[0] == pytest.approx(2, rel=0.3)
+
+
+def test_differing_patches_keep_the_distance_and_fall_back_to_uniform():
+    same = torch.ones(3, 1, 4, 5)
+    expected = pairs(4, 5, 2, 0, True)
+    firsts = Counter()
+    for i, j in drawn(DifferingPatches(2, 0, exact=True, seed=5), same, 800):
+        assert (i, j) in expected
+        firsts[j] += 1
+    assert len(firsts) == len({j for _, j in expected})
+    tiny = torch.ones(3, 1, 4, 5)
+    tiny[0, 0, 0, 0] += 1e-3
+    found = drawn(DifferingPatches(1, threshold=1e-2, seed=6), tiny, 200)
+    assert len({j for _, j in found}) > 10
+    assert {j for _, j in drawn(DifferingPatches(1, seed=6), tiny, 50)} == {(0, 0, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: PresetPatches(THREE, seed=seed),
+        lambda seed: RandomPatches(1, seed=seed),
+        lambda seed: DifferingPatches(1, seed=seed),
+    ],
+    ids=["preset", "random", "differing"],
+)
+def test_streams_are_their_own(make, tmp_path):
+    x = torch.zeros(2, 1, 5, 5)
+    before = torch.random.get_rng_state()
+    first = make(7)
+    found = drawn(first, x, 12)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert drawn(make(7), x, 12) == found != drawn(make(8), x, 12)
+    again = make(7)
+    drawn(again, x, 5)
+    torch.save(again.state_dict(), tmp_path / "state")
+    resumed = make(0)
+    resumed.load_state_dict(torch.load(tmp_path / "state"))
+    assert resumed.state_dict()["state"] is not None
+    assert drawn(resumed, x, 7) == found[5:]
+    fresh = make(0)
+    fresh.load_state_dict(make(7).state_dict())
+    assert drawn(fresh, x, 12) == found
+
+
+def test_refuses_boxes():
+    for wrong in (
+        [(0, 0, 2)],
+        [(0, 0, 0, 2), (3, 3, 4, 4)],
+        [(-1, 0, 2, 2), (3, 3, 4, 4)],
+        [(0, 0, 2.5, 2), (3, 3, 4, 4)],
+        [],
+        [1, 2],
+    ):
+        with pytest.raises(OptionError, match=r"a box is \(top, left, bottom, right\)"):
+            FixedPatches(wrong)
+    with pytest.raises(OptionError, match="overlap; patches must be disjoint"):
+        FixedPatches([(0, 0, 2, 2), (1, 1, 3, 3)])
+    with pytest.raises(OptionError, match=r"two boxes, found 3; for more write PresetPatches"):
+        FixedPatches(THREE)
+    with pytest.raises(OptionError, match="PresetPatches needs two boxes or more, found 1"):
+        PresetPatches(THREE[:1])
+    with pytest.raises(OptionError, match="overlap"):
+        PresetPatches([*THREE, (0, 0, 5, 5)])
+    for sampler in (FixedPatches(PAIR), PresetPatches(PAIR)):
+        with pytest.raises(ShapeError, match=r"box \(4, 4, 6, 5\) is not inside an image of 5 x 5"):
+            sampler.draw(torch.zeros(2, 1, 5, 5))
+
+
+@pytest.mark.parametrize("kind", [RandomPatches, DifferingPatches])
+def test_refuses_options(kind):
+    with pytest.raises(OptionError, match="size must be an integer >= 1"):
+        kind(0)
+    with pytest.raises(OptionError, match="distance must be an integer >= 0"):
+        kind(2, -1)
+    with pytest.raises(OptionError, match="seed must be an integer >= 0"):
+        kind(2, seed=-1)
+    for x, most in ((torch.zeros(2, 1, 8, 9), 5), (torch.zeros(2, 1, 1, 9), 5)):
+        with pytest.raises(ShapeError, match=f"gap can be at most {most}"):
+            kind(2, 6).draw(x)
+    assert gap(*drawn(kind(2, 5), torch.zeros(2, 1, 8, 9), 1)[0]) == 5
+    with pytest.raises(OptionError, match="not the state of its random stream"):
+        kind(2).load_state_dict({})
+
+
+def test_refuses_a_threshold_and_another_device():
+    with pytest.raises(OptionError, match="threshold must be >= 0"):
+        DifferingPatches(threshold=-1.0)
+    sampler = RandomPatches(1)
+    sampler.draw(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(OptionError, match="drew on cpu before and now the batch is on meta"):
+        sampler._stream.on(torch.device("meta"))
+    with pytest.raises(OptionError, match="patches must be a pair of boxes .* found 3"):
+        as_sampler(3, "penalty")

@@ -1,0 +1,592 @@
+"""Regularizers: values and gradients against plain loops, closed forms, and what must not change."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from tnreg.errors import DataError, OptionError, ShapeError, TnregError
+from tnreg.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
+from tnreg.regularizers import (
+    InputGradientChange,
+    InteractionEnergy,
+    crossed_values,
+    evaluation,
+    interaction_energy,
+)
+from tnreg.second_order import input_gradient
+
+PAIR = ((0, 0, 3, 3), (4, 5, 7, 8))
+BOTH = (InputGradientChange, InteractionEnergy)
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a short cut, with ReLUs in place as torchvision writes them."""
+
+    def __init__(self, width, norm):
+        super().__init__()
+        self.a, self.b = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.n, self.m = (
+            (nn.BatchNorm2d(width), nn.BatchNorm2d(width)) if norm else (nn.Identity(),) * 2
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.m(self.b(self.relu(self.n(self.a(x)))))
+        out += x
+        return self.relu(out)
+
+
+def network(smooth=False, classes=1, norm=False, seed=0, dropout=False):
+    """Strides, groups, dilation, pooling and a residual block; running statistics that say something."""
+    torch.manual_seed(seed)
+    act = nn.GELU() if smooth else nn.ReLU()
+    layers = [
+        nn.Conv2d(2, 6, 3, stride=2, padding=1),
+        nn.BatchNorm2d(6) if norm else nn.Identity(),
+        act,
+    ]
+    layers += [nn.Dropout(0.5)] if dropout else []
+    layers += [] if smooth else [Residual(6, norm)]
+    layers += [nn.Conv2d(6, 6, 3, padding="same", groups=2), act, nn.MaxPool2d(2, 1)]
+    layers += [nn.Conv2d(6, 4, 2, dilation=2, padding=1, bias=False), act, nn.AdaptiveAvgPool2d(1)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, classes)).double()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.uniform_(-0.5, 0.5), m.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.uniform_(m.bias, -0.5, 0.5)
+    return net
+
+
+def batch(count=5, seed=1, classes=3, shape=(2, 8, 9)):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, *shape, dtype=torch.float64, generator=generator)
+    return x, torch.randint(classes, (count,), generator=generator)
+
+
+def plain_change(net, x, y, pair):
+    """The definition, one sample at a time, with torch's own derivatives."""
+    inside, (top, left, bottom, right) = pair
+    cosines = []
+    for i in range(len(x)):
+        other = x[i].clone()
+        other[..., top:bottom, left:right] = x[i - 1][..., top:bottom, left:right]
+        gradients = []
+        for image in (x[i], other):
+            image = image.clone().requires_grad_()
+            out = net(image[None]).flatten()
+            out = out[0] if len(out) == 1 else out[y[i]]
+            (g,) = torch.autograd.grad(out, image, create_graph=True)
+            gradients.append(g[..., inside[0] : inside[2], inside[1] : inside[3]].flatten())
+        g, h = gradients
+        cosines.append(torch.dot(g, h).abs() / (g.norm() * h.norm()))
+    return torch.stack(cosines).mean()
+
+
+def plain_energy(net, x, y, box):
+    """The definition with k = B, one image at a time."""
+    top, left, bottom, right = box
+    k, rows = len(x), []
+    for a, b in itertools.product(range(k), range(k)):
+        image = x[a].clone()
+        image[..., top:bottom, left:right] = x[b][..., top:bottom, left:right]
+        rows.append(net(image[None])[0])
+    values = torch.stack(rows).reshape(k, k, -1)
+    above = below = 0
+    for c in [0] if values.shape[-1] == 1 else y:
+        m = values[..., c]
+        centred = torch.empty_like(m)
+        for i, j in itertools.product(range(k), range(k)):
+            centred[i, j] = m[i, j] - m[i].mean() - m[:, j].mean() + m.mean()
+        above, below = above + (centred**2).sum(), below + ((m - m.mean()) ** 2).sum()
+    return 1 - above / below
+
+
+def gradients_of(value, net):
+    return torch.autograd.grad(
+        value, list(net.parameters()), allow_unused=True, materialize_grads=True
+    )
+
+
+def same(net, value, expected, tolerance=1e-10):
+    assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+    for (name, _), g, h in zip(
+        net.named_parameters(), gradients_of(value, net), gradients_of(expected, net), strict=True
+    ):
+        assert torch.allclose(g, h, rtol=1e-8, atol=1e-11), name
+
+
+NETS = list(itertools.product((False, True), (1, 3), (False, True)))
+
+
+@pytest.mark.parametrize(("smooth", "classes", "norm"), NETS)
+def test_gradient_change_is_the_definition(smooth, classes, norm):
+    net, (x, y) = network(smooth, classes, norm).train(), batch()
+    value = InputGradientChange(PAIR)(net, x, y if classes > 1 else None)
+    net.eval()
+    expected = plain_change(net, x, y, PAIR)
+    assert 0 < expected < 0.99  # else nothing is tested
+    assert any(g.abs().max() > 1e-3 for g in gradients_of(plain_change(net, x, y, PAIR), net))
+    same(net, value, expected)
+
+
+@pytest.mark.parametrize(("smooth", "classes", "norm"), NETS)
+def test_energy_is_the_definition(smooth, classes, norm):
+    net, (x, y) = network(smooth, classes, norm).train(), batch()
+    value = InteractionEnergy(PAIR, samples=9, eps=0)(net, x, y if classes > 1 else None)
+    net.eval()
+    expected = plain_energy(net, x, y, PAIR[1])
+    assert 0 < expected < 0.999
+    same(net, value, expected)
+
+
+def test_logits_of_shape_b_are_the_same():
+    net, (x, _) = network(), batch()
+    for kind in BOTH:
+        flat = kind(PAIR)(lambda z: net(z)[:, 0], x)
+        assert torch.equal(flat, kind(PAIR)(net, x))
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_cheap_second_derivatives_are_exact(smooth):
+    """Against torch's own, through the whole network: a function of the gradient and of the value."""
+    net, (x, _) = network(smooth, norm=True).eval(), batch()
+
+    def loss(cheap):
+        kept = []
+
+        def value(z):
+            kept.append(net(z)[:, 0])
+            return kept[0]
+
+        g = input_gradient(value, x, differentiable=True, cheap=cheap)
+        return (g**3).sum() + kept[0].exp().sum()
+
+    same(net, loss(True), loss(False))
+
+
+def test_cheap_second_derivatives_have_no_link_to_activations():
+    """What makes them cheap: no zeros are carried back through the network."""
+    net, (x, _) = network(norm=True).eval(), batch()
+    visited = []
+    for layer in (net[0], net[3].a):
+        layer.register_forward_hook(
+            lambda m, i, out: out.register_hook(lambda g: visited.append(1)) and None
+        )
+    g = input_gradient(net, x, differentiable=True)
+    first = len(visited)
+    assert first >= 2
+    (g**2).sum().backward()
+    assert len(visited) == first
+
+
+def test_operations_outside_the_list_are_torchs_own():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv1d(4, 3, 3, padding="same")
+            self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+            self.pool = nn.MaxPool2d((2, 3), stride=1, return_indices=True)
+            self.end = nn.Linear(21, 1)
+
+        def forward(self, x):
+            x = self.norm(self.convolution(x.flatten(1, 2))).relu_()
+            return self.end(self.pool(torch.tanh(x[:, None]))[0].flatten(1)[:, :21])
+
+    torch.manual_seed(0)
+    net, (x, _) = Odd().double(), batch(shape=(2, 2, 20))
+    loss = [
+        input_gradient(net, x, differentiable=True, cheap=cheap).pow(3).sum()
+        for cheap in (True, False)
+    ]
+    same(net, *loss)
+
+
+class Split(nn.Module):
+    """g and h, functions of the pixels in a box and of the rest, put together by ``join``."""
+
+    def __init__(self, box, join):
+        super().__init__()
+        torch.manual_seed(3)
+        top, left, bottom, right = box
+        self.register_buffer("mask", torch.zeros(8, 9, dtype=torch.float64))
+        self.mask[top:bottom, left:right] = 1
+        self.g, self.h = (
+            nn.Sequential(nn.Flatten(), nn.Linear(144, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+            for _ in range(2)
+        )
+        self.join = join
+
+    def forward(self, x):
+        return self.join(self.g(x * self.mask), self.h(x * (1 - self.mask)))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Split(PAIR[0], torch.mul),
+        Split(PAIR[0], torch.add),
+        nn.Sequential(nn.Flatten(), nn.Linear(144, 1)).double(),
+    ],
+    ids=["separable", "additive", "linear"],
+)
+def test_change_of_functions_without_interaction_is_one(net):
+    penalty = InputGradientChange(PAIR)
+    value = penalty(net, batch()[0])
+    assert value.item() == pytest.approx(1, abs=1e-12)
+    assert all(g.abs().max() < 1e-8 for g in gradients_of(value, net))
+
+
+def test_energy_of_functions_without_interaction_is_one():
+    x = batch()[0]
+    for net in (Split(PAIR[1], torch.add), nn.Sequential(nn.Flatten(), nn.Linear(144, 1)).double()):
+        value = InteractionEnergy(PAIR)(net, x)
+        assert value.item() == pytest.approx(1, abs=1e-12)
+        assert all(g.abs().max() < 1e-8 for g in gradients_of(value, net))
+    three = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).double()
+    assert InteractionEnergy(PAIR)(three, x, batch()[1]).item() == pytest.approx(1, abs=1e-12)
+
+
+def test_energy_of_a_product():
+    """g(a) h(b): interaction is the product of the variances, the rest what the means let through."""
+    net, (x, _) = Split(PAIR[1], torch.mul), batch()
+    mask = net.mask
+    g, h = net.g(x * mask)[:, 0], net.h(x * (1 - mask))[:, 0]
+    vg, vh = g.var(unbiased=False), h.var(unbiased=False)
+    expected = 1 - vg * vh / (vg * vh + vg * h.mean() ** 2 + vh * g.mean() ** 2)
+    assert InteractionEnergy(PAIR, eps=0)(net, x).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_energy_of_a_constant_is_one_whatever_its_size():
+    for constant in (0.0, 1.0, 1e6):
+        values = constant * (
+            1 + 1e-8 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        )
+        values.requires_grad_()
+        energy = interaction_energy(values)
+        energy.backward()
+        assert energy.item() == pytest.approx(1, abs=0.2 if constant else 0)
+        assert values.grad.isfinite().all()
+    assert interaction_energy(torch.full((4, 4), 3.0)).item() == 1
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_degenerate_patches_give_one_without_nan(kind):
+    """A network that never sees the patches, one that is constant, and one that is dead."""
+    sees = nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU()).double()
+    dead = nn.Sequential(nn.Conv2d(2, 3, 8), nn.ReLU()).double()
+    nn.init.constant_(dead[0].bias, -1e6)
+    constant = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    x = batch()[0]
+    nets = [
+        (lambda z: sees(z)[:, :, 3, 3].sum(1), list(sees.parameters())),
+        (lambda z: dead(z).sum((1, 2, 3)), list(dead.parameters())),
+        (lambda z: constant.expand(len(z)), [constant]),
+        (lambda z: torch.ones(len(z), dtype=z.dtype), []),
+    ]
+    pair = ((0, 0, 2, 2), (6, 0, 8, 2))
+    for net, parameters in nets:
+        value = kind(pair)(net, x)
+        assert value.item() == 1
+        if value.requires_grad:
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            assert all(g is None or g.abs().max() < 1e-9 for g in found)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_change_does_not_depend_on_the_scale_of_the_network(scale):
+    net, (x, _) = network().float(), batch()
+    x = x.float()
+    expected = InputGradientChange(PAIR)(net, x)
+    found = InputGradientChange(PAIR)(lambda z: net(z) * scale, x)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def state_of(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_nothing_of_the_network_changes(kind, statistics):
+    net, (x, _) = network(norm=True, dropout=True).train(), batch()
+    net[1].eval()
+    before, modes = state_of(net), [m.training for m in net.modules()]
+    kind(PAIR, statistics=statistics)(net, x).backward()
+    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes
+    assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def fails(z):
+        raise RuntimeError("inside")
+
+    net[-1].register_forward_hook(lambda *_: fails(None))
+    with pytest.raises(RuntimeError, match="inside"):
+        kind(PAIR, statistics=statistics)(net, x)
+    assert [m.training for m in net.modules()] == modes
+    assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_statistics(kind):
+    """Frozen is what evaluation mode gives; batch is the network in training mode, without dropout."""
+    net, (x, _) = network(norm=True).train(), batch()
+    frozen, own = (kind(PAIR, statistics=s)(net, x) for s in ("frozen", "batch"))
+    assert frozen.item() == kind(PAIR, statistics="batch")(_without_norm(net), x).item()
+    with_dropout = network(norm=True, dropout=True).train()
+    assert kind(PAIR)(with_dropout, x).item() == frozen.item()
+    assert own.item() != pytest.approx(frozen.item(), rel=1e-3)
+    other = copy.deepcopy(net)
+    with evaluation(other, "batch"):
+        found = other(x)
+    assert torch.equal(found, net.train()(x))
+
+
+def _without_norm(net):
+    """The same network with its normalization as fixed affine maps."""
+
+    class Affine(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = [norm.eval()]
+
+        def forward(self, x):
+            return self.norm[0](x)
+
+    net = copy.deepcopy(net)
+    for m in list(net.modules()):
+        for name, child in list(m.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(m, name, Affine(child))
+    return net
+
+
+def train(penalty, steps=6, resume_at=None, seed=0, autocast=False, accumulate=1):
+    """An ordinary loop; at ``resume_at`` everything is saved, made anew and loaded."""
+
+    def make():
+        return network(classes=3, norm=True, dropout=True, seed=seed).float().train()
+
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    torch.manual_seed(11)
+    values = []
+    for step in range(steps):
+        if step == resume_at:
+            saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), penalty.state_dict()))
+            random = torch.random.get_rng_state()
+            net, penalty = make(), _again(penalty)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+            for thing, state in zip((net, optimizer, penalty), saved, strict=True):
+                thing.load_state_dict(state)
+            torch.random.set_rng_state(random)
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            x, y = batch(8, seed=100 + step * accumulate + part)
+            x = x.float()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = nn.functional.cross_entropy(net(x), y)
+                if penalty is not None:
+                    term = penalty(net, x, y)
+                    values.append(term.item())
+                    loss = loss + term
+            (loss / accumulate).backward()
+        optimizer.step()
+    return net, values
+
+
+def _again(penalty):
+    sampler = type(penalty.patches)
+    made = sampler(PAIR if sampler in (PresetPatches, FixedPatches) else 2)
+    return type(penalty)(made, weight=penalty.weight, every=penalty._schedule.every)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_weight_zero_is_no_regularizer(kind, monkeypatch):
+    plain, _ = train(None)
+    penalty = kind(RandomPatches(2), weight=0)
+    before = penalty.state_dict()["patches"]
+    net, values = train(penalty)
+    assert all(torch.equal(v, plain.state_dict()[n]) for n, v in net.state_dict().items())
+    assert values == [0] * 6 and penalty.state_dict()["patches"] == before
+
+    def never(*_):
+        raise AssertionError("the network ran")
+
+    zero = penalty(never, batch()[0])
+    assert zero.item() == 0 and not zero.requires_grad
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_penalties_change_training_and_no_other_random_number(kind):
+    net, _ = train(kind(RandomPatches(2)))
+    plain, _ = train(None)
+    assert not torch.equal(net[0].weight, plain[0].weight)
+    x = batch()[0]
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    kind(DifferingPatches(2))(plain, x.float(), batch()[1])
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_every_and_warmup(kind):
+    net, (x, _) = network(), batch()
+    full = kind(PAIR)(net, x).item()
+    penalty = kind(PAIR, every=3, warmup=8, weight=2)
+    found = [penalty(net, x) for _ in range(10)]
+    weights = [2 * min(1, (i + 1) / 8) if i % 3 == 0 else 0 for i in range(10)]
+    assert [v.item() for v in found] == pytest.approx([w * full for w in weights])
+    assert [v.requires_grad for v in found] == [w > 0 for w in weights]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("sampler", [RandomPatches, DifferingPatches, PresetPatches, FixedPatches])
+def test_a_resumed_training_is_the_same(kind, sampler, tmp_path):
+    def make():
+        return kind(
+            sampler(PAIR if sampler in (PresetPatches, FixedPatches) else 2), every=2, weight=0.5
+        )
+
+    net, values = train(make(), steps=7)
+    again, resumed = train(make(), steps=7, resume_at=3)
+    assert values == resumed and len({v for v in values if v}) == 4
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in net.state_dict().items())
+    penalty = make()
+    penalty(net, batch()[0].float(), batch()[1])
+    torch.save(penalty.state_dict(), tmp_path / "state")
+    other = make()
+    other.load_state_dict(torch.load(tmp_path / "state"))
+    x, y = batch(8)
+    for _ in range(3):
+        assert torch.equal(other(net, x.float(), y), penalty(net, x.float(), y))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_mixed_precision(kind):
+    net, (x, y) = network(classes=3, norm=True).float(), batch()
+    x = 5 * x.float()  # bfloat16 has three digits: the function must vary by more
+    expected = kind(PAIR)(net, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kind(PAIR)(net, x, y)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), abs=0.03)
+    g, h = (torch.cat([p.flatten() for p in gradients_of(v, net)]) for v in (found, expected))
+    assert torch.cosine_similarity(g, h, dim=0) > 0.9
+    trained, values = train(kind(RandomPatches(2)), autocast=True, accumulate=2)
+    assert len(values) == 12 and all(0 <= v <= 1 for v in values)
+    assert all(p.isfinite().all() for p in trained.parameters())
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_gradient_accumulation(kind):
+    """Two micro-batches give the sum of their gradients, each with a pair of its own."""
+    net, (x, _) = network(), batch(8)
+    penalty, other = kind(RandomPatches(2)), kind(RandomPatches(2))
+    for part in (x[:4], x[4:]):
+        (penalty(net, part) / 2).backward()
+    summed = (other(net, x[:4]) + other(net, x[4:])) / 2
+    for p, g in zip(net.parameters(), gradients_of(summed, net), strict=True):
+        found = torch.zeros_like(g) if p.grad is None else p.grad
+        assert torch.allclose(found, g, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_without_gradients_only_the_value(kind):
+    net, (x, _) = network(), batch()
+    expected = kind(PAIR)(net, x)
+    with torch.no_grad():
+        found = kind(PAIR)(net, x)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12) and not found.requires_grad
+    leaf = x.clone().requires_grad_()
+    net(leaf).sum().backward()
+    assert leaf.grad is not None  # frozen or not, the input of the caller is left as it is
+
+
+def test_energy_compiles_as_a_whole():
+    net, (x, _) = network(norm=True).eval(), batch()
+    box = torch.tensor(PAIR[1])
+
+    def energy(x):
+        return interaction_energy(crossed_values(net, x, x, box))
+
+    same(net, torch.compile(energy, fullgraph=True, backend="aot_eager")(x), energy(x))
+
+
+def test_a_compiled_network():
+    net, (x, _) = network(norm=True).train(), batch()
+    compiled = torch.compile(net, backend="aot_eager")
+    for kind in BOTH:
+        same(net, kind(PAIR)(compiled, x), kind(PAIR)(net, x))
+        assert compiled.training and net.training
+
+
+# a graph break keeps the loss so far, and dynamo asks for its gradient
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_training_step():
+    """The whole step: random draws stay outside the graphs, the rest compiles."""
+    net, (x, _) = network(dropout=True).train(), batch()
+    penalty, other = InteractionEnergy(RandomPatches(2)), InteractionEnergy(RandomPatches(2))
+
+    def loss(net, penalty):
+        return net[0](x).square().mean() + penalty(net, x)
+
+    step = torch.compile(loss, backend="aot_eager")
+    for _ in range(2):
+        same(net, step(net, penalty), loss(net, other))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_refuses(kind):
+    net, (x, y) = network(classes=3), batch()
+    with pytest.raises(OptionError, match=r"3 logits .* write penalty\(net, x, y\)"):
+        kind(PAIR)(net, x)
+    with pytest.raises(ShapeError, match="y must hold 5 class numbers"):
+        kind(PAIR)(net, x, y[:3])
+    with pytest.raises(ShapeError, match="y must hold 5 class numbers"):
+        kind(PAIR)(net, x, y.double())
+    with pytest.raises(DataError, match=r"y must be in 0..2, found"):
+        kind(PAIR)(net, x, y + 2)
+    with pytest.raises(ShapeError, match="a batch of 1 has no other sample"):
+        kind(PAIR)(net, x[:1], y[:1])
+    with pytest.raises(
+        ShapeError, match=r"images of shape \(B, ..., height, width\), found shape \(5,\)"
+    ):
+        kind(PAIR)(net, x[:, 0, 0, 0], y)
+    with pytest.raises(ShapeError, match="found list"):
+        kind(PAIR)(net, [1.0], y)
+    with pytest.raises(DataError, match=r"write x.float\(\)"):
+        kind(PAIR)(net, x.long(), y)
+    with pytest.raises(ShapeError, match=r"logits of shape .* found shape \((5|25), 3, 1\)"):
+        kind(PAIR)(lambda z: net(z)[..., None], x, y)
+    with pytest.raises(ShapeError, match="logits of shape .* found tuple"):
+        kind(PAIR)(lambda z: (net(z), 1), x, y)
+    with pytest.raises(OptionError, match="weight must be a finite number >= 0"):
+        kind(PAIR, weight=-1)
+    with pytest.raises(OptionError, match="weight must be a finite number >= 0"):
+        kind(PAIR, weight=float("nan"))
+    with pytest.raises(OptionError, match="every must be an integer >= 1"):
+        kind(PAIR, every=0)
+    with pytest.raises(OptionError, match="warmup must be an integer >= 0"):
+        kind(PAIR, warmup=-1)
+    with pytest.raises(OptionError, match="statistics must be 'frozen' or 'batch', found 'own'"):
+        kind(PAIR, statistics="own")
+    with pytest.raises(OptionError, match="patches must be a pair of boxes"):
+        kind("random")
+    with pytest.raises(OptionError, match="not a state of it"):
+        kind(PAIR).load_state_dict({"calls": 3})
+
+
+def test_refuses_of_the_energy():
+    with pytest.raises(OptionError, match="samples must be an integer >= 2"):
+        InteractionEnergy(PAIR, samples=1)
+    with pytest.raises(TnregError, match="eps must be >= 0"):
+        InteractionEnergy(PAIR, eps=-1.0)

@@ -1,0 +1,393 @@
+"""One term for the loss of any network that makes it use dependencies between distant pixels.
+
+A convolutional network trained as usual learns local dependencies first and often only them: its
+separation rank between far patches stays low. Both terms here are low where the network's value at
+patches I and J does not split into a part for each: ``loss + penalty(net, x, y)`` asks for interaction.
+
+``InputGradientChange`` is the published one (Razin, Maman and Cohen 2022, arXiv:2201.11729): the
+direction of the gradient at I, before and after the pixels of J are swapped. ``InteractionEnergy`` asks
+the same of function values, needs first derivatives only, and is cheaper.
+
+The network's passes inside a penalty are not its training passes: dropout is off, running statistics
+are used (or, if asked, the batch's own) and never changed, and every module is left in the mode it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.patches import RandomStream, as_sampler, box_mask, check_images
+from tnreg.second_order import input_gradient
+
+__all__ = [
+    "InputGradientChange",
+    "InteractionEnergy",
+    "evaluation",
+    "gradient_change",
+    "interaction_energy",
+]
+
+_STATISTICS = ("frozen", "batch")
+Net = Callable[..., Any]
+
+
+class InputGradientChange:
+    """How little the gradient at patch I turns when the pixels of patch J are swapped; minimise it.
+
+    ``R = mean_b |<g_b, h_b>| / (|g_b| |h_b|)``, in [0, 1], where g is the gradient of sample b's logit
+    with respect to its pixels in I, and h the same after its pixels in J were taken from the next
+    sample of the batch (the last one's from the first). R is 1 for functions that are separable or
+    additive over I and the rest; a zero gradient, at which no turn can be seen, counts as 1 and has no
+    gradient. Source: Razin, Maman and Cohen (2022), arXiv:2201.11729.
+
+    Args:
+        patches: A pair of boxes ``(I, J)``, each ``(top, left, bottom, right)`` with bottom and right
+            exclusive, or a sampler: ``RandomPatches``, ``PresetPatches``, ``DifferingPatches``.
+        weight: Factor λ of the result. 0 gives a zero at once: nothing is evaluated or drawn.
+        every: Only every so many calls give a penalty, the first one included; the others give a zero
+            without a graph. λ is not rescaled. With gradient accumulation every micro-batch is a call.
+        warmup: The weight grows linearly over so many calls.
+        statistics: What normalization layers use inside the penalty: ``"frozen"``, their running
+            statistics, so that R cannot be lowered through the statistics of the batch, or ``"batch"``.
+            Layers that keep no running statistics use the batch's in either case.
+
+    Calling it:
+        ``penalty(net, x, y=None)`` with images ``x`` of shape ``(B, ..., H, W)``, B >= 2; ``net(x)``
+        of shape ``(B,)``, ``(B, 1)`` or ``(B, C)``, and for the last one the true classes ``y``, int64
+        of shape ``(B,)``. Returns the scalar ``weight * R``. Under ``torch.no_grad`` only the value.
+
+    Raises:
+        OptionError: An argument out of range, or ``y`` missing where the network has several logits.
+        ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
+
+    Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
+    takes some 4 times that without (``benchmarks/regularizer.py``). A compiled network is run
+    uncompiled, as compiled graphs have no second derivative. Give it the module inside
+    ``DistributedDataParallel``.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
+        >>> penalty = InputGradientChange(patches=((0, 0, 2, 2), (2, 2, 4, 4)))
+        >>> x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> round(penalty(net, x).item(), 4)  # a linear function has no interaction at all
+        1.0
+    """
+
+    def __init__(
+        self,
+        patches: Any,
+        *,
+        weight: float = 1.0,
+        every: int = 1,
+        warmup: int = 0,
+        statistics: str = "frozen",
+    ) -> None:
+        self.patches = as_sampler(patches, "InputGradientChange")
+        self.statistics = _check_statistics(statistics, "InputGradientChange")
+        self.weight = weight
+        self._schedule = _Schedule(weight, every, warmup, "InputGradientChange")
+
+    def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The weighted penalty of this batch."""
+        weight = self._schedule.next(self.weight)
+        if weight == 0:
+            return _zero(x)
+        check_images(x, "InputGradientChange")
+        inside, swapped = self.patches.draw(x)
+        height, width = x.shape[-2:]
+        other = torch.where(box_mask(swapped, height, width), x.roll(1, 0), x)
+        differentiable = torch.is_grad_enabled()
+        net = getattr(net, "_orig_mod", net)
+
+        def logit(batch: Tensor) -> Tensor:
+            return _true_logit(net(batch), y, len(batch))
+
+        with evaluation(net, self.statistics):
+            before, after = (
+                input_gradient(logit, batch, differentiable=differentiable) for batch in (x, other)
+            )
+        mask = box_mask(inside, height, width)
+        return weight * gradient_change(before * mask, after * mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Calls so far and the sampler's random stream: a resumed training draws what it would have."""
+        return {"calls": self._schedule.calls, "patches": self.patches.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        _check_state(state, {"calls", "patches"}, "InputGradientChange")
+        self._schedule.calls = state["calls"]
+        self.patches.load_state_dict(state["patches"])
+
+
+class InteractionEnergy:
+    """One minus the share of the network's variance that interaction of patch J with the rest explains.
+
+    k samples of the batch are drawn without repetition. ``M[i, j]`` is the network's value at sample i
+    with its pixels in J taken from sample j, and ``M° = M - row means - column means + mean``:
+
+        ``E = 1 - |M°|² / (|M - mean|² + eps)``, in [0, 1].
+
+    It is 1 for functions that are additive over J and the rest, and for constant ones. M is a sampled
+    matricization of the function, so E is a differentiable probe of its separation rank (functional
+    analysis of variance). A product ``g(x_J) h(rest)`` counts as interaction here, and as none under
+    ``InputGradientChange``. I is part of the pair for the sampler's sake and is not used.
+
+    With several logits, every sample drawn gives the whole matrix of the logit of its own class, and the
+    energies are summed before the division.
+
+    Args:
+        patches: As in ``InputGradientChange``.
+        samples: k; if the batch is smaller, its size.
+        weight: As there.
+        every: As there.
+        warmup: As there.
+        statistics: As there.
+        eps: Absolute part of eps, in squared units of the network's value, for the mean over M; to it
+            comes the rounding error of M, so that a function that is constant but for rounding gives 1.
+        seed: Of the random stream that draws the samples.
+
+    Calling it:
+        As ``InputGradientChange``: ``penalty(net, x, y=None)`` gives the scalar ``weight * E``.
+
+    Raises:
+        OptionError: An argument out of range, or ``y`` missing where the network has several logits.
+        ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
+
+    Cost: one forward and backward pass of ``k²`` images. ``net`` may be compiled; ``interaction_energy``
+    of a matrix compiles as a whole.
+
+    Example:
+        >>> product = lambda x: x[..., 0, 0] * x[..., 0, 3] + x[..., 0, 0] + x[..., 0, 3]
+        >>> x = torch.tensor([[[1.0, 0, 0, 1]], [[-1.0, 0, 0, -1]]])
+        >>> penalty = InteractionEnergy(patches=((0, 0, 1, 1), (0, 3, 1, 4)))
+        >>> round(penalty(product, x).item(), 4)  # three terms of variance 1, one of them interaction
+        0.6667
+    """
+
+    def __init__(
+        self,
+        patches: Any,
+        samples: int = 8,
+        *,
+        weight: float = 1.0,
+        every: int = 1,
+        warmup: int = 0,
+        statistics: str = "frozen",
+        eps: float = 1e-12,
+        seed: int = 0,
+    ) -> None:
+        self.patches = as_sampler(patches, "InteractionEnergy")
+        self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
+        self.statistics = _check_statistics(statistics, "InteractionEnergy")
+        if not eps >= 0:
+            raise OptionError(f"InteractionEnergy: eps must be >= 0, found {eps!r}.")
+        self.weight, self.eps = weight, float(eps)
+        self._schedule = _Schedule(weight, every, warmup, "InteractionEnergy")
+        self._stream = RandomStream(seed, "InteractionEnergy")
+
+    def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The weighted penalty of this batch."""
+        weight = self._schedule.next(self.weight)
+        if weight == 0:
+            return _zero(x)
+        check_images(x, "InteractionEnergy")
+        box = self.patches.draw(x)[1]
+        order = torch.randperm(len(x), generator=self._stream.on(x.device), device=x.device)
+        drawn = order[: self.samples]
+        with evaluation(net, self.statistics):
+            values = crossed_values(net, x[drawn], x[drawn], box)
+        if values.shape[-1] > 1:  # k × k × C: the matrix of each drawn sample's class
+            classes = _check_classes(y, len(x), values.shape[-1])
+            values = values.index_select(-1, classes[drawn])
+        return weight * interaction_energy(values, self.eps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Calls so far and the random streams: a resumed training draws what it would have."""
+        return {
+            "calls": self._schedule.calls,
+            "patches": self.patches.state_dict(),
+            "samples": self._stream.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        _check_state(state, {"calls", "patches", "samples"}, "InteractionEnergy")
+        self._schedule.calls = state["calls"]
+        self.patches.load_state_dict(state["patches"])
+        self._stream.load_state_dict(state["samples"])
+
+
+def gradient_change(before: Tensor, after: Tensor) -> Tensor:
+    """Mean over the batch of the absolute cosine of two gradients; a zero vector counts as 1.
+
+    Args:
+        before: Shape ``(B, ...)``.
+        after: The same.
+
+    Returns:
+        Scalar in [0, 1], computed in at least float32.
+    """
+    g, h = _unit(before), _unit(after)
+    seen = (g != 0).any(1) & (h != 0).any(1)
+    cosine = (g * h).sum(1).abs().clamp(max=1)
+    return torch.where(seen, cosine, torch.ones_like(cosine)).mean()
+
+
+def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
+    """One minus the share of the variance of a matrix that its rows and columns do not explain.
+
+    Args:
+        values: Shape ``(k, l)``, or ``(k, l, C)`` for C matrices whose energies are summed.
+        eps: Added to the mean square of ``M - mean``.
+
+    Returns:
+        Scalar in [0, 1], differentiable, computed in at least float32; 1 for a constant matrix.
+    """
+    rounding = torch.finfo(values.dtype).eps
+    values = values if values.dtype == torch.float64 else values.float()
+    whole = values - values.mean((0, 1), keepdim=True)
+    parts = whole - whole.mean(0, keepdim=True) - whole.mean(1, keepdim=True)
+    floor = eps + rounding**2 * values.detach().square().mean()
+    return 1 - parts.square().mean() / (whole.square().mean() + floor)
+
+
+def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor:
+    """The network at every image of ``rest`` with the box taken from every image of ``patch``.
+
+    Args:
+        net: Takes ``(k * l, ..., H, W)``, gives ``(k * l,)`` or ``(k * l, C)``.
+        rest: Shape ``(k, ..., H, W)``.
+        patch: Shape ``(l, ..., H, W)``.
+        box: ``(top, left, bottom, right)``, shape ``(4,)``.
+
+    Returns:
+        Shape ``(k, l, C)``; C is 1 for a network with one logit.
+    """
+    mask = box_mask(box, *rest.shape[-2:])
+    images = torch.where(mask, patch, rest[:, None])
+    out = net(images.flatten(0, 1))
+    return _check_logits(out, len(rest) * len(patch)).reshape(len(rest), len(patch), -1)
+
+
+@contextmanager
+def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
+    """Every module in evaluation mode, and in its own mode again afterwards, errors included.
+
+    Args:
+        net: A module, or any other callable, which is left alone.
+        statistics: ``"frozen"``, or ``"batch"``: normalization layers use the statistics of the batch.
+            Either way no running statistic changes.
+    """
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    trained = [m.training for m in modules]
+    keeping = []
+    try:
+        for m in modules:
+            m.training = False
+            if statistics == "batch" and isinstance(m, nn.modules.batchnorm._NormBase):
+                if m.track_running_stats:
+                    keeping.append(m)
+                m.training, m.track_running_stats = True, False
+        yield
+    finally:
+        for m, mode in zip(modules, trained, strict=True):
+            m.training = mode
+        for m in keeping:
+            m.track_running_stats = True
+
+
+class _Schedule:
+    """Counts calls and says what weight the next one has; 0 means: no penalty."""
+
+    def __init__(self, weight: float, every: int, warmup: int, what: str) -> None:
+        if not (weight >= 0 and weight < float("inf")):
+            raise OptionError(f"{what}: weight must be a finite number >= 0, found {weight!r}.")
+        self.every = check_integer(every, 1, f"{what}: every")
+        self.warmup = check_integer(warmup, 0, f"{what}: warmup")
+        self.calls = 0
+
+    def next(self, weight: float) -> float:
+        self.calls += 1
+        if (self.calls - 1) % self.every:
+            return 0.0
+        return weight * min(1.0, self.calls / self.warmup) if self.warmup else weight
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one; zero rows stay zero and have no gradient."""
+    x = x.flatten(1)
+    x = x if x.dtype == torch.float64 else x.float()
+    largest = x.detach().abs().amax(1, keepdim=True)  # squares of small numbers would vanish
+    x = x / torch.where(largest > 0, largest, 1.0)
+    square = x.square().sum(1, keepdim=True)
+    return x / torch.where(square > 0, square, 1.0).sqrt()
+
+
+def _zero(x: Tensor) -> Tensor:
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=x.device)
+
+
+def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
+    logits = _check_logits(out, batch)
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    classes = _check_classes(y, batch, logits.shape[1])
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def _check_logits(out: Any, batch: int) -> Tensor:
+    if (
+        not isinstance(out, Tensor)
+        or out.ndim not in (1, 2)
+        or len(out) != batch
+        or not out.numel()
+    ):
+        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(
+            f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C) for {batch} "
+            f"images, found {found}."
+        )
+    return out.reshape(batch, -1)
+
+
+def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
+    if y is None:
+        raise OptionError(
+            f"the network has {count} logits and the penalty is on that of the true class: "
+            "write penalty(net, x, y)."
+        )
+    if (
+        not isinstance(y, Tensor)
+        or y.shape != (batch,)
+        or y.dtype not in (torch.int64, torch.int32)
+    ):
+        found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ShapeError(f"y must hold {batch} class numbers, int64 ({batch},), found {found}.")
+    # on a GPU looking at the values would wait for it; torch reports them there
+    if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
+        raise DataError(
+            f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
+            f"{count} logits."
+        )
+    return y.long()
+
+
+def _check_statistics(statistics: str, what: str) -> str:
+    if statistics not in _STATISTICS:
+        raise OptionError(f"{what}: statistics must be 'frozen' or 'batch', found {statistics!r}.")
+    return statistics
+
+
+def _check_state(state: dict[str, Any], keys: set[str], what: str) -> None:
+    if set(state) != keys:
+        raise OptionError(
+            f"{what}: not a state of it; found the keys {sorted(state)}, expected {sorted(keys)}."
+        )
