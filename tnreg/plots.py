@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from tnreg.factorization import Factorization
+    from tnreg.probe import LocalityProfile
 
 __all__ = [
     "bars",
     "components",
     "decomposition",
+    "locality_profile",
     "node_text",
     "save_figure",
     "spectra",
@@ -225,6 +227,33 @@ def bars(
     ax.invert_yaxis()
     ax.set_xlabel(unit)
     ax.margins(x=0.15)
+    return ax
+
+
+def locality_profile(
+    data: LocalityProfile | Mapping[str, LocalityProfile], ax: Axes | None = None
+) -> Axes:
+    """Interaction of two patches against the distance between them, with standard errors.
+
+    Args:
+        data: What ``tnreg.probe.locality_profile`` gives, or several by name, e.g. of a model before and
+            after regularization.
+        ax: Where to draw.
+    """
+    ax = _axes(ax)
+    profiles = data if isinstance(data, Mapping) else {"": data}
+    for name, profile in profiles.items():
+        share = profile.interaction
+        error = share.std(axis=1, ddof=1) / np.sqrt(share.shape[1]) if share.shape[1] > 1 else None
+        ax.errorbar(
+            profile.distances, share.mean(axis=1), error, marker="o", ms=3, lw=1.2, capsize=2,
+            label=name or None,
+        )  # fmt: skip
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("distance between the patches, pixels")
+    ax.set_ylabel("share of variance by interaction")
+    if any(profiles):
+        ax.legend(fontsize=8)
     return ax
 
 

@@ -28,9 +28,11 @@ from tnreg.second_order import input_gradient
 __all__ = [
     "InputGradientChange",
     "InteractionEnergy",
+    "crossed_values",
     "evaluation",
     "gradient_change",
     "interaction_energy",
+    "logits_of",
 ]
 
 _STATISTICS = ("frozen", "batch")
@@ -273,7 +275,7 @@ def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor
     mask = box_mask(box, *rest.shape[-2:])
     images = torch.where(mask, patch, rest[:, None])
     out = net(images.flatten(0, 1))
-    return _check_logits(out, len(rest) * len(patch)).reshape(len(rest), len(patch), -1)
+    return logits_of(out, len(rest) * len(patch)).reshape(len(rest), len(patch), -1)
 
 
 @contextmanager
@@ -336,14 +338,15 @@ def _zero(x: Tensor) -> Tensor:
 
 
 def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
-    logits = _check_logits(out, batch)
+    logits = logits_of(out, batch)
     if logits.shape[1] == 1:
         return logits[:, 0]
     classes = _check_classes(y, batch, logits.shape[1])
     return logits.gather(1, classes[:, None])[:, 0]
 
 
-def _check_logits(out: Any, batch: int) -> Tensor:
+def logits_of(out: Any, batch: int) -> Tensor:
+    """What a network gave for a batch as logits of shape ``(batch, C)``, or one clear error."""
     if (
         not isinstance(out, Tensor)
         or out.ndim not in (1, 2)

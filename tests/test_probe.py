@@ -1,0 +1,199 @@
+"""Probe: separation spectra of functions of known rank, and what a locality profile sees."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+matplotlib.use("Agg")
+
+from matplotlib.figure import Figure
+
+from tnreg import plots
+from tnreg.errors import DataError, OptionError, ShapeError
+from tnreg.probe import LocalityProfile, locality_profile, separation_spectrum
+
+
+def samples(k, width, seed, dtype=torch.float64):
+    return torch.randn(k, width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+A, B = samples(7, 3, 0), samples(9, 4, 1)
+W = samples(3, 4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_spectrum_is_that_of_the_matrix(dtype):
+    a, b, w = A.to(dtype), B.to(dtype), W.to(dtype)
+    if dtype.is_complex:
+        a, w = a + 1j * samples(7, 3, 3), w - 1j * samples(3, 4, 4)
+    expected = torch.linalg.svdvals(a @ w @ b.T)
+
+    def f(x, y):
+        return torch.einsum("bi,ij,bj->b", x, w, y)
+
+    for form in (f, lambda x, y: f(x, y)[:, None]):
+        for batch in (1024, 5, 1):
+            assert torch.allclose(separation_spectrum(form, a, b, batch=batch), expected)
+    assert (expected[:3] > 1e-3).all() and (expected[3:] < 1e-12).all()
+
+
+def test_one_number_for_a_batch_is_asked_pair_by_pair():
+    calls = []
+
+    def f(x, y):
+        calls.append(len(x))
+        return torch.einsum("bi,ij,bj->", x, W, y)
+
+    expected = torch.linalg.svdvals(A @ W @ B.T)
+    assert torch.allclose(separation_spectrum(f, A, B), expected)
+    assert calls == [63] + [1] * 63
+    assert torch.allclose(
+        separation_spectrum(f, A[:1], B[:1]), expected.new_tensor([(A[0] @ W @ B[0]).abs()])
+    )
+
+
+def test_other_kinds_of_values():
+    def f(x, y):
+        return np.einsum("bi,ij,bj->b", x, W, y)
+
+    expected = torch.linalg.svdvals(A @ W @ B.T)
+    assert torch.allclose(separation_spectrum(f, A.numpy(), list(B)), expected)
+    counts = separation_spectrum(lambda x, y: (x[:, 0] > y[:, 0]).long(), A, B)
+    assert counts.dtype == torch.float64
+    half = separation_spectrum(lambda x, y: (x[:, 0] * y[:, 0]).half(), A, B)
+    assert half.dtype == torch.float32 and half[1] < 1e-2 * half[0]
+
+
+def test_a_network_is_not_differentiated():
+    net = nn.Linear(7, 1).double()
+    s = separation_spectrum(lambda x, y: net(torch.cat([x, y], 1)), A, B)
+    assert not s.requires_grad and (s[2:] < 1e-12).all()  # a sum: rank two
+
+
+def test_spectrum_refuses():
+    with pytest.raises(ShapeError, match=r"63 numbers for 63 pairs, .* found shape \(63, 3\)"):
+        separation_spectrum(lambda x, y: x, A, B)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        separation_spectrum(lambda x, y: x[:, 0] / 0, A, B)
+    with pytest.raises(ShapeError, match=r"inside must hold one sample or more .* \(0,\)"):
+        separation_spectrum(lambda x, y: x, [], B)
+    with pytest.raises(ShapeError, match=r"outside must hold one sample or more .* \(\)"):
+        separation_spectrum(lambda x, y: x, A, torch.tensor(1.0))
+    with pytest.raises(OptionError, match="batch must be an integer >= 1"):
+        separation_spectrum(lambda x, y: x, A, B, batch=0)
+
+
+def images(count=20, height=6, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, height, width, generator=generator)
+
+
+class Near(nn.Module):
+    """Sums of products of pixels at a fixed horizontal distance, and of a few classes."""
+
+    def __init__(self, reach, classes=1):
+        super().__init__()
+        self.reach, self.dropout = reach, nn.Dropout(0.5)
+        self.register_buffer("scale", torch.arange(1.0, classes + 1))
+
+    def forward(self, x):
+        x = self.dropout(x)
+        value = (x[..., : -self.reach] * x[..., self.reach :]).sum((1, 2, 3))
+        return value[:, None] * self.scale
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("where", ["differing", "anywhere"])
+def test_profile_of_known_reach(classes, where):
+    """Products of pixels five apart: patches of side 2 interact at gaps 2 to 4 only."""
+    net = Near(5, classes).train()
+    profile = locality_profile(
+        net, images(), size=2, distances=[0, 2, 3, 4, 5, 9], pairs=30, where=where
+    )
+    assert net.training and net.dropout.training
+    share, rank = profile.interaction, profile.effective_rank
+    assert share.shape == rank.shape == (6, 30) and profile.spectra.shape == (6, 30, 8)
+    assert (share >= 0).all() and (share <= 1 + 1e-6).all()
+    seen = share.max(axis=1) > 0.1
+    assert seen.tolist() == [False, True, True, True, False, False]
+    assert (share[~seen] < 1e-5).all() and (rank[~seen] == 0).all()
+    # one product of two pixels in a row: rank 2, in two rows of the patches 4 at most
+    assert (rank[seen].max(axis=1) > 1).all() and (rank <= 4 + 1e-3).all()
+    again = locality_profile(
+        net, images(), size=2, distances=[0, 2, 3, 4, 5, 9], pairs=30, where=where
+    )
+    assert np.array_equal(again.interaction, share)
+
+
+def test_profile_is_the_definition():
+    """One pair, by hand: M over both patches, with the background of another image."""
+    net, x = Near(5), images(3, 1, 7)
+    profile = locality_profile(net, x, size=1, distances=[4], samples=2, pairs=40, where="anywhere")
+    found = {round(float(s), 4) for s in profile.interaction.ravel()}
+    expected = set()
+    for one in range(3):
+        a, b = (x[n, 0, 0].double() for n in range(3) if n != one)
+        for i, j in ((0, 5), (5, 0), (1, 6), (6, 1)):
+            u, v = torch.stack([a[i], b[i]]), torch.stack([a[j], b[j]])
+            other = {0: 1, 5: 6, 1: 0, 6: 5}
+            m = torch.outer(u, v)  # the rest of the sum is constant
+            assert other[i] not in (i, j)
+            centred = m - m.mean(0) - m.mean(1, keepdim=True) + m.mean()
+            expected.add(round(float(centred.square().sum() / (m - m.mean()).square().sum()), 4))
+    assert found <= expected and len(found) > 3
+
+
+def test_profile_of_batches_and_defaults():
+    x = images(24, 16, 20)
+    whole = locality_profile(Near(3), x, pairs=3)
+    assert whole.size == 2 and whole.distances.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    batches = [(x[:10], torch.zeros(10)), (x[10:], torch.zeros(14))]
+    found = locality_profile(Near(3), batches, pairs=3)
+    assert np.array_equal(found.interaction, whole.interaction)
+    assert np.array_equal(
+        locality_profile(Near(3), x.numpy(), pairs=3).interaction, whole.interaction
+    )
+    assert str(whole).splitlines()[0].split() == ["distance", "interaction", "effective", "rank"]
+    assert len(str(whole).splitlines()) == 10
+    assert "nan" in str(locality_profile(Near(3), x, pairs=1))
+
+
+def test_profile_of_functions_without_interaction():
+    for net in (nn.Sequential(nn.Flatten(), nn.Linear(96, 1)), lambda x: torch.zeros(len(x))):
+        profile = locality_profile(net, images(), size=2, pairs=4)
+        assert (profile.interaction < 1e-5).all() and (profile.effective_rank == 0).all()
+
+
+def test_profile_refuses():
+    with pytest.raises(ShapeError, match="give 9 samples or more"):
+        locality_profile(Near(3), images(8))
+    with pytest.raises(ShapeError, match="gap of 13 fit into an image of 6 x 16"):
+        locality_profile(Near(3), images(), size=2, distances=[13])
+    with pytest.raises(ShapeError, match="found NoneType"):
+        locality_profile(Near(3), None)
+    with pytest.raises(ShapeError, match="data holds no batch"):
+        locality_profile(Near(3), [])
+    with pytest.raises(DataError, match="the model gave NaN"):
+        locality_profile(lambda x: x.sum((1, 2, 3)) / 0, images())
+    with pytest.raises(OptionError, match="where must be 'differing' or 'anywhere', found 'here'"):
+        locality_profile(Near(3), images(), where="here")
+    with pytest.raises(OptionError, match="samples must be an integer >= 2"):
+        locality_profile(Near(3), images(), samples=1)
+    with pytest.raises(OptionError, match="pairs must be an integer >= 1"):
+        locality_profile(Near(3), images(), pairs=0)
+
+
+def test_plot():
+    profile = locality_profile(Near(3), images(), size=2, pairs=4)
+    single = locality_profile(Near(3), images(), size=2, pairs=1)
+    axes = Figure().subplots()
+    assert plots.locality_profile(profile, axes) is axes and axes.get_legend() is None
+    line = axes.containers[0].lines[0]
+    assert np.allclose(line.get_ydata(), profile.interaction.mean(1))
+    axes = plots.locality_profile({"before": single, "after": profile}, Figure().subplots())
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["before", "after"]
+    assert isinstance(profile, LocalityProfile)
