@@ -12,7 +12,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, truncate
+from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, decompose, truncate
 from tnreg import algebra as al
 
 DTYPES = [torch.float64, torch.complex128]
@@ -183,6 +183,37 @@ def test_random_models(model, data):
     assert_equal(al.diagonal_joins(al.full_joins(model)), x, size)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.complex64, torch.complex128]),
+    rtol=st.sampled_from([1e-12, 1e-6, 1e-2, 0.3, 0.9]),
+    data=st.data(),
+)
+def test_guarantees_on_random_models(dtype, rtol, data):
+    """decompose, truncate, sums and products: any tree, joins, sizes and dtype, any tolerance."""
+    model = data.draw(zoo.models(dtype))
+    wide = torch.promote_types(dtype, torch.float64)
+    joins = {
+        v: k for v, k in zip(model.tree.nodes, model.network.joins, strict=True) if k != "leaf"
+    }
+    x = dense(model)
+    exact = dense(Factorization.from_weights(
+        model.tree, {v: w.to(wide) for v, w in model.weights.items()}, join=joins
+    ))  # fmt: skip
+    size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
+    for found, expected, terms in (
+        (decompose(x, model.tree, rtol=rtol), x.to(wide), 0.0),
+        (truncate(model, rtol=rtol), exact, size),
+        (al.linear_combination([model, model], [1.0, -0.5], rtol=rtol), 0.5 * exact, size),
+        (al.hadamard(model, model, rtol=rtol), exact * exact, size**2),
+    ):
+        norm = torch.linalg.vector_norm(expected).item()
+        error = torch.linalg.vector_norm(dense(found).to(wide) - expected).item()
+        rounding = 50 * len(model.tree.nodes) * torch.finfo(dtype).eps * max(norm, terms)
+        assert error <= rtol * norm + rounding and error <= found.error_bound + rounding
+        assert found.dtype == dtype and found.tree == model.tree
+
+
 def test_bonds_are_no_larger_than_said():
     one, other = (zoo.model_of(ModeTree.binary(4), "full", seed=s) for s in (0, 1))
     bonds = list(zip(one.network.bonds, other.network.bonds, strict=True))[:-1]
@@ -304,14 +335,14 @@ def test_linear_combinations_keep_their_promise(dtype, rtol):
 
 
 def test_a_long_sum_never_grows():
-    """Fifty terms that span four dimensions: bonds of the partial sums stay small, and so does the result."""
+    """Twenty terms that span four dimensions: bonds of the partial sums stay small, and so does the result."""
     tree = ModeTree.binary(8)
     base = [
         Factorization(tree, 3, 2, join="full", std=0.5, dtype=torch.float64,
                       generator=torch.Generator().manual_seed(k)) for k in range(2)
     ]  # fmt: skip
-    models = [base[k % 2] for k in range(50)]
-    factors = [(-1.0) ** (k // 2) * (1 + k) for k in range(50)]
+    models = [base[k % 2] for k in range(20)]
+    factors = [(-1.0) ** (k // 2) * (1 + k) for k in range(20)]
     found = al.linear_combination(models, factors, rtol=1e-8)
     pair = [sum(c for c in factors[k::2]) for k in range(2)]
     exact = pair[0] * dense(base[0]) + pair[1] * dense(base[1])
@@ -330,3 +361,91 @@ def test_a_sum_that_cancels():
         al.linear_combination([model], [1.0, 2.0], rtol=1e-3)
     with pytest.raises(OptionError, match="as many coefficients"):
         al.linear_combination([], rtol=1e-3)
+
+
+def bonds_by_node(model):
+    return dict(zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "one-child", "across", "mixed-arity", "named"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32, torch.complex64], ids=str)
+def test_cp_of_the_cores_finds_the_diagonal_joins(name, dtype):
+    """What had diagonal joins of these bonds gets them back, or less; the error is what the bound says."""
+    model = zoo.model_of(zoo.TREES[name], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float64)
+    exact, eps = dense(model).to(wide), torch.finfo(dtype).eps
+    found = al.diagonal_joins(al.full_joins(model), ranks=bonds_by_node(model))
+    pairs = zip(found.network.bonds, model.network.bonds, strict=True)
+    assert found.dtype == dtype and all(ours <= theirs for ours, theirs in pairs)
+    assert set(found.network.joins) == {"leaf", "diagonal"}
+    size = torch.linalg.vector_norm(exact).item()
+    rounding = 50 * eps * size  # of the dense tensors
+    error = torch.linalg.vector_norm(dense(found).to(wide) - exact).item()
+    assert error <= 1e-10 * size + rounding and found.error_bound <= 1e-10 * size + rounding
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, {0: 2, 1: 2}, {(0, 1): 2}])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cp_of_the_cores_measures_what_it_loses(ranks, dtype):
+    """The bound is the error itself, not an estimate, whatever the search has found."""
+    model = zoo.model_of(ModeTree.binary(4), "full", dtype=dtype, sizes=(4, 5, 4, 3))
+    found = al.diagonal_joins(model, ranks=ranks, tries=2, steps=8)
+    error = torch.linalg.vector_norm(dense(found) - dense(model)).item()
+    assert error == pytest.approx(found.error_bound, rel=1e-8)
+    limits = ranks if isinstance(ranks, dict) else dict.fromkeys(model.tree.nodes[:-1], ranks)
+    assert all(bonds_by_node(found)[node] <= limit for node, limit in limits.items())
+    again = al.diagonal_joins(model, ranks=ranks, tries=2, steps=8)
+    assert torch.equal(dense(again), dense(found))
+    if ranks == 1:
+        assert error > 0.1 * dense(model).norm()
+
+
+def test_cp_of_a_matrix_is_the_best_one():
+    model = zoo.model_of(ModeTree([0, 1]), {(0, 1): "full"}, sizes=(6, 7))
+    wide = al.full_joins(
+        al.add(al.add(model, zoo.model_of(model.tree, "full", sizes=(6, 7), seed=1)), model)
+    )
+    values = torch.linalg.svdvals(dense(wide))
+    found = al.diagonal_joins(wide, ranks=2)
+    assert found.error_bound == pytest.approx(values[2:].square().sum().sqrt().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("power", [-200, 200])
+def test_cp_of_the_cores_at_any_scale(power):
+    model = al.scale(
+        al.scale(zoo.model_of(ModeTree.star(3)), 10.0 ** (power / 2)), 10.0 ** (power / 2)
+    )
+    found = al.diagonal_joins(al.full_joins(model), ranks=2)
+    exact = dense(model) / 10.0**power
+    assert torch.allclose(dense(found) / 10.0**power, exact, rtol=1e-9, atol=1e-11)
+    assert found.error_bound <= 1e-10 * 10.0**power
+    zero = al.diagonal_joins(al.full_joins(al.scale(model, 0.0)), ranks=1)
+    assert torch.equal(dense(zero), torch.zeros(2, 3, 5).double()) and zero.error_bound == 0
+
+
+def test_diagonal_joins_within_the_ranks_stay_what_they_are():
+    model = zoo.model_of(ModeTree.binary(4), root="ones")
+    found = al.diagonal_joins(model, ranks=4)
+    assert torch.equal(dense(found), dense(model)) and found.network == model.network
+    assert found.error_bound == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 0}, "needs a positive integer, found 0"),
+        ({"ranks": {(0, 1, 2, 3): 2}}, "has no bond above it"),
+        ({"ranks": {0: 1, 1: 2}}, r"(?s)children of node \(0, 1\) share their bond.*\[1, 2\]"),
+        ({"ranks": 1, "tries": 0}, "tries must be an integer >= 1"),
+        ({"ranks": 1, "steps": 0.5}, "steps must be an integer >= 1"),
+    ],
+)
+def test_cp_of_the_cores_refuses(options, message):
+    with pytest.raises(OptionError, match=message):
+        al.diagonal_joins(zoo.model_of(ModeTree.binary(4), "full"), **options)
+
+
+def test_cp_of_a_large_core_is_refused():
+    wide = Factorization(ModeTree.star(3), 50, 50, join="full", std=1.0, dtype=torch.float64)
+    with pytest.raises(OptionError, match="the search at node .0, 1, 2. has 6000 unknowns"):
+        al.diagonal_joins(wide, ranks=40)
