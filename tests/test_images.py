@@ -1,0 +1,310 @@
+"""Image sets: the same from any number of workers, matched in distance, read without running code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from tnreg import DataError, FileError, OptionError, images
+from tnreg.pathfinder import draw, longest, scene, window
+
+
+def scenes(length, size, matched, count=60):
+    return [
+        scene(np.random.default_rng([5, i]), length, size, matched=matched) for i in range(count)
+    ]
+
+
+def middle(bars, points=21):
+    """Points along the middle line of bars, without their flat ends."""
+    way = bars[:, 1] - bars[:, 0]
+    share = np.linspace(0.2, 0.8, points)[:, None]
+    return bars[:, None, 0] + share * way[:, None]
+
+
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize(("length", "size"), [(3, 150), (9, 150), (5, 32), (9, 32)])
+def test_geometry(length, size, matched):
+    """Lengths, turns, free space and discs of the published images, with nothing crossing."""
+    for shown in scenes(length, size, matched, 12):
+        side = window(size)
+        assert shown.window == side and shown.bars.shape[1:] == (2, 2)
+        way = shown.bars[:, 1] - shown.bars[:, 0]
+        assert np.allclose(np.linalg.norm(way, axis=1), 5)
+        lines = middle(shown.bars)
+        frame = 22 * side / 300
+        assert (lines >= frame + 4 - 1e-9).all() and (lines <= side - frame - 4 + 1e-9).all()
+
+        gaps = np.linalg.norm(lines[:, None, :, None] - lines[None, :, None], axis=-1).min((2, 3))
+        first = 2 * length
+        for i in range(2):  # the paddle before may be close, every other one keeps its distance
+            for at in range(i * length, (i + 1) * length - 1):
+                assert 5 < gaps[at, at + 1] < 12
+                gaps[at, at + 1] = gaps[at + 1, at] = 99
+        for at in range(first, len(gaps) - 1):
+            if (at - first) % (length // 3) < length // 3 - 1:
+                assert 5 < gaps[at, at + 1] < 12
+                gaps[at, at + 1] = gaps[at + 1, at] = 99
+        np.fill_diagonal(gaps, 99)
+        assert gaps.min() > 7.9
+
+        two = shown.bars[:first].reshape(2, length, 2, 2)
+        assert abs(np.linalg.norm(two[0, 0, 0] - two[1, 0, 0]) - 27) < 1
+        angle = np.arctan2(*np.moveaxis(two[:, :, 1] - two[:, :, 0], -1, 0))
+        turn = np.abs((np.diff(angle, axis=1) + np.pi) % (2 * np.pi) - np.pi)
+        assert turn.max() < np.deg2rad(50.01)
+        starts, ends = two[:, 0, 0], two[:, -1, 1]
+        one = [i for i in range(2) if np.array_equal(starts[i], shown.discs[0])]
+        other = [i for i in range(2) if np.array_equal(ends[i], shown.discs[1])]
+        assert len(one) == len(other) == 1 and (one == other) == (shown.label == 1)
+        distractors = lines[first:].reshape(-1, 2)
+        if len(distractors):
+            off = np.linalg.norm(distractors[:, None] - shown.discs, axis=-1)
+            assert off.min() > 3 + 1  # radius of a disc and half a bar
+
+
+@pytest.mark.parametrize("length", [3, 5, 7, 9])
+def test_distractors(length):
+    found = [len(shown.bars) - 2 * length for shown in scenes(length, 150, False, 10)]
+    assert max(found) <= round(90 / length) * (length // 3)
+    assert np.mean(found) > 0.9 * round(90 / length) * (length // 3)
+
+
+@pytest.mark.parametrize("length", [3, 7])
+def test_distances_match_in_both_classes(length):
+    """The two means differ by a small share of what they differ by in the published images."""
+    gap, spread = {}, {}
+    for matched in (False, True):
+        found = scenes(length, 150, matched, 110)
+        both = [[s.distance * 300 for s in found if s.label == k] for k in (0, 1)]
+        gap[matched] = abs(np.median(both[0]) - np.median(both[1]))
+        spread[matched] = np.std(both[0]) / np.std(both[1])
+    assert gap[True] < 1.5 and spread[False] > 3
+    assert 0.6 < spread[True] < 1.7
+
+
+def test_distance_only_accuracy():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 2000)
+    noise = rng.normal(size=2000)
+    assert abs(images.distance_only_accuracy(noise, labels) - 0.5) < 0.05
+    assert images.distance_only_accuracy(noise + 10 * labels, labels) == 1
+    # one label in the middle, the other on both sides: no threshold tells them, neighbours do
+    assert images.distance_only_accuracy(np.where(labels, noise, 9 * np.sign(noise)), labels) > 0.98
+    assert images.distance_only_accuracy(noise[:60], labels[:60]) is None
+    with pytest.raises(DataError, match="3 distances, but 2 labels"):
+        images.distance_only_accuracy(noise[:3], labels[:2])
+
+
+def test_votes_of_neighbours_are_those_of_all_pairs():
+    rng = np.random.default_rng(1)
+    labels, values = rng.integers(0, 2, 90), rng.random(90)
+    right = 0
+    for i in range(90):
+        others = np.flatnonzero(np.arange(90) % 5 != i % 5)
+        near = others[np.argsort(np.abs(values[others] - values[i]))[:7]]
+        right += (labels[near].mean() > 0.5) == labels[i]
+    found = images.distance_only_accuracy(values, labels, neighbours=7)
+    assert found == right / 90
+
+
+@pytest.mark.parametrize("size", [32, 100, 150, 233, 300])
+def test_drawing(size):
+    shown = scene(np.random.default_rng(3), 5, size, matched=True)
+    image = draw(shown, size)
+    assert image.shape == (size, size) and image.dtype == np.uint8
+    for y, x in shown.discs / shown.window * size:
+        assert image[int(y), int(x)] > 200
+    border = int(20 / 300 * size)
+    assert image[:border].max() == image[:, -border:].max() == 0
+    # as much white as the shapes have: 4.6 units of area or more are lost to no rounding
+    scale = min(300, 2 * size) / shown.window
+    bars, discs = len(shown.bars) * 5 * scale * 2, 2 * np.pi * 9
+    white = image.sum() / 255 * (min(300, 2 * size) / size) ** 2
+    assert 0.85 * (bars + discs) - 60 < white < 1.05 * (bars + discs)
+
+
+def test_pathfinder_set(tmp_path):
+    first = images.pathfinder(75, length=3, size=32, matched=True, seed=4, workers=1)
+    again = images.pathfinder(75, length=3, size=32, matched=True, seed=4, workers=3, progress=True)
+    assert np.array_equal(first.images, again.images) and first.images.shape == (75, 1, 32, 32)
+    assert np.array_equal(first.labels, again.labels) and set(first.labels) == {0, 1}
+    assert np.array_equal(first.distances, again.distances)
+    fewer = images.pathfinder(7, length=3, size=32, matched=True, seed=4)
+    assert np.array_equal(first.images[:7], fewer.images)
+    for other in ({"split": "test"}, {"seed": 5}):
+        more = images.pathfinder(
+            7, **{"length": 3, "size": 32, "seed": 4, "matched": True, **other}
+        )
+        assert not any(np.array_equal(a, b) for a in first.images for b in more.images)
+    assert 0 < first.config["distance-only accuracy"] < 1
+    assert fewer.config["distance-only accuracy"] is None
+    assert "pathfinder: 75 images 1x32x32" in repr(first) and "distance-only" in repr(first)
+
+    path = first.save(tmp_path / "set.npz")
+    found = images.load(path)
+    assert np.array_equal(found.images, first.images) and found.config == first.config
+    assert found.boxes == () and found.images.dtype == np.uint8 and len(found) == 75
+    with np.load(path, allow_pickle=False) as file:
+        assert json.loads(str(file["about"]))["config"]["matched"] is True
+    assert first.sheet(tmp_path / "sheet.png").stat().st_size > 1000
+    with pytest.raises(OptionError, match="this set has no boxes"):
+        _ = first.control_boxes
+
+
+def test_pathfinder_refuses():
+    for given, said in [
+        ({"size": 31}, "size must be an integer >= 32"),
+        ({"size": 301}, "size is 32 to 300 pixels, found 301"),
+        ({"length": 10, "size": 32}, "paths of 10 paddles have no room on 32 pixels; at most 9"),
+        ({"length": 1}, "length must be an integer >= 2"),
+        ({"split": "all"}, "split must be 'train' or 'test', found 'all'"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"workers": 0}, "workers must be an integer >= 1"),
+    ]:
+        with pytest.raises(OptionError, match=said):
+            images.pathfinder(5, **given)
+    assert longest(150) == 17 and longest(32) == 9
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("sklearn")
+    return images.is_same_class(600, distance=24, seed=3)
+
+
+def test_pairs_of_digits(digits, tmp_path):
+    assert digits.images.shape == (600, 1, 8, 40) and digits.images.dtype == np.float32
+    assert digits.boxes == ((0, 0, 8, 8), (0, 32, 8, 40)) and digits.labels.sum() == 300
+    assert np.all(digits.images[..., 8:32] == 0)
+    again = images.is_same_class(600, distance=24, seed=3)
+    assert np.array_equal(again.images, digits.images)
+    near = images.is_same_class(600, distance=0, seed=3)
+    assert near.boxes == ((0, 12, 8, 20), (0, 20, 8, 28))
+    # the same pairs and the same noise, somewhere else
+    assert np.array_equal(near.images[..., 12:20], digits.images[..., :8])
+    assert images.load(digits.save(tmp_path / "d.npz")).boxes == digits.boxes
+    assert digits.sheet(tmp_path / "d.png", rows=2, columns=3).exists()
+
+
+def test_pairs_are_of_the_classes_that_the_labels_say():
+    from sklearn.datasets import load_digits
+
+    values, classes = load_digits(return_X_y=True)
+    small = (values / 16 - 0.3).astype(np.float32)
+    known = {v.tobytes(): (c, i) for i, (v, c) in enumerate(zip(small, classes, strict=True))}
+    used = {}
+    for split in ("train", "test"):
+        found = images.is_same_class(400, distance=8, split=split, seed=1, noise=0)
+        halves = [
+            [known[np.ascontiguousarray(x).tobytes()] for x in found.images[:, 0, :, a:c]]
+            for _, a, _, c in found.boxes
+        ]
+        same = [a[0] == b[0] for a, b in zip(*halves, strict=True)]
+        assert same == found.labels.astype(bool).tolist()
+        assert all(a[1] != b[1] for a, b in zip(*halves, strict=True))
+        used[split] = {i for half in halves for _, i in half}
+    assert not used["train"] & used["test"]
+
+
+def test_noise_is_drawn_once_on_the_digits(digits):
+    clean = images.is_same_class(600, distance=24, seed=3, noise=0)
+    noise = (digits.images - clean.images)[..., :8]
+    assert abs(noise.std() - 0.2) < 0.01 and abs(noise.mean()) < 0.01
+
+
+@pytest.mark.parametrize("distance", [0, 8, 16, 24])
+def test_control_boxes(distance):
+    found = images.is_same_class(2, distance=distance)
+    shown = np.zeros((8, 40), dtype=int)
+    for top, left, bottom, right in (*found.boxes, *found.control_boxes):
+        assert 0 <= left and right <= 40 and (bottom - top, right - left) == (8, 8)
+        shown[top:bottom, left:right] += 1
+    assert shown.max() == 1
+
+
+def test_control_boxes_without_room():
+    with pytest.raises(OptionError, match="no room for two boxes of 8 pixels beside"):
+        _ = images.is_same_class(2, distance=12).control_boxes
+    tall = images.is_same_class(2, distance=12, canvas=(24, 40))
+    assert tall.boxes == ((8, 6, 16, 14), (8, 26, 16, 34))
+    assert tall.control_boxes == ((0, 6, 8, 14), (0, 26, 8, 34))
+
+
+def test_pairs_refuse():
+    for given, said in [
+        ({"distance": 25}, "25 apart, do not fit on 8x40.\n  distance: at most 24"),
+        ({"distance": 0, "noise": -1.0}, "noise must be >= 0"),
+        ({"distance": 0, "source": "x", "noise": 0.1}, "noise is for the digits only"),
+        ({"distance": -1}, "distance must be an integer >= 0"),
+    ]:
+        with pytest.raises(OptionError, match=said):
+            images.is_same_class(10, **given)
+    with pytest.raises(FileError, match=r"no such file: .*data_batch_1"):
+        images.is_same_class(10, distance=0, source="nowhere")
+
+
+def cifar(folder, change=None):
+    """A folder like that of the archive, with few images; the pickles are those of Python 2."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        labels = (np.arange(30) % 10).tolist()
+        data = rng.integers(1, 255, (30, 3072), dtype=np.uint8)
+        data[:, 0] = k
+        held = {b"batch_label": name.encode(), b"labels": labels, b"data": data}
+        held |= {b"filenames": [b"a.png"] * 30}
+        if change is not None:
+            held = change(held)
+        (folder / name).write_bytes(pickle.dumps(held, protocol=2))
+
+
+def test_cifar(tmp_path):
+    cifar(tmp_path)
+    found = images.is_same_class(20, distance=40, source=str(tmp_path), canvas=(64, 128))
+    assert found.images.shape == (20, 3, 64, 128) and found.images.dtype == np.uint8
+    assert found.boxes == ((16, 12, 48, 44), (16, 84, 48, 116)) and found.labels.sum() == 10
+    assert found.images[:, 0, 16, 12].max() < 5
+    test = images.is_same_class(
+        4, distance=160, source=str(tmp_path / "cifar-10-batches-py"), split="test"
+    )
+    assert test.images.shape == (4, 3, 224, 224) and (test.images[:, 0, 96, 0] == 5).all()
+    assert found.sheet(tmp_path / "c.png", rows=2, columns=2).exists()
+
+
+class Trap:
+    """What a hostile file could hold."""
+
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_cifar_files_cannot_run_code(tmp_path, capsys):
+    cifar(tmp_path, lambda held: {**held, b"labels": Trap()})
+    with pytest.raises(FileError, match=r"it asks for (builtins|__builtin__)\.print"):
+        images.is_same_class(4, distance=0, source=str(tmp_path))
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_cifar_of_another_form(tmp_path):
+    cifar(tmp_path, lambda held: {**held, b"data": np.zeros((30, 10), np.uint8)})
+    with pytest.raises(FileError, match=r"not a batch of CIFAR-10: .*\n.*data \(30, 10\) uint8"):
+        images.is_same_class(4, distance=0, source=str(tmp_path))
+
+
+def test_load_refuses(tmp_path):
+    with pytest.raises(FileError, match="no such image set"):
+        images.load(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(FileError, match="not an image set: "):
+        images.load(tmp_path / "text.npz")
+    np.savez(tmp_path / "other.npz", about=np.array('{"format": "x"}'))
+    with pytest.raises(FileError, match="format 'x', this version reads 'tnreg.images/1'"):
+        images.load(tmp_path / "other.npz")
+    np.savez(tmp_path / "objects.npz", about=np.array([Trap()], dtype=object))
+    with pytest.raises(FileError, match="allow_pickle=False"):
+        images.load(tmp_path / "objects.npz")
