@@ -100,7 +100,7 @@ def test_at_order_64(tree, route, never_formed):
         assert relative_error(found, one, other) <= 1e-2
 
 
-@pytest.mark.parametrize("power", [-200, 0, 200])
+@pytest.mark.parametrize("power", [-200, 200])
 def test_at_order_1024_and_any_scale(power, never_formed):
     tree = ModeTree.binary(1024)
     one, other = (decaying(tree, 2, 2, seed) for seed in (0, 1))
