@@ -438,7 +438,7 @@ def test_penalties_change_training_and_no_other_random_number(kind):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_every_and_warmup(kind):
+def test_every_warmup_and_until(kind):
     net, (x, _) = network(), batch()
     full = kind(PAIR)(net, x).item()
     penalty = kind(PAIR, every=3, warmup=8, weight=2)
@@ -446,6 +446,8 @@ def test_every_and_warmup(kind):
     weights = [2 * min(1, (i + 1) / 8) if i % 3 == 0 else 0 for i in range(10)]
     assert [v.item() for v in found] == pytest.approx([w * full for w in weights])
     assert [v.requires_grad for v in found] == [w > 0 for w in weights]
+    short = kind(PAIR, every=2, until=4)
+    assert [short(net, x).item() > 0 for _ in range(8)] == [True, False, True] + [False] * 5
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -577,6 +579,8 @@ def test_refuses(kind):
         kind(PAIR, every=0)
     with pytest.raises(OptionError, match="warmup must be an integer >= 0"):
         kind(PAIR, warmup=-1)
+    with pytest.raises(OptionError, match="until must be an integer >= 1"):
+        kind(PAIR, until=0)
     with pytest.raises(OptionError, match="statistics must be 'frozen' or 'batch', found 'own'"):
         kind(PAIR, statistics="own")
     with pytest.raises(OptionError, match="patches must be a pair of boxes"):

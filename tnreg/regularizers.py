@@ -55,6 +55,8 @@ class InputGradientChange:
         every: Only every so many calls give a penalty, the first one included; the others give a zero
             without a graph. λ is not rescaled. With gradient accumulation every micro-batch is a call.
         warmup: The weight grows linearly over so many calls.
+        until: After so many calls there is no penalty any more. What a network has once tied together
+            stays so in plain training, which makes a short, strong start a cheap schedule.
         statistics: What normalization layers use inside the penalty: ``"frozen"``, their running
             statistics, so that R cannot be lowered through the statistics of the batch, or ``"batch"``.
             Layers that keep no running statistics use the batch's in either case.
@@ -88,12 +90,13 @@ class InputGradientChange:
         weight: float = 1.0,
         every: int = 1,
         warmup: int = 0,
+        until: int | None = None,
         statistics: str = "frozen",
     ) -> None:
         self.patches = as_sampler(patches, "InputGradientChange")
         self.statistics = _check_statistics(statistics, "InputGradientChange")
         self.weight = weight
-        self._schedule = _Schedule(weight, every, warmup, "InputGradientChange")
+        self._schedule = _Schedule(weight, every, warmup, until, "InputGradientChange")
 
     def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The weighted penalty of this batch."""
@@ -150,6 +153,7 @@ class InteractionEnergy:
         weight: As there.
         every: As there.
         warmup: As there.
+        until: As there.
         statistics: As there.
         eps: Absolute part of eps, in squared units of the network's value, for the mean over M; to it
             comes the rounding error of M, so that a function that is constant but for rounding gives 1.
@@ -181,6 +185,7 @@ class InteractionEnergy:
         weight: float = 1.0,
         every: int = 1,
         warmup: int = 0,
+        until: int | None = None,
         statistics: str = "frozen",
         eps: float = 1e-12,
         seed: int = 0,
@@ -191,7 +196,7 @@ class InteractionEnergy:
         if not eps >= 0:
             raise OptionError(f"InteractionEnergy: eps must be >= 0, found {eps!r}.")
         self.weight, self.eps = weight, float(eps)
-        self._schedule = _Schedule(weight, every, warmup, "InteractionEnergy")
+        self._schedule = _Schedule(weight, every, warmup, until, "InteractionEnergy")
         self._stream = RandomStream(seed, "InteractionEnergy")
 
     def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -200,11 +205,12 @@ class InteractionEnergy:
         if weight == 0:
             return _zero(x)
         check_images(x, "InteractionEnergy")
-        box = self.patches.draw(x)[1]
         order = torch.randperm(len(x), generator=self._stream.on(x.device), device=x.device)
         drawn = order[: self.samples]
+        images = x[drawn]
+        box = self.patches.draw(images)[1]  # where these differ, for samplers that look
         with evaluation(net, self.statistics):
-            values = crossed_values(net, x[drawn], x[drawn], box)
+            values = crossed_values(net, images, images, box)
         if values.shape[-1] > 1:  # k × k × C: the matrix of each drawn sample's class
             classes = _check_classes(y, len(x), values.shape[-1])
             values = values.index_select(-1, classes[drawn])
@@ -308,16 +314,19 @@ def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
 class _Schedule:
     """Counts calls and says what weight the next one has; 0 means: no penalty."""
 
-    def __init__(self, weight: float, every: int, warmup: int, what: str) -> None:
+    def __init__(
+        self, weight: float, every: int, warmup: int, until: int | None, what: str
+    ) -> None:
         if not (weight >= 0 and weight < float("inf")):
             raise OptionError(f"{what}: weight must be a finite number >= 0, found {weight!r}.")
         self.every = check_integer(every, 1, f"{what}: every")
         self.warmup = check_integer(warmup, 0, f"{what}: warmup")
+        self.until = None if until is None else check_integer(until, 1, f"{what}: until")
         self.calls = 0
 
     def next(self, weight: float) -> float:
         self.calls += 1
-        if (self.calls - 1) % self.every:
+        if (self.calls - 1) % self.every or (self.until and self.calls > self.until):
             return 0.0
         return weight * min(1.0, self.calls / self.warmup) if self.warmup else weight
 
