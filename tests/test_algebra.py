@@ -400,6 +400,14 @@ def test_cp_of_the_cores_measures_what_it_loses(ranks, dtype):
         assert error > 0.1 * dense(model).norm()
 
 
+def test_cp_of_many_cores():
+    """Every one of sixty cores is found, as two axes of each have independent factors."""
+    model = Factorization(ModeTree.binary(64), 4, 3, std=1.0, dtype=torch.float64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    found = al.diagonal_joins(al.full_joins(model), ranks=3, tries=2)
+    assert found.error_bound <= 1e-10 * model.norm().item()
+
+
 def test_cp_of_a_matrix_is_the_best_one():
     model = zoo.model_of(ModeTree([0, 1]), {(0, 1): "full"}, sizes=(6, 7))
     wide = al.full_joins(

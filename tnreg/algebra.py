@@ -449,8 +449,9 @@ def diagonal_joins(
 
     Without ``ranks`` exact: each bond is the product of its siblings'. With them every core is replaced
     by a CP decomposition of it (Kolda and Bader 2009), searched for by damped Gauss-Newton steps from
-    random starts. That is a search: it may stop early where a decomposition of this rank exists, and a
-    best one need not exist. What came out is measured, so look at ``error_bound``.
+    random starts; the first start is exact where two axes of a core have independent factors. Elsewhere
+    that is a search: it may stop early where a decomposition of this rank exists, and a best one need
+    not exist. What came out is measured, so look at ``error_bound``.
 
     Args:
         model: A factorization.
@@ -622,12 +623,14 @@ def _cp(
                 f"{_MOST_UNKNOWNS}.\n  write smaller ranks, or truncate the model first"
             )
         found, least = list[Tensor](), math.inf
-        for _ in range(tries):
+        for k in range(tries):
             start = [
                 torch.randn(n, rank, generator=random, dtype=core.dtype).to(core.device)
                 for n in reduced.shape
             ]
             start = [f / torch.linalg.vector_norm(f, dim=0) for f in start]
+            if k == 0 and sorted(reduced.shape)[-2] >= rank:
+                start = _pencil_start(reduced, rank, random)
             end, error = _gauss_newton(reduced, start, steps)
             if error < least:
                 found, least = end, error
@@ -637,6 +640,35 @@ def _cp(
         factors[k] = factor
     factors[-1] = factors[-1] * size
     return factors
+
+
+def _pencil_start(core: Tensor, rank: int, random: torch.Generator) -> list[Tensor]:
+    """CP factors from the eigenvectors of a matrix pencil: exact if two axes have independent factors.
+
+    Two axes are at least as long as the rank (Leurgans, Ross and Abel 1993).
+    """
+    order = sorted(range(core.ndim), key=lambda k: -core.shape[k])
+    turned = core.permute(order)
+    bases = []
+    for axis in (0, 1):
+        rows = turned.movedim(axis, 0).flatten(1)
+        bases.append(torch.linalg.svd(rows, full_matrices=False)[0][:, :rank])
+    flat = torch.einsum("abc,ai,bj->ijc", turned.flatten(2), bases[0].conj(), bases[1].conj())
+    mixed = torch.randn(flat.shape[2], 2, generator=random, dtype=core.dtype).to(core.device)
+    one, other = (flat @ mixed).unbind(2)
+    vectors = torch.linalg.eig(one @ torch.linalg.pinv(other))[1]
+    first = bases[0] @ (vectors if core.is_complex() else vectors.real).to(core.dtype)
+    parts = (torch.linalg.pinv(first) @ turned.flatten(1)).reshape(rank, *turned.shape[1:])
+    found = [first]
+    for axis in range(1, core.ndim):  # of rank-one tensors the leading vectors
+        rows = parts.movedim(axis, 1).flatten(2)
+        found.append(torch.linalg.svd(rows, full_matrices=False)[0][..., 0].T)
+    found = [found[order.index(k)] for k in range(core.ndim)]
+    whole = torch.ones_like(found[0][:1])  # their rank-one tensors: (entries, rank)
+    for factor in found:
+        whole = (whole.unsqueeze(1) * factor).flatten(0, 1)
+    found[-1] = found[-1] * (torch.linalg.pinv(whole) @ core.flatten())
+    return found
 
 
 def _gauss_newton(core: Tensor, factors: list[Tensor], steps: int) -> tuple[list[Tensor], float]:
