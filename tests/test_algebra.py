@@ -335,7 +335,7 @@ def test_linear_combinations_keep_their_promise(dtype, rtol):
 
 
 def test_a_long_sum_never_grows():
-    """Twenty terms that span four dimensions: bonds of the partial sums stay small, and so does the result."""
+    """Twenty terms that span four dimensions: bonds of partial sums stay small, and the result."""
     tree = ModeTree.binary(8)
     base = [
         Factorization(tree, 3, 2, join="full", std=0.5, dtype=torch.float64,
