@@ -16,8 +16,8 @@ from rich.console import Console
 
 matplotlib.use("Agg")
 
-from tnreg import DataError, ModeTree, OptionError, Trajectory, load
-from tnreg.experiments import completion, demo
+from tnreg import DataError, FileError, ModeTree, OptionError, Trajectory, load
+from tnreg.experiments import completion, convac, demo
 
 
 def test_completion(tmp_path):
@@ -53,6 +53,7 @@ def test_demo(tmp_path):
     summary = demo.run(demo.tiny, tmp_path / "demo", console=Console(file=text, width=100))
     said = text.getvalue()
     pieces = ["{ligand, dose}", "measured tensor (192 missing", "learned tensor", "effective rank"]
+    pieces += ["layer 1  product pooling over 2", "exported as network.onnx; onnxruntime gives the same"]
     for piece in [*pieces, "error on unseen entries", "CP of"]:
         assert piece in said
     assert list(summary["test error"]) == [
@@ -64,15 +65,53 @@ def test_demo(tmp_path):
     assert abs(sizes["CP"] - sizes["tnreg"]) < 0.2 * sizes["tnreg"]
     folder = tmp_path / "demo"
     expected = {"config.json", "model.safetensors", "trajectory.npz", "trajectory-cp.npz", "report.html",
-                "demo.png", "spectra.png", "slices.png", "training.png"}  # fmt: skip
+                "demo.png", "spectra.png", "slices.png", "training.png", "network.png", "network.onnx"}  # fmt: skip
     assert {p.name for p in folder.iterdir()} == expected
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "http" not in page and "<link" not in page and "<script" not in page  # opens offline
     assert load(folder / "model.safetensors").sizes == (13, 4, 12, 8)
     (folder / "training.png").unlink()
     assert demo.figure(folder).exists()
     demo.run(demo.tiny, folder)  # a run folder may be replaced
+
+
+def test_convac(tmp_path):
+    summary = convac.run(convac.tiny, tmp_path / "run")
+    models = ["logistic regression", "quad", "random"]
+    assert [row["model"] for row in summary["accuracy"]] == models * 2
+    assert list(summary["mean and spread"]) == models
+    for row in summary["accuracy"]:
+        assert 0 < row["test"] <= 1 and row["weights"] > 0
+        first = row["seed"] == 1 and row["model"] != "logistic regression"
+        assert row.get("equal decisions in onnxruntime") == (1.0 if first else None)
+    assert [(r["model"], r["how"]) for r in summary["smaller"]] == [
+        (model, how) for model in models[1:] for how in ("truncated", "thinned")
+    ]
+    for row in summary["smaller"]:
+        assert row["error"] <= row["bound"] * (1 + 1e-9) and row["weights"] > 0
+        assert row["how"] == "thinned" or row["error"] <= 0.5
+    files = {"config.json", "convac.png"}
+    files |= {f"{name}.{ending}" for name in models[1:] for ending in ("safetensors", "onnx")}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == files
+    (tmp_path / "run" / "convac.png").unlink()
+    assert convac.figure(tmp_path / "run").exists()
+    again = convac.run(convac.tiny, tmp_path / "run", onnx=False)
+    assert again["mean and spread"] == summary["mean and spread"]  # seeded, and the folder replaced
+    with pytest.raises(FileError, match="not a convac run"):
+        convac.figure(tmp_path)
+    with pytest.raises(OptionError, match="at least one tree and one seed"):
+        convac.run(dataclasses.replace(convac.tiny, trees=()), tmp_path / "run")
+    with pytest.raises(OptionError, match="the digits have 64 pixels, the tree 'htf-4' 4 modes"):
+        convac.tree_of("htf-4")
+
+
+def test_trees_over_the_pixels():
+    assert convac.tree_of("quad") == ModeTree.grid((8, 8))
+    mirrored, random = convac.tree_of("mirrored"), convac.tree_of("random", 3)
+    first = mirrored.children(mirrored.children(mirrored.root)[0])[0]
+    assert mirrored.modes_below(first) == (0, 7, 8, 15)  # two rows, a column and its mirror image
+    assert random.links == mirrored.links and random != convac.tree_of("random", 4)
 
 
 def write_tensor(path, scale, extra=None):

@@ -19,6 +19,9 @@ from tnreg.tensors import load_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
 from tnreg.cnn import ConvNet, from_cnn, to_cnn
+from tnreg.convac import ConvAC, Representation
+from tnreg.export import export_onnx, export_pt2, export_state
+from tnreg.penalties import EffectiveRankPenalty, LocalComponentPenalty
 from tnreg import algebra, convert, dynamics, plots
 
 __all__ = [
@@ -32,7 +35,8 @@ __all__ = [
     # training
     "load_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
     # convolutional networks
-    "ConvNet", "to_cnn", "from_cnn",
+    "ConvNet", "to_cnn", "from_cnn", "ConvAC", "Representation", "export_onnx", "export_pt2", "export_state",
+    "LocalComponentPenalty", "EffectiveRankPenalty",
     # theory, pictures and errors
     "dynamics", "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``tnreg tree | rank | decompose | fit | run | plot | demo``.
+"""The command line: ``tnreg tree | rank | decompose | fit | run | export | plot | demo``.
 
 Options are typed function arguments, read by tyro; results are tables by rich. Exit codes: 0 done,
 1 bad input (one message on standard error), 2 unknown options, 130 interrupted before anything ran.
@@ -21,10 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tnreg import (
+    ConvAC,
+    ConvNet,
     ModeTree,
     Trajectory,
     effective_rank,
     entanglement_entropy,
+    export_onnx,
+    export_pt2,
+    export_state,
     gallery,
     hierarchical_rank,
     load,
@@ -32,11 +37,12 @@ from tnreg import (
     load_tree,
     plots,
     spectra,
+    to_cnn,
     truncate,
 )
 from tnreg import decompose as hierarchical_svd
 from tnreg.errors import FileError, OptionError, TnregError
-from tnreg.experiments import completion, dynamics, init_scale
+from tnreg.experiments import completion, convac, dynamics, init_scale
 from tnreg.experiments import demo as demo_experiment
 from tnreg.experiments.folder import experiment_of
 from tnreg.tree import read_tree, read_tree_file
@@ -289,15 +295,22 @@ def run(
 ) -> None:
     """Run an experiment of the paper, or the same on a tree and a target of your own.
 
-    Writes a run folder; one that was killed or interrupted goes on when the same command is given.
+    Writes a run folder; a run of dynamics or init-scale that was killed or interrupted goes on when the same
+    command is given.
 
     Args:
         experiment: What to run.
-        out: Folder of the run, runs/MODEL-SEED if left out; one that tnreg wrote before is replaced,
-            any other is refused.
+        out: Folder of the run, runs/MODEL-SEED or runs/EXPERIMENT if left out; one that tnreg wrote before
+            is replaced, any other is refused.
         progress: Show a progress bar.
     """
     _device(experiment.device)
+    if isinstance(experiment, convac.Config):
+        folder = out or Path("runs/convac")
+        for table in _convac_tables(convac.run(experiment, folder, progress=progress)):
+            console.print(table)
+        console.print(f"wrote {folder}")
+        return
     if isinstance(experiment, init_scale.Config):
         folder = out or Path("runs") / f"init-scale-{experiment.model}"
     else:
@@ -316,6 +329,35 @@ def run(
         raise SystemExit(130) from None
     console.print(table)
     console.print(f"wrote {folder}")
+
+
+def _convac_tables(summary: dict[str, Any]) -> list[Table]:
+    first = Table(
+        "",
+        title="digits, test accuracy: mean and standard deviation over seeds",
+        title_justify="left",
+    )
+    for head in ("test", "train", "weights", "seconds", "equal in onnxruntime"):
+        first.add_column(head, justify="right")
+    for name, (mean, spread) in summary["mean and spread"].items():
+        rows = [row for row in summary["accuracy"] if row["model"] == name]
+        equal = [row[key] for row in rows for key in row if key.startswith("equal")]
+        first.add_row(
+            name,
+            f"{100 * mean:.1f} ± {100 * spread:.1f} %",
+            f"{100 * sum(row['train'] for row in rows) / len(rows):.1f} %",
+            str(rows[0]["weights"]),
+            f"{sum(row['seconds'] for row in rows) / len(rows):.1f}",
+            f"{100 * equal[0]:.0f} %" if equal else "",
+        )
+    second = Table("", "how", title="first seed, shrunk", title_justify="left")
+    for head in ("asked", "error", "bound", "test", "weights", "largest bond"):
+        second.add_column(head, justify="right")
+    for row in summary["smaller"]:
+        figures = [f"{row[key]:.3g}" for key in ("asked", "error", "bound")]
+        figures += [f"{100 * row['test']:.1f} %", str(row["weights"]), str(row["largest bond"])]
+        second.add_row(row["model"], row["how"], *figures)
+    return [first, second]
 
 
 def _dynamics_table(summary: dict[str, Any], config: dynamics.Config) -> Table:
@@ -366,6 +408,8 @@ def plot(
         plots.save_figure(dynamics.panels(runs), target)
     elif kind == "init_scale":
         target = init_scale.figure(first, png)
+    elif kind == "convac":
+        target = convac.figure(first, png)
     elif kind == "dynamics" and not names:
         target = dynamics.figure(first)
     else:
@@ -375,6 +419,47 @@ def plot(
         plots.save_figure(completion.draw(found, names or found.names, log=not linear), target)
         console.print(f"{found!r}")
     console.print(f"wrote {target}")
+
+
+def export(
+    model: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "state"] = "onnx",
+    out: Path | None = None,
+    share: bool = False,
+    classes: bool = False,
+) -> None:
+    """Write the convolutional network that a saved model is, for programs that do not know tnreg.
+
+    Args:
+        model: A .safetensors file: a factorization that tnreg saved, or a classifier of `run convac`.
+        format: ONNX, a torch.export program, or plain weights as safetensors with layers in the metadata.
+        out: The file; beside the model with the format's ending if left out.
+        share: One convolution per layer, if the factorization's weights are equal at the nodes of a height.
+        classes: The factorization's last mode are the outputs.
+    """
+    found: ConvNet | ConvAC
+    if _is_classifier(model):
+        found = ConvAC.load(model)
+    else:
+        found = to_cnn(load(model), share=share, classes=classes)
+    endings = {"onnx": ".onnx", "pt2": ".pt2", "state": ".network.safetensors"}
+    target = out or model.with_suffix(endings[format])
+    writers: dict[str, Any] = {"onnx": export_onnx, "pt2": export_pt2, "state": export_state}
+    print(found)
+    with console.status(f"writing {format} ..."):
+        writers[format](found, target)
+    checked = "" if format == "state" else ", values checked on fresh inputs"
+    console.print(f"wrote {target}{checked}")
+
+
+def _is_classifier(file: Path) -> bool:
+    try:
+        ConvAC.load(file)
+    except TnregError:
+        return False
+    return True
 
 
 def demo(
@@ -405,7 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Any] = {
         "demo": demo, "tree": tree, "rank": rank, "decompose": decompose, "fit": fit,
-        "run": _run_with_defaults(given), "plot": plot,
+        "run": _run_with_defaults(given), "export": export, "plot": plot,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -434,7 +519,14 @@ def _run_with_defaults(given: Sequence[str]) -> Any:
     preset = dynamics.MODELS.get(named[-1] if named else "", dynamics.htf)
     about = tyro.conf.subcommand("dynamics", default=preset, description="One training, watched.")
     sweep = tyro.conf.subcommand("init-scale", description="Trainings from several initial scales.")
-    kinds = Annotated[dynamics.Config, about] | Annotated[init_scale.Config, sweep]
+    digits = tyro.conf.subcommand(
+        "convac", description="Digits by networks of three trees, then shrunk."
+    )
+    kinds = (
+        Annotated[dynamics.Config, about]
+        | Annotated[init_scale.Config, sweep]
+        | Annotated[convac.Config, digits]
+    )
     command = types.FunctionType(run.__code__, run.__globals__, "run", None, run.__closure__)
     command.__kwdefaults__, command.__doc__ = run.__kwdefaults__, run.__doc__
     command.__annotations__ = {**run.__annotations__, "experiment": kinds}

@@ -10,7 +10,7 @@ the result, the root is linear. A star is a shallow network, a binary tree a dee
 |---|---|
 | nodes of one height | one layer |
 | bond above a node | channels of its convolution |
-| local component (v, r) | pooled channel r at v: filter r of every child, and what v's filters read from channel r |
+| local component (v, r) | pooled channel r at v: filter r of every child, and what v reads from it |
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class ConvNet(nn.Module):
         if outputs is not None:
             check_integer(outputs, 1, "outputs")
             if root == "ones":
-                raise OptionError("several outputs need a root of their own: leave out root='ones'.")
+                raise OptionError(
+                    "several outputs need a root of their own: leave out root='ones'."
+                )
         weights = {node: w.detach() for node, w in drawn.weights.items()}
         if outputs is not None:
             last = weights[drawn.tree.root]
@@ -110,8 +112,8 @@ class ConvNet(nn.Module):
         if share:
             first: dict[int, Tensor] = {}
             for i, node in enumerate(drawn.tree.nodes[: len(drawn.network.weighted)]):
-                height = drawn.tree.heights[i]
-                weights[node] = first.setdefault(height, weights[node])
+                one = first.setdefault(drawn.tree.heights[i], weights[node])
+                weights[node] = one if one.shape == weights[node].shape else weights[node]
         self._assemble(drawn.network, weights, outputs, share, scaled)
 
     @classmethod
@@ -337,7 +339,7 @@ class ConvNet(nn.Module):
             if wide is not None:
                 logs.append(wide.sum((0, 2)))
             if self.scaled and group.even:
-                x, log = rescaled(x)
+                x, log = rescaled(x, filters=self._filters(g))
                 logs.append(log.sum((0, 2)))
             x = self._convolved(g, x, logs)
             blocks.append(x)
@@ -359,19 +361,25 @@ class ConvNet(nn.Module):
         out = conv(flat.reshape(*flat.shape, 1, 1))
         return cast(Tensor, out.reshape(*x.shape[:2], -1))
 
+    def _filters(self, g: int) -> Tensor | None:
+        """Shared filters of a group, whose size its inputs take over; others are scaled themselves."""
+        name = self._name(g)
+        return cast(Tensor, self.convs[name].weight) if self.share and name in self.convs else None
+
     def _through_maps(self, x: Tensor, maps: Maps, logs: list[Tensor]) -> Tensor:
         """An ordinary 2-D network: ``(B, channels, height, width)`` all the way."""
         for layer, group in enumerate(self._groups):
             name, wide = f"layer{layer}", None
             if layer:
                 rows, columns = maps.windows[layer - 1]
-                cut = x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+                b, c, height, width = x.shape
+                cut = x.reshape(b, c, height // rows, rows, width // columns, columns)
                 parts = [part for row in cut.unbind(-3) for part in row.unbind(-1)]
                 x, wide = pooled(parts, group.join, dim=-3, scaled=self.scaled)
             if wide is not None:
                 logs.append(wide.sum((1, 2, 3)))
             if self.scaled and group.even:
-                x, log = rescaled(x, -3)
+                x, log = rescaled(x, -3, filters=self._filters(layer))
                 logs.append(log.sum((1, 2, 3)))
             x = self.convs[name](x) if name in self.convs else x.sum(1, keepdim=True)
         return x.flatten(1)
@@ -382,7 +390,7 @@ class ConvNet(nn.Module):
             x = torch.stack([torch.as_tensor(part) for part in x], 2) if len(x) else torch.empty(0)
         self._check(x)
         if self.scaled:
-            x, log = rescaled(x, 1)
+            x, log = rescaled(x, 1, filters=self._filters(0))
             logs.append(log.flatten(1).sum(1))
         if self._maps.order is not None:
             x = x.flatten(2)[:, :, list(self._maps.order)]
@@ -396,11 +404,13 @@ class ConvNet(nn.Module):
             self._check(x)
             x = x.flatten(2)
             if self.scaled:
-                x, log = rescaled(x, 1)
+                x, log = rescaled(x, 1, filters=self._filters(0))
                 logs.append(log.sum((1, 2)))
             whole = x.permute(2, 0, 1)
             every = list(range(self.tree.order))
-            return {g: whole.contiguous() if modes == every else whole[modes] for g, modes in leaves}
+            return {
+                g: whole.contiguous() if modes == every else whole[modes] for g, modes in leaves
+            }
         parts = [torch.as_tensor(part) for part in x]
         fits = len(parts) == self.tree.order and all(
             part.ndim == 2 and part.shape == (parts[0].shape[0], size)
@@ -413,7 +423,7 @@ class ConvNet(nn.Module):
         for g, modes in leaves:
             block = torch.stack([parts[mode] for mode in modes])
             if self.scaled:
-                block, log = rescaled(block)
+                block, log = rescaled(block, filters=self._filters(g))
                 logs.append(log.sum((0, 2)))
             out[g] = block
         return out
@@ -441,14 +451,18 @@ class ConvNet(nn.Module):
         if len(set(sizes)) == 1:
             image = f" or (B, {sizes[0]}, {self.grid[0]}, {self.grid[1]})" if self.grid else ""
             wanted = f"(B, {sizes[0]}, {n}){image} or {wanted}"
-        return ShapeError(f"inputs do not fit the positions.\n  found:    {found}\n  expected: {wanted}")
+        return ShapeError(
+            f"inputs do not fit the positions.\n  found:    {found}\n  expected: {wanted}"
+        )
 
     # How it reads
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         kind = "shared filters" if self.share else "locally connected"
-        lines = [f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("]
+        lines = [
+            f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("
+        ]
         waiting = 0
         for layer, at in enumerate(self._nodes_at):
             groups = [g for g, group in enumerate(self._groups)
@@ -467,6 +481,8 @@ class ConvNet(nn.Module):
         first, count = group.positions[0], len(group.positions)
         root = first == len(self.tree.nodes) - 1
         inner = self.network.bonds[first] if not root else self.outputs or 1
+        names = ", ".join(str(self.tree.nodes[p]) for p in group.positions[:4])
+        named = f"   at {names}" if count <= 4 and len(names) <= 40 else ""
         where = f"{count} {_nodes(count)}"
         if group.join == "leaf":
             given = self.network.index_size(self.network.inner(first)[0])
@@ -480,9 +496,9 @@ class ConvNet(nn.Module):
             kind = "product pooling" if group.join == "diagonal" else "product pooling, all pairs,"
             out.append(f"{f'{kind} {over}':34s} {where}, {given} channels")
         if first not in self.network.slots:
-            return [*out, f"{'sum':34s} {given} -> 1"]
+            return [*out, f"{'sum':34s} {where}, {given} -> 1"]
         kind = "linear" if root else "1x1 convolution" + (", shared" if self.share else "")
-        return [*out, f"{kind:34s} {where}, {given} -> {inner}"]
+        return [*out, f"{kind:34s} {where}, {given} -> {inner}{named}"]
 
 
 def to_cnn(
@@ -584,16 +600,15 @@ def _without_classes(
 
 def _shared_conv(held: Sequence[Tensor], tree: ModeTree, group: Group) -> nn.Conv2d:
     weight = held[0].flatten(0, -2)
-    conv = nn.Conv2d(*weight.shape, 1, bias=False, dtype=weight.dtype, device=weight.device)
+    given, made = weight.shape
+    conv = nn.Conv2d(given, made, 1, bias=False, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         conv.weight.copy_(weight.mT[:, :, None, None])
     _check_shared(conv, held, tree, group)
     return conv
 
 
-def _check_shared(
-    conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group: Group
-) -> None:
+def _check_shared(conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group: Group) -> None:
     shared = cast(Tensor, conv.weight).detach()[:, :, 0, 0].mT
     for position, weight in zip(group.positions, held, strict=True):
         flat = weight.flatten(0, -2)
@@ -610,4 +625,3 @@ def _check_shared(
 
 def _nodes(count: int) -> str:
     return "node" if count == 1 else "nodes"
-

@@ -32,7 +32,7 @@ from tnreg.factorization import Factorization
 from tnreg.files import write_whole
 from tnreg.hsvd import truncate
 from tnreg.network import Network
-from tnreg.tree import ModeTree, Node, tree_from_json, tree_to_json
+from tnreg.tree import Node, tree_from_json, tree_to_json
 
 __all__ = ["ConvAC", "Representation"]
 
@@ -88,7 +88,9 @@ class Representation(nn.Module):
         if kind not in _KINDS:
             raise OptionError(f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}.")
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise OptionError(f"low and high must be finite with low < high, found {low} and {high}.")
+            raise OptionError(
+                f"low and high must be finite with low < high, found {low} and {high}."
+            )
         try:
             rows, columns = patch
         except (TypeError, ValueError):
@@ -137,10 +139,11 @@ class Representation(nn.Module):
                 f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})"
             )
         if self.kind == "affine":
-            filters = self.weight.unflatten(1, (self.channels, rows, columns))
+            filters = self.weight.reshape(-1, self.channels, rows, columns)
             return nn.functional.conv2d(images, filters, self.bias, stride=self.patch).relu()
         if self.kind == "gaussian":
-            cut = images.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+            b, c, height, width = images.shape
+            cut = images.reshape(b, c, height // rows, rows, width // columns, columns)
             vectors = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).unsqueeze(3)  # (B, H', W', 1, size)
             squares = (vectors - self.means).square().sum(-1) * torch.exp(-2 * self.log_widths)
             return torch.exp(-squares / 2).permute(0, 3, 1, 2)
@@ -156,7 +159,8 @@ class Representation(nn.Module):
         root = [math.sqrt(math.comb(last, m)) for m in range(self.templates)]
         angle = math.pi / 2 * share
         factors = [
-            root[m] * torch.cos(angle) ** (last - m) * torch.sin(angle) ** m for m in range(last + 1)
+            root[m] * torch.cos(angle) ** (last - m) * torch.sin(angle) ** m
+            for m in range(last + 1)
         ]
         return torch.cat(factors, 1)
 
@@ -188,6 +192,7 @@ class ConvAC(nn.Module):
         OptionError: A network without several outputs, or unknown scores.
 
     Example:
+        >>> from tnreg import ModeTree
         >>> tree = ModeTree.grid((4, 4))
         >>> model = ConvAC(Representation(3), ConvNet(tree, 3, 8, outputs=10))
         >>> model(torch.rand(5, 1, 4, 4)).shape
@@ -237,16 +242,19 @@ class ConvAC(nn.Module):
         """Scores ``(B, classes)`` of images ``(B, C, H, W)``."""
         features = self.representation(images)
         if self.scores == "plain":
-            return self.net(features)
+            found: Tensor = self.net(features)
+            return found
         values, _ = self.net.scaled_values(features)
         # the scale of a sample cancels; the largest value first, so that squares stay in range
         largest = values.detach().abs().amax(1, keepdim=True)
         values = values / torch.where(largest > 0, largest, torch.ones_like(largest))
-        size = values.square().mean(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        size = (
+            values.square().mean(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        )
         return self.temperature * values / size
 
     def factorization(self) -> Factorization:
-        """The classifier's tensor, ``(M, ..., M, classes)``: the classes are the last mode, below the root."""
+        """The classifier's tensor ``(M, ..., M, classes)``: the classes are the last mode, below the root."""
         return from_cnn(self.net)
 
     def with_factorization(self, model: Factorization) -> ConvAC:
@@ -326,7 +334,9 @@ class ConvAC(nn.Module):
                 root=about["root"],
             )
             dtype, outputs = getattr(torch, about["dtype"]), about["outputs"]
-            weights = {tree.nodes[p]: torch.zeros(network.shape(p), dtype=dtype) for p in network.weighted}
+            weights = {
+                tree.nodes[p]: torch.zeros(network.shape(p), dtype=dtype) for p in network.weighted
+            }
             if tree.root in weights:
                 weights[tree.root] = weights[tree.root].unsqueeze(-1).expand(*[-1] * weights[tree.root].ndim,
                                                                              outputs)  # fmt: skip

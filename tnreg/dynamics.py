@@ -29,6 +29,7 @@ __all__ = [
     "conservation_drift",
     "constant_drive",
     "distance_bound",
+    "drop_components",
     "keep_components",
     "measured_rate",
     "predicted_rate",
@@ -292,6 +293,73 @@ def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Ten
         part = norms[node].prod(0)[dropped].sum()
         total = total + largest ** (len(weights) - len(norms[node])) * part
     return total
+
+
+def drop_components(
+    model: Factorization,
+    ranks: int | Mapping[Node, int] | None = None,
+    *,
+    below: float | None = None,
+) -> Factorization:
+    """A smaller factorization without the smallest local components; joins stay diagonal.
+
+    Args:
+        model: A factorization with diagonal joins.
+        ranks: How many to keep, for all joins or ``{node: number}`` (nodes left out keep all).
+        below: In place of ``ranks``: drop what is below this share of the largest at its node.
+
+    Returns:
+        A factorization with smaller bonds; at least one component stays at every node. Its
+        ``error_bound`` is that of law 6, ``sum_v sum of the dropped sigma at v`` times the norms of all
+        weights that are no part of them (at most ``distance_bound``, which takes the largest norm for
+        each): far above the error for trees of many nodes. ``(algebra.subtract(model, found)).norm()`` is
+        the error itself.
+
+    Raises:
+        OptionError: Both or none of ``ranks`` and ``below``, ``below`` outside ``[0, 1)``, or no diagonal
+            join.
+    """
+    if (ranks is None) == (below is None):
+        raise OptionError("drop_components: give either ranks or below.")
+    with torch.no_grad():
+        norms = model.component_norms()
+        if not norms:
+            raise OptionError("drop_components: full joins have no local components.")
+        sigma = {node: part.prod(0) for node, part in norms.items()}
+        if below is not None:
+            if not 0 <= below < 1:
+                raise OptionError(f"below must be in [0, 1), found {below!r}.")
+            ranks = {node: int((s >= below * s.max()).sum()) for node, s in sigma.items()}
+        gone = _dropped(model, ranks)  # type: ignore[arg-type]
+        weights = {node: w.detach() for node, w in model.weights.items()}
+        sizes = {node: torch.linalg.vector_norm(w).double() for node, w in weights.items()}
+        bound = 0.0
+        for node, dropped in gone.items():
+            if len(dropped) == len(sigma[node]):  # a node needs one
+                dropped = dropped[1:]
+            if not len(dropped):
+                continue
+            children = model.tree.children(node)
+            rest = [size.log() for v, size in sizes.items() if v != node and v not in children]
+            bound += _exponential(sum(map(float, rest)) + float(sigma[node][dropped].sum().log()))
+            kept = torch.ones(len(sigma[node]), dtype=torch.bool, device=model.device)
+            kept[dropped] = False
+            for v in children:
+                weights[v] = weights[v][..., kept]
+            if node in weights:
+                weights[node] = weights[node][kept]
+        kinds = zip(model.tree.nodes, model.network.joins, strict=True)
+        joins = {node: kind for node, kind in kinds if kind != "leaf"}
+        found = Factorization.from_weights(model.tree, weights, join=joins)
+        found.error_bound = bound
+        return found
+
+
+def _exponential(log: float) -> float:
+    try:
+        return math.exp(log)
+    except OverflowError:
+        return math.inf
 
 
 def _dropped(model: Factorization, ranks: int | Mapping[Node, int]) -> dict[Node, Tensor]:

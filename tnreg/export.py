@@ -238,4 +238,3 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         logging.disable(self._before)
-

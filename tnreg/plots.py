@@ -5,6 +5,7 @@ matplotlib is imported when something is drawn, not before.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
+    from tnreg.cnn import ConvNet
     from tnreg.factorization import Factorization
     from tnreg.probe import LocalityProfile
 
@@ -28,7 +30,7 @@ __all__ = [
     "bars",
     "components",
     "decomposition",
-    "locality_profile",
+    "network",
     "node_text",
     "save_figure",
     "spectra",
@@ -215,6 +217,60 @@ def components(
     ax.set_xlabel("step")
     ax.set_ylabel(f"local components at {node_text(node)}")
     return ax
+
+
+def network(data: ConvNet, ax: Axes | None = None) -> Axes:
+    """The layers of a convolutional network from left to right, each a pile of its positions' channels.
+
+    Heights are numbers of nodes, widths numbers of channels, both on logarithmic scales.
+
+    Args:
+        data: A ``ConvNet``, as ``to_cnn`` makes it.
+        ax: Where to draw.
+    """
+    ax = _axes(ax)
+    net, tree = data.network, data.tree
+    drawn: list[tuple[str, int, int, str]] = []  # label, nodes, channels, operation before it
+    drawn.append(("input", tree.order, max(net.sizes), ""))
+    for layer in range(data.depth):
+        nodes = data.nodes_of(layer)
+        places = [tree.position(node) for node in nodes]
+        if layer:
+            below = max(len(tree.links[p]) for p in places)
+            wide = [_pooled_channels(net.bonds, net.joins[p], tree.links[p]) for p in places]
+            drawn.append(("", len(nodes), max(wide), f"product\npooling {below}"))
+        root = layer == data.depth - 1
+        out = (data.outputs or 1) if root else max(net.bonds[p] for p in places)
+        drawn.append((f"layer {layer}", len(nodes), out, "linear" if root else "1x1\nconv"))
+    x = 0.0
+    for label, count, channels, before in drawn:
+        if before:
+            ax.annotate(
+                "", (x + 0.9, 0), (x + 0.15, 0), arrowprops={"arrowstyle": "->", "color": "0.4"}
+            )
+            ax.annotate(before, (x + 0.52, 0.08), ha="center", va="bottom", fontsize=7, color="0.3")
+            x += 1
+        height, width = 0.35 + math.log2(count) / 3, 0.12 + math.log2(channels + 1) / 14
+        ax.add_patch(_rectangle(x, height, width, "C1" if label == "input" else "C0"))
+        ax.annotate(f"{count} × {channels}", (x + width / 2, -height / 2 - 0.08), ha="center", va="top",
+                    fontsize=7)  # fmt: skip
+        ax.annotate(label, (x + width / 2, height / 2 + 0.06), ha="center", va="bottom", fontsize=8)
+        x += width
+    tall = 0.35 + math.log2(tree.order) / 3
+    ax.set_xlim(-0.2, x + 0.2)
+    ax.set_ylim(-tall / 2 - 0.5, tall / 2 + 0.5)
+    ax.set_axis_off()
+    return ax
+
+
+def _pooled_channels(bonds: Sequence[int], join: str, below: Sequence[int]) -> int:
+    return bonds[below[0]] if join == "diagonal" else math.prod(bonds[c] for c in below)
+
+
+def _rectangle(x: float, height: float, width: float, color: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, -height / 2), width, height, fc=color, ec="white", alpha=0.75)
 
 
 def bars(

@@ -11,7 +11,7 @@ matrix product, and siblings are next to each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,23 @@ from torch import Tensor, nn
 from tnreg.network import Network
 from tnreg.tree import ModeTree
 
-__all__ = ["Grid", "Group", "LocalConv", "Maps", "grid_of", "groups_of", "maps_of", "pooled", "rescaled"]
+__all__ = [
+    "Grid",
+    "Group",
+    "LocalConv",
+    "Maps",
+    "grid_of",
+    "groups_of",
+    "maps_of",
+    "pooled",
+    "rescaled",
+]
 
-# Factors of moderate magnitude that are multiplied before their product is scaled again.
+# As many moderate factors may meet without a scale of their own.
 _FACTORS = 4
+
+# Factors with magnitudes in [1, 2) that are multiplied before their product is scaled.
+_SCALED_FACTORS = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,9 @@ class Group:
     picks: tuple[tuple[tuple[int, int], ...], ...]
     even: bool
 
-    def children(self, blocks: Sequence[Tensor], rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def children(
+        self, blocks: Sequence[Tensor], rows: Mapping[int, Sequence[Tensor]]
+    ) -> list[Tensor]:
         """For each child the values ``(nodes, B, channels)``.
 
         Args:
@@ -80,7 +95,9 @@ def groups_of(net: Network) -> tuple[Group, ...]:
             first = flat[0][0]
             whole = [(first, k) for k in range(len(out[first].positions))]
             block = first if flat == whole else None
-        multiplied = max((sum(factors[c] for c in children) for children in below if children), default=1)
+        multiplied = max(
+            (sum(factors[c] for c in children) for children in below if children), default=1
+        )
         even = multiplied > _FACTORS
         factors |= dict.fromkeys(positions, 1 if even else multiplied)
         picks = () if block is not None else picks
@@ -99,43 +116,66 @@ def pooled(
         join: ``"diagonal"``: channel by channel; ``"full"``: all products of one channel of each child,
             the channel of the last child running fastest.
         dim: Axis of the channels.
-        scaled: Scale the running product by powers of two after every fourth factor, channel by channel,
-            so that a product of any number of moderate factors stays in the range of the dtype.
+        scaled: Under a diagonal join of more than four children, scale every factor by a power of two,
+            channel by channel, so that a product of any number of factors stays in the dtype's range.
 
     Returns:
         The product, and binary logarithms of its scale (channels of size 1), or ``None`` for no scale.
     """
+    if scaled and join == "diagonal" and len(parts) > _FACTORS:
+        return _wide_product(parts, dim)
     out = parts[0]
-    logs: Tensor | None = None
-    for k, part in enumerate(parts[1:], 1):
+    for part in parts[1:]:
         if join == "full":
             out = (out.unsqueeze(dim) * part.unsqueeze(dim - 1)).flatten(dim - 1, dim)
-            continue
-        out = out * part
-        if scaled and k % _FACTORS == 0 and k + 1 < len(parts):
-            out, more = _even(out, out.detach().abs())
-            logs = more if logs is None else logs + more
-    if logs is None:
-        return out, None
+        else:
+            out = out * part
+    return out, None
+
+
+def _wide_product(parts: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    out, logs = _even(parts[0], parts[0].detach().abs())
+    for k, part in enumerate(parts[1:], 1):
+        one, log = _even(part, part.detach().abs())
+        out, logs = out * one, logs + log
+        if k % _SCALED_FACTORS == 0:
+            out, log = _even(out, out.detach().abs())
+            logs = logs + log
     # only now do channels meet: what is far below the largest of them is lost in rounding anyway
-    alive = torch.where(out.detach() == 0, torch.full_like(logs, -1e9), logs)
-    top = alive.amax(dim, keepdim=True).clamp_min(-1e8)
-    return out * torch.exp2((logs - top).clamp_max(0)), top
+    dead = -torch.finfo(logs.dtype).max
+    top = torch.where(out.detach() == 0, dead, logs).amax(dim, keepdim=True)
+    top = torch.where(top == dead, logs.amax(dim, keepdim=True), top)
+    reach = math.log2(torch.finfo(logs.dtype).max) / 2
+    return out * torch.exp2((logs - top).clamp_max(reach)), top
 
 
-def rescaled(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+def rescaled(x: Tensor, dim: int = -1, *, filters: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Divide by the power of two below the largest magnitude along ``dim``: ``(x, binary logarithms)``.
 
     The scale is constant to autograd: what is multilinear does not depend on it.
+
+    Args:
+        x: Values.
+        dim: Axis of the channels.
+        filters: Divide by the power of two below their largest magnitude as well, so that what they make
+            of ``x`` is moderate.
     """
-    return _even(x, x.detach().abs().amax(dim, keepdim=True))
+    extra = None if filters is None else filters.detach().abs().flatten().amax(0)
+    return _even(x, x.detach().abs().amax(dim, keepdim=True), extra)
 
 
-def _even(x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    # within what the dtype can invert; zeros stay zeros on any scale
-    reach = torch.finfo(size.dtype).max / 4
-    log = size.clamp(1 / reach, reach).log2().floor()
+def _even(x: Tensor, size: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    log = _logarithm(size)
+    if extra is not None:
+        log = log + _logarithm(extra)
+    # within what the dtype can invert
+    reach = math.log2(torch.finfo(size.dtype).max) - 2
+    log = log.clamp(-reach, reach)
     return x * torch.exp2(-log), log
+
+
+def _logarithm(size: Tensor) -> Tensor:
+    return (size + (size == 0)).log2().floor()  # zeros keep their scale
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
+from tnreg.cnn import ConvNet, to_cnn
+from tnreg.errors import OptionError
 from tnreg.experiments.completion import in_units, mean_error, scaled_task
 from tnreg.experiments.folder import write_run
+from tnreg.export import export_onnx
 from tnreg.factorization import Factorization
 from tnreg.files import folder_written_whole
 from tnreg.fit import fit
@@ -41,6 +45,7 @@ _PICTURES = {
     "spectra.png": "Singular values at the nodes of the tree: the measured tensor and the learned one.",
     "slices.png": "Four slices of the tensor: what was observed, what was learned, what was measured.",
     "training.png": "Loss and test error along the training, and those of the CP baseline.",
+    "network.png": "The tree, and the convolutional network that the learned factorization is along it.",
 }
 
 
@@ -135,7 +140,12 @@ def run(
             "scale": scale,
             "seconds": time.perf_counter() - start,
         }
-        write_run(beside, config, found, in_units(model, scale), summary)
+        final = in_units(model, scale)
+        write_run(beside, config, found, final, summary)
+        net = to_cnn(final)
+        tell("the learned factorization as a convolutional network, layer by layer:")
+        tell(_side_by_side(tree.text(), repr(net)), markup=False)
+        tell(_exported(net, beside / "network.onnx"), markup=False)
         compared.save(beside / "trajectory-cp.npz")
         _draw(
             beside,
@@ -149,10 +159,12 @@ def run(
             measured,
             learned,
             errors,
+            net,
         )
         _write_report(beside, config, tensor.source, tree, summary)
     tell(
-        f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, model.safetensors, config.json"
+        f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, model.safetensors, "
+        "network.onnx, config.json"
     )
     tell(f"{time.perf_counter() - start:.0f} seconds")
     return summary
@@ -241,6 +253,7 @@ def _draw(
     measured: dict[Node, torch.Tensor],
     learned: dict[Node, torch.Tensor],
     errors: dict[str, float],
+    net: ConvNet,
 ) -> None:
     from matplotlib.figure import Figure
 
@@ -265,6 +278,12 @@ def _draw(
     plots.save_figure(both, folder / "spectra.png")
     plots.save_figure(_slices_figure(model, task, modes), folder / "slices.png")
     plots.save_figure(_training_figure(found, compared), folder / "training.png")
+
+    pair = Figure(figsize=(12, 4), layout="constrained")
+    left, right = pair.subplots(1, 2, width_ratios=[1, 1.6])
+    plots.tree(tree, left, labels={m: f"{m} {name}" for m, name in modes.items()})
+    plots.network(net, right)
+    plots.save_figure(pair, folder / "network.png")
 
 
 def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]) -> Any:
@@ -308,6 +327,21 @@ def _training_figure(found: Trajectory, compared: Trajectory) -> Any:
         ax.set_title(name)
         ax.legend()
     return drawn
+
+
+def _side_by_side(left: str, right: str) -> str:
+    """Two texts beside each other."""
+    both = list(itertools.zip_longest(left.splitlines(), right.splitlines(), fillvalue=""))
+    width = max(len(line) for line, _ in both) + 3
+    return "\n".join(f"{one:{width}s}{other}".rstrip() for one, other in both)
+
+
+def _exported(net: ConvNet, path: Path) -> str:
+    try:
+        export_onnx(net, path)
+    except OptionError as error:  # the extra is missing
+        return f"not exported: {error}"
+    return f"exported as {path.name}; onnxruntime gives the same values on fresh inputs"
 
 
 def _write_report(

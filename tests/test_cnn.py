@@ -1,0 +1,353 @@
+"""Factorizations as convolutional networks: equal values, equal gradients, and the way back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import zoo
+from hypothesis import HealthCheck, given, settings
+
+from tnreg import (
+    ConvNet,
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    from_cnn,
+    spectra,
+    to_cnn,
+)
+from tnreg.pooling import pooled
+
+ZOO = list(zoo.zoo())
+GRIDS = [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (3, 5), (6, 4), (7, 7)]
+WINDOWS = [(2, 2), (4, 4), (2, 4)]
+
+
+def assert_close(found, wanted, rtol=1e-12):
+    found, wanted = found.detach(), wanted.detach()
+    assert found.shape == wanted.shape
+    assert float((found - wanted).abs().max()) <= rtol * float(wanted.abs().max())
+
+
+def check_equal(model, net, features, images=None):
+    """Values, gradients node by node, and the weights on the way back."""
+    given = features if images is None else images
+    value = net(given)
+    assert_close(value, model(features))
+    model.zero_grad()
+    model(features).abs().square().sum().backward()
+    net.zero_grad()
+    net(given).abs().square().sum().backward()
+    for node, gradient in model.gradients.items():
+        if not net.share:
+            assert_close(net.gradients[node], gradient, 1e-11)
+    back = from_cnn(net)
+    assert back.network == model.network
+    for ours, theirs in zip(back.stacks, model.stacks, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("model", ZOO)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_network_is_the_factorization(model, scaled):
+    features = zoo.random_features(model.sizes, 5, model.dtype)
+    check_equal(model, to_cnn(model, scaled=scaled), features)
+
+
+@given(zoo.models())
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_network_is_the_factorization_random(model):
+    features = zoo.random_features(model.sizes, 3)
+    check_equal(model, to_cnn(model), features)
+    check_equal(model, to_cnn(model, scaled=True), features)
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_grids(shape, window):
+    """Images as (B, D, H, W), as (B, D, N) and as N tensors; ragged edges as well."""
+    tree = ModeTree.grid(shape, window)
+    random = torch.Generator().manual_seed(3)
+    model = Factorization(tree, 3, 4, std=0.7, dtype=torch.float64, generator=random)
+    images = torch.randn(4, 3, *shape, dtype=torch.float64, generator=random)
+    features = images.flatten(2).mT
+    net = to_cnn(model)
+    check_equal(model, net, features, images)
+    assert torch.equal(net(images), net(images.flatten(2)))
+    assert_close(net(list(features.unbind(1))), net(images))
+    assert net.grid in (shape, None)
+    if (window == (2, 2) and shape in ((4, 4), (4, 8), (8, 8))) or shape == (8, 8):
+        assert net.grid == shape
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_shared_filters_on_grids(shape, window, scaled):
+    tree = ModeTree.grid(shape, window)
+    random = torch.Generator().manual_seed(3)
+    net = ConvNet(
+        tree, 3, 4, share=True, std=0.7, dtype=torch.float64, generator=random, scaled=scaled
+    )
+    assert all(isinstance(conv, torch.nn.Conv2d) for conv in net.convs.values())
+    assert len(net.convs) == net.depth
+    model = from_cnn(net)
+    images = torch.randn(4, 3, *shape, dtype=torch.float64, generator=random)
+    assert_close(net(images), model(images.flatten(2).mT))
+    again = to_cnn(model, share=True, scaled=scaled)
+    check_equal(model, again, images.flatten(2).mT, images)
+    # the gradient of a shared filter is the sum over the nodes of its layer
+    net.zero_grad()
+    model.zero_grad()
+    net(images).sum().backward()
+    model(images.flatten(2).mT).sum().backward()
+    for layer in range(net.depth):
+        nodes = net.nodes_of(layer)
+        total = torch.stack([model.gradients[v] for v in nodes]).sum(0)
+        assert_close(net.gradients[nodes[0]], total, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        ModeTree.binary(8),
+        ModeTree.half(8),
+        ModeTree.star(5),
+        ModeTree.binary(7),
+        ModeTree.caterpillar(5),
+    ],
+    ids=["binary", "half", "star", "waiting", "caterpillar"],
+)
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+def test_shared_filters_on_sequences(tree, join):
+    net = ConvNet(tree, 3, 3, join=join, share=True, std=0.7, dtype=torch.float64)
+    x = torch.randn(6, 3, tree.order, dtype=torch.float64)
+    assert_close(net(x), from_cnn(net)(x.mT))
+    assert_close(net(list(x.unbind(2))), net(x))
+
+
+def test_shared_filters_need_equal_weights():
+    model = zoo.model_of(ModeTree.binary(4), sizes=(3, 3, 3, 3))
+    with pytest.raises(OptionError, match="nodes of height 0 differ in their weights, first"):
+        to_cnn(model, share=True)
+    with pytest.raises(OptionError, match="nodes of height 0 differ in their channels"):
+        to_cnn(zoo.model_of(ModeTree.binary(4)), share=True)
+    with pytest.raises(OptionError, match="nodes of height 0 differ in their channels"):
+        ConvNet(ModeTree.binary(4), (2, 3, 2, 3), 3, share=True)
+
+
+def test_conserved_quantity_of_shared_filters():
+    """Gradient flow conserves p |row|² - |column|² for filters shared over the p nodes of a window."""
+    tree = ModeTree.grid((4, 4))
+    net = ConvNet(tree, 3, 4, share=True, std=0.7, dtype=torch.float64,
+                  generator=torch.Generator().manual_seed(1))  # fmt: skip
+    x = torch.randn(9, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (net(x) - 1).square().mean().backward()
+    for layer in range(1, net.depth):
+        child, node = net.nodes_of(layer - 1)[0], net.nodes_of(layer)[0]
+        below, own = net.weights[child], net.weights[node]
+        g_below, g_own = net.gradients[child], net.gradients[node]
+        own, g_own = own.reshape(len(own), -1), g_own.reshape(len(g_own), -1)
+        rows, columns = (own * g_own).sum(1).detach(), (below * g_below).sum(0).detach()
+        assert_close(4 * rows, columns)
+        assert float((rows - columns).abs().max()) > 0.1 * float(
+            columns.abs().max()
+        )  # not without the 4
+
+
+def test_layers_nodes_and_channels():
+    model = zoo.model_of(ModeTree([[0, 3], [[1, 4], 2]]))
+    net, tree = to_cnn(model), model.tree
+    assert net.depth == 4 and net.nodes_of(0) == (0, 3, 1, 4, 2)
+    assert net.nodes_of(1) == ((0, 3), (1, 4)) and net.nodes_of(3) == (tree.root,)
+    for layer in range(net.depth):
+        assert all(net.layer_of(node) == layer for node in net.nodes_of(layer))
+    assert sorted(map(str, (v for k in range(4) for v in net.nodes_of(k)))) == sorted(
+        map(str, tree.nodes)
+    )
+    found = [node for _, _, nodes in net.layers() for node in nodes]
+    assert sorted(map(str, found)) == sorted(map(str, tree.nodes))
+    with pytest.raises(OptionError, match=r"layers are 0\.\.3, found 4"):
+        net.nodes_of(4)
+
+
+def test_a_local_component_is_a_pooled_channel():
+    """Without channel r at v the network is the factorization without the local component (v, r)."""
+    model = zoo.model_of(ModeTree.binary(4))
+    features = zoo.random_features(model.sizes, 5)
+    node, r = (0, 1), 1
+    net = to_cnn(model)
+    with torch.no_grad():
+        for child in model.tree.children(node):
+            model.weights[child][:, r] = 0
+        net.weights[node][r] = 0
+    assert_close(net(features), model(features))
+
+
+def test_reads_like_a_network():
+    text = repr(ConvNet(ModeTree.grid((4, 4)), 3, 8, outputs=10))
+    assert "layer 0  1x1 convolution                    16 nodes, 3 -> 8" in text
+    assert "layer 1  product pooling 2x2                4 nodes, 8 channels" in text
+    assert "layer 2  linear                             1 node, 8 -> 10" in text
+    assert "layer 1  identity                           1 node waiting" in repr(
+        to_cnn(zoo.model_of(ModeTree([[0, 3], [[1, 4], 2]])))
+    )
+    shared = repr(ConvNet(ModeTree.binary(4), 3, 8, share=True, join="full"))
+    assert (
+        "1x1 convolution, shared" in shared
+        and "all pairs, over 2" in shared
+        and "64 -> 8" in shared
+    )
+    assert "sum" in repr(ConvNet(ModeTree.star(3), 3, 8, root="ones"))
+
+
+@pytest.mark.parametrize("shape", ["star", "binary", "caterpillar", "grid"])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e12])
+def test_deep_products_in_single_precision(shape, share, magnitude):
+    """256 positions: values and gradients of magnitude 1 from factors far below or above 1."""
+    tree = ModeTree.grid((16, 16)) if shape == "grid" else getattr(ModeTree, shape)(256)
+    random = torch.Generator().manual_seed(0)
+    exact = ConvNet(tree, 3, 4, share=share, std=1.0, dtype=torch.float64, generator=random)
+    x = torch.randn(5, 3, 256, dtype=torch.float64, generator=random)
+    # the values' own size is taken out at the root, and half of every position's goes to the inputs
+    [name] = [name for name, join, _ in exact.layers() if join == "leaf"]
+    with torch.no_grad():  # values about 1, and weights that undo the magnitude of the inputs
+        value, log = exact.scaled_values(x)
+        whole = float((value.abs().log2() + log).mean())
+        exact.convs[name].weight *= 2.0 ** (-whole / 256) / magnitude
+    net = ConvNet(tree, 3, 4, share=share)
+    net.load_state_dict({key: value.float() for key, value in exact.state_dict().items()})
+    assert net.scaled
+    single = (magnitude * x).float().requires_grad_()
+    double = (magnitude * x).requires_grad_()
+    found, wanted = net(single), exact(double)
+    assert float(wanted.detach().abs().min()) > 1e-30 and float(wanted.detach().abs().max()) < 1e30
+    assert torch.allclose(found.double(), wanted, rtol=2e-3)
+    (found / found.detach()).sum().backward()
+    (wanted / wanted.detach()).sum().backward()
+    assert torch.isfinite(single.grad).all()
+    scale = float(double.grad.abs().max())
+    assert float((single.grad.double() - double.grad).abs().max()) <= 0.02 * scale
+
+
+def test_products_without_scales_do_underflow():
+    """What the scales are for: the same network without them loses the value."""
+    net = ConvNet(ModeTree.grid((8, 8)), 3, 4, std=0.02, generator=torch.Generator().manual_seed(0))
+    bare = to_cnn(from_cnn(net), scaled=False)
+    x = torch.randn(4, 3, 64)
+    value, log = net.scaled_values(x)
+    assert (value != 0).all() and bool((log < -200).all()) and bool((bare(x) == 0).all())
+
+
+def test_zeros_pass_through_scaled_products():
+    net = ConvNet(ModeTree.star(40), 2, 3, std=1.0, dtype=torch.float64)
+    x = torch.randn(3, 2, 40, dtype=torch.float64)
+    x[0, :, 7] = 0
+    x.requires_grad_()
+    value = net(x)
+    value.sum().backward()
+    assert value[0] == 0 and bool((value[1:] != 0).all())
+    # a product with one zero factor has a gradient at that factor
+    assert torch.isfinite(x.grad).all() and float(x.grad[0, :, 7].abs().max()) > 0
+    assert float(x.grad[0, :, 8].abs().max()) == 0
+
+
+def test_gradcheck_and_second_derivatives():
+    net = ConvNet(ModeTree.grid((4, 4)), 2, 3, std=0.7, dtype=torch.float64, share=True)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert net.scaled and torch.autograd.gradcheck(net, (x,))
+    assert torch.autograd.gradgradcheck(net, (x,), atol=1e-6)
+
+
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+def test_several_outputs_are_a_mode(join):
+    tree = ModeTree([[0, 1], [2, 3]])
+    net = ConvNet(tree, 3, 4, join=join, outputs=5, std=0.7, dtype=torch.float64)
+    model = from_cnn(net)
+    assert model.sizes == (3, 3, 3, 3, 5) and model.tree.parent(4) == model.tree.root
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    one_hot = torch.eye(5, dtype=torch.float64)
+    every = [model([*x.unbind(2), one_hot[c].expand(6, 5)]) for c in range(5)]
+    assert net(x).shape == (6, 5)
+    assert_close(net(x), torch.stack(every, 1))
+    again = to_cnn(model, classes=True)
+    assert again.tree == tree and torch.equal(again(x), net(x))
+    for node, weight in net.weights.items():
+        assert torch.equal(again.weights[node], weight)
+
+
+def test_classes_of_a_model_with_a_trained_root():
+    model = zoo.model_of(ModeTree([[0, 1], [2, 3], 4]), sizes=(3, 3, 3, 3, 5))
+    net = to_cnn(model, classes=True)
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    for c in range(5):
+        one_hot = torch.eye(5, dtype=torch.float64)[c].expand(6, 5)
+        assert_close(net(x)[:, c], model([*x.unbind(2), one_hot]))
+    with pytest.raises(OptionError, match="the last mode, 3, must be a leaf below the root"):
+        to_cnn(zoo.model_of(ModeTree.binary(4)), classes=True)
+
+
+def test_seen_as_a_factorization():
+    """Spectra of a network's weights, differentiable to its parameters."""
+    net = ConvNet(ModeTree.binary(4), 3, 4, std=0.7, dtype=torch.float64)
+    seen = net.as_factorization()
+    assert list(seen.parameters()) == []
+    for node, values in spectra(from_cnn(net)).items():
+        assert_close(spectra(seen)[node], values, 1e-10)
+    spectra(seen)[(0, 1)].sum().backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in net.parameters())
+
+
+def test_pooling_all_pairs_keeps_their_order():
+    a, b, c = torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 2)
+    found, log = pooled([a, b, c], "full")
+    assert log is None
+    assert torch.allclose(found, torch.einsum("bi,bj,bk->bijk", a, b, c).flatten(1))
+
+
+def test_wide_pooling_is_scaled_by_channel():
+    """Channels that leave the range on the way and come back: each has a scale of its own."""
+    parts = [torch.tensor([[1e-30, 1e30]]) for _ in range(20)]
+    parts += [torch.tensor([[1e30, 1e-30]]) for _ in range(20)]
+    found, log = pooled(parts, "diagonal", scaled=True)
+    value = found * torch.exp2(log)
+    assert torch.allclose(value, torch.ones(1, 2), rtol=1e-3)
+
+
+def test_what_is_refused():
+    net = ConvNet(ModeTree.grid((2, 2)), 3, 4)
+    with pytest.raises(ShapeError, match=r"found:    \(2, 3, 5\)\n  expected: \(B, 3, 4\) or"):
+        net(torch.zeros(2, 3, 5))
+    deep = ConvNet(ModeTree.grid((4, 4)), 3, 4)
+    with pytest.raises(ShapeError, match=r"\(B, 3, 16\) or \(B, 3, 4, 4\)"):
+        deep(torch.zeros(2, 3, 2, 8))
+    with pytest.raises(DataError, match="an empty batch"):
+        net(torch.zeros(0, 3, 4))
+    with pytest.raises(DataError, match=r"write x\.to\(net\.dtype\)"):
+        net(torch.zeros(2, 3, 4, dtype=torch.float64))
+    uneven = to_cnn(zoo.model_of(ModeTree.star(3)))
+    with pytest.raises(ShapeError, match=r"3 tensors \(B, D_n\) with D = \(2, 3, 5\)"):
+        uneven([torch.zeros(2, 2), torch.zeros(2, 3)])
+    with pytest.raises(OptionError, match="to_cnn takes a Factorization, found Linear"):
+        to_cnn(torch.nn.Linear(2, 2))
+    with pytest.raises(OptionError, match="from_cnn takes a ConvNet"):
+        from_cnn(torch.nn.Linear(2, 2))
+    with pytest.raises(OptionError, match="outputs must be an integer >= 1"):
+        ConvNet(ModeTree.star(3), 2, 2, outputs=0)
+    with pytest.raises(OptionError, match="several outputs need a root of their own"):
+        ConvNet(ModeTree.star(3), 2, 2, outputs=2, root="ones")
+
+
+def test_three_hundred_layers():
+    tree = ModeTree.caterpillar(300)
+    model = Factorization(tree, 2, 3, join="full", std=0.8, dtype=torch.float64)
+    x = torch.randn(2, 2, 300, dtype=torch.float64)
+    net = to_cnn(model)
+    value, log = net.scaled_values(x)
+    assert net.depth == 300 and torch.isfinite(value).all() and math.isfinite(float(log.sum()))
+    assert_close(net(x), model(x.mT), 1e-10)

@@ -1,0 +1,182 @@
+"""Image classifiers: template functions against their definitions, classes, shrinking, files."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import safetensors.torch
+import torch
+
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    DataError,
+    FileError,
+    ModeTree,
+    OptionError,
+    Representation,
+    ShapeError,
+    truncate,
+)
+
+F64 = torch.float64
+
+
+def classifier(kind="affine", share=False, scores="normalized", tree=None, **options):
+    random = torch.Generator().manual_seed(0)
+    tree = ModeTree.grid((4, 4)) if tree is None else tree
+    representation = Representation(3, kind=kind, dtype=F64, generator=random, **options)
+    net = ConvNet(tree, 3, 4, outputs=5, share=share, dtype=F64)
+    return ConvAC(representation, net, scores=scores).start_averaging_(generator=random)
+
+
+def images(count=6, channels=1, rows=4, columns=4):
+    random = torch.Generator().manual_seed(7)
+    return torch.rand(count, channels, rows, columns, dtype=F64, generator=random)
+
+
+def patches(x, rows, columns):
+    """(B, patches, channels * rows * columns) by plain loops."""
+    out = []
+    for r in range(0, x.shape[2], rows):
+        out += [
+            x[:, :, r : r + rows, c : c + columns].flatten(1) for c in range(0, x.shape[3], columns)
+        ]
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_templates_are_their_definitions(patch, channels):
+    x = images(channels=channels)
+    cut = patches(x, *patch)
+    options = {"patch": patch, "channels": channels, "dtype": F64}
+    shape = (6, 3, 4 // patch[0], 4 // patch[1])
+
+    def check(found, wanted):
+        assert found.shape == shape
+        assert torch.allclose(found.flatten(2).mT, wanted, rtol=1e-12)
+
+    affine = Representation(3, kind="affine", **options)
+    check(affine(x), torch.relu(cut @ affine.weight.T + affine.bias))
+    gaussian = Representation(3, kind="gaussian", **options)
+    away = (cut.unsqueeze(2) - gaussian.means).square().sum(-1)
+    check(gaussian(x), torch.exp(-away / (2 * gaussian.log_widths.exp() ** 2)))
+    mean = cut.mean(-1)
+    bins = Representation(3, kind="bins", **options)(x)
+    index = torch.clamp((mean * 3).long(), 0, 2)
+    check(bins, torch.nn.functional.one_hot(index, 3).to(F64))
+    angle = math.pi / 2 * mean
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    wanted = torch.stack([cos**2, math.sqrt(2) * cos * sin, sin**2], 2)
+    check(Representation(3, kind="sine", **options)(x), wanted)
+    # of norm 1 at every pixel
+    assert torch.allclose(wanted.square().sum(-1), torch.ones_like(mean))
+
+
+def test_fixed_templates_are_not_trained():
+    trained, fixed = Representation(3), Representation(3, trained=False)
+    assert all(p.requires_grad for p in trained.parameters())
+    assert not any(p.requires_grad for p in fixed.parameters())
+    assert list(Representation(3, kind="bins").parameters()) == []
+    assert "3 affine templates of 1x1 patches, fixed" in repr(fixed)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("kind", ["affine", "gaussian", "bins", "sine"])
+def test_scores_are_inner_products_with_the_tensor(kind, share):
+    """W_c contracted with the features of all patches, from the dense tensor; normalized or not."""
+    model = classifier(kind, share, scores="plain", tree=ModeTree.grid((2, 2)))
+    x = images(rows=2, columns=2)
+    features = model.representation(x).flatten(2)
+    dense = model.factorization().to_tensor()
+    wanted = torch.einsum("ba,bc,bd,be,acdek->bk", *features.unbind(2), dense)
+    assert torch.allclose(model(x), wanted, rtol=1e-10)
+    model.scores = "normalized"
+    size = wanted.square().mean(1, keepdim=True).sqrt()
+    assert torch.allclose(model(x), 5 * wanted / size, rtol=1e-10)
+
+
+def test_normalized_scores_are_finite_at_any_depth():
+    tree = ModeTree.grid((16, 16))
+    model = ConvAC(
+        Representation(2, kind="sine"), ConvNet(tree, 2, 4, outputs=3)
+    ).start_averaging_()
+    x = torch.rand(4, 1, 16, 16)
+    scores = model(x)
+    assert torch.allclose(scores.square().mean(1).sqrt(), torch.full((4,), 5.0), rtol=1e-4)
+    torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 2, 0])).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with torch.no_grad():
+        for conv in model.net.convs.values():
+            conv.weight.zero_()
+    assert bool((model(x) == 0).all())
+
+
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+def test_truncated_classifiers(join):
+    random = torch.Generator().manual_seed(0)
+    net = ConvNet(
+        ModeTree.grid((4, 4)), 3, 3, join=join, outputs=5, std=1.0, dtype=F64, generator=random
+    )
+    model = ConvAC(Representation(3, kind="sine"), net, scores="plain")
+    x = images()
+    exact = model.truncated()
+    assert torch.allclose(exact(x), model(x), rtol=1e-8)
+    assert set(exact.net.network.joins[i] for i in range(20, 21)) == {"full"}
+    smaller = model.truncated(rtol=0.3)
+    whole = model.factorization()
+    rounded = truncate(whole, rtol=0.3)
+    assert smaller.net.outputs == 5 and max(smaller.net.network.bonds) <= max(rounded.network.bonds)
+    assert torch.allclose(smaller.factorization().norm(), rounded.norm(), rtol=1e-10)
+    assert max(model.truncated(ranks=2).net.network.bonds[:-1]) <= 2
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("kind", ["affine", "gaussian", "bins", "sine"])
+def test_saved_and_loaded(tmp_path, kind, share):
+    model = classifier(kind, share, patch=(2, 1), tree=ModeTree.grid((2, 4)))
+    model.save(tmp_path / "model.safetensors")
+    again = ConvAC.load(tmp_path / "model.safetensors")
+    x = images()
+    assert torch.equal(again(x), model(x)) and again.net.tree == model.net.tree
+    assert again.representation.settings() == model.representation.settings()
+
+
+def test_files_that_are_no_classifiers(tmp_path):
+    with pytest.raises(FileError, match="no such model file"):
+        ConvAC.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(FileError, match="not a classifier: .*\n.*\n  expected: a safetensors file"):
+        ConvAC.load(tmp_path / "text")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(FileError, match="not a classifier"):
+        ConvAC.load(tmp_path / "other.safetensors")
+    model = classifier()
+    with torch.no_grad():
+        model.representation.bias[0] = math.nan
+    with pytest.raises(DataError, match=r"not saved: representation\.bias has NaN"):
+        model.save(tmp_path / "broken.safetensors")
+    assert not (tmp_path / "broken.safetensors").exists()
+
+
+def test_what_is_refused():
+    with pytest.raises(OptionError, match="unknown kind 'wavelet' of templates; there is affine"):
+        Representation(3, kind="wavelet")
+    with pytest.raises(OptionError, match="templates must be an integer >= 1"):
+        Representation(0)
+    with pytest.raises(OptionError, match="low < high, found 1"):
+        Representation(3, low=1.0, high=1.0)
+    with pytest.raises(OptionError, match=r"patch must be \(height, width\), found 2"):
+        Representation(3, patch=2)
+    with pytest.raises(ShapeError, match=r"expected: \(B, 1, a multiple of 2, a multiple of 2\)"):
+        Representation(3, patch=(2, 2))(torch.zeros(1, 1, 4, 5))
+    net = ConvNet(ModeTree.star(3), 2, 4)
+    with pytest.raises(OptionError, match="a classifier needs a net with outputs"):
+        ConvAC(Representation(2), net)
+    many = ConvNet(ModeTree.star(3), 2, 4, outputs=3)
+    with pytest.raises(ShapeError, match=r"3 templates do not fit input channels \{2\}"):
+        ConvAC(Representation(3), many)
+    with pytest.raises(OptionError, match="unknown scores 'log'"):
+        ConvAC(Representation(2), many, scores="log")

@@ -1,0 +1,218 @@
+"""Penalties on ranks: against their definitions, equal on a factorization and its network."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import zoo
+
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    EffectiveRankPenalty,
+    Factorization,
+    LocalComponentPenalty,
+    ModeTree,
+    OptionError,
+    Representation,
+    algebra,
+    dynamics,
+    effective_rank,
+    entanglement_entropy,
+    from_cnn,
+    hierarchical_rank,
+    spectra,
+    to_cnn,
+)
+
+PENALTIES = [
+    LocalComponentPenalty(),
+    LocalComponentPenalty(p=1.5),
+    LocalComponentPenalty(p=0.5, promote=True),
+    EffectiveRankPenalty(),
+    EffectiveRankPenalty("entropy", promote=True),
+]
+
+
+def component_sum(model, p):
+    """By loops over the weights."""
+    tree, weights, total = model.tree, model.weights, 0
+    for node in tree.interior:
+        if model.network.joins[tree.position(node)] != "diagonal":
+            continue
+        parts = [weights[c].reshape(-1, weights[c].shape[-1]).T for c in tree.children(node)]
+        if node in weights:
+            parts.append(weights[node].reshape(len(weights[node]), -1))
+        for vectors in zip(*parts, strict=True):
+            power = 2 / len(vectors) if p is None else p
+            total += math.prod(float(v.detach().norm()) for v in vectors) ** power
+    return total
+
+
+@pytest.mark.parametrize("model", [p for p in zoo.zoo() if "full" not in p.id])
+@pytest.mark.parametrize("p", [None, 1.5])
+def test_component_penalty_is_its_definition(model, p):
+    found = float(LocalComponentPenalty(p=p)(model).detach())
+    assert found == pytest.approx(component_sum(model, p), rel=1e-12)
+    promoted = LocalComponentPenalty(p=p, promote=True)(model)
+    assert float(promoted.detach()) == pytest.approx(-found)
+
+
+def test_rank_penalty_is_its_definition():
+    model = zoo.model_of(zoo.TREES["uneven"])
+    found = spectra(model)
+    wanted = sum(effective_rank(s) for s in found.values())
+    assert torch.allclose(EffectiveRankPenalty()(model), wanted)
+    some = {(0, 3): 2.0, 4: 0.5}
+    wanted = 2 * entanglement_entropy(found[(0, 3)]) + 0.5 * entanglement_entropy(found[4])
+    assert torch.allclose(EffectiveRankPenalty("entropy", weights=some)(model), wanted)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
+@pytest.mark.parametrize("name", ["htf-4", "uneven", "mixed-arity", "one-child", "cp-4"])
+def test_equal_on_the_network(penalty, name):
+    """The same value and the same gradients on a factorization and the CNN that it is."""
+    model = zoo.model_of(zoo.TREES[name])
+    net = to_cnn(model)
+    one, other = penalty(model), penalty(net)
+    one.backward()
+    other.backward()
+    assert torch.allclose(one, other, rtol=1e-12)
+    for node, gradient in model.gradients.items():
+        assert torch.allclose(net.gradients[node], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_on_classifiers_and_shared_filters():
+    net = ConvNet(ModeTree.grid((2, 4)), 3, 4, share=True, outputs=5, std=0.7, dtype=torch.float64)
+    model = from_cnn(net)
+    penalty = LocalComponentPenalty()
+    assert torch.allclose(penalty(net), penalty(model))
+    assert torch.equal(penalty(ConvAC(Representation(3), net)), penalty(net))
+    penalty(net).backward()
+    penalty(model).backward()
+    layer = net.nodes_of(1)
+    total = torch.stack([model.gradients[v] for v in layer]).sum(0)
+    assert torch.allclose(net.gradients[layer[0]], total)
+
+
+@pytest.mark.parametrize("p", [None, 1.0])
+def test_component_penalty_gradients(p):
+    model = zoo.model_of(zoo.TREES["htf-4"])
+
+    def value(*stacks):
+        return LocalComponentPenalty(p=p)(Factorization.viewing(model.network, stacks))
+
+    assert torch.autograd.gradcheck(value, tuple(s.detach().requires_grad_() for s in model.stacks))
+
+
+def test_dead_components_have_no_gradient():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    with torch.no_grad():
+        for node in ((0, 1), 0, 1):
+            model.weights[node].zero_()
+    LocalComponentPenalty()(model).backward()
+    assert all(torch.isfinite(g).all() for g in model.gradients.values())
+    assert float(model.gradients[(0, 1)].abs().max()) == 0
+
+
+def test_products_of_many_norms_stay_in_range():
+    """65 vectors of norm 1e8 each: their product leaves the range of float32, its 2/65th power does not."""
+    model = Factorization(ModeTree.star(64), 2, 3)
+    with torch.no_grad():
+        for stack in model.stacks:
+            stack.fill_(1e8)
+    norms = torch.tensor([math.log(1e8 * math.sqrt(2))] * 64 + [math.log(1e8)]).sum()
+    wanted = 3 * math.exp(2 / 65 * float(norms))
+    assert float(LocalComponentPenalty()(model).detach()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_weights_by_node_and_by_layer():
+    model = zoo.model_of(zoo.TREES["uneven"])
+    sigma = model.local_components()
+    found = LocalComponentPenalty(p=1, weights={(0, 3): 2.0})(model)
+    assert torch.allclose(found, 2 * sigma[(0, 3)].sum())
+    by_layer = LocalComponentPenalty(p=1, weights={1: 0.5})(model)
+    assert torch.allclose(by_layer, 0.5 * (sigma[(0, 3)].sum() + sigma[(1, 4)].sum()))
+
+
+def test_training_on_it_changes_the_rank():
+    """Fitted with the penalty the effective rank falls; with promote it rises."""
+    target = zoo.model_of(ModeTree.binary(4), sizes=(5, 5, 5, 5))
+    dense = target.to_tensor().detach()
+    dense = dense / dense.norm()
+    found = {}
+    for name, penalty in {
+        "none": None,
+        "low": LocalComponentPenalty(),
+        "high": LocalComponentPenalty(promote=True),
+    }.items():
+        model = Factorization(ModeTree.binary(4), 5, 5, std=0.4, dtype=torch.float64,
+                              generator=torch.Generator().manual_seed(0))  # fmt: skip
+        adam = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(300):
+            loss = (model.to_tensor() - dense).square().sum()
+            loss = loss + (0.003 * penalty(model) if penalty is not None else 0)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        found[name] = float(effective_rank(spectra(model)[(0, 1)].detach()))
+    assert found["low"] < found["none"] - 0.05 and found["high"] > found["none"] + 0.05
+
+
+def test_what_is_refused():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    with pytest.raises(OptionError, match="p must be a number > 0"):
+        LocalComponentPenalty(p=0)
+    with pytest.raises(OptionError, match="eps must be a number > 0"):
+        LocalComponentPenalty(eps=0)
+    with pytest.raises(OptionError, match="full joins have no local components"):
+        LocalComponentPenalty()(zoo.model_of(zoo.TREES["htf-4"], "full"))
+    with pytest.raises(OptionError, match=r"nothing to weigh at \(0, 2\)"):
+        LocalComponentPenalty(weights={(0, 2): 1.0})(model)
+    with pytest.raises(OptionError, match="nothing to weigh at 3.*\n.*heights \\[1, 2\\]"):
+        LocalComponentPenalty(weights={3: 1.0})(model)
+    with pytest.raises(
+        OptionError, match="unknown kind 'rank'; write 'effective_rank' or 'entropy'"
+    ):
+        EffectiveRankPenalty("rank")
+    with pytest.raises(
+        OptionError, match="found Linear.\n  for any network: tnreg.InputGradientChange"
+    ):
+        LocalComponentPenalty()(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["htf-4", "uneven", "mixed-arity", "cp-4", "matrix", "one-child"])
+@pytest.mark.parametrize("root", ["trained", "ones"])
+def test_dropped_components(name, root):
+    """Smaller bonds; the same tensor as with them zeroed; within the bound of law 6, which is tighter."""
+    model = zoo.model_of(zoo.TREES[name], root=root)
+    found = dynamics.drop_components(model, 1)
+    kept = dynamics.keep_components(model, 1)
+    assert max(found.network.bonds[:-1]) == 1
+    assert torch.allclose(found.to_tensor(), kept.to_tensor(), rtol=1e-12)
+    error = float(algebra.subtract(model, found).norm().detach())
+    wider = float(dynamics.distance_bound(model, 1).detach())
+    assert error <= found.error_bound * (1 + 1e-12) <= wider * (1 + 1e-9)
+    assert set(hierarchical_rank(found).values()) == {1}
+
+
+def test_dropped_by_share():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    sigma = model.local_components()
+    found = dynamics.drop_components(model, below=0.5)
+    for node in model.tree.interior:
+        count = int((sigma[node] >= 0.5 * sigma[node].max()).sum())
+        assert {found.network.bonds[model.tree.position(c)] for c in model.tree.children(node)} == {
+            count
+        }
+    same = dynamics.drop_components(model, below=0.0)
+    assert same.network == model.network and same.error_bound == 0
+    assert dynamics.drop_components(model, 0).network.bonds[0] == 1  # a node needs one
+    with pytest.raises(OptionError, match="give either ranks or below"):
+        dynamics.drop_components(model)
+    with pytest.raises(OptionError, match=r"below must be in \[0, 1\), found 1"):
+        dynamics.drop_components(model, below=1)
+    with pytest.raises(OptionError, match="full joins have no local components"):
+        dynamics.drop_components(zoo.model_of(zoo.TREES["htf-4"], "full"), 1)

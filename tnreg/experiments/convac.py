@@ -1,0 +1,354 @@
+"""Digits classified by the network that a tree is, on three trees; then shrunk; then run by onnxruntime.
+
+scikit-learn's 8x8 digits, one pixel a patch. The quad tree pools neighbouring pixels first, the mirrored
+one a pixel with its mirror image, the random one pixels drawn by chance: which dependencies are cheap for
+a network of that depth is decided by the tree (Cohen and Shashua 2017, arXiv:1605.06743). Every classifier
+is trained from several seeds, each of which also splits the images; beside it stands logistic regression
+on the same split. The classifier of the first seed is then truncated at several tolerances, thinned by
+dropping small local components, and exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tnreg
+from tnreg import algebra, plots
+from tnreg.cnn import ConvNet
+from tnreg.convac import ConvAC, Representation
+from tnreg.dynamics import drop_components
+from tnreg.errors import FileError, OptionError
+from tnreg.export import export_onnx
+from tnreg.files import folder_written_whole
+from tnreg.plots import save_figure
+from tnreg.tree import ModeTree, read_tree
+
+__all__ = ["Config", "figure", "run", "tree_of"]
+
+_SIDE = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one comparison; chosen on seed 0.
+
+    Attributes:
+        trees: ``quad``, ``mirrored``, ``random``, or what ``tnreg tree`` reads, over 64 pixels.
+        channels: Size of every bond.
+        templates: Template functions per pixel.
+        kind: Their kind.
+        epochs: Passes over the training images.
+        batch: Images in an update.
+        lr: Learning rate of Adam.
+        std: Spread of the initial filters around averaging.
+        test: Share of the images that test.
+        seeds: Each draws a split, a random tree and initial filters.
+        rtols: Relative errors of the truncated tensors.
+        thin: Local components below these shares of the largest at their node are dropped.
+        device: Torch device.
+    """
+
+    trees: tuple[str, ...] = ("quad", "mirrored", "random")
+    channels: int = 16
+    templates: int = 2
+    kind: str = "sine"
+    epochs: int = 40
+    batch: int = 64
+    lr: float = 1e-2
+    std: float = 1.0
+    test: float = 1 / 3
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    rtols: tuple[float, ...] = (0.3, 0.1, 0.03)
+    thin: tuple[float, ...] = (0.01, 0.1, 0.3)
+    device: str = "cpu"
+
+
+tiny = Config(
+    trees=("quad", "random"), channels=3, epochs=1, seeds=(1, 2), rtols=(0.5,), thin=(0.5,)
+)
+
+
+def run(
+    config: Config, folder: str | Path, *, progress: bool = False, onnx: bool = True
+) -> dict[str, Any]:
+    """Train, shrink, export, draw, and return the summary.
+
+    Args:
+        config: Settings.
+        folder: Where ``config.json``, the classifiers and the picture go; it appears as a whole.
+        progress: Show a progress bar.
+        onnx: Export the first seed's classifiers and compare onnxruntime's decisions with them (needs the
+            extra ``onnx``).
+
+    Raises:
+        OptionError: No trees or seeds, or scikit-learn is missing.
+    """
+    if not config.trees or not config.seeds:
+        raise OptionError("convac: give at least one tree and one seed.")
+    images, labels = _digits(config.device)
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    smaller: list[dict[str, Any]] = []
+    with folder_written_whole(folder) as beside, _bar(config, progress) as advance:
+        for seed in config.seeds:
+            random = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(images), generator=random)
+            first = round(len(images) * config.test)
+            split = _Split(images, labels, order[first:], order[:first])
+            rows.append({"seed": seed, "model": "logistic regression", **_logistic(split)})
+            for name in config.trees:
+                began = time.perf_counter()
+                model = _trained(tree_of(name, seed), config, split, seed, advance)
+                rows.append(
+                    {
+                        "seed": seed,
+                        "model": name,
+                        "train": split.accuracy(model, train=True),
+                        "test": split.accuracy(model),
+                        "weights": _size(model),
+                        "seconds": time.perf_counter() - began,
+                    }
+                )
+                if seed == config.seeds[0]:
+                    model.save(beside / f"{name}.safetensors")
+                    smaller += [{"model": name, **row} for row in _shrunk(model, config, split)]
+                    if onnx:
+                        rows[-1]["equal decisions in onnxruntime"] = _by_onnxruntime(
+                            model, beside / f"{name}.onnx", split
+                        )
+        summary = {
+            "accuracy": rows,
+            "mean and spread": _means(rows),
+            "smaller": smaller,
+            "seconds": time.perf_counter() - start,
+        }
+        about = {
+            "tnreg": tnreg.__version__,
+            "torch": torch.__version__,
+            "experiment": "convac",
+            "config": dataclasses.asdict(config),
+            "summary": summary,
+        }
+        (beside / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        figure(beside)
+    return summary
+
+
+def tree_of(name: str, seed: int = 0) -> ModeTree:
+    """A tree over the 64 pixels by its name: three levels of four children each, or one of your own."""
+    pixels = np.arange(_SIDE**2).reshape(_SIDE, _SIDE)
+    if name == "mirrored":  # a column beside its mirror image
+        half = np.arange(_SIDE // 2)
+        pixels = pixels[:, np.stack([half, _SIDE - 1 - half], 1).reshape(-1)]
+    elif name == "random":
+        pixels = np.random.default_rng(seed).permutation(pixels.reshape(-1)).reshape(_SIDE, _SIDE)
+    elif name != "quad":
+        tree = read_tree(name)
+        if tree.order != _SIDE**2:
+            raise OptionError(
+                f"the digits have {_SIDE**2} pixels, the tree {name!r} {tree.order} modes."
+            )
+        return tree
+    level: list[list[Any]] = [[int(p) for p in row] for row in pixels]
+    while len(level) > 1:
+        level = [
+            [[*level[r][c : c + 2], *level[r + 1][c : c + 2]] for c in range(0, len(level), 2)]
+            for r in range(0, len(level), 2)
+        ]
+    return ModeTree(level[0][0])
+
+
+@dataclass(frozen=True)
+class _Split:
+    images: Tensor
+    labels: Tensor
+    train: Tensor
+    test: Tensor
+
+    @torch.no_grad()
+    def accuracy(self, model: Callable[[Tensor], Tensor], *, train: bool = False) -> float:
+        """Share of right decisions on the test images, or on the training images."""
+        chosen = self.train if train else self.test
+        found = model(self.images[chosen]).argmax(1)
+        return float((found == self.labels[chosen]).double().mean())
+
+
+def _digits(device: str) -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise OptionError("scikit-learn is missing: pip install 'tnreg[images]'") from None
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, _SIDE, _SIDE)
+    return images.to(device), torch.tensor(labels).to(device)
+
+
+def _logistic(split: _Split) -> dict[str, Any]:
+    from sklearn.linear_model import LogisticRegression
+
+    flat, labels = split.images.flatten(1).cpu().numpy(), split.labels.cpu().numpy()
+    train, test = split.train.numpy(), split.test.numpy()
+    began = time.perf_counter()
+    model = LogisticRegression(max_iter=2000).fit(flat[train], labels[train])
+    return {
+        "train": float(model.score(flat[train], labels[train])),
+        "test": float(model.score(flat[test], labels[test])),
+        "weights": int(model.coef_.size + model.intercept_.size),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _trained(
+    tree: ModeTree, config: Config, split: _Split, seed: int, advance: Callable[[], None]
+) -> ConvAC:
+    random = torch.Generator().manual_seed(seed)
+    representation = Representation(config.templates, kind=config.kind, generator=random)
+    net = ConvNet(tree, config.templates, config.channels, outputs=10)
+    model = ConvAC(representation, net).start_averaging_(std=config.std, generator=random)
+    model = model.to(config.device)
+    adam = torch.optim.Adam(model.parameters(), lr=config.lr)
+    for _ in range(config.epochs):
+        order = split.train[torch.randperm(len(split.train), generator=random)]
+        for part in torch.split(order, config.batch):
+            scores = model(split.images[part])
+            loss = torch.nn.functional.cross_entropy(scores, split.labels[part])
+            adam.zero_grad()
+            torch.autograd.backward(loss)
+            adam.step()
+        advance()
+    return model
+
+
+def _shrunk(model: ConvAC, config: Config, split: _Split) -> list[dict[str, Any]]:
+    """Accuracy and weights after truncation and after dropping components, on the test images."""
+    whole = model.factorization().double()
+    norm = float(whole.norm().detach())
+    out: list[dict[str, Any]] = []
+    for rtol in config.rtols:
+        found = tnreg.truncate(whole, rtol=rtol)
+        out.append({"how": "truncated", "asked": rtol, **_judged(model, whole, found, norm, split)})
+    for share in config.thin:
+        found = drop_components(whole, below=share)
+        row = {"how": "thinned", "asked": share, **_judged(model, whole, found, norm, split)}
+        out.append(row)
+    return out
+
+
+def _judged(model: ConvAC, whole: Any, found: Any, norm: float, split: _Split) -> dict[str, Any]:
+    smaller = model.with_factorization(found)
+    error = float(algebra.subtract(whole, found).norm().detach())
+    return {
+        "error": error / norm,
+        "bound": (found.error_bound or 0.0) / norm,
+        "test": split.accuracy(smaller),
+        "weights": _size(smaller),
+        "largest bond": max(found.network.bonds[:-1]),
+    }
+
+
+def _by_onnxruntime(model: ConvAC, path: Path, split: _Split) -> float:
+    """Share of test images on which the exported file decides as the classifier does."""
+    example = split.images[:2].cpu()
+    export_onnx(model, path, example=example)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {"x": split.images[split.test].cpu().numpy()})
+    with torch.no_grad():
+        ours = model(split.images[split.test]).argmax(1).cpu().numpy()
+    return float((found.argmax(1) == ours).mean())
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """``{model: [mean, standard deviation over seeds]}`` of the test accuracy."""
+    out: dict[str, list[float]] = {}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        values = [row["test"] for row in rows if row["model"] == name]
+        out[name] = [
+            float(np.mean(values)),
+            float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        ]
+    return out
+
+
+def _size(model: ConvAC) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+class _bar:
+    """A progress bar over epochs; entered, it gives the function that advances it."""
+
+    def __init__(self, config: Config, progress: bool) -> None:
+        self.total = len(config.seeds) * len(config.trees) * config.epochs
+        self.progress = progress
+
+    def __enter__(self) -> Callable[[], None]:
+        self._shown: Any = None
+        if not self.progress:
+            return lambda: None
+        from rich.progress import Progress
+
+        self._shown = Progress()
+        self._shown.start()
+        task = self._shown.add_task("training", total=self.total)
+        return lambda: self._shown.advance(task)
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+
+
+def figure(folder: str | Path, png: str | Path | None = None) -> Path:
+    """Draw a tree and its network, accuracies by tree, and accuracy against weights when shrunk.
+
+    Into ``convac.png`` of the folder, or another file.
+    """
+    from matplotlib.figure import Figure
+
+    place = Path(folder)
+    try:
+        about = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        summary, name = about["summary"], about["config"]["trees"][0]
+        model = ConvAC.load(place / f"{name}.safetensors")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"not a convac run: {place}\n  {type(error).__name__}: {error}") from None
+    drawn = Figure(figsize=(13, 7.5), layout="constrained")
+    upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
+    left, right = upper.subplots(1, 2, width_ratios=[1, 1.2])
+    leaves = model.net.tree.leaves
+    plots.tree(model.net.tree, left, labels=dict.fromkeys(leaves, "") if len(leaves) > 32 else None)
+    left.set_title(f"{name} tree over the pixels")
+    plots.network(model.net, right)
+    right.set_title("the network that it is")
+    first, second = lower.subplots(1, 2, width_ratios=[1, 1.2])
+    means = summary["mean and spread"]
+    plots.bars({k: 100 * v[0] for k, v in means.items()}, first, unit="test accuracy, %")
+    first.errorbar([100 * v[0] for v in means.values()], range(len(means)),
+                   xerr=[100 * v[1] for v in means.values()], fmt="none", color="0.2")  # fmt: skip
+    low = min(100 * (v[0] - 2 * v[1]) for v in means.values())
+    first.set_xlim(max(0, math.floor(low / 5) * 5 - 5), 100)
+    first.set_title(f"mean and standard deviation over {len(about['config']['seeds'])} seeds")
+    for how, mark in (("truncated", "o"), ("thinned", "s")):
+        for k, tree in enumerate(about["config"]["trees"]):
+            some = [r for r in summary["smaller"] if r["how"] == how and r["model"] == tree]
+            second.plot([r["weights"] for r in some], [100 * r["test"] for r in some], marker=mark,
+                        color=f"C{k}", ls="-" if how == "truncated" else ":",
+                        label=f"{tree}, {how}")  # fmt: skip
+    second.set_xscale("log")
+    second.set_xlabel("weights")
+    second.set_ylabel("test accuracy, %")
+    second.axvline(_size(model), color="0.7", lw=1)
+    second.set_title("shrunk (grey: weights as trained)")
+    second.legend(fontsize=7)
+    return save_figure(drawn, png or place / "convac.png")
