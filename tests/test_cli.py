@@ -96,9 +96,17 @@ def test_decompose(capsys, tensor, tmp_path):
     ranks = {row[1].strip(): int(row[3]) for row in rows}
     nodes = zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True)
     assert ranks == {str(node): bond for node, bond in nodes}
-    zoo.model_of(ModeTree.binary(4)).save(tmp_path / "wide.safetensors")
-    code, said, _ = call(capsys, "decompose", str(tmp_path / "wide.safetensors"), "--ranks", "1")
-    assert code == 0 and "bound" in said and "reached" not in said
+    wide = zoo.model_of(ModeTree.binary(4))
+    wide.save(tmp_path / "wide.safetensors")
+    rounded = str(tmp_path / "rounded.safetensors")
+    code, said, _ = call(
+        capsys, "decompose", str(tmp_path / "wide.safetensors"), "--ranks", "1", "--out", rounded
+    )
+    assert code == 0 and "bound" in said
+    reached = float(re.search(r"reached (\S+)", said).group(1))
+    found, whole = load(rounded).to_tensor(), wide.to_tensor().detach()
+    error = ((found - whole).norm() / whole.norm()).item()
+    assert reached == pytest.approx(error, rel=1e-3)
     code, said, _ = call(capsys, "decompose", tensor, "--randomized", "--rtol", "1e-9")
     assert code == 0 and "asked 1e-09" in said
 
@@ -225,9 +233,45 @@ def test_exit_codes(capsys, tmp_path, monkeypatch, arguments, code, message):
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
+def test_export(capsys, tmp_path):
+    model = zoo.model_of(ModeTree([[0, 1], [2, 3], 4]), sizes=(3, 3, 3, 3, 5))
+    model.save(tmp_path / "m.safetensors")
+    code, out, err = call(capsys, "export", str(tmp_path / "m.safetensors"), "--format", "pt2")
+    assert code == 0, err
+    assert "1x1 convolution" in out and "values checked" in out
+    x = [torch.randn(6, size, dtype=torch.float64) for size in model.sizes]
+    loaded = torch.export.load(tmp_path / "m.pt2").module()
+    assert torch.allclose(loaded(x), model(x))
+    target = str(tmp_path / "net.safetensors")
+    options = ("--classes", "--format", "state", "--out", target)
+    code, out, err = call(capsys, "export", str(tmp_path / "m.safetensors"), *options)
+    assert code == 0 and "-> 5" in out and (tmp_path / "net.safetensors").exists(), err
+    code, _, err = call(capsys, "export", str(tmp_path / "m.safetensors"), "--share")
+    assert code == 1 and "share=True: the nodes of height" in err
+    code, _, err = call(capsys, "export", str(tmp_path / "none.safetensors"))
+    assert code == 1 and "no such model file" in err
+
+
+def test_run_convac(capsys, tmp_path):
+    folder = str(tmp_path / "run")
+    options = ("--trees", "quad", "--channels", "3", "--epochs", "1", "--seeds", "1", "--rtols", "0.5",
+               "--thin", "0.5", "--out", folder, "--no-progress")  # fmt: skip
+    code, out, err = call(capsys, "run", "convac", *options)
+    assert code == 0, err
+    assert "logistic" in out and "truncated" in out and "100 %" in out
+    code, out, err = call(capsys, "plot", folder, "--png", str(tmp_path / "p.png"))
+    assert code == 0 and (tmp_path / "p.png").exists(), err
+    code, out, err = call(
+        capsys, "export", str(tmp_path / "run" / "quad.safetensors"), "--format", "state"
+    )
+    assert code == 0 and (tmp_path / "run" / "quad.network.safetensors").exists(), err
+
+
 @pytest.mark.parametrize(
     "command",
-    "tree,rank,decompose,fit,plot,demo,run,run dynamics,run init-scale".split(","),
+    "tree,rank,decompose,fit,export,plot,demo,run,run dynamics,run init-scale,run convac".split(
+        ","
+    ),
 )
 def test_every_option_is_explained(capsys, command):
     code, out, _ = call(capsys, *command.split(), "--help")

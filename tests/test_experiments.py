@@ -53,7 +53,10 @@ def test_demo(tmp_path):
     summary = demo.run(demo.tiny, tmp_path / "demo", console=Console(file=text, width=100))
     said = text.getvalue()
     pieces = ["{ligand, dose}", "measured tensor (192 missing", "learned tensor", "effective rank"]
-    pieces += ["layer 1  product pooling over 2", "exported as network.onnx; onnxruntime gives the same"]
+    pieces += [
+        "layer 1  product pooling over 2",
+        "exported as network.onnx; onnxruntime gives the same",
+    ]
     for piece in [*pieces, "error on unseen entries", "CP of"]:
         assert piece in said
     assert list(summary["test error"]) == [

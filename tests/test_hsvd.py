@@ -25,7 +25,7 @@ from tnreg import (
 )
 
 TOLERANCES = [None, 0.0, 1e-12, 1e-6, 1e-2, 0.3, 0.9]
-DTYPES = [torch.float64, torch.complex128, torch.float32]
+DTYPES = [torch.float64, torch.complex128, torch.float32, torch.complex64]
 
 
 def random_tensor(sizes, dtype=torch.float64, seed=0):

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from tnreg import ModeTree, OptionError, Trajectory, decompose, plots, spectra
+from tnreg import ConvNet, ModeTree, OptionError, Trajectory, decompose, plots, spectra, to_cnn
 
 
 @pytest.fixture
@@ -97,3 +97,39 @@ def test_decomposition_shows_ranks_and_budget():
     assert len(texts) == len(tree.nodes) - 1 and len(left.lines) >= len(texts)
     assert sorted(int(t.split(",")[0]) for t in texts) == sorted(model.network.bonds[:-1])
     assert any(float(t.split("cut ")[1]) > 0 for t in texts)
+
+
+def test_network_shows_every_layer():
+    net = ConvNet(ModeTree.grid((4, 4)), 3, 8, outputs=10)
+    ax = plots.network(net)
+    said = [text.get_text() for text in ax.texts]
+    for piece in (
+        "input",
+        "layer 0",
+        "layer 2",
+        "16 × 3",
+        "16 × 8",
+        "4 × 8",
+        "1 × 8",
+        "1 × 10",
+        "linear",
+    ):
+        assert piece in said
+    full = plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full"))
+    assert "1 × 27" in [text.get_text() for text in full.texts]
+    assert len(ax.patches) == 1 + 3 + 2  # input, convolutions, poolings
+
+
+def test_component_frames_its_filters():
+    net = to_cnn(zoo.model_of(ModeTree.binary(4)))
+    left, right = plots.component(net, (0, 1), 1)
+    frames = [(p.get_xy(), p.get_width(), p.get_height()) for p in right.patches]
+    rows, bond = net.weights[0].shape
+    assert frames[0] == ((1.0, -rows), 1, rows)  # column 1 of the first child's filters
+    assert frames[2][1:] == (net.weights[(0, 1)].shape[1], 1) and frames[2][0][1] == -2
+    assert len(right.images) == 3
+    assert "{0,1}" in left.get_title()
+    with pytest.raises(OptionError, match=f"has {bond} local components, found number 9"):
+        plots.component(net, (0, 1), 9)
+    with pytest.raises(OptionError, match="node 0 has 0 local components"):
+        plots.component(net, 0)

@@ -166,11 +166,57 @@ def real_table():
     return "\n".join(lines)
 
 
+def convac_summary():
+    return json.loads((ROOT / "benchmarks/results/convac-cpu.json").read_text())["summary"]
+
+
+def convac_table():
+    lines = ["| classifier | test accuracy, % | training, % | weights | equal in onnxruntime |"]
+    lines.append("|---|---|---|---|---|")
+    found = convac_summary()
+    for name, (mean, spread) in found["mean and spread"].items():
+        rows = [row for row in found["accuracy"] if row["model"] == name]
+        equal = rows[0].get("equal decisions in onnxruntime")
+        train = sum(row["train"] for row in rows) / len(rows)
+        shown = "" if equal is None else f"{100 * equal:.0f} %"
+        lines.append(
+            f"| {name} | {100 * mean:.1f} ± {100 * spread:.1f} | {100 * train:.1f} "
+            f"| {rows[0]['weights']:,} | {shown} |"
+        )
+    return "\n".join(lines)
+
+
+def shrunk_table():
+    lines = ["| tree | how | asked | error | bound | test accuracy, % | weights | largest bond |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    lines += [
+        f"| {r['model']} | {r['how']} | {r['asked']:g} | {r['error']:.3f} | {r['bound']:.3g} "
+        f"| {100 * r['test']:.1f} | {r['weights']:,} | {r['largest bond']} |"
+        for r in convac_summary()["smaller"]
+    ]
+    return "\n".join(lines)
+
+
+def cnn_table():
+    found = json.loads((ROOT / "benchmarks/results/cnn-cpu.json").read_text())["milliseconds"]
+    lines = ["| network | ms | hand-written | ratio |", "|---|---|---|---|"]
+    for block, rows in found.items():
+        for name, time in rows.items():
+            if name != "hand-written":
+                what = block + ("" if name == "tnreg" else ", without scales")
+                other = rows["hand-written"]
+                lines.append(f"| {what} | {time:.2f} | {other:.2f} | {time / other:.2f} |")
+    return "\n".join(lines)
+
+
 def test_docs_tables_are_the_committed_results():
     page = (ROOT / "docs/dynamics.md").read_text(encoding="utf-8")
     assert dynamics_table() in page and cost_table() in page
     page = (ROOT / "docs/decompose.md").read_text(encoding="utf-8")
     for table in (decompose_table(), factored_table(), spectra_table(), real_table()):
+        assert table in page
+    page = (ROOT / "docs/cnn.md").read_text(encoding="utf-8")
+    for table in (convac_table(), shrunk_table(), cnn_table()):
         assert table in page
 
 
@@ -320,6 +366,9 @@ if __name__ == "__main__":
         ("decompose", "FACTORED_TABLE", "| order/rank | ", factored_table()),
         ("decompose", "SPECTRA_TABLE", "| dense tensor | ", spectra_table()),
         ("decompose", "REAL_TABLE", "| tensor, asked | ", real_table()),
+        ("cnn", "CONVAC_TABLE", "| classifier | ", convac_table()),
+        ("cnn", "SHRUNK_TABLE", "| tree | how ", shrunk_table()),
+        ("cnn", "CNN_TABLE", "| network | ms ", cnn_table()),
     ):
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         page = re.sub(

@@ -22,6 +22,7 @@ from tnreg.cnn import ConvNet, from_cnn, to_cnn
 from tnreg.convac import ConvAC, Representation
 from tnreg.export import export_onnx, export_pt2, export_state
 from tnreg.penalties import EffectiveRankPenalty, LocalComponentPenalty
+from tnreg.grids import grid_tensor
 from tnreg import algebra, convert, dynamics, plots
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
     "load_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
     # convolutional networks
     "ConvNet", "to_cnn", "from_cnn", "ConvAC", "Representation", "export_onnx", "export_pt2", "export_state",
-    "LocalComponentPenalty", "EffectiveRankPenalty",
+    "LocalComponentPenalty", "EffectiveRankPenalty", "grid_tensor",
     # theory, pictures and errors
     "dynamics", "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from tnreg import (
     ConvNet,
     ModeTree,
     Trajectory,
+    algebra,
     effective_rank,
     entanglement_entropy,
     export_onnx,
@@ -197,10 +198,12 @@ def decompose(
     bound = (found.error_bound or 0.0) / norm if norm > 0 else 0.0
     console.print(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
     asked = f"relative error: asked {rtol:g}, bound {bound:.4g}"
-    if along is not None:
-        with torch.no_grad():
+    with torch.no_grad():
+        if along is not None:
             reached = float(torch.linalg.vector_norm(found.to_tensor() - subject))
-        asked += f", reached {reached / norm if norm > 0 else 0.0:.4g}"
+        else:  # in orthonormal frames: inner products would lose what is below 1e-8 of the norm
+            reached = truncate(algebra.subtract(found, subject)).norm().item()
+    asked += f", reached {reached / norm if norm > 0 else 0.0:.4g}"
     console.print(asked)
     if out is not None:
         found.save(out)
@@ -337,7 +340,7 @@ def _convac_tables(summary: dict[str, Any]) -> list[Table]:
         title="digits, test accuracy: mean and standard deviation over seeds",
         title_justify="left",
     )
-    for head in ("test", "train", "weights", "seconds", "equal in onnxruntime"):
+    for head in ("test", "train", "weights", "seconds", "equal in onnx"):
         first.add_column(head, justify="right")
     for name, (mean, spread) in summary["mean and spread"].items():
         rows = [row for row in summary["accuracy"] if row["model"] == name]

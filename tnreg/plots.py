@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bars",
+    "component",
     "components",
     "decomposition",
     "network",
@@ -55,15 +56,8 @@ def tree(
         edges: ``{non-root node: text}`` on the edge above it, e.g. hierarchical ranks.
     """
     ax = _axes(ax)
-    x: list[float] = []
-    leaf = 0
-    for below in data.links:
-        if below:
-            x.append((x[below[0]] + x[below[-1]]) / 2)
-        else:
-            x.append(float(leaf))
-            leaf += 1
-    y = data.heights
+    spots = _spots(data).values()
+    x, y = [spot[0] for spot in spots], [spot[1] for spot in spots]
     crowded = len(data.nodes) > 48
     for i, below in enumerate(data.links):
         for c in below:
@@ -261,6 +255,86 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-tall / 2 - 0.5, tall / 2 + 0.5)
     ax.set_axis_off()
     return ax
+
+
+def component(
+    data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None = None
+) -> list[Axes]:
+    """Where a local component is: in the tree, and in the filters of the network.
+
+    On the left the node and its children; on the right magnitudes of their 1x1 convolutions (rows: channels
+    in, columns: channels out), framed what belongs to the component: filter r of every child, and what the
+    node's own convolution reads from pooled channel r.
+
+    Args:
+        data: A ``ConvNet``.
+        node: A node with a diagonal join.
+        r: Number of the component.
+        axes: Two axes to draw on.
+    """
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        axes = list(plt.subplots(1, 2, figsize=(11, 4), layout="constrained")[1])
+    net, whole = data.network, data.tree
+    position = whole.position(node)
+    bond = net.bonds[whole.links[position][0]] if net.joins[position] == "diagonal" else 0
+    if not 0 <= r < bond:
+        raise OptionError(
+            f"plots.component: node {node!r} has {bond} local components, found number {r!r}."
+        )
+    left, right = axes
+    children = whole.children(node)
+    tree(whole, left, labels={m: "" for m in whole.leaves} if whole.order > 32 else None)
+    spots = _spots(whole)
+    for v in (node, *children):
+        left.scatter(*spots[v], s=160, facecolors="none", edgecolors="C3", lw=1.8, zorder=3)
+    left.set_title(f"local component ({node_text(node)}, {r})", fontsize=10)
+    weights = {v: _array(w.abs()) for v, w in data.weights.items()}
+    x, tall = 0.0, 0
+    shown = [(child, True) for child in children] + ([(node, False)] if node in weights else [])
+    for v, is_child in shown:
+        matrix = weights[v].reshape(weights[v].shape[0] if not is_child else -1,
+                                    weights[v].shape[-1] if weights[v].ndim > 1 else 1)  # fmt: skip
+        rows, columns = matrix.shape
+        tall = max(tall, rows)
+        right.imshow(
+            matrix, extent=(x, x + columns, -rows, 0), cmap="Greys", aspect="equal", vmin=0
+        )
+        place = (x + r, -rows, 1, rows) if is_child else (x, -r - 1, columns, 1)
+        right.add_patch(_frame(*place))
+        what = f"filter {r}" if is_child else f"reads {r}"
+        layer = f"{node_text(v)}, layer {data.layer_of(v)}\n{what}"
+        right.annotate(layer, (x + columns / 2, 0.3), ha="center", va="bottom", fontsize=7)
+        sign = (
+            "×" if is_child and v != children[-1] else "→" if is_child and node in weights else ""
+        )
+        right.annotate(sign, (x + columns + 1, -rows / 2), ha="center", va="center", fontsize=12)
+        x += columns + 2
+    right.set_xlim(-0.5, x - 1)
+    right.set_ylim(-tall - 0.5, 3.5)
+    right.set_axis_off()
+    return [left, right]
+
+
+def _frame(x: float, y: float, width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, fc="none", ec="C3", lw=1.8)
+
+
+def _spots(data: ModeTree) -> dict[Node, tuple[float, float]]:
+    """Where ``tree`` draws every node."""
+    x: list[float] = []
+    leaf = 0
+    for below in data.links:
+        if below:
+            x.append((x[below[0]] + x[below[-1]]) / 2)
+        else:
+            x.append(float(leaf))
+            leaf += 1
+    places = zip(x, map(float, data.heights), strict=True)
+    return dict(zip(data.nodes, places, strict=True))
 
 
 def _pooled_channels(bonds: Sequence[int], join: str, below: Sequence[int]) -> int:

@@ -69,10 +69,12 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, nested lists."""
+    """Numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, DLPack, lists."""
     if isinstance(values, Tensor):
         return values.to_dense() if values.layout != torch.strided else values
     try:
+        if hasattr(values, "__dlpack__") and not hasattr(values, "__array__"):
+            return torch.utils.dlpack.from_dlpack(values)
         array = np.asarray(values)
         native = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
         return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))

@@ -1,0 +1,97 @@
+"""Grid tensors of networks: entry by entry, and the ranks that law 9 promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from tnreg import (
+    ConvNet,
+    DataError,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    from_cnn,
+    grid_tensor,
+    hierarchical_rank,
+    spectra,
+    to_cnn,
+)
+
+F64 = torch.float64
+
+
+def test_one_hot_templates_give_the_tensor_itself():
+    model = zoo.model_of(ModeTree([[0, 2], [1, 3]]), sizes=(3, 3, 3, 3))
+    found = grid_tensor(to_cnn(model), torch.eye(3, dtype=F64), model.tree, batch=7)
+    assert torch.allclose(found, model.to_tensor(), rtol=1e-12)
+
+
+def test_templates_that_span_the_inputs_have_the_models_ranks():
+    net = ConvNet(ModeTree.grid((2, 2), (1, 2)), 3, 2, std=0.7, dtype=F64)
+    model = from_cnn(net)
+    tree = net.tree
+    templates = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = grid_tensor(net, templates, tree)
+    assert hierarchical_rank(found, tree, rtol=1e-9) == hierarchical_rank(model, rtol=1e-9)
+
+
+def test_ordinary_networks_entry_by_entry():
+    """A CNN with ReLU on 2x2 patches of 2x3 pixels in two colours, templates of every patch its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)
+    ).double()
+    net(torch.randn(8, 2, 4, 6, dtype=F64))  # running statistics
+    templates = torch.randn(4, 2, 2, 2, 3, dtype=F64)
+    tree = ModeTree.star(4)
+    found = grid_tensor(net, templates, tree, shape=(2, 2), output=1, batch=3)
+    assert net.training
+    net.eval()
+    for index in itertools.product(range(2), repeat=4):
+        image = torch.zeros(1, 2, 4, 6, dtype=F64)
+        for p, d in enumerate(index):
+            row, column = divmod(p, 2)
+            image[0, :, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3] = templates[p, d]
+        assert torch.allclose(found[index], net(image)[0, 1])
+
+
+def test_separable_functions_have_rank_one():
+    f = lambda x: torch.sigmoid(x[:, :, :2].sum((1, 2))) * x[:, :, 2:].square().sum((1, 2))  # noqa: E731
+    tree = ModeTree([[0, 1], [2, 3]])
+    templates = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = spectra(grid_tensor(f, templates, tree), tree)[(0, 1)]
+    assert float(found[1]) < 1e-12 * float(found[0])
+    mixed = lambda x: torch.sigmoid(x.sum((1, 2)))  # noqa: E731
+    assert float(spectra(grid_tensor(mixed, templates, tree), tree)[(0, 1)][1]) > 1e-3
+
+
+def test_an_arrangement_of_ones_own():
+    f = lambda x: x[0][:, 0] - x[1][:, 0]  # noqa: E731
+    templates = torch.tensor([[0.0], [1.0]])
+    found = grid_tensor(f, templates, ModeTree.star(2), arrange=lambda x: list(x.unbind(1)))
+    assert found.tolist() == [[0, -1], [1, 0]]
+
+
+def test_what_is_refused():
+    tree, templates = ModeTree.binary(4), torch.eye(2)
+    with pytest.raises(ShapeError, match=r"expected: \(M, D\) or \(M, C, h, w\).*\(4, M, \.\.\.\)"):
+        grid_tensor(lambda x: x, torch.zeros(3, 2, 2), tree)
+    with pytest.raises(ShapeError, match="more than 16777216; take fewer templates"):
+        grid_tensor(lambda x: x, torch.eye(20), ModeTree.binary(8))
+    with pytest.raises(
+        OptionError, match="the network has 2 outputs; say which, output=0 to output=1"
+    ):
+        grid_tensor(lambda x: x[:, :, 0], templates, tree)
+    with pytest.raises(ShapeError, match=r"one value for each of 16 inputs, found shape \(\)"):
+        grid_tensor(lambda x: x.sum(), templates, tree)
+    with pytest.raises(OptionError, match=r"shape \(3, 2\) is not of 4 patches"):
+        grid_tensor(lambda x: x, templates, tree, shape=(3, 2))
+    with pytest.raises(OptionError, match="give shape="):
+        grid_tensor(lambda x: x, torch.zeros(2, 1, 2, 2), tree)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        grid_tensor(lambda x: x[:, 0, 0] / 0, templates, tree)
