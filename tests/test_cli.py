@@ -9,12 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import zoo
 
-from tnreg import ModeTree, Trajectory, load
+from tnreg import ConvAC, ConvNet, ModeTree, Representation, Trajectory, export_pt2, load
 from tnreg.cli import main
 from tnreg.experiments import dynamics
+from tnreg.experiments.nets import build
 
 
 def call(capsys, *arguments):
@@ -221,6 +223,17 @@ def test_same_seed_same_run(capsys, tensor, tmp_path):
         (["run", "init-scale", "--model", "tiny", "--seeds"], 1, "at least one std and one seed"),
         (["run"], 2, "dynamics"),
         (["fit", "covid19", "--optimizer", "x"], 2, "optimizer"),
+        (["probe", "--data", "digits"], 1, "name one model or more"),
+        (["probe", "small-cnn", "--data", "digits"], 1, "give --weights FILE"),
+        (["probe", "none.pt2", "--data", "digits"], 1, "no such model file"),
+        (
+            ["probe", "small-cnn", "--data", "digits", "--weights", "w.pt"],
+            1,
+            "no such file of weights",
+        ),
+        (["probe", "nowhere:net", "--data", "digits:far"], 1, "needs a number of pixels"),
+        (["probe", "small-cnn", "--data", "covid19"], 1, "images are (N, C, H, W)"),
+        (["probe", ".", "--data", "digits"], 1, "not a run folder of one training of locality"),
         (["nothing"], 2, "nothing"),
         ([], 2, ""),
     ],
@@ -267,9 +280,70 @@ def test_run_convac(capsys, tmp_path):
     assert code == 0 and (tmp_path / "run" / "quad.network.safetensors").exists(), err
 
 
+def test_probe(capsys, tmp_path):
+    """The same network from four kinds of files gives the same table."""
+    net = build("small-cnn", 1)
+    safetensors.torch.save_model(net, str(tmp_path / "w.safetensors"))
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    images = torch.randn(40, 1, 8, 40)
+    np.save(tmp_path / "x.npy", images.numpy())
+    export_pt2(net.eval(), tmp_path / "net.pt2", example=images[:2])
+    options = (
+        "--data",
+        str(tmp_path / "x.npy"),
+        "--distances",
+        "0",
+        "4",
+        "--pairs",
+        "3",
+        "--samples",
+        "4",
+    )
+    tables = []
+    for model in (("small-cnn", "--weights", str(tmp_path / "w.safetensors")),
+                  ("small-cnn", "--weights", str(tmp_path / "w.pt")),
+                  (str(tmp_path / "net.pt2"),)):  # fmt: skip
+        code, out, err = call(capsys, "probe", *model, *options)
+        assert code == 0, err
+        tables.append(out.split("pixels\n")[1])
+    assert tables[0] == tables[1] == tables[2] and len(tables[0].splitlines()) == 3
+    png = tmp_path / "p.png"
+    code, out, err = call(
+        capsys,
+        "probe",
+        str(tmp_path / "net.pt2"),
+        "--data",
+        "digits:8",
+        "--pairs",
+        "2",
+        "--png",
+        str(png),
+    )
+    assert code == 0 and png.exists(), err
+    np.save(tmp_path / "small.npy", images[..., :16].numpy())
+    code, _, err = call(
+        capsys, "probe", str(tmp_path / "net.pt2"), "--data", str(tmp_path / "small.npy")
+    )
+    assert code == 1 and "does not take images of shape (1, 8, 16)" in err
+    ConvAC(Representation(2, kind="sine"), ConvNet(ModeTree.grid((8, 8)), 2, 3, outputs=2)).save(
+        tmp_path / "ac.safetensors"
+    )
+    np.save(tmp_path / "y.npy", torch.rand(40, 1, 8, 8).numpy())
+    code, out, err = call(
+        capsys,
+        "probe",
+        str(tmp_path / "ac.safetensors"),
+        "--data",
+        str(tmp_path / "y.npy"),
+        "--pairs",
+        "2",
+    )
+    assert code == 0 and "effective rank" in out, err
+
+
 @pytest.mark.parametrize(
     "command",
-    "tree,rank,decompose,fit,export,plot,demo,run,run dynamics,run init-scale,run convac".split(
+    "tree,rank,decompose,fit,export,probe,plot,demo,run,run dynamics,run init-scale,run convac".split(
         ","
     ),
 )

@@ -23,7 +23,10 @@ from tnreg.convac import ConvAC, Representation
 from tnreg.export import export_onnx, export_pt2, export_state
 from tnreg.penalties import EffectiveRankPenalty, LocalComponentPenalty
 from tnreg.grids import grid_tensor
-from tnreg import algebra, convert, dynamics, plots
+from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
+from tnreg.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.probe import LocalityProfile, locality_profile, separation_spectrum
+from tnreg import algebra, convert, dynamics, images, plots
 
 __all__ = [
     # trees and networks
@@ -38,6 +41,9 @@ __all__ = [
     # convolutional networks
     "ConvNet", "to_cnn", "from_cnn", "ConvAC", "Representation", "export_onnx", "export_pt2", "export_state",
     "LocalComponentPenalty", "EffectiveRankPenalty", "grid_tensor",
+    # seeing far
+    "InputGradientChange", "InteractionEnergy", "RandomPatches", "PresetPatches", "DifferingPatches",
+    "separation_spectrum", "locality_profile", "LocalityProfile", "images",
     # theory, pictures and errors
     "dynamics", "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: ``tnreg tree | rank | decompose | fit | run | export | plot | demo``.
+"""The command line: ``tnreg tree | rank | decompose | fit | run | export | probe | plot | demo``.
 
 Options are typed function arguments, read by tyro; results are tables by rich. Exit codes: 0 done,
 1 bad input (one message on standard error), 2 unknown options, 130 interrupted before anything ran.
@@ -36,6 +36,7 @@ from tnreg import (
     load,
     load_tensor,
     load_tree,
+    locality_profile,
     plots,
     spectra,
     to_cnn,
@@ -46,6 +47,7 @@ from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.experiments import completion, convac, dynamics, init_scale
 from tnreg.experiments import demo as demo_experiment
 from tnreg.experiments.folder import experiment_of
+from tnreg.experiments.probed import images_of, network_of
 from tnreg.tree import read_tree, read_tree_file
 
 if TYPE_CHECKING:
@@ -457,6 +459,60 @@ def export(
     console.print(f"wrote {target}{checked}")
 
 
+def probe(
+    models: tuple[str, ...],
+    /,
+    *,
+    data: str,
+    weights: Path | None = None,
+    distances: tuple[int, ...] = (),
+    size: int | None = None,
+    samples: int = 8,
+    pairs: int = 32,
+    anywhere: bool = False,
+    seed: int = 0,
+    png: Path | None = None,
+) -> None:
+    """What trained networks tie together: interaction of two patches against the distance between them.
+
+    Args:
+        models: Run folders of single trainings of locality, .pt2 files of torch.export, .safetensors models
+            of tnreg; or the name or import path of one network, then with weights.
+        data: An image set of tnreg.images (.npz), a file with images (N, C, H, W), or digits:24 for pairs of
+            digits that far apart.
+        weights: State dict of the network, .safetensors or .pt.
+        distances: Pixels between the patches; nine up to the largest if left out.
+        size: Side of the patches in pixels; an eighth of the image's shorter side if left out.
+        samples: Images whose patches are crossed.
+        pairs: Pairs of patches for each distance.
+        anywhere: Patches anywhere, not where images differ.
+        seed: Draws patches and images; the same for all models.
+        png: Draw all models into this file.
+    """
+    if not models or (weights is not None and len(models) > 1):
+        raise OptionError("probe: name one model or more; with --weights exactly one.")
+    pictures = images_of(data)
+    found = {}
+    for name in models:
+        net = network_of(name, pictures.shape[1], weights=weights)
+        try:
+            with console.status(f"probing {name} ..."):
+                found[name] = locality_profile(
+                    net, pictures, distances=distances or None, size=size, samples=samples, pairs=pairs,
+                    where="anywhere" if anywhere else "differing", seed=seed,
+                )  # fmt: skip
+        except (RuntimeError, AssertionError) as error:
+            raise OptionError(
+                f"{name} does not take images of shape {tuple(pictures.shape[1:])}.\n"
+                f"  {str(error).splitlines()[0]}"
+            ) from None
+        print(f"{name}, patches of {found[name].size}x{found[name].size} pixels")
+        print(found[name])
+    if png is not None:
+        plots.save_figure(plots.locality_profile(found, _figure()).figure, png)
+        console.print(f"wrote {png}")
+
+
 def _is_classifier(file: Path) -> bool:
     try:
         ConvAC.load(file)
@@ -493,7 +549,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Any] = {
         "demo": demo, "tree": tree, "rank": rank, "decompose": decompose, "fit": fit,
-        "run": _run_with_defaults(given), "export": export, "plot": plot,
+        "run": _run_with_defaults(given), "export": export, "probe": probe, "plot": plot,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -1,0 +1,134 @@
+"""Networks and images for ``tnreg probe``: from run folders, files and import paths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tnreg import images
+from tnreg.cnn import to_cnn
+from tnreg.convac import ConvAC
+from tnreg.errors import FileError, OptionError, ShapeError, TnregError
+from tnreg.experiments.nets import build
+from tnreg.factorization import load
+from tnreg.tensors import load_tensor
+
+__all__ = ["images_of", "network_of"]
+
+Net = Callable[[Tensor], Tensor]
+
+
+def network_of(source: str, channels: int, *, weights: Path | None = None) -> Net:
+    """A network to be looked at.
+
+    Args:
+        source: A run folder of one training of ``locality``; a ``.pt2`` file of ``torch.export``; a
+            ``.safetensors`` file of a classifier or a factorization; or the name or import path of a
+            network (``small-cnn``, ``resnet-18``, ``torchvision.models:resnet18``), then with ``weights``.
+        channels: Channels of the images.
+        weights: Its state dict as safetensors, or as a ``.pt`` file that holds tensors only.
+
+    Raises:
+        FileError, OptionError: Nothing of that kind there, or weights that do not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _of_run(path, channels)
+    if path.suffix == ".pt2" and path.is_file():
+        try:
+            exported: Net = torch.export.load(path).module()
+        except Exception as error:
+            raise FileError(f"not a torch.export program: {path}\n  {error}") from None
+        return exported
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            return ConvAC.load(path)
+        except FileError:
+            return to_cnn(load(path))
+    if path.suffix in (".pt2", ".safetensors"):
+        raise FileError(f"no such model file: {path}")
+    if weights is None:
+        raise OptionError(
+            f"{source}: a network by name has no trained weights; give --weights FILE.\n"
+            "  or a run folder, a .pt2 file of torch.export, a .safetensors model of tnreg"
+        )
+    state = _state(weights)
+    # as many logits as the last weight of the state says
+    last = [value for value in state.values() if value.ndim >= 1]
+    net = build(source, channels, num_classes=len(last[-1]) if last else 1)
+    return _loaded(net, state, weights)
+
+
+def _of_run(folder: Path, channels: int) -> Net:
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = about["config"]["model"]
+        if about["experiment"] != "locality_run":
+            raise ValueError(f"a run of {about['experiment']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"not a run folder of one training of locality: {folder}\n  {type(error).__name__}: {error}"
+        ) from None
+    file = folder / "model.safetensors"
+    return _loaded(build(name, channels), _state(file), file)
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    try:
+        found: Any = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+        if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+            raise ValueError(f"a {type(found).__name__}, not a dict of tensors")
+    except FileNotFoundError:
+        raise FileError(f"no such file of weights: {file}") from None
+    except Exception as error:
+        raise FileError(f"not a state dict: {file}\n  {type(error).__name__}: {error}") from None
+    return found
+
+
+def _loaded(net: nn.Module, state: dict[str, Tensor], file: Path) -> nn.Module:
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise FileError(f"{file} does not fit the network.\n  {error}") from None
+    return net.eval()
+
+
+def images_of(data: str) -> Tensor:
+    """Images ``(N, C, H, W)`` of floats to probe with.
+
+    Args:
+        data: An image set of ``tnreg.images`` (``.npz``), an array or tensor file ``(N, C, H, W)``, or
+            ``digits`` or ``digits:DISTANCE`` for fresh pairs of digits.
+
+    Raises:
+        FileError, OptionError, ShapeError: No such file, or other than images.
+    """
+    if data == "digits" or data.startswith("digits:"):
+        text = data.partition(":")[2] or "24"
+        if not text.isdigit():
+            raise OptionError(f"digits:DISTANCE needs a number of pixels, found {data!r}.")
+        found = images.is_same_class(512, distance=int(text), split="test")
+        return torch.from_numpy(found.images)
+    if data.endswith(".npz"):
+        try:
+            array = images.load(data).images
+            # as training gets them: bytes from 0 to 255 as 0 to 1
+            scaled = torch.from_numpy(array)
+            return scaled.float() / 255 if array.dtype == "uint8" else scaled.float()
+        except TnregError:
+            if not Path(data).is_file():
+                raise
+    values = load_tensor(data).values
+    if values.ndim != 4:
+        raise ShapeError(f"{data}: images are (N, C, H, W), found shape {tuple(values.shape)}.")
+    return values.float()
