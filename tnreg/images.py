@@ -398,7 +398,7 @@ def _split(split: str) -> int:
 
 def _digits(seed: int, part: int) -> tuple[Array, Array]:
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError:
         raise OptionError(
             "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"

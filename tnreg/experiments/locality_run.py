@@ -1,0 +1,379 @@
+"""One training of ``locality``: a network, an image set, perhaps a penalty, into a run folder.
+
+The loop is written out here, with torch's own loader and samplers. It is some twenty lines and has to
+be resumed bit for bit, penalties and random streams included; a trainer library would be a dependency
+for everyone, larger than the loop, and would hide just these lines.
+
+A run folder holds ``config.json``, ``model.safetensors`` and ``trajectory.npz`` with one row per epoch.
+While it trains, ``FOLDER.checkpoint`` beside it holds the state after the last epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+import tnreg
+from tnreg.errors import DataError, FileError, OptionError, check_integer
+from tnreg.experiments.nets import build
+from tnreg.files import check_folder, folder_written_whole, write_whole
+from tnreg.images import ImageSet
+from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
+from tnreg.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.trajectory import Trajectory
+
+__all__ = ["ARMS", "Settings", "train"]
+
+ARMS = ("plain", "weight-decay", "dropout", "igc", "interaction")
+_FORMAT = "tnreg.locality/1"
+_EVALUATED = 500  # images at a time, when nothing is learned
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one training, whatever its arm, its images and its seed.
+
+    Attributes:
+        model: "small-cnn", "resnet-18", or an import path such as torchvision.models:resnet18.
+        epochs: Passes over the training images, at most.
+        stop_above: Stop when the train accuracy, counted while training, is at least this ...
+        stop_epochs: ... in so many epochs in a row.
+        lr: Learning rate of SGD.
+        momentum: Its momentum.
+        batch: Images of a step.
+        test_every: Epochs from one row of the history with a test accuracy to the next.
+        weight_decay: That of the arm weight-decay.
+        dropout: Share of features that the arm dropout drops before the last layer.
+        patches: Where penalties look: the two boxes of a pair; "off", boxes that touch neither image;
+            "near", the upper and the lower half of one image; "random" squares, or squares where the
+            images of a batch are "differing".
+        patch_size: Side of random and differing squares.
+        igc: Weight of the input gradient change.
+        igc_every: A penalty only every so many steps.
+        igc_warmup: Steps over which its weight grows.
+        igc_until: Steps after which there is no penalty; 0 for none.
+        interaction: Weight of the interaction energy.
+        interaction_every: As above.
+        interaction_warmup: As above.
+        interaction_until: As above.
+        interaction_samples: Images whose patches are crossed.
+        device: Torch device.
+        precision: "bfloat16" computes the network in that precision (autocast).
+    """
+
+    model: str = "small-cnn"
+    epochs: int = 60
+    stop_above: float = 0.998
+    stop_epochs: int = 3
+    lr: float = 0.05
+    momentum: float = 0.9
+    batch: int = 64
+    test_every: int = 5
+    weight_decay: float = 1e-3
+    dropout: float = 0.5
+    patches: Literal["images", "off", "near", "random", "differing"] = "images"
+    patch_size: int = 2
+    igc: float = 2.0
+    igc_every: int = 4
+    igc_warmup: int = 0
+    igc_until: int = 0
+    interaction: float = 0.5
+    interaction_every: int = 4
+    interaction_warmup: int = 0
+    interaction_until: int = 0
+    interaction_samples: int = 8
+    device: str = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+def train(
+    settings: Settings,
+    arm: str,
+    seed: int,
+    data: ImageSet,
+    test: ImageSet,
+    folder: str | Path,
+    *,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, write the folder, and return its summary.
+
+    On a CPU the same settings give the same weights bit for bit, interrupted or not. Denormal numbers
+    are flushed to zero while it runs; single steps of the penalties are ten times slower with them.
+
+    Args:
+        settings: All but the two that follow.
+        arm: What is added to plain training: one of ``ARMS``.
+        seed: Draws the initial weights, the order of the images, and the patches.
+        data: Training images.
+        test: Test images. They choose nothing: the accuracy that counts is that of the last epoch.
+        folder: Where the run goes.
+        about: What made the sets, for ``config.json``; a run goes on only where it is the same.
+
+    Returns:
+        Accuracies of the last epoch, epochs, and seconds of training, evaluation not counted.
+
+    Raises:
+        TnregError: Settings that do not fit each other, or a checkpoint of other settings.
+        DataError: The loss is not finite any more.
+    """
+    if arm not in ARMS:
+        raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.")
+    for name in ("epochs", "stop_epochs", "batch", "test_every"):
+        check_integer(getattr(settings, name), 1, f"locality: {name}")
+    place = check_folder(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    told = {"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)}
+    device = torch.device(settings.device)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), _no_denormals():
+        torch.manual_seed(seed)
+        state = _State(settings, arm, seed, data, device)
+        checkpoint = place.with_name(f"{place.name}.checkpoint")
+        if checkpoint.exists():
+            state.read(checkpoint, told)
+        x, y, test_x, test_y = (part.to(device) for one in (data, test) for part in _tensors(one))
+        while not state.stopped(settings):
+            row = state.epoch(x, y, settings)
+            tested = (len(state.found) + 1) % settings.test_every == 0
+            row["test accuracy"] = (
+                accuracy(state.net, test_x, test_y, settings) if tested else float("nan")
+            )
+            state.found.append(len(state.found) + 1, row)
+            state.write(checkpoint, told)
+        summary = state.summary(accuracy(state.net, test_x, test_y, settings))
+        with folder_written_whole(place) as beside:
+            save_model(state.net, str(beside / "model.safetensors"))
+            state.found.save(beside / "trajectory.npz")
+            held = {
+                "tnreg": tnreg.__version__, "torch": torch.__version__,
+                "python": platform.python_version(), "experiment": "locality_run",
+                "config": told, "summary": summary,
+            }  # fmt: skip
+            (beside / "config.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        checkpoint.unlink(missing_ok=True)
+    return summary
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> float:
+    """Share of right answers, in evaluation mode."""
+    trained = net.training
+    net.eval()
+    right = 0
+    for images, labels in zip(torch.split(x, _EVALUATED), torch.split(y, _EVALUATED), strict=True):
+        with _precision(settings):
+            out = net(_images(images))
+        right += int(_right(out, labels))
+    net.train(trained)
+    return right / len(y)
+
+
+class _State:
+    """Everything that changes along a settings."""
+
+    def __init__(
+        self, settings: Settings, arm: str, seed: int, data: ImageSet, device: torch.device
+    ) -> None:
+        dropout = settings.dropout if arm == "dropout" else 0.0
+        decay = settings.weight_decay if arm == "weight-decay" else 0.0
+        self.net = build(settings.model, data.images.shape[1], dropout=dropout).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
+        )
+        self.penalty = _penalty(settings, arm, seed, data)
+        self.shuffle = torch.Generator().manual_seed(seed)
+        self.found = Trajectory()
+        self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
+
+    def epoch(self, x: Tensor, y: Tensor, settings: Settings) -> dict[str, float]:
+        """One pass over the images: mean loss, mean penalty where there was one, train accuracy."""
+        order = RandomSampler(x, generator=self.shuffle)
+        # a last batch of one has no other sample for the penalties
+        batches = BatchSampler(order, settings.batch, drop_last=len(x) % settings.batch == 1)
+        # the loader's own random numbers must not be torch's, nor those of the order
+        own = torch.Generator().manual_seed(0)
+        loader = DataLoader(TensorDataset(x, y), None, sampler=batches, generator=own)
+        start = time.process_time(), time.perf_counter()
+        self.net.train()
+        sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+        shown = penalized = 0
+        for images, labels in loader:
+            images = _images(images)
+            with _precision(settings):
+                out = self.net(images)
+                loss = _loss(out, labels)
+                total = loss
+                if self.penalty is not None:
+                    extra = self.penalty(self.net, images, labels)
+                    total = loss + extra
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(total)
+            self.optimizer.step()
+            with torch.no_grad():
+                sums[0] += loss.detach() * len(labels)
+                sums[1] += _right(out, labels)
+                if self.penalty is not None and extra.requires_grad:
+                    sums[2] += extra.detach()
+                    penalized += 1
+            shown += len(labels)
+        loss_sum, right, extra_sum = sums.tolist()  # on a GPU this waits for the epoch to be done
+        self.seconds["cpu seconds"] += time.process_time() - start[0]
+        self.seconds["seconds"] += time.perf_counter() - start[1]
+        if not all(map(torch.isfinite, sums)):
+            raise DataError(
+                f"the loss is not finite in epoch {len(self.found) + 1}; take a smaller lr or penalty."
+            )
+        return {
+            "loss": loss_sum / shown,
+            "penalty": extra_sum / penalized if penalized else 0.0,
+            "train accuracy": right / shown,
+        }
+
+    def stopped(self, settings: Settings) -> bool:
+        """After the last epoch, or after enough good ones in a row."""
+        if len(self.found) >= settings.epochs:
+            self.found.stop_reason = "epochs"
+            return True
+        if len(self.found) >= settings.stop_epochs:
+            last = self.found.last("train accuracy", settings.stop_epochs)
+            if (last >= settings.stop_above).all():
+                self.found.stop_reason = "train accuracy"
+                return True
+        return False
+
+    def summary(self, tested: float) -> dict[str, Any]:
+        last = {name: float(self.found[name][-1]) for name in self.found.names}
+        return {
+            **last,
+            "test accuracy": tested,
+            "epochs": len(self.found),
+            **self.seconds,
+            "device": str(next(self.net.parameters()).device.type),
+            "stopped by": self.found.stop_reason,
+        }
+
+    def write(self, path: Path, about: dict[str, Any]) -> None:
+        held = {
+            "format": _FORMAT,
+            "about": json.dumps(about),
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "penalty": None if self.penalty is None else self.penalty.state_dict(),
+            "shuffle": self.shuffle.get_state(),
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+            "seconds": self.seconds,
+            "found": torch.frombuffer(bytearray(self.found.to_bytes()), dtype=torch.uint8),
+        }
+        write_whole(path, lambda beside: torch.save(held, beside))
+
+    def read(self, path: Path, about: dict[str, Any]) -> None:
+        away = f"  delete {path}, or choose another folder"
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            if held["format"] != _FORMAT:
+                raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
+            before = json.loads(held["about"])
+            found = Trajectory.from_bytes(held["found"].numpy().tobytes())
+        except Exception as error:
+            said = " ".join(str(error).splitlines()[:1])
+            raise FileError(
+                f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n{away}"
+            ) from None
+        if before != json.loads(json.dumps(about)):
+            raise OptionError(f"{path} is of a training with other settings.\n{away}")
+        self.net.load_state_dict(held["net"])
+        self.optimizer.load_state_dict(held["optimizer"])
+        if self.penalty is not None:
+            self.penalty.load_state_dict(held["penalty"])
+        self.shuffle.set_state(held["shuffle"])
+        torch.set_rng_state(held["random"])
+        if held["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(held["cuda"])
+        self.seconds, self.found = held["seconds"], found
+
+
+def _penalty(settings: Settings, arm: str, seed: int, data: ImageSet) -> Any:
+    if arm not in ("igc", "interaction"):
+        return None
+    patches = _patches(settings, seed, data)
+    weight, every, warmup, until = (
+        getattr(settings, name)
+        for name in (arm, *(f"{arm}_{k}" for k in ("every", "warmup", "until")))
+    )
+    options: dict[str, Any] = {"weight": weight, "every": every, "warmup": warmup}
+    options["until"] = until or None
+    if arm == "igc":
+        return InputGradientChange(patches, **options)
+    return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)
+
+
+def _patches(settings: Settings, seed: int, data: ImageSet) -> Any:
+    kind = settings.patches
+    if kind == "random":
+        return RandomPatches(settings.patch_size, seed=seed)
+    if kind == "differing":
+        return DifferingPatches(settings.patch_size, seed=seed)
+    if not data.boxes:
+        raise OptionError(
+            f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or 'differing'."
+        )
+    if kind == "images":
+        return PresetPatches(data.boxes, seed=seed)
+    if kind == "off":
+        return PresetPatches(data.control_boxes, seed=seed)
+    if kind == "near":
+        top, left, bottom, right = data.boxes[0]
+        middle = (top + bottom) // 2
+        return PresetPatches([(top, left, middle, right), (middle, left, bottom, right)], seed=seed)
+    raise OptionError(f"no patches {kind!r}; there is images, off, near, random, differing.")
+
+
+def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(data.images), torch.from_numpy(data.labels)
+
+
+def _images(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def _loss(out: Tensor, labels: Tensor) -> Tensor:
+    logits = out.float().reshape(len(labels), -1)
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+    return F.cross_entropy(logits, labels)
+
+
+def _right(out: Tensor, labels: Tensor) -> Tensor:
+    logits = out.reshape(len(labels), -1)
+    said = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+    return (said == labels).sum()
+
+
+def _precision(settings: Settings) -> Any:
+    half = settings.precision == "bfloat16"
+    kind = torch.device(settings.device).type
+    return torch.autocast(kind, torch.bfloat16) if half else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _no_denormals() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

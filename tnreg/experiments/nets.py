@@ -1,0 +1,178 @@
+"""Networks for images with one logit: a small CNN, a ResNet-18, or any of your own by its import path.
+
+The small CNN has five 3x3 convolutions with ReLU (32, 48, 48, 48, 48 channels; the first, second and
+fourth with stride 2), global average pooling and a linear layer, and no normalization. Its weights
+are He-normal: from PyTorch's own initial weights it does not start to learn. The ResNet-18 is that of He
+et al. (2016), arXiv:1512.03385, for images of 60 pixels or more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from tnreg.errors import OptionError
+
+__all__ = ["ResNet18", "SmallCNN", "build"]
+
+
+class SmallCNN(nn.Module):
+    """Five convolutions, global average pooling, one logit.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Logits.
+        dropout: Share of the pooled features that is dropped in training.
+
+    ``forward`` takes ``(B, in_channels, height, width)`` of any size and gives ``(B, num_classes)``.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels, stride in ((32, 2), (48, 2), (48, 1), (48, 2), (48, 1)):
+            layers += [nn.Conv2d(in_channels, channels, 3, stride, padding=1), nn.ReLU()]
+            in_channels = channels
+        self.features = nn.Sequential(*layers)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(in_channels, num_classes)
+        _he_normal(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        out: Tensor = self.head(self.drop(self.features(x).mean((2, 3))))
+        return out
+
+
+class ResNet18(nn.Module):
+    """Eight residual blocks of two 3x3 convolutions with batch normalization, one logit.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Logits.
+        dropout: Share of the pooled features that is dropped in training.
+
+    ``forward`` takes ``(B, in_channels, height, width)`` of any size and gives ``(B, num_classes)``.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.MaxPool2d(3, 2, padding=1),
+        )  # fmt: skip
+        blocks, width = [], 64
+        for channels in (64, 128, 256, 512):
+            blocks += [_Block(width, channels, 1 if width == channels else 2)]
+            blocks += [_Block(channels, channels, 1)]
+            width = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(512, num_classes)
+        _he_normal(self.stem, "fan_out")
+        _he_normal(self.blocks, "fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        out: Tensor = self.head(self.drop(self.blocks(self.stem(x)).mean((2, 3))))
+        return out
+
+
+class _Block(nn.Module):
+    def __init__(self, inside: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.straight = nn.Sequential(
+            nn.Conv2d(inside, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels),
+            nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )  # fmt: skip
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inside != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+        self.last = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.straight(x) + self.shortcut(x))
+        return out
+
+
+class _Repeated(nn.Module):
+    """A network for colours that is given gray images."""
+
+    def __init__(self, net: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.net, self.channels = net, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x.expand(-1, self.channels, -1, -1))
+        return out
+
+
+BUILT_IN: dict[str, Any] = {"small-cnn": SmallCNN, "resnet-18": ResNet18}
+
+
+def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float = 0.0) -> nn.Module:
+    """A network by name, with initial weights from torch's own random numbers.
+
+    Args:
+        name: "small-cnn", "resnet-18", or an import path such as ``torchvision.models:resnet18``: anything
+            that returns an ``nn.Module``. It is called with those of the keywords ``in_channels``,
+            ``num_classes`` and ``dropout`` that its signature has (all, if it takes any keyword but
+            names none of its own).
+        in_channels: Channels of the images. Where ``in_channels`` is not a keyword of the callable and
+            its first convolution takes more, gray images are repeated.
+        num_classes: Logits.
+        dropout: Share of dropped features.
+
+    Raises:
+        OptionError: Nothing importable of that name, no module, or dropout that it does not know.
+    """
+    make = BUILT_IN.get(name) or _imported(name)
+    given = {"in_channels": in_channels, "num_classes": num_classes, "dropout": dropout}
+    known = inspect.signature(make).parameters.values()
+    names = {p.name for p in known if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    if any(p.kind == p.VAR_KEYWORD for p in known):
+        names |= {"num_classes"}  # torchvision's builders pass it on
+    if dropout and "dropout" not in names:
+        raise OptionError(
+            f"{name} has no keyword 'dropout', so that there is no arm 'dropout'.\n"
+            "  wrap it in a function of your own that takes dropout=, and name that"
+        )
+    net = make(**{key: value for key, value in given.items() if key in names})
+    if not isinstance(net, nn.Module):
+        raise OptionError(f"{name} gave a {type(net).__name__}, not an nn.Module.")
+    first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != in_channels:
+        if in_channels != 1:
+            raise OptionError(
+                f"{name} takes {first.in_channels} channels, the images have {in_channels}."
+            )
+        return _Repeated(net, first.in_channels)
+    return net
+
+
+def _imported(path: str) -> Any:
+    module, colon, name = path.partition(":")
+    try:
+        if not (module and colon and name):
+            raise ImportError("expected MODULE:CALLABLE")
+        return getattr(importlib.import_module(module), name)
+    # torchvision raises RuntimeError where it does not fit the installed torch
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise OptionError(
+            f"no network {path!r}: {type(error).__name__}: {error}\n"
+            f"  model: {', '.join(BUILT_IN)}, or an import path such as torchvision.models:resnet18"
+        ) from None
+
+
+def _he_normal(net: nn.Module, mode: Any = "fan_in") -> None:
+    for part in net.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight, mode=mode, nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
