@@ -209,6 +209,35 @@ def test_operations_outside_the_list_are_torchs_own():
     same(net, *loss)
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_transformers(kind):
+    """Fused attention has no second derivative; the penalty must not need it."""
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(2, 8, 4, 4)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 8, activation="gelu", batch_first=True)
+            self.end = nn.Linear(8, 1)
+
+        def forward(self, x):
+            return self.end(self.layer(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    torch.manual_seed(0)
+    net, (x, y) = Transformer().double(), batch()
+    value = (
+        kind(PAIR, samples=9, eps=0)(net, x) if kind is InteractionEnergy else kind(PAIR)(net, x)
+    )
+    net.eval()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        plain = (
+            plain_energy(net, x, y, PAIR[1])
+            if kind is InteractionEnergy
+            else plain_change(net, x, y, PAIR)
+        )
+    same(net, value, plain)
+
+
 class Split(nn.Module):
     """g and h, functions of the pixels in a box and of the rest, put together by ``join``."""
 
@@ -451,6 +480,35 @@ def test_every_warmup_and_until(kind):
 
 
 @pytest.mark.parametrize("kind", BOTH)
+def test_target_ends_the_penalty_for_good(kind):
+    """The running mean of what the penalty was without its weight, over tenths."""
+    values = [0.9] * 3 + [0.1] * 20
+    told = iter(values)
+
+    x = batch()[0]
+    penalty, mean, expected = kind(PAIR, weight=2, target=0.5), None, []
+    for value in values:
+        over = mean is not None and mean < 0.5
+        expected.append(0.0 if over else 2 * value)
+        mean = mean if over else value if mean is None else mean + (value - mean) / 10
+    module = "gradient_change" if kind is InputGradientChange else "interaction_energy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            f"tnreg.regularizers.{module}", lambda *_: torch.tensor(next(told), dtype=torch.float64)
+        )
+        found, net = [], network()
+        for step in range(len(values)):
+            if step == 5:
+                again = kind(PAIR, weight=2, target=0.5)
+                again.load_state_dict(penalty.state_dict())
+                penalty = again
+            found.append(penalty(net, x).item())
+    assert found == pytest.approx(expected)
+    assert 0 in expected and expected[4] > 0
+    assert penalty(None, x).item() == 0
+
+
+@pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("sampler", [RandomPatches, DifferingPatches, PresetPatches, FixedPatches])
 def test_a_resumed_training_is_the_same(kind, sampler, tmp_path):
     def make():
@@ -579,6 +637,8 @@ def test_refuses(kind):
         kind(PAIR, every=0)
     with pytest.raises(OptionError, match="warmup must be an integer >= 0"):
         kind(PAIR, warmup=-1)
+    with pytest.raises(OptionError, match="target must be between 0 and 1, found 2"):
+        kind(PAIR, target=2)
     with pytest.raises(OptionError, match="until must be an integer >= 1"):
         kind(PAIR, until=0)
     with pytest.raises(OptionError, match="statistics must be 'frozen' or 'batch', found 'own'"):

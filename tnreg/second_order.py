@@ -12,17 +12,20 @@ operations while the network runs, and only there, by ones with the same values 
 - batch normalization with running statistics: the affine map that it is;
 - max pooling: like ReLU.
 
-Everything else, and anything that does not call these functions of torch, is differentiated as usual.
+Attention runs by plain matrix products, as fused kernels have no second derivative. Everything else, and
+anything that does not call these functions of torch, is differentiated as usual.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["input_gradient"]
@@ -47,10 +50,11 @@ def input_gradient(
     x = x.detach().requires_grad_()
     state = _Pass()
     with torch.enable_grad():
-        if cheap and differentiable:
-            with _Replaced(state):
-                total = value(x).sum()
-        else:
+        with contextlib.ExitStack() as stack:
+            if differentiable:  # fused attention has no second derivative
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if differentiable and cheap:
+                stack.enter_context(_Replaced(state))
             total = value(x).sum()
         if not total.requires_grad:
             return torch.zeros_like(x)
