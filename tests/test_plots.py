@@ -115,6 +115,8 @@ def test_network_shows_every_layer():
         "linear",
     ):
         assert piece in said
+    uneven = plots.network(to_cnn(zoo.model_of(ModeTree.binary(4))))
+    assert "4 × 2–7" in [text.get_text() for text in uneven.texts]
     full = plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full"))
     assert "1 × 27" in [text.get_text() for text in full.texts]
     assert len(ax.patches) == 1 + 3 + 2  # input, convolutions, poolings

@@ -224,20 +224,22 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     net, tree = data.network, data.tree
-    drawn: list[tuple[str, int, int, str]] = []  # label, nodes, channels, operation before it
-    drawn.append(("input", tree.order, max(net.sizes), ""))
+    # label, channels of every node, operation before it
+    drawn: list[tuple[str, Sequence[int], str]] = [("input", net.sizes, "")]
     for layer in range(data.depth):
         nodes = data.nodes_of(layer)
         places = [tree.position(node) for node in nodes]
         if layer:
             below = max(len(tree.links[p]) for p in places)
             wide = [_pooled_channels(net.bonds, net.joins[p], tree.links[p]) for p in places]
-            drawn.append(("", len(nodes), max(wide), f"product\npooling {below}"))
+            drawn.append(("", wide, f"product\npooling {below}"))
         root = layer == data.depth - 1
-        out = (data.outputs or 1) if root else max(net.bonds[p] for p in places)
-        drawn.append((f"layer {layer}", len(nodes), out, "linear" if root else "1x1\nconv"))
+        out = [data.outputs or 1] if root else [net.bonds[p] for p in places]
+        drawn.append((f"layer {layer}", out, "linear" if root else "1x1\nconv"))
     x = 0.0
-    for label, count, channels, before in drawn:
+    for label, each, before in drawn:
+        count, channels = len(each), max(each)
+        span = str(channels) if min(each) == channels else f"{min(each)}–{channels}"
         if before:
             ax.annotate(
                 "", (x + 0.9, 0), (x + 0.15, 0), arrowprops={"arrowstyle": "->", "color": "0.4"}
@@ -246,7 +248,7 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
             x += 1
         height, width = 0.35 + math.log2(count) / 3, 0.12 + math.log2(channels + 1) / 14
         ax.add_patch(_rectangle(x, height, width, "C1" if label == "input" else "C0"))
-        ax.annotate(f"{count} × {channels}", (x + width / 2, -height / 2 - 0.08), ha="center", va="top",
+        ax.annotate(f"{count} × {span}", (x + width / 2, -height / 2 - 0.08), ha="center", va="top",
                     fontsize=7)  # fmt: skip
         ax.annotate(label, (x + width / 2, height / 2 + 0.06), ha="center", va="bottom", fontsize=8)
         x += width
