@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test figures check format lint types bench clean
+.PHONY: demo test figures figure-locality check format lint types bench clean
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
@@ -35,6 +35,10 @@ runs/htf-%: | $(READY)
 	$(BIN)/tnreg run dynamics --model htf --seed $* --out $@
 runs/init-scale-%/init-scale.png: | $(READY)
 	$(BIN)/tnreg run init-scale --model $* --out $(@D)
+
+# Digits at four distances, three arms, five seeds: sixty trainings, goes on where it stopped.
+figure-locality: $(READY)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/tnreg run locality --set digits --workers 2 --out runs/locality
 
 check: $(READY)
 	$(BIN)/ruff format --check .

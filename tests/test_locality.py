@@ -252,7 +252,7 @@ def test_sweep_of_pathfinder(tmp_path):
     """The command of the full experiment, small: its sets are kept and used by all arms."""
     config = dataclasses.replace(
         locality.SETS["pathfinder"], distances=(3,), seeds=(1,), train=20, test=10, size=32, epochs=1,
-        matched=True,
+        matched=True, model="small-cnn",
     )  # fmt: skip
     rows = locality.run(config, tmp_path / "p")
     assert [row["arm"] for row in rows] == ["plain", "igc", "interaction"]

@@ -44,7 +44,7 @@ from tnreg import (
 )
 from tnreg import decompose as hierarchical_svd
 from tnreg.errors import FileError, OptionError, TnregError
-from tnreg.experiments import completion, convac, dynamics, init_scale
+from tnreg.experiments import completion, convac, dynamics, init_scale, locality
 from tnreg.experiments import demo as demo_experiment
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.probed import images_of, network_of
@@ -300,8 +300,8 @@ def run(
 ) -> None:
     """Run an experiment of the paper, or the same on a tree and a target of your own.
 
-    Writes a run folder; a run of dynamics or init-scale that was killed or interrupted goes on when the same
-    command is given.
+    Writes a run folder; a run of dynamics, init-scale or locality that was killed or interrupted goes on when
+    the same command is given.
 
     Args:
         experiment: What to run.
@@ -318,6 +318,8 @@ def run(
         return
     if isinstance(experiment, init_scale.Config):
         folder = out or Path("runs") / f"init-scale-{experiment.model}"
+    elif isinstance(experiment, locality.Config):
+        folder = out or Path("runs") / f"locality-{experiment.set}"
     else:
         folder = out or Path("runs") / f"{experiment.model}-{experiment.seed}"
     try:
@@ -326,6 +328,8 @@ def run(
             table = Table(*rows[0], title=f"{experiment.model} from several initial scales")
             for row in rows:
                 table.add_row(*(_short(value) for value in row.values()))
+        elif isinstance(experiment, locality.Config):
+            table = _locality_table(locality.run(experiment, folder, progress=progress), experiment)
         else:
             table = _dynamics_table(dynamics.run(experiment, folder, progress=progress), experiment)
     except KeyboardInterrupt:
@@ -363,6 +367,22 @@ def _convac_tables(summary: dict[str, Any]) -> list[Table]:
         figures += [f"{100 * row['test']:.1f} %", str(row["weights"]), str(row["largest bond"])]
         second.add_row(row["model"], row["how"], *figures)
     return [first, second]
+
+
+def _locality_table(rows: list[dict[str, Any]], config: locality.Config) -> Table:
+    title = f"{config.set}, {config.model}, {len(config.seeds)} seeds: test accuracy (%) of the last epoch"
+    out = Table("arm", title=title, title_justify="left")
+    for head in ("distance", "accuracy", "epochs", "seconds", "x plain", "an epoch"):
+        out.add_column(head, justify="right")
+    for row in locality.table(rows):
+        spread = "" if math.isnan(row["deviation"]) else f" ± {100 * row['deviation']:.1f}"
+        figures = [f"{100 * row['test accuracy']:.1f}{spread}", f"{row['epochs']:.0f}"]
+        figures += [f"{row['seconds']:.1f}"]
+        figures += [
+            "" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in ("cost", "cost an epoch")
+        ]
+        out.add_row(row["arm"], str(row["distance"]), *figures)
+    return out
 
 
 def _dynamics_table(summary: dict[str, Any], config: dynamics.Config) -> Table:
@@ -415,6 +435,8 @@ def plot(
         target = init_scale.figure(first, png)
     elif kind == "convac":
         target = convac.figure(first, png)
+    elif kind == "locality":
+        target = locality.figure(first, png)
     elif kind == "dynamics" and not names:
         target = dynamics.figure(first)
     else:
@@ -572,19 +594,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run_with_defaults(given: Sequence[str]) -> Any:
-    """The command ``run``; the preset that ``--model`` names gives the defaults of all options."""
-    named = [given[i + 1] for i, word in enumerate(given[:-1]) if word == "--model"]
-    named += [word.removeprefix("--model=") for word in given if word.startswith("--model=")]
-    preset = dynamics.MODELS.get(named[-1] if named else "", dynamics.htf)
+    """The command ``run``; the preset that ``--model`` or ``--set`` names gives all other defaults."""
+
+    def named(option: str) -> str:
+        words = [given[i + 1] for i, word in enumerate(given[:-1]) if word == option]
+        words += [
+            word.removeprefix(f"{option}=") for word in given if word.startswith(f"{option}=")
+        ]
+        return words[-1] if words else ""
+
+    preset = dynamics.MODELS.get(named("--model"), dynamics.htf)
+    far = locality.SETS.get(named("--set"), locality.SETS["digits"])
     about = tyro.conf.subcommand("dynamics", default=preset, description="One training, watched.")
     sweep = tyro.conf.subcommand("init-scale", description="Trainings from several initial scales.")
     digits = tyro.conf.subcommand(
         "convac", description="Digits by networks of three trees, then shrunk."
     )
+    seeing = tyro.conf.subcommand(
+        "locality", default=far, description="Regularizers that make networks see far."
+    )
     kinds = (
         Annotated[dynamics.Config, about]
         | Annotated[init_scale.Config, sweep]
         | Annotated[convac.Config, digits]
+        | Annotated[locality.Config, seeing]
     )
     command = types.FunctionType(run.__code__, run.__globals__, "run", None, run.__closure__)
     command.__kwdefaults__, command.__doc__ = run.__kwdefaults__, run.__doc__
