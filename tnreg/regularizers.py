@@ -56,9 +56,9 @@ class InputGradientChange:
             without a graph. λ is not rescaled. With gradient accumulation every micro-batch is a call.
         warmup: The weight grows linearly over so many calls.
         until: After so many calls there is no penalty any more.
-        target: There is no penalty any more, for good, once the running mean of R (over some ten
-            penalties, the first one included) is below this. What a network has once tied together
-            stays so in plain training: the cheapest schedule, and on digits the best.
+        target: Value of R that is low enough: the result is ``weight * max(R - target, 0)``. Without one
+            a large weight keeps pushing R down when the network already ties the patches together, at the
+            expense of what it should learn.
         statistics: What normalization layers use inside the penalty: ``"frozen"``, their running
             statistics, so that R cannot be lowered through the statistics of the batch, or ``"batch"``.
             Layers that keep no running statistics use the batch's in either case.
@@ -121,16 +121,16 @@ class InputGradientChange:
                 input_gradient(logit, batch, differentiable=differentiable) for batch in (x, other)
             )
         mask = box_mask(inside, height, width)
-        return weight * self._schedule.seen(gradient_change(before * mask, after * mask))
+        return weight * self._schedule.beyond(gradient_change(before * mask, after * mask))
 
     def state_dict(self) -> dict[str, Any]:
         """Calls so far and the sampler's random stream: a resumed training draws what it would have."""
-        return {"schedule": self._schedule.state_dict(), "patches": self.patches.state_dict()}
+        return {"calls": self._schedule.calls, "patches": self.patches.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        _check_state(state, {"schedule", "patches"}, "InputGradientChange")
-        self._schedule.load_state_dict(state["schedule"])
+        _check_state(state, {"calls", "patches"}, "InputGradientChange")
+        self._schedule.calls = state["calls"]
         self.patches.load_state_dict(state["patches"])
 
 
@@ -219,20 +219,20 @@ class InteractionEnergy:
         if values.shape[-1] > 1:  # k × k × C: the matrix of each drawn sample's class
             classes = _check_classes(y, len(x), values.shape[-1])
             values = values.index_select(-1, classes[drawn])
-        return weight * self._schedule.seen(interaction_energy(values, self.eps))
+        return weight * self._schedule.beyond(interaction_energy(values, self.eps))
 
     def state_dict(self) -> dict[str, Any]:
         """Calls so far and the random streams: a resumed training draws what it would have."""
         return {
-            "schedule": self._schedule.state_dict(),
+            "calls": self._schedule.calls,
             "patches": self.patches.state_dict(),
             "samples": self._stream.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        _check_state(state, {"schedule", "patches", "samples"}, "InteractionEnergy")
-        self._schedule.load_state_dict(state["schedule"])
+        _check_state(state, {"calls", "patches", "samples"}, "InteractionEnergy")
+        self._schedule.calls = state["calls"]
         self.patches.load_state_dict(state["patches"])
         self._stream.load_state_dict(state["samples"])
 
@@ -333,38 +333,21 @@ class _Schedule:
         self.every = check_integer(every, 1, f"{what}: every")
         self.warmup = check_integer(warmup, 0, f"{what}: warmup")
         self.until = None if until is None else check_integer(until, 1, f"{what}: until")
-        if target is not None and not 0 < target < 1:
-            raise OptionError(f"{what}: target must be between 0 and 1, found {target!r}.")
-        self.target, self.what = target, what
+        if target is not None and not 0 <= target < 1:
+            raise OptionError(f"{what}: target must be >= 0 and < 1, found {target!r}.")
+        self.target = target
         self.calls = 0
-        self.mean: Tensor | None = None
 
     def next(self, weight: float) -> float:
         self.calls += 1
-        if weight == 0 or (self.calls - 1) % self.every or self._over():
+        ended = self.until is not None and self.calls > self.until
+        if ended or (self.calls - 1) % self.every:
             return 0.0
         return weight * min(1.0, self.calls / self.warmup) if self.warmup else weight
 
-    def seen(self, value: Tensor) -> Tensor:
-        """Note what the penalty was without its weight, and give it back."""
-        if self.target is not None:
-            now = value.detach()
-            self.mean = now if self.mean is None else self.mean + (now - self.mean) / 10
-        return value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"calls": self.calls, "mean": None if self.mean is None else self.mean.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_state(state, {"calls", "mean"}, self.what)
-        self.calls = state["calls"]
-        self.mean = None if state["mean"] is None else state["mean"].clone()
-
-    def _over(self) -> bool:
-        if self.until is not None and self.calls > self.until:
-            return True
-        # the mean of the call before: by now it is known, and on a GPU nothing waits for it
-        return self.target is not None and self.mean is not None and float(self.mean) < self.target
+    def beyond(self, value: Tensor) -> Tensor:
+        """What is above the target."""
+        return value if self.target is None else (value - self.target).clamp(min=0)
 
 
 def _unit(x: Tensor) -> Tensor:
