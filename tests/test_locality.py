@@ -142,13 +142,14 @@ import sys, torch
 from tnreg import images
 from tnreg.experiments.locality_run import Settings, train
 torch.set_num_threads(1)
-data, test = (images.is_same_class(130, distance=24, seed=1, split=s) for s in ("train", "test"))
-train(Settings(epochs=int(sys.argv[2])), "interaction", 1, data, test, sys.argv[1])
+data = images.load(sys.argv[1] + ".npz")
+train(Settings(epochs=20), "interaction", 1, data, data, sys.argv[1])
 """
 
 
-def test_killed_and_resumed_bit_for_bit(tmp_path):
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "20"]
+def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
+    data = images.load(pairs[0].save(tmp_path / "killed.npz"))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
     with subprocess.Popen(command) as running:
         while not (tmp_path / "killed.checkpoint").exists():
             assert running.poll() is None
@@ -158,11 +159,8 @@ def test_killed_and_resumed_bit_for_bit(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        data, test = (
-            images.is_same_class(130, distance=24, seed=1, split=s) for s in ("train", "test")
-        )
         for name in ("killed", "whole"):
-            train(Settings(epochs=20), "interaction", 1, data, test, tmp_path / name)
+            train(Settings(epochs=20), "interaction", 1, data, data, tmp_path / name)
     finally:
         torch.set_num_threads(threads)
     whole, killed = (weights(tmp_path / name) for name in ("whole", "killed"))

@@ -90,8 +90,8 @@ class Settings:
     igc_every: int = 4
     igc_warmup: int = 0
     igc_until: int = 0
-    interaction: float = 0.5
-    interaction_every: int = 4
+    interaction: float = 0.3
+    interaction_every: int = 2
     interaction_warmup: int = 0
     interaction_until: int = 0
     interaction_samples: int = 8
