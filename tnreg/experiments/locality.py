@@ -74,7 +74,8 @@ digits = Config()
 pathfinder = Config(
     set="pathfinder", distances=(3, 5, 7, 9), seeds=(1, 2, 3, 4, 5), data_seed=0, train=10_000,
     test=10_000, model="resnet-18", epochs=150, stop_above=1.0, stop_epochs=21, lr=0.01, test_every=1,
-    patches="random", igc=9.0, igc_every=1, interaction=0.1, interaction_every=1,
+    patches="random", igc=9.0, igc_every=1, interaction=0.1, interaction_until=0,
+    interaction_target=0.0,
 )  # fmt: skip
 cifar = dataclasses.replace(
     pathfinder, set="cifar", distances=(0, 40, 80, 120, 160), train=5_000, patches="images", igc=1.0

@@ -65,10 +65,12 @@ class Settings:
         igc_every: A penalty only every so many steps.
         igc_warmup: Steps over which its weight grows.
         igc_until: Steps after which there is no penalty; 0 for none.
+        igc_target: Value that is low enough: only what is above it counts; 0 for none.
         interaction: Weight of the interaction energy.
         interaction_every: As above.
         interaction_warmup: As above.
         interaction_until: As above.
+        interaction_target: As above.
         interaction_samples: Images whose patches are crossed.
         device: Torch device.
         precision: "bfloat16" computes the network in that precision (autocast).
@@ -90,10 +92,12 @@ class Settings:
     igc_every: int = 4
     igc_warmup: int = 0
     igc_until: int = 0
+    igc_target: float = 0.0
     interaction: float = 0.3
-    interaction_every: int = 2
+    interaction_every: int = 1
     interaction_warmup: int = 0
-    interaction_until: int = 0
+    interaction_until: int = 300
+    interaction_target: float = 0.6
     interaction_samples: int = 8
     device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -317,6 +321,7 @@ def _penalty(settings: Settings, arm: str, seed: int, data: ImageSet) -> Any:
     )
     options: dict[str, Any] = {"weight": weight, "every": every, "warmup": warmup}
     options["until"] = until or None
+    options["target"] = getattr(settings, f"{arm}_target") or None
     if arm == "igc":
         return InputGradientChange(patches, **options)
     return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)
