@@ -267,17 +267,21 @@ def test_export(capsys, tmp_path):
 
 def test_run_convac(capsys, tmp_path):
     folder = str(tmp_path / "run")
-    options = ("--trees", "quad", "--channels", "3", "--epochs", "1", "--seeds", "1", "--rtols", "0.5",
-               "--thin", "0.5", "--out", folder, "--no-progress")  # fmt: skip
+    options = ("--trees", "quad", "random", "--channels", "3", "--epochs", "1", "--seeds", "1",
+               "--rtols", "0.5", "--thin", "0.5", "--out", folder, "--no-progress")  # fmt: skip
     code, out, err = call(capsys, "run", "convac", *options)
     assert code == 0, err
     assert "logistic" in out and "truncated" in out and "100 %" in out
     code, out, err = call(capsys, "plot", folder, "--png", str(tmp_path / "p.png"))
     assert code == 0 and (tmp_path / "p.png").exists(), err
-    code, out, err = call(
-        capsys, "export", str(tmp_path / "run" / "quad.safetensors"), "--format", "state"
-    )
-    assert code == 0 and (tmp_path / "run" / "quad.network.safetensors").exists(), err
+    for name, kind, ending in (
+        ("quad", "state", ".network.safetensors"),
+        ("random", "onnx", ".onnx"),
+    ):
+        file = tmp_path / "run" / f"{name}.safetensors"
+        target = file.with_name(f"{name}-again{ending}")
+        code, out, err = call(capsys, "export", str(file), "--format", kind, "--out", str(target))
+        assert code == 0 and target.exists(), err
 
 
 def test_probe(capsys, tmp_path):

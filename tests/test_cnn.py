@@ -16,6 +16,7 @@ from tnreg import (
     ModeTree,
     OptionError,
     ShapeError,
+    TreeError,
     from_cnn,
     spectra,
     to_cnn,
@@ -79,9 +80,11 @@ def test_grids(shape, window):
     check_equal(model, net, features, images)
     assert torch.equal(net(images), net(images.flatten(2)))
     assert_close(net(list(features.unbind(1))), net(images))
-    assert net.grid in (shape, None)
-    if (window == (2, 2) and shape in ((4, 4), (4, 8), (8, 8))) or shape == (8, 8):
-        assert net.grid == shape
+    assert net.shape == shape
+    with pytest.raises(ShapeError, match=rf"or \(B, 3, {shape[0]}, {shape[1]}\)"):
+        net(images.reshape(4, 3, 1, -1))
+    complete = all(n in (2, 4, 8) for n in shape)
+    assert ("pooling 2x" in repr(net) or "pooling 4x" in repr(net)) == complete
 
 
 @pytest.mark.parametrize("shape", GRIDS)
@@ -235,6 +238,87 @@ def test_deep_products_in_single_precision(shape, share, magnitude):
     assert float((single.grad.double() - double.grad).abs().max()) <= 0.02 * scale
 
 
+@pytest.mark.parametrize("shape", ["star", "binary", "caterpillar", "grid"])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1e8, 1e20, 1e30])
+def test_weights_of_any_size_in_single_precision(shape, share, size):
+    """Filters of every layer far from 1, with moderate inputs and with ones that undo them."""
+    tree = ModeTree.grid((8, 8)) if shape == "grid" else getattr(ModeTree, shape)(64)
+    random = torch.Generator().manual_seed(0)
+    exact = ConvNet(tree, 3, 4, share=share, std=1.0, dtype=torch.float64, generator=random)
+    x = torch.randn(5, 3, 64, dtype=torch.float64, generator=random)
+    value, log = exact.scaled_values(x)
+    net = ConvNet(tree, 3, 4, share=share)
+    weights = {key: (size * w).float() for key, w in exact.state_dict().items()}
+    net.load_state_dict(weights)
+    for undone in (1.0, size):
+        found, found_log = net.scaled_values((x / undone).float())
+        more = len(tree.nodes) * math.log2(size) - 64 * math.log2(undone)
+        wanted = value.abs().log2() + log + more
+        assert torch.isfinite(found).all() and bool((found != 0).all())
+        assert torch.allclose(found.abs().log2().double() + found_log, wanted, rtol=1e-4, atol=0.02)
+        assert torch.equal(found.sign().double(), value.sign())
+
+
+def test_long_chains_of_convolutions():
+    """Sixty one-child nodes above each other: no products, but sixty small filters."""
+    tree = ModeTree.chain(60)
+    model = Factorization(
+        tree, 4, 4, root="ones", std=1e-2, generator=torch.Generator().manual_seed(0)
+    )
+    x = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(1))
+    value, log = to_cnn(model, scaled=True).scaled_values(x)
+    wide = Factorization.from_weights(
+        tree, {v: w.double() for v, w in model.weights.items()}, join="diagonal"
+    )
+    wanted = wide(x.mT.double())
+    assert torch.allclose(value.double() * torch.exp2(log.double()), wanted, rtol=1e-4)
+    assert bool((to_cnn(model)(x) == 0).all())
+
+
+def test_a_zero_patch_beside_values_beyond_the_range():
+    net = ConvNet(ModeTree.star(64), 3, 4, generator=torch.Generator().manual_seed(0), std=1.0)
+    x = 30 * torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    x[0, :, 3] = 0
+    found = net(x)
+    assert found[0] == 0 and bool(torch.isinf(found[1]))
+
+
+def test_shapes_of_images():
+    """Trees of grid know it, others are told, and it is kept."""
+    for shape in ((1, 4), (4, 1), (2, 2), (4, 2), (2, 8), (3, 5)):
+        assert to_cnn(Factorization(ModeTree.grid(shape), 3, 4)).shape == shape
+    assert to_cnn(Factorization(ModeTree.binary(4), 3, 4)).shape is None
+    assert to_cnn(Factorization(ModeTree([[0, 1, 4, 5], [2, 3, 6, 7]]), 3, 4)).shape == (2, 4)
+    scattered = ModeTree([[0, 3], [1, 2]])
+    net = ConvNet(scattered, 3, 4, shape=(2, 2), outputs=5)
+    assert net.shape == (2, 2) and to_cnn(from_cnn(net), classes=True, shape=(2, 2)).shape == (2, 2)
+    with pytest.raises(ShapeError, match=r"\(B, 3, 2, 2\)"):
+        net(torch.zeros(2, 3, 1, 4))
+    with pytest.raises(TreeError, match="an image of 2 x 3 has 6 pixels, the tree 4 modes"):
+        ConvNet(scattered, 3, 4, shape=(2, 3))
+
+
+def test_compiled_and_copied():
+    import copy
+    import pickle
+
+    net = ConvNet(ModeTree.grid((4, 4)), 3, 4, std=0.7, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), net(x))
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), net(x))
+        with torch.no_grad():
+            next(other.parameters()).zero_()
+    assert float(net(x).detach().abs().min()) > 0
+
+
+def test_long_descriptions_are_cut():
+    text = repr(ConvNet(ModeTree.caterpillar(200), 2, 3))
+    assert len(text.splitlines()) < 70 and "more lines ..." in text and "linear" in text
+
+
 def test_products_without_scales_do_underflow():
     """What the scales are for: the same network without them loses the value."""
     net = ConvNet(ModeTree.grid((8, 8)), 3, 4, std=0.02, generator=torch.Generator().manual_seed(0))
@@ -333,6 +417,11 @@ def test_what_is_refused():
     uneven = to_cnn(zoo.model_of(ModeTree.star(3)))
     with pytest.raises(ShapeError, match=r"3 tensors \(B, D_n\) with D = \(2, 3, 5\)"):
         uneven([torch.zeros(2, 2), torch.zeros(2, 3)])
+    mixed = [torch.zeros(2, 2), torch.zeros(2, 3).double(), torch.zeros(2, 5)]
+    with pytest.raises(DataError, match=r"write x\.to\(net\.dtype\)"):
+        uneven([part.double() for part in mixed[:1]] + [mixed[1].float(), mixed[2].double()])
+    with pytest.raises(ShapeError, match="found:    NoneType"):
+        net(None)
     with pytest.raises(OptionError, match="to_cnn takes a Factorization, found Linear"):
         to_cnn(torch.nn.Linear(2, 2))
     with pytest.raises(OptionError, match="from_cnn takes a ConvNet"):

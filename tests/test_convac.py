@@ -170,6 +170,11 @@ def test_what_is_refused():
         Representation(3, low=1.0, high=1.0)
     with pytest.raises(OptionError, match=r"patch must be \(height, width\), found 2"):
         Representation(3, patch=2)
+    for kind in ("affine", "gaussian"):
+        with pytest.raises(DataError, match=r"write images.to\(torch.float32\)"):
+            Representation(3, kind=kind)(torch.zeros(1, 1, 4, 4, dtype=F64))
+    with pytest.raises(DataError, match="a floating-point dtype"):
+        Representation(3, kind="bins")(torch.zeros(1, 1, 4, 4, dtype=torch.int64))
     with pytest.raises(ShapeError, match=r"expected: \(B, 1, a multiple of 2, a multiple of 2\)"):
         Representation(3, patch=(2, 2))(torch.zeros(1, 1, 4, 5))
     net = ConvNet(ModeTree.star(3), 2, 4)

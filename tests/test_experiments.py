@@ -68,7 +68,8 @@ def test_demo(tmp_path):
     assert abs(sizes["CP"] - sizes["tnreg"]) < 0.2 * sizes["tnreg"]
     folder = tmp_path / "demo"
     expected = {"config.json", "model.safetensors", "trajectory.npz", "trajectory-cp.npz", "report.html",
-                "demo.png", "spectra.png", "slices.png", "training.png", "network.png", "network.onnx"}  # fmt: skip
+                "demo.png", "spectra.png", "slices.png", "training.png", "network.png",
+                "network.onnx"}  # fmt: skip
     assert {p.name for p in folder.iterdir()} == expected
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5

@@ -16,6 +16,7 @@ from tnreg import (
     ConvAC,
     ConvNet,
     DataError,
+    Factorization,
     ModeTree,
     OptionError,
     Representation,
@@ -75,6 +76,22 @@ def test_files_give_the_same_values_without_tnreg(tmp_path, name, kind):
     assert found.shape == wanted.shape
     assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
     assert {p.name for p in tmp_path.iterdir()} == {f"net.{kind}", "inputs.npz", "found.npy"}
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2), (3, 5)])
+def test_exported_grids_take_images(tmp_path, shape):
+    """Also where filters are of the usual small size, so that values leave the range of floats."""
+    import onnxruntime
+
+    net = to_cnn(Factorization(ModeTree.grid(shape), 3, 4))
+    export_onnx(net, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"]
+    )
+    assert session.get_inputs()[0].shape[1:] == [3, *shape]
+    x = 1e3 * torch.randn(1, 3, *shape)
+    [found] = session.run(None, {"x": x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), net(x), rtol=1e-4) and found != 0
 
 
 def test_a_module_of_ones_own_with_an_example(tmp_path):
@@ -137,6 +154,11 @@ def test_what_is_refused(tmp_path):
         export_onnx(ConvAC(Representation(3), random_tree), tmp_path / "x.onnx")
     with pytest.raises(OptionError, match="found Linear"):
         export_state(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
+    with pytest.raises(OptionError, match=r"does not take the example of shapes \[\(2, 3, 5\)\]"):
+        export_pt2(torch.nn.Linear(2, 2), tmp_path / "x.pt2", example=torch.zeros(2, 3, 5))
+    huge = ConvNet(ModeTree.grid((8, 8)), 3, 4, std=1e30, scaled=False)
+    with pytest.raises(DataError, match="leave the range of torch.float32 on random inputs"):
+        export_pt2(huge, tmp_path / "x.pt2")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -70,6 +70,13 @@ def test_separable_functions_have_rank_one():
     assert float(spectra(grid_tensor(mixed, templates, tree), tree)[(0, 1)][1]) > 1e-3
 
 
+def test_every_part_of_a_module_keeps_its_mode():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    net[1].eval()
+    grid_tensor(net, torch.eye(2), [0, 1])
+    assert net.training and net[2].training and not net[1].training
+
+
 def test_an_arrangement_of_ones_own():
     f = lambda x: x[0][:, 0] - x[1][:, 0]  # noqa: E731
     templates = torch.tensor([[0.0], [1.0]])
@@ -84,9 +91,11 @@ def test_what_is_refused():
     with pytest.raises(ShapeError, match="more than 16777216; take fewer templates"):
         grid_tensor(lambda x: x, torch.eye(20), ModeTree.binary(8))
     with pytest.raises(
-        OptionError, match="the network has 2 outputs; say which, output=0 to output=1"
+        OptionError, match="the network has 2 outputs; say which, output=0 to output=1, found None"
     ):
         grid_tensor(lambda x: x[:, :, 0], templates, tree)
+    with pytest.raises(OptionError, match="1 outputs; say which.*found 3"):
+        grid_tensor(lambda x: x[:, 0, 0], templates, tree, output=3)
     with pytest.raises(ShapeError, match=r"one value for each of 16 inputs, found shape \(\)"):
         grid_tensor(lambda x: x.sum(), templates, tree)
     with pytest.raises(OptionError, match=r"shape \(3, 2\) is not of 4 patches"):

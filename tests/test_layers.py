@@ -12,8 +12,9 @@ import pytest
 ROOMS = [
     "errors", "files", "tree", "trajectory", "optim", "network", "rank", "einsum", "contraction", "scaled",
     "factorization", "frames", "gramians", "rounding", "hsvd", "products", "algebra", "convert", "components",
-    "dynamics", "tensors", "tasks", "checkpoint", "fit", "pooling", "cnn", "convac", "export", "penalties", "grids",
-    "patches", "second_order", "regularizers", "probe", "pathfinder", "images", "plots", "experiments", "cli",
+    "dynamics", "tensors", "tasks", "checkpoint", "fit", "pooling", "cnn", "convac", "export", "penalties",
+    "patches", "second_order", "regularizers", "grids", "probe", "pathfinder", "images", "plots",
+    "experiments", "cli",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

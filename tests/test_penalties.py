@@ -117,6 +117,24 @@ def test_dead_components_have_no_gradient():
     assert float(model.gradients[(0, 1)].abs().max()) == 0
 
 
+def test_norms_of_ordinary_size_do_not_meet_eps():
+    model = zoo.model_of(zoo.TREES["htf-4"])
+    with torch.no_grad():
+        for stack in model.stacks:
+            stack *= 1e-5
+    found = float(LocalComponentPenalty()(model).detach())
+    assert found == pytest.approx(component_sum(model, None), rel=1e-12)
+    every = sum(len(sigma) for sigma in model.local_components().values())
+    assert float(LocalComponentPenalty(eps=1.0)(model).detach()) == every  # every norm counts as 1
+    assert LocalComponentPenalty(p=torch.tensor(1.5).item())(model) > 0
+
+
+def test_zero_tensors_have_a_graph():
+    model = Factorization(ModeTree.binary(4), 3, 2, std=0.0)
+    EffectiveRankPenalty()(model).backward()
+    assert all(float(g.abs().max()) == 0 for g in model.gradients.values())
+
+
 def test_products_of_many_norms_stay_in_range():
     """65 vectors of norm 1e8 each: their product leaves the range of float32, its 2/65th power does not."""
     model = Factorization(ModeTree.star(64), 2, 3)
@@ -171,8 +189,14 @@ def test_what_is_refused():
         LocalComponentPenalty()(zoo.model_of(zoo.TREES["htf-4"], "full"))
     with pytest.raises(OptionError, match=r"nothing to weigh at \(0, 2\)"):
         LocalComponentPenalty(weights={(0, 2): 1.0})(model)
-    with pytest.raises(OptionError, match="nothing to weigh at 3.*\n.*heights \\[1, 2\\]"):
+    with pytest.raises(OptionError, match="nothing to weigh at 3.*\n.*only heights, \\[1, 2\\]"):
         LocalComponentPenalty(weights={3: 1.0})(model)
+    with pytest.raises(OptionError, match=r"weights must be \{node: number\}"):
+        LocalComponentPenalty(weights=0.5)
+    with pytest.raises(OptionError, match="the weight of 1 must be a number, found nan"):
+        EffectiveRankPenalty(weights={1: math.nan})
+    with pytest.raises(OptionError, match="p must be a number > 0, or None for 2/K, found True"):
+        LocalComponentPenalty(p=True)
     with pytest.raises(
         OptionError, match="unknown kind 'rank'; write 'effective_rank' or 'entropy'"
     ):
@@ -198,6 +222,28 @@ def test_dropped_components(name, root):
     assert set(hierarchical_rank(found).values()) == {1}
 
 
+def test_dropped_where_products_leave_the_range():
+    """Norms of 64 small columns: their products underflow in float32, their order is known all the same."""
+    model = Factorization(
+        ModeTree.star(64), 3, 6, std=0.02, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        for n in range(64):
+            model.weights[n][:, 3:] *= 1.5
+    wide = Factorization.from_weights(
+        model.tree, {v: w.double() for v, w in model.weights.items()}, join="diagonal"
+    )
+    for options in ({"ranks": 3}, {"below": 0.5}):
+        found = dynamics.drop_components(model, **options)
+        exact = dynamics.drop_components(wide, **options)
+        assert torch.equal(found.weights[0].double(), exact.weights[0])
+        assert (
+            found.error_bound == pytest.approx(exact.error_bound, rel=1e-4)
+            and exact.error_bound > 0
+        )
+    assert torch.equal(dynamics.drop_components(model, 3).weights[0], model.weights[0][:, 3:])
+
+
 def test_dropped_by_share():
     model = zoo.model_of(zoo.TREES["htf-4"])
     sigma = model.local_components()
@@ -214,5 +260,9 @@ def test_dropped_by_share():
         dynamics.drop_components(model)
     with pytest.raises(OptionError, match=r"below must be in \[0, 1\), found 1"):
         dynamics.drop_components(model, below=1)
+    with pytest.raises(OptionError, match=r"below must be in \[0, 1\), found '0.5'"):
+        dynamics.drop_components(model, below="0.5")
+    with pytest.raises(OptionError, match="of a network: from_cnn"):
+        dynamics.drop_components(to_cnn(model), 1)
     with pytest.raises(OptionError, match="full joins have no local components"):
         dynamics.drop_components(zoo.model_of(zoo.TREES["htf-4"], "full"), 1)

@@ -13,7 +13,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from tnreg import ConvNet, ModeTree, OptionError, Trajectory, decompose, plots, spectra, to_cnn
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    ModeTree,
+    OptionError,
+    Representation,
+    Trajectory,
+    decompose,
+    plots,
+    spectra,
+    to_cnn,
+)
 
 
 @pytest.fixture
@@ -120,6 +131,18 @@ def test_network_shows_every_layer():
     full = plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full"))
     assert "1 × 27" in [text.get_text() for text in full.texts]
     assert len(ax.patches) == 1 + 3 + 2  # input, convolutions, poolings
+
+
+def test_networks_only():
+    net = ConvNet(ModeTree.grid((2, 2)), 3, 4, outputs=2)
+    assert plots.network(ConvAC(Representation(3), net)).texts
+    model = zoo.model_of(ModeTree.binary(4))
+    with pytest.raises(
+        OptionError, match=r"draws a ConvNet, found Factorization; .*to_cnn\(model\)"
+    ):
+        plots.network(model)
+    with pytest.raises(OptionError, match="plots.component draws a ConvNet"):
+        plots.component(model, (0, 1))
 
 
 def test_component_frames_its_filters():

@@ -15,6 +15,19 @@ from tnreg import FileError, ModeTree, TreeError, gallery, load_tree
 from tnreg.tree import read_tree, tree_from_json, tree_to_json
 
 
+def test_grids_know_their_shape(tmp_path):
+    tree = ModeTree.grid((3, 5))
+    assert tree.shape == (3, 5) and ModeTree(tree).shape == (3, 5)
+    assert ModeTree.binary(4).shape is None and ModeTree.binary(4) == ModeTree.grid((1, 4), (1, 2))
+    tree.save(tmp_path / "t.json")
+    assert load_tree(tmp_path / "t.json").shape == (3, 5)
+    assert pickle.loads(pickle.dumps(tree)).shape == (3, 5)
+    with pytest.raises(TreeError, match="an image of 2 x 3 has 6 pixels, the tree 4 modes"):
+        ModeTree([0, 1, 2, 3], shape=(2, 3))
+    with pytest.raises(TreeError, match=r"shape must be \(height, width\), found 4"):
+        ModeTree([0, 1, 2, 3], shape=4)
+
+
 def test_structure():
     tree = ModeTree([[0, 1], [2, 3]])
     assert tree.order == 4 and tree.leaves == (0, 1, 2, 3)

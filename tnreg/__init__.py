@@ -22,9 +22,9 @@ from tnreg.cnn import ConvNet, from_cnn, to_cnn
 from tnreg.convac import ConvAC, Representation
 from tnreg.export import export_onnx, export_pt2, export_state
 from tnreg.penalties import EffectiveRankPenalty, LocalComponentPenalty
-from tnreg.grids import grid_tensor
 from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
 from tnreg.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.grids import grid_tensor
 from tnreg.probe import LocalityProfile, locality_profile, separation_spectrum
 from tnreg import algebra, convert, dynamics, images, plots
 

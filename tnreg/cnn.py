@@ -16,6 +16,7 @@ the result, the root is linear. A star is a shallow network, a binary tree a dee
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, final
 
@@ -26,13 +27,26 @@ from torch import Tensor, nn
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorization import Factorization
 from tnreg.network import Network
-from tnreg.pooling import Group, LocalConv, Maps, groups_of, maps_of, pooled, rescaled
+from tnreg.pooling import (
+    Group,
+    LocalConv,
+    Maps,
+    grid_of,
+    groups_of,
+    maps_of,
+    pooled,
+    rescaled,
+    taken_over,
+)
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["ConvNet", "from_cnn", "to_cnn"]
 
 # Networks of more modes than this multiply on scales, unless told otherwise.
 _UNSCALED_MODES = 8
+
+# Longer descriptions of a network are cut in the middle.
+_LINES = 60
 
 
 @final
@@ -54,6 +68,7 @@ class ConvNet(nn.Module):
         share: The same filters at all nodes of a layer.
         scaled: Multiply on scales that are powers of two, so that any number of positions neither
             overflows nor underflows; the value is the same. ``None``: from 9 positions on.
+        shape: ``(height, width)`` of the images, where the tree does not know it (``ModeTree.grid`` does).
         std: Standard deviation of the normal initial weights.
         dtype: float32, float64, complex64 or complex128; torch's default if left out.
         device: Any torch device.
@@ -63,6 +78,7 @@ class ConvNet(nn.Module):
         network: Indices and sizes, without the numbers.
         outputs: Number of outputs, or ``None``.
         share: Whether filters are shared over the nodes of a layer.
+        shape: ``(height, width)`` of the images, if the tree is a ``ModeTree.grid`` or it was given.
         scaled: Whether products are multiplied on scales.
 
     Raises:
@@ -86,6 +102,7 @@ class ConvNet(nn.Module):
         outputs: int | None = None,
         share: bool = False,
         scaled: bool | None = None,
+        shape: tuple[int, int] | None = None,
         std: float = 1e-2,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -105,16 +122,16 @@ class ConvNet(nn.Module):
         weights = {node: w.detach() for node, w in drawn.weights.items()}
         if outputs is not None:
             last = weights[drawn.tree.root]
-            shape = (*last.shape, outputs)
+            whole = (*last.shape, outputs)
             place = generator.device if generator is not None else last.device
-            more = torch.randn(shape, dtype=last.dtype, device=place, generator=generator)
+            more = torch.randn(whole, dtype=last.dtype, device=place, generator=generator)
             weights[drawn.tree.root] = (std * more).to(last.device)
         if share:
             first: dict[int, Tensor] = {}
             for i, node in enumerate(drawn.tree.nodes[: len(drawn.network.weighted)]):
                 one = first.setdefault(drawn.tree.heights[i], weights[node])
                 weights[node] = one if one.shape == weights[node].shape else weights[node]
-        self._assemble(drawn.network, weights, outputs, share, scaled)
+        self._assemble(drawn.network, weights, outputs, share, scaled, shape)
 
     @classmethod
     def holding(
@@ -125,6 +142,7 @@ class ConvNet(nn.Module):
         outputs: int | None = None,
         share: bool = False,
         scaled: bool | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> ConvNet:
         """A network with copies of these weights, shaped as ``weights`` says.
 
@@ -133,7 +151,7 @@ class ConvNet(nn.Module):
         """
         net = cls.__new__(cls)
         nn.Module.__init__(net)
-        net._assemble(network, weights, outputs, share, scaled)
+        net._assemble(network, weights, outputs, share, scaled, shape)
         return net
 
     def _assemble(
@@ -143,12 +161,19 @@ class ConvNet(nn.Module):
         outputs: int | None,
         share: bool,
         scaled: bool | None,
+        shape: tuple[int, int] | None,
     ) -> None:
         tree = network.tree
         self.network, self.outputs, self.share = network, outputs, share
         self.scaled = tree.order > _UNSCALED_MODES if scaled is None else bool(scaled)
         self._groups = groups_of(network)
-        self._layout = maps_of(tree)
+        self._names = self._named()
+        grid = grid_of(tree if shape is None else ModeTree(tree, shape=shape))
+        self.shape = shape or tree.shape or (None if grid is None else grid.shape)
+        if self.shape is not None and math.prod(self.shape) != tree.order:
+            raise ShapeError(f"shape {self.shape} is not of {tree.order} positions.")
+        self._layout = grid or maps_of(tree)
+        self._windows = grid is not None
         plain = len(set(network.sizes)) == 1 and len(self._groups) == tree.heights[-1] + 1
         self._maps = self._layout if share and plain else None
         self._cut = sorted({g for group in self._groups for child in group.picks for g, _ in child})
@@ -160,7 +185,7 @@ class ConvNet(nn.Module):
             if group.positions[0] not in network.slots:
                 continue  # a root of ones sums
             held = [weights[tree.nodes[p]].detach() for p in group.positions]
-            name = self._name(g)
+            name = self._names[g]
             if group.positions[-1] == len(tree.nodes) - 1 and outputs is None:
                 held = [held[0].unsqueeze(-1)]
             if not share:
@@ -170,14 +195,16 @@ class ConvNet(nn.Module):
             else:
                 self.convs[name] = _shared_conv(held, tree, group)
 
-    def _name(self, g: int) -> str:
-        """Key of a group's convolution in ``convs``: one a group, or one a layer if filters are shared."""
-        height = self.tree.heights[self._groups[g].positions[0]]
-        if self.share:
-            return f"layer{height}"
-        peers = [k for k in range(len(self._groups))
-                 if self.tree.heights[self._groups[k].positions[0]] == height]  # fmt: skip
-        return f"layer{height}" if len(peers) == 1 else f"layer{height}_{peers.index(g)}"
+    def _named(self) -> list[str]:
+        """Keys of the groups' convolutions in ``convs``: one a group, or one a layer if they are shared."""
+        heights = [self.tree.heights[group.positions[0]] for group in self._groups]
+        many, met = Counter(heights), Counter[int]()
+        names = []
+        for height in heights:
+            alone = self.share or many[height] == 1
+            names.append(f"layer{height}" if alone else f"layer{height}_{met[height]}")
+            met[height] += 1
+        return names
 
     # What it is
 
@@ -206,12 +233,6 @@ class ConvNet(nn.Module):
         """Number of layers; layer 0 convolves the inputs."""
         return len(self._nodes_at)
 
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """``(height, width)`` of the image if the tree is a complete ``ModeTree.grid``, else ``None``."""
-        found = self._layout
-        return found.shape if found is not None and found.shape[1] > 1 else None
-
     def layer_of(self, node: Node) -> int:
         """Number of the layer that holds a node: its height in the tree."""
         return self.tree.heights[self.tree.position(node)]
@@ -231,7 +252,7 @@ class ConvNet(nn.Module):
         for g, group in enumerate(self._groups):
             if group.positions[0] in self.network.slots:
                 nodes = tuple(self.tree.nodes[p] for p in group.positions)
-                yield self._name(g), group.join, nodes
+                yield self._names[g], group.join, nodes
 
     @property
     def weights(self) -> dict[Node, Tensor]:
@@ -260,7 +281,7 @@ class ConvNet(nn.Module):
         for g, group in enumerate(self._groups):
             if group.positions[0] not in self.network.slots:
                 continue
-            value = read(self.convs[self._name(g)])
+            value = read(self.convs[self._names[g]])
             for k, p in enumerate(group.positions):
                 shape = self.network.shape(p)
                 if p == len(self.tree.nodes) - 1 and self.outputs is not None:
@@ -307,7 +328,10 @@ class ConvNet(nn.Module):
         if log is None:
             return value
         log = log if self.outputs is None else log.unsqueeze(-1)
-        half = (log / 2).floor()  # 2^log alone may leave the range where the product does not
+        # 2^log alone may leave the range where the product does not; half of it never does
+        reach = 2 * (math.log2(torch.finfo(log.dtype).max) - 2)
+        log = log.clamp(-reach, reach)
+        half = (log / 2).floor()
         return value * torch.exp2(half) * torch.exp2(log - half)
 
     def scaled_values(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -339,7 +363,7 @@ class ConvNet(nn.Module):
             if wide is not None:
                 logs.append(wide.sum((0, 2)))
             if self.scaled and group.even:
-                x, log = rescaled(x, filters=self._filters(g))
+                x, log = rescaled(x)
                 logs.append(log.sum((0, 2)))
             x = self._convolved(g, x, logs)
             blocks.append(x)
@@ -350,21 +374,19 @@ class ConvNet(nn.Module):
     def _convolved(self, g: int, x: Tensor, logs: list[Tensor]) -> Tensor:
         if self._groups[g].positions[0] not in self.network.slots:
             return x.sum(-1, keepdim=True)
-        conv = self.convs[self._name(g)]
+        conv = self.convs[self._names[g]]
         if isinstance(conv, LocalConv):
-            if not (self.scaled and (self._groups[g].even or self._groups[g].join == "leaf")):
+            if not self.scaled:
                 return cast(Tensor, conv(x))
             x, log = conv.scaled(x)
             logs.append(log)
             return x
+        if self.scaled:
+            x, log = taken_over(x, cast(Tensor, conv.weight))
+            logs.append(len(x) * log)
         flat = x.flatten(0, 1)
         out = conv(flat.reshape(*flat.shape, 1, 1))
         return cast(Tensor, out.reshape(*x.shape[:2], -1))
-
-    def _filters(self, g: int) -> Tensor | None:
-        """Shared filters of a group, whose size its inputs take over; others are scaled themselves."""
-        name = self._name(g)
-        return cast(Tensor, self.convs[name].weight) if self.share and name in self.convs else None
 
     def _through_maps(self, x: Tensor, maps: Maps, logs: list[Tensor]) -> Tensor:
         """An ordinary 2-D network: ``(B, channels, height, width)`` all the way."""
@@ -379,18 +401,24 @@ class ConvNet(nn.Module):
             if wide is not None:
                 logs.append(wide.sum((1, 2, 3)))
             if self.scaled and group.even:
-                x, log = rescaled(x, -3, filters=self._filters(layer))
+                x, log = rescaled(x, -3)
                 logs.append(log.sum((1, 2, 3)))
-            x = self.convs[name](x) if name in self.convs else x.sum(1, keepdim=True)
+            if name not in self.convs:
+                return x.sum(1)[:, 0]
+            conv = self.convs[name]
+            if self.scaled:
+                x, log = taken_over(x, cast(Tensor, conv.weight))
+                logs.append(x.shape[2] * x.shape[3] * log)
+            x = conv(x)
         return x.flatten(1)
 
     def _as_maps(self, x: Tensor | Sequence[Tensor], logs: list[Tensor]) -> Tensor:
         assert self._maps is not None
         if not isinstance(x, Tensor):
-            x = torch.stack([torch.as_tensor(part) for part in x], 2) if len(x) else torch.empty(0)
+            x = torch.stack(self._parts(x), 2)
         self._check(x)
         if self.scaled:
-            x, log = rescaled(x, 1, filters=self._filters(0))
+            x, log = rescaled(x, 1)
             logs.append(log.flatten(1).sum(1))
         if self._maps.order is not None:
             x = x.flatten(2)[:, :, list(self._maps.order)]
@@ -404,13 +432,27 @@ class ConvNet(nn.Module):
             self._check(x)
             x = x.flatten(2)
             if self.scaled:
-                x, log = rescaled(x, 1, filters=self._filters(0))
+                x, log = rescaled(x, 1)
                 logs.append(log.sum((1, 2)))
             whole = x.permute(2, 0, 1)
             every = list(range(self.tree.order))
             return {
                 g: whole.contiguous() if modes == every else whole[modes] for g, modes in leaves
             }
+        parts = self._parts(x)
+        out = {}
+        for g, modes in leaves:
+            block = torch.stack([parts[mode] for mode in modes])
+            if self.scaled:
+                block, log = rescaled(block)
+                logs.append(log.sum((0, 2)))
+            out[g] = block
+        return out
+
+    def _parts(self, x: Any) -> list[Tensor]:
+        """N tensors ``(B, D_n)``."""
+        if not isinstance(x, Sequence):
+            raise self._misfit(type(x).__name__)
         parts = [torch.as_tensor(part) for part in x]
         fits = len(parts) == self.tree.order and all(
             part.ndim == 2 and part.shape == (parts[0].shape[0], size)
@@ -418,21 +460,15 @@ class ConvNet(nn.Module):
         )
         if not fits:
             raise self._misfit([tuple(part.shape) for part in parts])
-        self._check_numbers(parts[0])
-        out = {}
-        for g, modes in leaves:
-            block = torch.stack([parts[mode] for mode in modes])
-            if self.scaled:
-                block, log = rescaled(block, filters=self._filters(g))
-                logs.append(log.sum((0, 2)))
-            out[g] = block
-        return out
+        for part in parts:
+            self._check_numbers(part)
+        return parts
 
     def _check(self, x: Tensor) -> None:
         fits = x.ndim in (3, 4) and all(x.shape[1] == size for size in self.sizes)
         fits = fits and math.prod(x.shape[2:]) == self.tree.order
-        if fits and x.ndim == 4 and self.grid is not None:
-            fits = tuple(x.shape[2:]) == self.grid
+        if fits and x.ndim == 4 and self.shape is not None:
+            fits = tuple(x.shape[2:]) == self.shape
         if not fits:
             raise self._misfit(tuple(x.shape))
         self._check_numbers(x)
@@ -447,9 +483,12 @@ class ConvNet(nn.Module):
 
     def _misfit(self, found: Any) -> ShapeError:
         n, sizes = self.tree.order, self.sizes
-        wanted = f"{n} tensors (B, D_n) with D = {sizes}"
+        shown = str(sizes) if n <= 16 else f"({', '.join(map(str, sizes[:8]))}, ...)"
+        wanted = f"{n} tensors (B, D_n) with D = {shown}"
+        if isinstance(found, list) and len(found) > 16:
+            found = f"{len(found)} tensors, {found[0]} first"
         if len(set(sizes)) == 1:
-            image = f" or (B, {sizes[0]}, {self.grid[0]}, {self.grid[1]})" if self.grid else ""
+            image = f" or (B, {sizes[0]}, {self.shape[0]}, {self.shape[1]})" if self.shape else ""
             wanted = f"(B, {sizes[0]}, {n}){image} or {wanted}"
         return ShapeError(
             f"inputs do not fit the positions.\n  found:    {found}\n  expected: {wanted}"
@@ -474,6 +513,9 @@ class ConvNet(nn.Module):
             idle = waiting - len(at)
             if layer and idle:
                 lines.append(f"  layer {layer}  {'identity':34s} {idle} {_nodes(idle)} waiting")
+        if len(lines) > _LINES:
+            left = len(lines) - _LINES + 1
+            lines = [*lines[: _LINES - 8], f"  ... {left} more lines ...", *lines[-7:]]
         return "\n".join([*lines, ")"])
 
     def _lines(self, g: int) -> list[str]:
@@ -490,7 +532,7 @@ class ConvNet(nn.Module):
             bonds = [self.network.bonds[c] for c in self.tree.links[first]]
             given = bonds[0] if group.join == "diagonal" else math.prod(bonds)
             over = f"over {len(bonds)}"
-            if self.grid is not None and self._layout is not None:
+            if self._windows and self._layout is not None:
                 rows, columns = self._layout.windows[self.tree.heights[first] - 1]
                 over = f"{rows}x{columns}"
             kind = "product pooling" if group.join == "diagonal" else "product pooling, all pairs,"
@@ -507,14 +549,17 @@ def to_cnn(
     share: bool = False,
     classes: bool = False,
     scaled: bool | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> ConvNet:
     """The convolutional network that a factorization is: ``to_cnn(model)(x) == model(features)``.
 
     Args:
         model: Any tree, joins and root.
         share: One ``nn.Conv2d`` per layer; the model must have equal weights at all nodes of a height.
-        classes: The last mode, a leaf below the root, is not an input: its indices are the outputs.
+        classes: The last mode, a leaf below the root, is not an input: its indices are the outputs. Interior
+            nodes keep their names, the root too.
         scaled: See ``ConvNet``.
+        shape: ``(height, width)`` of the images, where the tree does not know it.
 
     Returns:
         A ``ConvNet`` with copies of the weights. It takes channels first: ``(B, D, N)`` or
@@ -536,7 +581,9 @@ def to_cnn(
     outputs = None
     if classes:
         network, weights, outputs = _without_classes(network, weights)
-    return ConvNet.holding(network, weights, outputs=outputs, share=share, scaled=scaled)
+    return ConvNet.holding(
+        network, weights, outputs=outputs, share=share, scaled=scaled, shape=shape
+    )
 
 
 def from_cnn(net: ConvNet) -> Factorization:
@@ -618,8 +665,8 @@ def _check_shared(conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group
         raise OptionError(
             f"share=True: the nodes of height {tree.heights[position]} differ in their {how}, "
             f"first {tree.nodes[position]!r}.\n"
-            "  write share=False, or ConvNet(tree, sizes, ranks, share=True) for a network that shares "
-            "from the start"
+            "  share needs equal sizes, ranks and joins at all nodes of a height, and to_cnn equal "
+            "weights; or leave it out"
         )
 
 

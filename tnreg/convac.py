@@ -129,6 +129,7 @@ class Representation(nn.Module):
 
         Raises:
             ShapeError: Another number of channels, or an image that patches do not fill.
+            DataError: Images of another dtype than the templates, or of integers.
         """
         rows, columns = self.patch
         fits = images.ndim == 4 and images.shape[1] == self.channels
@@ -138,6 +139,10 @@ class Representation(nn.Module):
                 f"  found:    {tuple(images.shape)}\n"
                 f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})"
             )
+        weight = next(self.parameters(), images)
+        if not images.is_floating_point() or images.dtype != weight.dtype:
+            wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
+            raise DataError(f"images have dtype {images.dtype}; write images.to({wanted}).")
         if self.kind == "affine":
             filters = self.weight.reshape(-1, self.channels, rows, columns)
             return nn.functional.conv2d(images, filters, self.bias, stride=self.patch).relu()
@@ -266,7 +271,7 @@ class ConvAC(nn.Module):
         representation = Representation(**self.representation.settings())
         sample = next(self.net.parameters())
         representation.load_state_dict(self.representation.state_dict())
-        net = to_cnn(model, classes=True).to(sample.dtype)
+        net = to_cnn(model, classes=True, shape=self.net.shape).to(sample.dtype)
         return ConvAC(
             representation.to(sample), net, scores=self.scores, temperature=self.temperature
         ).to(sample.device)
@@ -298,6 +303,7 @@ class ConvAC(nn.Module):
             "outputs": self.net.outputs,
             "share": self.net.share,
             "scaled": self.net.scaled,
+            "image": self.net.shape,
             "representation": self.representation.settings(),
             "scores": self.scores,
             "temperature": self.temperature,
@@ -341,8 +347,9 @@ class ConvAC(nn.Module):
                 weights[tree.root] = weights[tree.root].unsqueeze(-1).expand(*[-1] * weights[tree.root].ndim,
                                                                              outputs)  # fmt: skip
             net = ConvNet.holding(
-                network, weights, outputs=outputs, share=about["share"], scaled=about["scaled"]
-            )
+                network, weights, outputs=outputs, share=about["share"], scaled=about["scaled"],
+                shape=about["image"] and tuple(about["image"]),
+            )  # fmt: skip
             settings = {**about["representation"], "patch": tuple(about["representation"]["patch"])}
             model = cls(
                 Representation(**settings, dtype=dtype), net,

@@ -319,30 +319,34 @@ def drop_components(
         OptionError: Both or none of ``ranks`` and ``below``, ``below`` outside ``[0, 1)``, or no diagonal
             join.
     """
+    if not isinstance(model, Factorization):
+        raise OptionError(
+            f"drop_components takes a Factorization, found {type(model).__name__}; "
+            "of a network: from_cnn(net)."
+        )
     if (ranks is None) == (below is None):
         raise OptionError("drop_components: give either ranks or below.")
+    logs = _component_logs(model)
+    if not logs:
+        raise OptionError("drop_components: full joins have no local components.")
+    if below is not None:
+        if not (isinstance(below, int | float) and 0 <= below < 1):
+            raise OptionError(f"below must be in [0, 1), found {below!r}.")
+        edge = math.log(below) if below > 0 else -math.inf
+        ranks = {node: int((s >= edge + s.max()).sum()) for node, s in logs.items()}
     with torch.no_grad():
-        norms = model.component_norms()
-        if not norms:
-            raise OptionError("drop_components: full joins have no local components.")
-        sigma = {node: part.prod(0) for node, part in norms.items()}
-        if below is not None:
-            if not 0 <= below < 1:
-                raise OptionError(f"below must be in [0, 1), found {below!r}.")
-            ranks = {node: int((s >= below * s.max()).sum()) for node, s in sigma.items()}
-        gone = _dropped(model, ranks)  # type: ignore[arg-type]
         weights = {node: w.detach() for node, w in model.weights.items()}
-        sizes = {node: torch.linalg.vector_norm(w).double() for node, w in weights.items()}
+        sizes = {node: float(_log_norm(w)) for node, w in weights.items()}
         bound = 0.0
-        for node, dropped in gone.items():
-            if len(dropped) == len(sigma[node]):  # a node needs one
+        for node, dropped in _dropped(model, ranks).items():  # type: ignore[arg-type]
+            if len(dropped) == len(logs[node]):  # a node needs one
                 dropped = dropped[1:]
             if not len(dropped):
                 continue
             children = model.tree.children(node)
-            rest = [size.log() for v, size in sizes.items() if v != node and v not in children]
-            bound += _exponential(sum(map(float, rest)) + float(sigma[node][dropped].sum().log()))
-            kept = torch.ones(len(sigma[node]), dtype=torch.bool, device=model.device)
+            rest = sum(size for v, size in sizes.items() if v != node and v not in children)
+            bound += _exponential(rest + float(logs[node][dropped].logsumexp(0)))
+            kept = torch.ones(len(logs[node]), dtype=torch.bool, device=model.device)
             kept[dropped] = False
             for v in children:
                 weights[v] = weights[v][..., kept]
@@ -355,6 +359,19 @@ def drop_components(
         return found
 
 
+def _component_logs(model: Factorization) -> dict[Node, Tensor]:
+    """Logarithms of the norms of all local components: products of many vectors leave the range of floats."""
+    return {node: part.double().log().sum(0) for node, part in _component_norms(model).items()}
+
+
+def _log_norm(weight: Tensor) -> Tensor:
+    largest = weight.abs().max()
+    if largest == 0:
+        return largest.double().log()
+    log: Tensor = torch.linalg.vector_norm(weight / largest).double().log() + largest.double().log()
+    return log
+
+
 def _exponential(log: float) -> float:
     try:
         return math.exp(log)
@@ -364,15 +381,15 @@ def _exponential(log: float) -> float:
 
 def _dropped(model: Factorization, ranks: int | Mapping[Node, int]) -> dict[Node, Tensor]:
     """``{diagonal join: numbers of the components beyond the largest}``."""
-    norms = _component_norms(model)
+    logs = _component_logs(model)
     if not isinstance(ranks, Mapping):
-        ranks = dict.fromkeys(norms, check_integer(ranks, 0, "ranks"))
+        ranks = dict.fromkeys(logs, check_integer(ranks, 0, "ranks"))
     out: dict[Node, Tensor] = {}
     for node, count in ranks.items():
-        if node not in norms:
+        if node not in logs:
             model.tree.position(node)
             raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
-        order = norms[node].prod(0).argsort(descending=True)
+        order = logs[node].argsort(descending=True)
         out[node] = order[check_integer(count, 0, f"the rank at node {node!r}") :]
     return out
 

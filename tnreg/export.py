@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -75,7 +76,7 @@ def export_onnx(
         session = onnxruntime.InferenceSession(
             beside.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
-        fresh = _fresh(inputs)
+        fresh = _fresh(single, inputs)
         parts = [fresh] if isinstance(fresh, Tensor) else fresh
         given = {i.name: p.numpy() for i, p in zip(session.get_inputs(), parts, strict=True)}
         [found] = session.run(None, given)
@@ -113,7 +114,7 @@ def export_pt2(
         if check:
             with beside.open("rb") as file:
                 loaded = torch.export.load(file).module()
-            fresh = _fresh(inputs)
+            fresh = _fresh(single, inputs)
             _compare(single, fresh, loaded(fresh).detach(), path)
 
     return write_whole(path, write)
@@ -154,7 +155,7 @@ def example_inputs(net: ConvNet | ConvAC, batch: int = 2) -> Any:
     """Normal random inputs of the right shape: a tensor, or N tensors for unequal sizes.
 
     Raises:
-        OptionError: A classifier whose tree is no complete grid, so that the image's shape is not known.
+        OptionError: A classifier whose images have a shape that is not known.
     """
     random = torch.Generator().manual_seed(batch)
 
@@ -164,16 +165,16 @@ def example_inputs(net: ConvNet | ConvAC, batch: int = 2) -> Any:
     inner = net.net if isinstance(net, ConvAC) else net
     net_dtype = inner.dtype
     if isinstance(net, ConvAC):
-        if inner.grid is None:
+        if inner.shape is None:
             raise OptionError(
-                "the shape of this classifier's images is not known, as its tree is no complete grid; "
-                "give example=images"
+                "the shape of this classifier's images is not known, as its tree is no ModeTree.grid; "
+                "give example=images, or make the network with ConvNet(..., shape=(height, width))"
             )
         rows, columns = net.representation.patch
-        return drawn(net.representation.channels, rows * inner.grid[0], columns * inner.grid[1])
+        return drawn(net.representation.channels, rows * inner.shape[0], columns * inner.shape[1])
     if len(set(inner.sizes)) > 1:
         return [drawn(size) for size in inner.sizes]
-    return drawn(inner.sizes[0], *(inner.grid or (inner.tree.order,)))
+    return drawn(inner.sizes[0], *(inner.shape or (inner.tree.order,)))
 
 
 def _prepared(net: nn.Module, example: Any, *, single: bool = True) -> tuple[nn.Module, Any]:
@@ -190,7 +191,16 @@ def _prepared(net: nn.Module, example: Any, *, single: bool = True) -> tuple[nn.
     ready = [p.detach().cpu() for p in parts]
     if single:
         module, ready = module.float(), [p.float() if p.is_floating_point() else p for p in ready]
-    return module, ready[0] if isinstance(example, Tensor) else ready
+    inputs = ready[0] if isinstance(example, Tensor) else ready
+    try:
+        with torch.no_grad():
+            module(inputs)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise OptionError(
+            f"the network does not take the example of shapes {[tuple(p.shape) for p in ready]}.\n"
+            f"  {str(error).splitlines()[0]}"
+        ) from None
+    return module, inputs
 
 
 def _known(net: Any) -> None:
@@ -206,15 +216,23 @@ def _dynamic(inputs: Any) -> Any:
     return {0: batch} if isinstance(inputs, Tensor) else [{0: batch} for _ in inputs]
 
 
-def _fresh(inputs: Any) -> Any:
-    """Other inputs of the same kind, with one sample more."""
+def _fresh(module: nn.Module, inputs: Any) -> Any:
+    """Other inputs of the same kind, with one sample more; of a size that keeps values in range."""
     random = torch.Generator().manual_seed(1)
 
     def other(x: Tensor) -> Tensor:
         more = torch.randn((len(x) + 1, *x.shape[1:]), generator=random)
         return (more * x.detach().float().std() if not x.is_complex() else more).to(x.dtype)
 
-    return other(inputs) if isinstance(inputs, Tensor) else [other(x) for x in inputs]
+    found = [other(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+    if isinstance(module, ConvNet):
+        with torch.no_grad():
+            values, log = module.scaled_values(found[0] if isinstance(inputs, Tensor) else found)
+        if log is not None:
+            sizes = (values.abs().reshape(len(log), -1).amax(1) + 1e-30).log2() + log
+            factor = 2.0 ** float(-sizes.median() / module.tree.order)
+            found = [factor * x for x in found]
+    return found[0] if isinstance(inputs, Tensor) else found
 
 
 def _compare(module: nn.Module, fresh: Any, found: Tensor, path: Any) -> None:
@@ -222,6 +240,11 @@ def _compare(module: nn.Module, fresh: Any, found: Tensor, path: Any) -> None:
         wanted = module(fresh)
     difference = float((found - wanted).abs().max())
     scale = float(wanted.abs().max())
+    if not 0 < scale < math.inf:
+        raise DataError(
+            f"not written: the network's values leave the range of {wanted.dtype} on random inputs, so that "
+            f"{path} cannot be checked; check=False writes it all the same."
+        )
     if not difference <= _TOLERANCE * scale:
         raise DataError(
             f"not written: {path} would give other values than the network.\n"

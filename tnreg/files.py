@@ -32,6 +32,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
         if not target.parent.is_dir():
             raise FileError(f"cannot write {target}: there is no folder {target.parent}")
         write(beside)
+        beside.chmod(0o666 & ~_mask())  # some writers make files that nobody else may read
         os.replace(beside, target)
     except (OSError, SafetensorError) as error:
         raise FileError(
@@ -41,6 +42,13 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
     return target
+
+
+def _mask() -> int:
+    """The process's mask of permissions, which can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:

@@ -38,7 +38,7 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
 
     Args:
         x: Dense real or complex tensor ``(D_0, ..., D_{N-1})`` (torch or numpy), axis n being mode
-            n; or a ``Factorization``, whose dense tensor is never formed.
+            n; or a ``Factorization``, or the network that it is, whose dense tensor is never formed.
         tree: Mode tree over ``0..N-1``; the factorization's own if left out, and no other.
 
     Returns:
@@ -61,6 +61,7 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
         >>> spectra(torch.einsum("ac,bd->abcd", pair, pair), tree)[0]
         tensor([1.7321, 1.7321, 1.7321])
     """
+    x = _seen(x)
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         real = x.stacks[0].real.dtype
@@ -113,6 +114,7 @@ def hierarchical_rank(
         9
     """
     out: dict[Node, int] = {}
+    x = _seen(x)
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         sizes, limit = x.sizes, torch.finfo(x.dtype).eps
@@ -137,6 +139,11 @@ def hierarchical_rank(
         longest = max(rows, math.prod(sizes) // rows)
         out[node] = numerical_rank(s, longest * torch.finfo(s.dtype).eps if rtol is None else rtol)
     return out
+
+
+def _seen(x: Any) -> Any:
+    """The factorization that a network of ``to_cnn`` is, or ``x`` itself."""
+    return x.as_factorization() if hasattr(x, "as_factorization") else x
 
 
 def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:

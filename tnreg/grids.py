@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
-from tnreg.pooling import maps_of
+from tnreg.pooling import grid_of
+from tnreg.regularizers import evaluation
 from tnreg.tree import ModeTree
 
 __all__ = ["grid_tensor"]
@@ -38,12 +39,13 @@ def grid_tensor(
     """Values of a network on all combinations of templates, one template for each patch.
 
     Args:
-        net: Any module or function. A module is evaluated in evaluation mode and left in the mode it was in.
+        net: Any module or function. A module runs in evaluation mode; every part of it is left in the mode
+            that it was in.
         templates: M templates for every patch, ``(M, *patch)``, or templates of their own for each,
             ``(N, M, *patch)`` with ``patch`` either ``(D,)`` or ``(C, h, w)``.
         tree: Mode tree over the N patches, e.g. that for ``tnreg.spectra`` afterwards; only its order, and
-            its shape if it is a complete grid, are used.
-        shape: Rows and columns of patches in an image, where the tree is no complete grid.
+            its shape if it is a ``ModeTree.grid``, are used.
+        shape: Rows and columns of patches in an image, where the tree does not know them.
         arrange: Makes the network's input of patches ``(B, N, *patch)``. By default vectors are put channels
             first, ``(B, D, N)`` or ``(B, D, rows, columns)``, and pictures side by side,
             ``(B, C, rows h, columns w)``.
@@ -66,6 +68,9 @@ def grid_tensor(
         tensor(1.)
     """
     batch = check_integer(batch, 1, "grid_tensor: batch")
+    tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+    if isinstance(templates, list | tuple):
+        templates = torch.stack([torch.as_tensor(part) for part in templates])
     chosen = torch.as_tensor(templates)
     n = tree.order
     if chosen.ndim in (2, 4):
@@ -83,16 +88,10 @@ def grid_tensor(
             "take fewer templates, or probe samples with tnreg.separation_spectrum."
         )
     place = arrange or _arrangement(tree, shape, chosen.ndim == 5)
-    was_training = isinstance(net, nn.Module) and net.training
-    if isinstance(net, nn.Module):
-        net.eval()
-    try:
+    with evaluation(net):
         found = [
             _values(net(place(part)), len(part), output) for part in _combinations(chosen, batch)
         ]
-    finally:
-        if isinstance(net, nn.Module):
-            net.train(was_training)
     values = torch.cat(found)
     if not bool(torch.isfinite(values).all()):
         raise DataError("grid_tensor: the network gave NaN or infinite values.")
@@ -113,8 +112,8 @@ def _arrangement(
     tree: ModeTree, shape: tuple[int, int] | None, pictures: bool
 ) -> Callable[[Tensor], Tensor]:
     if shape is None:
-        maps = maps_of(tree)
-        shape = maps.shape if maps is not None and maps.shape[1] > 1 else None
+        grid = grid_of(tree)
+        shape = tree.shape or (None if grid is None else grid.shape)
     elif math.prod(shape) != tree.order:
         raise OptionError(f"grid_tensor: shape {shape} is not of {tree.order} patches.")
     if not pictures:
@@ -122,7 +121,7 @@ def _arrangement(
         return lambda x: x.mT.reshape(x.shape[0], x.shape[2], *tail)
     if shape is None:
         raise OptionError(
-            "grid_tensor: where the patches lie in the image is not known, as the tree is no complete grid; "
+            "grid_tensor: where the patches lie in the image is not known, as the tree is no ModeTree.grid; "
             "give shape=(rows, columns) or arrange=function."
         )
     rows, columns = shape
@@ -137,16 +136,19 @@ def _arrangement(
 
 def _values(found: Any, count: int, output: int | None) -> Tensor:
     values = torch.as_tensor(found)
-    if values.shape in ((count,), (count, 1)):
+    if values.shape in ((count,), (count, 1)) and output in (None, 0):
         return values.reshape(-1)
+    if values.shape == (count,):
+        values = values.unsqueeze(1)
     if values.ndim != 2 or len(values) != count:
         raise ShapeError(
             f"grid_tensor: the network must give one value for each of {count} inputs, "
             f"found shape {tuple(values.shape)}."
         )
-    if output is None or not 0 <= output < values.shape[1]:
+    fits = isinstance(output, int) and 0 <= output < values.shape[1]
+    if output is None or not fits:
         raise OptionError(
             f"grid_tensor: the network has {values.shape[1]} outputs; say which, output=0 to "
-            f"output={values.shape[1] - 1}."
+            f"output={values.shape[1] - 1}, found {output!r}."
         )
     return values[:, output]

@@ -59,11 +59,11 @@ class LocalComponentPenalty:
         weights: Weights | None = None,
         eps: float = 1e-12,
     ) -> None:
-        if p is not None and not (isinstance(p, int | float) and math.isfinite(p) and p > 0):
-            raise OptionError(f"p must be a number > 0, or None for 2/K, found {p!r}.")
-        if not (isinstance(eps, int | float) and 0 < eps < math.inf):
-            raise OptionError(f"eps must be a number > 0, found {eps!r}.")
-        self.p, self.promote, self.weights, self.eps = p, bool(promote), weights, float(eps)
+        if p is not None:
+            p = _positive(p, "p must be a number > 0, or None for 2/K")
+        self.eps = _positive(eps, "eps must be a number > 0")
+        self.p, self.promote = p, bool(promote)
+        self.weights = _checked(weights, "LocalComponentPenalty")
 
     def __call__(self, model: Model) -> Tensor:
         """The penalty, a scalar tensor to be added to a loss.
@@ -117,7 +117,8 @@ class EffectiveRankPenalty:
         }
         if kind not in measures:
             raise OptionError(f"unknown kind {kind!r}; write 'effective_rank' or 'entropy'.")
-        self.kind, self.promote, self.weights = kind, bool(promote), weights
+        self.kind, self.promote = kind, bool(promote)
+        self.weights = _checked(weights, "EffectiveRankPenalty")
         self._measure = measures[kind]
 
     def __call__(self, model: Model) -> Tensor:
@@ -129,7 +130,8 @@ class EffectiveRankPenalty:
         seen = _seen(model)
         found = spectra(seen)
         factors = _by_node(self.weights, seen.tree, list(found), "EffectiveRankPenalty")
-        total = torch.zeros((), dtype=seen.stacks[0].real.dtype, device=seen.device)
+        # zero, but with a graph: a zero tensor has no gradient of its own
+        total: Tensor = 0 * seen.stacks[0].real.sum()
         for node, factor in factors.items():
             total = total + factor * self._measure(found[node])
         return -total if self.promote else total
@@ -153,6 +155,29 @@ def _seen(model: Any) -> Factorization:
     )
 
 
+def _positive(value: Any, what: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise OptionError(f"{what}, found {value!r}.")
+    return number
+
+
+def _checked(weights: Any, who: str) -> Weights | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Mapping):
+        raise OptionError(
+            f"{who}: weights must be {{node: number}} or {{height: number}}, found {weights!r}."
+        )
+    for key, value in weights.items():
+        if isinstance(value, bool | str) or not math.isfinite(value):
+            raise OptionError(f"{who}: the weight of {key!r} must be a number, found {value!r}.")
+    return dict(weights)
+
+
 def _by_node(
     weights: Weights | None, tree: ModeTree, nodes: list[Node], who: str
 ) -> dict[Node, float]:
@@ -170,6 +195,6 @@ def _by_node(
     if wrong:
         raise OptionError(
             f"{who}: nothing to weigh at {wrong[0]!r}.\n"
-            f"  nodes: {', '.join(map(repr, nodes[-6:]))}; or heights {sorted(set(height.values()))}"
+            f"  nodes: {', '.join(map(repr, nodes[-6:]))}; or only heights, {sorted(set(height.values()))}"
         )
     return found

@@ -219,9 +219,10 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
     Heights are numbers of nodes, widths numbers of channels, both on logarithmic scales.
 
     Args:
-        data: A ``ConvNet``, as ``to_cnn`` makes it.
+        data: A ``ConvNet``, as ``to_cnn`` makes it, or a ``ConvAC``.
         ax: Where to draw.
     """
+    data = _net(data, "network")
     ax = _axes(ax)
     net, tree = data.network, data.tree
     # label, channels of every node, operation before it
@@ -278,6 +279,7 @@ def component(
         import matplotlib.pyplot as plt
 
         axes = list(plt.subplots(1, 2, figsize=(11, 4), layout="constrained")[1])
+    data = _net(data, "component")
     net, whole = data.network, data.tree
     position = whole.position(node)
     bond = net.bonds[whole.links[position][0]] if net.joins[position] == "diagonal" else 0
@@ -292,7 +294,7 @@ def component(
     for v in (node, *children):
         left.scatter(*spots[v], s=160, facecolors="none", edgecolors="C3", lw=1.8, zorder=3)
     left.set_title(f"local component ({node_text(node)}, {r})", fontsize=10)
-    weights = {v: _array(w.abs()) for v, w in data.weights.items()}
+    weights = {v: _array(w.abs().float()) for v, w in data.weights.items()}
     x, tall = 0.0, 0
     shown = [(child, True) for child in children] + ([(node, False)] if node in weights else [])
     for v, is_child in shown:
@@ -317,6 +319,15 @@ def component(
     right.set_ylim(-tall - 0.5, 3.5)
     right.set_axis_off()
     return [left, right]
+
+
+def _net(data: Any, who: str) -> Any:
+    data = getattr(data, "net", data)
+    if not hasattr(data, "nodes_of"):
+        raise OptionError(
+            f"plots.{who} draws a ConvNet, found {type(data).__name__}; of a factorization: to_cnn(model)."
+        )
+    return data
 
 
 def _frame(x: float, y: float, width: float, height: float) -> Any:

@@ -21,7 +21,6 @@ from tnreg.network import Network
 from tnreg.tree import ModeTree
 
 __all__ = [
-    "Grid",
     "Group",
     "LocalConv",
     "Maps",
@@ -30,6 +29,7 @@ __all__ = [
     "maps_of",
     "pooled",
     "rescaled",
+    "taken_over",
 ]
 
 # As many moderate factors may meet without a scale of their own.
@@ -49,7 +49,8 @@ class Group:
         block: The earlier group whose slots are the children of these nodes, in order, if there is one.
         picks: Otherwise, for each child, ``(group, slot)`` per node.
         even: Whether the pooled values are to be scaled: more than four convolved inputs have been
-            multiplied below since that was done last, so never more than some sixteen are.
+            multiplied below since that was done last (so never more than some sixteen are), or eight
+            convolutions have followed each other.
     """
 
     positions: tuple[int, ...]
@@ -83,6 +84,7 @@ def groups_of(net: Network) -> tuple[Group, ...]:
     order = sorted(range(len(members)), key=lambda s: (tree.heights[members[s][0]], s))
     slot: dict[int, tuple[int, int]] = {}
     factors: dict[int, int] = {}
+    steps: dict[int, int] = {}
     out: list[Group] = []
     for s in order:
         positions = members[s]
@@ -98,8 +100,10 @@ def groups_of(net: Network) -> tuple[Group, ...]:
         multiplied = max(
             (sum(factors[c] for c in children) for children in below if children), default=1
         )
-        even = multiplied > _FACTORS
+        taken = 1 + max((steps[c] for children in below for c in children), default=0)
+        even = multiplied > _FACTORS or taken > 2 * _FACTORS
         factors |= dict.fromkeys(positions, 1 if even else multiplied)
+        steps |= dict.fromkeys(positions, 0 if even else taken)
         picks = () if block is not None else picks
         out.append(Group(positions, net.joins[positions[0]], block, picks, even))
         slot |= {p: (len(out) - 1, k) for k, p in enumerate(positions)}
@@ -149,42 +153,28 @@ def _wide_product(parts: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     return out * torch.exp2((logs - top).clamp_max(reach)), top
 
 
-def rescaled(x: Tensor, dim: int = -1, *, filters: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rescaled(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     """Divide by the power of two below the largest magnitude along ``dim``: ``(x, binary logarithms)``.
 
     The scale is constant to autograd: what is multilinear does not depend on it.
-
-    Args:
-        x: Values.
-        dim: Axis of the channels.
-        filters: Divide by the power of two below their largest magnitude as well, so that what they make
-            of ``x`` is moderate.
     """
-    extra = None if filters is None else filters.detach().abs().flatten().amax(0)
-    return _even(x, x.detach().abs().amax(dim, keepdim=True), extra)
+    return _even(x, x.detach().abs().amax(dim, keepdim=True))
 
 
-def _even(x: Tensor, size: Tensor, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    log = _logarithm(size)
-    if extra is not None:
-        log = log + _logarithm(extra)
+def taken_over(x: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide ``x`` by the power of two below the filters' largest magnitude, and its binary logarithm.
+
+    What those filters make of ``x`` is then as moderate as ``x`` was.
+    """
+    return _even(x, filters.detach().abs().flatten().amax(0))
+
+
+def _even(x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    log = (size + (size == 0)).log2().floor()  # zeros keep their scale
     # within what the dtype can invert
     reach = math.log2(torch.finfo(size.dtype).max) - 2
     log = log.clamp(-reach, reach)
     return x * torch.exp2(-log), log
-
-
-def _logarithm(size: Tensor) -> Tensor:
-    return (size + (size == 0)).log2().floor()  # zeros keep their scale
-
-
-@dataclass(frozen=True)
-class Grid:
-    """An image of ``height x width`` patches, and the windows that each level joins."""
-
-    height: int
-    width: int
-    windows: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -192,7 +182,7 @@ class Maps:
     """A tree all of whose nodes of one height have equal windows: an ordinary 2-D network.
 
     Attributes:
-        shape: Positions ``(height, width)``; a sequence is ``(N, 1)``.
+        shape: Positions ``(height, width)``; of a sequence ``(N, 1)``.
         windows: Product pooling of every level, leaves first.
         order: Mode at every position of a sequence, ``None`` if in order.
     """
@@ -202,21 +192,25 @@ class Maps:
     order: tuple[int, ...] | None
 
 
-def grid_of(tree: ModeTree) -> Grid | None:
-    """The image whose ``ModeTree.grid`` this tree is, with complete windows at every level."""
-    height_one = [i for i, below in enumerate(tree.links) if below and tree.heights[i] == 1]
-    if not height_one or len(tree.nodes) < 3:
-        return None
-    modes = tree.modes_below(tree.nodes[height_one[0]])
-    if modes[0] != 0:
+def grid_of(tree: ModeTree) -> Maps | None:
+    """The image whose ``ModeTree.grid`` this tree is, with complete windows at every level.
+
+    Its shape is the tree's own, or read off the first window: there a row of modes is followed by the next
+    row, unless the window is as wide as the image.
+    """
+    first = next((i for i, height in enumerate(tree.heights) if height == 1), None)
+    modes = () if first is None else tree.modes_below(tree.nodes[first])
+    if len(modes) < 2 or modes[0] != 0:
         return None
     columns = next((k for k, m in enumerate(modes) if m != k), len(modes))
-    if columns == len(modes) or len(modes) % columns:
+    width = modes[columns] if columns < len(modes) else 0
+    if tree.shape is not None:
+        width = tree.shape[1]
+        columns = min(columns, width)
+    if not width or tree.order % width or len(modes) % columns:
         return None
-    width, rows = modes[columns], len(modes) // columns
-    if tree.order % width:
-        return None
-    height, windows = tree.order // width, []
+    height, rows = tree.order // width, len(modes) // columns
+    windows: list[tuple[int, int]] = []
     h, w = height, width
     while h > 1 or w > 1:
         window = (min(rows, h), min(columns, w))
@@ -224,16 +218,16 @@ def grid_of(tree: ModeTree) -> Grid | None:
             return None
         windows.append(window)
         h, w = h // window[0], w // window[1]
-    same = tree.links == ModeTree.grid((height, width), (rows, columns)).links
-    in_order = _leaf_modes(tree) == _leaf_modes(ModeTree.grid((height, width), (rows, columns)))
-    return Grid(height, width, tuple(windows)) if same and in_order else None
+    grid = ModeTree.grid((height, width), (rows, columns))
+    same = tree.links == grid.links and _leaf_modes(tree) == _leaf_modes(grid)
+    return Maps((height, width), tuple(windows), None) if same else None
 
 
 def maps_of(tree: ModeTree) -> Maps | None:
     """The ordinary 2-D layout of a tree, if all its nodes of one height have equally many children below."""
     grid = grid_of(tree)
     if grid is not None:
-        return Maps((grid.height, grid.width), grid.windows, None)
+        return grid
     windows: list[tuple[int, int]] = []
     for height in range(1, tree.heights[-1] + 1):
         nodes = [below for i, below in enumerate(tree.links) if tree.heights[i] == height]

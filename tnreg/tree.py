@@ -40,6 +40,8 @@ class ModeTree:
     Args:
         structure: Nested sequences of mode numbers, ``[[0, 1], [2, 3]]``, or a ``networkx.DiGraph``
             with edges parent -> child whose leaves are the integers ``0..N-1``.
+        shape: ``(height, width)`` of the image whose pixels the modes are, mode = row * width + column;
+            ``grid`` knows it. It tells networks what images fit and is not compared by ``==``.
 
     Raises:
         TreeError: The structure is not a mode tree; the message names the node and the remedy.
@@ -52,9 +54,15 @@ class ModeTree:
         ((2, 3), (2, 3), (2, 3))
     """
 
-    def __init__(self, structure: Sequence[Any] | nx.DiGraph[Any] | ModeTree) -> None:
+    def __init__(
+        self,
+        structure: Sequence[Any] | nx.DiGraph[Any] | ModeTree,
+        *,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         if isinstance(structure, ModeTree):
             names, links = structure.nodes, structure.links
+            shape = structure.shape if shape is None else shape
         elif isinstance(structure, nx.Graph):
             names, links = _read_graph(structure)
         else:
@@ -71,6 +79,7 @@ class ModeTree:
         self._up = tuple(up)
         self._heights = tuple(heights)
         self._order = sum(1 for below in links if not below)
+        self._shape = None if shape is None else _check_shape(shape, self._order)
         self._hash = hash((names, links))
         self._modes: tuple[tuple[int, ...], ...] | None = None
         self._graph: nx.DiGraph[Any] | None = None
@@ -166,7 +175,8 @@ class ModeTree:
                 for r in range(0, len(level), rows)
             ]
         rest = [node for row in level for node in row]
-        return cls(rest if len(rest) > 1 or isinstance(rest[0], int) else rest[0])
+        structure = rest if len(rest) > 1 or isinstance(rest[0], int) else rest[0]
+        return cls(structure, shape=(height, width))
 
     # Structure
 
@@ -174,6 +184,11 @@ class ModeTree:
     def order(self) -> int:
         """Number of modes N."""
         return self._order
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """``(height, width)`` of the image whose pixels the modes are, if it was given."""
+        return self._shape
 
     @property
     def root(self) -> Node:
@@ -264,7 +279,7 @@ class ModeTree:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._names, self._links)
+        return _rebuild, (self._names, self._links, self._shape)
 
     # Text and files
 
@@ -373,14 +388,16 @@ def tree_to_json(tree: ModeTree) -> dict[str, Any]:
         for i, (name, usual) in enumerate(zip(tree.nodes, plain, strict=True))
         if name != usual
     }
+    shape = {} if tree.shape is None else {"shape": list(tree.shape)}
     if tree.heights[-1] > _NESTED_DEPTH:
         links = [list(below) if below else tree.nodes[i] for i, below in enumerate(tree.links)]
-        return {"tree": {"links": links, "names": {str(i): name for i, name in names.items()}}}
+        whole = {"links": links, "names": {str(i): name for i, name in names.items()}}
+        return {"tree": whole, **shape}
     nested: list[Any] = []
     for i, below in enumerate(tree.links):
         value: Any = [nested[c] for c in below] if below else tree.nodes[i]
         nested.append({"name": names[i], "children": value} if i in names else value)
-    return {"tree": nested[-1]}
+    return {"tree": nested[-1], **shape}
 
 
 def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
@@ -404,9 +421,10 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
             f"not a tree: {where}\n  {type(error).__name__}: {error}\n"
             '  expected: {"tree": [[0, 1], [2, 3]]}, nested lists of mode numbers'
         ) from None
+    shape = content.get("shape")
     if isinstance(tree, list) and not given:
-        return ModeTree(tree)  # its errors speak of the lists that the user wrote
-    return ModeTree(graph)
+        return ModeTree(tree, shape=shape)  # its errors speak of the lists that the user wrote
+    return ModeTree(graph, shape=shape)
 
 
 def _flatten_json(tree: Any) -> tuple[list[list[int]], list[Node], dict[int, Node]]:
@@ -449,11 +467,29 @@ def _gallery_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "trees"
 
 
-def _rebuild(names: tuple[Node, ...], links: tuple[tuple[int, ...], ...]) -> ModeTree:
+def _check_shape(shape: Sequence[int], order: int) -> tuple[int, int]:
+    try:
+        height, width = (check_integer(n, 1, "ModeTree: shape", TreeError) for n in shape)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TreeError):
+            raise
+        raise TreeError(f"ModeTree: shape must be (height, width), found {shape!r}.") from None
+    if height * width != order:
+        raise TreeError(
+            f"ModeTree: an image of {height} x {width} has {height * width} pixels, the tree {order} modes."
+        )
+    return height, width
+
+
+def _rebuild(
+    names: tuple[Node, ...],
+    links: tuple[tuple[int, ...], ...],
+    shape: tuple[int, int] | None = None,
+) -> ModeTree:
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from(names)
     graph.add_edges_from((names[i], names[c]) for i, below in enumerate(links) for c in below)
-    return ModeTree(graph)
+    return ModeTree(graph, shape=shape)
 
 
 def _join(nodes: list[Any]) -> Any:

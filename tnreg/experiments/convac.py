@@ -214,7 +214,7 @@ def _trained(
 ) -> ConvAC:
     random = torch.Generator().manual_seed(seed)
     representation = Representation(config.templates, kind=config.kind, generator=random)
-    net = ConvNet(tree, config.templates, config.channels, outputs=10)
+    net = ConvNet(tree, config.templates, config.channels, outputs=10, shape=(_SIDE, _SIDE))
     model = ConvAC(representation, net).start_averaging_(std=config.std, generator=random)
     model = model.to(config.device)
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -259,8 +259,7 @@ def _judged(model: ConvAC, whole: Any, found: Any, norm: float, split: _Split) -
 
 def _by_onnxruntime(model: ConvAC, path: Path, split: _Split) -> float:
     """Share of test images on which the exported file decides as the classifier does."""
-    example = split.images[:2].cpu()
-    export_onnx(model, path, example=example)
+    export_onnx(model, path)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
