@@ -284,6 +284,22 @@ def test_run_convac(capsys, tmp_path):
         assert code == 0 and target.exists(), err
 
 
+def test_run_locality_and_probe_it(capsys, tmp_path):
+    folder = tmp_path / "run"
+    options = ("--set", "tiny", "--arms", "plain", "interaction", "--distances", "24", "--seeds", "1")
+    code, out, err = call(
+        capsys, "run", "locality", *options, "--out", str(folder), "--no-progress"
+    )
+    assert code == 0, err
+    assert "interaction" in out and "x plain" in out and (folder / "results.csv").exists()
+    code, out, err = call(capsys, "plot", str(folder), "--png", str(tmp_path / "p.png"))
+    assert code == 0 and (tmp_path / "p.png").exists(), err
+    cell = str(folder / "interaction-24-seed-1")
+    options = ("--data", "digits:24", "--pairs", "2", "--distances", "0", "16")
+    code, out, err = call(capsys, "probe", cell, *options)
+    assert code == 0 and "effective rank" in out, err
+
+
 def test_probe(capsys, tmp_path):
     """The same network from four kinds of files gives the same table."""
     net = build("small-cnn", 1)
@@ -347,7 +363,7 @@ def test_probe(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    "tree,rank,decompose,fit,export,probe,plot,demo,run,run dynamics,run init-scale,run convac".split(
+    "tree,rank,decompose,fit,export,probe,plot,demo,run,run dynamics,run init-scale,run convac,run locality".split(
         ","
     ),
 )

