@@ -197,6 +197,31 @@ def shrunk_table():
     return "\n".join(lines)
 
 
+def locality_table():
+    found = json.loads((ROOT / "benchmarks/results/locality-cpu.json").read_text())["table"]
+    lines = ["| arm | distance | test accuracy, % | epochs | seconds | of plain | per epoch |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    lines += [
+        f"| {r['arm']} | {r['distance']} | {100 * r['test accuracy']:.1f} ± {100 * r['deviation']:.1f} "
+        f"| {r['epochs']:.0f} | {r['seconds']:.1f} | {r['cost']:.2f} | {r['cost an epoch']:.2f} |"
+        for r in found
+    ]
+    return "\n".join(lines)
+
+
+def regularizer_table():
+    found = results("regularizer")
+    kept = found["memory kept"]
+    lines = ["| net | step | ms | over plain | over plain, memory kept |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {net} | {step} | {row['milliseconds']:.1f} | {row['over plain']:.2f} "
+        f"| {kept[net][step]['over plain']:.2f} |"
+        for net, rows in found["memory returned"].items()
+        for step, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
 def cnn_table():
     found = json.loads((ROOT / "benchmarks/results/cnn-cpu.json").read_text())["milliseconds"]
     lines = ["| network | ms | hand-written | ratio |", "|---|---|---|---|"]
@@ -218,6 +243,8 @@ def test_docs_tables_are_the_committed_results():
     page = (ROOT / "docs/cnn.md").read_text(encoding="utf-8")
     for table in (convac_table(), shrunk_table(), cnn_table()):
         assert table in page
+    page = (ROOT / "docs/seeing_far.md").read_text(encoding="utf-8")
+    assert locality_table() in page and regularizer_table() in page
 
 
 def test_published_dynamics_are_reproduced():
@@ -369,6 +396,8 @@ if __name__ == "__main__":
         ("cnn", "CONVAC_TABLE", "| classifier | ", convac_table()),
         ("cnn", "SHRUNK_TABLE", "| tree | how ", shrunk_table()),
         ("cnn", "CNN_TABLE", "| network | ms ", cnn_table()),
+        ("seeing_far", "LOCALITY_TABLE", "| arm | distance ", locality_table()),
+        ("seeing_far", "REGULARIZER_TABLE", "| net | step ", regularizer_table()),
     ):
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         page = re.sub(
