@@ -141,6 +141,17 @@ def test_a_network_by_hand_from_plain_weights(tmp_path):
     assert torch.allclose(values[str(net.tree.root)][:, 0], net(x))
 
 
+class Branching(torch.nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+
+def test_networks_that_cannot_be_traced(tmp_path):
+    with pytest.raises(OptionError, match="cannot export this network with a dynamic batch"):
+        export_pt2(Branching(), tmp_path / "x.pt2", example=torch.ones(2, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(OptionError, match="found Linear; give a ConvNet"):
         export_onnx(torch.nn.Linear(2, 2), tmp_path / "x.onnx")

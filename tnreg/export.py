@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def export_onnx(
     names = ["x"] if isinstance(inputs, Tensor) else [f"x{n}" for n in range(len(inputs))]
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")  # of the exporter's own making
-        program = torch.onnx.export(
+        program = _traced(
+            torch.onnx.export,
             single, (inputs,), dynamo=True, dynamic_shapes=(_dynamic(inputs),), verbose=False,
             input_names=names, output_names=["y"], external_data=False,
         )  # fmt: skip
@@ -102,7 +104,7 @@ def export_pt2(
         FileError: The file cannot be written.
     """
     single, inputs = _prepared(net, example, single=False)
-    program = torch.export.export(single, (inputs,), dynamic_shapes=(_dynamic(inputs),))
+    program = _traced(torch.export.export, single, (inputs,), dynamic_shapes=(_dynamic(inputs),))
 
     def write(beside: Path) -> None:
         whole = beside.with_name(beside.name + ".pt2")  # torch insists on the ending
@@ -201,6 +203,17 @@ def _prepared(net: nn.Module, example: Any, *, single: bool = True) -> tuple[nn.
             f"  {str(error).splitlines()[0]}"
         ) from None
     return module, inputs
+
+
+def _traced(exporter: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return exporter(*arguments, **options)
+    except Exception as error:  # whatever the exporters of torch raise, in many versions
+        raise OptionError(
+            f"torch {torch.__version__} cannot export this network with a dynamic batch: "
+            f"{type(error).__name__}.\n  {str(error).splitlines()[0] if str(error) else ''}\n"
+            "  for networks of tnreg this was seen to work with torch 2.13 and to fail with 2.6"
+        ) from error
 
 
 def _known(net: Any) -> None:
