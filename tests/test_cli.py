@@ -286,7 +286,17 @@ def test_run_convac(capsys, tmp_path):
 
 def test_run_locality_and_probe_it(capsys, tmp_path):
     folder = tmp_path / "run"
-    options = ("--set", "tiny", "--arms", "plain", "interaction", "--distances", "24", "--seeds", "1")
+    options = (
+        "--set",
+        "tiny",
+        "--arms",
+        "plain",
+        "interaction",
+        "--distances",
+        "24",
+        "--seeds",
+        "1",
+    )
     code, out, err = call(
         capsys, "run", "locality", *options, "--out", str(folder), "--no-progress"
     )
@@ -363,9 +373,10 @@ def test_probe(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    "tree,rank,decompose,fit,export,probe,plot,demo,run,run dynamics,run init-scale,run convac,run locality".split(
-        ","
-    ),
+    [
+        *"tree,rank,decompose,fit,export,probe,plot,demo,run".split(","),
+        *(f"run {name}" for name in ("dynamics", "init-scale", "convac", "locality")),
+    ],
 )
 def test_every_option_is_explained(capsys, command):
     code, out, _ = call(capsys, *command.split(), "--help")

@@ -12,8 +12,8 @@ import pytest
 ROOMS = [
     "errors", "files", "tree", "trajectory", "optim", "network", "rank", "einsum", "contraction", "scaled",
     "factorization", "frames", "gramians", "rounding", "hsvd", "products", "cores", "algebra", "convert",
-    "components", "dynamics", "tensors", "tasks", "checkpoint", "fit", "pooling", "cnn", "convac", "export", "penalties",
-    "patches", "second_order", "regularizers", "grids", "probe", "pathfinder", "images", "plots",
+    "components", "dynamics", "tensors", "tasks", "checkpoint", "fit", "pooling", "cnn", "convac", "export",
+    "penalties", "patches", "second_order", "regularizers", "grids", "probe", "pathfinder", "images", "plots",
     "experiments", "cli",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
