@@ -386,7 +386,7 @@ def test_every_option_is_explained(capsys, command):
     assert options
     for i in options:
         assert (
-            "(default:" in " ".join(lines[i : i + 5])
+            "(default:" in " ".join(lines[i : i + 8])
             and len(" ".join(lines[i : i + 2]).split()) > 3
         )
 
