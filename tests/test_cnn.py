@@ -193,10 +193,10 @@ def test_a_local_component_is_a_pooled_channel():
 
 def test_reads_like_a_network():
     text = repr(ConvNet(ModeTree.grid((4, 4)), 3, 8, outputs=10))
-    assert "layer 0  1x1 convolution                    16 nodes, 3 -> 8" in text
-    assert "layer 1  product pooling 2x2                4 nodes, 8 channels" in text
-    assert "layer 2  linear                             1 node, 8 -> 10" in text
-    assert "layer 1  identity                           1 node waiting" in repr(
+    assert "layer 0  1x1 convolution           16 nodes, 3 -> 8" in text
+    assert "layer 1  product pooling 2x2       4 nodes, 8 channels" in text
+    assert "layer 2  linear                    1 node, 8 -> 10" in text
+    assert "layer 1  identity                  1 node waiting" in repr(
         to_cnn(zoo.model_of(ModeTree([[0, 3], [[1, 4], 2]])))
     )
     shared = repr(ConvNet(ModeTree.binary(4), 3, 8, share=True, join="full"))

@@ -512,7 +512,7 @@ class ConvNet(nn.Module):
             waiting += len(at) - taken
             idle = waiting - len(at)
             if layer and idle:
-                lines.append(f"  layer {layer}  {'identity':34s} {idle} {_nodes(idle)} waiting")
+                lines.append(f"  layer {layer}  {'identity':25s} {idle} {_nodes(idle)} waiting")
         if len(lines) > _LINES:
             left = len(lines) - _LINES + 1
             lines = [*lines[: _LINES - 8], f"  ... {left} more lines ...", *lines[-7:]]
@@ -536,11 +536,11 @@ class ConvNet(nn.Module):
                 rows, columns = self._layout.windows[self.tree.heights[first] - 1]
                 over = f"{rows}x{columns}"
             kind = "product pooling" if group.join == "diagonal" else "product pooling, all pairs,"
-            out.append(f"{f'{kind} {over}':34s} {where}, {given} channels")
+            out.append(f"{f'{kind} {over}':25s} {where}, {given} channels")
         if first not in self.network.slots:
-            return [*out, f"{'sum':34s} {where}, {given} -> 1"]
+            return [*out, f"{'sum':25s} {where}, {given} -> 1"]
         kind = "linear" if root else "1x1 convolution" + (", shared" if self.share else "")
-        return [*out, f"{kind:34s} {where}, {given} -> {inner}{named}"]
+        return [*out, f"{kind:25s} {where}, {given} -> {inner}{named}"]
 
 
 def to_cnn(

@@ -144,7 +144,7 @@ def run(
         write_run(beside, config, found, final, summary)
         net = to_cnn(final)
         tell("the learned factorization as a convolutional network, layer by layer:")
-        tell(_side_by_side(tree.text(), repr(net)), markup=False)
+        tell(_side_by_side(tree.text(), repr(net)), markup=False, soft_wrap=True)
         tell(_exported(net, beside / "network.onnx"), markup=False)
         compared.save(beside / "trajectory-cp.npz")
         _draw(
