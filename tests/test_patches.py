@@ -45,7 +45,7 @@ def pairs(height, width, size, distance, exact):
     }
 
 
-def uniform(found, expected):
+def assert_uniform(found, expected):
     """Every pair and no other, as often as chance says (six standard deviations)."""
     counts = Counter(found)
     assert set(counts) == set(expected)
@@ -72,7 +72,7 @@ def test_a_pair_is_used_as_given():
 def test_preset_boxes_are_drawn_in_both_orders():
     x = torch.zeros(2, 5, 5)
     expected = [(a, b) for a, b in product(THREE, THREE) if a != b]
-    uniform(drawn(PresetPatches(THREE, seed=1), x, 300), expected)
+    assert_uniform(drawn(PresetPatches(THREE, seed=1), x, 300), expected)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_random_patches_are_uniform(height, width, size, distance, exact):
     sampler = RandomPatches(size, distance, exact=exact, seed=2)
     expected = pairs(height, width, size, distance, exact)
     found = drawn(sampler, torch.zeros(2, 1, height, width), 20 * len(expected))
-    uniform(found, expected)
+    assert_uniform(found, expected)
 
 
 def test_default_is_the_published_one():

@@ -115,10 +115,13 @@ def gradients_of(value, net):
     )
 
 
-def same(net, value, expected, tolerance=1e-10):
+def assert_same(net, value, expected, tolerance=1e-10):
+    """The same value and the same gradients, of which some are not zero."""
     assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+    wanted = gradients_of(expected, net)
+    assert any(float(h.abs().max()) > 0 for h in wanted)
     for (name, _), g, h in zip(
-        net.named_parameters(), gradients_of(value, net), gradients_of(expected, net), strict=True
+        net.named_parameters(), gradients_of(value, net), wanted, strict=True
     ):
         assert torch.allclose(g, h, rtol=1e-8, atol=1e-11), name
 
@@ -134,7 +137,7 @@ def test_gradient_change_is_the_definition(smooth, classes, norm):
     expected = plain_change(net, x, y, PAIR)
     assert 0 < expected < 0.99  # else nothing is tested
     assert any(g.abs().max() > 1e-3 for g in gradients_of(plain_change(net, x, y, PAIR), net))
-    same(net, value, expected)
+    assert_same(net, value, expected)
 
 
 @pytest.mark.parametrize(("smooth", "classes", "norm"), NETS)
@@ -144,7 +147,7 @@ def test_energy_is_the_definition(smooth, classes, norm):
     net.eval()
     expected = plain_energy(net, x, y, PAIR[1])
     assert 0 < expected < 0.999
-    same(net, value, expected)
+    assert_same(net, value, expected)
 
 
 def test_logits_of_shape_b_are_the_same():
@@ -169,7 +172,7 @@ def test_cheap_second_derivatives_are_exact(smooth):
         g = input_gradient(value, x, differentiable=True, cheap=cheap)
         return (g**3).sum() + kept[0].exp().sum()
 
-    same(net, loss(True), loss(False))
+    assert_same(net, loss(True), loss(False))
 
 
 def test_cheap_second_derivatives_have_no_link_to_activations():
@@ -206,7 +209,7 @@ def test_operations_outside_the_list_are_torchs_own():
         input_gradient(net, x, differentiable=True, cheap=cheap).pow(3).sum()
         for cheap in (True, False)
     ]
-    same(net, *loss)
+    assert_same(net, *loss)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -235,7 +238,7 @@ def test_transformers(kind):
             if kind is InteractionEnergy
             else plain_change(net, x, y, PAIR)
         )
-    same(net, value, plain)
+    assert_same(net, value, plain)
 
 
 class Split(nn.Module):
@@ -561,14 +564,14 @@ def test_energy_compiles_as_a_whole():
     def energy(x):
         return interaction_energy(crossed_values(net, x, x, box))
 
-    same(net, torch.compile(energy, fullgraph=True, backend="aot_eager")(x), energy(x))
+    assert_same(net, torch.compile(energy, fullgraph=True, backend="aot_eager")(x), energy(x))
 
 
 def test_a_compiled_network():
     net, (x, _) = network(norm=True).train(), batch()
     compiled = torch.compile(net, backend="aot_eager")
     for kind in BOTH:
-        same(net, kind(PAIR)(compiled, x), kind(PAIR)(net, x))
+        assert_same(net, kind(PAIR)(compiled, x), kind(PAIR)(net, x))
         assert compiled.training and net.training
 
 
@@ -584,7 +587,7 @@ def test_a_compiled_training_step():
 
     step = torch.compile(loss, backend="aot_eager")
     for _ in range(2):
-        same(net, step(net, penalty), loss(net, other))
+        assert_same(net, step(net, penalty), loss(net, other))
     torch._dynamo.reset()
 
 
