@@ -46,11 +46,14 @@ def pairs(height, width, size, distance, exact):
 
 
 def assert_uniform(found, expected):
-    """Every pair and no other, as often as chance says (six standard deviations)."""
+    """Every pair and no other, as often as chance says: each of them, and all together by chi squared."""
     counts = Counter(found)
     assert set(counts) == set(expected)
     mean = len(found) / len(expected)
     assert all(abs(n - mean) < 6 * mean**0.5 for n in counts.values())
+    free = len(expected) - 1
+    spread = sum((n - mean) ** 2 for n in counts.values()) / mean
+    assert spread < free + 4 * (2 * free) ** 0.5
 
 
 def test_mask():
@@ -88,7 +91,7 @@ def test_preset_boxes_are_drawn_in_both_orders():
 def test_random_patches_are_uniform(height, width, size, distance, exact):
     sampler = RandomPatches(size, distance, exact=exact, seed=2)
     expected = pairs(height, width, size, distance, exact)
-    found = drawn(sampler, torch.zeros(2, 1, height, width), 20 * len(expected))
+    found = drawn(sampler, torch.zeros(2, 1, height, width), 60 * len(expected))
     assert_uniform(found, expected)
 
 
