@@ -194,6 +194,15 @@ class ConvNet(nn.Module):
                 _check_shared(self.convs[name], held, tree, group)
             else:
                 self.convs[name] = _shared_conv(held, tree, group)
+        self._leaves = {
+            g: [int(tree.nodes[p]) for p in group.positions]  # type: ignore[call-overload]
+            for g, group in enumerate(self._groups)
+            if group.join == "leaf"
+        }
+        # on the device, so that putting inputs in order does not wait for the host at every call
+        for g, modes in self._leaves.items():
+            order = None if modes == list(tree.leaves) else torch.tensor(modes, device=self.device)
+            self.register_buffer(f"_order{g}", order, persistent=False)
 
     def _named(self) -> list[str]:
         """Keys of the groups' convolutions in ``convs``: one a group, or one a layer if they are shared."""
@@ -421,13 +430,11 @@ class ConvNet(nn.Module):
             x, log = rescaled(x, 1)
             logs.append(log.flatten(1).sum(1))
         if self._maps.order is not None:
-            x = x.flatten(2)[:, :, list(self._maps.order)]
+            x = x.flatten(2).index_select(2, cast(Tensor, self._order0))
         return x.reshape(*x.shape[:2], *self._maps.shape)
 
     def _as_blocks(self, x: Tensor | Sequence[Tensor], logs: list[Tensor]) -> dict[int, Tensor]:
         """For every group of leaves its inputs ``(positions, B, channels)``."""
-        leaves = [(g, [int(self.tree.nodes[p]) for p in group.positions])  # type: ignore[call-overload]
-                  for g, group in enumerate(self._groups) if group.join == "leaf"]  # fmt: skip
         if isinstance(x, Tensor):
             self._check(x)
             x = x.flatten(2)
@@ -435,13 +442,11 @@ class ConvNet(nn.Module):
                 x, log = rescaled(x, 1)
                 logs.append(log.sum((1, 2)))
             whole = x.permute(2, 0, 1)
-            every = list(range(self.tree.order))
-            return {
-                g: whole.contiguous() if modes == every else whole[modes] for g, modes in leaves
-            }
+            orders = {g: getattr(self, f"_order{g}") for g in self._leaves}
+            return {g: whole.contiguous() if o is None else whole[o] for g, o in orders.items()}
         parts = self._parts(x)
         out = {}
-        for g, modes in leaves:
+        for g, modes in self._leaves.items():
             block = torch.stack([parts[mode] for mode in modes])
             if self.scaled:
                 block, log = rescaled(block)
