@@ -112,6 +112,7 @@ def train(
     folder: str | Path,
     *,
     about: dict[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train, write the folder, and return its summary.
 
@@ -126,6 +127,7 @@ def train(
         test: Test images. They choose nothing: the accuracy that counts is that of the last epoch.
         folder: Where the run goes.
         about: What made the sets, for ``config.json``; a run goes on only where it is the same.
+        checkpoint: Where the state is kept while it trains; ``FOLDER.checkpoint`` if left out.
 
     Returns:
         Accuracies of the last epoch, epochs, and seconds of training, evaluation not counted.
@@ -146,9 +148,9 @@ def train(
     with torch.random.fork_rng(devices=cuda), _no_denormals():
         torch.manual_seed(seed)
         state = _State(settings, arm, seed, data, device)
-        checkpoint = place.with_name(f"{place.name}.checkpoint")
-        if checkpoint.exists():
-            state.read(checkpoint, told)
+        kept = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
+        if kept.exists():
+            state.read(kept, told)
         x, y, test_x, test_y = (part.to(device) for one in (data, test) for part in _tensors(one))
         while not state.stopped(settings):
             row = state.epoch(x, y, settings)
@@ -157,7 +159,7 @@ def train(
                 accuracy(state.net, test_x, test_y, settings) if tested else float("nan")
             )
             state.found.append(len(state.found) + 1, row)
-            state.write(checkpoint, told)
+            state.write(kept, told)
         summary = state.summary(accuracy(state.net, test_x, test_y, settings))
         with folder_written_whole(place) as beside:
             save_model(state.net, str(beside / "model.safetensors"))
@@ -168,7 +170,7 @@ def train(
                 "config": told, "summary": summary,
             }  # fmt: skip
             (beside / "config.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-        checkpoint.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     return summary
 
 
