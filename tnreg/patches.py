@@ -6,6 +6,9 @@ right exclusive. A sampler has ``draw(x)``, which gives the next pair as an int6
 swapped. Everything that is drawn stays on the device. Each sampler has a random stream of its own, so
 that using one changes no other random number; ``state_dict`` holds it.
 
+A sampler that looks at the shape of the batch alone says so by ``shape_only = True``. Any other one is
+given the batch of all processes where several train one network, which must be sent for it.
+
 The *gap* of two boxes is the number of pixel rows or columns between them, the larger of both: 0 for
 boxes that touch, at a corner too.
 """
@@ -13,7 +16,7 @@ boxes that touch, at a corner too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +41,10 @@ Box = tuple[int, int, int, int]
 
 
 class PatchSampler(Protocol):
-    """What a regularizer needs of a sampler; write your own with these three methods."""
+    """What a regularizer needs of a sampler; write your own with these three methods.
+
+    Say ``shape_only = True`` in the class if ``draw`` does not look at the pixels.
+    """
 
     def draw(self, x: Tensor) -> Tensor:
         """The next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``."""
@@ -100,6 +106,8 @@ class FixedPatches:
         ShapeError: At ``draw``, if a box is not inside the image.
     """
 
+    shape_only: ClassVar[bool] = True
+
     def __init__(self, pair: Sequence[Sequence[int]]) -> None:
         self.boxes = _check_boxes(pair, "a pair of patches")
         if len(self.boxes) != 2:
@@ -140,6 +148,8 @@ class PresetPatches:
         [[0, 0, 8, 8], [0, 32, 8, 40]]
     """
 
+    shape_only: ClassVar[bool] = True
+
     def __init__(self, boxes: Sequence[Sequence[int]], *, seed: int = 0) -> None:
         self.boxes = _check_boxes(boxes, "PresetPatches")
         if len(self.boxes) < 2:
@@ -179,6 +189,8 @@ class RandomPatches:
         OptionError: ``size`` < 1 or ``distance`` < 0.
         ShapeError: At ``draw``, if no such pair fits into the image.
     """
+
+    shape_only: ClassVar[bool] = True
 
     def __init__(
         self, size: int = 2, distance: int = 0, *, exact: bool = False, seed: int = 0
@@ -227,6 +239,8 @@ class DifferingPatches:
 
     Cost: a few passes over the batch, on its device.
     """
+
+    shape_only: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -10,6 +10,13 @@ the same of function values, needs first derivatives only, and is cheaper.
 
 The network's passes inside a penalty are not its training passes: dropout is off, running statistics
 are used (or, if asked, the batch's own) and never changed, and every module is left in the mode it had.
+
+Where several processes train one network, give a penalty the ``DistributedDataParallel`` module and the
+process's own part of the batch, as large as you like, one sample at the least. The penalty is then that of
+the whole batch, the parts one after another in the order of the ranks: every process gets its value, and
+the gradients that ``DistributedDataParallel`` averages are those of one process with the whole batch. All
+processes call it at the same time, and its result goes into the same backward pass as their loss. The
+module inside the wrapper gives the penalty of the process's part alone.
 """
 
 from __future__ import annotations
@@ -22,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
-from tnreg.patches import RandomStream, as_sampler, box_mask, check_images
+from tnreg.parallel import Processes, unwrapped
+from tnreg.patches import PatchSampler, RandomStream, as_sampler, box_mask, check_images
 from tnreg.second_order import input_gradient
 
 __all__ = [
@@ -43,8 +51,8 @@ class InputGradientChange:
     """How little the gradient at patch I turns when the pixels of patch J are swapped; minimise it.
 
     ``R = mean_b |<g_b, h_b>| / (|g_b| |h_b|)``, in [0, 1], where g is the gradient of sample b's logit
-    with respect to its pixels in I, and h the same after its pixels in J were taken from the next
-    sample of the batch (the last one's from the first). R is 1 for functions that are separable or
+    with respect to its pixels in I, and h the same after its pixels in J were taken from the sample
+    before it in the batch (the first one's from the last). R is 1 for functions that are separable or
     additive over I and the rest; a zero gradient, at which no turn can be seen, counts as 1 and has no
     gradient. Source: Razin, Maman and Cohen (2022), arXiv:2201.11729.
 
@@ -72,10 +80,14 @@ class InputGradientChange:
         OptionError: An argument out of range, or ``y`` missing where the network has several logits.
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
 
+    In several processes (see the module): the first sample of a process takes its pixels from the last
+    one of the process before it, which is all that is sent beside some numbers; a sampler that looks at
+    pixels has the whole batch sent. ``statistics="batch"`` is then refused where there is batch
+    normalization, as are its layers without running statistics.
+
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
     takes some 4 times that without (``benchmarks/regularizer.py``). A compiled network is run
-    uncompiled, as compiled graphs have no second derivative. Give it the module inside
-    ``DistributedDataParallel``.
+    uncompiled, as compiled graphs have no second derivative.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
@@ -106,12 +118,14 @@ class InputGradientChange:
         weight = self._schedule.next(self.weight)
         if weight == 0:
             return _zero(x)
-        check_images(x, "InputGradientChange")
-        inside, swapped = self.patches.draw(x)
-        height, width = x.shape[-2:]
-        other = torch.where(box_mask(swapped, height, width), x.roll(1, 0), x)
-        differentiable = torch.is_grad_enabled()
+        net, processes = unwrapped(net)
         net = getattr(net, "_orig_mod", net)
+        _check_normalization(net, self.statistics, processes, "InputGradientChange")
+        lengths = _lengths(x, processes, "InputGradientChange")
+        inside, swapped = _pair(self.patches, x, lengths, processes)
+        height, width = x.shape[-2:]
+        other = torch.where(box_mask(swapped, height, width), _before(x, processes), x)
+        differentiable = torch.is_grad_enabled()
 
         def logit(batch: Tensor) -> Tensor:
             return _true_logit(net(batch), y, len(batch))
@@ -121,7 +135,9 @@ class InputGradientChange:
                 input_gradient(logit, batch, differentiable=differentiable) for batch in (x, other)
             )
         mask = box_mask(inside, height, width)
-        return weight * self._schedule.beyond(gradient_change(before * mask, after * mask))
+        part = gradient_change(before * mask, after * mask) * (len(x) / sum(lengths))
+        value = processes.shared(processes.sum(part), part)
+        return weight * self._schedule.beyond(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Calls so far and the sampler's random stream: a resumed training draws what it would have."""
@@ -170,6 +186,10 @@ class InteractionEnergy:
         OptionError: An argument out of range, or ``y`` missing where the network has several logits.
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
 
+    In several processes (see the module): the k samples are of the whole batch, every process evaluates
+    its share of M, and the images drawn and M are sent. Batch normalization as in
+    ``InputGradientChange``.
+
     Cost: one forward and backward pass of ``k²`` images. ``net`` may be compiled; ``interaction_energy``
     of a matrix compiles as a whole.
 
@@ -209,17 +229,22 @@ class InteractionEnergy:
         weight = self._schedule.next(self.weight)
         if weight == 0:
             return _zero(x)
-        check_images(x, "InteractionEnergy")
-        order = torch.randperm(len(x), generator=self._stream.on(x.device), device=x.device)
-        drawn = order[: self.samples]
-        images = x[drawn]
-        box = self.patches.draw(images)[1]  # where these differ, for samplers that look
+        net, processes = unwrapped(net)
+        _check_normalization(net, self.statistics, processes, "InteractionEnergy")
+        lengths = _lengths(x, processes, "InteractionEnergy")
+        stream = self._stream.on(x.device)
+        order = torch.randperm(sum(lengths), generator=stream, device=x.device)
+        drawn = processes.first(order[: self.samples])
+        images = processes.rows(x, drawn, lengths)
+        # where these differ, for samplers that look
+        box = processes.first(self.patches.draw(images))[1]
         with evaluation(net, self.statistics):
-            values = crossed_values(net, images, images, box)
-        if values.shape[-1] > 1:  # k × k × C: the matrix of each drawn sample's class
+            values = _own_values(net, images, box, processes)
+        if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
             classes = _check_classes(y, len(x), values.shape[-1])
-            values = values.index_select(-1, classes[drawn])
-        return weight * self._schedule.beyond(interaction_energy(values, self.eps))
+            values = values.index_select(-1, processes.rows(classes, drawn, lengths))
+        energy = interaction_energy(_all_values(values, len(images), processes), self.eps)
+        return weight * self._schedule.beyond(processes.shared(energy, energy))
 
     def state_dict(self) -> dict[str, Any]:
         """Calls so far and the random streams: a resumed training draws what it would have."""
@@ -348,6 +373,70 @@ class _Schedule:
     def beyond(self, value: Tensor) -> Tensor:
         """What is above the target."""
         return value if self.target is None else (value - self.target).clamp(min=0)
+
+
+def _lengths(x: Any, processes: Processes, what: str) -> list[int]:
+    """Images of every process; a process alone needs two, several need one each."""
+    if processes.count == 1:
+        return [len(check_images(x, what))]
+    lengths = processes.lengths(len(check_images(x, what, least=0)))
+    if not all(lengths):
+        raise ShapeError(
+            f"{what}: every process needs one image or more of each batch, found {lengths} on ranks "
+            f"0..{processes.count - 1}."
+        )
+    return lengths
+
+
+def _pair(sampler: PatchSampler, x: Tensor, lengths: list[int], processes: Processes) -> Tensor:
+    """The pair that rank 0 draws; all draw, so that their streams stay alike."""
+    seen = x if getattr(sampler, "shape_only", False) else processes.whole(x, lengths)
+    return processes.first(sampler.draw(seen))
+
+
+def _before(x: Tensor, processes: Processes) -> Tensor:
+    """For every sample the one before it in the whole batch, for the first one the last."""
+    if processes.count == 1:
+        return x.roll(1, 0)
+    return torch.cat([processes.previous(x[-1:]), x[:-1]])
+
+
+def _own_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:
+    """This process's part of the k × k crossed values, row by row, one at the least; ``(n, C)``."""
+    k = len(images)
+    if processes.count == 1:
+        return crossed_values(net, images, images, box).flatten(0, 1)
+    part = processes.part(k * k)
+    # a process without a part evaluates one image, so that it has a graph as the others have
+    pairs = torch.arange(part.start, max(part.stop, part.start + 1), device=images.device) % k**2
+    mask = box_mask(box, *images.shape[-2:])
+    crossed = torch.where(mask, images[pairs % k], images[pairs // k])
+    return logits_of(net(crossed), len(pairs))
+
+
+def _all_values(own: Tensor, k: int, processes: Processes) -> Tensor:
+    """The values of all processes, shape ``(k, k, C)``, with the graph of this one's."""
+    if processes.count > 1:
+        part = processes.part(k * k)
+        own = own[: part.stop - part.start]
+        found = processes.whole(own, processes.parts(k * k))
+        own = torch.cat([found[: part.start], own, found[part.stop :]])
+    return own.reshape(k, k, -1)
+
+
+def _check_normalization(net: Any, statistics: str, processes: Processes, what: str) -> None:
+    """Statistics of a batch of which every process has a part would be another penalty."""
+    if processes.count == 1:
+        return
+    for name, m in net.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
+            statistics == "batch" or m.running_mean is None
+        ):
+            raise OptionError(
+                f"{what}: {name or 'the network'} would normalize by the statistics of one process's "
+                "part of the batch; in several processes give it running statistics and write "
+                "statistics='frozen'."
+            )
 
 
 def _unit(x: Tensor) -> Tensor:
