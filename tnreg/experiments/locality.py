@@ -2,10 +2,10 @@
 
 The same network is trained on sets whose label hangs on pixels some distance apart, once for every arm,
 distance and seed. Arms are plain training, weight decay, dropout, the input gradient change of Razin,
-Maman and Cohen (2022), arXiv:2201.11729, and interaction energy. Every training is a run folder of
-``locality_run`` inside this one, ``igc-24-seed-101`` and so on; those that are there already are not
-trained again, and one that was killed goes on from its checkpoint. Then ``locality.png``,
-``results.csv`` and ``config.json`` with the table of results are written.
+Maman and Cohen (2022), arXiv:2201.11729, and interaction energy. Every training is a cell of a
+``sweep`` and a run folder of ``locality_run``, ``igc-24-seed-101`` and so on; those that are there
+already are not trained again, and one that was killed goes on from its checkpoint. Then
+``locality.png``, ``results.csv`` and ``config.json`` with the table of results are written.
 
 The defaults for ``set="pathfinder"`` and ``set="cifar"`` are the published ones and want a GPU; those
 for ``"digits"`` take minutes on two processor cores.
@@ -13,29 +13,51 @@ for ``"digits"`` take minutes on two processor cores.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import csv
 import dataclasses
-import io
-import json
-import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from filelock import FileLock
 
-import tnreg
 from tnreg import images
-from tnreg.errors import FileError, OptionError, check_integer
-from tnreg.experiments.folder import experiment_of, read_run
+from tnreg.errors import OptionError, TnregError, check_integer
+from tnreg.experiments import sweep
 from tnreg.experiments.locality_figure import figure, table
 from tnreg.experiments.locality_run import ARMS, Settings, train
-from tnreg.files import check_folder, write_whole
 
-__all__ = ["SETS", "Config", "figure", "run", "table"]
+__all__ = ["EXPERIMENT", "SETS", "Config", "Training", "cells", "figure", "run", "table"]
+
+
+@dataclass(frozen=True)
+class Training(Settings):
+    """Everything that one training is made from, its images included.
+
+    Attributes:
+        arm: What is added to plain training: plain, weight-decay, dropout, igc, interaction.
+        distance: Pixels between the two images of a pair; for Pathfinder paddles of a path.
+        seed: Draws initial weights, the order of the images, and patches.
+        set: The preset that the other defaults come from: pairs of digits, pairs of CIFAR-10 images,
+            or Pathfinder.
+        data_seed: Seed of the images; if left out every seed has images of its own.
+        train: Training images.
+        test: Test images.
+        size: Height and width of Pathfinder images.
+        matched: Pathfinder whose negatives have the disc distances of positives.
+        source: For CIFAR-10: the folder cifar-10-batches-py of its archive for Python.
+    """
+
+    arm: str = "plain"
+    distance: int = 0
+    seed: int = 101
+    set: Literal["digits", "cifar", "pathfinder", "tiny"] = "digits"
+    data_seed: int | None = None
+    train: int = 2000
+    test: int = 2000
+    size: int = 150
+    matched: bool = False
+    source: str = "cifar-10-batches-py"
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,8 @@ class Config(Settings):
         size: Height and width of Pathfinder images.
         matched: Pathfinder whose negatives have the disc distances of positives.
         source: For CIFAR-10: the folder cifar-10-batches-py of its archive for Python.
-        workers: Trainings at a time, each in a process of its own with one thread; 1 for this one.
+        workers: Trainings at a time, each in a process of its own with one thread, by Dask; 1 for this
+            process.
     """
 
     set: Literal["digits", "cifar", "pathfinder", "tiny"] = "digits"
@@ -108,193 +131,114 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
         processor seconds.
 
     Raises:
-        TnregError: Settings that do not fit, or a run that is there was made with other ones.
+        TnregError: Settings that do not fit, or a run that is there was made with other ones; or
+            trainings failed: then the rest is complete.
 
     Processes are spawned if ``config.workers`` > 1: a script of your own then needs
-    ``if __name__ == "__main__":``.
+    ``if __name__ == "__main__":``. For a cluster, and for any other field that varies, see ``sweep``.
     """
-    _check(config)
-    place = check_folder(folder)
-    if experiment_of(place) not in ("", "locality"):
-        raise OptionError(f"{place} is a run of {experiment_of(place)!r}; choose another folder.")
-    cells = [
-        (arm, distance, seed)
-        for seed in config.seeds
-        for distance in config.distances
-        for arm in config.arms
-    ]
-    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-    missing = []
-    for cell in cells:
-        found = _found(config, place, cell)
-        if found is None:
-            missing.append(cell)
-        else:
-            rows[cell] = found
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
-    if not (place / "config.json").exists():
-        _write_about(config, place, [])  # so that a sweep cut short is known as one
-    if config.set == "pathfinder":  # here, with all processors, and each set once
-        for cell in missing:
-            for split in ("train", "test"):
-                _images(config, place, cell, split)
-    with _bar(len(cells), len(rows), progress) as advance:
-        jobs = [(config, place, cell) for cell in missing]
-        for cell, row in _results(config, jobs):
-            rows[cell] = row
-            advance(f"{cell[0]}, {cell[1]}: {row['test accuracy']:.1%}")
-    ordered = [rows[cell] for cell in cells]
-    _write_about(config, place, ordered)
-    _write_csv(place / "results.csv", ordered)
-    figure(place)
-    return ordered
+    check_integer(config.workers, 1, "locality: workers")
+    alone = config.workers == 1
+    found = sweep.run(
+        EXPERIMENT, cells(config), folder, workers=0 if alone else config.workers,
+        threads=None if alone else 1, progress=progress, about={"config": dataclasses.asdict(config)},
+    )  # fmt: skip
+    if found.failed:
+        raise TnregError(
+            f"{len(found.failed)} of {len(found.failed) + len(found.rows)} trainings failed; the same "
+            "command tries them again.\n"
+            + "\n".join(f"  {one.cell.name}: {one.error}" for one in found.failed)
+        )
+    return found.rows
 
 
-def _check(config: Config) -> None:
+def cells(config: Config) -> list[dict[str, Any]]:
+    """Settings of every training: all arms of a distance, all distances of a seed."""
     if not (config.arms and config.distances and config.seeds):
         raise OptionError("locality: give at least one arm, one distance and one seed.")
-    unknown = [arm for arm in config.arms if arm not in ARMS]
-    if unknown:
-        raise OptionError(f"locality: no arm {unknown[0]!r}; there is {', '.join(ARMS)}.")
     for name in ("arms", "distances", "seeds"):
         given = getattr(config, name)
         if len(set(given)) < len(given):
             raise OptionError(f"locality: {name} has one twice: {given}.")
-    check_integer(config.workers, 1, "locality: workers")
-    if config.set not in SETS:
-        raise OptionError(f"locality: no set {config.set!r}; there is {', '.join(SETS)}.")
-
-
-def _about(config: Config, cell: tuple[str, int, int]) -> dict[str, Any]:
-    """All settings of one training, its images included."""
-    shared = [field.name for field in dataclasses.fields(Settings)]
-    names = ("set", "data_seed", "train", "test", "size", "matched", "source")
-    made = {name: getattr(config, name) for name in (*names, *shared)}
-    return {"arm": cell[0], "distance": cell[1], "seed": cell[2], **made}
-
-
-def _folder(place: Path, cell: tuple[str, int, int]) -> Path:
-    arm, distance, seed = cell
-    return place / f"{arm}-{distance}-seed-{seed}"
-
-
-def _found(config: Config, place: Path, cell: tuple[str, int, int]) -> dict[str, Any] | None:
-    """The row of a training that is there."""
-    folder = _folder(place, cell)
-    if not folder.exists():
-        return None
-    there = read_run(folder)
-    now = json.loads(json.dumps(_about(config, cell)))
-    differ = [
-        f"  {key}: {there.config.get(key)!r} there, {now.get(key)!r} now"
-        for key in {**there.config, **now}
-        if there.config.get(key) != now.get(key)
+    shared = {f.name for f in dataclasses.fields(Training)} - {"arm", "distance", "seed"}
+    same = {name: getattr(config, name) for name in shared}
+    found = [
+        dataclasses.asdict(Training(arm=arm, distance=distance, seed=seed, **same))
+        for seed in config.seeds
+        for distance in config.distances
+        for arm in config.arms
     ]
-    if differ:
-        raise OptionError(
-            f"{folder} was made with other settings; delete it, or choose another folder.\n"
-            + "\n".join(differ)
+    for cell in found:
+        check(cell)
+    return found
+
+
+def check(cell: Mapping[str, Any]) -> None:
+    """Raise an ``OptionError`` for settings that no training takes."""
+    if cell["arm"] not in ARMS:
+        raise OptionError(f"locality: no arm {cell['arm']!r}; there is {', '.join(ARMS)}.")
+    if cell["set"] not in SETS:
+        raise OptionError(f"locality: no set {cell['set']!r}; there is {', '.join(SETS)}.")
+
+
+def _work(cell: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """Train one cell."""
+    one = Training(**cell)
+    place = checkpoint.parent  # that of the sweep
+    data, test = (_images(one, place, split) for split in ("train", "test"))
+    settings = Settings(**{f.name: cell[f.name] for f in dataclasses.fields(Settings)})
+    return train(settings, one.arm, one.seed, data, test, folder, about=cell, checkpoint=checkpoint)
+
+
+def _prepare(missing: list[dict[str, Any]], place: Path) -> None:
+    """Make the sets of Pathfinder, each once and with all processors."""
+    for cell in missing:
+        if cell["set"] == "pathfinder":
+            for split in ("train", "test"):
+                _images(Training(**cell), place, split)
+
+
+def _images(one: Training, place: Path, split: Literal["train", "test"]) -> images.ImageSet:
+    """The set of a training; Pathfinder sets are kept in ``sets``, as they take minutes."""
+    seed = one.seed if one.data_seed is None else one.data_seed
+    count = one.train if split == "train" else one.test
+    if one.set != "pathfinder":
+        source = one.source if one.set == "cifar" else "digits"
+        return images.is_same_class(
+            count, distance=one.distance, source=source, split=split, seed=seed
         )
-    return _row(cell, there.summary)
+    name = f"{'matched-' if one.matched else ''}{one.distance}-{one.size}-{split}-{seed}-{count}"
+    path = place / "sets" / f"{name}.npz"
+    if path.exists():
+        return images.load(path)
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_name(f".{name}.lock")):
+        if not path.exists():
+            made = images.pathfinder(
+                count, length=one.distance, size=one.size, matched=one.matched, split=split, seed=seed,
+            )  # fmt: skip
+            made.save(path)
+        path.with_name(f".{name}.lock").unlink(missing_ok=True)
+    return images.load(path)
 
 
-def _row(cell: tuple[str, int, int], summary: dict[str, Any]) -> dict[str, Any]:
-    arm, distance, seed = cell
+def _name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
+    first = f"{cell['arm']}-{cell['distance']}-seed-{cell['seed']}"
+    more = [name for name in fields if name not in _FIELDS]
+    return "-".join([first, sweep.cell_name(cell, more)]) if more else first
+
+
+def _row(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     seconds = summary["cpu seconds"] if summary["device"] == "cpu" else summary["seconds"]
     return {
-        "arm": arm, "distance": distance, "seed": seed, "test accuracy": summary["test accuracy"],
-        "train accuracy": summary["train accuracy"], "penalty": summary["penalty"],
-        "epochs": summary["epochs"], "seconds": seconds,
+        "test accuracy": summary["test accuracy"], "train accuracy": summary["train accuracy"],
+        "penalty": summary["penalty"], "epochs": summary["epochs"], "seconds": seconds,
     }  # fmt: skip
 
 
-def _results(
-    config: Config, jobs: list[Any]
-) -> Iterator[tuple[tuple[str, int, int], dict[str, Any]]]:
-    """Rows as they are done."""
-    if config.workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield job[2], _trained(*job)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(config.workers, len(jobs)), mp_context=context, initializer=torch.set_num_threads,
-        initargs=(1,),
-    )  # fmt: skip
-    with pool:
-        waiting = {pool.submit(_trained, *job): job[2] for job in jobs}
-        try:
-            for done in concurrent.futures.as_completed(waiting):
-                yield waiting[done], done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True, wait=False)
-            raise
-
-
-def _trained(config: Config, place: Path, cell: tuple[str, int, int]) -> dict[str, Any]:
-    """Train one cell; runs in a process of its own."""
-    data, test = (_images(config, place, cell, split) for split in ("train", "test"))
-    about = _about(config, cell)
-    shared = Settings(**{f.name: about[f.name] for f in dataclasses.fields(Settings)})
-    summary = train(shared, cell[0], cell[2], data, test, _folder(place, cell), about=about)
-    return _row(cell, summary)
-
-
-def _images(
-    config: Config, place: Path, cell: tuple[str, int, int], split: Literal["train", "test"]
-) -> images.ImageSet:
-    """The set of a cell; Pathfinder sets are kept in ``sets``, as they take minutes."""
-    _, distance, own = cell
-    seed = own if config.data_seed is None else config.data_seed
-    count = config.train if split == "train" else config.test
-    if config.set != "pathfinder":
-        source = config.source if config.set == "cifar" else "digits"
-        return images.is_same_class(count, distance=distance, source=source, split=split, seed=seed)
-    name = (
-        f"{'matched-' if config.matched else ''}{distance}-{config.size}-{split}-{seed}-{count}.npz"
-    )
-    path = place / "sets" / name
-    if path.exists():
-        return images.load(path)
-    made = images.pathfinder(
-        count, length=distance, size=config.size, matched=config.matched, split=split, seed=seed,
-    )  # fmt: skip
-    path.parent.mkdir(exist_ok=True)
-    made.save(path)
-    return made
-
-
-def _write_about(config: Config, place: Path, rows: list[dict[str, Any]]) -> None:
-    told = {
-        "tnreg": tnreg.__version__,
-        "torch": torch.__version__,
-        "experiment": "locality",
-        "config": dataclasses.asdict(config),
-        "summary": rows,
-        "table": table(rows),
-    }
-    text = json.dumps(told, indent=1) + "\n"
-    write_whole(place / "config.json", lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    held = io.StringIO()
-    writer = csv.DictWriter(held, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, lambda beside: beside.write_text(held.getvalue(), encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _bar(total: int, done: int, progress: bool) -> Iterator[Callable[[str], None]]:
-    if not progress:
-        yield lambda text: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as shown:
-        task = shown.add_task("trainings", total=total, completed=done)
-        yield lambda text: shown.update(task, advance=1, description=text)
+_FIELDS = ("arm", "distance", "seed")
+EXPERIMENT = sweep.Experiment(
+    _work, title="locality", fields=_FIELDS, name=_name, row=_row, headline="test accuracy",
+    defaults=dataclasses.asdict(Training()), prepare=_prepare,
+    table=lambda rows, fields, _: table(rows, fields), figure=figure,
+)  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tnreg.errors import FileError
+from tnreg.experiments import sweep_figure
 from tnreg.plots import save_figure
 
 __all__ = ["figure", "table"]
@@ -20,45 +22,50 @@ _LABELS = {
 }
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds, one row for each arm and distance.
+def table(
+    rows: list[dict[str, Any]], fields: Sequence[str] = ("arm", "distance", "seed")
+) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, one row for each arm, distance and other field.
 
-    ``cost`` is the mean of processor seconds over that of the plain arm at the same distance, ``cost an
-    epoch`` the same by epoch; NaN without a plain arm. The deviation is that of a sample (n - 1).
+    ``cost`` is the mean of processor seconds over that of the plain arm with the same other fields,
+    ``cost an epoch`` the same by epoch; NaN without a plain arm. The deviation is that of a sample (n - 1).
     """
-    out = []
+    by = [name for name in fields if name != "seed"]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        for distance in dict.fromkeys(row["distance"] for row in rows):
-            some, plain = (
-                [row for row in rows if (row["arm"], row["distance"]) == (one, distance)]
-                for one in (arm, "plain")
-            )
-            reached = np.array([row["test accuracy"] for row in some])
-            seconds, base = (
-                np.mean([r["seconds"] for r in part]) if part else np.nan for part in (some, plain)
-            )
-            epoch, base_epoch = (
-                np.mean([r["seconds"] / r["epochs"] for r in part]) if part else np.nan
-                for part in (some, plain)
-            )
-            out.append(
-                {
-                    "arm": arm,
-                    "distance": distance,
-                    "seeds": len(some),
-                    "test accuracy": float(reached.mean()),
-                    "deviation": float(reached.std(ddof=1)) if len(some) > 1 else float("nan"),
-                    "epochs": float(np.mean([row["epochs"] for row in some])),
-                    "seconds": float(seconds),
-                    "cost": float(seconds / base),
-                    "cost an epoch": float(epoch / base_epoch),
-                }
-            )
+        for row in rows:
+            if row["arm"] == arm:
+                groups.setdefault(_key(row, by), []).append(row)
+    out = []
+    for some in groups.values():
+        plain = groups.get(_key({**some[0], "arm": "plain"}, by), [])
+        reached = np.array([row["test accuracy"] for row in some])
+        seconds, base = (
+            np.mean([r["seconds"] for r in part]) if part else np.nan for part in (some, plain)
+        )
+        epoch, base_epoch = (
+            np.mean([r["seconds"] / r["epochs"] for r in part]) if part else np.nan
+            for part in (some, plain)
+        )
+        out.append(
+            {
+                **{name: some[0][name] for name in by},
+                "seeds": len(some),
+                "test accuracy": float(reached.mean()),
+                "deviation": float(reached.std(ddof=1)) if len(some) > 1 else float("nan"),
+                "epochs": float(np.mean([row["epochs"] for row in some])),
+                "seconds": float(seconds),
+                "cost": float(seconds / base),
+                "cost an epoch": float(epoch / base_epoch),
+            }
+        )
     return out
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw test accuracy against distance, with error bars, into ``locality.png`` or another file.
+
+    A sweep where more varies than arm, distance and seed is drawn as any other one is.
 
     Raises:
         FileError: Not a finished sweep.
@@ -76,6 +83,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         raise FileError(
             f"not a finished sweep of locality: {place}\n  {type(error).__name__}: {error}"
         ) from None
+    if set(about.get("fields", ())) > {"arm", "distance", "seed"}:
+        return sweep_figure.figure(place, png or place / "locality.png")
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
     arms = list(dict.fromkeys(row["arm"] for row in means))
@@ -92,9 +101,14 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         )  # fmt: skip
     ax.axhline(50, color="0.6", lw=0.8, ls=":")
     ax.set_xticks(distances)
+    seeds = len({row["seed"] for row in rows})
     pathfinder = config["set"] == "pathfinder"
     ax.set_xlabel("paddles of a path" if pathfinder else "distance between the images (pixels)")
     ax.set_ylabel("test accuracy (%)")
-    ax.set_title(f"{config['set']}, {config['model']}, {len(config['seeds'])} seeds", fontsize=10)
+    ax.set_title(f"{config['set']}, {config['model']}, {seeds} seeds", fontsize=10)
     ax.legend()
     return save_figure(drawn, png or place / "locality.png")
+
+
+def _key(row: dict[str, Any], by: Sequence[str]) -> tuple[str, ...]:
+    return tuple(json.dumps(row[name]) for name in by)

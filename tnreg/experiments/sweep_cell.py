@@ -1,0 +1,165 @@
+"""One cell of a sweep: settings, a run folder of its own, and how it is computed once.
+
+A cell is done if its run folder is there; its results are what ``config.json`` says under ``summary``.
+Whoever computes it holds a file lock beside that folder and looks again first, so that two sweeps in
+one folder, or a task that outlived its sweep on a cluster, never compute it twice. The lock wants a
+file system with ``flock``, which those that clusters share have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+import tnreg
+from tnreg.errors import FileError, OptionError
+from tnreg.files import check_folder, folder_written_whole
+
+__all__ = ["Cell", "Work", "compute", "found"]
+
+Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
+"""``work(settings, folder, checkpoint)``: writes into an empty folder, returns results for JSON."""
+
+# A training uses the process's random state and its flag for denormal numbers.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        folder: Folder of the sweep.
+        name: Name of its run folder in there.
+        settings: What it is computed from, as JSON gives it back.
+        defaults: Values of settings that a run folder of an older version may lack.
+    """
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        """Its run folder."""
+        return self.folder / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """A file that stays when the computation is killed."""
+        return self.folder / f"{self.name}.checkpoint"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever computes the cell; gone once that is done."""
+        return self.folder / f".{self.name}.lock"
+
+
+def found(cell: Cell) -> dict[str, Any] | None:
+    """Results of a cell that is done, or None.
+
+    Raises:
+        OptionError: It was made with other settings.
+        FileError: Something else is in its place.
+    """
+    place = check_folder(cell.place)
+    try:
+        about = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        there, summary = {**cell.defaults, **about["config"]}, dict(about["summary"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
+            "  delete it, or choose another folder"
+        ) from None
+    now = cell.settings
+    differ = [
+        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in {**there, **now}
+        if there.get(key) != now.get(key)
+    ]
+    if differ:
+        raise OptionError(
+            f"{place} was made with other settings; delete it, or choose another folder.\n"
+            + "\n".join(differ)
+        )
+    return summary
+
+
+def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any], bool]:
+    """Results of a cell, and whether they were computed by this call; one at a time in a process.
+
+    Args:
+        cell: What to compute. What an attempt that was killed left behind is cleared away, but for
+            its checkpoint.
+        work: The function that computes it.
+        threads: Threads that torch may use meanwhile; None leaves them as they are.
+    """
+    if not cell.folder.is_dir():
+        raise FileError(
+            f"no folder {cell.folder} on {platform.node()}\n"
+            "  the workers of a cluster write into a folder that all its machines share"
+        )
+    with _ONE_AT_A_TIME, FileLock(cell.lock):
+        summary = found(cell)
+        computed = summary is None
+        if summary is None:
+            _clear(cell)
+            with _threads(threads), folder_written_whole(cell.place) as beside:
+                summary = work(dict(cell.settings), beside, cell.checkpoint)
+                summary = _describe(cell, beside, summary)
+            cell.checkpoint.unlink(missing_ok=True)
+        cell.lock.unlink(missing_ok=True)  # whoever waits for it sees next that the cell is done
+    return summary, computed
+
+
+def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write ``config.json`` where ``work`` wrote none; the results as JSON gives them back."""
+    if not isinstance(summary, dict):
+        raise OptionError(
+            f"the function of a sweep returned {type(summary).__name__}; it must return a dict of results."
+        )
+    about = {
+        "tnreg": tnreg.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "experiment": "cell", "config": cell.settings, "summary": summary,
+    }  # fmt: skip
+    try:
+        text = json.dumps(about, indent=1)
+    except TypeError as error:
+        raise OptionError(f"results of a cell must be values for JSON: {error}") from None
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    there: dict[str, Any] = json.loads(text)["summary"]
+    return there
+
+
+def _clear(cell: Cell) -> None:
+    """Remove half-written folders of attempts that were killed; the lock is held."""
+    name = glob.escape(cell.name)
+    for pattern in (f".{name}.partial-*", f"..{name}.partial-*"):  # the second by work itself
+        for left in cell.folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,200 @@
+"""Where the cells of a sweep are computed: in this process, on processes here, on a Dask cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tnreg.errors import OptionError
+from tnreg.experiments.sweep_cell import Cell, Work, compute
+
+__all__ = ["Done", "Failed", "results"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A cell with its results; ``computed`` is False if it was there meanwhile."""
+
+    cell: Cell
+    summary: dict[str, Any]
+    computed: bool
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A cell that failed as often as it was tried, with the last exception."""
+
+    cell: Cell
+    exception: BaseException
+
+    @property
+    def error(self) -> str:
+        """Kind of the exception and first line of its message."""
+        said = str(self.exception).strip().splitlines()
+        return f"{type(self.exception).__name__}: {said[0] if said else ''}".rstrip(": ")
+
+
+def results(
+    cells: list[Cell],
+    work: Work,
+    *,
+    workers: int | None,
+    threads: int | None,
+    scheduler: str | None,
+    retries: int,
+    told: Callable[[int, str], None],
+) -> Iterator[Done | Failed]:
+    """Cells as they are done or have failed.
+
+    Args:
+        cells: What to compute.
+        work: The function that does.
+        workers: Processes here; 0 for this one.
+        threads: Threads of torch in each.
+        scheduler: Address, or scheduler file, of a cluster in place of processes here.
+        retries: How often a cell is tried again.
+        told: Is told how many cells are computed at once, and where to watch them.
+    """
+    if not cells:
+        return
+    if workers == 0 and scheduler is None:
+        told(1, "")
+        yield from (_here(cell, work, threads, retries) for cell in cells)
+        return
+    distributed = _distributed()
+    if scheduler is None:
+        most = workers or max(1, _processors() // (threads or 1))
+        connected = _local(distributed, min(most, len(cells)), threads or 1)
+    else:
+        connected = _remote(distributed, scheduler)
+    with connected as client:
+        yield from _on(client, distributed, cells, work, threads, retries, told)
+
+
+def _here(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | Failed:
+    for attempt in range(retries + 1):
+        try:
+            return Done(cell, *compute(cell, work, threads))
+        except Exception as error:
+            if attempt == retries:
+                return Failed(cell, error)
+    raise AssertionError("not reached: there is at least one attempt")
+
+
+def _on(
+    client: Any,
+    distributed: Any,
+    cells: list[Cell],
+    work: Work,
+    threads: int | None,
+    retries: int,
+    told: Callable[[int, str], None],
+) -> Iterator[Done | Failed]:
+    import cloudpickle  # type: ignore[import-untyped]
+
+    wide = {address: count for address, count in client.nthreads().items() if count > 1}
+    if wide:
+        warnings.warn(
+            f"{len(wide)} of the workers have more than one thread, which wait for each other here; "
+            "start them with dask worker --nthreads 1",
+            stacklevel=2,
+        )
+    dashboard = client.dashboard_link if _has_bokeh() else ""
+    told(len(client.nthreads()), f"dashboard: {dashboard}" if dashboard else "")
+    function = cloudpickle.dumps(work)  # functions of a script, too
+    futures = {
+        # pure=False: a key of its own for each, so that a cluster never takes an older result for it
+        client.submit(_task, cell, function, threads, retries=retries, pure=False): cell
+        for cell in cells
+    }
+    try:
+        for future in distributed.as_completed(futures, raise_errors=False):
+            cell = futures[future]
+            error = future.exception()
+            yield Done(cell, *future.result()) if error is None else Failed(cell, error)
+            future.release()
+            told(len(client.nthreads()), "")
+    except BaseException:
+        with contextlib.suppress(Exception):
+            client.cancel(list(futures), force=True)
+        raise
+
+
+def _task(cell: Cell, function: bytes, threads: int | None) -> tuple[dict[str, Any], bool]:
+    """One cell on a worker."""
+    import cloudpickle
+
+    return compute(cell, cloudpickle.loads(function), threads)
+
+
+@contextlib.contextmanager
+def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
+    """A cluster of processes on this machine, each for one cell at a time."""
+    import dask
+
+    counts = {f"{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")}
+    environment = dict(os.environ)
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": counts}):
+        cluster = distributed.LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0,
+            silence_logs=logging.CRITICAL,
+            dashboard_address="127.0.0.1:0" if _has_bokeh() else None,
+        )  # fmt: skip
+    try:
+        _restore(environment)  # the nannies set it for this process as well
+        with distributed.Client(cluster) as client:
+            yield client
+    finally:
+        with contextlib.suppress(Exception):
+            cluster.close()
+        _restore(environment)
+
+
+@contextlib.contextmanager
+def _remote(distributed: Any, scheduler: str) -> Iterator[Any]:
+    """A cluster that is there."""
+    where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        client = distributed.Client(**where)
+    except (OSError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OptionError(
+            f"no Dask scheduler at {scheduler!r}: {said}\n"
+            "  write the address that dask scheduler printed, e.g. tcp://127.0.0.1:8786"
+        ) from None
+    with client:
+        yield client
+
+
+def _restore(environment: dict[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _distributed() -> Any:
+    try:
+        import distributed
+    except ImportError:
+        raise OptionError(
+            "a sweep on several processes needs Dask: pip install 'tnreg[scale]'\n"
+            "  or compute in this process, one cell after another: workers=0"
+        ) from None
+    return distributed
+
+
+def _has_bokeh() -> bool:
+    return importlib.util.find_spec("bokeh") is not None
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
