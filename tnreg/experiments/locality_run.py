@@ -6,6 +6,10 @@ for everyone, larger than the loop, and would hide just these lines.
 
 A run folder holds ``config.json``, ``model.safetensors`` and ``trajectory.npz`` with one row per epoch.
 While it trains, ``FOLDER.checkpoint`` beside it holds the state after the last epoch.
+
+Under torchrun the processes train one network on parts of every batch: its updates are those of one
+process with the whole batch, penalties included, but for rounding. Only dropout draws masks of its own in
+every process. Rank 0 alone reads and writes files.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_model
@@ -31,6 +36,7 @@ from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.experiments.nets import build
 from tnreg.files import check_folder, folder_written_whole, write_whole
 from tnreg.images import ImageSet
+from tnreg.parallel import Processes, ProcessLost, joined
 from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
 from tnreg.regularizers import InputGradientChange, InteractionEnergy
 from tnreg.trajectory import Trajectory
@@ -73,7 +79,8 @@ class Settings:
         interaction_target: As above.
         interaction_samples: Images whose patches are crossed.
         device: Torch device.
-        precision: "bfloat16" computes the network in that precision (autocast).
+        precision: "bfloat16" computes the network in that precision (autocast); "float64" holds and
+            computes everything in double precision.
     """
 
     model: str = "small-cnn"
@@ -100,7 +107,7 @@ class Settings:
     interaction_target: float = 0.6
     interaction_samples: int = 8
     device: str = "cpu"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
 
 
 def train(
@@ -119,6 +126,10 @@ def train(
     On a CPU the same settings give the same weights bit for bit, interrupted or not. Denormal numbers
     are flushed to zero while it runs; single steps of the penalties are ten times slower with them.
 
+    Started by torchrun, or where torch.distributed has a group already, all its processes call this with
+    the same arguments and train together. A checkpoint may be resumed by another number of processes;
+    dropout masks are then not those of the uninterrupted training.
+
     Args:
         settings: All but the two that follow.
         arm: What is added to plain training: one of ``ARMS``.
@@ -130,37 +141,64 @@ def train(
         checkpoint: Where the state is kept while it trains; ``FOLDER.checkpoint`` if left out.
 
     Returns:
-        Accuracies of the last epoch, epochs, and seconds of training, evaluation not counted.
+        Accuracies of the last epoch, epochs, processes, and seconds of training, evaluation not
+        counted; processor seconds are those of all processes.
 
     Raises:
         TnregError: Settings that do not fit each other, or a checkpoint of other settings.
         DataError: The loss is not finite any more.
+        ProcessLost: Another process of this training ended. The message names the checkpoint, from which
+            the same call goes on.
     """
     if arm not in ARMS:
         raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.")
     for name in ("epochs", "stop_epochs", "batch", "test_every"):
         check_integer(getattr(settings, name), 1, f"locality: {name}")
-    place = check_folder(folder)
-    place.parent.mkdir(parents=True, exist_ok=True)
     told = {"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)}
-    device = torch.device(settings.device)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), _no_denormals():
-        torch.manual_seed(seed)
-        state = _State(settings, arm, seed, data, device)
-        kept = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
-        if kept.exists():
-            state.read(kept, told)
-        x, y, test_x, test_y = (part.to(device) for one in (data, test) for part in _tensors(one))
-        while not state.stopped(settings):
-            row = state.epoch(x, y, settings)
-            tested = (len(state.found) + 1) % settings.test_every == 0
-            row["test accuracy"] = (
-                accuracy(state.net, test_x, test_y, settings) if tested else float("nan")
-            )
-            state.found.append(len(state.found) + 1, row)
-            state.write(kept, told)
-        summary = state.summary(accuracy(state.net, test_x, test_y, settings))
+    saved = _Saved()
+    try:
+        with joined(settings.device) as processes:
+            _check_batches(len(data.images), settings.batch, processes.count)
+            place = processes.from_first(lambda: _place(folder))
+            saved.path = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
+            device = processes.device
+            cuda = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cuda), _no_denormals():
+                torch.manual_seed(seed)
+                state = _State(settings, arm, seed, data, processes)
+                return _trained(state, settings, data, test, place, told, saved)
+    except ProcessLost as lost:
+        raise ProcessLost(f"{lost}\n  {saved}") from None
+
+
+def _trained(
+    state: _State,
+    settings: Settings,
+    data: ImageSet,
+    test: ImageSet,
+    place: Path,
+    told: dict[str, Any],
+    saved: _Saved,
+) -> dict[str, Any]:
+    """From the checkpoint, if there is one, to the run folder."""
+    processes = state.processes
+    state.read(saved.path, told)
+    saved.epochs = len(state.found)
+    x, y, test_x, test_y = (
+        part.to(processes.device) for one in (data, test) for part in _tensors(one)
+    )
+    while not state.stopped(settings):
+        row = state.epoch(x, y, settings)
+        tested = (len(state.found) + 1) % settings.test_every == 0
+        row["test accuracy"] = (
+            accuracy(state.net, test_x, test_y, settings, processes) if tested else float("nan")
+        )
+        state.found.append(len(state.found) + 1, row)
+        state.write(saved.path, told)
+        saved.epochs = len(state.found)
+    summary = state.summary(accuracy(state.net, test_x, test_y, settings, processes))
+
+    def write() -> dict[str, Any]:
         with folder_written_whole(place) as beside:
             save_model(state.net, str(beside / "model.safetensors"))
             state.found.save(beside / "trajectory.npz")
@@ -170,35 +208,64 @@ def train(
                 "config": told, "summary": summary,
             }  # fmt: skip
             (beside / "config.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-        kept.unlink(missing_ok=True)
-    return summary
+        saved.path.unlink(missing_ok=True)
+        return summary
+
+    return processes.from_first(write)
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor, settings: Settings) -> float:
-    """Share of right answers, in evaluation mode."""
+def accuracy(
+    net: nn.Module, x: Tensor, y: Tensor, settings: Settings, processes: Processes
+) -> float:
+    """Share of right answers, in evaluation mode; every process looks at its part."""
     trained = net.training
     net.eval()
-    right = 0
-    for images, labels in zip(torch.split(x, _EVALUATED), torch.split(y, _EVALUATED), strict=True):
+    right = torch.zeros((), dtype=torch.int64, device=x.device)
+    part = processes.part(len(y))
+    chunks = (torch.split(of[part], _EVALUATED) for of in (x, y))
+    for images, labels in zip(*chunks, strict=True):
         with _precision(settings):
-            out = net(_images(images))
-        right += int(_right(out, labels))
+            out = net(_images(images, settings))
+        right += _right(out, labels)
     net.train(trained)
-    return right / len(y)
+    return int(processes.sum(right)) / len(y)
+
+
+class _Saved:
+    """What can be told of the checkpoint when the training cannot go on."""
+
+    def __init__(self) -> None:
+        self.path, self.epochs = Path(), 0
+
+    def __str__(self) -> str:
+        if not self.epochs:
+            return "no epoch was done yet; the same command starts again"
+        return (
+            f"the state after epoch {self.epochs} is in {self.path}; "
+            "the same command goes on from there"
+        )
 
 
 class _State:
     """Everything that changes along a settings."""
 
     def __init__(
-        self, settings: Settings, arm: str, seed: int, data: ImageSet, device: torch.device
+        self, settings: Settings, arm: str, seed: int, data: ImageSet, processes: Processes
     ) -> None:
         dropout = settings.dropout if arm == "dropout" else 0.0
         decay = settings.weight_decay if arm == "weight-decay" else 0.0
         net = build(settings.model, data.images.shape[1], dropout=dropout)
+        net = net.double() if settings.precision == "float64" else net
+        net = _normalized_together(net, processes)
         # channels last: a fifth faster on a CPU, with and without gradient change
-        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.processes = processes
+        self.shared = self.net if processes.count == 1 else _wrapped(self.net, processes)
+        if processes.rank:  # masks of its own; all other random numbers are drawn alike
+            torch.manual_seed(
+                int(np.random.SeedSequence([seed, processes.rank]).generate_state(1)[0])
+            )
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
@@ -212,22 +279,24 @@ class _State:
         order = RandomSampler(x, generator=self.shuffle)
         # a last batch of one has no other sample for the penalties
         batches = BatchSampler(order, settings.batch, drop_last=len(x) % settings.batch == 1)
+        sizes, parts = _sizes(len(x), settings.batch), _Parts(batches, self.processes)
         # the loader's own random numbers must not be torch's, nor those of the order
         own = torch.Generator().manual_seed(0)
-        loader = DataLoader(TensorDataset(x, y), None, sampler=batches, generator=own)
+        loader = DataLoader(TensorDataset(x, y), None, sampler=parts, generator=own)
         start = time.process_time(), time.perf_counter()
         self.net.train()
         sums = torch.zeros(3, dtype=torch.float64, device=x.device)
-        shown = penalized = 0
-        for images, labels in loader:
-            images = _images(images)
+        penalized = 0
+        for (images, labels), size in zip(loader, sizes, strict=True):
+            images = _images(images, settings)
             with _precision(settings):
-                out = self.net(images)
+                out = self.shared(images)
                 loss = _loss(out, labels)
-                total = loss
+                # gradients are averaged over processes, whose parts may differ by one image
+                total = loss * (self.processes.count * len(labels) / size)
                 if self.penalty is not None:
-                    extra = self.penalty(self.net, images, labels)
-                    total = loss + extra
+                    extra = self.penalty(self.shared, images, labels)
+                    total = total + extra
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(total)
             self.optimizer.step()
@@ -237,17 +306,20 @@ class _State:
                 if self.penalty is not None and extra.requires_grad:
                     sums[2] += extra.detach()
                     penalized += 1
-            shown += len(labels)
-        loss_sum, right, extra_sum = sums.tolist()  # on a GPU this waits for the epoch to be done
-        self.seconds["cpu seconds"] += time.process_time() - start[0]
+        mine = sums.tolist()  # on a GPU this waits for the epoch to be done
+        mine.append(time.process_time() - start[0])
         self.seconds["seconds"] += time.perf_counter() - start[1]
-        if not all(map(torch.isfinite, sums)):
+        every = self.processes.sum(torch.tensor(mine, dtype=torch.float64, device=x.device))
+        if not bool(torch.isfinite(every).all()):
             raise DataError(
                 f"the loss is not finite in epoch {len(self.found) + 1}; take a smaller lr or penalty."
             )
+        loss_sum, right, extra_sum, seconds = every.tolist()
+        self.seconds["cpu seconds"] += seconds
+        shown = sum(sizes)
         return {
             "loss": loss_sum / shown,
-            "penalty": extra_sum / penalized if penalized else 0.0,
+            "penalty": extra_sum / self.processes.count / penalized if penalized else 0.0,
             "train accuracy": right / shown,
         }
 
@@ -270,11 +342,14 @@ class _State:
             "test accuracy": tested,
             "epochs": len(self.found),
             **self.seconds,
+            "processes": self.processes.count,
             "device": str(next(self.net.parameters()).device.type),
             "stopped by": self.found.stop_reason,
         }
 
     def write(self, path: Path, about: dict[str, Any]) -> None:
+        """Rank 0 writes the state, with the random numbers of all."""
+        states = self.processes.every(_random_state())
         held = {
             "format": _FORMAT,
             "about": json.dumps(about),
@@ -282,37 +357,122 @@ class _State:
             "optimizer": self.optimizer.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "shuffle": self.shuffle.get_state(),
-            "random": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+            **states[0],
+            "others": states[1:],
             "seconds": self.seconds,
             "found": torch.frombuffer(bytearray(self.found.to_bytes()), dtype=torch.uint8),
         }
-        write_whole(path, lambda beside: torch.save(held, beside))
+
+        def write() -> None:
+            write_whole(path, lambda beside: torch.save(held, beside))
+
+        self.processes.from_first(write)
 
     def read(self, path: Path, about: dict[str, Any]) -> None:
-        away = f"  delete {path}, or choose another folder"
-        try:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-            if held["format"] != _FORMAT:
-                raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
-            before = json.loads(held["about"])
-            found = Trajectory.from_bytes(held["found"].numpy().tobytes())
-        except Exception as error:
-            said = " ".join(str(error).splitlines()[:1])
-            raise FileError(
-                f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n{away}"
-            ) from None
-        if before != json.loads(json.dumps(about)):
-            raise OptionError(f"{path} is of a training with other settings.\n{away}")
+        """Go on from the checkpoint that rank 0 has, if it has one."""
+        held = self.processes.from_first(lambda: _held(path, about) if path.exists() else None)
+        if held is None:
+            return
         self.net.load_state_dict(held["net"])
         self.optimizer.load_state_dict(held["optimizer"])
         if self.penalty is not None:
             self.penalty.load_state_dict(held["penalty"])
         self.shuffle.set_state(held["shuffle"])
-        torch.set_rng_state(held["random"])
-        if held["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(held["cuda"])
-        self.seconds, self.found = held["seconds"], found
+        states = [held, *held.get("others", [])]
+        if self.processes.rank == 0 or len(states) == self.processes.count:
+            _set_random_state(states[self.processes.rank])
+        self.seconds = held["seconds"]
+        self.found = Trajectory.from_bytes(held["found"].numpy().tobytes())
+
+
+class _Parts:
+    """This process's part of every batch."""
+
+    def __init__(self, batches: Iterable[list[int]], processes: Processes) -> None:
+        self.batches, self.processes = batches, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.processes.part(len(batch))]
+
+
+def _sizes(count: int, batch: int) -> list[int]:
+    """Images of every batch of an epoch; a last one of one image is left out."""
+    last = count % batch
+    return [batch] * (count // batch) + ([last] if last > 1 else [])
+
+
+def _check_batches(count: int, batch: int, processes: int) -> None:
+    def fits(size: int) -> bool:
+        return all(n >= processes for n in _sizes(count, size))
+
+    if processes == 1 or (fits(batch) and _sizes(count, batch)):
+        return
+    others = sorted(range(processes, count + 1), key=lambda size: (abs(size - batch), size))
+    found = next((size for size in others if fits(size)), None)
+    instead = f"take e.g. batch {found}" if found else f"take {count} processes or fewer"
+    raise OptionError(
+        f"locality: {count} images in batches of {batch} leave {_sizes(count, batch)[-1:] or 'none'} "
+        f"for a last batch of {processes} processes, and each needs an image of it; {instead}."
+    )
+
+
+def _place(folder: str | Path) -> Path:
+    place = check_folder(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _wrapped(net: nn.Module, processes: Processes) -> nn.Module:
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    # buffers are equal without being sent: statistics of batches are those of all processes
+    return nn.parallel.DistributedDataParallel(
+        net, device_ids=devices, process_group=processes.group, broadcast_buffers=False
+    )
+
+
+def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
+    """Batch normalization by the statistics of the whole batch."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if processes.count == 1 or not norms:
+        return net
+    if processes.device.type != "cuda":
+        raise OptionError(
+            "locality: the network has batch normalization, which torch shares between processes on GPUs "
+            "only; take the device cuda, one process, or a network without it such as small-cnn."
+        )
+    shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
+    return shared
+
+
+def _held(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of the same settings."""
+    away = f"  delete {path}, or choose another folder"
+    try:
+        held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if held["format"] != _FORMAT:
+            raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
+        before = json.loads(held["about"])
+        Trajectory.from_bytes(held["found"].numpy().tobytes())
+    except Exception as error:
+        said = " ".join(str(error).splitlines()[:1])
+        raise FileError(
+            f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n{away}"
+        ) from None
+    if before != json.loads(json.dumps(about)):
+        raise OptionError(f"{path} is of a training with other settings.\n{away}")
+    return held
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return {"random": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["random"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _penalty(settings: Settings, arm: str, seed: int, data: ImageSet) -> Any:
@@ -356,14 +516,15 @@ def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images), torch.from_numpy(data.labels)
 
 
-def _images(x: Tensor) -> Tensor:
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+def _images(x: Tensor, settings: Settings) -> Tensor:
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
 
 
 def _loss(out: Tensor, labels: Tensor) -> Tensor:
-    logits = out.float().reshape(len(labels), -1)
+    logits = (out if out.dtype == torch.float64 else out.float()).reshape(len(labels), -1)
     if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
 
 
