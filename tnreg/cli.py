@@ -1,4 +1,4 @@
-"""The command line: ``tnreg tree | rank | decompose | fit | run | export | probe | plot | demo``.
+"""The command line: ``tnreg tree | rank | decompose | fit | run | sweep | export | probe | plot | demo``.
 
 Options are typed function arguments, read by tyro; results are tables by rich. Exit codes: 0 done,
 1 bad input (one message on standard error), 2 unknown options, 130 interrupted before anything ran.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 import types
@@ -44,10 +45,20 @@ from tnreg import (
 )
 from tnreg import decompose as hierarchical_svd
 from tnreg.errors import FileError, OptionError, TnregError
-from tnreg.experiments import completion, convac, dynamics, init_scale, locality
+from tnreg.experiments import (
+    completion,
+    convac,
+    dynamics,
+    init_scale,
+    locality,
+    sweep_figure,
+    sweeps,
+)
 from tnreg.experiments import demo as demo_experiment
+from tnreg.experiments import sweep as sweep_experiment
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.probed import images_of, network_of
+from tnreg.parallel import ProcessLost, is_first, started
 from tnreg.tree import read_tree, read_tree_file
 
 if TYPE_CHECKING:
@@ -56,6 +67,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 console = Console()
+_TOGETHER = "work together in `tnreg run locality` alone; give other commands without torchrun"
 
 
 def tree(
@@ -301,7 +313,8 @@ def run(
     """Run an experiment of the paper, or the same on a tree and a target of your own.
 
     Writes a run folder; a run of dynamics, init-scale or locality that was killed or interrupted goes on when
-    the same command is given.
+    the same command is given. Several processes train locality together: torchrun --nproc-per-node 2 -m
+    tnreg run locality.
 
     Args:
         experiment: What to run.
@@ -309,6 +322,8 @@ def run(
             is replaced, any other is refused.
         progress: Show a progress bar.
     """
+    if started() > 1 and not isinstance(experiment, locality.Config):
+        raise OptionError(f"torchrun started {started()} processes, which {_TOGETHER}.")
     _device(experiment.device)
     if isinstance(experiment, convac.Config):
         folder = out or Path("runs/convac")
@@ -329,15 +344,91 @@ def run(
             for row in rows:
                 table.add_row(*(_short(value) for value in row.values()))
         elif isinstance(experiment, locality.Config):
-            table = _locality_table(locality.run(experiment, folder, progress=progress), experiment)
+            rows = locality.run(experiment, folder, progress=progress)
+            title = f"{experiment.set}, {experiment.model}, {len(experiment.seeds)} seeds"
+            table = _locality_table(locality.table(rows), title)
         else:
             table = _dynamics_table(dynamics.run(experiment, folder, progress=progress), experiment)
+    except KeyboardInterrupt:
+        if is_first():
+            message = "tnreg: interrupted; the same command goes on where this one stopped"
+            print(message, file=sys.stderr)
+        raise SystemExit(130) from None
+    if not is_first():
+        return
+    console.print(table)
+    console.print(f"wrote {folder}")
+
+
+def sweep(
+    experiment: Any,
+    *,
+    out: Path | None = None,
+    workers: int | None = None,
+    threads: int = 1,
+    scheduler: str | None = None,
+    retries: int = 1,
+    parquet: bool = False,
+    progress: bool = True,
+) -> None:
+    """Run an experiment over lists of settings, on this machine's processors or on a Dask cluster.
+
+    Every setting takes a list: plain,igc are two values, 0:5 the integers 0 to 4, 0:20:5 every fifth of 0 to
+    19. Every combination is a run folder in the sweep's folder; what is there is not computed again, so the
+    same command goes on with a sweep that was killed or interrupted, and tries again what failed.
+
+    Args:
+        experiment: What to run.
+        out: Folder of the sweep, runs/sweep-EXPERIMENT if left out.
+        workers: Processes here; as many as there are processors if left out; 0 computes in this one.
+        threads: Threads of each process.
+        scheduler: Address of a Dask cluster that is there, tcp://HOST:PORT, or its scheduler file, in place
+            of processes here. Its workers write into the same folder, and are started with --nthreads 1.
+        retries: How often a run that failed is tried again before it is reported.
+        parquet: Write results.parquet beside results.csv.
+        progress: Show a progress bar.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise OptionError(
+            "sweep runs under torchrun (WORLD_SIZE > 1), where every process would start the same sweep.\n"
+            "  start tnreg sweep by itself; give --workers or --scheduler"
+        )
+    kind, cells = sweeps.cells(experiment)
+    if scheduler is None:
+        for device in dict.fromkeys(cell["device"] for cell in cells):
+            _device(device)
+    folder = out or Path("runs") / f"sweep-{kind.name}"
+    try:
+        found = sweep_experiment.run(
+            kind.experiment, cells, folder, workers=workers, threads=threads, scheduler=scheduler,
+            retries=retries, parquet=parquet, progress=progress,
+        )  # fmt: skip
     except KeyboardInterrupt:
         message = "tnreg: interrupted; the same command goes on where this one stopped"
         print(message, file=sys.stderr)
         raise SystemExit(130) from None
-    console.print(table)
-    console.print(f"wrote {folder}")
+    console.print(_sweep_table(found, kind.name))
+    console.print(f"wrote {folder}: {len(found.rows)} runs, {len(found.computed)} of them now")
+    if found.failed:
+        print(f"tnreg: {len(found.failed)} of {len(cells)} runs failed:", file=sys.stderr)
+        for one in found.failed:
+            print(f"  {one.cell.name}: {one.error}", file=sys.stderr)
+        print("  the same command tries them again", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _sweep_table(found: sweep_experiment.Result, name: str) -> Table:
+    if found.fields == locality.EXPERIMENT.fields:
+        return _locality_table(found.table, name)
+    by = [field for field in found.fields if field != "seed"]
+    out = Table(*by, title=name, title_justify="left")
+    for head in ("seeds", found.headline):
+        out.add_column(head, justify="right")
+    for row in found.table:
+        spread = "" if math.isnan(row["deviation"]) else f" ± {row['deviation']:.2g}"
+        value = f"{row[found.headline]:.4g}{spread}"
+        out.add_row(*(_short(row[field]) for field in by), str(row["seeds"]), value)
+    return out
 
 
 def _convac_tables(summary: dict[str, Any]) -> list[Table]:
@@ -369,12 +460,11 @@ def _convac_tables(summary: dict[str, Any]) -> list[Table]:
     return [first, second]
 
 
-def _locality_table(rows: list[dict[str, Any]], config: locality.Config) -> Table:
-    title = f"{config.set}, {config.model}, {len(config.seeds)} seeds: test accuracy (%) of the last epoch"
-    out = Table("arm", title=title, title_justify="left")
+def _locality_table(rows: list[dict[str, Any]], title: str) -> Table:
+    out = Table("arm", title=f"{title}: test accuracy (%) of the last epoch", title_justify="left")
     for head in ("distance", "accuracy", "epochs", "seconds", "x plain", "an epoch"):
         out.add_column(head, justify="right")
-    for row in locality.table(rows):
+    for row in rows:
         spread = "" if math.isnan(row["deviation"]) else f" ± {100 * row['deviation']:.1f}"
         figures = [f"{100 * row['test accuracy']:.1f}{spread}", f"{row['epochs']:.0f}"]
         figures += [f"{row['seconds']:.1f}"]
@@ -437,6 +527,8 @@ def plot(
         target = convac.figure(first, png)
     elif kind == "locality":
         target = locality.figure(first, png)
+    elif kind in ("sweep", sweeps.DYNAMICS.title):
+        target = sweep_figure.figure(first, png)
     elif kind == "dynamics" and not names:
         target = dynamics.figure(first)
     else:
@@ -571,9 +663,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Any] = {
         "demo": demo, "tree": tree, "rank": rank, "decompose": decompose, "fit": fit,
-        "run": _run_with_defaults(given), "export": export, "probe": probe, "plot": plot,
+        "run": _run_with_defaults(given), "sweep": _sweep_with_defaults(given), "export": export,
+        "probe": probe, "plot": plot,
     }  # fmt: skip
     try:
+        if given and given[0] != "run" and started() > 1:
+            raise OptionError(f"torchrun started {started()} processes, which {_TOGETHER}.")
         tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="tnreg",
@@ -586,7 +681,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ),
         )
     except TnregError as error:
-        print(f"tnreg: {type(error).__name__}: {error}", file=sys.stderr)
+        # all processes have the same error, but for the loss of one, which the first may be
+        if isinstance(error, ProcessLost) or is_first():
+            print(f"tnreg: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("tnreg: interrupted", file=sys.stderr)
@@ -595,16 +692,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run_with_defaults(given: Sequence[str]) -> Any:
     """The command ``run``; the preset that ``--model`` or ``--set`` names gives all other defaults."""
-
-    def named(option: str) -> str:
-        words = [given[i + 1] for i, word in enumerate(given[:-1]) if word == option]
-        words += [
-            word.removeprefix(f"{option}=") for word in given if word.startswith(f"{option}=")
-        ]
-        return words[-1] if words else ""
-
-    preset = dynamics.MODELS.get(named("--model"), dynamics.htf)
-    far = locality.SETS.get(named("--set"), locality.SETS["digits"])
+    preset = dynamics.MODELS.get(_named(given, "--model"), dynamics.htf)
+    far = locality.SETS.get(_named(given, "--set"), locality.SETS["digits"])
     about = tyro.conf.subcommand("dynamics", default=preset, description="One training, watched.")
     sweep = tyro.conf.subcommand("init-scale", description="Trainings from several initial scales.")
     digits = tyro.conf.subcommand(
@@ -619,10 +708,36 @@ def _run_with_defaults(given: Sequence[str]) -> Any:
         | Annotated[convac.Config, digits]
         | Annotated[locality.Config, seeing]
     )
-    command = types.FunctionType(run.__code__, run.__globals__, "run", None, run.__closure__)
-    command.__kwdefaults__, command.__doc__ = run.__kwdefaults__, run.__doc__
-    command.__annotations__ = {**run.__annotations__, "experiment": kinds}
-    return command
+    return _taking(run, kinds)
+
+
+def _sweep_with_defaults(given: Sequence[str]) -> Any:
+    """The command ``sweep``; default lists are those of the preset, as for ``run``."""
+    kinds: Any = None
+    for kind in sweeps.KINDS.values():
+        option = "--model" if kind.cell is dynamics.Config else "--set"
+        made: Any = sweeps.options(kind)
+        start = made(**sweeps.preset(kind, _named(given, option).split(",")[0]))
+        about = tyro.conf.subcommand(kind.name, default=start, description=kind.about)
+        one: Any = Annotated[made, about]
+        kinds = one if kinds is None else kinds | one
+    return _taking(sweep, kinds)
+
+
+def _named(given: Sequence[str], option: str) -> str:
+    """The last word that the command line gives for an option; empty if there is none."""
+    words = [given[i + 1] for i, word in enumerate(given[:-1]) if word == option]
+    words += [word.removeprefix(f"{option}=") for word in given if word.startswith(f"{option}=")]
+    return words[-1] if words else ""
+
+
+def _taking(command: Any, kinds: Any) -> Any:
+    """A copy of a command whose experiment is one of ``kinds``."""
+    code, around = command.__code__, command.__globals__
+    copy = types.FunctionType(code, around, command.__name__, None, command.__closure__)
+    copy.__kwdefaults__, copy.__doc__ = command.__kwdefaults__, command.__doc__
+    copy.__annotations__ = {**command.__annotations__, "experiment": kinds}
+    return copy
 
 
 def _tree_about(source: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from tnreg.tensors import load_tensor
 from tnreg.trajectory import Trajectory
 from tnreg.tree import ModeTree, Node, read_tree
 
-__all__ = ["MODELS", "Config", "Tracks", "figure", "panels", "run", "tracks"]
+__all__ = ["MODELS", "Config", "Tracks", "figure", "panels", "row", "run", "tracks"]
 
 
 @dataclass(frozen=True)
@@ -137,17 +137,19 @@ def run(
     target: Any = None,
     pictures: bool = True,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> dict[str, Any]:
     """Train, write the folder, and return its summary.
 
     Args:
         config: Settings; ``MODELS`` has presets to start from with ``dataclasses.replace``.
-        folder: Where the run goes. Beside it, ``FOLDER.checkpoint`` holds the state while it trains.
+        folder: Where the run goes.
         tree: A tree of your own in place of ``config.tree``.
         target: A dense tensor or a ``Factorization`` of your own in place of the configured target.
         pictures: Draw them; ``figure`` does it later.
         progress: Show a progress bar.
+        checkpoint: Holds the state while it trains; ``FOLDER.checkpoint`` beside it if left out.
         checkpoint_seconds: Least time between two writings of the state.
 
     Returns:
@@ -158,7 +160,7 @@ def run(
         KeyboardInterrupt: After Ctrl-C; the checkpoint stays.
     """
     place = check_folder(folder)
-    checkpoint = place.with_name(f"{place.name}.checkpoint")
+    kept = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
     along = read_tree(config.tree) if tree is None else tree
     task, dense, scale = _task(config, target)
     model = Factorization(
@@ -174,11 +176,11 @@ def run(
     except OSError as error:
         raise FileError(f"cannot write {place}: {error.strerror or error}") from None
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("steps", "rtol")}
-    resumed, start = checkpoint.exists(), time.perf_counter()
+    resumed, start = kept.exists(), time.perf_counter()
     found = fit(
         model, task.loss, steps=config.steps, optimizer=optimizer, observe=observe.functions,
         every=config.every, stop=_stays_below(config.stop_below, config.stop_checks),
-        progress=progress, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds,
+        progress=progress, checkpoint=kept, checkpoint_seconds=checkpoint_seconds,
         settings={**settings, "tree": repr(along)}, graph=config.graph,
     )  # fmt: skip
     if found.stop_reason == "interrupted":
@@ -193,8 +195,20 @@ def run(
         write_run(beside, config, found, model, summary)
         if pictures:
             figure(beside)
-    checkpoint.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     return summary
+
+
+def row(summary: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers of a summary that stand for it in a table of several runs."""
+    largest = list(summary["components"].values())[-1] if "components" in summary else []
+    return {
+        "steps": summary["steps"],
+        "loss": summary["loss"],
+        "test error": summary.get("test error"),
+        "components above 1 %": sum(c > 0.01 * largest[0] for c in largest),
+        "effective rank": max(summary["effective rank"].values()),
+    }
 
 
 def _task(config: Config, given: Any) -> tuple[Completion | Sensing, Tensor, float]:

@@ -110,16 +110,7 @@ def _result(config: dynamics.Config, cell: Path, progress: bool) -> dict[str, An
         summary = there.summary
     else:
         summary = dynamics.run(config, cell, pictures=False, progress=progress)
-    largest = list(summary["components"].values())[-1] if "components" in summary else []
-    return {
-        "std": config.std,
-        "seed": config.seed,
-        "steps": summary["steps"],
-        "loss": summary["loss"],
-        "test error": summary.get("test error"),
-        "components above 1 %": sum(c > 0.01 * largest[0] for c in largest),
-        "effective rank": max(summary["effective rank"].values()),
-    }
+    return {"std": config.std, "seed": config.seed, **dynamics.row(summary)}
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:

@@ -205,7 +205,7 @@ def _plain(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(cells: list[dict[str, Any]], always: Sequence[str]) -> tuple[str, ...]:
-    """Fields that are always named, then those that are not the same in all cells."""
+    """Fields that are always named, those that are not the same in all cells, the seed last."""
     if not cells:
         raise OptionError("sweep: no cells; give at least one.")
     for cell in cells:
@@ -213,7 +213,8 @@ def _fields(cells: list[dict[str, Any]], always: Sequence[str]) -> tuple[str, ..
             differ = ", ".join(sorted(cell.keys() ^ cells[0].keys()))
             raise OptionError(f"sweep: cells with different fields: not all have {differ}.")
     vary = [key for key in cells[0] if any(cell[key] != cells[0][key] for cell in cells)]
-    return tuple(dict.fromkeys((*always, *vary))) or tuple(cells[0])
+    named = list(dict.fromkeys((*always, *vary))) or list(cells[0])
+    return tuple(sorted(named, key=lambda name: name == "seed"))
 
 
 def _named(

@@ -107,7 +107,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     ax.set_xlabel(along)
     ax.set_ylabel(headline)
     seeds = max(int(row["seeds"]) for row in found)
-    ax.set_title(f"{about.get('of', about['experiment'])}, {seeds} seeds" if seeds > 1 else "")
+    if seeds > 1:
+        ax.set_title(f"means and standard deviations of {seeds} seeds", fontsize=10)
     if others:
         ax.legend(fontsize=8)
     return save_figure(drawn, png or place / "sweep.png")
