@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tnreg.errors import OptionError, TnregError
 
-__all__ = ["ProcessLost", "Processes", "joined", "started", "unwrapped"]
+__all__ = ["ProcessLost", "Processes", "is_first", "joined", "started", "unwrapped"]
 
 T = TypeVar("T")
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -189,6 +189,11 @@ def started() -> int:
     if not told.isdigit() or int(told) < 1:
         raise OptionError(f"the environment variable WORLD_SIZE must be a number, found {told!r}.")
     return int(told)
+
+
+def is_first() -> bool:
+    """Whether this process is to print: the first of those that torchrun started, or the only one."""
+    return started() == 1 or os.environ.get("RANK") == "0"
 
 
 @contextlib.contextmanager

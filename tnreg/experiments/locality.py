@@ -26,6 +26,7 @@ from tnreg.errors import OptionError, TnregError, check_integer
 from tnreg.experiments import sweep
 from tnreg.experiments.locality_figure import figure, table
 from tnreg.experiments.locality_run import ARMS, Settings, train
+from tnreg.parallel import Processes, ProcessLost, joined
 
 __all__ = ["EXPERIMENT", "SETS", "Config", "Training", "cells", "figure", "run", "table"]
 
@@ -136,20 +137,20 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
 
     Processes are spawned if ``config.workers`` > 1: a script of your own then needs
     ``if __name__ == "__main__":``. For a cluster, and for any other field that varies, see ``sweep``.
+
+    Started by torchrun, all processes call this with the same arguments and work on one training
+    together, one training after the other. Rank 0 reads and writes the files, and tells the others.
     """
     check_integer(config.workers, 1, "locality: workers")
-    alone = config.workers == 1
-    found = sweep.run(
-        EXPERIMENT, cells(config), folder, workers=0 if alone else config.workers,
-        threads=None if alone else 1, progress=progress, about={"config": dataclasses.asdict(config)},
-    )  # fmt: skip
-    if found.failed:
-        raise TnregError(
-            f"{len(found.failed)} of {len(found.failed) + len(found.rows)} trainings failed; the same "
-            "command tries them again.\n"
-            + "\n".join(f"  {one.cell.name}: {one.error}" for one in found.failed)
-        )
-    return found.rows
+    with joined(config.device) as processes:
+        if processes.count == 1:
+            return _sweep(config, folder, progress, EXPERIMENT)
+        if config.workers > 1:
+            raise OptionError(
+                f"locality: {processes.count} processes train together here, one training after the "
+                "other; leave workers at 1."
+            )
+        return _follow(processes) if processes.rank else _lead(processes, config, folder, progress)
 
 
 def cells(config: Config) -> list[dict[str, Any]]:
@@ -181,11 +182,84 @@ def check(cell: Mapping[str, Any]) -> None:
         raise OptionError(f"locality: no set {cell['set']!r}; there is {', '.join(SETS)}.")
 
 
+def _sweep(
+    config: Config, folder: str | Path, progress: bool, experiment: sweep.Experiment
+) -> list[dict[str, Any]]:
+    alone = config.workers == 1
+    found = sweep.run(
+        experiment, cells(config), folder, workers=0 if alone else config.workers,
+        threads=None if alone else 1, progress=progress, about={"config": dataclasses.asdict(config)},
+    )  # fmt: skip
+    if found.failed:
+        raise TnregError(
+            f"{len(found.failed)} of {len(found.failed) + len(found.rows)} trainings failed; the same "
+            "command tries them again.\n"
+            + "\n".join(f"  {one.cell.name}: {one.error}" for one in found.failed)
+        )
+    return found.rows
+
+
+class _Ended(BaseException):
+    """What ends the whole sweep and not one cell: processes that are not all at the same place."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _lead(
+    processes: Processes, config: Config, folder: str | Path, progress: bool
+) -> list[dict[str, Any]]:
+    """The sweep on rank 0, which tells the others what to train; then the rows, or its error, to all."""
+
+    def work(cell: dict[str, Any], beside: Path, checkpoint: Path) -> dict[str, Any]:
+        processes.from_first(lambda: cell)
+        try:
+            return _work(cell, beside, checkpoint)
+        except ProcessLost as error:
+            raise _Ended(error) from error
+        except TnregError:
+            raise  # the others have it as well, and wait for the next cell
+        except Exception as error:
+            raise _Ended(error) from error
+
+    def end() -> list[dict[str, Any]]:
+        if isinstance(outcome, TnregError):
+            raise outcome
+        return outcome
+
+    outcome: list[dict[str, Any]] | TnregError
+    try:
+        outcome = _sweep(config, folder, progress, dataclasses.replace(EXPERIMENT, work=work))
+    except TnregError as error:
+        outcome = error
+    except _Ended as ended:
+        raise ended.error from None
+    return processes.from_first(end)
+
+
+def _follow(processes: Processes) -> list[dict[str, Any]]:
+    """Train what rank 0 says until it gives the rows of all."""
+    while True:
+        told: Any = processes.from_first(lambda: None)
+        if isinstance(told, list):
+            return told
+        try:
+            _work(told, Path(), Path())
+        except ProcessLost:
+            raise
+        except TnregError:
+            pass  # rank 0 has it as well, and reports it
+
+
 def _work(cell: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any]:
-    """Train one cell."""
+    """Train one cell; in several processes with the images that rank 0 has."""
     one = Training(**cell)
     place = checkpoint.parent  # that of the sweep
-    data, test = (_images(one, place, split) for split in ("train", "test"))
+    with joined(one.device) as processes:
+        data, test = processes.from_first(
+            lambda: [_images(one, place, split) for split in ("train", "test")]
+        )
     settings = Settings(**{f.name: cell[f.name] for f in dataclasses.fields(Settings)})
     return train(settings, one.arm, one.seed, data, test, folder, about=cell, checkpoint=checkpoint)
 

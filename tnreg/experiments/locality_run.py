@@ -425,9 +425,8 @@ def _place(folder: str | Path) -> Path:
 
 def _wrapped(net: nn.Module, processes: Processes) -> nn.Module:
     devices = [processes.device] if processes.device.type == "cuda" else None
-    # buffers are equal without being sent: statistics of batches are those of all processes
     return nn.parallel.DistributedDataParallel(
-        net, device_ids=devices, process_group=processes.group, broadcast_buffers=False
+        net, device_ids=devices, process_group=processes.group
     )
 
 
