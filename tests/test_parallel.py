@@ -6,7 +6,11 @@ process, which leaves its results in FOLDER for the tests to compare with one pr
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,15 +18,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from test_regularizers import PAIR, batch, network
 from torch.nn.parallel import DistributedDataParallel
 
-from tnreg.errors import OptionError, ShapeError
-from tnreg.parallel import Processes, joined, unwrapped
+from tnreg import images
+from tnreg.cli import main
+from tnreg.errors import OptionError, ShapeError, TnregError
+from tnreg.experiments import locality_run
+from tnreg.experiments.locality_run import Settings, train
+from tnreg.parallel import Processes, joined, started, unwrapped
 from tnreg.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
 from tnreg.regularizers import InputGradientChange, InteractionEnergy, _own_values
 
 BOXES = [(0, 0, 3, 3), (4, 5, 7, 8), (0, 4, 3, 8)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As the children have; threads of several processes wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def torchrun(count, *words, check=True):
@@ -143,9 +161,9 @@ def refused(count, rank, ddp):
     x, y = batch(3)
     said = []
     for kind in (InputGradientChange, InteractionEnergy):
-        for penalty, images in ((kind(PAIR), x[:rank]), (kind(PAIR, statistics="batch"), x)):
+        for penalty, part in ((kind(PAIR), x[:rank]), (kind(PAIR, statistics="batch"), x)):
             try:
-                penalty(ddp, images, y[: len(images)])
+                penalty(ddp, part, y[: len(part)])
             except (OptionError, ShapeError) as error:
                 said.append(str(error))
         if rank == 0:
@@ -215,6 +233,215 @@ def test_a_process_without_a_share_of_the_energy_has_a_graph():
     assert all(values.requires_grad for values in every)
     alone = _own_values(net, x, mask, Processes())
     assert torch.allclose(torch.cat(every[:4]), alone)
+
+
+# 130 images in batches of 32: five steps an epoch, the last with one image for each of two processes
+TWENTY = Settings(
+    epochs=4, test_every=2, batch=32, lr=0.02, precision="float64", igc_every=1, igc_target=0.2,
+    interaction_until=18, interaction_target=0.0,
+)  # fmt: skip
+ARMS = ("plain", "igc", "interaction")
+LONG = [
+    "run", "locality", "--set", "tiny", "--arms", "igc", "--distances", "0", "--seeds", "1",
+    "--epochs", "8", "--precision", "float64", "--no-progress",
+]  # fmt: skip
+LONG_NAME = "igc-0-seed-1"
+
+
+def pairs():
+    counts = {"train": 130, "test": 51}
+    return [images.is_same_class(n, distance=0, seed=1, split=s) for s, n in counts.items()]
+
+
+class Cut(Exception):
+    """Ends a training on all processes at once."""
+
+
+def trainings(folder):
+    """Whole trainings, a cut one, and errors, in one start of two processes."""
+    with joined() as everyone:
+        data, test = pairs()
+        for arm in ARMS:
+            told = train(TWENTY, arm, 1, data, test, f"{folder}/{arm}")
+            assert everyone.every(told) == [told, told]
+        train(TWENTY, "dropout", 1, data, test, f"{folder}/dropout")
+        epoch = locality_run._State.epoch
+
+        def until_two(self, *given):
+            if len(self.found) == 2:
+                raise Cut
+            return epoch(self, *given)
+
+        locality_run._State.epoch = until_two
+        with pytest.raises(Cut):
+            train(TWENTY, "dropout", 1, data, test, f"{folder}/cut")
+        locality_run._State.epoch = epoch
+        if everyone.rank == 0:
+            kept = torch.load(f"{folder}/cut.checkpoint")
+            assert not torch.equal(kept["random"], kept["others"][0]["random"])  # own masks
+        train(TWENTY, "dropout", 1, data, test, f"{folder}/cut")
+        errors = []
+        for name, change in (
+            ("batches", {"batch": 1}),
+            ("normal", {"model": "resnet-18"}),
+            ("infinite", {"lr": 1e30, "precision": "float32"}),
+            ("garbage", {}),
+        ):
+            with pytest.raises(TnregError) as caught:
+                settings = dataclasses.replace(TWENTY, **change)
+                train(settings, "plain", 1, data, test, f"{folder}/{name}")
+            errors.append(f"{type(caught.value).__name__}: {caught.value}")
+        assert everyone.every(errors) == [errors, errors]
+        if everyone.rank == 0:
+            with open(f"{folder}/errors.json", "w") as file:
+                json.dump(errors, file)
+        main([*LONG, "--out", f"{folder}/long"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainings")
+    (folder / "garbage.checkpoint").write_text("hello")
+    said = torchrun(2, __file__, "trainings", folder)
+    assert said.stdout.count("wrote ") == 1  # rank 0 alone prints
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert value.dtype == torch.float64
+        assert torch.allclose(found[key], value, rtol=0, atol=tolerance), key
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_twenty_steps_are_those_of_one_process(trained, arm, tmp_path):
+    summary = train(TWENTY, arm, 1, *pairs(), tmp_path / arm)
+    assert_close(weights(trained / arm), weights(tmp_path / arm), 1e-10)
+    there = json.loads((trained / arm / "config.json").read_text())["summary"]
+    assert (there["processes"], summary["processes"]) == (2, 1)
+    for key in ("loss", "penalty", "train accuracy", "test accuracy", "epochs"):
+        assert there[key] == pytest.approx(summary[key], rel=1e-9)
+    assert (summary["penalty"] > 0) == (arm != "plain")
+    if arm != "plain":
+        plain = weights(trained / "plain")["head.weight"]
+        assert not torch.allclose(plain, weights(tmp_path / arm)["head.weight"], atol=1e-4)
+
+
+def test_resumed_with_the_masks_of_all_processes(trained):
+    assert_close(weights(trained / "cut"), weights(trained / "dropout"), 0)
+
+
+def test_errors_before_training_are_those_of_all(trained):
+    batches, normal, infinite, garbage = json.loads((trained / "errors.json").read_text())
+    assert batches.startswith("OptionError") and "take e.g. batch 2" in batches
+    assert normal.startswith("OptionError") and "has batch normalization" in normal
+    assert infinite.startswith("DataError: the loss is not finite in epoch 1")
+    assert garbage.startswith("FileError: not a checkpoint")
+    assert not any((trained / name).exists() for name in ("batches", "normal", "infinite"))
+
+
+def test_a_last_batch_that_is_too_small():
+    for count, batch_size, processes, instead in (
+        (130, 32, 3, 31),
+        (130, 64, 4, 63),
+        (3, 64, 4, 0),
+    ):
+        said = f"take e.g. batch {instead}" if instead else f"take {count} processes or fewer"
+        with pytest.raises(OptionError, match=said):
+            locality_run._check_batches(count, batch_size, processes)
+        if instead:
+            locality_run._check_batches(count, instead, processes)
+    locality_run._check_batches(129, 32, 3)  # a last batch of one is left out
+    locality_run._check_batches(130, 32, 2)
+
+
+def ended(folder, last, epoch, busy):
+    """The command, whose process ``last`` is killed in an epoch, while the other waits or is busy."""
+    parts = locality_run._Parts.__iter__
+
+    def cut(self):
+        given = parts(self)
+        yield next(given)
+        path = f"{folder}/{LONG_NAME}.checkpoint"
+        now = torch.load(path)["found"].numpy().tobytes() if os.path.exists(path) else b""
+        epochs = len(locality_run.Trajectory.from_bytes(now)) if now else 0
+        if epochs == int(epoch) and os.environ["RANK"] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while epochs == int(epoch) and busy == "busy":
+            torch.ones(200, 200) @ torch.ones(200, 200)
+        yield from given
+
+    locality_run._Parts.__iter__ = cut
+    main([*LONG, "--out", folder])
+
+
+def test_a_killed_process(trained, tmp_path):
+    """The other one says what is saved, hears of it while waiting and while busy, and all is resumed."""
+    folder = tmp_path / "long"
+    for last, epoch, state in (("1", 3, "waiting"), ("0", 5, "busy")):
+        done = torchrun(2, __file__, "ended", folder, last, epoch, state, check=False)
+        assert done.returncode == 1
+        assert done.stderr.count("tnreg: ProcessLost: another process of this training ended") == 1
+        kept = folder / f"{LONG_NAME}.checkpoint"
+        assert (
+            f"the state after epoch {epoch} is in {kept}; the same command goes on" in done.stderr
+        )
+        assert len(torch.load(kept)["others"]) == 1
+        if last == "1":  # rank 0 was there to clear away what it had begun
+            assert not [path for path in folder.iterdir() if "partial" in path.name]
+            one = shutil.copytree(folder, tmp_path / "one")
+    torchrun(2, "-m", "tnreg", *LONG, "--out", folder)
+    there = sorted(path.name for path in folder.iterdir())
+    assert there == sorted(path.name for path in (trained / "long").iterdir())
+    assert_close(weights(folder / LONG_NAME), weights(trained / "long" / LONG_NAME), 0)
+
+    main([*LONG, "--out", str(one)])  # by one process, from the same state
+    assert_close(weights(one / LONG_NAME), weights(folder / LONG_NAME), 1e-10)
+
+
+def test_what_torchrun_must_say(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(OptionError, match="WORLD_SIZE must be a number, found 'two'"):
+        started()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(OptionError, match="no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        joined(),
+    ):
+        pass
+    for name, value in (
+        ("RANK", "1"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_ADDR", "x"),
+        ("MASTER_PORT", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(OptionError, match="process 1 of this machine has no GPU: there are 1"):
+        joined("cuda").__enter__()
+    with pytest.raises(OptionError, match="write cuda, not cuda:0"):
+        joined("cuda:0").__enter__()
+
+
+@pytest.mark.parametrize("words", [["tree", "list"], ["run", "dynamics"]])
+def test_other_commands_refuse_torchrun(words, monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    assert (
+        "started 2 processes, which work together in `tnreg run locality`"
+        in capsys.readouterr().err
+    )
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="1"):
+        main(words)
+    assert capsys.readouterr().err == ""
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -326,9 +327,12 @@ def _losses_named() -> Iterator[None]:
         if not known:
             raise
         _stop.lost()
-        line = next(iter(text.splitlines()), "")
+        line = re.sub(
+            r"^\[.*?\] ", "", next(iter(text.splitlines()), "")
+        )  # without its source file
         raise ProcessLost(
-            f"another process of this training ended: the connection to it is lost.\n  {line}"
+            "another process of this training ended: the connection to it is lost.\n"
+            f"  {line.partition('. ')[0]}"
         ) from None
 
 

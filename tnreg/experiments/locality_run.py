@@ -159,8 +159,7 @@ def train(
     try:
         with joined(settings.device) as processes:
             _check_batches(len(data.images), settings.batch, processes.count)
-            place = processes.from_first(lambda: _place(folder))
-            saved.path = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
+            place, saved.path = processes.from_first(lambda: _places(folder, checkpoint))
             device = processes.device
             cuda = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices=cuda), _no_denormals():
@@ -417,10 +416,11 @@ def _check_batches(count: int, batch: int, processes: int) -> None:
     )
 
 
-def _place(folder: str | Path) -> Path:
+def _places(folder: str | Path, checkpoint: str | Path | None) -> tuple[Path, Path]:
+    """Run folder and checkpoint."""
     place = check_folder(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    return place
+    return place, Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
 
 
 def _wrapped(net: nn.Module, processes: Processes) -> nn.Module:
