@@ -337,7 +337,7 @@ def test_public_names_are_in_the_changelog_and_documented():
 def test_lower_bounds_cover_what_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = dict(
-        re.findall(r"^(\w+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+        re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     )
 
     def numbers(version):

@@ -4,7 +4,7 @@ Every edge of a mode tree is an index, every node a weight. CP, Tucker, tensor t
 Tucker, hierarchical tensor factorization and deep matrix factorization are trees, not classes.
 """
 
-from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError, TreeError
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, SizeError, TnregError, TreeError
 from tnreg.tree import ModeTree, gallery, load_tree
 from tnreg.trajectory import Trajectory
 from tnreg.optim import GroupRMSprop
@@ -45,7 +45,8 @@ __all__ = [
     "InputGradientChange", "InteractionEnergy", "RandomPatches", "PresetPatches", "DifferingPatches",
     "separation_spectrum", "locality_profile", "LocalityProfile", "images",
     # theory, pictures and errors
-    "dynamics", "plots", "TnregError", "TreeError", "ShapeError", "DataError", "OptionError", "FileError",
+    "dynamics", "plots",
+    "TnregError", "TreeError", "ShapeError", "SizeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -21,6 +21,10 @@ class ShapeError(TnregError):
     """Sizes, orders or shapes that do not fit each other."""
 
 
+class SizeError(ShapeError):
+    """An array that would not fit into memory; raised before it is allocated."""
+
+
 class DataError(TnregError):
     """Numbers that cannot be used: NaN, infinite, wrong dtype, an index out of range, no samples."""
 

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnreg.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
 from tnreg.frames import batches, frames, frames_fit, outside, scale_of
+from tnreg.hsvd import decompose
 from tnreg.rank import as_tensor, dense_spectra, numerical_rank
 from tnreg.scaled import absorbed, columns, full_rows, times, unscaled
 from tnreg.tree import ModeTree, Node
@@ -31,15 +33,20 @@ from tnreg.tree import ModeTree, Node
 __all__ = ["hierarchical_rank", "spectra"]
 
 
-def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
+def spectra(
+    x: Any, tree: ModeTree | None = None, *, memory: int | str | None = None
+) -> dict[Node, Tensor]:
     """Singular values of the matricization at every node but the root.
 
     At node v the rows are the modes below v and the columns all other modes.
 
     Args:
         x: Dense real or complex tensor ``(D_0, ..., D_{N-1})`` (torch or numpy), axis n being mode
-            n; or a ``Factorization``, or the network that it is, whose dense tensor is never formed.
+            n; or a ``Factorization``, or the network that it is, whose dense tensor is never formed; or
+            an array of Dask, zarr or h5py, which may be larger than memory.
         tree: Mode tree over ``0..N-1``; the factorization's own if left out, and no other.
+        memory: For arrays that are read block by block: bytes that arrays may take, or text such as
+            ``"1GiB"``; a quarter of what is available if left out.
 
     Returns:
         ``{node: singular values}``, descending, ``min(rows, columns)`` of them for a dense tensor
@@ -51,10 +58,13 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
         DataError: ``x`` has NaN, infinite or integer entries.
         OptionError: A dense tensor without a tree, or a factorization with another tree than its
             own.
+        SizeError: Read block by block, the tensor's ranks do not let it become small enough for the
+            memory allowed; ``spectra(decompose(x, tree, rtol=...))`` is then off by at most ``rtol ‖x‖``.
 
     Cost: dense, see ``tnreg.rank.dense_spectra``; factorization, linear in the number of nodes,
     cubic in the bonds. Differentiable once, in the tensor or in the weights of the factorization
-    (under ``torch.no_grad()`` that is not paid for).
+    (under ``torch.no_grad()`` that is not paid for). Block by block, see ``tnreg.blocks``; by QR, with
+    errors below 1e-12 of the largest singular value (float64), not differentiable.
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3)
@@ -76,11 +86,33 @@ def spectra(x: Any, tree: ModeTree | None = None) -> dict[Node, Tensor]:
             "spectra of a dense tensor need a tree: spectra(tensor, tree).\n"
             f"  found: {found_kind}; write a ModeTree, e.g. ModeTree.binary(4) or load_tree('htf-4')"
         )
+    if is_blocks(x):
+        return _spectra_of_blocks(x, tree, memory)
     return dense_spectra(x, tree)
 
 
+def _spectra_of_blocks(x: Any, tree: ModeTree, memory: int | str | None) -> dict[Node, Tensor]:
+    """All that is not zero to rounding is kept in a factorization; the other values are zeros."""
+    array, allowed = as_blocks(x), memory_of(memory)
+    small = whole(array, allowed)
+    if small is not None:
+        return dense_spectra(small, tree)
+    found = spectra(decompose(array, tree, memory=allowed).requires_grad_(False))
+    total = math.prod(array.shape)
+    out = {}
+    for node, values in found.items():
+        rows = math.prod(array.shape[m] for m in tree.modes_below(node))
+        out[node] = values.new_zeros(min(rows, total // rows))
+        out[node][: len(values)] = values[: len(out[node])]
+    return out
+
+
 def hierarchical_rank(
-    x: Any, tree: ModeTree | None = None, *, rtol: float | None = None
+    x: Any,
+    tree: ModeTree | None = None,
+    *,
+    rtol: float | None = None,
+    memory: int | str | None = None,
 ) -> dict[Node, int]:
     """Rank of the matricization of ``x`` at every node of ``tree`` but the root.
 
@@ -90,11 +122,12 @@ def hierarchical_rank(
 
     Args:
         x: Dense real or complex tensor of shape ``(D_0, ..., D_{N-1})``, axis n being mode n, or a
-            ``Factorization``, whose dense tensor is never formed.
+            ``Factorization``, whose dense tensor is never formed, or an array of Dask, zarr or h5py.
         tree: Mode tree over ``0..N-1``; the factorization's own if left out.
         rtol: A singular value counts if it is ``> rtol * s_max``, ``s_max`` the largest of the same
             matricization. Default ``max(rows, columns) * eps``, for a factorization at most
             ``1000 * eps``. For a trained model take e.g. 1e-3.
+        memory: As in ``spectra``.
 
     Returns:
         ``{node: rank}``, children before parents, without the root. A zero tensor gives 0
@@ -131,9 +164,9 @@ def hierarchical_rank(
             out[node] = numerical_rank(found_at[i], longest * limit if rtol is None else rtol)
         return out
     with torch.no_grad():
-        found = spectra(x, tree)
+        found = spectra(x, tree, memory=memory)
     assert tree is not None  # spectra has refused a dense tensor without a tree
-    sizes = tuple(as_tensor(x).shape)
+    sizes = tuple(x.shape if is_blocks(x) else as_tensor(x).shape)
     for node, s in found.items():
         rows = math.prod(sizes[m] for m in tree.modes_below(node))
         longest = max(rows, math.prod(sizes) // rows)

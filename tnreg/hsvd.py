@@ -11,20 +11,30 @@ bound on the relative error, always (down to the rounding of the dtype).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError
+from tnreg.blocks import (
+    Compressed,
+    as_blocks,
+    compress,
+    distance_of,
+    is_blocks,
+    memory_of,
+    positions_below,
+    whole,
+)
+from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
 from tnreg.rank import axis_gram, axis_product, check_dense, largest_of
 from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import ModeTree, Node
 
-__all__ = ["decompose", "truncate"]
+__all__ = ["decompose", "distance", "truncate"]
 
 # Share of the tolerance that decompose may spend on the way up: a larger one makes the core smaller,
 # a smaller one leaves more to where it is needed.
@@ -35,13 +45,14 @@ _RANDOMIZED_ROWS = 64
 
 
 def decompose(
-    tensor: Tensor | np.ndarray[Any, Any],
+    tensor: Tensor | np.ndarray[Any, Any] | Any,
     tree: ModeTree,
     *,
     ranks: int | Mapping[Node, int] | None = None,
     rtol: float | None = None,
     randomized: bool = False,
     seed: int = 0,
+    memory: int | str | None = None,
 ) -> Factorization:
     """Hierarchical singular value decomposition of a dense tensor, with full joins.
 
@@ -49,7 +60,8 @@ def decompose(
     there for the others.
 
     Args:
-        tensor: Real or complex tensor ``(D_0, ..., D_{N-1})``.
+        tensor: Real or complex tensor ``(D_0, ..., D_{N-1})``; or an array of Dask, zarr or h5py, which may
+            be larger than memory.
         tree: Mode tree over ``0..N-1``. A star gives the Tucker decomposition, a caterpillar the tensor
             train, a binary tree hierarchical Tucker.
         ranks: Largest bond: one integer, or ``{node: integer}`` (nodes left out have no limit).
@@ -60,6 +72,8 @@ def decompose(
             the same; bonds may be a little larger. Where the tolerance is too tight to measure it by
             (below some 1e-6) random vectors are not used.
         seed: Draws those vectors.
+        memory: For arrays that are read block by block: bytes that arrays may take, or text such as
+            ``"1GiB"``; a quarter of what is available if left out.
 
     Returns:
         A ``Factorization`` of the tensor's dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
@@ -67,9 +81,11 @@ def decompose(
     Raises:
         ShapeError, DataError: The tensor does not fit the tree, or has NaN or infinite entries.
         OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
+        SizeError: Read block by block, the tensor does not get small enough for the memory allowed.
 
     Cost: a Gram matrix per node, of the tensor for the first leaf, of a smaller core afterwards; QR
-    factorizations where the tolerance is too tight for squares. Works in double precision.
+    factorizations where the tolerance is too tight for squares. Works in double precision. Block by
+    block: the tensor is read once per mode (small modes together) and once more, see ``tnreg.blocks``.
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3, dtype=torch.float64)
@@ -80,6 +96,12 @@ def decompose(
     if isinstance(tensor, Factorization):
         raise OptionError("decompose is for dense tensors; write truncate(model, rtol=...).")
     tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+    if is_blocks(tensor):
+        array, allowed = as_blocks(tensor), memory_of(memory)
+        small = whole(array, allowed)
+        if small is None:
+            return _decompose_blocks(array, tree, limits_of(tree, ranks), share_of(rtol), allowed)
+        tensor = small
     with torch.no_grad():
         dense = check_dense(tensor, tree).detach()
         limits = limits_of(tree, ranks)
@@ -95,16 +117,63 @@ def decompose(
         random = torch.Generator(core.device).manual_seed(seed) if randomized else None
         first = share if share is None else _FIRST_SHARE * share
         sweep = _Sweep(core.contiguous(), tree, limits, first, random)
-        weights = sweep.run()
+        top = len(tree.nodes) - 1
+        weights = sweep.run(range(top), top)
         if not share or sweep.total == 0:
             return built(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
+        return _finished(tree, weights, limits, share, sweep, log2, dense.dtype)
+
+
+def _finished(
+    tree: ModeTree,
+    weights: Mapping[int, Tensor],
+    limits: Mapping[int, int],
+    share: float | None,
+    sweep: _Sweep,
+    log2: int,
+    dtype: torch.dtype,
+) -> Factorization:
+    """Rounded with what the sweep has left of the tolerance."""
+    left = None
+    if share is not None:
         left = max(share**2 * sweep.total - sweep.lost, 0.0) / (sweep.total - sweep.lost)
-        net, stacks = on_network(tree, weights)
-        rest = rounded(net, stacks, limits, math.sqrt(left), orthonormal=True)
-        lost = sweep.lost + rest.lost * (rest.size * 2.0**rest.power) ** 2
-        weights = rest.weights
-        weights[len(tree.nodes) - 1] *= 2.0**rest.power
-        return built(tree, weights, log2, dense.dtype, math.sqrt(lost))
+    net, stacks = on_network(tree, weights)
+    rest = rounded(net, stacks, limits, None if left is None else math.sqrt(left), orthonormal=True)
+    lost = sweep.lost + rest.lost * (rest.size * 2.0**rest.power) ** 2
+    found = rest.weights
+    found[len(tree.nodes) - 1] *= 2.0**rest.power
+    return built(tree, found, log2, dtype, math.sqrt(lost))
+
+
+def _decompose_blocks(
+    array: Any, tree: ModeTree, limits: Mapping[int, int], share: float | None, memory: int
+) -> Factorization:
+    """The tensor reduced to a core block by block; the rest in memory."""
+    with torch.no_grad():
+        first = share if share is None else _FIRST_SHARE * share
+        found = compress(array, tree, limits, share, memory)
+        weights = _weights_below(found, tree)
+        sweep = _Sweep(
+            found.core, tree, limits, first, None,
+            front=found.front, total=found.total, lost=found.lost,
+        )  # fmt: skip
+        top = len(tree.nodes) - 1
+        weights |= sweep.run([i for i in range(top) if i not in weights], top)
+        dtype = getattr(torch, array.dtype.name)
+        if sweep.total == 0:
+            return built(tree, weights, found.log2, dtype, 0.0)
+        return _finished(tree, weights, limits, share, sweep, found.log2, dtype)
+
+
+def _weights_below(found: Compressed, tree: ModeTree) -> dict[int, Tensor]:
+    """Weights of all nodes that have a basis, and of those below them."""
+    weights = dict(found.bases)
+    for i in found.split:
+        inside = positions_below(tree, i)
+        leaves = [c for c in sorted(inside) if not tree.links[c]]
+        sweep = _Sweep(found.bases[i], tree, {}, None, None, front=[*leaves, -1])
+        weights |= sweep.run(inside, i)
+    return weights
 
 
 class _Sweep:
@@ -112,6 +181,16 @@ class _Sweep:
 
     The core's axes are nodes in the order of the tree's leaves, so that the children of a node are
     always neighbours and nothing has to be permuted.
+
+    Args:
+        core: The tensor.
+        tree: The tree.
+        limits: Largest ranks by position.
+        share: Error allowed, relative to the norm; ``None`` cuts what is zero to rounding.
+        random: Draws the vectors of randomized sweeps.
+        front: What the axes are; the leaves if left out. -1 is an axis that stays.
+        total: Square of the norm of the tensor, if the core has lost some of it.
+        lost: What it has lost.
     """
 
     def __init__(
@@ -121,23 +200,33 @@ class _Sweep:
         limits: Mapping[int, int],
         share: float | None,
         random: torch.Generator | None,
+        *,
+        front: Sequence[int] | None = None,
+        total: float | None = None,
+        lost: float = 0.0,
     ) -> None:
         self.core, self.tree, self.limits, self.random = core, tree, limits, random
         self.exact = share is None
-        self.front = [i for i, below in enumerate(tree.links) if not below]
+        leaves = [i for i, below in enumerate(tree.links) if not below]
+        self.front = leaves if front is None else list(front)
         self.sizes = list(core.shape)
-        self.total = float(_square(core))
-        self.left = (share or 0.0) ** 2 * self.total
-        self.lost = 0.0
+        self.total = float(_square(core)) if total is None else total
+        self.left = max((share or 0.0) ** 2 * self.total - lost, 0.0)
+        self.lost = lost
         self.at = 0  # which axis of the core is looked at
 
-    def run(self) -> dict[int, Tensor]:
-        """Weights by position; the root's is the core that is left."""
-        tree, top = self.tree, len(self.tree.nodes) - 1
+    def run(self, nodes: Sequence[int], last: int) -> dict[int, Tensor]:
+        """Weights by position; that of the last node is the core that is left.
+
+        Args:
+            nodes: Positions of the nodes to handle, all of them below ``last``.
+            last: Position of the node whose children's axes are left at the end.
+        """
+        tree = self.tree
         weights: dict[int, Tensor] = {}
-        order = sorted(range(top), key=lambda i: tree.heights[i])
+        order = sorted(nodes, key=lambda i: tree.heights[i])
         # the last child of a binary root has the rank of its sibling and discards nothing
-        shared = len(tree.links[top]) == 2
+        shared = last == len(tree.nodes) - 1 and len(tree.links[last]) == 2
         for count, i in enumerate(order):
             shape = self._merge(i)
             spenders = len(order) - shared - count
@@ -149,7 +238,7 @@ class _Sweep:
             self.left -= min(lost, self.left)
             self.lost += lost
             weights[i] = basis.reshape(*shape, -1)
-        weights[top] = self.core.reshape(self.sizes)
+        weights[last] = self.core.reshape(self.sizes)
         return weights
 
     def _merge(self, i: int) -> tuple[int, ...]:
@@ -288,6 +377,50 @@ def truncate(
         found = rounded(net, [stack.to(wide) for stack in model.stacks], limits, share)
         lost = math.sqrt(found.lost) * found.size
         return built(model.tree, found.weights, found.power, model.dtype, lost)
+
+
+def distance(
+    tensor: Any, model: Factorization, *, memory: int | str | None = None
+) -> tuple[float, float]:
+    """How far a factorization is from a tensor, and how large the tensor is.
+
+    Args:
+        tensor: Dense, or an array of Dask, zarr or h5py, which is read once.
+        model: A factorization of the same sizes.
+        memory: As in ``decompose``.
+
+    Returns:
+        Frobenius norms of the difference and of the tensor.
+
+    Raises:
+        ShapeError: Other sizes.
+    """
+    sizes = tuple(tensor.shape)
+    if sizes != model.sizes:
+        raise ShapeError(
+            f"the tensor has other sizes than the model.\n  found: {sizes}\n  model: {model.sizes}"
+        )
+    with torch.no_grad():
+        if is_blocks(tensor):
+            return distance_of(as_blocks(tensor), _Parts(model), memory_of(memory))
+        dense = check_dense(tensor, model.tree)
+        apart = torch.linalg.vector_norm(dense - model.to_tensor())
+        return float(apart), float(torch.linalg.vector_norm(dense))
+
+
+class _Parts:
+    """Dense parts of a factorization."""
+
+    def __init__(self, model: Factorization) -> None:
+        self.tree = model.tree
+        self.weights = {node: w.detach().cpu() for node, w in model.weights.items()}
+        kinds = zip(model.tree.nodes, model.network.joins, strict=True)
+        self.joins = {node: join for node, join in kinds if join != "leaf"}
+
+    def __call__(self, slab: Sequence[slice]) -> Tensor:
+        held = {n: w[slab[n]] if isinstance(n, int) else w for n, w in self.weights.items()}
+        with torch.no_grad():
+            return Factorization.from_weights(self.tree, held, join=self.joins).to_tensor()
 
 
 def _square(x: Tensor) -> Tensor:

@@ -1,0 +1,281 @@
+"""Tensors read block by block against the same in memory."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("dask.array")
+
+import dask
+import dask.array as da
+
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    SizeError,
+    blocks,
+    decompose,
+    hierarchical_rank,
+    spectra,
+)
+from tnreg.hsvd import distance
+
+TREES = {
+    "binary": (ModeTree.binary(4), (12, 11, 10, 9)),
+    "across": (ModeTree([[0, 2], [1, 3]]), (12, 11, 10, 9)),
+    "star": (ModeTree.star(4), (12, 11, 10, 9)),
+    "caterpillar": (ModeTree.caterpillar(5), (7, 6, 5, 8, 9)),
+    "small modes": (ModeTree.binary(8), (4,) * 8),
+    "uneven": (ModeTree([[[0, 3], 1], [2, 4, 5]]), (5, 6, 7, 4, 3, 5)),
+}
+
+
+def tensor(name, dtype=torch.float64, rank=3, noise=0.0):
+    tree, sizes = TREES[name]
+    generator = torch.Generator().manual_seed(0)
+    model = Factorization(tree, sizes, rank, std=1.0, dtype=dtype, generator=generator)
+    x = model.to_tensor().detach()
+    rest = torch.randn(x.shape, dtype=dtype, generator=generator)
+    return tree, x / x.norm() + noise * rest / rest.norm()
+
+
+def in_blocks(x, parts=2):
+    return da.from_array(x.numpy(), chunks=tuple(max(1, -(-n // parts)) for n in x.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32])
+@pytest.mark.parametrize("name", TREES)
+def test_as_in_memory(name, dtype):
+    """Memory for a sixth of the tensor: nothing is read whole."""
+    noise = 1e-4
+    tree, x = tensor(name, dtype, noise=noise)
+    memory = x.nbytes * 7
+    assert blocks.whole(in_blocks(x), memory) is None
+    for rtol, bonds in ((1e-3, 3), (0.5 * noise, None)):
+        if rtol < noise and dtype != torch.float64:
+            continue
+        found = decompose(in_blocks(x), tree, rtol=rtol, memory=3 * memory if bonds else 7 * memory)
+        own = decompose(x, tree, rtol=rtol)
+        apart, size = distance(in_blocks(x), found)
+        slack = 1e-5 if dtype == torch.float32 else 1e-12
+        assert apart <= rtol * size and apart <= found.error_bound * (1 + slack) + slack * size
+        assert apart == pytest.approx(float((found.to_tensor() - x).detach().norm()), rel=1e-4)
+        assert found.dtype == dtype
+        if bonds:
+            assert found.network.bonds == own.network.bonds and max(own.network.bonds) == bonds
+            assert torch.allclose(
+                found.to_tensor(), own.to_tensor(), atol=1e-6 if dtype == torch.float32 else 1e-8
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("name", TREES)
+def test_spectra_and_ranks(name, dtype):
+    """No squares: values are right to 1e-12 of the largest, small ones included."""
+    tree, x = tensor(name, dtype)
+    _, y = tensor(name, dtype, rank=2)
+    x = x + 1e-9 * y.flip(0)  # singular values down to 1e-9
+    found = spectra(in_blocks(x), tree, memory=7 * x.nbytes)
+    for node, values in spectra(x, tree).items():
+        assert found[node].shape == values.shape and found[node].dtype == values.dtype
+        assert float((found[node] - values).abs().max()) < 1e-12 * float(values[0]), node
+    for rtol in (None, 1e-3, 1e-10):
+        ranks = hierarchical_rank(in_blocks(x), tree, rtol=rtol, memory=7 * x.nbytes)
+        assert ranks == hierarchical_rank(x, tree, rtol=rtol)
+    assert max(ranks.values()) > 3
+
+
+def test_small_tensors_are_read_whole(monkeypatch):
+    tree, x = tensor("uneven", noise=1e-3)
+    monkeypatch.setattr(blocks, "compress", None)
+    found = decompose(in_blocks(x), tree, rtol=1e-2, memory=9 * x.nbytes)
+    own = decompose(x, tree, rtol=1e-2)
+    assert all(torch.equal(w, own.weights[node]) for node, w in found.weights.items())
+    assert hierarchical_rank(in_blocks(x), tree, rtol=0.1) == hierarchical_rank(x, tree, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tree", "sizes", "ranks"),
+    [
+        (ModeTree([[0, 1], [2, 3], [4, 5]]), (6,) * 6, 6),
+        (ModeTree([[[0, 1]], [[2], 3], [[[4]], 5]]), (6,) * 6, 6),
+        (ModeTree([[[0], [1, 2]], [3, [4, 5]]]), (6,) * 6, 6),
+    ],
+)
+def test_nodes_further_up(tree, sizes, ranks, monkeypatch):
+    """Modes that cannot be compressed: the pass goes on at the nodes above them."""
+    monkeypatch.setattr(blocks, "_ROWS", 6)
+    single = [v for v in tree.nodes if len(tree.modes_below(v)) == 1]
+    bonds = {v: ranks if v in single else 3 for v in tree.nodes[:-1]}
+    model = Factorization(
+        tree, sizes, bonds, join="full", std=1.0, dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    x = model.to_tensor().detach()
+    seen = []
+    monkeypatch.setattr(blocks._Compression, "_tell", lambda self, what, *_: seen.append(what))
+    with dask.config.set(num_workers=4):
+        found = decompose(in_blocks(x), tree, rtol=1e-10, memory=7 * x.nbytes)
+        values = spectra(in_blocks(x), tree, memory=7 * x.nbytes)
+    assert any("(" in what.partition("node ")[2] for what in seen)  # a node that is no leaf
+    assert float((found.to_tensor().detach() - x).norm()) < 1e-10 * float(x.norm())
+    assert found.network.bonds == decompose(x, tree, rtol=1e-10).network.bonds
+    for node, own in spectra(x, tree).items():
+        assert torch.allclose(values[node], own, atol=1e-12 * float(own[0]))
+
+
+def test_ranks_alone():
+    tree, x = tensor("binary", noise=0.1)
+    found = decompose(in_blocks(x), tree, ranks=2, memory=7 * x.nbytes)
+    assert max(found.network.bonds[:-1]) == 2
+    best = float((decompose(x, tree, ranks=2).to_tensor().detach() - x).norm())
+    reached = float((found.to_tensor().detach() - x).norm())
+    assert reached <= found.error_bound and reached < 1.2 * best
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 0.0])
+def test_scales(scale):
+    tree, x = tensor("across")
+    found = decompose(in_blocks(x * scale), tree, rtol=1e-6, memory=7 * x.nbytes)
+    assert torch.allclose(found.to_tensor(), x * scale, rtol=1e-6, atol=1e-8 * scale)
+    values = spectra(in_blocks(x * scale), tree, memory=7 * x.nbytes)
+    for node, own in spectra(x, tree).items():
+        assert torch.allclose(values[node], own * scale, atol=1e-12 * scale, rtol=1e-9)
+
+
+def test_on_disk(tmp_path):
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    tree, x = tensor("uneven", noise=1e-5)
+    own = decompose(x, tree, rtol=1e-3)
+    da.to_zarr(in_blocks(x), str(tmp_path / "x.zarr"))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=x.numpy(), chunks=(3, 2, 4, 4, 3, 5))
+    with h5py.File(tmp_path / "x.h5") as file:
+        for given_ in (zarr.open(str(tmp_path / "x.zarr"), mode="r"), file["x"]):
+            found = decompose(given_, tree, rtol=1e-3, memory=7 * x.nbytes)
+            assert found.network.bonds == own.network.bonds
+            assert torch.allclose(found.to_tensor(), own.to_tensor(), atol=1e-8)
+
+
+def test_on_a_cluster():
+    """Workers of distributed; the tasks and what they hold are sent to them."""
+    distributed = pytest.importorskip("distributed")
+    tree, x = tensor("uneven", noise=1e-5)
+    options = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "processes": False,
+        "dashboard_address": None,
+    }
+    with distributed.Client(**options) as client:
+        assert blocks._workers() == (2, 1)
+        found = decompose(in_blocks(x), tree, rtol=1e-3, memory=7 * x.nbytes)
+        assert distance(in_blocks(x), found)[0] <= 1e-3
+        with pytest.raises(OptionError, match="in the cluster's memory"):
+            decompose(client.persist(in_blocks(x)), tree, rtol=1e-3, memory=7 * x.nbytes)
+    assert found.network.bonds == decompose(x, tree, rtol=1e-3).network.bonds
+
+
+def test_refuses():
+    tree, x = tensor("binary")
+    bad = x.clone()
+    bad[3, 2, 1, 0], bad[11, 10, 9, 8] = float("nan"), float("inf")
+    memory = 7 * x.nbytes
+    with pytest.raises(DataError, match="not finite, 2 of 11880 or more"):
+        decompose(in_blocks(bad), tree, rtol=0.1, memory=memory)
+    with pytest.raises(DataError, match="not finite"):
+        spectra(in_blocks(bad), tree, memory=memory)
+    with pytest.raises(DataError, match=r"dtype int64.*\n.*astype"):
+        decompose(da.ones((3, 4), dtype=int), tree)
+    with pytest.raises(DataError, match=r"empty: shape \(0, 3\)"):
+        decompose(da.ones((0, 3)), ModeTree.binary(2))
+    with pytest.raises(ShapeError, match="3 axes and the tree 4 modes"):
+        decompose(da.ones((30, 40, 50)), tree, memory=1000)
+    with pytest.raises(ShapeError, match="unknown size"):
+        unknown = in_blocks(x)
+        decompose(unknown[unknown[:, 0, 0, 0] > 0], tree)
+    with pytest.raises(OptionError, match="need a tree"):
+        spectra(in_blocks(x))
+    with pytest.raises(OptionError, match="memory must be a number of bytes"):
+        decompose(in_blocks(x), tree, memory="much")
+    noise = torch.randn(
+        12, 11, 10, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    with pytest.raises(SizeError) as caught:
+        spectra(in_blocks(noise), tree, memory=memory // 2)
+    assert "no tolerance" in str(caught.value) and f"needed: {noise.nbytes:,} bytes" in str(
+        caught.value
+    )
+    with pytest.raises(ShapeError, match="other sizes than the model"):
+        distance(x, Factorization(tree, 3, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_parts(data):
+    """They cover the tensor once, stay within the budget where they can, and their reads are counted."""
+    chunks = tuple(
+        tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))) for _ in range(3)
+    )
+    whole = data.draw(st.sets(st.integers(0, 2), max_size=2))
+    budget = data.draw(st.integers(1, 8 * 1000))
+    array = da.zeros(tuple(map(sum, chunks)), chunks=chunks)
+    slabs = blocks._slabs(array, tuple(whole), budget)
+    seen = np.zeros(array.shape, int)
+    for slab in slabs:
+        seen[slab] += 1
+        assert all(slab[m] == slice(0, array.shape[m]) for m in whole)
+        least = np.prod([array.shape[m] for m in whole])
+        assert seen[slab].size <= max(budget // 8, least)
+    assert (seen == 1).all()
+    edges = [np.cumsum([0, *c]) for c in chunks]
+    read = 0
+    for slab in slabs:
+        for places in itertools.product(*(range(len(c)) for c in chunks)):
+            boxes = [(e[k], e[k + 1]) for e, k in zip(edges, places, strict=True)]
+            if all(s.start < b and a < s.stop for s, (a, b) in zip(slab, boxes, strict=True)):
+                read += int(np.prod([b - a for a, b in boxes]))
+    assert blocks._bytes_read(array, slabs) == 8 * read
+
+
+def test_memory_is_kept_to():
+    """128 MiB that are made when they are read: the process grows by less than half of that."""
+    script = """
+        import re, numpy as np, dask, dask.array as da, torch, tnreg
+        def peak():
+            with open("/proc/self/status") as file:
+                return int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1]) * 1024
+        def block(block_info=None):
+            ends = block_info[None]["array-location"]
+            grid = np.meshgrid(*(np.arange(*e) for e in ends), indexing="ij", sparse=True)
+            return 1 / (1.0 + sum((k + 1) * g for k, g in enumerate(grid)) / 32)
+        x = da.map_blocks(block, chunks=((16,) * 4,) * 4, dtype=float, meta=np.empty((0,) * 4))
+        tree = tnreg.ModeTree.binary(4)
+        with dask.config.set(num_workers=2):
+            small = x[:16, :16, :16, :16]
+            tnreg.decompose(small, tree, rtol=1e-4, memory=small.nbytes * 7)  # imports and such
+            before = peak()
+            model = tnreg.decompose(x, tree, rtol=1e-4, memory="32MiB")
+            grown = peak() - before
+            apart, size = tnreg.hsvd.distance(x, model, memory="32MiB")
+        print(x.nbytes, grown, apart / size)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    size, grown, error = map(float, done.stdout.split())
+    assert size == 2**27 and error <= 1e-4
+    assert grown < 2**26

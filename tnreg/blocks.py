@@ -1,0 +1,698 @@
+"""Tensors larger than memory, read block by block: a Dask array over zarr, HDF5 or anything else.
+
+``compress`` reads the tensor once for every mode (small modes of a subtree together) and once more:
+
+1. For a node, a part of the tensor that is complete in the modes below it gives a part of the Gram
+   matrix of its matricization, or of its triangular factor (tall and skinny QR; Demmel, Grigori,
+   Hoemmen and Langou 2012), where squares would lose digits. The parts are added up, and give the node's
+   orthonormal basis.
+2. Where the core that is left would not fit into memory, nodes further up follow in the same way, in the
+   coordinates of the nodes below them.
+3. The core is what remains of the tensor in all bases.
+
+Everything after that is done in memory, on a tensor of the size of the core. Dask runs the parts: in
+threads of this process, or on the workers of a cluster if a ``distributed.Client`` is there. A part is read
+inside the task that uses it, so that no more than one part for each thread is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnreg.errors import DataError, OptionError, ShapeError, SizeError
+from tnreg.memory import available, limit_of, written
+from tnreg.rank import axis_gram, axis_product, largest_of
+from tnreg.tree import ModeTree
+
+__all__ = [
+    "Compressed",
+    "as_blocks",
+    "compress",
+    "distance_of",
+    "is_blocks",
+    "memory_of",
+    "positions_below",
+    "whole",
+]
+
+log = logging.getLogger(__name__)
+
+# Modes of a subtree are handled as one while together they have no more rows than this.
+_ROWS = 256
+
+# Singular values up to this many times eps of the largest are zero to rounding.
+_ZERO = 16
+
+# Share of the tolerance that the first nodes may use. They count noise once each, although what one of
+# them cuts off is not there for the others; what they did not need is known once the core is.
+_SHARE = 0.9
+
+# A tensor that takes no more than this share of the memory allowed is read whole.
+_WHOLE_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A tensor as a core in orthonormal bases of some nodes.
+
+    Attributes:
+        core: One axis for every node of ``front``, in double precision.
+        front: Positions in ``tree.nodes``, in the order of the tree's leaves; every leaf is one of them
+            or below one of them.
+        bases: By position: ``(sizes of the modes below in the order of the tree's leaves.., rank)`` for
+            the first nodes that were handled, ``(sizes of the children's axes.., rank)`` for nodes
+            above those. Leaves that were left as they are have none.
+        split: Those of the first nodes that are no leaves; nodes below them have no basis here.
+        total: Square of the norm of the tensor.
+        lost: Square of what was cut off, or a little more.
+        log2: The core is that of the tensor times ``2**-log2``, and so are ``total`` and ``lost``.
+    """
+
+    core: Tensor
+    front: tuple[int, ...]
+    bases: dict[int, Tensor]
+    split: tuple[int, ...]
+    total: float
+    lost: float
+    log2: int
+
+
+def is_blocks(x: Any) -> bool:
+    """Whether this is an array that is read block by block: of dask, zarr or h5py."""
+    kind = type(x).__module__.partition(".")[0]
+    return kind in ("dask", "zarr", "h5py") and hasattr(x, "shape") and hasattr(x, "chunks")
+
+
+def as_blocks(x: Any) -> Any:
+    """The Dask array.
+
+    Raises:
+        OptionError: Dask is not installed.
+        DataError, ShapeError: Blocks of unknown size, or no real or complex numbers.
+    """
+    try:
+        import dask.array
+    except ImportError:
+        raise OptionError(
+            "tensors on disk are read with Dask, which is not installed; pip install 'tnreg[scale]'"
+        ) from None
+    array = x if isinstance(x, dask.array.Array) else dask.array.from_array(x)  # type: ignore[no-untyped-call]
+    if any(math.isnan(n) for n in array.shape):
+        raise ShapeError("blocks of unknown size; write array.compute_chunk_sizes() first.")
+    if array.dtype.kind not in "fc":
+        raise DataError(
+            f"the tensor has dtype {array.dtype}; ranks and factorizations need real or complex numbers.\n"
+            "  write array.astype('float64'), which is done block by block"
+        )
+    if 0 in array.shape:
+        raise DataError(f"the tensor is empty: shape {array.shape}.")
+    if _client() is not None and any(
+        type(part).__name__ == "Future" for part in dict(array.__dask_graph__()).values()
+    ):
+        raise OptionError(
+            "the tensor is in the cluster's memory (persist); tasks here read their own part of it.\n"
+            "  give the array as it is on disk, without persist()"
+        )
+    return array
+
+
+def memory_of(memory: int | str | None) -> int:
+    """What arrays may take, in bytes: as given, or a quarter of what is available."""
+    given = limit_of(memory, "tensors read block by block")
+    return given if given is not None else (available() or 2**32) // 4
+
+
+def whole(array: Any, memory: int) -> Tensor | None:
+    """The tensor itself if it is small, else ``None``."""
+    if array.nbytes * _WHOLE_SHARE > memory:
+        return None
+    return torch.from_numpy(np.ascontiguousarray(array.compute()))
+
+
+def compress(
+    array: Any,
+    tree: ModeTree,
+    limits: Mapping[int, int],
+    share: float | None,
+    memory: int,
+) -> Compressed:
+    """Read a tensor a few times and reduce it to a core that fits into memory.
+
+    Args:
+        array: From ``as_blocks``.
+        tree: Mode tree over its axes.
+        limits: Largest ranks by position.
+        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+        memory: Bytes that arrays may take.
+
+    Raises:
+        ShapeError: Another order than the tree's.
+        DataError: NaN or infinite entries.
+        SizeError: The core does not get small enough.
+
+    Cost: one reading of the tensor and ``2 rows`` flops per entry for every mode, more for QR; one
+    reading more for the core. Each pass is logged (``logging``, level INFO, ``tnreg.blocks``).
+    """
+    if array.ndim != tree.order:
+        raise ShapeError(
+            f"the tensor has {array.ndim} axes and the tree {tree.order} modes.\n"
+            f"  found:    shape {array.shape}\n"
+            f"  expected: one axis for each of the modes 0..{tree.order - 1}"
+        )
+    return _Compression(array, tree, limits, share, memory).run()
+
+
+def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
+    """Norms of ``array - other`` and of ``array``, in one reading.
+
+    Args:
+        array: From ``as_blocks``.
+        rows_of: Gives the other tensor's entries for a list of slices, one for each mode; it is called
+            in the tasks.
+        memory: Bytes that arrays may take.
+    """
+    source = _Source(array, tuple(range(array.ndim)))
+    workers, beside = _workers()
+    slabs = _slabs(array, (), memory // (8 * beside))
+    apart, size = _run(source, _Distance(rows_of), slabs, workers)
+    return math.sqrt(apart), math.sqrt(size)
+
+
+class _Source:
+    """The array in the order of the tree's leaves, on a scale; a class that Dask does not look into."""
+
+    def __init__(self, array: Any, order: tuple[int, ...], log2: int = 0) -> None:
+        self.array, self.order, self.log2 = array, order, log2
+
+    def read(self, slab: tuple[slice, ...]) -> Tensor:
+        """A part, in double precision; slices are by mode."""
+        part = self.array[slab].compute(scheduler="synchronous")
+        kind = np.complex128 if self.array.dtype.kind == "c" else np.float64
+        values = torch.from_numpy(np.ascontiguousarray(part, dtype=kind)).permute(self.order)
+        if self.log2:
+            half = self.log2 // 2  # the power itself may leave the range
+            values = values * 2.0**-half * 2.0 ** (half - self.log2)
+        return values
+
+
+# Work on a part of the tensor: ``of`` gives its contribution, ``joined`` puts two contributions together,
+# and ``onto`` adds that of one more part to a sum of its own.
+
+
+class _Rows:
+    """Gram matrix or triangular factor of a node, the largest entry, and how many entries are not finite.
+
+    Args:
+        first: Axes of the part in front of the node's modes.
+        lengths: Rows of the children (of the node itself, if it is one of the first).
+        bases: Their bases, ``None`` where they were left as they are.
+        squares: Gram matrix or triangular factor.
+    """
+
+    def __init__(
+        self, first: int, count: int, lengths: list[int], bases: list[Tensor | None], squares: bool
+    ) -> None:
+        self.first, self.end, self.squares = first, first + count, squares
+        self.lengths, self.bases = lengths, bases
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[Tensor, float, int]:
+        largest = float(largest_of(part))
+        if not math.isfinite(largest):
+            return part.new_zeros(0, 0), 0.0, int((~torch.isfinite(part)).sum())
+        before = math.prod(part.shape[: self.first])
+        behind = math.prod(part.shape[self.end :])
+        view = _in_bases(part, [before, *self.lengths, behind], [None, *self.bases, None])
+        view = view.reshape(before, -1, behind)
+        if self.squares:
+            return axis_gram(view), largest, 0
+        return _triangle(view.permute(1, 0, 2).reshape(view.shape[1], -1).mH), largest, 0
+
+    def onto(self, sum: Any, part: Tensor, slab: tuple[slice, ...]) -> Any:
+        return self.joined(sum, self.of(part, slab))
+
+    def joined(self, one: Any, other: Any) -> tuple[Tensor, float, int]:
+        bad = one[2] + other[2]
+        if bad:
+            return one[0], 0.0, bad
+        both = one[0] + other[0] if self.squares else _triangle(torch.cat([one[0], other[0]]))
+        return both, max(one[1], other[1]), 0
+
+
+class _Core:
+    """The tensor in the bases of the front nodes.
+
+    Args:
+        modes: Modes of every node, in the order of the tree's leaves.
+        bases: ``(sizes of these.., rank)``, ``None`` for a mode that was left as it is.
+        shape: Of the core.
+    """
+
+    def __init__(
+        self, modes: list[tuple[int, ...]], bases: list[Tensor | None], shape: tuple[int, ...]
+    ) -> None:
+        self.modes, self.bases, self.shape = modes, bases, shape
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
+        return self.onto(part.new_zeros(self.shape), part, slab)
+
+    def onto(self, sum: Tensor, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
+        lengths: list[int] = []
+        bases: list[Tensor | None] = []
+        places: list[slice] = []
+        for modes, basis in zip(self.modes, self.bases, strict=True):
+            here = tuple(slab[m] for m in modes)
+            lengths.append(math.prod(s.stop - s.start for s in here))
+            bases.append(None if basis is None else basis[here].reshape(lengths[-1], -1))
+            places.append(here[0] if basis is None else slice(None))
+        sum[tuple(places)] += _in_bases(part, lengths, bases)
+        return sum
+
+    def joined(self, one: Tensor, other: Tensor) -> Tensor:
+        return one + other  # not in place: these are results of tasks, which may be asked for again
+
+
+class _Distance:
+    """Squares of the norms of the difference to another tensor and of the tensor."""
+
+    def __init__(self, rows_of: Any) -> None:
+        self.rows_of = rows_of
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[float, float]:
+        apart = torch.linalg.vector_norm(part - self.rows_of(slab))
+        return float(apart) ** 2, float(torch.linalg.vector_norm(part)) ** 2
+
+    def onto(self, sum: Any, part: Tensor, slab: tuple[slice, ...]) -> Any:
+        return self.joined(sum, self.of(part, slab))
+
+    def joined(self, one: Any, other: Any) -> tuple[float, float]:
+        return one[0] + other[0], one[1] + other[1]
+
+
+def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | None]) -> Tensor:
+    """Coordinates of some axes in bases ``(length, rank)``, those that shrink most first."""
+    shape = list(lengths)
+    given = [(basis.shape[1] / len(basis), k) for k, basis in enumerate(bases) if basis is not None]
+    for _, k in sorted(given):
+        basis = bases[k]
+        assert basis is not None
+        view = values.reshape(math.prod(shape[:k]), shape[k], -1)
+        values, shape[k] = axis_product(view, basis), basis.shape[1]
+    return values.reshape(shape)
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    triangle: Tensor = torch.linalg.qr(matrix, mode="r")[1]
+    return triangle
+
+
+class _Compression:
+    """The passes over the tensor, one node after another."""
+
+    def __init__(
+        self,
+        array: Any,
+        tree: ModeTree,
+        limits: Mapping[int, int],
+        share: float | None,
+        memory: int,
+    ) -> None:
+        order = tuple(int(n) for n, below in zip(tree.nodes, tree.links, strict=True) if not below)  # type: ignore[call-overload]
+        self.source, self.tree, self.limits, self.memory = (
+            _Source(array, order),
+            tree,
+            limits,
+            memory,
+        )
+        self.exact, self.share = share is None, share or 0.0
+        self.workers, self.beside = _workers()
+        shape = array.shape
+        self.modes = [tuple(sorted(tree.modes_below(node), key=order.index)) for node in tree.nodes]
+        self.rows = [math.prod(shape[m] for m in modes) for modes in self.modes]
+        self.numel = math.prod(shape)
+        self.most_rows = math.isqrt(
+            memory // (8 * self._item())
+        )  # of a Gram matrix and what it needs
+        self.front = _first_nodes(tree, self.rows, min(_ROWS, self.most_rows))
+        self.size = {i: self.rows[i] for i in self.front}  # of the axis that the core has for it
+        self.bases: dict[int, Tensor] = {}
+        self.whole_bases: dict[int, Tensor] = {}  # (sizes of modes.., rank), for the core
+        self.total = self.lost = 0.0
+        self.split = tuple(i for i in self.front if tree.links[i])
+        inside = {c for i in self.front for c in positions_below(tree, i)}
+        # the second child of a binary root has the rank of its sibling and need not discard anything
+        self.spenders = len(tree.nodes) - 1 - len(inside) - (len(tree.links[-1]) == 2)
+
+    def run(self) -> Compressed:
+        self._reduce_first([i for i in self.front if self.rows[i] <= self.most_rows])
+        while self._core_bytes() > self._core_limit():
+            above = self._next()
+            if above is None:
+                raise self._too_large()
+            self._reduce(above)
+        core = self._core()
+        kept = float(torch.linalg.vector_norm(core)) ** 2
+        # projections take away no more than the difference, which is known to rounding
+        rounding = 64 * torch.finfo(torch.float64).eps * self.total
+        self.lost = min(self.lost, max(self.total - kept, 0.0) + rounding)
+        if not self.total:
+            self.total = kept
+        return Compressed(
+            core, tuple(self.front), self.bases, self.split, self.total, self.lost, self.source.log2
+        )
+
+    def _reduce_first(self, nodes: list[int]) -> None:
+        """A pass for each of these nodes, then all cuts together: the smallest values first."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for i in nodes:
+            part = (_SHARE * self.share) ** 2 / max(self.spenders, 1)
+            found[i] = self._left_vectors(i, [self.rows[i]], [None], self.rows[i], part)
+            if not self.total:
+                self.total = float(found[i][1].sum())
+        pooled = torch.cat([squares for _, squares in found.values()] or [torch.zeros(0)])
+        ascending = pooled.sort()[0]
+        count = int((ascending.cumsum(0) <= (_SHARE * self.share) ** 2 * self.total).sum())
+        floor = float(ascending[count - 1]) if count else -1.0
+        kept = {i: self._kept(i, squares, floor) for i, (_, squares) in found.items()}
+        self.size |= kept
+        for i, (left, squares) in found.items():
+            self.lost += float(squares[kept[i] :].sum())
+            if not self.tree.links[i] and kept[i] == self.rows[i]:
+                continue  # nothing gained: the mode stays as it is
+            self.bases[i] = left[:, : kept[i]].reshape(*self._sizes(i), -1)
+            self.whole_bases[i] = self.bases[i]
+        self.spenders -= len(nodes)
+
+    def _kept(self, i: int, squares: Tensor, floor: float) -> int:
+        """How many singular values to keep: those whose squares are above a floor."""
+        if self.exact:  # rounding of the entries gives no more than eps of the largest value
+            eps = float(np.finfo(self.source.array.dtype).eps)
+            floor = (_ZERO * eps) ** 2 * float(squares[0])
+        kept = int((squares > floor).sum())
+        return max(1, min(kept, self.limits.get(i, kept)))
+
+    def _reduce(self, i: int) -> None:
+        """A pass for a node above the front, which takes the place of its children there."""
+        below = list(self.tree.links[i])
+        for c in below:
+            if c not in self.bases:  # a mode that was left as it is
+                self.bases[c] = self._eye(self.size[c])
+        if len(below) == 1:
+            self._pass_on(i, below[0])
+            return
+        rows = math.prod(self.size[c] for c in below)
+        if rows > self.most_rows:
+            raise self._too_large()
+        allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
+        lengths, bases = [self.rows[c] for c in below], [self._flat(c) for c in below]
+        part = allowed / self.total if self.total else 0.0
+        left, squares = self._left_vectors(i, lengths, bases, rows, part)
+        fits = int((squares.flip(0).cumsum(0) <= allowed).sum())
+        kept = self._kept(i, squares, float(squares[len(squares) - fits]) if fits else -1.0)
+        self.lost += float(squares[kept:].sum())
+        self.spenders -= 1
+        k = self.front.index(below[0])
+        self.front[k : k + len(below)] = [i]
+        self.bases[i] = left[:, :kept].reshape(*(self.size[c] for c in below), kept)
+        self.size[i] = kept
+        self.whole_bases[i] = self._whole_basis(i)
+        for c in below:
+            self.whole_bases.pop(c, None)
+
+    def _pass_on(self, i: int, child: int) -> None:
+        """A node with one child has its matricization; no pass is needed."""
+        size = self.size[child]
+        self.bases[i] = self._eye(size)
+        if child in self.whole_bases:
+            self.whole_bases[i] = self.whole_bases.pop(child)
+        self.front[self.front.index(child)] = i
+        self.size[i] = size
+        self.spenders -= 1
+
+    def _left_vectors(
+        self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, part: float
+    ) -> tuple[Tensor, Tensor]:
+        """Left singular vectors of a node and squared singular values, rounded up as in ``hsvd``.
+
+        Args:
+            i: The node.
+            lengths: Rows of its children, or its own.
+            bases: Their bases.
+            rows: Rows in these.
+            part: Share of the square of the norm that may be cut off here.
+        """
+        eps = torch.finfo(torch.float64).eps
+        hidden = 2 * eps / math.sqrt(rows)
+        if not self.exact and part > 8 * rows * hidden:
+            gram = self._pass(i, lengths, bases, rows, squares=True)
+            trace = float(gram.diagonal().real.sum())
+            squares, vectors = torch.linalg.eigh(gram)
+            return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden * trace
+        triangle = self._pass(i, lengths, bases, rows, squares=False)
+        left, values, _ = torch.linalg.svd(triangle.mH, full_matrices=len(triangle) < rows)
+        if len(values) < rows:  # fewer columns than rows
+            values = torch.cat([values, values.new_zeros(rows - len(values))])
+        return left, (values + (0 if self.exact else 4 * eps * values[0])).square()
+
+    def _pass(
+        self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, *, squares: bool
+    ) -> Tensor:
+        """Gram matrix or triangular factor of a node, on a scale whose squares stay in range."""
+        modes = self.modes[i]
+        first = self.source.order.index(modes[0])
+        work = _Rows(first, len(modes), lengths, bases, squares)
+        budget = max(self.memory // (8 * self.beside) - rows**2 * self._item() // 4, 1)
+        slabs = _slabs(self.source.array, modes, budget)
+        if squares:
+            kind = "Gram matrix"
+            flops = 2 * rows * self.numel // self.rows[i] * rows
+        else:
+            kind, flops = "QR", 4 * rows**2 * (self.numel // self.rows[i])
+        self._tell(f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", slabs, flops)
+        found, largest, bad = _run(self.source, work, slabs, self.workers)
+        if bad:
+            raise DataError(
+                f"the tensor has entries that are not finite, {bad} of {self.numel} or more."
+            )
+        if not self.source.log2 and largest > 0 and not 1e-100 < largest < 1e100:
+            self.source.log2 = math.frexp(largest)[1]
+            return self._pass(i, lengths, bases, rows, squares=squares)
+        result: Tensor = found
+        return result
+
+    def _core(self) -> Tensor:
+        bases = [self.whole_bases.get(i) for i in self.front]
+        shape = tuple(self.size[i] for i in self.front)
+        work = _Core([self.modes[i] for i in self.front], bases, shape)
+        slabs = _slabs(self.source.array, (), self.memory // (8 * self.beside))
+        ranks = [self.size[i] for i in self.front if i in self.whole_bases]
+        self._tell(f"core of shape {shape}", slabs, 2 * min(ranks, default=0) * self.numel)
+        core: Tensor = _run(self.source, work, slabs, self.workers, most=self.workers)
+        return core
+
+    def _next(self) -> int | None:
+        """The node above the front with the fewest rows whose children are all in it."""
+        top = len(self.tree.nodes) - 1
+        found = [
+            (math.prod(self.size[c] for c in below), i)
+            for i, below in enumerate(self.tree.links[:top])
+            if below and all(c in self.front for c in below)
+        ]
+        return min(found)[1] if found else None
+
+    def _flat(self, i: int) -> Tensor | None:
+        basis = self.whole_bases.get(i)
+        return None if basis is None else basis.reshape(self.rows[i], -1)
+
+    def _whole_basis(self, i: int) -> Tensor:
+        """A node's basis over the modes below it."""
+        basis = self.bases[i]
+        for k, c in enumerate(self.tree.links[i]):
+            inner = self._flat(c)
+            if inner is not None:
+                basis = torch.tensordot(inner, basis.movedim(k, 0), dims=1).movedim(0, k)
+        return basis.reshape(*self._sizes(i), -1)
+
+    def _eye(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.complex128 if self._item() == 16 else torch.float64)
+
+    def _sizes(self, i: int) -> list[int]:
+        return [self.source.array.shape[m] for m in self.modes[i]]
+
+    def _item(self) -> int:
+        return 16 if self.source.array.dtype.kind == "c" else 8
+
+    def _core_bytes(self) -> int:
+        return int(math.prod(self.size[i] for i in self.front) * self._item())
+
+    def _core_limit(self) -> int:
+        return self.memory // (2 * (self.beside + 1))
+
+    def _too_large(self) -> SizeError:
+        shape = tuple(self.size[i] for i in self.front)
+        asked = "no tolerance" if self.exact else f"a tolerance of {self.share:.3g}"
+        return SizeError(
+            f"with {asked} the tensor reduces to a core of shape {shape}, which does not fit into memory.\n"
+            f"  needed: {self._core_bytes():,} bytes ({written(self._core_bytes())}), several times\n"
+            f"  allowed (memory=): {self.memory:,} bytes ({written(self.memory)}), of which a core may take "
+            f"{written(self._core_limit())}\n"
+            "  give a larger rtol, smaller ranks, more memory, or a tree whose lower nodes have small ranks; "
+            "for spectra take decompose(x, tree, rtol=...) first"
+        )
+
+    def _tell(self, what: str, slabs: Sequence[tuple[slice, ...]], flops: int) -> None:
+        array = self.source.array
+        reads = _bytes_read(array, slabs)
+        log.info(
+            "%s: %d parts, %s read (%.2f times the tensor), %.3g flops",
+            what, len(slabs), written(reads), reads / array.nbytes, flops,
+        )  # fmt: skip
+
+
+def _first_nodes(tree: ModeTree, rows: Sequence[int], most: int) -> list[int]:
+    """The highest nodes with few rows, single modes elsewhere; in the order of the tree's leaves."""
+    found: list[int] = []
+    waiting = list(reversed(tree.links[-1]))
+    while waiting:
+        i = waiting.pop()
+        if rows[i] <= most or not tree.links[i]:
+            found.append(i)
+        else:
+            waiting.extend(reversed(tree.links[i]))
+    return found
+
+
+def positions_below(tree: ModeTree, i: int) -> list[int]:
+    """Positions of all nodes below a node."""
+    found, waiting = [], list(tree.links[i])
+    while waiting:
+        c = waiting.pop()
+        found.append(c)
+        waiting.extend(tree.links[c])
+    return found
+
+
+def _slabs(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[slice, ...]]:
+    """Parts that cover the array, complete in some modes, along the borders of blocks where they fit.
+
+    Args:
+        array: The Dask array.
+        whole_modes: Modes that every part holds in full.
+        budget: Bytes of one part in double precision.
+    """
+    most = max(budget // (16 if array.dtype.kind == "c" else 8), 1)
+    steps: list[list[int]] = []  # lengths along every mode
+    for mode, lengths in enumerate(array.chunks):
+        steps.append([array.shape[mode]] if mode in whole_modes else list(lengths))
+
+    def numbers() -> int:
+        return math.prod(max(part) for part in steps)
+
+    free = [mode for mode in range(array.ndim) if mode not in whole_modes]
+    while numbers() > most and any(max(steps[m]) > 1 for m in free):
+        longest = max(free, key=lambda m: max(steps[m]))
+        steps[longest] = [h for n in steps[longest] for h in ((n + 1) // 2, n // 2) if h]
+    for mode in reversed(free):  # blocks that lie next to each other
+        while len(steps[mode]) > 1:
+            pairs = [sum(steps[mode][k : k + 2]) for k in range(0, len(steps[mode]), 2)]
+            before, steps[mode] = steps[mode], pairs
+            if numbers() > most:
+                steps[mode] = before
+                break
+    ranges = []
+    for lengths in steps:
+        ends = list(itertools.accumulate(lengths))
+        ranges.append([slice(end - n, end) for end, n in zip(ends, lengths, strict=True)])
+    return list(itertools.product(*ranges))
+
+
+def _bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
+    """Bytes of all blocks that the parts touch; a block counts every time."""
+    borders = [np.cumsum([0, *lengths]) for lengths in array.chunks]
+    known: dict[tuple[int, int, int], int] = {}
+
+    def touched(mode: int, part: slice) -> int:
+        key = (mode, part.start, part.stop)
+        if key not in known:
+            edges = borders[mode]
+            first = np.searchsorted(edges, part.start, side="right") - 1
+            known[key] = int(edges[np.searchsorted(edges, part.stop)] - edges[first])
+        return known[key]
+
+    count = sum(math.prod(touched(m, part) for m, part in enumerate(slab)) for slab in slabs)
+    return int(count * array.dtype.itemsize)
+
+
+def _workers() -> tuple[int, int]:
+    """How many tasks Dask runs at a time, and how many of them in one process."""
+    import dask
+    from dask.base import get_scheduler
+
+    get = get_scheduler()  # type: ignore[no-untyped-call]
+    client = _client()
+    if client is not None:
+        threads = client.nthreads().values()
+        return max(sum(threads), 1), max(threads, default=1)
+    name = getattr(get, "__module__", "dask.threaded")
+    if name.startswith("dask.local"):  # one after another
+        return 1, 1
+    count = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
+    return count, 1 if "multiprocessing" in name else count
+
+
+def _client() -> Any:
+    """The client of distributed that Dask uses, if there is one."""
+    from dask.base import get_scheduler
+
+    client = getattr(get_scheduler(), "__self__", None)  # type: ignore[no-untyped-call]
+    return client if hasattr(client, "nthreads") else None
+
+
+def _run(
+    source: _Source,
+    work: Any,
+    slabs: Sequence[tuple[slice, ...]],
+    workers: int,
+    most: int | None = None,
+) -> Any:
+    """All parts worked on, by Dask, and put together."""
+    from dask.base import compute
+    from dask.delayed import delayed
+
+    count = min(len(slabs), most or 4 * workers)
+    shared = delayed((source, work), traverse=False, pure=False)
+    task = delayed(_some, pure=False)
+    join = delayed(_both, pure=False)
+    parts = [task(shared, list(slabs[k::count])) for k in range(count)]
+    while len(parts) > 1:
+        parts = [
+            join(shared, *parts[k : k + 2]) if k + 1 < len(parts) else parts[k]
+            for k in range(0, len(parts), 2)
+        ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))  # threads of Dask and of torch would fight
+    try:
+        return compute(parts[0])[0]  # type: ignore[no-untyped-call]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _some(shared: tuple[_Source, Any], slabs: Sequence[tuple[slice, ...]]) -> Any:
+    source, work = shared
+    out = None
+    for slab in slabs:
+        part = source.read(slab)
+        out = work.of(part, slab) if out is None else work.onto(out, part, slab)
+    return out
+
+
+def _both(shared: tuple[_Source, Any], one: Any, other: Any) -> Any:
+    return shared[1].joined(one, other)
