@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import zoo
 
-from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, TnregError, plan
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    SizeError,
+    TnregError,
+    contraction,
+    plan,
+)
 from tnreg.einsum import einsum
 
 HTF = ModeTree.binary(4)
@@ -148,3 +160,104 @@ def test_refuses_what_cannot_be_dense():
         plan(torch.zeros(2))
     assert model.entries(zoo.random_index(model.sizes, 7)).shape == (7,)
     assert model(torch.randn(3, 64, 8)).shape == (3,)
+
+
+def test_memory_chooses_the_route():
+    """Entries of a wide star: the cheapest route holds 2.2e9 numbers, another one 1e8."""
+    model = Factorization(ModeTree.star(6), 20, 2000)
+    index = torch.randint(20, (100_000, 6), generator=torch.Generator().manual_seed(0))
+    free = plan(model, index=index)
+    assert free.route == "distinct"
+    less = plan(model, index=index, memory=free.held * 4 - 1)
+    assert less.route == "dense" and less.held < free.held
+    assert plan(model, index=index, memory=free.held * 4).route == "distinct"
+    few = index[:50]
+    model = Factorization(ModeTree.star(6), 20, 20, std=0.5, dtype=torch.float64)
+    cheap = plan(model, index=few)
+    assert (
+        torch.equal(model.entries(plan(model, index=few, memory="1GB")), model.entries(few))
+        and cheap.route != "dense"
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "batch", "entries"])
+def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
+    model = Factorization(ModeTree.binary(8), 8, 16)
+    x = torch.zeros(200_000, 8, 8)
+    index = torch.randint(8, (400_000, 8), generator=torch.Generator().manual_seed(0))
+    calls = {
+        "dense": (plan(model), model.to_tensor, {}),
+        "batch": (plan(model, batch=200_000), lambda: model(x), {"batch": 200_000}),
+        "entries": (plan(model, index=index), lambda: model.entries(index), {"index": index}),
+    }
+    chosen, call, options = calls[kind]
+    needed = 4 * min(chosen.held, 8**8 if kind == "dense" else chosen.held)
+    # there is some memory, but not enough
+    monkeypatch.setattr(contraction, "available", lambda device: 20_000_000)
+    monkeypatch.setattr(contraction, "NEVER_MIND", 0)
+    monkeypatch.setattr("tnreg.factorization.contract", None)  # nothing may be carried out
+    for refused in (call, lambda: plan(model, memory=20_000_000, **options)):
+        with pytest.raises(SizeError, match="would not fit into memory") as caught:
+            refused()
+        text = str(caught.value)
+        found = re.search(r"needed: ([\d,]+) bytes", text)
+        assert found and 20_000_000 < int(found[1].replace(",", "")) <= max(needed, 4 * chosen.held)
+        assert "20,000,000 bytes (20 MB)" in text
+        advice = {"dense": "ask for model.entries", "batch": "fewer samples at a time, here no more than",
+                  "entries": "fewer entries at a time, here no more than"}  # fmt: skip
+        assert advice[kind] in text
+    if kind != "dense":  # and the number that it names does fit
+        most = int(re.search(r"no more than (\d+)", text)[1])
+        assert 1000 < most < 400_000
+        smaller = {"batch": most} if kind == "batch" else {"index": index[:most]}
+        plan(model, memory=20_000_000, **smaller)
+
+
+def test_another_route_is_taken_where_memory_is_short(monkeypatch):
+    """Few entries of a wide tree: distinct sub-indices cost least, the dense tensor holds least."""
+    model = Factorization(ModeTree.binary(8), 4, 60, std=0.3, dtype=torch.float64)
+    index = torch.randint(4, (500, 8), generator=torch.Generator().manual_seed(0))
+    wanted = model.entries(index)
+    first, *others = contraction._plans_of_entries(model.network, index)
+    smallest = min([first, *others], key=lambda p: p.held)
+    assert smallest is not first
+    monkeypatch.setattr(contraction, "available", lambda device: 8 * smallest.held)
+    monkeypatch.setattr(contraction, "NEVER_MIND", 0)
+    seen = []
+    carried_out = contraction.contract
+
+    def watched(chosen, *rest):
+        seen.append(chosen)
+        return carried_out(chosen, *rest)
+
+    monkeypatch.setattr("tnreg.factorization.contract", watched)
+    model._entry_plans.clear()
+    assert torch.allclose(model.entries(index), wanted)
+    assert [p.route for p in seen] == [smallest.route]
+
+
+@pytest.mark.parametrize("model", list(zoo.zoo()))
+def test_what_is_counted_is_held(model):
+    """What autograd keeps of a forward pass, weights and features aside, is within what a plan counts."""
+    features = zoo.random_features(model.sizes, 7, model.dtype)
+    index = zoo.random_index(model.sizes, 40)
+    item = model.dtype.itemsize
+    for chosen, call in (
+        (plan(model), model.to_tensor),
+        (plan(model, batch=7), lambda: model(features)),
+        (plan(model, index=index), lambda: model.entries(index)),
+    ):
+        given = {w.untyped_storage().data_ptr() for w in (*model.stacks, *features)}
+        kept = {}
+
+        def pack(x, given=given, kept=kept):
+            if x.dtype == model.dtype and x.untyped_storage().data_ptr() not in given:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = call()
+        copied = item * sum(stack.numel() for stack in model.stacks)  # for calls of several nodes
+        copied += item * sum(part.numel() for part in features)
+        assert sum(kept.values()) <= item * chosen.held + copied
+        assert out.numel() <= chosen.peak <= chosen.held

@@ -24,10 +24,11 @@ from opt_einsum.parser import get_symbol
 from torch import Tensor
 
 from tnreg.einsum import Einsum, along, einsum, find_path
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, SizeError, check_integer
+from tnreg.memory import NEVER_MIND, available, limit_of, written
 from tnreg.network import Network
 
-__all__ = ["Plan", "contract", "plan"]
+__all__ = ["Plan", "contract", "plan", "within_memory"]
 
 # Moving one number through memory costs about as much time as this many flops of a matrix product.
 # Measured on two CPU cores (8⁴ entries, width 512): it ranks dense, distinct and per-sample as timed.
@@ -38,6 +39,12 @@ _EXHAUSTIVE = 20
 
 # Networks of more tensors than this are searched once for batches of similar size, not for each.
 _LARGE = 128
+
+_ADVICE = {
+    "dense": "ask for model.entries(index), model(features), model.norm() or spectra(model) instead",
+    "batch": "give fewer samples at a time",
+    "entries": "give fewer entries at a time",
+}
 
 # Entries beyond which a dense tensor is not even considered (8 TB in float64).
 DENSE_LIMIT = 2**40
@@ -80,6 +87,9 @@ class Plan:
             ``"distinct"`` or ``"per-sample"``.
         flops: Counted flops.
         largest: Entries of the largest intermediate or result.
+        held: Entries of all intermediates and the result together, which gradients need; features and
+            weights not counted.
+        peak: Entries of those that are there at the same time without gradients.
         candidates: Route -> counted cost of everything that was considered: flops for ``dense`` and
             ``batch``; for entries flops plus 32 for every number moved, as gathering is bound by
             memory and not by arithmetic.
@@ -94,6 +104,8 @@ class Plan:
     route: str
     flops: int
     largest: int
+    held: int
+    peak: int
     candidates: Mapping[str, int]
     batch: int | None = None
     joins: tuple[Join, ...] = field(default=(), repr=False)
@@ -107,7 +119,8 @@ class Plan:
         lines = [
             f"plan: {self.kind}{of} of an order-{self.network.tree.order} network by {self.route}",
             f"  considered: {costs} ({unit})",
-            f"  flops {self.flops:.3g}, largest intermediate {self.largest:.3g} entries",
+            f"  flops {self.flops:.3g}, largest intermediate {self.largest:.3g} entries, "
+            f"{self.held:.3g} in all",
         ]
         names = self.network.tree.nodes
         for join in self.joins:
@@ -131,7 +144,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -> Plan:
+def plan(
+    model: Any,
+    *,
+    batch: int | None = None,
+    index: Tensor | None = None,
+    memory: int | str | None = None,
+) -> Plan:
     """Plan the contraction of a factorization: dense tensor, batch of inputs, or entries.
 
     For the dense tensor and for batches the plan costs no more flops than leaf-to-root and than
@@ -144,6 +163,9 @@ def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -
         batch: Plan ``model(features)`` for that many samples.
         index: Plan ``model.entries(index)``, shape ``(B, N)``, int64. Pass the plan to
             ``model.entries`` in place of the index to do the planning and checking once.
+        memory: Bytes that intermediates and the result may take together, gradients included, or text
+            such as ``"4GiB"``: the cheapest route within them. Without it the cheapest route; whether it
+            fits is seen when it is carried out, against the memory available.
 
     Returns:
         The plan; with neither ``batch`` nor ``index``, that of ``model.to_tensor()``.
@@ -151,7 +173,9 @@ def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -
     Raises:
         ShapeError: ``index`` is not of shape ``(B, N)``.
         DataError: ``index`` is not int64, empty, or out of range.
+        SizeError: No route stays within ``memory``.
     """
+    limit = limit_of(memory, "plan")
     network = model if isinstance(model, Network) else getattr(model, "network", None)
     if not isinstance(network, Network):
         raise OptionError(
@@ -162,15 +186,46 @@ def plan(model: Any, *, batch: int | None = None, index: Tensor | None = None) -
             raise OptionError("plan: give batch= for inputs or index= for entries, not both.")
         # made to be kept: a plan made in inference mode could not be trained with later
         with torch.inference_mode(False), torch.no_grad():
-            return _plan_entries(network, check_index(network, index).detach().clone())
-    if batch is not None:
-        return _plan_batch(network, check_integer(batch, 1, "plan: batch", DataError))
-    if math.prod(network.sizes) > DENSE_LIMIT:
-        raise ShapeError(
+            plans = _plans_of_entries(network, check_index(network, index).detach().clone())
+    elif batch is not None:
+        plans = _plans(network, check_integer(batch, 1, "plan: batch", DataError))
+    elif math.prod(network.sizes) > DENSE_LIMIT:
+        raise SizeError(
             f"the dense tensor would have about 10^{sum(map(math.log10, network.sizes)):.0f} entries.\n"
-            "  ask for model.entries(index), model(features), model.norm() or spectra(model) instead"
+            f"  {_ADVICE['dense']}"
         )
-    return _plan_dense(network)
+    else:
+        plans = _plans(network, None)
+    if limit is None:
+        return plans[0]
+    return _within(plans, limit, getattr(model, "dtype", torch.float64).itemsize, "held")
+
+
+def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = None) -> Plan:
+    """A plan that can be carried out where these weights are: the one given, or another route.
+
+    Args:
+        plan: The cheapest one.
+        tensors: The weights.
+        index: The index of a plan for entries, to look for other routes.
+
+    Raises:
+        SizeError: No route fits into the memory available; nothing was allocated.
+    """
+    item = max(t.dtype.itemsize for t in tensors)
+    kind = "held" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "peak"
+    size = item * getattr(plan, kind)
+    if size < NEVER_MIND:
+        return plan
+    limit = available(tensors[0].device)
+    if limit is None or size <= limit:
+        return plan
+    others: tuple[Plan, ...] = ()
+    if plan.kind != "entries":
+        others = _plans(plan.network, plan.batch)
+    elif index is not None:
+        others = _plans_of_entries(plan.network, index)
+    return _within((plan, *others), limit, item, kind, str(tensors[0].device))
 
 
 def contract(
@@ -300,26 +355,61 @@ def _gather(matrices: Tensor, rows: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _plan_dense(network: Network) -> Plan:
-    joins = _schedule(network)
-    return _cheaper(network, "dense", joins, _whole(network, None), None)
+def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
+    """Both plans of the dense tensor or of a batch, the cheaper one first."""
+    kind = "dense" if batch is None else "batch"
+    joins = _schedule(network, batch=batch, features=batch is not None)
+    whole = _whole(network, batch)
+    flops, largest, moved = _cost(network, joins)
+    costs = {"tree": flops, "opt_einsum": whole.flops}
+    found = {
+        "tree": Plan(network, kind, "tree", flops, largest, moved, moved, costs, batch, joins),
+        "opt_einsum": _along(network, whole, costs, batch),
+    }
+    first = cheapest(costs)
+    return found[first], *(plan for route, plan in found.items() if route != first)
 
 
-@lru_cache(maxsize=256)
-def _plan_batch(network: Network, batch: int) -> Plan:
-    joins = _schedule(network, batch=batch, features=True)
-    return _cheaper(network, "batch", joins, _whole(network, batch), batch)
+def _along(network: Network, whole: Einsum, costs: Mapping[str, int], batch: int | None) -> Plan:
+    kind = "dense" if batch is None else "batch"
+    return Plan(network, kind, "opt_einsum", whole.flops, whole.largest, whole.moved, whole.peak,
+                costs, batch, whole=whole)  # fmt: skip
 
 
-def _cheaper(
-    network: Network, kind: str, joins: tuple[Join, ...], whole: Einsum, batch: int | None
+def _within(
+    plans: Sequence[Plan], limit: int, item: int, kind: str, device: str | None = None
 ) -> Plan:
-    flops, largest, _ = _cost(network, joins)
-    candidates = {"tree": flops, "opt_einsum": whole.flops}
-    if cheapest(candidates) == "tree":
-        return Plan(network, kind, "tree", flops, largest, candidates, batch, joins)
-    return Plan(
-        network, kind, "opt_einsum", whole.flops, whole.largest, candidates, batch, whole=whole
+    """The first plan that stays within a limit in bytes, or one clear error.
+
+    Args:
+        plans: The cheapest first.
+        limit: Bytes.
+        item: Bytes of an entry.
+        kind: What counts: ``"held"`` or ``"peak"``.
+        device: Where so much is available; ``None`` for a limit of the caller's own.
+    """
+    first = plans[0]
+    for plan in plans:
+        if item * getattr(plan, kind) <= limit:
+            return plan
+    if first.kind != "entries":  # the smallest intermediates, at whatever cost
+        small = _along(first.network, _whole(first.network, first.batch, "smallest"),
+                       first.candidates, first.batch)  # fmt: skip
+        if item * getattr(small, kind) <= limit:
+            return small
+        plans = (*plans, small)
+    needed = item * min(getattr(plan, kind) for plan in plans)
+    whose = "allowed (memory=)" if device is None else f"available on {device}"
+    what = f"{first.batch} samples" if first.batch else f"a tensor of shape {first.network.sizes}"
+    advice = _ADVICE[first.kind]
+    if first.batch:  # by the route whose cost is in proportion to their number
+        each = min(getattr(p, kind) for p in plans if p.kind == "batch" or p.route == "per-sample")
+        advice += f", here no more than {max(first.batch * limit // (item * each), 1)}"
+    raise SizeError(
+        f"{what}: the contraction would not fit into memory.\n"
+        f"  needed: {needed:,} bytes ({written(needed)}), result and intermediates\n"
+        f"  {whose}: {limit:,} bytes ({written(limit)})\n"
+        f"  {advice}"
     )
 
 
@@ -328,8 +418,8 @@ def cheapest(costs: Mapping[str, int]) -> str:
     return min(costs, key=lambda route: costs[route])
 
 
-def _whole(network: Network, batch: int | None) -> Einsum:
-    """The network as one einsum, by the cheapest path that opt_einsum finds.
+def _whole(network: Network, batch: int | None, search: str | None = None) -> Einsum:
+    """The network as one einsum, by the cheapest path that opt_einsum finds, or by one search.
 
     Inputs come first, then the weights. What ``auto`` finds depends on the order of the operands, so
     for all but large networks both orders are tried, and for small ones dynamic programming as well.
@@ -356,6 +446,8 @@ def _whole(network: Network, batch: int | None) -> Einsum:
         similar = None if batch is None else 1 << (batch - 1).bit_length()
         return along(equation, sized(batch), find_path(equation, sized(similar), "auto"))
     given = sized(batch)
+    if search is not None and len(terms) <= _EXHAUSTIVE:
+        return einsum(equation, *given, search=search)
     found = [einsum(equation, *given)]
     if batch is not None:
         turned = [*range(order, len(terms)), *range(order)]  # weights first
@@ -571,37 +663,43 @@ def check_index(network: Network, index: Tensor) -> Tensor:
     return index
 
 
-def _plan_entries(network: Network, index: Tensor) -> Plan:
+def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
+    """The plans of all routes, the cheapest first."""
     tree, count = network.tree, index.shape[0]
     columns = index.unbind(1)
-    routes: dict[str, tuple[int, int, tuple[Join, ...], Einsum | None, Tensor | None]] = {}
+    # flops, largest, held, peak, calls, einsum, where each entry is
+    routes: dict[
+        str, tuple[int, int, int, int, tuple[Join, ...], Einsum | None, Tensor | None]
+    ] = {}
     costs: dict[str, int] = {}
 
     if math.prod(network.sizes) <= DENSE_LIMIT:
-        dense = _plan_dense(network)
+        dense = _plans(network, None)[0]
         moved = _cost(network, dense.joins)[2] if dense.whole is None else dense.whole.moved
         flat = torch.zeros_like(columns[0])
         # the tree leaves its rows in the order of its leaves, opt_einsum in that of the modes
         for mode in network.leaf_order if dense.whole is None else range(tree.order):
             flat = flat * network.sizes[mode] + columns[mode]
-        routes["dense"] = (dense.flops, dense.largest, dense.joins, dense.whole, flat)
+        routes["dense"] = (dense.flops, dense.largest, dense.held + count, dense.peak + count,
+                           dense.joins, dense.whole, flat)  # fmt: skip
         costs["dense"] = dense.flops + _FLOPS_PER_MOVE * (moved + count)
 
     gathers, take = _distinct_rows(network, columns)
     joins = _schedule(network, gathers=gathers)
     flops, largest, moved = _cost(network, joins)
-    routes["distinct"] = (flops, largest, joins, None, take)
+    routes["distinct"] = (flops, largest, moved + count, moved + count, joins, None, take)
     costs["distinct"] = flops + _FLOPS_PER_MOVE * (moved + count)
 
     rows = {tree.position(mode): (columns[mode],) for mode in tree.leaves}
     joins = _schedule(network, batch=count, gathers=rows)
     flops, largest, moved = _cost(network, joins)
-    routes["per-sample"] = (flops, largest, joins, None, None)
+    routes["per-sample"] = (flops, largest, moved, moved, joins, None, None)
     costs["per-sample"] = flops + _FLOPS_PER_MOVE * moved
 
-    best = cheapest(costs)
-    flops, largest, joins, whole, where = routes[best]
-    return Plan(network, "entries", best, flops, largest, costs, count, joins, whole, where)
+    return tuple(
+        Plan(network, "entries", route, *routes[route][:4], costs, count, *routes[route][4:])
+        for route in sorted(costs, key=lambda route: costs[route])
+    )
 
 
 def _distinct_rows(

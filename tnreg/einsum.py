@@ -35,6 +35,7 @@ class Einsum:
         flops: Counted flops of all steps.
         largest: Entries of the largest intermediate or result.
         moved: Entries of all intermediates and the result.
+        peak: Entries of those that are there at the same time, at most.
     """
 
     equation: str
@@ -44,6 +45,7 @@ class Einsum:
     flops: int
     largest: int
     moved: int
+    peak: int
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         """Carry out the steps."""
@@ -64,7 +66,7 @@ def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Ein
     Args:
         equation: Explicit einsum equation; any number of distinct symbols.
         *shapes: Shape of each operand.
-        search: Name of the path search.
+        search: Name of the path search, or "smallest": dynamic programming for the smallest intermediates.
     """
     path = find_path(equation, shapes, search)
     return along(equation, shapes, path)
@@ -75,7 +77,8 @@ def find_path(
     equation: str, shapes: tuple[tuple[int, ...], ...], search: str
 ) -> tuple[tuple[int, ...], ...]:
     """Pairwise path that opt_einsum finds for these shapes."""
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search)
+    how = opt_einsum.DynamicProgramming(minimize="size") if search == "smallest" else search
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=how)
     return tuple(tuple(step) for step in path)
 
 
@@ -94,7 +97,8 @@ def along(
         s for term in terms for s in dict.fromkeys(term)
     )  # terms that still have a symbol
     holders.update(output)
-    flops = largest = moved = 0
+    flops = largest = moved = peak = 0
+    made = [0] * len(terms)  # entries of what was made on the way; operands do not count
     steps = []
     for step in path:
         taken = tuple(sorted(step, reverse=True))
@@ -111,10 +115,14 @@ def along(
         flops += flop_count(frozenset(union), len(kept) < len(union), len(parts), size)
         entries = math.prod(size[s] for s in result)
         largest, moved = max(largest, entries), moved + entries
+        peak = max(peak, sum(made) + entries)
+        for i in taken:
+            made.pop(i)
+        made.append(entries)
         steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
         terms.append(result)
         holders.update(set(result))
-    return Einsum(equation, shapes, path, tuple(steps), flops, largest, moved)
+    return Einsum(equation, shapes, path, tuple(steps), flops, largest, moved, peak)
 
 
 def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:

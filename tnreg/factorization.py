@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.contraction import Plan, contract, plan
+from tnreg.contraction import Plan, contract, plan, within_memory
 from tnreg.einsum import einsum
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.files import write_whole
@@ -250,8 +250,12 @@ class Factorization(nn.Module):
             self.stacks[stack][slot].copy_(value)
 
     def to_tensor(self) -> Tensor:
-        """The dense tensor, shape ``sizes``; axis n is mode n."""
-        return contract(plan(self), list(self.stacks))
+        """The dense tensor, shape ``sizes``; axis n is mode n.
+
+        Raises:
+            SizeError: It would not fit into the memory available; nothing was allocated.
+        """
+        return self._contracted(plan(self))
 
     def entries(self, index: Tensor | Plan) -> Tensor:
         """Entries of the tensor at multi-indices, without the dense tensor where that is cheaper.
@@ -265,6 +269,7 @@ class Factorization(nn.Module):
 
         Raises:
             ShapeError, DataError: Wrong shape or dtype, no rows, or an index out of range.
+            SizeError: Intermediates would not fit into the memory available.
         """
         if isinstance(index, Plan):
             if index.kind != "entries" or index.network != self.network:
@@ -272,8 +277,12 @@ class Factorization(nn.Module):
                     f"a plan of {index.kind} for another network cannot give the entries of this model.\n"
                     "  write tnreg.plan(model, index=index)"
                 )
-            return contract(index, list(self.stacks))
-        return contract(self._entry_plan(index), list(self.stacks))
+            return self._contracted(index)
+        return self._contracted(self._entry_plan(index))
+
+    def _contracted(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+        stacks = list(self.stacks)
+        return contract(within_memory(chosen, stacks), stacks, inputs)
 
     def _entry_plan(self, index: Tensor) -> Plan:
         if isinstance(index, Tensor):
@@ -283,7 +292,7 @@ class Factorization(nn.Module):
                 same_kind = known.dtype == index.dtype and known.device == index.device
                 if same_kind and torch.equal(known, index):
                     return chosen
-        chosen = plan(self, index=index)
+        chosen = within_memory(plan(self, index=index), list(self.stacks), index)
         self._entry_plans = [(index.detach().clone(), chosen), *self._entry_plans[:3]]
         return chosen
 
@@ -302,13 +311,14 @@ class Factorization(nn.Module):
         Raises:
             ShapeError: Sizes that do not fit the modes.
             DataError: No samples, or another dtype than the weights.
+            SizeError: Intermediates would not fit into the memory available.
         """
         if not isinstance(features, Tensor | Sequence):
             features = torch.as_tensor(features)
         parts = self._check_features(features)
         batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
         inputs = features if isinstance(features, Tensor) else parts
-        return contract(plan(self, batch=batch), list(self.stacks), inputs)
+        return self._contracted(plan(self, batch=batch), inputs)
 
     def _check_features(self, features: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
         if isinstance(features, Tensor):
