@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import time
 import types
@@ -388,11 +387,6 @@ def sweep(
         parquet: Write results.parquet beside results.csv.
         progress: Show a progress bar.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise OptionError(
-            "sweep runs under torchrun (WORLD_SIZE > 1), where every process would start the same sweep.\n"
-            "  start tnreg sweep by itself; give --workers or --scheduler"
-        )
     kind, cells = sweeps.cells(experiment)
     if scheduler is None:
         for device in dict.fromkeys(cell["device"] for cell in cells):
@@ -408,7 +402,8 @@ def sweep(
         print(message, file=sys.stderr)
         raise SystemExit(130) from None
     console.print(_sweep_table(found, kind.name))
-    console.print(f"wrote {folder}: {len(found.rows)} runs, {len(found.computed)} of them now")
+    console.print(f"{len(found.rows)} runs, {len(found.computed)} of them now")
+    console.print(f"wrote {folder}")
     if found.failed:
         print(f"tnreg: {len(found.failed)} of {len(cells)} runs failed:", file=sys.stderr)
         for one in found.failed:

@@ -367,17 +367,17 @@ class _Bar:
         if self.shown:
             if line:
                 self.progress.console.print(line)
-            self._update("", 0)
+            self._update(0)
 
     def advance(self, text: str, *, failed: bool) -> None:
         """One cell more."""
         self.failed += failed
         self.there += not failed
         if self.shown:
-            self._update(text, 1)
+            self._update(1, description=text)
 
-    def _update(self, text: str, by: int) -> None:
+    def _update(self, by: int, **shown: str) -> None:
         waiting = self.total - self.there - self.failed
         parts = [f"{self.failed} failed"] if self.failed else []
         parts += [f"{min(waiting, self.at_once)} running"]
-        self.progress.update(self.task, advance=by, description=text, counts=", ".join(parts))
+        self.progress.update(self.task, advance=by, counts=", ".join(parts), **shown)

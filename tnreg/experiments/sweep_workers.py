@@ -60,7 +60,7 @@ def results(
         threads: Threads of torch in each.
         scheduler: Address, or scheduler file, of a cluster in place of processes here.
         retries: How often a cell is tried again.
-        told: Is told how many cells are computed at once, and where to watch them.
+        told: Is told how many cells are computed at once, and a line to show.
     """
     if not cells:
         return

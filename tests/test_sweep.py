@@ -1,0 +1,450 @@
+"""Sweeps: nothing is computed twice, whatever is killed; a failing cell stops no other one."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import cloudpickle
+import dask
+import matplotlib
+import pyarrow.parquet
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+from tnreg import FileError, OptionError
+from tnreg.cli import main
+from tnreg.experiments import dynamics, init_scale, locality, sweep, sweep_figure, sweep_grid
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests
+CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
+BAD = "a-2-b-y-seed-1"  # fails as long as there is a file of that name
+
+
+def work(cell, folder, checkpoint):
+    """Squares, slowly; what it does is in a log beside the cells."""
+    log = checkpoint.parent.parent / "log"
+    name = checkpoint.name.removesuffix(".checkpoint")
+
+    def note(what):
+        with log.open("a") as file:
+            file.write(f"{what} {name} {os.getpid()} {torch.get_num_threads()}\n")
+
+    note("begin")
+    time.sleep(0.1)
+    note("end")
+    if (checkpoint.parent.parent / name).exists():
+        raise RuntimeError("on purpose\nwith a second line")
+    (folder / "made").write_text(name)
+    return {"y": cell["a"] ** 2 + cell["seed"], "nothing": None, "list": [1, 2], "text": cell["b"]}
+
+
+def logged(place, what="begin"):
+    lines = [line.split() for line in (place / "log").read_text().splitlines()]
+    return [line for line in lines if line[0] == what]
+
+
+def counts(place):
+    return collections.Counter(line[1] for line in logged(place))
+
+
+def start(*arguments, **options):
+    """A process of its own, with the tests to import."""
+    around = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], env=around, text=True, **options)
+
+
+def sweep_in_process(place, *options):
+    script = f"import sys, test_sweep as t; t.sweep.run(t.work, t.CELLS, sys.argv[1], {', '.join(options)})"
+    return start("-c", script, str(place / "s"))
+
+
+def wait(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def assert_all_but_one(place, found):
+    """Eleven of twelve cells are there, and the failing one is reported everywhere."""
+    assert len(found.rows) == 11 and [one.cell.name for one in found.failed] == [BAD]
+    assert found.failed[0].error == "RuntimeError: on purpose"
+    about = json.loads((place / "s" / "config.json").read_text())
+    (told,) = about["failed"]
+    assert told["config"] == {"a": 2, "b": "y", "seed": 1} and told["name"] == BAD
+    assert "in work" in told["traceback"]
+    with open(place / "s" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(r["a"]), r["b"], int(r["seed"]), int(r["y"])) for r in rows] == [
+        (c["a"], c["b"], c["seed"], c["a"] ** 2 + c["seed"]) for c in CELLS if c != told["config"]
+    ]
+    assert list(rows[0]) == ["a", "b", "seed", "y", "nothing", "text"]
+    assert (place / "s" / "sweep.png").stat().st_size > 1000
+    left = {path.name for path in (place / "s").iterdir()} - {
+        one["name"] for one in cells_there(place)
+    }
+    assert left - {f".{BAD}.lock"} == {"config.json", "results.csv", "sweep.png"}
+
+
+def cells_there(place):
+    return [
+        {"name": path.parent.name, "time": path.stat().st_mtime_ns, "file": path.stat().st_ino}
+        for path in sorted((place / "s").glob("*/config.json"))
+    ]
+
+
+def test_killed_and_started_again(tmp_path):
+    """Through the command line: twelve trainings, killed in the middle, none trained twice."""
+    options = ["--set", "tiny", "--epochs", "5", "--workers", "2", "--out", str(tmp_path / "s")]
+    command = ["-m", "tnreg.cli", "sweep", "locality", *options, "--no-progress"]
+    with start(*command) as running:
+        wait(lambda: len(cells_there(tmp_path)) >= 3, running)
+        running.send_signal(signal.SIGKILL)
+    time.sleep(0.5)  # its processes end with it
+    before = cells_there(tmp_path)
+    assert 3 <= len(before) < 12 and not (tmp_path / "s" / "results.csv").exists()
+    with start(*command, stdout=subprocess.PIPE) as again:
+        said = again.communicate()[0]
+    assert again.returncode == 0 and f"12 runs, {12 - len(before)} of them now" in said
+    after = cells_there(tmp_path)
+    assert len(after) == 12 and all(one in after for one in before)
+    with open(tmp_path / "s" / "results.csv", newline="") as file:
+        assert len({(r["arm"], r["distance"], r["seed"]) for r in csv.DictReader(file)}) == 12
+    names = {path.name for path in (tmp_path / "s").iterdir()} - {one["name"] for one in after}
+    assert names == {"config.json", "results.csv", "locality.png"}
+
+
+def test_a_failing_cell_on_two_workers(tmp_path):
+    (tmp_path / BAD).touch()
+    around, threads = dict(os.environ), torch.get_num_threads()
+    found = sweep.run(work, CELLS, tmp_path / "s", workers=2, progress=True)
+    assert_all_but_one(tmp_path, found)
+    assert len(found.computed) == 11 and counts(tmp_path).pop(BAD) == 2  # tried again once
+    assert set(counts(tmp_path).values()) == {1, 2}
+    pids = {line[2] for line in logged(tmp_path)}
+    assert len(pids) == 2 and str(os.getpid()) not in pids
+    assert {line[3] for line in logged(tmp_path)} == {"1"}
+    assert dict(os.environ) == around and torch.get_num_threads() == threads
+    (tmp_path / BAD).unlink()
+    again = sweep.run(work, CELLS, tmp_path / "s", workers=0)
+    assert again.computed == [BAD] and not again.failed and len(again.rows) == 12
+    assert counts(tmp_path).pop(BAD) == 3 and sum(counts(tmp_path).values()) == 14
+    assert not (tmp_path / "s" / f".{BAD}.lock").exists()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler with two workers, one of them with two threads."""
+    file = tmp_path / "scheduler.json"
+    base = ["-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    running = [start(*base, "--no-dashboard", "--scheduler-file", str(file), **quiet)]
+    try:
+        wait(file.exists, running[0])
+        for threads in "12":
+            options = ["--nthreads", threads, "--no-dashboard", "--no-nanny", "--local-directory"]
+            options += [str(tmp_path), "--scheduler-file", str(file)]
+            running.append(start("-m", "distributed.cli.dask_worker", *options, **quiet))
+        yield str(file)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def test_on_a_cluster_that_outlives_the_sweep(cluster, tmp_path):
+    """Killed in the middle: what a worker goes on with is waited for, not computed again."""
+    (tmp_path / BAD).touch()
+    address = json.loads(Path(cluster).read_text())["address"]
+    with sweep_in_process(tmp_path, f"scheduler={address!r}") as running:
+        wait(lambda: len(cells_there(tmp_path)) >= 2, running)
+        running.send_signal(signal.SIGKILL)
+    assert len(cells_there(tmp_path)) < 11
+    with pytest.warns(UserWarning, match="1 of the workers have more than one thread"):
+        found = sweep.run(work, CELLS, tmp_path / "s", scheduler=cluster, retries=0)
+    assert_all_but_one(tmp_path, found)
+    computed = counts(tmp_path)
+    assert computed.pop(BAD) <= 3 and set(computed.values()) == {1} and len(computed) == 11
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    for pid in {line[2] for line in lines}:  # one cell at a time in a process
+        own = [line[0] for line in lines if line[2] == pid]
+        assert own == ["begin", "end"] * (len(own) // 2)
+
+
+def test_two_sweeps_at_once(tmp_path):
+    with sweep_in_process(tmp_path, "workers=0") as other:
+        wait(lambda: (tmp_path / "log").exists(), other)
+        mine = sweep.run(work, CELLS[::-1], tmp_path / "s", workers=0)  # they meet half way
+    assert other.returncode == 0 and len(mine.rows) == 12
+    assert set(counts(tmp_path).values()) == {1} and len(counts(tmp_path)) == 12
+    assert len({line[2] for line in logged(tmp_path)}) == 2 and 0 < len(mine.computed) < 12
+
+
+def quick(cell, folder, checkpoint):
+    return {"y": cell["a"] + 0.5 * cell.get("seed", 0), "flag": True}
+
+
+def test_rows_table_and_parquet(tmp_path):
+    cells = [{"a": a, "same": "z", "seed": s, "k": [a, 0]} for a in (1, 2) for s in (0, 1, 2)]
+    found = sweep.run(quick, cells, tmp_path / "s", workers=0, parquet=True, about={"more": 1})
+    assert found.fields == ("a", "k", "seed") and found.headline == "y"
+    assert found.rows[1] == {"a": 1, "k": [1, 0], "seed": 1, "y": 1.5, "flag": True}
+    assert found.table[1] == {"a": 2, "k": [2, 0], "seeds": 3, "y": 2.5, "deviation": 0.5}
+    assert pyarrow.parquet.read_table(tmp_path / "s" / "results.parquet").to_pylist() == found.rows
+    about = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert about["summary"] == found.rows and about["more"] == 1
+    assert about["config"] == {"a": [1, 2], "same": "z", "seed": [0, 1, 2], "k": [[1, 0], [2, 0]]}
+    one = json.loads((tmp_path / "s" / found.computed[0] / "config.json").read_text())
+    assert one["config"] == cells[0] and one["summary"] == {"y": 1.0, "flag": True}
+    mixed = [{"a": 1, "b": 1}, {"a": 2, "b": "two"}]  # a column of several kinds is one of text
+    sweep.run(quick, mixed, tmp_path / "m", workers=0, parquet=True)
+    there = pyarrow.parquet.read_table(tmp_path / "m" / "results.parquet")
+    assert there["b"].to_pylist() == ["1", "two"] and there["a"].to_pylist() == [1, 2]
+
+
+def fails_once(cell, folder, checkpoint):
+    if not checkpoint.exists():
+        checkpoint.write_text("half")
+        (folder / "half").touch()
+        raise OSError("lost")
+    return {"went on from": checkpoint.read_text(), "empty": not any(folder.iterdir())}
+
+
+def test_checkpoint_is_there_for_the_next_attempt(tmp_path):
+    left = tmp_path / "s" / ".a-1.partial-1"  # of a process that was killed
+    first = sweep.run(fails_once, [{"a": 1}], tmp_path / "s", workers=0, retries=0)
+    assert first.failed[0].error == "OSError: lost" and not first.rows
+    assert (tmp_path / "s" / "a-1.checkpoint").exists()
+    left.mkdir()
+    second = sweep.run(fails_once, [{"a": 1}], tmp_path / "s", workers=0, retries=0)
+    assert second.rows == [{"a": 1, "went on from": "half", "empty": True}]
+    assert not (tmp_path / "s" / "a-1.checkpoint").exists() and not left.exists()
+    assert sweep.run(fails_once, [{"a": 2}], tmp_path / "t", workers=0, retries=1).rows
+
+
+def stops_at_three(cell, folder, checkpoint):
+    if cell["a"] == 3 and not checkpoint.exists():
+        checkpoint.touch()
+        raise KeyboardInterrupt
+    return {"y": 1}
+
+
+def test_interrupted(tmp_path):
+    cells = [{"a": a} for a in range(5)]
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(stops_at_three, cells, tmp_path / "s", workers=0)
+    assert sweep.run(stops_at_three, cells, tmp_path / "s", workers=0).computed == ["a-3", "a-4"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "options", "said"),
+    [
+        ([], {}, "no cells; give at least one"),
+        ([{"a": 1}, {"b": 1}], {}, "cells with different fields: not all have a, b"),
+        ([{"a": 1}, {"a": 1}], {}, "two cells are named 'a-1'"),
+        ([{"a": {1}}], {}, "a cell is a dict of values for JSON"),
+        ([{"a": 1}], {"workers": -1}, "workers must be an integer >= 0"),
+        ([{"a": 1}], {"threads": 0}, "threads must be an integer >= 1"),
+        ([{"a": 1}], {"retries": -1}, "retries must be an integer >= 0"),
+        ([{"a": 1}], {"workers": 1, "scheduler": "tcp://x:1"}, "give one of the two"),
+        (
+            [{"a": 1}],
+            {"scheduler": "tcp://127.0.0.1:1"},
+            "no Dask scheduler at 'tcp://127.0.0.1:1'",
+        ),
+    ],
+)
+def test_refuses(cells, options, said, tmp_path):
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(OptionError, match=said),
+    ):
+        sweep.run(quick, cells, tmp_path / "s", **options)
+    assert not (tmp_path / "s" / "a-1").exists()
+
+
+def test_refuses_other_folders(tmp_path, monkeypatch):
+    sweep.run(quick, [{"a": 1, "b": 1}], tmp_path / "s", workers=0)
+    different = sweep.Experiment(quick, name=lambda cell, fields: "a-1-b-1")
+    with pytest.raises(OptionError, match=r"other settings(.|\n)*b: 1 there, 2 now"):
+        sweep.run(different, [{"a": 1, "b": 2}], tmp_path / "s", workers=0)
+    with pytest.raises(OptionError, match="cannot be named '../a'"):
+        sweep.run(sweep.Experiment(quick, name=lambda *_: "../a"), [{"a": 1}], tmp_path / "s")
+    with pytest.raises(OptionError, match="is a run of 'sweep'; choose another folder"):
+        locality.run(locality.tiny, tmp_path / "s")
+    (tmp_path / "s" / "a-2").mkdir()
+    (tmp_path / "s" / "a-2" / "mine").touch()
+    with pytest.raises(FileError, match="no run folder of tnreg; it is left alone"):
+        sweep.run(quick, [{"a": 2}], tmp_path / "s", workers=0)
+    (tmp_path / "s" / "a-3").mkdir()
+    (tmp_path / "s" / "a-3" / "config.json").write_text('{"tnreg": "1"}')
+    with pytest.raises(FileError, match="not a run folder: .*a-3"):
+        sweep.run(quick, [{"a": 3}], tmp_path / "s", workers=0)
+    found = sweep.run(lambda *_: 3, [{"a": 4}], tmp_path / "s", workers=0)
+    assert "returned int; it must return a dict" in found.failed[0].error
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(OptionError, match=re.escape("pip install 'tnreg[scale]'")):
+        sweep.run(quick, [{"a": 5}], tmp_path / "s")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(OptionError, match="pip install pyarrow"):
+        sweep.run(quick, [{"a": 5}], tmp_path / "s", parquet=True, workers=0)
+    with pytest.raises(FileError, match="not a finished sweep"):
+        sweep_figure.figure(tmp_path)
+
+
+def test_names(tmp_path):
+    assert sweep.cell_name({"x": 0.1, "tree": "htf-4"}, ["tree", "x"]) == "tree-htf-4-x-0.1"
+    one, two = (sweep.cell_name({"tree": t}, ["tree"]) for t in ("[[0,1],[2,3]]", "[0,1,2,3]"))
+    assert one != two and re.fullmatch(r"tree-0_1_2_3-[0-9a-f]{8}", two)
+    assert sweep.cell_name({"x": None, "y": 1e-30}, ["x", "y"]) == "x-null-y-1e-30"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "values"),
+    [
+        ("1", int, (1,)),
+        ("0,8,16", int, (0, 8, 16)),
+        ("0:5", int, (0, 1, 2, 3, 4)),
+        ("0:20:5, 40", int, (0, 5, 10, 15, 40)),
+        ("3:0:-1,none", int | None, (3, 2, 1, None)),
+        ("-3", int, (-3,)),
+        ("0.1,1e-3,2", float, (0.1, 0.001, 2.0)),
+        ("true,False", bool, (True, False)),
+        ("htf-4,[[0,2],[1,3]]", str, ("htf-4", "[[0,2],[1,3]]")),
+        ("torchvision.models:resnet18", str, ("torchvision.models:resnet18",)),
+        ("a,b", Literal["a", "b"], ("a", "b")),
+        ("none,nan", Literal["nan"] | None, (None, "nan")),
+    ],
+)
+def test_lists(text, kind, values):
+    assert sweep_grid.parse(text, kind, "x") == values
+    assert sweep_grid.parse(sweep_grid.written(values), kind, "x") == values
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("1,,2", int, "a value is missing in '1,,2'"),
+        ("", str, "a value is missing in ''"),
+        ("1,2,1", int, "1 stands twice"),
+        ("0:3,2", int, "2 stands twice"),
+        ("5:0", int, "'5:0' is not an integer or a range such as 0:5"),
+        ("1:2:3:4", int, "is not an integer or a range"),
+        ("0:5:0", int, "is not an integer or a range"),
+        ("1.5", int, "'1.5' is not an integer"),
+        ("a", float, "'a' is not a number"),
+        ("yes", bool, "'yes' is not true or false"),
+        ("c", Literal["a", "b"], "no 'c'; there is a, b"),
+        ("none", int, "'none' is not an integer"),
+        ("[[0,1],[2,3]", str, "a bracket is not closed"),
+        ("0,1]", str, "not opened"),
+    ],
+)
+def test_lists_refuse(text, kind, said):
+    with pytest.raises(OptionError, match=f"distance: .*{re.escape(said)}"):
+        sweep_grid.parse(text, kind, "distance")
+
+
+def call(capsys, *arguments):
+    code = 0
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        code = stop.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_dynamics_on_the_command_line(capsys, tmp_path):
+    options = ["--model", "tiny", "--steps", "20", "--std", "0.1,0.3", "--seed", "1:3", "--tree",
+               "htf-4,[[0,2],[1,3]]", "--off-tree", "0,2", "0,3", "--workers", "0", "--parquet"]  # fmt: skip
+    code, out, err = call(capsys, "sweep", "dynamics", *options, "--out", str(tmp_path / "s"))
+    assert code == 0 and "8 runs, 8 of them now" in out and "htf-4" in out, err
+    rows = pyarrow.parquet.read_table(tmp_path / "s" / "results.parquet").to_pylist()
+    assert [(r["tree"], r["std"], r["seed"]) for r in rows[:3]] == [
+        ("htf-4", 0.1, 1), ("[[0,2],[1,3]]", 0.1, 1), ("htf-4", 0.3, 1),
+    ]  # fmt: skip
+    # a cell is the same run as one by itself
+    config = dynamics.MODELS["tiny"]
+    alone = init_scale.Config(model="tiny", stds=(0.3,), seeds=(2,), steps=20)
+    (row,) = init_scale.run(alone, tmp_path / "i")
+    (there,) = [r for r in rows if (r["tree"], r["std"], r["seed"]) == (config.tree, 0.3, 2)]
+    assert there["test error"] == row["test error"] and there["steps"] == 20
+    one = json.loads((tmp_path / "s" / "tree-htf-4-std-0.3-seed-2" / "config.json").read_text())
+    assert one["config"]["off_tree"] == ["0,2", "0,3"] and one["experiment"] == "dynamics"
+    code, out, err = call(capsys, "plot", str(tmp_path / "s"), "--png", str(tmp_path / "p.png"))
+    assert code == 0 and (tmp_path / "p.png").stat().st_size > 1000, err
+
+
+def test_locality_on_the_command_line(capsys, tmp_path):
+    options = ["--set", "tiny", "--arm", "plain,igc", "--distance", "24", "--seed", "1,2", "--lr",
+               "0.05,1e30", "--epochs", "2", "--workers", "0", "--retries", "0", "--no-progress"]  # fmt: skip
+    code, out, err = call(capsys, "sweep", "locality", *options, "--out", str(tmp_path / "s"))
+    assert code == 1 and "4 runs, 4 of them now" in out
+    assert "4 of 8 runs failed" in err and "igc-24-seed-2-lr-1e+30: DataError: the loss" in err
+    about = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert [(row["arm"], row["lr"], row["seeds"]) for row in about["table"]] == [
+        ("plain", 0.05, 2), ("igc", 0.05, 2),
+    ]  # fmt: skip
+    assert about["table"][1]["cost"] > 0 and about["fields"] == ["arm", "distance", "lr", "seed"]
+    (tmp_path / "s" / "locality.png").unlink()
+    code, _, err = call(capsys, "plot", str(tmp_path / "s"))
+    assert code == 0 and (tmp_path / "s" / "locality.png").exists(), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["locality", "--arm", "plain,none"], 1, "no arm 'none'"),
+        (["locality", "--seed", "0;5"], 2, "'0;5' is not an integer or a range"),
+        (["locality", "--speed", "1"], 2, "speed"),
+        (["locality", "--device", "warp"], 1, "cannot use the device 'warp'"),
+        (["dynamics", "--join", "full,half"], 2, "no 'half'; there is diagonal, full"),
+        (["locality", "--workers", "-1"], 1, "workers must be an integer >= 0"),
+        ([], 2, "locality"),
+    ],
+)
+def test_command_line_refuses(capsys, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = call(capsys, "sweep", *arguments)
+    text = " ".join((out + err).replace("│", " ").split())
+    assert found == code and message in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["locality", "dynamics"])
+def test_every_option_is_explained_once(capsys, name):
+    code, out, _ = call(capsys, "sweep", name, "--help")
+    lines = [line.strip("│ ") for line in out.splitlines()]
+    options = [i for i, line in enumerate(lines) if re.match(r"--[a-z]", line)]
+    named = [lines[i].split()[0].rstrip(",") for i in options]
+    assert code == 0 and len(named) == len(set(named)) > 25
+    for i in options:
+        assert "(default:" in " ".join(lines[i : i + 8])
+        assert len(" ".join(lines[i : i + 2]).split()) > 3
+
+
+def test_pictures_of_any_sweep(tmp_path):
+    """Against numbers, names or seeds; logarithmic where values span much."""
+    for i, cells in enumerate(
+        [
+            [{"a": 10**k} for k in range(3)],
+            [{"a": 1, "kind": kind, "seed": s} for kind in "xyz" for s in (0, 1)],
+            [{"a": 1, "seed": s} for s in range(3)],
+            [{"a": 1}],
+        ]
+    ):
+        place = tmp_path / str(i)
+        found = sweep.run(quick, cells, place, workers=0)
+        assert len(found.rows) == len(cells) and (place / "sweep.png").stat().st_size > 1000
