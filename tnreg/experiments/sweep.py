@@ -376,7 +376,7 @@ class _Bar:
         if self.shown:
             self._update(1, description=text)
 
-    def _update(self, by: int, **shown: str) -> None:
+    def _update(self, by: int, **shown: Any) -> None:
         waiting = self.total - self.there - self.failed
         parts = [f"{self.failed} failed"] if self.failed else []
         parts += [f"{min(waiting, self.at_once)} running"]
