@@ -11,7 +11,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from tnreg import DataError, FileError, OptionError, load_tensor
+from tnreg import (
+    DataError,
+    FileError,
+    ModeTree,
+    OptionError,
+    hierarchical_rank,
+    load_tensor,
+    open_tensor,
+)
 from tnreg.tensors import DATASETS
 
 
@@ -125,3 +133,53 @@ def test_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorly.datasets", None)
     with pytest.raises(OptionError, match=r"pip install 'tnreg\[data\]'"):
         load_tensor("il2")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The same array in four places, and how to name it."""
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    x = np.arange(2 * 3 * 4 * 5, dtype=np.float64).reshape(2, 3, 4, 5)
+    np.save(tmp_path / "x.npy", x)
+    zarr.create_array(str(tmp_path / "x.zarr"), shape=x.shape, chunks=(1, 3, 2, 5), dtype="f8")[
+        :
+    ] = x
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("fields/u", data=x, chunks=(1, 3, 2, 5))
+        file["other"] = x[0]
+    group = zarr.create_group(str(tmp_path / "g.zarr"))
+    group.create_array("a", shape=x.shape, chunks=(2, 3, 2, 5), dtype="f8")[:] = x
+    return x, tmp_path
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.zarr", "x.h5:fields/u", "g.zarr", "g.zarr:a"])
+def test_open_tensor(stored, name):
+    x, folder = stored
+    array = open_tensor(f"{folder}/{name}")
+    assert array.shape == x.shape and array.dtype == x.dtype
+    assert np.array_equal(array[:, 1].compute(), x[:, 1])
+    again = pickle.loads(pickle.dumps(array))  # as it is sent to a worker
+    assert np.array_equal(again.compute(), x)
+    assert hierarchical_rank(array, ModeTree.binary(4)) == hierarchical_rank(x, ModeTree.binary(4))
+
+
+def test_open_tensor_refuses(stored, monkeypatch):
+    _, folder = stored
+    with pytest.raises(FileError, match=r"no such tensor on disk: .*y\.zarr"):
+        open_tensor(folder / "y.zarr")
+    with pytest.raises(FileError, match="no such tensor on disk"):
+        open_tensor(__file__)
+    with pytest.raises(FileError, match=r"holds 2; arrays there: fields/u, other\n.*x.h5:NAME"):
+        open_tensor(folder / "x.h5")
+    with pytest.raises(FileError, match="no array 'v' in .*; arrays there: fields/u, other"):
+        open_tensor(f"{folder}/x.h5:v")
+    (folder / "bad.h5").write_bytes(b"no file of that kind")
+    (folder / "bad.npy").write_bytes(b"neither")
+    np.save(folder / "objects.npy", np.array([{}], dtype=object))
+    (folder / "bad.zarr").mkdir()
+    for name in ("bad.h5", "bad.npy", "objects.npy", "bad.zarr"):
+        with pytest.raises(FileError, match="not a readable"):
+            open_tensor(folder / name)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(OptionError, match=r"needs h5py.*pip install 'tnreg\[scale\]'"):
+        open_tensor(f"{folder}/x.h5:other")

@@ -4,7 +4,15 @@ Every edge of a mode tree is an index, every node a weight. CP, Tucker, tensor t
 Tucker, hierarchical tensor factorization and deep matrix factorization are trees, not classes.
 """
 
-from tnreg.errors import DataError, FileError, OptionError, ShapeError, SizeError, TnregError, TreeError
+from tnreg.errors import (
+    DataError,
+    FileError,
+    OptionError,
+    ShapeError,
+    SizeError,
+    TnregError,
+    TreeError,
+)
 from tnreg.tree import ModeTree, gallery, load_tree
 from tnreg.trajectory import Trajectory
 from tnreg.optim import GroupRMSprop
@@ -15,7 +23,7 @@ from tnreg.factorization import Factorization, load
 from tnreg.gramians import hierarchical_rank, spectra
 from tnreg.hsvd import decompose, truncate
 from tnreg.components import balance_
-from tnreg.tensors import load_tensor
+from tnreg.tensors import load_tensor, open_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
 from tnreg.cnn import ConvNet, from_cnn, to_cnn
@@ -37,7 +45,7 @@ __all__ = [
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training
-    "load_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
+    "load_tensor", "open_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
     # convolutional networks
     "ConvNet", "to_cnn", "from_cnn", "ConvAC", "Representation", "export_onnx", "export_pt2", "export_state",
     "LocalComponentPenalty", "EffectiveRankPenalty", "grid_tensor",

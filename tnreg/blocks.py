@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 # Modes of a subtree are handled as one while together they have no more rows than this.
 _ROWS = 256
 
+# Bytes of a block, where the caller has not said.
+_BLOCK = 2**24
+
 # Singular values up to this many times eps of the largest are zero to rounding.
 _ZERO = 16
 
@@ -105,7 +108,9 @@ def as_blocks(x: Any) -> Any:
         raise OptionError(
             "tensors on disk are read with Dask, which is not installed; pip install 'tnreg[scale]'"
         ) from None
-    array = x if isinstance(x, dask.array.Array) else dask.array.from_array(x)  # type: ignore[no-untyped-call]
+    array = x
+    if not isinstance(x, dask.array.Array):
+        array = dask.array.from_array(x, chunks=_chunks(x))  # type: ignore[no-untyped-call]
     if any(math.isnan(n) for n in array.shape):
         raise ShapeError("blocks of unknown size; write array.compute_chunk_sizes() first.")
     if array.dtype.kind not in "fc":
@@ -185,6 +190,16 @@ def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
     slabs = _slabs(array, (), memory // (8 * beside))
     apart, size = _run(source, _Distance(rows_of), slabs, workers)
     return math.sqrt(apart), math.sqrt(size)
+
+
+def _chunks(x: Any) -> Any:
+    """Blocks of some 16 MiB, made of whole blocks as they are stored."""
+    from dask.array.core import normalize_chunks
+
+    stored = x.chunks if isinstance(x.chunks, tuple) else None
+    return normalize_chunks(  # type: ignore[no-untyped-call]
+        "auto", tuple(x.shape), limit=_BLOCK, dtype=x.dtype, previous_chunks=stored
+    )
 
 
 class _Source:

@@ -1,23 +1,26 @@
-"""Real tensors: files of one's own, and measured ones that the ``tensorly`` wheel brings along."""
+"""Real tensors: files of one's own, in memory or on disk, and measured ones from ``tensorly``."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import torch
 from torch import Tensor
 
+from tnreg.blocks import as_blocks
 from tnreg.errors import DataError, FileError, OptionError
 from tnreg.rank import as_tensor
 
-__all__ = ["DATASETS", "DenseTensor", "load_tensor"]
+__all__ = ["DATASETS", "DenseTensor", "is_large_file", "load_tensor", "open_tensor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,109 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
         )
     modes = tuple(f"mode {n}" for n in range(values.ndim))
     return DenseTensor(path.stem, values, modes, str(path))
+
+
+def is_large_file(source: str | os.PathLike[str]) -> bool:
+    """Whether this names a file or folder that is made for reading in parts: zarr or HDF5."""
+    name, _, _ = os.fspath(source).partition(":")
+    return Path(name).suffix in (".zarr", ".h5", ".hdf5") and Path(name).exists()
+
+
+def open_tensor(source: str | os.PathLike[str]) -> Any:
+    """A tensor on disk as a Dask array, which ``spectra``, ``decompose`` and others read block by block.
+
+    Args:
+        source: A ``.zarr`` folder, a ``.h5`` or ``.hdf5`` file, or a ``.npy`` file. Where there are several
+            arrays the name of one comes after a colon, ``"run.h5:fields/u"``.
+
+    Returns:
+        A ``dask.array.Array``; its blocks are some 16 MiB and made of whole blocks as they are stored. It
+        can be sent to the workers of a cluster that see the same path.
+
+    Raises:
+        FileError: No such file, or none of these, or an array of that name is not there.
+        OptionError: The extra ``tnreg[scale]`` is not installed.
+    """
+    text = os.fspath(source)
+    name, _, key = text.partition(":") if not Path(text).exists() else (text, "", "")
+    path = Path(name)
+    if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not path.exists():
+        raise FileError(
+            f"no such tensor on disk: {text}\n"
+            "  expected: the path of a .zarr folder, or of a .h5, .hdf5 or .npy file; with several arrays "
+            "PATH:NAME"
+        )
+    try:
+        stored = _Stored(path, key)
+        _ = stored.shape
+    except ImportError as error:
+        raise OptionError(
+            f"reading {path.suffix} needs {error.name}, which is not installed; pip install 'tnreg[scale]'"
+        ) from None
+    except FileError:
+        raise
+    except Exception as error:
+        reason = (
+            "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
+        )
+        raise FileError(f"not a readable {path.suffix} tensor: {path}\n  {reason}") from None
+    return as_blocks(stored)
+
+
+class _Stored:
+    """An array in a file, opened where it is read: it can be sent to other processes."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path.absolute(), key
+        with self._opened() as array:
+            self.shape, self.dtype = tuple(array.shape), array.dtype
+            self.chunks = getattr(array, "chunks", None)
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, part: Any) -> np.ndarray[Any, Any]:
+        with self._opened() as array:
+            return np.asarray(array[part])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        if self.path.suffix == ".npy":
+            yield np.load(self.path, mmap_mode="r", allow_pickle=False)
+        elif self.path.suffix == ".zarr":
+            import zarr
+
+            yield self._one_of(zarr.open(str(self.path), mode="r"), zarr.Array)
+        else:
+            import h5py
+
+            with h5py.File(self.path, "r") as file:
+                yield self._one_of(file, h5py.Dataset)
+
+    def _one_of(self, group: Any, kind: Any) -> Any:
+        if isinstance(group, kind):
+            return group
+        names = _arrays_in(group, kind)
+        if self.key and self.key in names:
+            return group[self.key]
+        if not self.key and len(names) == 1:
+            return group[names[0]]
+        listed = ", ".join(names) or "none"
+        asked = (
+            f"no array {self.key!r} in {self.path}"
+            if self.key
+            else f"{self.path} holds {len(names)}"
+        )
+        raise FileError(f"{asked}; arrays there: {listed}\n  name one of them: {self.path}:NAME")
+
+
+def _arrays_in(group: Any, kind: Any, before: str = "") -> list[str]:
+    found = []
+    for name in group:
+        one = group[name]
+        if isinstance(one, kind):
+            found.append(before + name)
+        elif hasattr(one, "keys"):
+            found += _arrays_in(one, kind, f"{before}{name}/")
+    return found
 
 
 def _load_dataset(name: str) -> DenseTensor:
