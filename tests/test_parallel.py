@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from test_regularizers import PAIR, batch, network
 from torch.nn.parallel import DistributedDataParallel
 
-from tnreg import images
+from tnreg import Trajectory, images
 from tnreg.cli import main
 from tnreg.errors import OptionError, ShapeError, TnregError
 from tnreg.experiments import locality_run
@@ -170,6 +171,10 @@ def refused(count, rank, ddp):
             assert kind(PAIR, weight=0.0)(ddp, x, y) == 0
             mine = kind(PAIR)(ddp.module, x, y)
             assert mine == kind(PAIR)(net_of(3), x, y)
+    whole, Processes.whole = Processes.whole, None  # not called by samplers that look at the shape
+    for sampler in (FixedPatches(PAIR), PresetPatches(BOXES), RandomPatches(2)):
+        assert InputGradientChange(sampler)(ddp, x, y) > 0
+    Processes.whole = whole
     assert unwrapped(SimpleNamespace(_orig_mod=ddp)) == unwrapped(ddp)
     assert unwrapped(ddp)[1].count == count
     return said
@@ -235,15 +240,15 @@ def test_a_process_without_a_share_of_the_energy_has_a_graph():
     assert torch.allclose(torch.cat(every[:4]), alone)
 
 
-# 130 images in batches of 32: five steps an epoch, the last with one image for each of two processes
+# 130 images in batches of 33 and 31: four steps an epoch, with unequal parts for two processes
 TWENTY = Settings(
-    epochs=4, test_every=2, batch=32, lr=0.02, precision="float64", igc_every=1, igc_target=0.2,
+    epochs=5, test_every=2, batch=33, lr=0.02, precision="float64", igc_every=1, igc_target=0.2,
     interaction_until=18, interaction_target=0.0,
 )  # fmt: skip
 ARMS = ("plain", "igc", "interaction")
 LONG = [
     "run", "locality", "--set", "tiny", "--arms", "igc", "--distances", "0", "--seeds", "1",
-    "--epochs", "8", "--precision", "float64", "--no-progress",
+    "--epochs", "6", "--batch", "16", "--precision", "float64", "--no-progress",
 ]  # fmt: skip
 LONG_NAME = "igc-0-seed-1"
 
@@ -296,6 +301,13 @@ def trainings(folder):
             with open(f"{folder}/errors.json", "w") as file:
                 json.dump(errors, file)
         main([*LONG, "--out", f"{folder}/long"])
+        for more in (
+            ["--lr", "0.1"],
+            ["--seeds", "1", "2", "--igc", "1e300", "--arms", "plain", "igc"],
+        ):
+            out = "long" if "--lr" in more else "failing"  # made with other settings; one arm fails
+            with pytest.raises(SystemExit, match="1"):
+                main([*LONG, *more, "--out", f"{folder}/{out}"])
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +316,8 @@ def trained(tmp_path_factory):
     (folder / "garbage.checkpoint").write_text("hello")
     said = torchrun(2, __file__, "trainings", folder)
     assert said.stdout.count("wrote ") == 1  # rank 0 alone prints
+    assert said.stderr.count("was made with other settings") == 1
+    assert said.stderr.count("2 of 4 trainings failed") == 1
     return folder
 
 
@@ -345,6 +359,14 @@ def test_errors_before_training_are_those_of_all(trained):
     assert not any((trained / name).exists() for name in ("batches", "normal", "infinite"))
 
 
+def test_a_training_that_fails_does_not_stop_the_others(trained):
+    there = {path.name for path in (trained / "failing").iterdir()}
+    assert {"plain-0-seed-1", "plain-0-seed-2"} <= there and not {
+        "igc-0-seed-1",
+        "igc-0-seed-2",
+    } & there
+
+
 def test_a_last_batch_that_is_too_small():
     for count, batch_size, processes, instead in (
         (130, 32, 3, 31),
@@ -360,48 +382,51 @@ def test_a_last_batch_that_is_too_small():
     locality_run._check_batches(130, 32, 2)
 
 
-def ended(folder, last, epoch, busy):
-    """The command, whose process ``last`` is killed in an epoch, while the other waits or is busy."""
+def ended(folder):
+    """The command; amid epoch 4 process 1 is killed, while 0 waits for it and 2 is busy on its own."""
     parts = locality_run._Parts.__iter__
 
     def cut(self):
         given = parts(self)
         yield next(given)
-        path = f"{folder}/{LONG_NAME}.checkpoint"
-        now = torch.load(path)["found"].numpy().tobytes() if os.path.exists(path) else b""
-        epochs = len(locality_run.Trajectory.from_bytes(now)) if now else 0
-        if epochs == int(epoch) and os.environ["RANK"] == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        while epochs == int(epoch) and busy == "busy":
-            torch.ones(200, 200) @ torch.ones(200, 200)
+        kept = Path(folder, f"{LONG_NAME}.checkpoint")
+        if kept.exists() and len(trajectory_of(kept)) == 3:
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            while os.environ["RANK"] == "2":
+                torch.ones(200, 200) @ torch.ones(200, 200)
         yield from given
 
     locality_run._Parts.__iter__ = cut
     main([*LONG, "--out", folder])
 
 
-def test_a_killed_process(trained, tmp_path):
-    """The other one says what is saved, hears of it while waiting and while busy, and all is resumed."""
-    folder = tmp_path / "long"
-    for last, epoch, state in (("1", 3, "waiting"), ("0", 5, "busy")):
-        done = torchrun(2, __file__, "ended", folder, last, epoch, state, check=False)
-        assert done.returncode == 1
-        assert done.stderr.count("tnreg: ProcessLost: another process of this training ended") == 1
-        kept = folder / f"{LONG_NAME}.checkpoint"
-        assert (
-            f"the state after epoch {epoch} is in {kept}; the same command goes on" in done.stderr
-        )
-        assert len(torch.load(kept)["others"]) == 1
-        if last == "1":  # rank 0 was there to clear away what it had begun
-            assert not [path for path in folder.iterdir() if "partial" in path.name]
-            one = shutil.copytree(folder, tmp_path / "one")
-    torchrun(2, "-m", "tnreg", *LONG, "--out", folder)
-    there = sorted(path.name for path in folder.iterdir())
-    assert there == sorted(path.name for path in (trained / "long").iterdir())
-    assert_close(weights(folder / LONG_NAME), weights(trained / "long" / LONG_NAME), 0)
+def trajectory_of(checkpoint):
+    return Trajectory.from_bytes(torch.load(checkpoint)["found"].numpy().tobytes())
 
-    main([*LONG, "--out", str(one)])  # by one process, from the same state
-    assert_close(weights(one / LONG_NAME), weights(folder / LONG_NAME), 1e-10)
+
+def test_a_killed_process(trained, tmp_path):
+    """The others say what is saved, and the same command goes on, by as many processes as one likes."""
+    folder = tmp_path / "long"
+    done = torchrun(3, __file__, "ended", folder, check=False)
+    assert done.returncode == 1
+    kept = folder / f"{LONG_NAME}.checkpoint"
+    lines = done.stderr.splitlines()
+    said = [i for i, line in enumerate(lines) if line.startswith("tnreg: ProcessLost: another ")]
+    assert len(said) == 2
+    assert "torchrun stopped this one" in "".join(lines[i] for i in said)  # the busy one
+    saved = f"  the state after epoch 3 is in {kept}; the same command goes on from there"
+    assert lines.count(saved) == 2
+    assert len(trajectory_of(kept)) == 3 and len(torch.load(kept)["others"]) == 2
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+    one = shutil.copytree(folder, tmp_path / "one")
+    main([*LONG, "--out", str(one)])
+    torchrun(2, "-m", "tnreg", *LONG, "--out", folder)
+    there = sorted(path.name for path in (trained / "long").iterdir())
+    for place in (folder, one):
+        assert sorted(path.name for path in place.iterdir()) == there
+        assert_close(weights(place / LONG_NAME), weights(trained / "long" / LONG_NAME), 1e-10)
 
 
 def test_what_torchrun_must_say(monkeypatch):
