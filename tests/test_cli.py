@@ -13,7 +13,16 @@ import safetensors.torch
 import torch
 import zoo
 
-from tnreg import ConvAC, ConvNet, ModeTree, Representation, Trajectory, export_pt2, load
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    Factorization,
+    ModeTree,
+    Representation,
+    Trajectory,
+    export_pt2,
+    load,
+)
 from tnreg.cli import main
 from tnreg.experiments import dynamics
 from tnreg.experiments.nets import build
@@ -399,3 +408,35 @@ def test_module_runs():
         check=True,
     )
     assert "(0, 1, 2)" in done.stdout
+
+
+def test_tensors_on_disk(tmp_path, capsys):
+    """Files of zarr and HDF5 are read block by block; ranks are those of the tensor in memory."""
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    tree, generator = ModeTree.binary(4), torch.Generator().manual_seed(0)
+    model = Factorization(
+        tree, (12, 11, 10, 9), 3, std=1.0, dtype=torch.float64, generator=generator
+    )
+    x = model.to_tensor().detach().numpy()
+    np.save(tmp_path / "x.npy", x)
+    zarr.create_array(str(tmp_path / "x.zarr"), data=x, chunks=(6, 6, 5, 5))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("u", data=x, chunks=(6, 6, 5, 5))
+        file["v"] = x[0]
+    told = []
+    for name in ("x.npy", "x.zarr", "x.h5:u"):
+        code, out, _ = call(capsys, "rank", f"{tmp_path}/{name}", "--memory", "700kB")
+        assert code == 0
+        told.append(re.findall(r"│ .*", out))
+    assert told[0] == told[1] == told[2] and len(told[0]) == 6
+    asked = ["--rtol", "1e-6", "--memory", "700kB", "--out", f"{tmp_path}/m.safetensors"]
+    code, out, _ = call(capsys, "decompose", f"{tmp_path}/x.zarr", *asked)
+    assert code == 0 and re.search(r"asked 1e-06, bound \S+, reached \S+e-1\d", out), out
+    assert load(tmp_path / "m.safetensors").network.bonds[:-1] == (3,) * 6
+    for words, message in (
+        (["rank", f"{tmp_path}/x.h5"], "holds 2; arrays there: u, v"),
+        (["rank", f"{tmp_path}/x.zarr", "--missing", "nan"], "--missing is for tensors in memory"),
+        (["decompose", f"{tmp_path}/x.zarr", "--memory", "1kB"], "does not fit into memory"),
+    ):
+        code, _, err = call(capsys, *words)
+        assert code == 1 and message in err

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _ROWS = 256
 
 # Bytes of a block, where the caller has not said.
-_BLOCK = 2**24
+_BLOCK = 2**23
 
 # Singular values up to this many times eps of the largest are zero to rounding.
 _ZERO = 16
@@ -193,7 +193,7 @@ def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
 
 
 def _chunks(x: Any) -> Any:
-    """Blocks of some 16 MiB, made of whole blocks as they are stored."""
+    """Blocks of some 8 MiB, made of whole blocks as they are stored."""
     from dask.array.core import normalize_chunks
 
     stored = x.chunks if isinstance(x.chunks, tuple) else None

@@ -6,12 +6,14 @@ Options are typed function arguments, read by tyro; results are tables by rich. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,17 +34,18 @@ from tnreg import (
     export_pt2,
     export_state,
     gallery,
-    hierarchical_rank,
     load,
     load_tensor,
     load_tree,
     locality_profile,
+    open_tensor,
     plots,
     spectra,
     to_cnn,
     truncate,
 )
 from tnreg import decompose as hierarchical_svd
+from tnreg.blocks import is_blocks
 from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.experiments import (
     completion,
@@ -57,7 +60,10 @@ from tnreg.experiments import demo as demo_experiment
 from tnreg.experiments import sweep as sweep_experiment
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.probed import images_of, network_of
+from tnreg.hsvd import distance
 from tnreg.parallel import ProcessLost, is_first, started
+from tnreg.rank import numerical_rank
+from tnreg.tensors import is_large_file
 from tnreg.tree import read_tree, read_tree_file
 
 if TYPE_CHECKING:
@@ -119,6 +125,7 @@ def rank(
     tree: str | None = None,
     rtol: float = 1e-3,
     missing: Literal["nan"] | None = None,
+    memory: str | None = None,
     device: str = "cpu",
     png: Path | None = None,
 ) -> None:
@@ -126,19 +133,21 @@ def rank(
 
     Args:
         file: A .npy, .npz, .safetensors or .pt file, a model that `tnreg fit` saved, or kinetic,
-            il2, covid19, indian-pines.
+            il2, covid19, indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
         tree: Gallery name, JSON file or nested lists; a binary tree if left out (a model's own for
             a model).
         rtol: A singular value counts if it is above rtol times the largest of its node.
         missing: "nan": entries that are NaN were not measured; they are set to the mean of the
             others here.
+        memory: What arrays may take where a file is read block by block, e.g. 2GiB; a quarter of what is
+            available if left out.
         device: Any torch device, e.g. cuda.
         png: Draw the singular values into this file.
     """
     subject, along, name = _rank_subject(file, tree, missing, _device(device))
-    with torch.no_grad(), console.status("singular values ..."):
-        found = spectra(subject, along)
-        ranks = hierarchical_rank(subject, along, rtol=rtol)
+    with torch.no_grad(), _telling("singular values ..."):
+        found = spectra(subject, along, memory=memory)
+        ranks = {node: numerical_rank(s, rtol) for node, s in found.items()}
     table = Table(title=f"{name} {tuple(subject.sizes if along is None else subject.shape)}")
     table.add_column("node")
     heads = ("singular values", f"rank (rtol {rtol:g})", "effective rank", "entropy", "largest")
@@ -163,6 +172,7 @@ def decompose(
     ranks: int | None = None,
     randomized: bool = False,
     missing: Literal["nan"] | None = None,
+    memory: str | None = None,
     device: str = "cpu",
     out: Path | None = None,
     png: Path | None = None,
@@ -171,7 +181,7 @@ def decompose(
 
     Args:
         file: A .npy, .npz, .safetensors or .pt file, a model that tnreg saved, or kinetic, il2, covid19,
-            indian-pines.
+            indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
         tree: Gallery name, JSON file or nested lists; a binary tree if left out (a model's own for
             a model).
         rtol: Largest relative error, kept to unless ranks cut further.
@@ -179,26 +189,43 @@ def decompose(
         randomized: Look for the columns of large nodes with random vectors first.
         missing: "nan": entries that are NaN were not measured; they are set to the mean of the
             others here.
+        memory: What arrays may take where a file is read block by block, e.g. 2GiB; a quarter of what is
+            available if left out.
         device: Any torch device, e.g. cuda.
         out: Save the factorization into this file.
         png: Draw singular values and the tree with its ranks and error budget into this file.
     """
     subject, along, name = _rank_subject(file, tree, missing, _device(device))
     start = time.perf_counter()
-    with console.status("decomposing ..."):
+    with _telling("decomposing ..."):
         if along is None:
             found = truncate(subject, rtol=rtol, ranks=ranks)
         else:
-            found = hierarchical_svd(subject, along, rtol=rtol, ranks=ranks, randomized=randomized)
+            found = hierarchical_svd(
+                subject, along, rtol=rtol, ranks=ranks, randomized=randomized, memory=memory
+            )
     seconds = time.perf_counter() - start
-    with torch.no_grad(), console.status("singular values ..."):
-        values = spectra(subject, along)
-    norm = subject.norm().item()
+    on_disk = is_blocks(subject)
+    with torch.no_grad(), console.status("singular values and error ..."):
+        # of what is on disk only those that were kept: the others would take another reading for each node
+        values = spectra(found if on_disk else subject, None if on_disk else along)
+        if along is not None:
+            reached, norm = distance(subject, found, memory=memory)
+        else:  # in orthonormal frames: inner products would lose what is below 1e-8 of the norm
+            reached = truncate(algebra.subtract(found, subject)).norm().item()
+            norm = subject.norm().item()
     bonds = dict(zip(found.tree.nodes[:-1], found.network.bonds[:-1], strict=True))
     table = Table("node", title=f"{name} {found.sizes}, {seconds:.2f} s", title_justify="left")
-    for head in ("singular values", "rank", "largest cut", "error of the cut"):
+    heads = ("singular values", "rank", "largest cut", "error of the cut")
+    for head in heads[:2] if on_disk else heads:
         table.add_column(head, justify="right")
     for node, s in values.items():
+        if on_disk:
+            rows = math.prod(found.sizes[m] for m in found.tree.modes_below(node))
+            table.add_row(
+                str(node), str(min(rows, math.prod(found.sizes) // rows)), str(bonds[node])
+            )
+            continue
         rest = s[bonds[node] :].double()
         cut = f"{float(rest[0]) / norm:.2e}" if len(rest) and norm > 0 else "0"
         error = f"{float(rest.norm()) / norm:.2e}" if len(rest) and norm > 0 else "0"
@@ -211,11 +238,6 @@ def decompose(
     bound = (found.error_bound or 0.0) / norm if norm > 0 else 0.0
     console.print(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
     asked = f"relative error: asked {rtol:g}, bound {bound:.4g}"
-    with torch.no_grad():
-        if along is not None:
-            reached = float(torch.linalg.vector_norm(found.to_tensor() - subject))
-        else:  # in orthonormal frames: inner products would lose what is below 1e-8 of the norm
-            reached = truncate(algebra.subtract(found, subject)).norm().item()
     asked += f", reached {reached / norm if norm > 0 else 0.0:.4g}"
     console.print(asked)
     if out is not None:
@@ -747,6 +769,11 @@ def _rank_subject(
         if tree is None:
             return model, None, Path(file).stem
         return model.to_tensor().detach(), read_tree(tree), Path(file).stem
+    if is_large_file(file):
+        if missing is not None:
+            raise OptionError(f"--missing is for tensors in memory; {file} is read block by block.")
+        array = open_tensor(file)
+        return array, ModeTree.binary(array.ndim) if tree is None else read_tree(tree), file
     found: DenseTensor = load_tensor(file)
     values = found.values.to(device)
     if missing == "nan":
@@ -759,6 +786,26 @@ def _rank_subject(
         )
     along = ModeTree.binary(values.ndim) if tree is None else read_tree(tree)
     return values, along, found.name
+
+
+@contextlib.contextmanager
+def _telling(text: str) -> Iterator[None]:
+    """A status line that names the passes over a tensor on disk as they begin."""
+
+    class Line(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            shown.update(record.getMessage())
+
+    logger, line = logging.getLogger("tnreg.blocks"), Line()
+    level = logger.level
+    with console.status(text) as shown:
+        logger.addHandler(line)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(line)
+            logger.setLevel(level)
 
 
 def _is_model(file: str) -> bool:

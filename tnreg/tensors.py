@@ -143,7 +143,7 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
             arrays the name of one comes after a colon, ``"run.h5:fields/u"``.
 
     Returns:
-        A ``dask.array.Array``; its blocks are some 16 MiB and made of whole blocks as they are stored. It
+        A ``dask.array.Array``; its blocks are some 8 MiB and made of whole blocks as they are stored. It
         can be sent to the workers of a cluster that see the same path.
 
     Raises:
