@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND ?= Agg
+# The tests in so many processes, each with one thread.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo test figures figure-locality check format lint types bench clean
 
@@ -14,7 +17,7 @@ demo: $(READY)
 	$(BIN)/tnreg demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The three dynamics at the published settings: half an hour beside other work on two cores. What is in
 # runs/ is not trained again, and what was killed goes on.
@@ -44,7 +47,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: $(READY)
 	$(BIN)/ruff format .
