@@ -48,9 +48,15 @@ def torchrun(count, *words, check=True):
     """Start so many processes on this machine and wait for them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **options) as running:
+        try:
+            out, error = running.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            running.terminate()  # not killed: it ends its processes first
+            pytest.fail(f"they wait for each other: {running.communicate()}")
+    done = subprocess.CompletedProcess(command, running.returncode, out, error)
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -264,11 +270,10 @@ class Cut(Exception):
 
 def trainings(folder):
     """Whole trainings, a cut one, and errors, in one start of two processes."""
+    data, test = pairs()
+    told = [train(TWENTY, arm, 1, data, test, f"{folder}/{arm}") for arm in ARMS]
     with joined() as everyone:
-        data, test = pairs()
-        for arm in ARMS:
-            told = train(TWENTY, arm, 1, data, test, f"{folder}/{arm}")
-            assert everyone.every(told) == [told, told]
+        assert everyone.every(told) == [told, told]
         train(TWENTY, "dropout", 1, data, test, f"{folder}/dropout")
         epoch = locality_run._State.epoch
 

@@ -12,6 +12,7 @@ in the same order.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -199,9 +200,10 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
-    """The processes that torchrun started, as one group until the block ends; or this process alone.
+    """The processes that torchrun started, as one group; or this process alone.
 
-    A group that is there already is used, and left as it is. While the block runs in several processes,
+    A group that is there already is used. One that is made stays until the process ends and serves later
+    blocks: torchrun's store cannot make a second one after it. While the block runs in several processes,
     SIGTERM, by which torchrun stops the others when one has failed, and lost connections become one
     ``ProcessLost``. After that SIGTERM is not heeded any more, so that the error can still be told.
 
@@ -213,19 +215,18 @@ def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
         ProcessLost: Another process ended before this one.
     """
     device = torch.device(device)
-    own = not (dist.is_available() and dist.is_initialized())
-    if own and started() == 1:
+    there = dist.is_available() and dist.is_initialized()
+    if not there and started() == 1:
         yield Processes(device=device)
         return
-    if own:
+    if not there:
         device = _start(device)
+        atexit.register(_leave)
     elif device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     group = dist.group.WORLD
     with _stop.heard(), _losses_named():
         yield Processes(dist.get_rank(group), dist.get_world_size(group), device, group)
-        if own:  # not after an error: leaving can wait for others, which are gone
-            dist.destroy_process_group()
 
 
 def unwrapped(net: Any) -> tuple[Any, Processes]:
@@ -267,12 +268,22 @@ def _start(device: torch.device) -> torch.device:
     return device
 
 
+def _leave() -> None:
+    # not after a loss: leaving can wait for others, which are gone
+    if dist.is_initialized() and not _stop.told:
+        dist.destroy_process_group()
+
+
 class _Stop:
-    """SIGTERM as a ``ProcessLost`` of the main thread: once, and not while it is held back."""
+    """SIGTERM as a ``ProcessLost`` of the main thread: once, and not while it is held back.
+
+    Attributes:
+        told: A loss was told already; from then on the signal says nothing new.
+    """
 
     def __init__(self) -> None:
         self._holds = 0
-        self._asked = self._told = False
+        self._asked = self.told = False
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
@@ -285,7 +296,7 @@ class _Stop:
         try:
             yield
         finally:
-            if not self._told:
+            if not self.told:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     @contextlib.contextmanager
@@ -299,18 +310,14 @@ class _Stop:
         if self._asked:
             self._raise()
 
-    def lost(self) -> None:
-        """From now on the signal says nothing new."""
-        self._told = True
-
     def _signalled(self, number: int, frame: Any) -> None:
         self._asked = True
         if not self._holds:
             self._raise()
 
     def _raise(self) -> None:
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             raise ProcessLost("another process of this training ended: torchrun stopped this one.")
 
 
@@ -326,7 +333,7 @@ def _losses_named() -> Iterator[None]:
         known = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
         if not known:
             raise
-        _stop.lost()
+        _stop.told = True
         line = re.sub(
             r"^\[.*?\] ", "", next(iter(text.splitlines()), "")
         )  # without its source file
