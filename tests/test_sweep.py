@@ -70,7 +70,7 @@ def sweep_in_process(place, *options):
     return start("-c", script, str(place / "s"))
 
 
-def wait(condition, process, seconds=60):
+def wait(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None and time.monotonic() < end

@@ -115,7 +115,7 @@ def _on(
         for cell in cells
     }
     try:
-        for future in distributed.as_completed(futures, raise_errors=False):
+        for future in distributed.as_completed(futures, loop=client.loop, raise_errors=False):
             cell = futures[future]
             error = future.exception()
             yield Done(cell, *future.result()) if error is None else Failed(cell, error)
@@ -149,7 +149,7 @@ def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
         )  # fmt: skip
     try:
         _restore(environment)  # the nannies set it for this process as well
-        with distributed.Client(cluster) as client:
+        with distributed.Client(cluster, set_as_default=False) as client:
             yield client
     finally:
         with contextlib.suppress(Exception):
@@ -162,7 +162,7 @@ def _remote(distributed: Any, scheduler: str) -> Iterator[Any]:
     """A cluster that is there."""
     where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
     try:
-        client = distributed.Client(**where)
+        client = distributed.Client(**where, set_as_default=False)
     except (OSError, ValueError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OptionError(
