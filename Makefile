@@ -7,7 +7,7 @@ export MPLBACKEND ?= Agg
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test figures figure-locality check format lint types bench clean
+.PHONY: demo test docs figures figure-locality check format lint types bench clean
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
@@ -18,6 +18,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/mkdocs/mkdocs.yml
 
 # The three dynamics at the published settings: half an hour beside other work on two cores. What is in
 # runs/ is not trained again, and what was killed goes on.

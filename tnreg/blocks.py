@@ -187,7 +187,7 @@ def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
     """
     source = _Source(array, tuple(range(array.ndim)))
     workers, beside = _workers()
-    slabs = _slabs(array, (), memory // (8 * beside))
+    slabs = _slabs(array, (), memory // (5 * beside))
     apart, size = _run(source, _Distance(rows_of), slabs, workers)
     return math.sqrt(apart), math.sqrt(size)
 
@@ -484,7 +484,7 @@ class _Compression:
         modes = self.modes[i]
         first = self.source.order.index(modes[0])
         work = _Rows(first, len(modes), lengths, bases, squares)
-        budget = max(self.memory // (8 * self.beside) - rows**2 * self._item() // 4, 1)
+        budget = max(self.memory // (5 * self.beside) - rows**2 * self._item() // 4, 1)
         slabs = _slabs(self.source.array, modes, budget)
         if squares:
             kind = "Gram matrix"
@@ -507,7 +507,7 @@ class _Compression:
         bases = [self.whole_bases.get(i) for i in self.front]
         shape = tuple(self.size[i] for i in self.front)
         work = _Core([self.modes[i] for i in self.front], bases, shape)
-        slabs = _slabs(self.source.array, (), self.memory // (8 * self.beside))
+        slabs = _slabs(self.source.array, (), self.memory // (5 * self.beside))
         ranks = [self.size[i] for i in self.front if i in self.whole_bases]
         self._tell(f"core of shape {shape}", slabs, 2 * min(ranks, default=0) * self.numel)
         core: Tensor = _run(self.source, work, slabs, self.workers, most=self.workers)

@@ -222,7 +222,7 @@ class DifferingPatches:
 
     In sparse images most small patches hold the same background in every sample, and a swap of
     background for background teaches nothing. J is drawn with probability proportional to the number of
-    samples that the swap with the next sample changes by more than ``threshold`` somewhere in J; then
+    samples that the swap with the sample before changes by more than ``threshold`` somewhere in J; then
     I, among the places that ``distance`` allows, proportional to the number of samples that are not
     constant (up to ``threshold``) inside I. Where all these numbers are zero the draw is uniform.
 

@@ -97,7 +97,7 @@ def _on(
     retries: int,
     told: Callable[[int, str], None],
 ) -> Iterator[Done | Failed]:
-    import cloudpickle  # type: ignore[import-untyped]
+    import cloudpickle
 
     wide = {address: count for address, count in client.nthreads().items() if count > 1}
     if wide:
@@ -106,6 +106,8 @@ def _on(
             "start them with dask worker --nthreads 1",
             stacklevel=2,
         )
+    if not client.nthreads():
+        told(0, "the cluster has no workers yet; start some with: dask worker ADDRESS --nthreads 1")
     dashboard = client.dashboard_link if _has_bokeh() else ""
     told(len(client.nthreads()), f"dashboard: {dashboard}" if dashboard else "")
     function = cloudpickle.dumps(work)  # functions of a script, too
