@@ -7,16 +7,16 @@ import subprocess
 import sys
 import textwrap
 
+import dask
+import dask.array as da
+import distributed
+import h5py
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("dask.array")
-
-import dask
-import dask.array as da
 
 from tnreg import (
     DataError,
@@ -53,6 +53,13 @@ def tensor(name, dtype=torch.float64, rank=3, noise=0.0):
 
 def in_blocks(x, parts=2):
     return da.from_array(x.numpy(), chunks=tuple(max(1, -(-n // parts)) for n in x.shape))
+
+
+@pytest.fixture(autouse=True)
+def _two_at_a_time():
+    """What fits depends on how many tasks run at a time."""
+    with dask.config.set(num_workers=2):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32])
@@ -145,6 +152,75 @@ def test_ranks_alone():
     assert reached <= found.error_bound and reached < 1.2 * best
 
 
+@pytest.mark.parametrize("rtol", [0.1, 0.3, 0.5, 0.9])
+def test_equal_singular_values(rtol):
+    """Not all of them are cut because one of them is."""
+    eye = torch.eye(16, dtype=torch.float64)
+    x = torch.einsum("ac,bd->abcd", eye, eye)
+    for tree in (ModeTree.binary(4), ModeTree([[0, 2], [1, 3]])):
+        found = decompose(in_blocks(x), tree, rtol=rtol, memory=7 * x.nbytes)
+        reached = float((found.to_tensor().detach() - x).norm() / x.norm())
+        assert reached <= rtol and reached <= found.error_bound / float(x.norm()) * (1 + 1e-12)
+    eye, ones = torch.eye(20, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    wide = torch.einsum("ac,bd,e->abcde", eye, eye, ones)
+    tree = ModeTree([[0, 1], [2, 3], 4])
+    with dask.config.set(num_workers=3):  # less room for the core: a pass at (0, 1)
+        found = decompose(in_blocks(wide), tree, rtol=rtol, memory=16_000_000)
+    assert float((found.to_tensor().detach() - wide).norm() / wide.norm()) <= rtol
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e200, 1e-200, float("nan")])
+def test_modes_too_long_for_a_pass(scale):
+    """Their core is the tensor itself; scale and finite entries are seen to all the same."""
+    generator = torch.Generator().manual_seed(0)
+    x = scale * torch.randn(150, 150, dtype=torch.float64, generator=generator)
+    tree = ModeTree.binary(2)
+    with dask.config.set(num_workers=1):
+        if scale != scale:
+            with pytest.raises(DataError, match="not finite"):
+                spectra(in_blocks(x), tree, memory=2**20)
+            return
+        assert blocks._Compression(in_blocks(x), tree, {}, None, 2**20).most_rows < 150
+        found = spectra(in_blocks(x), tree, memory=2**20)
+        assert torch.allclose(found[0], spectra(x, tree)[0], rtol=1e-10, atol=0)
+        model = decompose(in_blocks(x), tree, rtol=0.5, memory=2**20)
+    apart, size = distance(x, model)
+    assert 0.3 < apart / size <= 0.5
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-300, 1.0])
+def test_distance_at_any_scale(scale):
+    tree, x = tensor("across", noise=1e-2)
+    model = decompose(x * scale, tree, rtol=1e-1)
+    wanted = float((decompose(x, tree, rtol=1e-1).to_tensor().detach() - x).norm())
+    for given_ in (x * scale, in_blocks(x * scale)):
+        apart, size = distance(given_, model, memory=7 * x.nbytes)
+        assert apart / size == pytest.approx(wanted / float(x.norm()), rel=1e-6)
+        assert size == pytest.approx(scale * float(x.norm()))
+    zero = distance(in_blocks(0 * x), decompose(0 * x, tree, rtol=0.1))
+    assert zero == (0.0, 0.0)
+
+
+def test_many_readings_are_warned_about():
+    """One block over all: every part has to read it."""
+    x = tensor("binary", noise=1e-3)[1]
+    whole = da.from_array(x.numpy(), chunks=-1)
+    with pytest.warns(UserWarning, match=r"read \d+ times in one pass; give more memory"):
+        decompose(whole, ModeTree.binary(4), rtol=0.1, memory=x.nbytes // 2)
+
+
+def test_no_matrix_is_made_for_a_mode_that_is_too_long(monkeypatch):
+    made = []
+    eye = blocks._Compression._eye
+    monkeypatch.setattr(
+        blocks._Compression, "_eye", lambda self, size: (made.append(size), eye(self, size))[1]
+    )
+    x = da.ones((20_000, 4, 4), chunks=(4000, 4, 4))
+    with pytest.raises(SizeError, match=r"modes 0 are longer than \d+ and were not looked at"):
+        decompose(x, ModeTree([[[0], 1], 2]), rtol=0.1, memory="500kB")
+    assert all(size < 100 for size in made)
+
+
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 0.0])
 def test_scales(scale):
     tree, x = tensor("across")
@@ -156,7 +232,6 @@ def test_scales(scale):
 
 
 def test_on_disk(tmp_path):
-    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
     tree, x = tensor("uneven", noise=1e-5)
     own = decompose(x, tree, rtol=1e-3)
     da.to_zarr(in_blocks(x), str(tmp_path / "x.zarr"))
@@ -171,7 +246,6 @@ def test_on_disk(tmp_path):
 
 def test_on_a_cluster():
     """Workers of distributed; the tasks and what they hold are sent to them."""
-    distributed = pytest.importorskip("distributed")
     tree, x = tensor("uneven", noise=1e-5)
     options = {
         "n_workers": 2,
@@ -199,6 +273,13 @@ def test_refuses():
         spectra(in_blocks(bad), tree, memory=memory)
     with pytest.raises(DataError, match=r"dtype int64.*\n.*astype"):
         decompose(da.ones((3, 4), dtype=int), tree)
+    for other in ("float16", "longdouble", "clongdouble"):
+        with pytest.raises(DataError, match=r"must be float32, float64, complex64 or complex128"):
+            decompose(da.ones((3, 4), dtype=other), ModeTree.binary(2))
+    with pytest.raises(DataError, match=r"is masked"):
+        spectra(da.ma.masked_greater(da.ones((3, 4)), 2), ModeTree.binary(2))
+    with pytest.raises(ShapeError, match="0 axes and the tree 2 modes"):
+        spectra(da.ones(()), ModeTree.binary(2))
     with pytest.raises(DataError, match=r"empty: shape \(0, 3\)"):
         decompose(da.ones((0, 3)), ModeTree.binary(2))
     with pytest.raises(ShapeError, match="3 axes and the tree 4 modes"):
@@ -220,6 +301,8 @@ def test_refuses():
     )
     with pytest.raises(ShapeError, match="other sizes than the model"):
         distance(x, Factorization(tree, 3, 2))
+    swapped = in_blocks(x).astype(">f8")  # the other order of bytes, read whole
+    assert torch.equal(spectra(swapped, tree)[0], spectra(x, tree)[0])
 
 
 @settings(max_examples=60, deadline=None)

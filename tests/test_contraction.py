@@ -213,6 +213,13 @@ def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
         plan(model, memory=20_000_000, **smaller)
 
 
+def test_not_even_one_sample():
+    model = Factorization(HTF, 8, 16)
+    for options in ({"batch": 3}, {"index": torch.zeros(3, 4, dtype=torch.int64)}):
+        with pytest.raises(SizeError, match="give more memory; one alone needs"):
+            plan(model, memory=100, **options)
+
+
 def test_another_route_is_taken_where_memory_is_short(monkeypatch):
     """Few entries of a wide tree: distinct sub-indices cost least, the dense tensor holds least."""
     model = Factorization(ModeTree.binary(8), 4, 60, std=0.3, dtype=torch.float64)

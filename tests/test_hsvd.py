@@ -327,3 +327,20 @@ def test_from_weights():
     del weights[2]
     with pytest.raises(ShapeError, match="no weight for node 2"):
         Factorization.from_weights(model.tree, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("nested", [[[0, 1], [2, 3]], [[0, 2], [1, 3]]])
+def test_rounding_where_singular_values_are_equal(nested, dtype):
+    """What is cut on either side of a binary root belongs to the same singular values, which tie here."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.linalg.qr(torch.randn(36, 36, dtype=dtype, generator=generator))[0] for _ in range(2)
+    )
+    x = (a @ b).reshape(6, 6, 6, 6)
+    model = decompose(x, ModeTree(nested))
+    for rtol in (0.3, 0.5, 0.9):
+        found = truncate(model, rtol=rtol)
+        reached = float((found.to_tensor().detach() - x).norm() / x.norm())
+        assert reached <= rtol and reached <= found.error_bound / float(x.norm())
+        assert max(found.network.bonds) < 36

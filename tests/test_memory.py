@@ -28,7 +28,9 @@ def test_limits(text, number):
     assert memory.limit_of(text, "x") == number
 
 
-@pytest.mark.parametrize("wrong", ["", "much", "5 XB", 0, -3, True, "0GB", float("inf"), [1]])
+@pytest.mark.parametrize(
+    "wrong", ["", "much", "5 XB", "1.5", 1.5, 0, -3, True, "0GB", float("inf"), [1]]
+)
 def test_limits_refused(wrong):
     with pytest.raises(OptionError, match="x: memory must be a number of bytes"):
         memory.limit_of(wrong, "x")
@@ -48,11 +50,15 @@ def test_control_groups(tmp_path, monkeypatch):
     (tmp_path / "job" / "memory.current").write_text("990\n")
     assert memory._of_group() == 10
     assert memory.available() == 10
+    (tmp_path / "job" / "memory.stat").write_text("anon 5\ninactive_file 300\n")
+    assert memory._of_group() == 310  # files that were read are given up when room is needed
     group.write_text("")
     assert memory._of_group() is None
 
 
 def test_message():
+    assert memory.written(999.9) == "1 kB" and memory.written(999_999) == "1 MB"
+    assert memory.written(999) == "999 bytes"
     memory.check_fits(10, "a core", "take less", memory=10)
     with pytest.raises(SizeError) as caught:
         memory.check_fits(2**33, "a core", "take smaller ranks", memory=2**30)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,9 @@ log = logging.getLogger(__name__)
 
 # Modes of a subtree are handled as one while together they have no more rows than this.
 _ROWS = 256
+
+# A pass that reads the tensor more often than this is warned about.
+_OFTEN = 20
 
 # Bytes of a block, where the caller has not said.
 _BLOCK = 2**23
@@ -113,11 +117,16 @@ def as_blocks(x: Any) -> Any:
         array = dask.array.from_array(x, chunks=_chunks(x))  # type: ignore[no-untyped-call]
     if any(math.isnan(n) for n in array.shape):
         raise ShapeError("blocks of unknown size; write array.compute_chunk_sizes() first.")
-    if array.dtype.kind not in "fc":
+    if array.dtype.newbyteorder("=").name not in ("float32", "float64", "complex64", "complex128"):
         raise DataError(
-            f"the tensor has dtype {array.dtype}; ranks and factorizations need real or complex numbers.\n"
+            f"the tensor has dtype {array.dtype}; it must be float32, float64, complex64 or complex128.\n"
             "  write array.astype('float64'), which is done block by block"
         )
+    if isinstance(array._meta, np.ma.MaskedArray):
+        raise DataError(
+            "the tensor is masked, and ranks need all entries; write dask.array.ma.filled(array, 0)."
+        )
+    array = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
     if 0 in array.shape:
         raise DataError(f"the tensor is empty: shape {array.shape}.")
     if _client() is not None and any(
@@ -133,14 +142,17 @@ def as_blocks(x: Any) -> Any:
 def memory_of(memory: int | str | None) -> int:
     """What arrays may take, in bytes: as given, or a quarter of what is available."""
     given = limit_of(memory, "tensors read block by block")
-    return given if given is not None else (available() or 2**32) // 4
+    if given is None:
+        free = available()
+        given = 2**30 if free is None else max(free // 4, 1)
+    return given
 
 
 def whole(array: Any, memory: int) -> Tensor | None:
     """The tensor itself if it is small, else ``None``."""
     if array.nbytes * _WHOLE_SHARE > memory:
         return None
-    return torch.from_numpy(np.ascontiguousarray(array.compute()))
+    return torch.from_numpy(np.ascontiguousarray(array.compute()).reshape(array.shape))
 
 
 def compress(
@@ -177,7 +189,7 @@ def compress(
 
 
 def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
-    """Norms of ``array - other`` and of ``array``, in one reading.
+    """Norms of ``array - other`` and of ``array``, in one reading, at any scale.
 
     Args:
         array: From ``as_blocks``.
@@ -187,9 +199,26 @@ def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
     """
     source = _Source(array, tuple(range(array.ndim)))
     workers, beside = _workers()
-    slabs = _slabs(array, (), memory // (5 * beside))
-    apart, size = _run(source, _Distance(rows_of), slabs, workers)
-    return math.sqrt(apart), math.sqrt(size)
+    slabs = _slabs(array, (), memory // (6 * beside))
+    return norms_of(_run(source, _Distance(rows_of), slabs, workers))
+
+
+def apart(x: Tensor, y: Tensor) -> tuple[int, float, float]:
+    """``(log2, |x - y|² / 4**log2, |x|² / 4**log2)``: squares that stay in range."""
+    rest = x - y
+    largest = max(float(largest_of(x)), float(largest_of(rest)))
+    log2 = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    half = log2 // 2  # the power itself may leave the range
+    norms = [torch.linalg.vector_norm(v * 2.0**-half * 2.0 ** (half - log2)) for v in (rest, x)]
+    return log2, float(norms[0]) ** 2, float(norms[1]) ** 2
+
+
+def norms_of(found: tuple[int, float, float]) -> tuple[float, float]:
+    """Both norms; infinite if they leave the range of doubles."""
+    log2, *squares = found
+    half = log2 // 2
+    one, other = (math.sqrt(square) * 2.0**half * 2.0 ** (log2 - half) for square in squares)
+    return one, other
 
 
 def _chunks(x: Any) -> Any:
@@ -296,20 +325,38 @@ class _Core:
 
 
 class _Distance:
-    """Squares of the norms of the difference to another tensor and of the tensor."""
+    """Squares of the norms of the difference to another tensor and of the tensor, see ``apart``."""
 
     def __init__(self, rows_of: Any) -> None:
         self.rows_of = rows_of
 
-    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[float, float]:
-        apart = torch.linalg.vector_norm(part - self.rows_of(slab))
-        return float(apart) ** 2, float(torch.linalg.vector_norm(part)) ** 2
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[int, float, float]:
+        return apart(part, self.rows_of(slab))
 
     def onto(self, sum: Any, part: Tensor, slab: tuple[slice, ...]) -> Any:
         return self.joined(sum, self.of(part, slab))
 
-    def joined(self, one: Any, other: Any) -> tuple[float, float]:
-        return one[0] + other[0], one[1] + other[1]
+    def joined(self, one: Any, other: Any) -> tuple[int, float, float]:
+        parts = [p for p in (one, other) if p[1] or p[2]] or [one]
+        log2 = max(p[0] for p in parts)
+        scales = [2.0 ** max(2 * (p[0] - log2), -2000) if p[0] < log2 else 1.0 for p in parts]
+        first, second = (sum(p[k] * s for p, s in zip(parts, scales, strict=True)) for k in (1, 2))
+        return log2, first, second
+
+
+class _Look:
+    """The largest entry and how many are not finite, where no other pass tells."""
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[float, int]:
+        largest = float(largest_of(part))
+        bad = 0 if math.isfinite(largest) else int((~torch.isfinite(part)).sum())
+        return (0.0 if bad else largest), bad
+
+    def onto(self, sum: Any, part: Tensor, slab: tuple[slice, ...]) -> Any:
+        return self.joined(sum, self.of(part, slab))
+
+    def joined(self, one: Any, other: Any) -> tuple[float, int]:
+        return max(one[0], other[0]), one[1] + other[1]
 
 
 def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | None]) -> Tensor:
@@ -341,33 +388,35 @@ class _Compression:
         memory: int,
     ) -> None:
         order = tuple(int(n) for n, below in zip(tree.nodes, tree.links, strict=True) if not below)  # type: ignore[call-overload]
-        self.source, self.tree, self.limits, self.memory = (
-            _Source(array, order),
-            tree,
-            limits,
-            memory,
-        )
+        self.source, self.tree = _Source(array, order), tree
+        self.limits, self.memory = limits, memory
         self.exact, self.share = share is None, share or 0.0
         self.workers, self.beside = _workers()
         shape = array.shape
         self.modes = [tuple(sorted(tree.modes_below(node), key=order.index)) for node in tree.nodes]
         self.rows = [math.prod(shape[m] for m in modes) for modes in self.modes]
         self.numel = math.prod(shape)
-        self.most_rows = math.isqrt(
-            memory // (8 * self._item())
-        )  # of a Gram matrix and what it needs
+        # every task holds three such matrices: its sum, what is added, and the new sum
+        self.most_rows = math.isqrt(memory // (6 * max(self.beside, 2) * self._item()))
         self.front = _first_nodes(tree, self.rows, min(_ROWS, self.most_rows))
         self.size = {i: self.rows[i] for i in self.front}  # of the axis that the core has for it
         self.bases: dict[int, Tensor] = {}
         self.whole_bases: dict[int, Tensor] = {}  # (sizes of modes.., rank), for the core
         self.total = self.lost = 0.0
+        self.warned = False
         self.split = tuple(i for i in self.front if tree.links[i])
         inside = {c for i in self.front for c in positions_below(tree, i)}
         # the second child of a binary root has the rank of its sibling and need not discard anything
         self.spenders = len(tree.nodes) - 1 - len(inside) - (len(tree.links[-1]) == 2)
 
     def run(self) -> Compressed:
-        self._reduce_first([i for i in self.front if self.rows[i] <= self.most_rows])
+        first = [i for i in self.front if self.rows[i] <= self.most_rows]
+        if first:
+            self._reduce_first(first)
+        else:
+            slabs = _slabs(self.source.array, (), self._budget(0))
+            self._tell("a first look", slabs, 0)
+            self._scale(*_run(self.source, _Look(), slabs, self.workers))
         while self._core_bytes() > self._core_limit():
             above = self._next()
             if above is None:
@@ -392,11 +441,15 @@ class _Compression:
             found[i] = self._left_vectors(i, [self.rows[i]], [None], self.rows[i], part)
             if not self.total:
                 self.total = float(found[i][1].sum())
-        pooled = torch.cat([squares for _, squares in found.values()] or [torch.zeros(0)])
-        ascending = pooled.sort()[0]
+        ascending, places = torch.cat([squares for _, squares in found.values()]).sort(stable=True)
         count = int((ascending.cumsum(0) <= (_SHARE * self.share) ** 2 * self.total).sum())
-        floor = float(ascending[count - 1]) if count else -1.0
-        kept = {i: self._kept(i, squares, floor) for i, (_, squares) in found.items()}
+        cut = torch.zeros_like(ascending, dtype=torch.bool)
+        cut[places[:count]] = True  # by number: equal values are not all cut because one of them is
+        cuts = torch.split(cut, [len(squares) for _, squares in found.values()])
+        kept = {
+            i: self._kept(i, squares, len(squares) - int(here.sum()))
+            for (i, (_, squares)), here in zip(found.items(), cuts, strict=True)
+        }
         self.size |= kept
         for i, (left, squares) in found.items():
             self.lost += float(squares[kept[i] :].sum())
@@ -406,32 +459,35 @@ class _Compression:
             self.whole_bases[i] = self.bases[i]
         self.spenders -= len(nodes)
 
-    def _kept(self, i: int, squares: Tensor, floor: float) -> int:
-        """How many singular values to keep: those whose squares are above a floor."""
+    def _kept(self, i: int, squares: Tensor, kept: int) -> int:
+        """How many singular values to keep: what the tolerance asks for, or all that are not zero."""
         if self.exact:  # rounding of the entries gives no more than eps of the largest value
             eps = float(np.finfo(self.source.array.dtype).eps)
-            floor = (_ZERO * eps) ** 2 * float(squares[0])
-        kept = int((squares > floor).sum())
+            kept = int((squares > (_ZERO * eps) ** 2 * squares[0]).sum())
         return max(1, min(kept, self.limits.get(i, kept)))
 
     def _reduce(self, i: int) -> None:
         """A pass for a node above the front, which takes the place of its children there."""
         below = list(self.tree.links[i])
+        rows = math.prod(self.size[c] for c in below)
+        if rows > self.most_rows:
+            raise self._too_large()
         for c in below:
             if c not in self.bases:  # a mode that was left as it is
                 self.bases[c] = self._eye(self.size[c])
         if len(below) == 1:
             self._pass_on(i, below[0])
             return
-        rows = math.prod(self.size[c] for c in below)
-        if rows > self.most_rows:
-            raise self._too_large()
         allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
         lengths, bases = [self.rows[c] for c in below], [self._flat(c) for c in below]
         part = allowed / self.total if self.total else 0.0
         left, squares = self._left_vectors(i, lengths, bases, rows, part)
         fits = int((squares.flip(0).cumsum(0) <= allowed).sum())
-        kept = self._kept(i, squares, float(squares[len(squares) - fits]) if fits else -1.0)
+        kept = self._kept(i, squares, len(squares) - fits)
+        if (
+            8 * self.rows[i] * kept * self._item() > self.memory
+        ):  # its basis over all modes below it
+            raise self._too_large()
         self.lost += float(squares[kept:].sum())
         self.spenders -= 1
         k = self.front.index(below[0])
@@ -484,8 +540,7 @@ class _Compression:
         modes = self.modes[i]
         first = self.source.order.index(modes[0])
         work = _Rows(first, len(modes), lengths, bases, squares)
-        budget = max(self.memory // (5 * self.beside) - rows**2 * self._item() // 4, 1)
-        slabs = _slabs(self.source.array, modes, budget)
+        slabs = _slabs(self.source.array, modes, self._budget(3 * rows**2 * self._item()))
         if squares:
             kind = "Gram matrix"
             flops = 2 * rows * self.numel // self.rows[i] * rows
@@ -493,24 +548,34 @@ class _Compression:
             kind, flops = "QR", 4 * rows**2 * (self.numel // self.rows[i])
         self._tell(f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", slabs, flops)
         found, largest, bad = _run(self.source, work, slabs, self.workers)
+        if self._scale(largest, bad):
+            return self._pass(i, lengths, bases, rows, squares=squares)
+        result: Tensor = found
+        return result
+
+    def _scale(self, largest: float, bad: int) -> bool:
+        """Whether the tensor has to be read again on a scale, which is then set."""
         if bad:
             raise DataError(
                 f"the tensor has entries that are not finite, {bad} of {self.numel} or more."
             )
-        if not self.source.log2 and largest > 0 and not 1e-100 < largest < 1e100:
-            self.source.log2 = math.frexp(largest)[1]
-            return self._pass(i, lengths, bases, rows, squares=squares)
-        result: Tensor = found
-        return result
+        if self.source.log2 or largest == 0 or 1e-100 < largest < 1e100:
+            return False
+        self.source.log2 = math.frexp(largest)[1]
+        return True
+
+    def _budget(self, held: int) -> int:
+        """Bytes of a part, of which a task holds some five copies, beside what it holds in any case."""
+        return max(self.memory // self.beside - held, 5) // 5
 
     def _core(self) -> Tensor:
         bases = [self.whole_bases.get(i) for i in self.front]
         shape = tuple(self.size[i] for i in self.front)
         work = _Core([self.modes[i] for i in self.front], bases, shape)
-        slabs = _slabs(self.source.array, (), self.memory // (5 * self.beside))
+        slabs = _slabs(self.source.array, (), self._budget(self.memory // (2 * self.beside)))
         ranks = [self.size[i] for i in self.front if i in self.whole_bases]
         self._tell(f"core of shape {shape}", slabs, 2 * min(ranks, default=0) * self.numel)
-        core: Tensor = _run(self.source, work, slabs, self.workers, most=self.workers)
+        core: Tensor = _run(self.source, work, slabs, self.workers)
         return core
 
     def _next(self) -> int | None:
@@ -554,8 +619,18 @@ class _Compression:
     def _too_large(self) -> SizeError:
         shape = tuple(self.size[i] for i in self.front)
         asked = "no tolerance" if self.exact else f"a tolerance of {self.share:.3g}"
+        long = [m for m, size in enumerate(self.source.array.shape) if size > self.most_rows]
+        looked = ""
+        if long:
+            size = max(self.source.array.shape[m] for m in long)
+            needed = 6 * max(self.beside, 2) * self._item() * size**2
+            looked = (
+                f"  modes {', '.join(map(str, long))} are longer than {self.most_rows} and were not looked "
+                f"at, which takes memory={written(needed)} with {self.beside} tasks at a time\n"
+            )
         return SizeError(
             f"with {asked} the tensor reduces to a core of shape {shape}, which does not fit into memory.\n"
+            f"{looked}"
             f"  needed: {self._core_bytes():,} bytes ({written(self._core_bytes())}), several times\n"
             f"  allowed (memory=): {self.memory:,} bytes ({written(self.memory)}), of which a core may take "
             f"{written(self._core_limit())}\n"
@@ -566,10 +641,18 @@ class _Compression:
     def _tell(self, what: str, slabs: Sequence[tuple[slice, ...]], flops: int) -> None:
         array = self.source.array
         reads = _bytes_read(array, slabs)
+        times = reads / array.nbytes
         log.info(
             "%s: %d parts, %s read (%.2f times the tensor), %.3g flops",
-            what, len(slabs), written(reads), reads / array.nbytes, flops,
+            what, len(slabs), written(reads), times, flops,
         )  # fmt: skip
+        if times > _OFTEN and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{what}: with memory={written(self.memory)} and blocks of {array.chunksize} the tensor is "
+                f"read {times:.0f} times in one pass; give more memory, or store it in smaller blocks.",
+                stacklevel=2,
+            )
 
 
 def _first_nodes(tree: ModeTree, rows: Sequence[int], most: int) -> list[int]:
@@ -671,18 +754,12 @@ def _client() -> Any:
     return client if hasattr(client, "nthreads") else None
 
 
-def _run(
-    source: _Source,
-    work: Any,
-    slabs: Sequence[tuple[slice, ...]],
-    workers: int,
-    most: int | None = None,
-) -> Any:
+def _run(source: _Source, work: Any, slabs: Sequence[tuple[slice, ...]], workers: int) -> Any:
     """All parts worked on, by Dask, and put together."""
     from dask.base import compute
     from dask.delayed import delayed
 
-    count = min(len(slabs), most or 4 * workers)
+    count = min(len(slabs), workers)  # each holds one sum
     shared = delayed((source, work), traverse=False, pure=False)
     task = delayed(_some, pure=False)
     join = delayed(_both, pure=False)

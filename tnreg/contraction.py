@@ -404,7 +404,9 @@ def _within(
     advice = _ADVICE[first.kind]
     if first.batch:  # by the route whose cost is in proportion to their number
         each = min(getattr(p, kind) for p in plans if p.kind == "batch" or p.route == "per-sample")
-        advice += f", here no more than {max(first.batch * limit // (item * each), 1)}"
+        most = first.batch * limit // (item * each)
+        single = f"; one alone needs {written(item * each / first.batch)}"
+        advice = f"{advice}, here no more than {most}" if most else f"give more memory{single}"
     raise SizeError(
         f"{what}: the contraction would not fit into memory.\n"
         f"  needed: {needed:,} bytes ({written(needed)}), result and intermediates\n"

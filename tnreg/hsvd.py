@@ -20,17 +20,19 @@ from torch import Tensor
 
 from tnreg.blocks import (
     Compressed,
+    apart,
     as_blocks,
     compress,
     distance_of,
     is_blocks,
     memory_of,
+    norms_of,
     positions_below,
     whole,
 )
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
-from tnreg.rank import axis_gram, axis_product, check_dense, largest_of
+from tnreg.rank import as_tensor, axis_gram, axis_product, check_dense, largest_of
 from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import ModeTree, Node
 
@@ -395,6 +397,7 @@ def distance(
     Raises:
         ShapeError: Other sizes.
     """
+    tensor = as_blocks(tensor) if is_blocks(tensor) else as_tensor(tensor)
     sizes = tuple(tensor.shape)
     if sizes != model.sizes:
         raise ShapeError(
@@ -402,10 +405,8 @@ def distance(
         )
     with torch.no_grad():
         if is_blocks(tensor):
-            return distance_of(as_blocks(tensor), _Parts(model), memory_of(memory))
-        dense = check_dense(tensor, model.tree)
-        apart = torch.linalg.vector_norm(dense - model.to_tensor())
-        return float(apart), float(torch.linalg.vector_norm(dense))
+            return distance_of(tensor, _Parts(model), memory_of(memory))
+        return norms_of(apart(check_dense(tensor, model.tree), model.to_tensor()))
 
 
 class _Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ def available(device: torch.device | str = "cpu") -> int | None:
     """Bytes that can still be allocated on a device, or ``None`` where that cannot be told.
 
     On a GPU: free memory and what torch keeps cached. On Linux: the kernel's estimate, or what is left
-    of the limit of the control group (a container, a job of a cluster) if that is less.
+    of the limit of the control group (a container, a job of a cluster; version 2) if that is less.
     """
     kind = torch.device(device)
     if kind.type == "cuda":
@@ -49,12 +50,12 @@ def limit_of(memory: int | str | None, what: str) -> int | None:
     found = None
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?i?b?)\s*", memory.lower())
-        if match and match[2] in _UNITS:
+        if match and match[2] in _UNITS and (match[2] or "." not in match[1]):
             found = int(float(match[1]) * _UNITS[match[2]])
     elif not isinstance(memory, bool):
         try:
-            found = int(memory)
-        except (TypeError, ValueError, OverflowError):
+            found = operator.index(memory)
+        except TypeError:
             found = None
     if found is None or found < 1:
         raise OptionError(
@@ -66,7 +67,7 @@ def limit_of(memory: int | str | None, what: str) -> int | None:
 def written(size: float) -> str:
     """Bytes as people read them: ``"8.59 GB"``."""
     for unit in ("bytes", "kB", "MB", "GB", "TB", "PB"):
-        if size < 1000 or unit == "PB":
+        if float(f"{size:.3g}") < 1000 or unit == "PB":
             return f"{size:.3g} {unit}" if size < 1e6 else f"{size:.2e} {unit}"
         size /= 1000
     raise AssertionError
@@ -124,6 +125,12 @@ def _of_group() -> int | None:
             limit = folder / "memory.max"
             if limit.exists() and (held := limit.read_text(encoding="ascii").strip()) != "max":
                 used = int((folder / "memory.current").read_text(encoding="ascii"))
+                stat = (
+                    folder / "memory.stat"
+                )  # files that were read are given up when room is needed
+                if stat.exists():
+                    cached = re.search(r"^inactive_file (\d+)", stat.read_text(), re.MULTILINE)
+                    used -= int(cached[1]) if cached else 0
                 free = max(int(held) - used, 0)
                 left = free if left is None else min(left, free)
             if folder == top:

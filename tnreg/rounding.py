@@ -71,9 +71,36 @@ def rounded(
     if results is None:
         squares, results = False, outside(net, found, squares=False, vectors=True)
     assert results is not None
-    kept, lost = _pooled(net, results, limits, share, hidden if squares else 0.0)
-    weights = _projected(net, found, results, kept, orthonormal)
+    matched = _matched(net, found, results)
+    kept, lost = _pooled(net, matched, limits, share, hidden if squares else 0.0)
+    weights = _projected(net, found, matched, kept, orthonormal)
     return Rounded(weights, lost, size, power)
+
+
+def _matched(net: Network, found: Sequence[Frame], results: Sequence[Outside]) -> Sequence[Outside]:
+    """Singular vectors of the second child of a binary root as those that belong to its sibling's.
+
+    Both are cut at once and what is cut counts once, so that they have to be of the same singular values;
+    found apart they need not be, where values are equal.
+    """
+    pair = net.tree.links[-1]
+    if len(pair) != 2:
+        return results
+    where = {
+        node: (b, batch.nodes.index(node))
+        for b, batch in enumerate(batches(net))
+        for node in pair
+        if not batch.step and node in batch.nodes
+    }
+    (b0, slot0), (b1, slot1) = (where[node] for node in pair)
+    root, first, second = found[-1].rows, results[b0].vectors, results[b1].vectors
+    assert root is not None and first is not None and second is not None
+    core = root.reshape(second.shape[-1], first.shape[-1])  # the last child's axis comes first
+    # columns are in order of their singular values: the first k of Q span what the first k of them do
+    basis = torch.linalg.qr(core @ first[slot0].conj(), mode="complete")[0]
+    changed = second.clone()
+    changed[slot1] = basis
+    return [Outside(r.values, changed) if b == b1 else r for b, r in enumerate(results)]
 
 
 def _too_wide(net: Network, node: int, numbers: int) -> ShapeError:
