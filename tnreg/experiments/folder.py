@@ -62,7 +62,7 @@ def experiment_of(folder: str | Path) -> str:
     try:
         about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return str(about["experiment"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
@@ -73,12 +73,25 @@ def read_run(folder: str | Path) -> Run:
         FileError: It is none.
     """
     path = Path(folder)
+    while True:
+        text, parts = _described(path)
+        found = Trajectory.load(path / "trajectory.npz")
+        if _described(path)[0] == text:  # else another process put a new run in its place
+            return Run(path, *parts, found)
+
+
+def _described(path: Path) -> tuple[str, tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Text of config.json, and its parts."""
     try:
-        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        parts = about["experiment"], about["config"], about["summary"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = (path / "config.json").read_text(encoding="utf-8")
+        about = json.loads(text)
+        name, config, summary = str(about["experiment"]), about["config"], about["summary"]
+        for part in (config, summary):
+            if not isinstance(part, dict):
+                raise TypeError(f"config and summary are objects, found a {type(part).__name__}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(
             f"not a run folder: {path}\n  {type(error).__name__}: {error}\n"
             "  expected: a folder with the config.json and trajectory.npz of a run"
         ) from None
-    return Run(path, *parts, Trajectory.load(path / "trajectory.npz"))
+    return text, (name, config, summary)
