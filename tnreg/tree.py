@@ -9,6 +9,7 @@ tuple of the modes below it, ``(0, 1)``; a node with one child by the tuple of t
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import networkx as nx
 
 from tnreg.errors import FileError, TreeError, check_integer
-from tnreg.files import write_whole
+from tnreg.files import is_file, write_whole
+from tnreg.svg import MOST_NODES, as_text, tree_svg
 
 Node = Hashable
 
@@ -294,6 +296,12 @@ class ModeTree:
     def __str__(self) -> str:
         return self.text()
 
+    def _repr_html_(self) -> str:
+        """The drawing that a notebook shows; the text of ``repr`` for a tree of more than 60 nodes."""
+        if len(self._names) > MOST_NODES:
+            return as_text(repr(self))
+        return tree_svg(self._links, self._names)
+
     def text(self, *, label: Callable[[Node], str] = str, ascii_only: bool = False) -> str:
         """Drawing of the tree in characters, one node a line, root first.
 
@@ -342,7 +350,7 @@ def read_tree(text: str) -> ModeTree:
         nested = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TreeError(
-            f"not nested lists of mode numbers: {text}\n  {error}\n  write e.g. [[0, 1], [2, 3]]"
+            f"not nested lists of mode numbers: {text[:400]}\n  {error}\n  write e.g. [[0, 1], [2, 3]]"
         ) from None
     return ModeTree(nested)
 
@@ -350,9 +358,9 @@ def read_tree(text: str) -> ModeTree:
 def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a tree file, with its optional ``modes``, ``sizes`` and ``about``."""
     path = Path(source)
-    if not path.suffix and not path.is_file():
+    if not path.suffix and not is_file(path):
         path = _gallery_folder() / f"{source}.json"
-        if not path.exists():
+        if not is_file(path):
             raise FileError(
                 f"no tree named {str(source)!r} in the gallery and no such file.\n"
                 f"  gallery: {', '.join(gallery())}\n"
@@ -409,9 +417,12 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
             links = [below if isinstance(below, list) else [] for below in tree["links"]]
             names: list[Node] = [None if isinstance(n, list) else n for n in tree["links"]]
             given = {int(i): _name_from_json(name) for i, name in tree.get("names", {}).items()}
+            _check_links(links)
         else:
             links, names, given = _flatten_json(tree)
         full = [given.get(i, name) for i, name in enumerate(_default_names(links, names))]
+        if given and len(set(full)) < len(full):
+            raise ValueError("two nodes have the same name")
         graph.add_nodes_from(full)
         graph.add_edges_from((full[i], full[c]) for i, below in enumerate(links) for c in below)
     except TreeError:
@@ -425,6 +436,17 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
     if isinstance(tree, list) and not given:
         return ModeTree(tree, shape=shape)  # its errors speak of the lists that the user wrote
     return ModeTree(graph, shape=shape)
+
+
+def _check_links(links: list[list[int]]) -> None:
+    seen: set[int] = set()
+    for i, below in enumerate(links):
+        for c in below:
+            if type(c) is not int or not 0 <= c < i or c in seen:
+                raise ValueError(
+                    f"node {i} has the child {c!r}: not a node before it without a parent"
+                )
+            seen.add(c)
 
 
 def _flatten_json(tree: Any) -> tuple[list[list[int]], list[Node], dict[int, Node]]:
@@ -447,14 +469,15 @@ def _flatten_json(tree: Any) -> tuple[list[list[int]], list[Node], dict[int, Nod
     return links, names, given
 
 
-def _name_to_json(name: Node) -> Any:
-    if isinstance(name, tuple):
-        return [_name_to_json(part) for part in name]
+def _name_to_json(name: Node, depth: int = 0) -> Any:
+    if isinstance(name, tuple) and depth < _LONGEST_CHAIN:
+        return [_name_to_json(part, depth + 1) for part in name]
     if isinstance(name, str | int | float | bool) or name is None:
         return name
     raise TreeError(
-        f"the interior node {name!r} has a name that a file cannot hold.\n"
-        "  use strings, numbers or tuples of them, e.g. networkx.relabel_nodes(graph, {...: 'left'})"
+        f"the interior node {_shown(name)} has a name that a file cannot hold.\n"
+        f"  use strings, numbers or tuples of them (nested to {_LONGEST_CHAIN} levels at most), "
+        "e.g. networkx.relabel_nodes(graph, {...: 'left'})"
     )
 
 
@@ -549,19 +572,26 @@ def _read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...
     names: list[Any] = []
     if not isinstance(structure, list | tuple):
         raise TreeError(
-            f"not a mode tree: {structure!r} ({type(structure).__name__}).\n"
+            f"not a mode tree: {_shown(structure)} ({type(structure).__name__}).\n"
             "  expected: nested lists of mode numbers, e.g. ModeTree([[0, 1], [2, 3]]),\n"
             "            or a networkx.DiGraph with edges parent -> child"
         )
     # Depth first without recursion: a caterpillar over a thousand modes nests a thousand lists.
     path: list[tuple[Any, Iterator[Any], list[int]]] = [(structure, iter(structure), [])]
+    above, done = {id(structure)}, dict[int, Any]()
     while path:
-        _, rest, below = path[-1]
+        held, rest, below = path[-1]
         for item in rest:
             if isinstance(item, list | tuple):
-                if any(item is above for above, _, _ in path):
+                if id(item) in above:
                     raise TreeError("not a mode tree: a list contains itself.")
+                if (
+                    id(item) in done
+                ):  # its leaves come a second time; lists of lists of it would never end
+                    leaves.append(done[id(item)][1])
+                    _check_leaves(leaves, graph=False)
                 path.append((item, iter(item), []))
+                above.add(id(item))
                 break
             leaves.append(item)
             names.append(item)
@@ -574,6 +604,8 @@ def _read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...
                     "not a mode tree: it is empty or has an interior node without children, [].\n"
                     "  write every leaf as its mode number, e.g. ModeTree([[0, 1], [2, 3]])"
                 )
+            above.discard(id(held))
+            done[id(held)] = held, leaves[-1]
             links.append(below)
             names.append(None)
             if path:
@@ -638,23 +670,37 @@ def _read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[i
 
 
 def _is_int(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__")
+    try:
+        return not isinstance(value, bool) and operator.index(value) is not None
+    except (TypeError, ValueError):  # arrays have an index as well, if they are one number
+        return False
+
+
+def _shown(value: Any) -> str:
+    """What a value looks like, in a line; a dict may nest deeper than Python can write it."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 400 else f"{text[:400]}.."
 
 
 def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
-    shown = repr(leaves) if len(leaves) <= 20 else f"{leaves[:20]!r} and {len(leaves) - 20} more"
+    shown = f"[{', '.join(map(_shown, leaves[:20]))}]"
+    shown += f" and {len(leaves) - 20} more" if len(leaves) > 20 else ""
     tail = f"\n  leaves found:    {shown}\n  leaves expected: 0..N-1, each once"
     for leaf in leaves:
         if not _is_int(leaf):
             hint = ""
+            name = _shown(leaf)
             if graph:
                 tail += " (interior nodes may have any name)"
                 hint = (
-                    f"\n  if {leaf!r} is an interior node it lacks its children, "
-                    f"e.g. graph.add_edges_from([({leaf!r}, 0), ({leaf!r}, 1)])"
+                    f"\n  if {name} is an interior node it lacks its children, "
+                    f"e.g. graph.add_edges_from([({name}, 0), ({name}, 1)])"
                 )
-            raise TreeError(f"not a mode tree: leaf {leaf!r} is not a mode number.{tail}{hint}")
-    modes = [leaf.__index__() for leaf in leaves]
+            raise TreeError(f"not a mode tree: leaf {name} is not a mode number.{tail}{hint}")
+    modes = [operator.index(leaf) for leaf in leaves]
     seen: set[int] = set()
     for mode in modes:
         if mode in seen:
