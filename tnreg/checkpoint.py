@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,13 @@ from tnreg.errors import FileError, OptionError
 from tnreg.files import write_whole
 from tnreg.trajectory import Trajectory
 
-__all__ = ["random_state", "read_checkpoint", "set_random_state", "write_checkpoint"]
+__all__ = [
+    "random_state",
+    "read_checkpoint",
+    "save_whole",
+    "set_random_state",
+    "write_checkpoint",
+]
 
 _FORMAT = "tnreg.checkpoint/1"
 
@@ -32,6 +40,16 @@ def set_random_state(state: RandomState) -> None:
     torch.set_rng_state(state[0])
     if len(state) > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state[1:])
+
+
+def save_whole(path: Path, held: Mapping[str, Any]) -> None:
+    """``torch.save``, whole or not at all.
+
+    It is put together in memory: on a full disk torch's own writer does not say what is wrong.
+    """
+    raw = io.BytesIO()
+    torch.save(held, raw)
+    write_whole(path, lambda beside: beside.write_bytes(raw.getbuffer()))
 
 
 def write_checkpoint(
@@ -60,7 +78,7 @@ def write_checkpoint(
         "random": [before, random_state()],
         "run": torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8),
     }
-    write_whole(path, lambda beside: torch.save(held, beside))
+    save_whole(path, held)
 
 
 def read_checkpoint(
@@ -74,7 +92,7 @@ def read_checkpoint(
         What was recorded, and the random states before the loss of the last row and after that row.
 
     Raises:
-        FileError: Not a checkpoint.
+        FileError: Not a checkpoint; nothing was changed.
         OptionError: A checkpoint of another training; nothing was changed.
     """
     away = f"  delete {path}, or choose another file"
@@ -83,12 +101,15 @@ def read_checkpoint(
         if held["format"] != _FORMAT:
             raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
         run = Trajectory.from_bytes(held["run"].numpy().tobytes())
-        before = json.loads(held["settings"])
+        if not len(run):
+            raise ValueError("its trajectory is empty")
+        before = dict(json.loads(held["settings"]))
+        there = _shapes(held["model"])
+        random = [_checked(state) for state in held["random"]]
+        if len(random) != 2:
+            raise ValueError(f"{len(random)} random states, expected 2")
     except Exception as error:
-        said = str(error).splitlines()[:1]
-        raise FileError(
-            f"not a checkpoint: {path}\n  {type(error).__name__}: {' '.join(said)}\n{away}"
-        ) from None
+        raise _no_checkpoint(path, error) from None
     now = json.loads(json.dumps(settings, default=str))
     differ = [
         f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
@@ -98,14 +119,34 @@ def read_checkpoint(
     if differ:
         lines = "\n".join(differ)
         raise OptionError(f"{path} is of a training with other settings.\n{lines}\n{away}")
-    ours, theirs = model.state_dict(), held["model"]
-    if _shapes(ours) != _shapes(theirs):
-        raise OptionError(
-            f"{path} is of another model.\n  there: {_shapes(theirs)}\n  now:   {_shapes(ours)}\n{away}"
-        )
-    model.load_state_dict(theirs)
-    optimizer.load_state_dict(held["optimizer"])
-    return run, *held["random"]
+    ours = _shapes(model.state_dict())
+    if ours != there:
+        raise OptionError(f"{path} is of another model.\n  there: {there}\n  now:   {ours}\n{away}")
+    old = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    try:
+        model.load_state_dict(held["model"])
+        optimizer.load_state_dict(held["optimizer"])
+    except Exception as error:
+        model.load_state_dict(old[0])
+        optimizer.load_state_dict(old[1])
+        raise _no_checkpoint(path, error) from None
+    return run, random[0], random[1]
+
+
+def _no_checkpoint(path: Path, error: Exception) -> FileError:
+    said = " ".join(str(error).splitlines()[:1])
+    return FileError(
+        f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"
+        f"  delete {path}, or choose another file"
+    )
+
+
+def _checked(state: Any) -> RandomState:
+    """A random state, if it is one: the CPU's is tried on a generator of its own."""
+    if not isinstance(state, list) or not all(isinstance(s, torch.Tensor) for s in state):
+        raise ValueError("a random state that is no list of tensors")
+    torch.Generator().set_state(state[0])
+    return state
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

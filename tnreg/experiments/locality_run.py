@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import tnreg
+from tnreg.checkpoint import save_whole
 from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.experiments.nets import build
-from tnreg.files import check_folder, folder_written_whole, write_whole
+from tnreg.files import check_folder, folder_written_whole
 from tnreg.images import ImageSet
 from tnreg.parallel import Processes, ProcessLost, joined
 from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
@@ -362,26 +363,26 @@ class _State:
             "found": torch.frombuffer(bytearray(self.found.to_bytes()), dtype=torch.uint8),
         }
 
-        def write() -> None:
-            write_whole(path, lambda beside: torch.save(held, beside))
-
-        self.processes.from_first(write)
+        self.processes.from_first(lambda: save_whole(path, held))
 
     def read(self, path: Path, about: dict[str, Any]) -> None:
         """Go on from the checkpoint that rank 0 has, if it has one."""
         held = self.processes.from_first(lambda: _held(path, about) if path.exists() else None)
         if held is None:
             return
-        self.net.load_state_dict(held["net"])
-        self.optimizer.load_state_dict(held["optimizer"])
-        if self.penalty is not None:
-            self.penalty.load_state_dict(held["penalty"])
-        self.shuffle.set_state(held["shuffle"])
-        states = [held, *held.get("others", [])]
-        if self.processes.rank == 0 or len(states) == self.processes.count:
-            _set_random_state(states[self.processes.rank])
-        self.seconds = held["seconds"]
-        self.found = Trajectory.from_bytes(held["found"].numpy().tobytes())
+        try:
+            self.net.load_state_dict(held["net"])
+            self.optimizer.load_state_dict(held["optimizer"])
+            if self.penalty is not None:
+                self.penalty.load_state_dict(held["penalty"])
+            self.shuffle.set_state(held["shuffle"])
+            states = [held, *held.get("others", [])]
+            if self.processes.rank == 0 or len(states) == self.processes.count:
+                _set_random_state(states[self.processes.rank])
+            self.seconds = dict(held["seconds"])
+            self.found = Trajectory.from_bytes(held["found"].numpy().tobytes())
+        except Exception as error:  # the training ends here, so that nothing has to be put back
+            raise _no_checkpoint(path, error) from None
 
 
 class _Parts:
@@ -454,13 +455,18 @@ def _held(path: Path, about: dict[str, Any]) -> dict[str, Any]:
         before = json.loads(held["about"])
         Trajectory.from_bytes(held["found"].numpy().tobytes())
     except Exception as error:
-        said = " ".join(str(error).splitlines()[:1])
-        raise FileError(
-            f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n{away}"
-        ) from None
+        raise _no_checkpoint(path, error) from None
     if before != json.loads(json.dumps(about)):
         raise OptionError(f"{path} is of a training with other settings.\n{away}")
     return held
+
+
+def _no_checkpoint(path: Path, error: Exception) -> FileError:
+    said = " ".join(str(error).splitlines()[:1])
+    return FileError(
+        f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"
+        f"  delete {path}, or choose another folder"
+    )
 
 
 def _random_state() -> dict[str, Any]:
