@@ -29,7 +29,7 @@ from tnreg.errors import (
     check_integer,
 )
 from tnreg.factorization import Factorization
-from tnreg.files import write_whole
+from tnreg.files import is_file, write_whole
 from tnreg.hsvd import truncate
 from tnreg.network import Network
 from tnreg.tree import Node, tree_from_json, tree_to_json
@@ -324,7 +324,7 @@ class ConvAC(nn.Module):
             FileError: No such file, or something else.
         """
         file_path = Path(path)
-        if not file_path.is_file():
+        if not is_file(file_path):
             raise FileError(f"no such model file: {file_path}")
         expected = "  expected: a safetensors file that ConvAC.save wrote"
         try:
@@ -340,6 +340,11 @@ class ConvAC(nn.Module):
                 root=about["root"],
             )
             dtype, outputs = getattr(torch, about["dtype"]), about["outputs"]
+            largest = max(math.prod(network.shape(p)) for p in network.weighted)
+            if largest > sum(value.numel() for value in state.values()):  # no room is made for it
+                raise ValueError(
+                    f"a weight of {largest} entries by its sizes and bonds, fewer there"
+                )
             weights = {
                 tree.nodes[p]: torch.zeros(network.shape(p), dtype=dtype) for p in network.weighted
             }
@@ -356,8 +361,7 @@ class ConvAC(nn.Module):
                 scores=about["scores"], temperature=about["temperature"],
             )  # fmt: skip
             model.load_state_dict(state)
-        except TnregError:
-            raise
         except Exception as error:
-            raise FileError(f"not a classifier: {file_path}\n  {error!r}\n{expected}") from None
+            said = str(error) if isinstance(error, TnregError) else repr(error)
+            raise FileError(f"not a classifier: {file_path}\n  {said}\n{expected}") from None
         return model

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tnreg.contraction import Plan, contract, plan, within_memory
 from tnreg.einsum import einsum
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
-from tnreg.files import write_whole
+from tnreg.files import is_file, write_whole
 from tnreg.network import Network
 from tnreg.scaled import absorbed, equilibrated, unscaled
+from tnreg.svg import MOST_NODES, as_text, tree_svg
 from tnreg.tree import ModeTree, Node, tree_from_json, tree_to_json
 
 __all__ = ["Factorization", "load"]
@@ -517,6 +518,19 @@ class Factorization(nn.Module):
             f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tree with sizes of modes and bonds; as text beyond 60 nodes."""
+        tree = self.tree
+        if len(tree.nodes) > MOST_NODES:
+            return as_text(repr(self))
+        sizes = dict(zip(tree.leaves, self.sizes, strict=True))
+        labels = [f"{v}: size {sizes[v]}" if v in sizes else v for v in tree.nodes]
+        bonds = dict(enumerate(self.network.bonds[:-1]))
+        joins = " and ".join(sorted({kind for kind in self.network.joins if kind != "leaf"}))
+        count, dtype = sum(stack.numel() for stack in self.stacks), str(self.dtype)
+        caption = f"sizes {self.sizes}, {joins} joins, {count} weights of {dtype.removeprefix('torch.')}"
+        return tree_svg(tree.links, labels, edges=bonds, caption=caption)
+
     def __repr__(self) -> str:
         return f"Factorization(\n  {self.extra_repr()}\n)".replace("),\n", "),\n  ")
 
@@ -542,7 +556,7 @@ def load(
         FileError: No such file, truncated, of another kind (a pickle, say), or inconsistent.
     """
     file_path = Path(path)
-    if not file_path.is_file():
+    if not is_file(file_path):
         raise FileError(f"no such model file: {file_path}")
     expected = "  expected: a safetensors file that Factorization.save wrote"
     try:
@@ -563,21 +577,14 @@ def load(
         tree = tree_from_json(content)
         names = tree.nodes
         dtype = getattr(torch, content["dtype"])
-        model = Factorization(
-            tree,
-            content["sizes"],
-            dict(zip(names[:-1], content["bonds"][:-1], strict=True)),
-            join={n: j for n, j in zip(names, content["joins"], strict=True) if j != "leaf"},
-            root=content["root"],
-            std=0.0,
-            dtype=dtype,
-            device=device,
-        )
+        given: dict[str, Any] = {
+            "ranks": dict(zip(names[:-1], content["bonds"][:-1], strict=True)),
+            "join": {n: j for n, j in zip(names, content["joins"], strict=True) if j != "leaf"},
+            "root": content["root"],
+        }
+        _check_stored(Network.build(tree, content["sizes"], **given), tensors, dtype)
+        model = Factorization(tree, content["sizes"], **given, std=0.0, dtype=dtype, device=device)
         weighted = {f"weight.{p}": names[p] for p in model.network.weighted}
-        if set(weighted) != set(tensors):
-            raise FileError(
-                f"weights {sorted(set(weighted) ^ set(tensors))[:4]} missing or not expected"
-            )
         model.load_weights(
             {
                 weighted[key]: torch.view_as_complex(value) if dtype.is_complex else value
@@ -595,6 +602,20 @@ def load(
     ) as error:
         raise FileError(f"not a factorization: {file_path}\n  {error}\n{expected}") from None
     return model
+
+
+def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Whether a file's tensors are those of a network, before room is made for them."""
+    last = (2,) if dtype.is_complex else ()
+    shapes = {f"weight.{p}": (*network.shape(p), *last) for p in network.weighted}
+    if set(shapes) != set(tensors):
+        raise FileError(f"weights {sorted(set(shapes) ^ set(tensors))[:4]} missing or not expected")
+    for key, value in tensors.items():
+        if tuple(value.shape) != shapes[key] or value.dtype != dtype.to_real():
+            raise FileError(
+                f"{key} has another shape or dtype: {tuple(value.shape)} {value.dtype}, "
+                f"expected {shapes[key]} {dtype.to_real()}"
+            )
 
 
 def _initial(

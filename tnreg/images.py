@@ -319,8 +319,12 @@ def load(path: str | os.PathLike[str]) -> ImageSet:
             found = ImageSet(
                 file["images"], file["labels"], boxes, file["distances"], about["config"]
             )
-            if found.images.ndim != 4 or len(found.images) != len(found.labels):
+            if found.images.ndim != 4 or found.labels.shape != (len(found.images),):
                 raise ValueError(f"images {found.images.shape}, labels {found.labels.shape}")
+            if found.labels.dtype.kind not in "iu" or found.images.dtype.kind not in "uf":
+                raise ValueError(f"images {found.images.dtype}, labels {found.labels.dtype}")
+            if not isinstance(found.config, dict):
+                raise TypeError(f"its config is a {type(found.config).__name__}, not an object")
             return found
     except FileNotFoundError:
         raise FileError(f"no such image set: {path}") from None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tnreg.blocks import as_blocks
-from tnreg.errors import DataError, FileError, OptionError
+from tnreg.errors import DataError, FileError, OptionError, TnregError
+from tnreg.files import is_file, is_there
 from tnreg.rank import as_tensor
 
 __all__ = ["DATASETS", "DenseTensor", "is_large_file", "load_tensor", "open_tensor"]
@@ -90,9 +91,9 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     text = os.fspath(source)
     if text in DATASETS:
         return _load_dataset(text)
-    name, _, key = text.partition(":") if not Path(text).exists() else (text, "", "")
+    name, _, key = text.partition(":") if not is_file(text) else (text, "", "")
     path = Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise FileError(
             f"no such tensor: {text}\n"
             f"  by name: {', '.join(DATASETS)}\n"
@@ -132,7 +133,7 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
 def is_large_file(source: str | os.PathLike[str]) -> bool:
     """Whether this names a file or folder that is made for reading in parts: zarr or HDF5."""
     name, _, _ = os.fspath(source).partition(":")
-    return Path(name).suffix in (".zarr", ".h5", ".hdf5") and Path(name).exists()
+    return Path(name).suffix in (".zarr", ".h5", ".hdf5") and is_there(name)
 
 
 def open_tensor(source: str | os.PathLike[str]) -> Any:
@@ -151,29 +152,27 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
         OptionError: The extra ``tnreg[scale]`` is not installed.
     """
     text = os.fspath(source)
-    name, _, key = text.partition(":") if not Path(text).exists() else (text, "", "")
+    name, _, key = text.partition(":") if not is_there(text) else (text, "", "")
     path = Path(name)
-    if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not path.exists():
+    if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not is_there(path):
         raise FileError(
             f"no such tensor on disk: {text}\n"
             "  expected: the path of a .zarr folder, or of a .h5, .hdf5 or .npy file; with several arrays "
             "PATH:NAME"
         )
     try:
-        stored = _Stored(path, key)
-        _ = stored.shape
+        return as_blocks(_Stored(path, key))
     except ImportError as error:
         raise OptionError(
             f"reading {path.suffix} needs {error.name}, which is not installed; pip install 'tnreg[scale]'"
         ) from None
-    except FileError:
+    except TnregError:
         raise
     except Exception as error:
         reason = (
             "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
         )
         raise FileError(f"not a readable {path.suffix} tensor: {path}\n  {reason}") from None
-    return as_blocks(stored)
 
 
 class _Stored:
@@ -193,6 +192,8 @@ class _Stored:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
         if self.path.suffix == ".npy":
+            if self.key:
+                raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
             yield np.load(self.path, mmap_mode="r", allow_pickle=False)
         elif self.path.suffix == ".zarr":
             import zarr
@@ -205,8 +206,10 @@ class _Stored:
                 yield self._one_of(file, h5py.Dataset)
 
     def _one_of(self, group: Any, kind: Any) -> Any:
-        if isinstance(group, kind):
+        if isinstance(group, kind) and not self.key:
             return group
+        if isinstance(group, kind):
+            raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
         names = _arrays_in(group, kind)
         if self.key and self.key in names:
             return group[self.key]

@@ -146,11 +146,18 @@ class Trajectory:
             about = json.loads(str(file["about"]))
             run.stop_reason = str(about["stop_reason"])
             run._steps = [int(step) for step in file["steps"]]
+
+            def rows(title: str) -> Array:
+                array: Array = file[title]
+                if len(array) != len(run):
+                    raise ValueError(f"{len(array)} rows of {title!r} for {len(run)} steps")
+                return array
+
             for name, stored in about["names"].items():
                 if isinstance(stored, str):
-                    run._rows[name] = list(file[stored])
+                    run._rows[name] = list(rows(stored))
                     continue
-                columns = {_read_key(key): file[title] for key, title in stored}
+                columns = {_read_key(key): rows(title) for key, title in stored}
                 run._rows[name] = [
                     {key: column[i] for key, column in columns.items()} for i in range(len(run))
                 ]

@@ -71,7 +71,7 @@ def _of_run(folder: Path, channels: int) -> Net:
         name = about["config"]["model"]
         if about["experiment"] != "locality_run":
             raise ValueError(f"a run of {about['experiment']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(
             f"not a run folder of one training of locality: {folder}\n  {type(error).__name__}: {error}"
         ) from None
