@@ -1,0 +1,516 @@
+"""Whatever comes in, a valid object comes out or an error of tnreg: no other exception, no hang."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import h5py
+import networkx as nx
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    Factorization,
+    FileError,
+    ModeTree,
+    Representation,
+    TnregError,
+    Trajectory,
+    TreeError,
+    images,
+    load,
+    load_tensor,
+    load_tree,
+    open_tensor,
+)
+from tnreg.checkpoint import random_state, read_checkpoint, write_checkpoint
+from tnreg.cli import main
+from tnreg.experiments import locality_run
+from tnreg.experiments.folder import experiment_of, read_run
+from tnreg.tree import read_tree
+
+SETTINGS = {"seed": 1}
+quick = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+# Trees
+
+
+words = st.one_of(
+    st.integers(-2, 5), st.integers(), st.booleans(), st.none(), st.floats(), st.text(max_size=3),
+    st.just(np.array([0, 1])), st.just(np.int64(1)), st.just(int), st.just({0}), st.just({"a": 1}),
+    st.just(torch.tensor([0, 1])),
+)  # fmt: skip
+nested = st.recursive(
+    words, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner), max_leaves=12
+)
+
+
+@given(nested)
+@settings(quick, max_examples=150)
+def test_any_nested_data(data):
+    with contextlib.suppress(TreeError):
+        tree = ModeTree(data)
+        assert tree.leaves == tuple(range(tree.order)) and len(tree.text().splitlines()) == len(
+            tree.nodes
+        )
+
+
+names = st.one_of(
+    st.integers(-1, 4), st.text("ab", max_size=1), st.tuples(st.integers(0, 2)), st.just(int)
+)
+
+
+@given(
+    st.lists(st.tuples(names, names), max_size=8),
+    st.sampled_from([nx.DiGraph, nx.MultiDiGraph, nx.Graph]),
+)
+@settings(quick, max_examples=150)
+def test_any_graph(edges, kind):
+    with contextlib.suppress(TreeError):
+        graph = kind(edges)
+        tree = ModeTree(graph)
+        assert set(tree.nodes) == set(graph) and tree.order + len(tree.interior) == len(graph)
+
+
+def chained(inner, times, wrap=lambda x: [x]):
+    for _ in range(times):
+        inner = wrap(inner)
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (chained(0, 10_000), "more than 400 nodes with one child in a row"),
+        (chained([], 10_000), "interior node without children"),
+        (chained(["a", 0], 10_000), "leaf 'a' is not a mode number"),
+        (chained({}, 10_000, lambda x: {"a": x}), "not a mode tree: <dict>"),
+        ([chained({}, 10_000, lambda x: {"a": x}), 0], "leaf <dict> is not a mode number"),
+        (chained(["a"], 60, lambda x: [x, x]), "leaf 'a' is not a mode number"),  # 2**60 leaves
+        (chained([0], 60, lambda x: [x, x]), "mode 0 appears twice"),
+        ([np.array([0, 1]), 2], r"leaf array\(\[0, 1\]\) is not a mode number"),
+        ([torch.tensor([0.5]), 0], r"leaf tensor\(\[0.5000\]\) is not a mode number"),
+        ([int, 0], "leaf <class 'int'> is not a mode number"),
+    ],
+    ids=range(10),
+)
+def test_nested_data_that_crashed_or_hung(data, message):
+    with pytest.raises(TreeError, match=message):
+        ModeTree(data)
+
+
+def test_ten_thousand_levels_in_a_graph():
+    graph = nx.path_graph([*(f"node {i}" for i in range(10_000)), 0], create_using=nx.DiGraph)
+    tree = ModeTree(graph)
+    assert tree.heights[-1] == 10_000 and tree.modes_below("node 0") == (0,)
+    deep = nx.DiGraph([(chained(("x",), 2_000, lambda x: (x,)), 0)])
+    with pytest.raises(TreeError, match="a name that a file cannot hold"):
+        ModeTree(deep).save("never-written.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 10_000 + "0" + "]" * 10_000,
+        '{"tree":' * 10_000 + "0" + "}" * 10_000,
+        json.dumps({"tree": chained(0, 900)}),
+        json.dumps({"tree": {"links": [0, *([i, i] for i in range(60))]}}),  # 2**60 leaves
+        '{"tree": {"links": [0, 1, [0, 0, 1]]}}',  # was read as [0, 1]
+        '{"tree": {"links": [[1], [0]]}}',
+        '{"tree": {"links": [0, 1, [-2, -3]]}}',
+        '{"tree": {"links": [0, 1, [0], [1], [2, 3]], "names": {"2": "a", "3": "a"}}}',
+        '{"tree": {"links": [0, 1, [0, 1]], "names": {"2": {"a": 1}}}}',
+        '{"tree": [0, 1], "shape": [1e400, 2]}',
+        '{"tree": [0, ' + "9" * 5_000 + "]}",
+        '{"tree": {"name": "a"}}',
+        "[true, 0]",
+        "3",
+        "",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_tree_files_that_are_none(tmp_path, text):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(
+        (TreeError, FileError), match="not a (readable JSON |mode )?tree|shape must be"
+    ):
+        load_tree(tmp_path / "t.json")
+    if text.startswith("["):
+        with pytest.raises(TreeError):
+            read_tree(text)
+
+
+# Files: valid ones, and what becomes of them. Text and arrays inside an archive are replaced as well, so
+# that mutations get past its checksums.
+
+
+def model_of():
+    tree = ModeTree.binary(3)
+    return Factorization(tree, (2, 3, 2), 2, generator=torch.Generator().manual_seed(0))
+
+
+def run_of():
+    run = Trajectory()
+    for step in (0, 5):
+        run.append(step, {"loss": 1.0, "components": {(0, 1): torch.ones(2)}})
+    run.stop_reason = "steps"
+    return run
+
+
+def saved(save, path):
+    save(path)
+    return path.read_bytes()
+
+
+def in_memory(write):
+    raw = io.BytesIO()
+    write(raw)
+    return raw.getvalue()
+
+
+def optimizer_of(model):
+    return torch.optim.Adam(model.parameters())
+
+
+def checkpoint(path):
+    model = model_of()
+    optimizer = optimizer_of(model)
+    model.norm().backward()
+    optimizer.step()
+    write_checkpoint(path, model, optimizer, run_of(), SETTINGS, random_state())
+
+
+def locality_checkpoint(path):
+    found = torch.frombuffer(bytearray(run_of().to_bytes()), dtype=torch.uint8)
+    about = {"format": locality_run._FORMAT, "about": json.dumps(SETTINGS), "found": found}
+    torch.save(about, path)
+
+
+def run_folder(path):
+    path.mkdir(exist_ok=True)
+    run_of().save(path / "trajectory.npz")
+    about = {"tnreg": "0", "experiment": "completion", "config": {"a": 1}, "summary": {}}
+    (path / "config.json").write_text(json.dumps(about))
+
+
+def read_training(path):
+    model = model_of()
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        run, *states = read_checkpoint(path, model, optimizer_of(model), SETTINGS)
+    except TnregError:
+        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        raise
+    assert len(run) and len(states) == 2
+
+
+def read_trajectory(path):
+    run = Trajectory.load(path)
+    for name in run:
+        parts = run[name].values() if isinstance(run[name], dict) else [run[name]]
+        assert all(len(part) == len(run) for part in parts if len(run))
+
+
+def read_images(path):
+    found = images.load(path)
+    assert repr(found).startswith("<") and len(found.images) == len(found)
+
+
+def pairs():
+    pixels = np.zeros((2, 1, 4, 4), np.uint8)
+    boxes = ((0, 0, 2, 2), (0, 2, 2, 4))
+    return images.ImageSet(pixels, np.array([0, 1]), boxes, np.empty(0), {"set": "pairs"})
+
+
+def classifier():
+    return ConvAC(Representation(2), ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=3))
+
+
+def hdf5(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("g/x", data=np.ones((2, 3)), chunks=(1, 3))
+
+
+VALUES = np.arange(6.0).reshape(2, 3)
+KINDS = {  # name of the file: (write it, read it)
+    "model.safetensors": (lambda path: model_of().save(path), lambda path: load(path).norm()),
+    "convac.safetensors": (lambda path: classifier().save(path), ConvAC.load),
+    "run.npz": (lambda path: run_of().save(path), read_trajectory),
+    "images.npz": (lambda path: pairs().save(path), read_images),
+    "x.npy": (lambda path: np.save(path, VALUES), load_tensor),
+    "x.npz": (lambda path: np.savez(path, x=VALUES), load_tensor),
+    "x.safetensors": (
+        lambda path: safetensors.torch.save_file({"x": torch.ones(2, 3)}, path),
+        load_tensor,
+    ),
+    "x.pt": (lambda path: torch.save({"x": torch.ones(2, 3)}, path), load_tensor),
+    "open.npy": (lambda path: np.save(path, VALUES), open_tensor),
+    "open.h5": (hdf5, open_tensor),
+    "tree.json": (lambda path: ModeTree.chain(4).save(path), load_tree),
+    "fit.checkpoint": (checkpoint, read_training),
+    "locality.checkpoint": (
+        locality_checkpoint,
+        lambda path: locality_run._held(path, SETTINGS),
+    ),
+}
+
+
+def read_or_error(kind, path, data):
+    """Read bytes as a file of this kind: whatever they are, nothing but an error of tnreg may come."""
+    path.write_bytes(data)
+    with contextlib.suppress(TnregError):
+        KINDS[kind][1](path)
+
+
+def mutated(data, draw):
+    """Cut, overwritten, repeated or taken out."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(data) - 1, 0)))
+        part = draw(st.binary(max_size=8))
+        end = at + draw(st.sampled_from([0, 1, len(part), 40]))
+        data[at:end] = draw(st.sampled_from([part, part * 9, bytes(data[at:end]) * 2]))
+    return bytes(data[: draw(st.sampled_from([len(data), len(data) // 2]))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_valid_file_is_read(kind, tmp_path):
+    KINDS[kind][0](tmp_path / kind)
+    KINDS[kind][1](tmp_path / kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+@quick
+def test_any_bytes(kind, tmp_path, data):
+    read_or_error(kind, tmp_path / kind, data.draw(st.binary(max_size=200)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+@quick
+def test_mutated_files(kind, tmp_path, data):
+    original = saved(KINDS[kind][0], tmp_path / f"valid-{kind}")
+    read_or_error(kind, tmp_path / kind, mutated(original, data.draw))
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4),
+              st.sampled_from(["diagonal", "full", "leaf", "complex32", "float16", "int64", "save"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def replaced(value, draw):
+    """A JSON value with one value in it replaced by another one, or a key left out."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(sorted(value)))
+        if not draw(st.integers(0, 4)):
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: replaced(value[key], draw)}
+    if isinstance(value, list) and value and draw(st.integers(0, 3)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], replaced(value[at], draw), *value[at + 1 :]]
+    return draw(json_values)
+
+
+def with_header(data, change):
+    """A safetensors file with other metadata."""
+    length = struct.unpack("<Q", data[:8])[0]
+    head = json.loads(data[8 : 8 + length])
+    about = head["__metadata__"]
+    key = next(iter(about))
+    about[key] = json.dumps(change(json.loads(about[key])))
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def with_member(data, name, change):
+    """A zip archive with one member changed."""
+    old = zipfile.ZipFile(io.BytesIO(data))
+
+    def write(raw):
+        with zipfile.ZipFile(raw, "w") as new:
+            for member in old.namelist():
+                held = old.read(member)
+                new.writestr(member, change(held) if member.endswith(name) else held)
+
+    return in_memory(write)
+
+
+def with_text(change):
+    """Change of an array of one string that holds JSON."""
+
+    def changed(held):
+        about = json.loads(str(np.load(io.BytesIO(held))))
+        text = np.array(json.dumps(change(about)))
+        return in_memory(lambda raw: np.save(raw, text))
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "kind", ["model.safetensors", "convac.safetensors", "run.npz", "images.npz"]
+)
+@given(st.data())
+@settings(quick, max_examples=150)
+def test_other_descriptions_in_valid_files(kind, tmp_path, data):
+    original = saved(KINDS[kind][0], tmp_path / f"valid-{kind}")
+    change = lambda value: replaced(value, data.draw)  # noqa: E731
+    if kind.endswith("npz"):
+        changed = with_member(original, "about.npy", with_text(change))
+    else:
+        changed = with_header(original, change)
+    read_or_error(kind, tmp_path / kind, changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("x.pt", "data.pkl"), ("fit.checkpoint", "data.pkl"), ("locality.checkpoint", "data.pkl"),
+     ("run.npz", "loss.npy"), ("run.npz", "steps.npy"), ("images.npz", "boxes.npy"),
+     ("images.npz", "labels.npy"), ("x.npz", "x.npy")],
+)  # fmt: skip
+@given(st.data())
+@quick
+def test_other_parts_in_valid_archives(kind, name, tmp_path, data):
+    original = saved(KINDS[kind][0], tmp_path / f"valid-{kind}")
+    changed = with_member(original, name, lambda held: mutated(held, data.draw))
+    read_or_error(kind, tmp_path / kind, changed)
+
+
+@given(st.data())
+@settings(quick, max_examples=60)
+def test_run_folders(tmp_path, data):
+    run_folder(tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(replaced(about, data.draw)))
+    assert isinstance(experiment_of(tmp_path / "run"), str)
+    with contextlib.suppress(TnregError):
+        run = read_run(tmp_path / "run")
+        assert isinstance(run.config, dict) and isinstance(run.summary, dict)
+
+
+def test_a_zarr_folder_with_other_descriptions(tmp_path):
+    path = tmp_path / "x.zarr"
+    zarr.create_array(store=str(path), data=VALUES, chunks=(1, 3))
+    assert open_tensor(path).shape == (2, 3)
+    text = (path / "zarr.json").read_text()
+    empty_blocks = json.loads(text)
+    empty_blocks["chunk_grid"]["configuration"]["chunk_shape"] = [0, 3]
+    for changed in ("", "{}", "[" * 10_000, text[:-9], text.replace("float64", "float65"),
+                    text.replace('"shape": [', '"shape": [-'), text.replace("regular", "odd"),
+                    json.dumps(empty_blocks)):  # fmt: skip
+        (path / "zarr.json").write_text(changed)
+        with pytest.raises(TnregError):
+            open_tensor(path)
+
+
+def test_descriptions_that_crashed(tmp_path):
+    for text in ("[" * 10_000, '{"experiment": "x", "config": 3, "summary": {}}', "null", "\udcff"):
+        run_folder(tmp_path / "run")
+        (tmp_path / "run" / "config.json").write_text(text, errors="surrogateescape")
+        with pytest.raises(FileError, match="not a run folder"):
+            read_run(tmp_path / "run")
+    data = saved(lambda path: run_of().save(path), tmp_path / "valid.npz")
+    path = tmp_path / "run.npz"
+    short = in_memory(lambda raw: np.save(raw, np.ones(3)))
+    path.write_bytes(with_member(data, "loss.npy", lambda held: short))
+    with pytest.raises(FileError, match="3 rows of 'loss' for 2 steps"):
+        Trajectory.load(path)
+    data = saved(lambda path: pairs().save(path), tmp_path / "valid-images.npz")
+    without = with_text(lambda about: {**about, "config": 3})
+    path.write_bytes(with_member(data, "about.npy", without))
+    with pytest.raises(FileError, match="its config is a int, not an object"):
+        images.load(path)
+
+
+@pytest.mark.parametrize("key", ["sizes", "bonds", "dtype"])
+def test_a_small_file_asks_for_no_large_model(tmp_path, key):
+    """Weights of a terabyte, by the description of a file of a kilobyte, or of a dtype of another kind."""
+    large = {"sizes": [10**6] * 3, "bonds": [10**6] * 5, "dtype": "complex32"}
+
+    def change(about):
+        return {**about, key: large[key]}
+
+    data = saved(lambda path: model_of().save(path), tmp_path / "valid")
+    (tmp_path / "m").write_bytes(with_header(data, change))
+    with pytest.raises(FileError, match=r"weight\.\d has another shape or dtype: .* expected .*"):
+        load(tmp_path / "m")
+    data = saved(lambda path: classifier().save(path), tmp_path / "valid")
+    (tmp_path / "c").write_bytes(with_header(data, change))
+    with pytest.raises(FileError, match=f"not a classifier: {tmp_path / 'c'}"):
+        ConvAC.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("broken", ["optimizer", "random", "run", "model"])
+def test_a_checkpoint_that_is_half_right_changes_nothing(tmp_path, broken):
+    path = tmp_path / "c"
+    checkpoint(path)
+    held = torch.load(path, weights_only=True)
+    held[broken] = {
+        "optimizer": {"state": {}, "param_groups": []},
+        "random": [[torch.zeros(3, dtype=torch.uint8)], []],
+        "run": torch.frombuffer(bytearray(Trajectory().to_bytes()), dtype=torch.uint8),
+        "model": {"stacks.0": 3},
+    }[broken]
+    torch.save(held, path)
+    with pytest.raises(FileError, match="not a checkpoint: (.|\n)*delete"):
+        read_training(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5_000, "a\0b", "\ud800"], ids=["long", "null", "surrogate"])
+def test_names_that_no_file_can_have(name):
+    for read, ending in [(load, ""), (ConvAC.load, ""), (load_tree, ""), (load_tree, ".json"),
+                         (Trajectory.load, ".npz"), (images.load, ".npz"), (load_tensor, ".npy"),
+                         (open_tensor, ".npy"), (read_run, "")]:  # fmt: skip
+        with pytest.raises(FileError):
+            read(name + ending)
+    for save in (model_of().save, run_of().save, pairs().save, ModeTree.star(2).save):
+        with pytest.raises(FileError, match="cannot write"):
+            save(name)
+
+
+# Arguments
+
+
+def exit_code(arguments):
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(arguments)
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["tree", "rank", "export", "probe", "plot", "htf-4", "list", "[[0,2],[1,3]]", "[", "[[0,0]]",
+             "x.npy", "nothing", "--tree", "--rtol", "--png", "--ascii", "--sizes", "--format", "--out",
+             "--key", "-1", "1e999", "nan", "", "--", "-h", "il2-4", "x.npy:y", "/", "é", "\0"]
+        ) | st.text(max_size=4),
+        max_size=5,
+    )
+)  # fmt: skip
+@settings(quick, max_examples=25)
+def test_any_arguments(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    np.save(Path("x.npy"), np.ones((2, 2, 2, 2)))
+    assert exit_code(arguments) in (0, 1, 2)

@@ -1,0 +1,334 @@
+"""Two processes at one path, full disks, folders that cannot be written, and the same result every time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    Factorization,
+    FileError,
+    ModeTree,
+    Representation,
+    Trajectory,
+    completion,
+    decompose,
+    fit,
+    images,
+    load,
+    load_tree,
+    truncate,
+)
+from tnreg.checkpoint import random_state, read_checkpoint, write_checkpoint
+from tnreg.experiments import sweep
+from tnreg.experiments.completion import Config
+from tnreg.experiments.folder import read_run, write_run
+from tnreg.files import folder_written_whole
+
+# What is saved comes in versions: everything in version 3 says 3, and large versions make larger files.
+
+
+def model_of(version):
+    model = Factorization(ModeTree.binary(4), 5 + version, 3)
+    model.load_weights({v: torch.full_like(w, version) for v, w in model.weights.items()})
+    return model
+
+
+def run_of(version):
+    run = Trajectory()
+    for step in range(40 * version):
+        run.append(step, {"loss": float(version), "noise": torch.rand(8, dtype=torch.float64)})
+    run.stop_reason = "steps"
+    return run
+
+
+def write_folder(path, version):
+    with folder_written_whole(path) as beside:
+        write_run(beside, Config(seed=version), run_of(version), model_of(version), {"v": version})
+
+
+def checkpoint(path, version):
+    optimizer = torch.optim.SGD(model_of(1).parameters(), lr=1.0)
+    settings = {"version": 0}
+    model = torch.nn.Linear(20, 20)
+    torch.nn.init.constant_(model.weight, version)
+    write_checkpoint(path, model, optimizer, run_of(version), settings, random_state())
+
+
+def read_training(path):
+    model = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model_of(1).parameters(), lr=1.0)
+    run, _, _ = read_checkpoint(path, model, optimizer, {"version": 0})
+    return {int(run["loss"][0]), len(run) // 40, *model.weight.detach().unique().tolist()}
+
+
+def set_of(version):
+    pixels = np.full((50 * version, 1, 8, 8), version, np.uint8)
+    labels = np.full(50 * version, version)
+    return images.ImageSet(pixels, labels, (), np.empty(0), {"set": "pairs", "version": version})
+
+
+def read_folder(path):
+    run = read_run(path)
+    return {run.config["seed"], run.summary["v"], *run.found["loss"].tolist(), len(run.found) // 40}
+
+
+def read_set(path):
+    found = images.load(path)
+    return {found.config["version"], *found.labels.tolist(), *np.unique(found.images).tolist()}
+
+
+def read_model(path):
+    model = load(path)
+    return {model.sizes[0] - 5, *(int(x) for w in model.weights.values() for x in w.unique())}
+
+
+KINDS = {  # name: (write a version, versions that a reader sees in it)
+    "model": (lambda path, v: model_of(v).save(path), read_model),
+    "trajectory": (
+        lambda path, v: run_of(v).save(path),
+        lambda path: {*Trajectory.load(path)["loss"].tolist()},
+    ),
+    "images": (lambda path, v: set_of(v).save(path), read_set),
+    "tree": (lambda path, v: ModeTree.star(v).save(path), lambda path: {load_tree(path).order}),
+    "checkpoint": (checkpoint, read_training),
+    "run": (write_folder, read_folder),
+}
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# Two processes
+
+
+def save_again_and_again(folder, version, times):
+    """What each of the two processes does, once both are there."""
+    (folder.parent / f"ready-{version}").touch()
+    while len(list(folder.parent.glob("ready-*"))) < 2:
+        pass
+    for _ in range(times):
+        for kind, (write, _) in KINDS.items():
+            write(folder / f"{kind}.json", version)
+
+
+def seen_in(kind, path):
+    """The version that is there now; nothing if there is none."""
+    try:
+        found = KINDS[kind][1](path)
+    except FileError as error:  # at the start; a folder is away for a moment, a file never
+        assert "no such" in str(error).lower(), str(error)
+        assert kind == "run" or not path.exists() or not KINDS[kind][1](path) - {2, 3}
+        return set()
+    assert found in ({2}, {3}), f"{kind}: {found}"
+    return found
+
+
+def test_two_processes_save_to_one_path(tmp_path):
+    """One of the two is there whole in the end, nothing else is left, and nobody ever saw a half."""
+    place = tmp_path / "place"
+    place.mkdir()
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_hardening as t\n"
+    code += "t.save_again_and_again(pathlib.Path(sys.argv[2]), int(sys.argv[3]), 15)"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(place)]
+    both = [subprocess.Popen([*command, str(v)], stderr=subprocess.PIPE, text=True) for v in (2, 3)]
+    seen: dict[str, set] = {kind: set() for kind in KINDS}
+    try:
+        while any(process.poll() is None for process in both):
+            for kind in KINDS:
+                seen[kind] |= seen_in(kind, place / f"{kind}.json")
+    finally:
+        for process in both:
+            process.kill()
+        errors = [process.communicate()[1] for process in both]
+    assert errors == ["", ""] and [process.returncode for process in both] == [0, 0]
+    assert set(os.listdir(place)) == {f"{kind}.json" for kind in KINDS}
+    for kind, (_, read) in KINDS.items():
+        assert seen[kind] and read(place / f"{kind}.json") in ({2}, {3})
+
+
+def test_a_folder_put_there_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(FileError, match="left alone"), folder_written_whole(tmp_path / "x") as b:
+        (b / "new").touch()
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "precious").touch()
+    assert list(contents(tmp_path)) == ["x/precious"]
+
+
+# Full disks
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file of this process gets larger than so many bytes; writing beyond is an ``OSError``."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_disk(kind, share, tmp_path):
+    write, read = KINDS[kind]
+    path = tmp_path / "path"
+    write(path, 3)
+    written = contents(tmp_path)
+    size = int(share * max(map(len, written.values())))
+    write(path, 2)
+    before = contents(tmp_path)
+    with pytest.raises(FileError, match=f"cannot write {path}(.|\n)*(File too large|os error 27)"):
+        with disk_of(min(size, max(map(len, before.values())) - 1)):
+            write(path, 3)
+    assert contents(tmp_path) == before and read(path) == {2}
+    path.rename(tmp_path / "other")
+    with pytest.raises(FileError, match="cannot write"), disk_of(3):
+        write(path, 3)
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_full_disk_in_a_training(tmp_path):
+    """The error comes out of ``fit``; the checkpoint before is whole and the training goes on from it."""
+    task = completion(model_of(1), 20)
+    start = {v: torch.rand(w.shape) for v, w in model_of(1).weights.items()}
+
+    def train(steps, watch=lambda m: 0.0):
+        model = Factorization(ModeTree.binary(4), 6, 3)
+        model.load_weights(start)
+        return model, fit(model, task.loss, steps=steps, every=2, progress=False, observe={"w": watch},
+                          checkpoint=tmp_path / "c", checkpoint_seconds=0)  # fmt: skip
+
+    calls = []
+
+    def watch(model):
+        calls.append(1)
+        if len(calls) == 3:
+            stack.enter_context(disk_of(100))
+        return 0.0
+
+    with contextlib.ExitStack() as stack, pytest.raises(FileError, match="File too large"):
+        train(10, watch)
+    assert os.listdir(tmp_path) == ["c"]
+    _, run = train(10)
+    (tmp_path / "c").unlink()
+    assert run.steps.tolist() == [0, 2, 4, 6, 8, 10]
+    assert np.array_equal(run["loss"], train(10)[1]["loss"])
+
+
+def test_other_errors_in_a_run_folder_are_passed_on(tmp_path):
+    with pytest.raises(ConnectionError), folder_written_whole(tmp_path / "x"):
+        raise ConnectionError("of something else")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_that_cannot_be_written(kind, tmp_path):
+    """Permission bits do not bind an administrator; ``/proc`` and a file do."""
+    write, _ = KINDS[kind]
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", Path("/proc")):
+        if folder.exists():
+            with pytest.raises(FileError, match="cannot write|Not a directory"):
+                write(folder / "path", 2)
+    assert contents(tmp_path) == {"file": b"x"}
+
+
+# The same result every time
+
+
+def drawn(settings, folder, checkpoint):
+    return {"x": float(torch.rand((), generator=torch.Generator().manual_seed(settings["seed"])))}
+
+
+def results(folder):
+    """What one seed gives, by name: tensors that are compared bit by bit."""
+    tree, generator = ModeTree.binary(4), torch.Generator().manual_seed(5)
+    model = Factorization(tree, (6, 7, 8, 9), 12, generator=generator)
+    target = Factorization(tree, (6, 7, 8, 9), 3, std=1.0, generator=generator).to_tensor().detach()
+    found = {"init": [*model.weights.values()]}
+    task = completion(target, 0.3, seed=2)
+    found["completion"] = [task.index, task.values]
+    run = fit(model, task.loss, steps=60, every=20, progress=False)
+    found["fit"] = [torch.from_numpy(run["loss"]), *model.weights.values()]
+    for name, options in [("hsvd", {}), ("randomized", {"randomized": True})]:
+        shrunk = decompose(target, tree, ranks=2, **options)
+        found[name] = [*shrunk.weights.values()]
+    found["truncate"] = [*truncate(model, ranks=2).weights.values()]
+    shown = images.pathfinder(6, length=3, size=32, seed=1)
+    found["images"] = [torch.from_numpy(shown.images), torch.from_numpy(shown.labels)]
+    torch.manual_seed(3)
+    net = ConvAC(Representation(4), ConvNet(ModeTree.grid((4, 4)), 4, 8, outputs=2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    x, y = torch.rand(32, 1, 4, 4), torch.arange(32) % 2
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    found["classifier"] = [*net.parameters()]
+    done = sweep.run(drawn, [{"seed": 1}, {"seed": 2}], folder, workers=0, progress=False)
+    found["sweep"] = [torch.tensor([row["x"] for row in done.rows])]
+    return {name: [t.detach().cpu().contiguous() for t in parts] for name, parts in found.items()}
+
+
+def digest(parts):
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+
+def print_digests(folder):
+    print(json.dumps({name: digest(parts) for name, parts in results(folder).items()}))
+
+
+def test_the_same_bits_in_this_and_in_a_fresh_process(tmp_path):
+    """One thread: bit for bit. Two: small work as well, a classifier to rounding."""
+    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_hardening as t\n"
+    code += "t.torch.set_num_threads(1); t.print_digests(pathlib.Path(sys.argv[2]))"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "fresh")]
+    fresh = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results(tmp_path / "one")
+        torch.set_num_threads(2)
+        two = results(tmp_path / "two")
+    finally:
+        torch.set_num_threads(threads)
+        said = fresh.communicate()[0]
+    assert json.loads(said) == {name: digest(parts) for name, parts in one.items()}
+    for name, parts in one.items():
+        for part, other in zip(parts, two[name], strict=True):
+            if name in ("init", "completion", "images", "sweep"):  # drawn, not computed
+                assert torch.equal(part, other), name
+            else:
+                torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-6)
+
+
+def test_another_seed_gives_something_else(tmp_path):
+    """What was compared above hangs on the seed."""
+    tree = ModeTree.binary(4)
+    for make in (
+        lambda seed: Factorization(tree, 3, 2, generator=torch.Generator().manual_seed(seed)).weights[0],
+        lambda seed: completion(model_of(1), 20, seed=seed).index,
+        lambda seed: torch.from_numpy(images.pathfinder(2, length=3, size=32, seed=seed).images),
+        lambda seed: decompose(torch.rand(6, 6, 6, 6, generator=torch.Generator().manual_seed(0)), tree,
+                               ranks=2, randomized=True, seed=seed).weights[0],
+    ):  # fmt: skip
+        assert torch.equal(make(1), make(1)) and not torch.equal(make(1), make(2))
