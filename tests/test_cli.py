@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
+import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +24,22 @@ from tnreg import (
     ModeTree,
     Representation,
     Trajectory,
+    effective_rank,
+    entanglement_entropy,
     export_pt2,
+    gallery,
+    hierarchical_rank,
     load,
+    load_tree,
+    locality_profile,
+    spectra,
 )
 from tnreg.cli import main
-from tnreg.experiments import dynamics
+from tnreg.cli.hints import hint
+from tnreg.cli.reply import Reply, plain
+from tnreg.experiments import convac, dynamics, locality
 from tnreg.experiments.nets import build
+from tnreg.tree import read_tree, tree_from_json
 
 
 def call(capsys, *arguments):
@@ -383,7 +397,7 @@ def test_probe(capsys, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        *"tree,rank,decompose,fit,export,probe,plot,demo,run".split(","),
+        *"tree,rank,decompose,fit,export,probe,plot,demo,run,sweep,doctor".split(","),
         *(f"run {name}" for name in ("dynamics", "init-scale", "convac", "locality")),
     ],
 )
@@ -410,6 +424,7 @@ def test_module_runs():
     assert "(0, 1, 2)" in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:.* times in one pass")
 def test_tensors_on_disk(tmp_path, capsys):
     """Files of zarr and HDF5 are read block by block; ranks are those of the tensor in memory."""
     h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
@@ -440,3 +455,288 @@ def test_tensors_on_disk(tmp_path, capsys):
     ):
         code, _, err = call(capsys, *words)
         assert code == 1 and message in err
+
+
+def answer(capsys, *arguments, code=0):
+    """The JSON document on standard output; nothing else is there."""
+    found, out, err = call(capsys, *arguments, "--json")
+    assert found == code, err
+    return json.loads(out, parse_constant=pytest.fail)  # no NaN or Infinity
+
+
+def test_json_of_trees(capsys):
+    rows = answer(capsys, "tree", "list")
+    assert [row["name"] for row in rows] == list(gallery())
+    assert all(row["order"] == load_tree(row["name"]).order and row["about"] for row in rows)
+    for source in ("il2-4", "[[0,2],[1,[3]]]"):
+        found, tree = answer(capsys, "tree", source), read_tree(source)
+        assert tree_from_json(found) == tree and found["height"] == tree.heights[-1]
+        assert [row["node"] for row in found["nodes"]] == [str(node) for node in tree.nodes]
+        for row, node in zip(found["nodes"], tree.nodes, strict=True):
+            above = tree.parent(node)
+            assert row["parent"] == (None if above is None else str(above))
+            assert tuple(row["modes"]) == tree.modes_below(node)
+    assert answer(capsys, "tree", "il2-4")["modes"][0] == "ligand"
+
+
+def test_json_of_ranks(capsys, tensor, tmp_path):
+    x, tree = torch.from_numpy(np.load(tensor)), ModeTree([[0, 2], [1, 3]])
+    png = str(tmp_path / "r.png")  # what was written is told on standard error
+    found = answer(capsys, "rank", tensor, "--tree", "across-4", "--rtol", "0.1", "--png", png)
+    assert found["sizes"] == list(x.shape) and found["rtol"] == 0.1
+    ranks, values = hierarchical_rank(x, tree, rtol=0.1), spectra(x, tree)
+    assert {row["node"]: row["rank"] for row in found["nodes"]} == {
+        str(node): rank for node, rank in ranks.items()
+    }
+    for row, s in zip(found["nodes"], values.values(), strict=True):
+        assert row["singular values"] == len(s)
+        figures = float(s[0]), float(effective_rank(s)), float(entanglement_entropy(s))
+        assert [row[key] for key in ("largest", "effective rank", "entropy")] == pytest.approx(
+            figures
+        )
+
+
+def test_json_of_a_decomposition(capsys, tensor, tmp_path):
+    out, x = tmp_path / "m.safetensors", torch.from_numpy(np.load(tensor))
+    options = ("--tree", "htf-4", "--rtol", "0.2", "--out", str(out))
+    found, model = answer(capsys, "decompose", tensor, *options), load(out)
+    bonds = zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True)
+    assert {row["node"]: row["rank"] for row in found["nodes"]} == {str(v): r for v, r in bonds}
+    assert found["numbers"] == sum(p.numel() for p in model.parameters())
+    assert found["numbers before"] == x.numel() and found["written"] == [str(out)]
+    error = ((model.to_tensor() - x).norm() / x.norm()).item()
+    assert found["relative error"]["reached"] == pytest.approx(error, rel=1e-9)
+    assert found["relative error"]["asked"] == 0.2 >= found["relative error"]["bound"] >= error
+    values = spectra(x, model.tree)
+    for row, s in zip(found["nodes"], values.values(), strict=True):
+        rest = s[row["rank"] :]
+        assert row["error of the cut"] == pytest.approx(float(rest.norm() / x.norm()), abs=1e-12)
+
+
+def test_json_of_trainings(capsys, tensor, tmp_path):
+    """What the document says is what the run folder says."""
+    short = ("--steps", "20", "--no-progress")
+    for words in (
+        ("fit", tensor, "--rank", "2", *short),
+        ("run", "dynamics", "--model", "tiny", *short),
+    ):
+        folder = tmp_path / words[0]
+        found = answer(capsys, *words, "--out", str(folder))
+        summary = json.loads((folder / "config.json").read_text())["summary"]
+        assert found.pop("folder") == str(folder)
+        assert found.pop("tensor", tensor) == tensor
+        assert found.pop("experiment", "dynamics") == "dynamics"
+        assert found == summary
+    words = "sweep dynamics --model tiny --seed 0:2 --workers 0".split()
+    found = answer(capsys, *words, *short, "--out", str(tmp_path / "sweep"))
+    assert len(found["rows"]) == len(found["computed"]) == 2 and not found["failed"]
+    mean = sum(row["test error"] for row in found["rows"]) / 2
+    assert (
+        found["means"][0]["test error"] == pytest.approx(mean) and found["means"][0]["seeds"] == 2
+    )
+
+
+def test_json_of_a_sweep_that_fails(capsys, tmp_path):
+    words = "sweep dynamics --model tiny --seed 0 --lr=-1 --workers 0 --retries 0".split()
+    found = answer(capsys, *words, "--no-progress", "--out", str(tmp_path / "s"), code=1)
+    [(name, error)] = found["failed"].items()
+    assert "lr must be" in error and not found["rows"]
+    code, _, err = call(capsys, *words, "--no-progress", "--out", str(tmp_path / "s"))
+    assert code == 1 and f"{name}: " in err and "1 of 1 runs failed" in err
+
+
+def test_json_of_convac_and_locality(capsys, tmp_path, monkeypatch):
+    """Bars that a library draws on standard output do not get between; NaN becomes null."""
+    cell = {"arm": "plain", "distance": 8, "test accuracy": 0.5, "deviation": math.nan, "epochs": 2,
+            "seconds": 1.0, "cost": math.nan, "cost an epoch": 1.0}  # fmt: skip
+    summary = {"accuracy": [], "mean and spread": {}, "smaller": [], "seconds": 2.0}
+    shown = []
+
+    def noisy(found):
+        def run(config, folder, *, progress):
+            print("a bar")
+            shown.append(progress)
+            return found
+
+        return run
+
+    monkeypatch.setattr(convac, "run", noisy(summary))
+    monkeypatch.setattr(locality, "run", noisy([cell]))
+    monkeypatch.setattr(locality, "table", lambda rows: rows)
+    out = str(tmp_path / "r")
+    assert answer(capsys, "run", "convac", "--out", out) == {
+        "folder": out, "experiment": "convac", **summary
+    }  # fmt: skip
+    found = answer(capsys, "run", "locality", "--set", "tiny", "--out", out)
+    assert found["means"] == [{**cell, "deviation": None, "cost": None}]
+    assert shown == [False, False]  # no terminal here
+
+
+def test_json_of_a_probe(capsys, tmp_path):
+    images = torch.rand(20, 1, 8, 24, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", images.numpy())
+    net = build("small-cnn", 1).eval()
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    options = ("--data", str(tmp_path / "x.npy"), "--weights", str(tmp_path / "w.pt"))
+    words = ("--distances", "0", "4", "--pairs", "1", "--samples", "4", "--anywhere")
+    [found] = answer(capsys, "probe", "small-cnn", *options, *words)["models"]
+    wanted = locality_profile(
+        net, images, distances=(0, 4), pairs=1, samples=4, where="anywhere", seed=0
+    )
+    assert found["model"] == "small-cnn" and found["size"] == wanted.size == 1
+    assert [row["distance"] for row in found["distances"]] == [0, 4]
+    assert [row["standard error"] for row in found["distances"]] == [None, None]
+    assert [row["interaction"] for row in found["distances"]] == pytest.approx(
+        wanted.interaction[:, 0].tolist(), abs=1e-6
+    )
+
+
+def test_plain_values():
+    given = {(0, 1): np.float32(0.5), "a": [math.nan, -math.inf, torch.tensor([1, 2])], 3: {2, 1},
+             "b": (True, None, Path("x")), "c": np.array([math.nan])}  # fmt: skip
+    assert plain(given) == {
+        "(0, 1)": 0.5, "a": [None, None, [1, 2]], "3": [1, 2], "b": [True, None, "x"], "c": [None]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("rank covid19 --tree nope", "--tree"),
+        ("rank covid19 --tree htf-4", "--tree"),
+        ("rank covid19 --tree [0,1", "--tree"),
+        ("rank covid19 --tree [0,2]", "--tree"),
+        ("rank covid19 --tree x.json", "--tree"),
+        ("rank covid19 --rtol 2", "--rtol"),
+        ("rank covid19 --rtol nan", "--rtol"),
+        ("rank covid19 --memory lots", "--memory"),
+        ("rank covid19 --device warp", "--device"),
+        ("rank il2", "--missing nan"),
+        ("rank covid19 --png nowhere/x.png", "--png"),
+        ("decompose covid19 --rtol -1", "--rtol"),
+        ("decompose covid19 --ranks 0", "--ranks"),
+        ("decompose covid19 --memory 0", "--memory"),
+        ("decompose covid19 --tree htf-4", "--tree"),
+        ("decompose covid19 --out nowhere/x.safetensors", "--out"),
+        ("decompose covid19 --png .", "--png"),
+        ("fit covid19 --tree htf-4", "--tree"),
+        ("fit covid19 --observed 2", "--observed"),
+        ("fit il2", "--missing"),
+        ("fit covid19 --rank 0", "--rank"),
+        ("fit covid19 --std=-1", "--std"),
+        ("fit covid19 --lr=-1 --out r", "--lr"),
+        ("fit covid19 --steps=-1 --out r", "--steps"),
+        ("fit covid19 --every 0 --out r", "--every"),
+        ("fit covid19 --steps 1 --out theirs", "--out"),
+        ("fit covid19 --join full --root ones", "--root"),
+        ("run dynamics --model tiny --tree [0,1]", "--tree"),
+        ("run dynamics --model tiny --out theirs", "--out"),
+        ("run dynamics --model tiny --device warp", "--device"),
+        ("run convac --trees htf-4 --out r", "--trees"),
+        ("run convac --trees nope --out r", "--trees"),
+        ("run init-scale --model tiny --stds", "--stds"),
+        ("sweep dynamics --model tiny --device warp", "--device"),
+        ("probe small-cnn --data none.npz", "--data"),
+        ("probe small-cnn --data digits --weights none.pt", "--weights"),
+        ("probe small-cnn --data digits", "--weights"),
+        ("plot theirs --png nowhere/x.png", "--png"),
+        ("demo --device warp", "--device"),
+    ],
+)
+def test_errors_name_the_option(capsys, tmp_path, monkeypatch, words, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "letter.txt").write_text("keep")
+    code, out, err = call(capsys, *words.split())
+    assert code == 1 and not out and err.startswith("tnreg: ")
+    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", err), err
+    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "letter.txt"]
+
+
+def test_errors_of_a_command_name_only_its_options():
+    message = "ranks must be a positive integer or {non-root node: rank}, found 0."
+    assert hint(message, ["fit", "x"]).endswith("\n  option: --rank")
+    assert hint(message, ["decompose", "x"]).endswith("\n  option: --ranks")
+    assert hint(message, ["tree", "x"]) == hint(message, []) == message
+    told = "rtol must be in [0, 1), found 2.0; change --rtol"
+    assert hint(told, ["rank", "x"]) == told
+
+
+def test_a_process_count_without_a_rank_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    code, _, err = call(capsys, "tree", "htf-4")
+    assert code == 1 and "torchrun started 2 processes" in err
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = call(capsys, "tree", "htf-4")
+    assert code == 1 and not err  # the first one tells it
+
+
+class Screen(io.StringIO):
+    """Standard error that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_work_shows_a_line_on_a_terminal(capsys, tensor, tmp_path, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    model, net = tmp_path / "m.safetensors", build("small-cnn", 1)
+    zoo.model_of(ModeTree.binary(2), sizes=(3, 3)).save(model)
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((9, 1, 8, 16)).astype("float32"))
+    data = ("--data", str(tmp_path / "x.npy"), "--weights", str(tmp_path / "w.pt"))
+    for words, line in (
+        (("rank", tensor, "--json"), "singular values ..."),
+        (("decompose", tensor), "decomposing ..."),
+        (("export", str(model), "--format", "state"), "writing state ..."),
+        (("probe", "small-cnn", *data, "--pairs", "1"), "probing small-cnn ..."),
+        (("doctor", "--json"), "looking at packages"),
+        (("fit", tensor, "--steps", "5", "--out", str(tmp_path / "r")), "5/5"),
+    ):
+        screen.truncate(0)
+        code, out, _ = call(capsys, *words)
+        assert code == 0 and line in screen.getvalue() and line not in out, words
+        if words[-1] == "--json":
+            json.loads(out)
+    assert Reply().shows(True) and not Reply().shows(False)  # --no-progress
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(capsys, tensor):
+    for command in ("rank", "decompose"):
+        code, out, err = call(capsys, command, tensor)
+        assert code == 0 and not err and "..." not in out
+    assert not Reply().shows(True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(capsys, tmp_path, shell):
+    code, script, err = call(capsys, "--tyro-print-completion", shell)
+    assert code == 0, err
+    for word in ("--rtol", "--memory", "decompose", "init-scale", "doctor"):
+        assert word in script
+    (tmp_path / "script").write_text(script)
+    if shell == "bash":
+        # complete -F FUNCTION tnreg; asked for what may follow "tnreg rank x.npy --r"
+        ask = "\n".join(
+            [
+                f"source {tmp_path / 'script'}",
+                "f=$(complete -p tnreg | sed 's/.*-F \\([^ ]*\\).*/\\1/')",
+                "COMP_WORDS=(tnreg rank x.npy --r); COMP_CWORD=3; COMP_LINE='tnreg rank x.npy --r'",
+                "COMP_POINT=20; COMPREPLY=(); $f; echo ${COMPREPLY[@]}",
+            ]
+        )
+        subprocess.run(["bash", "-n", tmp_path / "script"], check=True)
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["--rtol"]
+
+
+def test_completion_for_tcsh_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for words in (["--tyro-print-completion", "tcsh"], ["--tyro-print-completion=tcsh"]):
+        code, _, err = call(capsys, *words)
+        assert code == 1 and "pip install shtab" in err

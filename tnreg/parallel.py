@@ -194,8 +194,11 @@ def started() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is to print: the first of those that torchrun started, or the only one."""
-    return started() == 1 or os.environ.get("RANK") == "0"
+    """Whether this process is to print: the first of those that torchrun started, or the only one.
+
+    Without a rank in the environment torchrun started none, whatever WORLD_SIZE says: it prints its errors.
+    """
+    return started() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
