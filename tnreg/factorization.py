@@ -27,6 +27,7 @@ from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregErr
 from tnreg.files import is_file, write_whole
 from tnreg.network import Network
 from tnreg.scaled import absorbed, equilibrated, unscaled
+from tnreg.svg import MOST_NODES, as_text, tree_svg
 from tnreg.tree import ModeTree, Node, tree_from_json, tree_to_json
 
 __all__ = ["Factorization", "load"]
@@ -516,6 +517,19 @@ class Factorization(nn.Module):
             f"{' and '.join(joins)} joins{root}, bonds {_span(self.network.bonds[:-1])}, "
             f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tree with sizes of modes and bonds; as text beyond 60 nodes."""
+        tree = self.tree
+        if len(tree.nodes) > MOST_NODES:
+            return as_text(repr(self))
+        sizes = dict(zip(tree.leaves, self.sizes, strict=True))
+        labels = [f"{v}: size {sizes[v]}" if v in sizes else v for v in tree.nodes]
+        bonds = dict(enumerate(self.network.bonds[:-1]))
+        joins = " and ".join(sorted({kind for kind in self.network.joins if kind != "leaf"}))
+        count, dtype = sum(stack.numel() for stack in self.stacks), str(self.dtype)
+        caption = f"sizes {self.sizes}, {joins} joins, {count} weights of {dtype.removeprefix('torch.')}"
+        return tree_svg(tree.links, labels, edges=bonds, caption=caption)
 
     def __repr__(self) -> str:
         return f"Factorization(\n  {self.extra_repr()}\n)".replace("),\n", "),\n  ")

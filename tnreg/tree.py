@@ -19,6 +19,7 @@ import networkx as nx
 
 from tnreg.errors import FileError, TreeError, check_integer
 from tnreg.files import is_file, write_whole
+from tnreg.svg import MOST_NODES, as_text, tree_svg
 
 Node = Hashable
 
@@ -294,6 +295,12 @@ class ModeTree:
 
     def __str__(self) -> str:
         return self.text()
+
+    def _repr_html_(self) -> str:
+        """The drawing that a notebook shows; the text of ``repr`` for a tree of more than 60 nodes."""
+        if len(self._names) > MOST_NODES:
+            return as_text(repr(self))
+        return tree_svg(self._links, self._names)
 
     def text(self, *, label: Callable[[Node], str] = str, ascii_only: bool = False) -> str:
         """Drawing of the tree in characters, one node a line, root first.
