@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -17,33 +18,37 @@ from typing import Literal
 import cloudpickle
 import dask
 import matplotlib
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 
 matplotlib.use("Agg")
 
-from tnreg import FileError, OptionError
+from tnreg import FileError, OptionError, TnregError
 from tnreg.cli import main
 from tnreg.experiments import dynamics, init_scale, locality, sweep, sweep_figure, sweep_grid
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
 BAD = "a-2-b-y-seed-1"  # fails as long as there is a file of that name
+REFUSED = "a-3-b-y-seed-1"  # so does this one, with an OptionError
 
 
 def work(cell, folder, checkpoint):
     """Squares, slowly; what it does is in a log beside the cells."""
     log = checkpoint.parent.parent / "log"
-    name = checkpoint.name.removesuffix(".checkpoint")
+    name = re.sub(r"\.[0-9a-f]{8}\.checkpoint$", "", checkpoint.name)
 
     def note(what):
         with log.open("a") as file:
             file.write(f"{what} {name} {os.getpid()} {torch.get_num_threads()}\n")
 
     note("begin")
-    time.sleep(0.1)
+    time.sleep(0.05)
     note("end")
+    if name == REFUSED and (checkpoint.parent.parent / name).exists():
+        raise OptionError("no such setting")
     if (checkpoint.parent.parent / name).exists():
         raise RuntimeError("on purpose\nwith a second line")
     (folder / "made").write_text(name)
@@ -105,19 +110,18 @@ def cells_there(place):
     ]
 
 
-def test_killed_and_started_again(tmp_path):
+def test_killed_and_started_again(tmp_path, capsys):
     """Through the command line: twelve trainings, killed in the middle, none trained twice."""
-    options = ["--set", "tiny", "--epochs", "5", "--workers", "2", "--out", str(tmp_path / "s")]
-    command = ["-m", "tnreg.cli", "sweep", "locality", *options, "--no-progress"]
-    with start(*command) as running:
+    options = ["--set", "tiny", "--epochs", "3", "--out", str(tmp_path / "s")]
+    command = ["sweep", "locality", *options, "--no-progress", "--workers"]
+    with start("-m", "tnreg.cli", *command, "2") as running:
         wait(lambda: len(cells_there(tmp_path)) >= 3, running)
         running.send_signal(signal.SIGKILL)
     time.sleep(0.5)  # its processes end with it
     before = cells_there(tmp_path)
     assert 3 <= len(before) < 12 and not (tmp_path / "s" / "results.csv").exists()
-    with start(*command, stdout=subprocess.PIPE) as again:
-        said = again.communicate()[0]
-    assert again.returncode == 0 and f"12 runs, {12 - len(before)} of them now" in said
+    code, said, err = call(capsys, *command, "2")
+    assert code == 0 and f"12 runs, {12 - len(before)} of them now" in said, err
     after = cells_there(tmp_path)
     assert len(after) == 12 and all(one in after for one in before)
     with open(tmp_path / "s" / "results.csv", newline="") as file:
@@ -128,19 +132,24 @@ def test_killed_and_started_again(tmp_path):
 
 def test_a_failing_cell_on_two_workers(tmp_path):
     (tmp_path / BAD).touch()
+    (tmp_path / REFUSED).touch()
     around, threads = dict(os.environ), torch.get_num_threads()
     found = sweep.run(work, CELLS, tmp_path / "s", workers=2, progress=True)
-    assert_all_but_one(tmp_path, found)
-    assert len(found.computed) == 11 and counts(tmp_path).pop(BAD) == 2  # tried again once
+    refused = next(one for one in found.failed if one.cell.name == REFUSED)
+    assert refused.error == "OptionError: no such setting" and "in work" in refused.traceback
+    assert len(found.computed) == 10 and counts(tmp_path).pop(BAD) == 2  # tried again once
+    assert counts(tmp_path).pop(REFUSED) == 1  # would be refused again
     assert set(counts(tmp_path).values()) == {1, 2}
     pids = {line[2] for line in logged(tmp_path)}
     assert len(pids) == 2 and str(os.getpid()) not in pids
     assert {line[3] for line in logged(tmp_path)} == {"1"}
     assert dict(os.environ) == around and torch.get_num_threads() == threads
+    (tmp_path / REFUSED).unlink()
+    assert_all_but_one(tmp_path, sweep.run(work, CELLS, tmp_path / "s", workers=0, retries=0))
     (tmp_path / BAD).unlink()
     again = sweep.run(work, CELLS, tmp_path / "s", workers=0)
     assert again.computed == [BAD] and not again.failed and len(again.rows) == 12
-    assert counts(tmp_path).pop(BAD) == 3 and sum(counts(tmp_path).values()) == 14
+    assert counts(tmp_path).pop(BAD) == 4 and sum(counts(tmp_path).values()) == 16
     assert not (tmp_path / "s" / f".{BAD}.lock").exists()
 
 
@@ -157,7 +166,7 @@ def cluster(tmp_path):
             options = ["--nthreads", threads, "--no-dashboard", "--no-nanny", "--local-directory"]
             options += [str(tmp_path), "--scheduler-file", str(file)]
             running.append(start("-m", "distributed.cli.dask_worker", *options, **quiet))
-        yield str(file)
+        yield str(file), running[0]
     finally:
         for process in running:
             process.kill()
@@ -167,6 +176,7 @@ def cluster(tmp_path):
 def test_on_a_cluster_that_outlives_the_sweep(cluster, tmp_path):
     """Killed in the middle: what a worker goes on with is waited for, not computed again."""
     (tmp_path / BAD).touch()
+    cluster, scheduler = cluster
     address = json.loads(Path(cluster).read_text())["address"]
     with sweep_in_process(tmp_path, f"scheduler={address!r}") as running:
         wait(lambda: len(cells_there(tmp_path)) >= 2, running)
@@ -181,6 +191,27 @@ def test_on_a_cluster_that_outlives_the_sweep(cluster, tmp_path):
     for pid in {line[2] for line in lines}:  # one cell at a time in a process
         own = [line[0] for line in lines if line[2] == pid]
         assert own == ["begin", "end"] * (len(own) // 2)
+    # and without the scheduler: what is done is written, and the same call goes on
+    more = [{"a": a, "pid": scheduler.pid if a == 1 else 0} for a in range(4)]
+    with (
+        pytest.warns(UserWarning, match="more than one thread"),
+        pytest.raises(TnregError, match="the Dask scheduler was lost (.|\n)*the same call goes on"),
+    ):
+        sweep.run(ends_the_scheduler, more, tmp_path / "l", scheduler=cluster)
+    with open(tmp_path / "l" / "results.csv", newline="") as file:
+        assert [row["a"] for row in csv.DictReader(file)] == ["0"]
+    assert json.loads((tmp_path / "l" / "config.json").read_text())["summary"][0]["y"] == 0
+
+
+def ends_the_scheduler(cell, folder, checkpoint):
+    first = checkpoint.parent / "a-0-pid-0"
+    while cell["a"] > 0 and not first.exists():
+        time.sleep(0.02)
+    if cell["pid"]:
+        time.sleep(0.5)  # the first one is known to be done
+        os.kill(cell["pid"], signal.SIGKILL)
+    time.sleep(2 * (cell["a"] > 0))
+    return {"y": cell["a"]}
 
 
 def test_two_sweeps_at_once(tmp_path):
@@ -226,12 +257,30 @@ def test_checkpoint_is_there_for_the_next_attempt(tmp_path):
     left = tmp_path / "s" / ".a-1.partial-1"  # of a process that was killed
     first = sweep.run(fails_once, [{"a": 1}], tmp_path / "s", workers=0, retries=0)
     assert first.failed[0].error == "OSError: lost" and not first.rows
-    assert (tmp_path / "s" / "a-1.checkpoint").exists()
+    assert len(list((tmp_path / "s").glob("a-1.*.checkpoint"))) == 1
     left.mkdir()
     second = sweep.run(fails_once, [{"a": 1}], tmp_path / "s", workers=0, retries=0)
     assert second.rows == [{"a": 1, "went on from": "half", "empty": True}]
-    assert not (tmp_path / "s" / "a-1.checkpoint").exists() and not left.exists()
+    assert not list((tmp_path / "s").glob("*.checkpoint")) and not left.exists()
     assert sweep.run(fails_once, [{"a": 2}], tmp_path / "t", workers=0, retries=1).rows
+
+
+def goes_on(cell, folder, checkpoint):
+    """Adds one to what the checkpoint holds; ends at ``n``, or fails as it is told."""
+    count = int(checkpoint.read_text()) if checkpoint.exists() else cell["n"]
+    checkpoint.write_text(str(count + 1))
+    if cell["n"] == 5 and count == 5:
+        raise OSError("lost")
+    return {"y": count}
+
+
+def test_a_checkpoint_of_other_settings_is_not_given(tmp_path):
+    for n, values in ((5, []), (8, [8, 8])):  # n is in no name
+        cells = [{"x": x, "n": n} for x in (1, 2)]
+        found = sweep.run(goes_on, cells, tmp_path / "s", workers=0, retries=0)
+        assert [row["y"] for row in found.rows] == values
+        kept = len(list((tmp_path / "s").glob("x-?.*.checkpoint")))
+        assert kept == len(found.failed)  # those of other settings go when the cell is done
 
 
 def stops_at_three(cell, folder, checkpoint):
@@ -253,8 +302,16 @@ def test_interrupted(tmp_path):
     [
         ([], {}, "no cells; give at least one"),
         ([{"a": 1}, {"b": 1}], {}, "cells with different fields: not all have a, b"),
-        ([{"a": 1}, {"a": 1}], {}, "two cells are named 'a-1'"),
+        ([{"a": 1}, {"a": 1}], {}, "two cells have the same settings, those of 'a-1'"),
         ([{"a": {1}}], {}, "a cell is a dict of values for JSON"),
+        ([{"a": "\ud800"}], {}, "a cell is a dict of values for JSON: .*surrogates"),
+        ([{"a": 1}], {"about": {"x": {1}}}, "about is a dict of values for JSON: .*set"),
+        ([{"a": 1}], {"about": 3}, "about is a dict of values for JSON: found a int"),
+        (
+            [{"a": 1}],
+            {"about": {"summary": 1, "experiment": 2, "more": 3}},
+            "about cannot hold experiment, summary, which the sweep writes itself",
+        ),
         ([{"a": 1}], {"workers": -1}, "workers must be an integer >= 0"),
         ([{"a": 1}], {"threads": 0}, "threads must be an integer >= 1"),
         ([{"a": 1}], {"retries": -1}, "retries must be an integer >= 0"),
@@ -292,8 +349,6 @@ def test_refuses_other_folders(tmp_path, monkeypatch):
     (tmp_path / "s" / "a-3" / "config.json").write_text('{"tnreg": "1"}')
     with pytest.raises(FileError, match="not a run folder: .*a-3"):
         sweep.run(quick, [{"a": 3}], tmp_path / "s", workers=0)
-    found = sweep.run(lambda *_: 3, [{"a": 4}], tmp_path / "s", workers=0)
-    assert "returned int; it must return a dict" in found.failed[0].error
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(OptionError, match=re.escape("pip install 'tnreg[scale]'")):
         sweep.run(quick, [{"a": 5}], tmp_path / "s")
@@ -302,6 +357,133 @@ def test_refuses_other_folders(tmp_path, monkeypatch):
         sweep.run(quick, [{"a": 5}], tmp_path / "s", parquet=True, workers=0)
     with pytest.raises(FileError, match="not a finished sweep"):
         sweep_figure.figure(tmp_path)
+
+
+def returns(value):
+    """A function for a sweep, and the list of cells that it was given."""
+    given = []
+
+    def work(cell, folder, checkpoint):
+        given.append(cell)
+        return value(cell, folder) if callable(value) else value
+
+    return work, given
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"y": np.float32(1)}, "must be values for JSON: .*float32"),
+        ({"y": (circle := [])}, "must be values for JSON: Circular"),
+        ({"y": 10**5000}, "must be values for JSON: Exceeds"),
+        (3, "returned int; it must return a dict"),
+        (lambda cell, folder: folder.rmdir() or {"y": 1}, "removed the folder of the cell 'a-1'"),
+        (
+            lambda cell, folder: wrote(folder, {"tnreg": "1", "config": {"a": 2}, "summary": {}}),
+            "config.json that is not that of the cell 'a-1'.\n  a: 2 there, 1 now",
+        ),
+        (lambda cell, folder: wrote(folder, {"tnreg": "1"}), "cell 'a-1'.\n  KeyError: 'config'"),
+        (lambda cell, folder: wrote(folder, []), "cell 'a-1'.\n  TypeError"),
+        (
+            lambda cell, folder: wrote(folder, {"config": cell, "summary": {"y": 1}}),
+            "cell 'a-1'.\n  the version of tnreg is missing",
+        ),
+    ],
+)  # fmt: skip
+def test_a_function_that_does_wrong_is_called_once(value, said, tmp_path):
+    circle.append(circle)
+    work, given = returns(value)
+    found = sweep.run(work, [{"a": 1}], tmp_path / "s", workers=0, retries=3)
+    assert re.search(said, str(found.failed[0].exception)) and len(given) == 1
+    assert isinstance(found.failed[0].exception, OptionError)
+    assert not (tmp_path / "s" / "a-1").exists()
+
+
+def wrote(folder, about):
+    (folder / "config.json").write_text(json.dumps(about))
+    return {"y": 1}
+
+
+def test_the_same_rows_when_they_are_read_again(tmp_path):
+    """A config.json that work wrote counts at once; text that no file can hold loses nothing."""
+    about = {"tnreg": "1", "config": {"a": 1}, "summary": {"y": 2, "t": "\ud800x"}}
+    work, given = returns(lambda cell, folder: wrote(folder, about))
+    once, again = (
+        sweep.run(work, [{"a": 1}], tmp_path / "s", workers=0, parquet=True) for _ in range(2)
+    )
+    assert once.rows == again.rows == [{"a": 1, "y": 2, "t": "\\ud800x"}] and len(given) == 1
+    assert pyarrow.parquet.read_table(tmp_path / "s" / "results.parquet").to_pylist() == once.rows
+
+
+def test_results_never_take_the_place_of_settings(tmp_path):
+    work, _ = returns({"a": 9, "b": 1, "y": 1})
+    found = sweep.run(work, [{"a": 1, "b": 1}, {"a": 2, "b": 1}], tmp_path / "s", workers=0)
+    assert [row["a"] for row in found.rows] == [1, 2]
+    assert found.rows[0] == {"a": 1, "a (result)": 9, "b": 1, "y": 1}
+    assert found.headline == "a (result)" and [row["a"] for row in found.table] == [1, 2]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_not_a_number(tmp_path):
+    """As a setting it is found again, as a result it is no headline, in config.json it is null."""
+    cells = [{"x": x, "w": NAN, "l": [NAN]} for x in (NAN, INF, 1.0)]
+    work, given = returns(lambda cell, _: {"no": NAN, "y": cell["x"], "z": 1.5})
+    for _ in range(2):
+        found = sweep.run(work, cells, tmp_path / "s", workers=0)
+        assert len(given) == 3 and found.fields == ("x",) and found.headline == "y"
+        assert found.rows[1]["y"] == INF and math.isnan(found.rows[0]["no"])
+        assert len(found.table) == 1 and math.isnan(found.table[0]["deviation"])
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    about = json.loads((tmp_path / "s" / "config.json").read_text(), parse_constant=refuse)
+    assert [row["y"] for row in about["summary"]] == [None, None, 1.0]
+    assert about["table"][0]["deviation"] is None and about["config"]["w"] is None
+    with pytest.raises(OptionError, match="x: nan there, 1.0 now"):
+        same_name = sweep.Experiment(work, name=lambda *_: "x-NaN")
+        sweep.run(same_name, [{**cells[0], "x": 1.0}], tmp_path / "s", workers=0)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 10**400])
+def test_no_number_that_can_be_drawn(value, tmp_path):
+    work, _ = returns({"y": value})
+    found = sweep.run(work, [{"a": 1}, {"a": 2}], tmp_path / "s", workers=0, progress=True)
+    assert found.headline == "" and not found.table and len(found.rows) == 2
+    assert not (tmp_path / "s" / "sweep.png").exists()
+    about = json.loads((tmp_path / "s" / "config.json").read_text())
+    about["headline"] = "y"  # as an older version wrote it
+    (tmp_path / "s" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(FileError, match="no finite number in the column 'y'"):
+        sweep_figure.figure(tmp_path / "s")
+
+
+def test_a_picture_that_fails_loses_nothing(tmp_path):
+    def figure(folder):
+        raise RuntimeError("no ink")
+
+    drawn = sweep.Experiment(quick, figure=figure)
+    with pytest.warns(UserWarning, match="no picture of .*: RuntimeError: no ink"):
+        found = sweep.run(drawn, [{"a": 1}], tmp_path / "s", workers=0)
+    assert found.rows and (tmp_path / "s" / "results.csv").exists()
+
+
+def test_names_that_cells_would_share(tmp_path):
+    cells = [{"a": a, "b": 1} for a in ("1", 1, True, "x-b-y", "x")]
+    found = sweep.run(lambda *_: {"y": 1}, cells, tmp_path / "s", workers=0)
+    assert len(set(found.computed)) == 5 and found.computed[2] == "a-true"
+    assert [bool(re.fullmatch(r"a-1-[0-9a-f]{8}", name)) for name in found.computed] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
+    tricks = [{"a": "x-b-y", "b": "z"}, {"a": "x", "b": "y-b-z"}]
+    one, two = sweep.run(lambda *_: {"y": 1}, tricks, tmp_path / "t", workers=0).computed
+    assert one[:9] == two[:9] == "a-x-b-y-b" and one != two
+    assert not sweep.run(lambda *_: {"y": 1}, tricks[::-1], tmp_path / "t", workers=0).computed
+    long = [{f"field {i} é": "v" * 40 + str(k) for i in range(9)} for k in (1, 2)]
+    names = sweep.run(lambda *_: {"t": ""}, long, tmp_path / "l", workers=0).computed
+    assert len(set(names)) == 2 and all(110 < len(os.fsencode(name)) <= 120 for name in names)
 
 
 def test_names(tmp_path):
@@ -368,7 +550,7 @@ def call(capsys, *arguments):
 
 
 def test_dynamics_on_the_command_line(capsys, tmp_path):
-    options = ["--model", "tiny", "--steps", "20", "--std", "0.1,0.3", "--seed", "1:3", "--tree",
+    options = ["--model", "tiny", "--steps", "10", "--std", "0.1,0.3", "--seed", "1:3", "--tree",
                "htf-4,[[0,2],[1,3]]", "--off-tree", "0,2", "0,3", "--workers", "0", "--parquet"]  # fmt: skip
     code, out, err = call(capsys, "sweep", "dynamics", *options, "--out", str(tmp_path / "s"))
     assert code == 0 and "8 runs, 8 of them now" in out and "htf-4" in out, err
@@ -378,10 +560,10 @@ def test_dynamics_on_the_command_line(capsys, tmp_path):
     ]  # fmt: skip
     # a cell is the same run as one by itself
     config = dynamics.MODELS["tiny"]
-    alone = init_scale.Config(model="tiny", stds=(0.3,), seeds=(2,), steps=20)
+    alone = init_scale.Config(model="tiny", stds=(0.3,), seeds=(2,), steps=10)
     (row,) = init_scale.run(alone, tmp_path / "i")
     (there,) = [r for r in rows if (r["tree"], r["std"], r["seed"]) == (config.tree, 0.3, 2)]
-    assert there["test error"] == row["test error"] and there["steps"] == 20
+    assert there["test error"] == row["test error"] and there["steps"] == 10
     one = json.loads((tmp_path / "s" / "tree-htf-4-std-0.3-seed-2" / "config.json").read_text())
     assert one["config"]["off_tree"] == ["0,2", "0,3"] and one["experiment"] == "dynamics"
     code, out, err = call(capsys, "plot", str(tmp_path / "s"), "--png", str(tmp_path / "p.png"))

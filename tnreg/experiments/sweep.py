@@ -11,27 +11,28 @@ Dask does the scheduling, the retries and the communication (``pip install 'tnre
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import platform
-import re
-import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tnreg
 from tnreg.errors import FileError, OptionError, check_integer
 from tnreg.experiments import sweep_figure
 from tnreg.experiments.folder import experiment_of
+from tnreg.experiments.sweep_bar import Bar
 from tnreg.experiments.sweep_cell import Cell, Work, found
-from tnreg.experiments.sweep_workers import Done, Failed, results
-from tnreg.files import check_folder, write_whole
+from tnreg.experiments.sweep_names import cell_name, named, plain, swept, varying
+from tnreg.experiments.sweep_tables import (
+    About,
+    headline_of,
+    load_pyarrow,
+    row_of,
+    shown,
+    write_rows,
+)
+from tnreg.experiments.sweep_workers import ClusterLost, Done, Failed, results
+from tnreg.files import check_folder
 
 __all__ = ["Experiment", "Failed", "Result", "cell_name", "run"]
 
@@ -41,11 +42,6 @@ def _scalars(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if isinstance(value, kinds)}
 
 
-def cell_name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """``FIELD-VALUE-FIELD-VALUE``; values that a file name cannot hold are shortened, with a hash."""
-    return "-".join(f"{one}-{_as_name(cell[one])}" for one in fields)
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What is swept. A function alone will do: everything else has a default.
@@ -53,12 +49,17 @@ class Experiment:
     Attributes:
         work: ``work(cell, folder, checkpoint)`` returns results for JSON as a dict. ``folder`` is empty
             and becomes the run folder when the function returns; ``checkpoint`` is a path where it may
-            keep what it needs to go on after it was killed, removed when it is done.
+            keep what it needs to go on after it was killed, of these settings alone, removed when it
+            is done. If it writes ``config.json`` itself, that holds the cell under ``config`` and the
+            results under ``summary``.
         title: What ``config.json`` of the sweep calls it.
         fields: Fields of a cell that are always in its name and its row; others are if they vary.
-        name: ``name(cell, fields)`` names the run folder.
+        name: ``name(cell, fields)`` names the run folder; names that are long, or that several cells
+            share, end with a hash.
         row: ``row(cell, results)`` gives the columns after the fields; all that are no lists if left out.
-        headline: The column that is drawn; the first one of numbers if left out.
+            A column named like a field whose value is another one is written as ``NAME (result)``.
+        headline: The column that is drawn; if left out, or if it has no finite number, the first one
+            that has.
         defaults: Values of settings that a run folder of an older version may lack.
         prepare: ``prepare(cells, folder)`` is called first with the cells that are missing.
         table: ``table(rows, fields, headline)`` gives means over seeds.
@@ -130,20 +131,83 @@ def run(
         retries: How often a cell that failed is tried again.
         parquet: Write ``results.parquet`` as well; needs pyarrow.
         progress: Show a progress bar.
-        about: What else ``config.json`` shall hold.
+        about: What else ``config.json`` shall hold; ``config`` takes the place of what was swept, the
+            other names that the sweep writes are refused.
 
     Raises:
-        OptionError: Options that do not fit each other, cells with the same name, a cell that is there
-            with other settings, or Dask is not installed. Then nothing was computed.
+        OptionError: Options that do not fit each other, cells with the same settings, a cell that is
+            there with other settings, or Dask is not installed. Then nothing was computed.
         FileError: The folder holds something else, or cannot be written.
+        TnregError: The scheduler was lost; what is done is written, and the same call goes on.
         KeyboardInterrupt: After Ctrl-C; the same call goes on.
 
+    A cell is found again by its name, which holds the fields that vary. When a field starts to vary,
+    as when a second value of it is added, names change and all cells are computed again; fields that
+    will vary later are better in ``Experiment.fields`` from the start.
+
+    An ``OptionError`` of a cell is not tried again. A picture that cannot be drawn is a warning.
     Processes are spawned unless ``workers`` is 0 or there is a ``scheduler``: a script of your own
     then needs ``if __name__ == "__main__":``.
 
     Cost: some milliseconds a cell beside the work itself, and seconds until the processes are up.
     """
     what = work if isinstance(work, Experiment) else Experiment(work)
+    _check(workers, threads, scheduler, retries, parquet)
+    place = check_folder(folder)
+    if experiment_of(place) not in ("", what.title):
+        raise OptionError(f"{place} is a run of {experiment_of(place)!r}; choose another folder.")
+    all_settings = [plain(cell) for cell in cells]
+    fields = varying(all_settings, what.fields)
+    written = About(what, fields, {} if about is None else about, swept(all_settings))
+    names = named(all_settings, fields, what.name)
+    all_cells = [
+        Cell(place, name, settings, what.defaults)
+        for name, settings in zip(names, all_settings, strict=True)
+    ]
+    state = _State(all_cells)
+    _begin(what, place, written, state.missing)
+    lost = None
+    with Bar(len(all_cells), len(state.done), progress) as bar:
+        on = results(
+            state.missing, what.work, workers=workers, threads=threads, scheduler=scheduler,
+            retries=retries, told=bar.told,
+        )  # fmt: skip
+        try:
+            for one in on:
+                bar.advance(state.take(one, what), failed=isinstance(one, Failed))
+        except ClusterLost as error:
+            lost = error
+    result = _end(what, place, written, state, parquet)
+    if lost is not None:
+        raise lost
+    return result
+
+
+class _State:
+    """Results of the cells that are done, those that failed, and names of those computed now."""
+
+    def __init__(self, cells: list[Cell]) -> None:
+        there = {cell.name: found(cell) for cell in cells}
+        self.cells = cells
+        self.missing = [cell for cell in cells if there[cell.name] is None]
+        self.done = {name: one for name, one in there.items() if one is not None}
+        self.failed: list[Failed] = []
+        self.computed: list[str] = []
+
+    def take(self, one: Done | Failed, what: Experiment) -> str:
+        """Keep what became of a cell; a line that says it."""
+        name = one.cell.name
+        if isinstance(one, Failed):
+            self.failed.append(one)
+            return f"{name} failed"
+        self.done[name] = one.summary
+        self.computed += [name] if one.computed else []
+        return f"{name} {shown(what.row(one.cell.settings, one.summary), what.headline)}"
+
+
+def _check(
+    workers: int | None, threads: int | None, scheduler: str | None, retries: int, parquet: bool
+) -> None:
     for value, least, name in ((workers, 0, "workers"), (threads, 1, "threads")):
         if value is not None:
             check_integer(value, least, f"sweep: {name}")
@@ -151,233 +215,36 @@ def run(
     if scheduler is not None and workers is not None:
         raise OptionError("sweep: workers are those of the scheduler; give one of the two.")
     if parquet:
-        _pyarrow()
-    place = check_folder(folder)
-    if experiment_of(place) not in ("", what.title):
-        raise OptionError(f"{place} is a run of {experiment_of(place)!r}; choose another folder.")
-    all_settings = [_plain(cell) for cell in cells]
-    fields = _fields(all_settings, what.fields)
-    named = _named(what, all_settings, fields, place)
-    done = {cell.name: summary for cell in named if (summary := found(cell)) is not None}
-    missing = [cell for cell in named if cell.name not in done]
+        load_pyarrow()
+
+
+def _begin(what: Experiment, place: Path, written: About, missing: list[Cell]) -> None:
+    """The sweep's folder, with a ``config.json`` so that a sweep cut short is known as one."""
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot write {place}: {error.strerror or error}") from None
-    written = _About(what, fields, dict(about or {}), _swept(all_settings))
     if not (place / "config.json").exists():
-        written.write(place, [], [])  # so that a sweep cut short is known as one
+        written.write(place, [], [], "", [])
     if what.prepare is not None and missing:
         what.prepare([cell.settings for cell in missing], place)
-    failed, computed = [], []
-    with _Bar(len(named), len(done), progress) as bar:
-        on = results(
-            missing, what.work, workers=workers, threads=threads, scheduler=scheduler,
-            retries=retries, told=bar.told,
-        )  # fmt: skip
-        for one in on:
-            if isinstance(one, Done):
-                done[one.cell.name] = one.summary
-                computed += [one.cell.name] if one.computed else []
-                row = what.row(one.cell.settings, one.summary)
-                bar.advance(f"{one.cell.name} {_shown(row, what.headline)}", failed=False)
-            else:
-                failed.append(one)
-                bar.advance(f"{one.cell.name} failed", failed=True)
+
+
+def _end(what: Experiment, place: Path, written: About, state: _State, parquet: bool) -> Result:
+    """Rows of all cells that are done, written, with the picture."""
+    fields = written.fields
     rows = [
-        {**{f: cell.settings[f] for f in fields}, **what.row(cell.settings, done[cell.name])}
-        for cell in named
-        if cell.name in done
+        row_of(fields, cell.settings, what.row(cell.settings, state.done[cell.name]))
+        for cell in state.cells
+        if cell.name in state.done
     ]
-    table, headline = written.write(place, rows, failed)
-    _write_rows(place, rows, parquet)
-    if rows and headline:
-        what.figure(place)
-    return Result(place, rows, failed, computed, fields, headline, table)
-
-
-def _plain(cell: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(cell)))
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"sweep: a cell is a dict of values for JSON: {error}") from None
-    return plain
-
-
-def _fields(cells: list[dict[str, Any]], always: Sequence[str]) -> tuple[str, ...]:
-    """Fields that are always named, those that are not the same in all cells, the seed last."""
-    if not cells:
-        raise OptionError("sweep: no cells; give at least one.")
-    for cell in cells:
-        if cell.keys() != cells[0].keys():
-            differ = ", ".join(sorted(cell.keys() ^ cells[0].keys()))
-            raise OptionError(f"sweep: cells with different fields: not all have {differ}.")
-    vary = [key for key in cells[0] if any(cell[key] != cells[0][key] for cell in cells)]
-    named = list(dict.fromkeys((*always, *vary))) or list(cells[0])
-    return tuple(sorted(named, key=lambda name: name == "seed"))
-
-
-def _named(
-    what: Experiment, cells: list[dict[str, Any]], fields: tuple[str, ...], place: Path
-) -> list[Cell]:
-    named: dict[str, Cell] = {}
-    for settings in cells:
-        name = what.name(settings, fields)
-        if not re.fullmatch(r"[^./\\][^/\\]*", name):
-            raise OptionError(f"sweep: a cell cannot be named {name!r}; it names a folder.")
-        if name in named:
-            raise OptionError(f"sweep: two cells are named {name!r}; their settings must differ.")
-        named[name] = Cell(place, name, settings, what.defaults)
-    return list(named.values())
-
-
-def _swept(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each field's value, or the list of its values where they vary."""
-    values: dict[str, Any] = {}
-    for key in cells[0]:
-        differ = list(dict.fromkeys(json.dumps(cell[key]) for cell in cells))
-        values[key] = cells[0][key] if len(differ) == 1 else [json.loads(v) for v in differ]
-    return values
-
-
-@dataclass(frozen=True)
-class _About:
-    """``config.json`` of a sweep."""
-
-    what: Experiment
-    fields: tuple[str, ...]
-    extra: dict[str, Any]
-    config: dict[str, Any]
-
-    def write(
-        self, place: Path, rows: list[dict[str, Any]], failed: list[Failed]
-    ) -> tuple[list[dict[str, Any]], str]:
-        headline = self.what.headline
-        measures = [key for row in rows for key in row if key not in self.fields]
-        if not any(_is_number(row.get(headline)) for row in rows):
-            numbers = (k for k in measures if any(_is_number(row.get(k)) for row in rows))
-            headline = next(numbers, "")
-        table = self.what.table(rows, self.fields, headline) if headline else []
-        told = {
-            "tnreg": tnreg.__version__, "torch": torch.__version__,
-            "python": platform.python_version(), "experiment": self.what.title,
-            "config": self.config, "fields": self.fields, "headline": headline, "summary": rows,
-            "failed": [_told(one) for one in failed], "table": table, **self.extra,
-        }  # fmt: skip
-        text = json.dumps(told, indent=1) + "\n"
-        write_whole(place / "config.json", lambda beside: beside.write_text(text, encoding="utf-8"))
-        return table, headline
-
-
-def _told(failed: Failed) -> dict[str, Any]:
-    lines = traceback.format_exception(failed.exception)
-    return {
-        "name": failed.cell.name,
-        "config": failed.cell.settings,
-        "error": failed.error,
-        "traceback": "".join(lines),
-    }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _shown(row: dict[str, Any], headline: str) -> str:
-    value = row.get(headline)
-    return f"{headline} {value:.4g}" if _is_number(value) else ""
-
-
-def _as_name(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    plain = re.sub(r"[^A-Za-z0-9._+=-]+", "_", text).strip("_")[:48]
-    # two values that differ never share a name
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _write_rows(place: Path, rows: list[dict[str, Any]], parquet: bool) -> None:
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    held = io.StringIO()
-    writer = csv.DictWriter(held, names)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(
-        place / "results.csv", lambda beside: beside.write_text(held.getvalue(), encoding="utf-8")
-    )
-    if parquet:
-        arrow, files = _pyarrow()
-        columns = {}
-        for name in names:
-            values = [row.get(name) for row in rows]
-            try:
-                columns[name] = arrow.array(values)
-            except arrow.ArrowException:  # values of several kinds
-                columns[name] = arrow.array([None if v is None else str(v) for v in values])
-        held_table = arrow.table(columns)
-        write_whole(place / "results.parquet", lambda beside: files.write_table(held_table, beside))
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise OptionError(
-            "parquet needs pyarrow: pip install pyarrow; results.csv holds the same rows."
-        ) from None
-    return pyarrow, pyarrow.parquet
-
-
-class _Bar:
-    """The progress bar: cells done, failed, being computed, and the last one's headline."""
-
-    def __init__(self, total: int, done: int, shown: bool) -> None:
-        self.total, self.there, self.failed, self.at_once = total, done, 0, 0
-        self.shown = shown
-
-    def __enter__(self) -> _Bar:
-        if self.shown:
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            # cells take minutes or hours: the remaining time is that of all that were done so far
-            self.progress = Progress(
-                MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[counts]}"),
-                TimeRemainingColumn(), TextColumn("{task.description}"),
-                speed_estimate_period=1e9,
-            )  # fmt: skip
-            self.progress.start()
-            self.task = self.progress.add_task(
-                "", total=self.total, completed=self.there, counts=""
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            self.progress.stop()
-
-    def told(self, at_once: int, line: str) -> None:
-        """How many cells are computed at once, and a line to say."""
-        self.at_once = at_once
-        if self.shown:
-            if line:
-                self.progress.console.print(line)
-            self._update(0)
-
-    def advance(self, text: str, *, failed: bool) -> None:
-        """One cell more."""
-        self.failed += failed
-        self.there += not failed
-        if self.shown:
-            self._update(1, description=text)
-
-    def _update(self, by: int, **shown: Any) -> None:
-        waiting = self.total - self.there - self.failed
-        parts = [f"{self.failed} failed"] if self.failed else []
-        parts += [f"{min(waiting, self.at_once)} running"]
-        self.progress.update(self.task, advance=by, counts=", ".join(parts), **shown)
+    headline = headline_of(rows, fields, what.headline)
+    table = what.table(rows, fields, headline) if headline else []
+    written.write(place, rows, table, headline, state.failed)
+    write_rows(place, rows, parquet)
+    if headline:
+        try:
+            what.figure(place)
+        except Exception as error:  # hours of computing are not lost for a picture
+            warnings.warn(f"no picture of {place}: {type(error).__name__}: {error}", stacklevel=3)
+    return Result(place, rows, state.failed, state.computed, fields, headline, table)

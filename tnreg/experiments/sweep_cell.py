@@ -24,6 +24,7 @@ from filelock import FileLock
 
 import tnreg
 from tnreg.errors import FileError, OptionError
+from tnreg.experiments.sweep_names import short_hash
 from tnreg.files import check_folder, folder_written_whole
 
 __all__ = ["Cell", "Work", "compute", "found"]
@@ -31,6 +32,7 @@ __all__ = ["Cell", "Work", "compute", "found"]
 Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 """``work(settings, folder, checkpoint)``: writes into an empty folder, returns results for JSON."""
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 # A training uses the process's random state and its flag for denormal numbers.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -58,8 +60,8 @@ class Cell:
 
     @property
     def checkpoint(self) -> Path:
-        """A file that stays when the computation is killed."""
-        return self.folder / f"{self.name}.checkpoint"
+        """A file that stays when the computation is killed; other settings have another one."""
+        return self.folder / f"{self.name}.{short_hash(self.settings)}.checkpoint"
 
     @property
     def lock(self) -> Path:
@@ -76,21 +78,14 @@ def found(cell: Cell) -> dict[str, Any] | None:
     """
     place = check_folder(cell.place)
     try:
-        about = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        there, summary = {**cell.defaults, **about["config"]}, dict(about["summary"])
+        summary, differ = _read(place, cell)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise FileError(
             f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
             "  delete it, or choose another folder"
         ) from None
-    now = cell.settings
-    differ = [
-        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in {**there, **now}
-        if there.get(key) != now.get(key)
-    ]
     if differ:
         raise OptionError(
             f"{place} was made with other settings; delete it, or choose another folder.\n"
@@ -121,16 +116,39 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
             with _threads(threads), folder_written_whole(cell.place) as beside:
                 summary = work(dict(cell.settings), beside, cell.checkpoint)
                 summary = _describe(cell, beside, summary)
-            cell.checkpoint.unlink(missing_ok=True)
+            _remove_checkpoints(cell)
         cell.lock.unlink(missing_ok=True)  # whoever waits for it sees next that the cell is done
     return summary, computed
 
 
+def _read(folder: Path, cell: Cell) -> tuple[dict[str, Any], list[str]]:
+    """Results in a run folder, and lines that say where its settings are not those of the cell."""
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    there, summary = {**cell.defaults, **about["config"]}, dict(about["summary"])
+    now = cell.settings
+    differ = [
+        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in {**there, **now}
+        if not _same(there.get(key), now.get(key))
+    ]
+    return summary, differ
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether values are equal; as text if they are not, as NaN is not equal to itself."""
+    return bool(one == other) or json.dumps(one, default=str) == json.dumps(other, default=str)
+
+
 def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Write ``config.json`` where ``work`` wrote none; the results as JSON gives them back."""
+    """Write ``config.json`` where ``work`` wrote none; the results as the next sweep reads them."""
     if not isinstance(summary, dict):
         raise OptionError(
             f"the function of a sweep returned {type(summary).__name__}; it must return a dict of results."
+        )
+    if not folder.is_dir():
+        raise OptionError(
+            f"the function of a sweep removed the folder of the cell {cell.name!r}, which it was given "
+            "to write into; it may remove what is in there."
         )
     about = {
         "tnreg": tnreg.__version__, "torch": torch.__version__, "python": platform.python_version(),
@@ -138,12 +156,31 @@ def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, An
     }  # fmt: skip
     try:
         text = json.dumps(about, indent=1)
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"results of a cell must be values for JSON: {error}") from None
     if not (folder / "config.json").exists():
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    there: dict[str, Any] = json.loads(text)["summary"]
+    try:
+        there, differ = _read(folder, cell)
+        check_folder(folder)
+    except FileError:
+        differ = ["  the version of tnreg is missing under 'tnreg'"]
+    except _UNREADABLE as error:
+        differ = [f"  {type(error).__name__}: {error}"]
+    if differ:
+        lines = "\n".join(differ)
+        raise OptionError(
+            f"the function of a sweep wrote a config.json that is not that of the cell {cell.name!r}.\n"
+            f"{lines}\n  write the cell under 'config', the results under 'summary' and "
+            "tnreg.__version__ under 'tnreg', or leave the file to the sweep"
+        )
     return there
+
+
+def _remove_checkpoints(cell: Cell) -> None:
+    """That of the cell, and those of other settings that were left under its name."""
+    for left in cell.folder.glob(f"{glob.escape(cell.name)}.{'[0-9a-f]' * 8}.checkpoint"):
+        left.unlink(missing_ok=True)
 
 
 def _clear(cell: Cell) -> None:

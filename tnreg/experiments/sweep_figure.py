@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,18 @@ import numpy as np
 from tnreg.errors import FileError
 from tnreg.plots import save_figure
 
-__all__ = ["figure", "means", "read_sweep"]
+__all__ = ["figure", "means", "number", "read_sweep"]
 
 
 def means(rows: list[dict[str, Any]], fields: Sequence[str], headline: str) -> list[dict[str, Any]]:
     """Mean and standard deviation of ``headline`` over seeds, a row for each set of other fields.
 
-    The deviation is that of a sample (n - 1); NaN for one seed. Cells without a number are left out.
+    The deviation is that of a sample (n - 1); NaN for one seed. Cells without a finite number are left out.
     """
     by = [name for name in fields if name != "seed"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if _number(row.get(headline)) is not None:
+        if number(row.get(headline)) is not None:
             groups.setdefault(json.dumps([row[name] for name in by]), []).append(row)
     out = []
     for some in groups.values():
@@ -78,16 +79,18 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         along = _along(rows, varied or fields)
         found = means(rows, fields, headline)
         if along == "seed":
-            there = [row for row in rows if _number(row.get(headline)) is not None]
+            there = [row for row in rows if number(row.get(headline)) is not None]
             found = [{**row, "seeds": 1, "deviation": float("nan")} for row in there]
-    except (KeyError, TypeError) as error:
+        if not found:
+            raise ValueError(f"no finite number in the column {headline!r}")
+    except (KeyError, TypeError, ValueError) as error:
         raise FileError(
             f"not a finished sweep: {place}\n  {type(error).__name__}: {error}"
         ) from None
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
     others = [name for name in varied if name not in (along, "seed")]
-    numeric = all(_number(row[along]) is not None for row in found)
+    numeric = all(number(row[along]) is not None for row in found)
     places = {v: i for i, v in enumerate(dict.fromkeys(str(row[along]) for row in found))}
     for label, some in _lines(found, others).items():
         if numeric:
@@ -114,10 +117,20 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     return save_figure(drawn, png or place / "sweep.png")
 
 
+def number(value: Any) -> float | None:
+    """The value if it is a finite number that a float can hold; booleans are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
 def _along(rows: list[dict[str, Any]], fields: list[str]) -> str:
     """What the picture is drawn against."""
     candidates = [name for name in fields if name != "seed"]
-    numbers = [n for n in candidates if all(_number(row[n]) is not None for row in rows)]
+    numbers = [n for n in candidates if all(number(row[n]) is not None for row in rows)]
     return (numbers or candidates or ["seed"])[0]
 
 
@@ -135,10 +148,3 @@ def _lines(rows: list[dict[str, Any]], others: list[str]) -> dict[str, list[dict
 def _wide(values: list[float]) -> bool:
     """Whether values ask for a logarithmic axis."""
     return min(values) > 0 and max(values) >= 100 * min(values)
-
-
-def _number(value: Any) -> float | None:
-    """A finite or infinite number; booleans are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        return None
-    return float(value)

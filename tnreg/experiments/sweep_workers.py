@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import importlib.util
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, TnregError
 from tnreg.experiments.sweep_cell import Cell, Work, compute
 
-__all__ = ["Done", "Failed", "results"]
+__all__ = ["ClusterLost", "Done", "Failed", "results"]
+
+
+class ClusterLost(TnregError):
+    """The scheduler, or the way to it, is gone; cells that are done stay done."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,14 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A cell that failed as often as it was tried, with the last exception."""
+    """A cell that failed as often as it was tried, with the last exception.
+
+    ``traceback`` is its text where the exception itself has none.
+    """
 
     cell: Cell
     exception: BaseException
+    traceback: str = ""
 
     @property
     def error(self) -> str:
@@ -59,8 +70,11 @@ def results(
         workers: Processes here; 0 for this one.
         threads: Threads of torch in each.
         scheduler: Address, or scheduler file, of a cluster in place of processes here.
-        retries: How often a cell is tried again.
+        retries: How often a cell is tried again; an ``OptionError`` comes again, so it is not.
         told: Is told how many cells are computed at once, and a line to show.
+
+    Raises:
+        ClusterLost: The scheduler ended meanwhile.
     """
     if not cells:
         return
@@ -83,7 +97,7 @@ def _here(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | F
         try:
             return Done(cell, *compute(cell, work, threads))
         except Exception as error:
-            if attempt == retries:
+            if attempt == retries or isinstance(error, OptionError):
                 return Failed(cell, error)
     raise AssertionError("not reached: there is at least one attempt")
 
@@ -120,20 +134,51 @@ def _on(
         for future in distributed.as_completed(futures, loop=client.loop, raise_errors=False):
             cell = futures[future]
             error = future.exception()
-            yield Done(cell, *future.result()) if error is None else Failed(cell, error)
+            yield _outcome(cell, future.result()) if error is None else Failed(cell, error)
             future.release()
             told(len(client.nthreads()), "")
-    except BaseException:
+    except BaseException as error:
+        if _is_lost(error, client):
+            raise ClusterLost(
+                "the Dask scheduler was lost before all cells were done; what is done is kept, and the "
+                f"same call goes on.\n  {type(error).__name__}: {error}"
+            ) from None
         with contextlib.suppress(Exception):
             client.cancel(list(futures), force=True)
         raise
 
 
-def _task(cell: Cell, function: bytes, threads: int | None) -> tuple[dict[str, Any], bool]:
+@dataclass(frozen=True)
+class _Refused:
+    """An ``OptionError`` of a cell as a value, for what Dask sees as an error it tries again."""
+
+    said: str
+    traceback: str
+
+
+def _task(
+    cell: Cell, function: bytes, threads: int | None
+) -> tuple[dict[str, Any], bool] | _Refused:
     """One cell on a worker."""
     import cloudpickle
 
-    return compute(cell, cloudpickle.loads(function), threads)
+    try:
+        return compute(cell, cloudpickle.loads(function), threads)
+    except OptionError as error:
+        return _Refused(str(error), traceback.format_exc())
+
+
+def _outcome(cell: Cell, value: tuple[dict[str, Any], bool] | _Refused) -> Done | Failed:
+    if isinstance(value, _Refused):
+        return Failed(cell, OptionError(value.said), value.traceback)
+    return Done(cell, *value)
+
+
+def _is_lost(error: BaseException, client: Any) -> bool:
+    cancelled = (asyncio.CancelledError, concurrent.futures.CancelledError)
+    return isinstance(error, cancelled) or (
+        isinstance(error, Exception) and client.status != "running"
+    )
 
 
 @contextlib.contextmanager
