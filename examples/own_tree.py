@@ -2,7 +2,11 @@
 
 ``python examples/own_tree.py [figure.png]`` compares three trees over the modes of the kinetic
 fluorescence tensor (64 measurements x 12 emission x 10 excitation wavelengths x 60 times). The tree
-with the smaller ranks inside says which modes belong together. Needs ``tnreg[data]``.
+with the smaller ranks inside says which modes belong together. For your own data replace the tensor and
+the edges of the graph. Needs ``tnreg[data]``.
+
+One run: effective rank 5.9 where emission and excitation are joined, 16.9 between neighbours, 17.6 with
+measurement and excitation; 7 s in one thread.
 """
 
 import sys
