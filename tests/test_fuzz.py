@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -43,7 +45,7 @@ from tnreg.tree import read_tree
 
 SETTINGS = {"seed": 1}
 quick = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -61,7 +63,7 @@ nested = st.recursive(
 
 
 @given(nested)
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=100)
 def test_any_nested_data(data):
     with contextlib.suppress(TreeError):
         tree = ModeTree(data)
@@ -79,7 +81,7 @@ names = st.one_of(
     st.lists(st.tuples(names, names), max_size=8),
     st.sampled_from([nx.DiGraph, nx.MultiDiGraph, nx.Graph]),
 )
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=100)
 def test_any_graph(edges, kind):
     with contextlib.suppress(TreeError):
         graph = kind(edges)
@@ -270,6 +272,13 @@ KINDS = {  # name of the file: (write it, read it)
 }
 
 
+@functools.cache
+def valid(kind):
+    """A valid file's bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return saved(KINDS[kind][0], Path(folder) / kind)
+
+
 def read_or_error(kind, path, data):
     """Read bytes as a file of this kind: whatever they are, nothing but an error of tnreg may come."""
     path.write_bytes(data)
@@ -305,7 +314,7 @@ def test_any_bytes(kind, tmp_path, data):
 @given(st.data())
 @quick
 def test_mutated_files(kind, tmp_path, data):
-    original = saved(KINDS[kind][0], tmp_path / f"valid-{kind}")
+    original = valid(kind)
     read_or_error(kind, tmp_path / kind, mutated(original, data.draw))
 
 
@@ -369,9 +378,9 @@ def with_text(change):
     "kind", ["model.safetensors", "convac.safetensors", "run.npz", "images.npz"]
 )
 @given(st.data())
-@settings(quick, max_examples=150)
+@settings(quick, max_examples=60)
 def test_other_descriptions_in_valid_files(kind, tmp_path, data):
-    original = saved(KINDS[kind][0], tmp_path / f"valid-{kind}")
+    original = valid(kind)
     change = lambda value: replaced(value, data.draw)  # noqa: E731
     if kind.endswith("npz"):
         changed = with_member(original, "about.npy", with_text(change))
@@ -389,7 +398,7 @@ def test_other_descriptions_in_valid_files(kind, tmp_path, data):
 @given(st.data())
 @quick
 def test_other_parts_in_valid_archives(kind, name, tmp_path, data):
-    original = saved(KINDS[kind][0], tmp_path / f"valid-{kind}")
+    original = valid(kind)
     changed = with_member(original, name, lambda held: mutated(held, data.draw))
     read_or_error(kind, tmp_path / kind, changed)
 
@@ -427,13 +436,13 @@ def test_descriptions_that_crashed(tmp_path):
         (tmp_path / "run" / "config.json").write_text(text, errors="surrogateescape")
         with pytest.raises(FileError, match="not a run folder"):
             read_run(tmp_path / "run")
-    data = saved(lambda path: run_of().save(path), tmp_path / "valid.npz")
+    data = valid("run.npz")
     path = tmp_path / "run.npz"
     short = in_memory(lambda raw: np.save(raw, np.ones(3)))
     path.write_bytes(with_member(data, "loss.npy", lambda held: short))
     with pytest.raises(FileError, match="3 rows of 'loss' for 2 steps"):
         Trajectory.load(path)
-    data = saved(lambda path: pairs().save(path), tmp_path / "valid-images.npz")
+    data = valid("images.npz")
     without = with_text(lambda about: {**about, "config": 3})
     path.write_bytes(with_member(data, "about.npy", without))
     with pytest.raises(FileError, match="its config is a int, not an object"):
@@ -448,11 +457,11 @@ def test_a_small_file_asks_for_no_large_model(tmp_path, key):
     def change(about):
         return {**about, key: large[key]}
 
-    data = saved(lambda path: model_of().save(path), tmp_path / "valid")
+    data = valid("model.safetensors")
     (tmp_path / "m").write_bytes(with_header(data, change))
     with pytest.raises(FileError, match=r"weight\.\d has another shape or dtype: .* expected .*"):
         load(tmp_path / "m")
-    data = saved(lambda path: classifier().save(path), tmp_path / "valid")
+    data = valid("convac.safetensors")
     (tmp_path / "c").write_bytes(with_header(data, change))
     with pytest.raises(FileError, match=f"not a classifier: {tmp_path / 'c'}"):
         ConvAC.load(tmp_path / "c")
@@ -509,7 +518,7 @@ def exit_code(arguments):
         max_size=5,
     )
 )  # fmt: skip
-@settings(quick, max_examples=25)
+@settings(quick, max_examples=15)
 def test_any_arguments(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     np.save(Path("x.npy"), np.ones((2, 2, 2, 2)))

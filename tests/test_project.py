@@ -393,19 +393,6 @@ def test_lower_bounds_cover_what_is_pinned():
             assert numbers(pinned[match[1]]) >= numbers(match[2]), requirement
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(script, tmp_path):
-    picture = tmp_path / "figure.png"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", script, picture],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG") and "effective rank" in done.stdout
-
-
 def test_wheel_holds_the_gallery(tmp_path):
     """A wheel made by the build backend has the trees inside and no tests."""
     from hatchling.builders.wheel import WheelBuilder

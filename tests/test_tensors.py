@@ -6,10 +6,12 @@ import os
 import pickle
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import zarr
 
 from tnreg import (
     DataError,
@@ -138,7 +140,6 @@ def test_names_the_extra(monkeypatch):
 @pytest.fixture
 def stored(tmp_path):
     """The same array in four places, and how to name it."""
-    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
     x = np.arange(2 * 3 * 4 * 5, dtype=np.float64).reshape(2, 3, 4, 5)
     np.save(tmp_path / "x.npy", x)
     zarr.create_array(str(tmp_path / "x.zarr"), shape=x.shape, chunks=(1, 3, 2, 5), dtype="f8")[
@@ -173,6 +174,9 @@ def test_open_tensor_refuses(stored, monkeypatch):
         open_tensor(folder / "x.h5")
     with pytest.raises(FileError, match="no array 'v' in .*; arrays there: fields/u, other"):
         open_tensor(f"{folder}/x.h5:v")
+    for name in ("x.npy", "x.zarr"):
+        with pytest.raises(FileError, match="one array without a name, not 'v'"):
+            open_tensor(f"{folder}/{name}:v")
     (folder / "bad.h5").write_bytes(b"no file of that kind")
     (folder / "bad.npy").write_bytes(b"neither")
     np.save(folder / "objects.npy", np.array([{}], dtype=object))

@@ -528,7 +528,9 @@ class Factorization(nn.Module):
         bonds = dict(enumerate(self.network.bonds[:-1]))
         joins = " and ".join(sorted({kind for kind in self.network.joins if kind != "leaf"}))
         count, dtype = sum(stack.numel() for stack in self.stacks), str(self.dtype)
-        caption = f"sizes {self.sizes}, {joins} joins, {count} weights of {dtype.removeprefix('torch.')}"
+        caption = (
+            f"sizes {self.sizes}, {joins} joins, {count} weights of {dtype.removeprefix('torch.')}"
+        )
         return tree_svg(tree.links, labels, edges=bonds, caption=caption)
 
     def __repr__(self) -> str:

@@ -187,7 +187,7 @@ class _Stored:
 
     def __getitem__(self, part: Any) -> np.ndarray[Any, Any]:
         with self._opened() as array:
-            return np.asarray(array[part])
+            return np.require(array[part], requirements="W")  # torch warns of arrays that are not
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
