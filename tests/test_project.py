@@ -15,8 +15,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import tnreg
 from tnreg.tree import read_tree_file
 
