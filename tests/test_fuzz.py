@@ -57,9 +57,13 @@ words = st.one_of(
     st.just(np.array([0, 1])), st.just(np.int64(1)), st.just(int), st.just({0}), st.just({"a": 1}),
     st.just(torch.tensor([0, 1])),
 )  # fmt: skip
-nested = st.recursive(
-    words, lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner), max_leaves=12
-)
+
+
+def sequences(inner):
+    return st.lists(inner, max_size=4) | st.tuples(inner, inner)
+
+
+nested = st.recursive(words, sequences, max_leaves=12)
 
 
 @given(nested)
@@ -318,11 +322,14 @@ def test_mutated_files(kind, tmp_path, data):
     read_or_error(kind, tmp_path / kind, mutated(original, data.draw))
 
 
+def containers(inner):
+    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+
+
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4),
               st.sampled_from(["diagonal", "full", "leaf", "complex32", "float16", "int64", "save"])),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
+    containers, max_leaves=6,
 )  # fmt: skip
 
 
