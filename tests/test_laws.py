@@ -165,15 +165,13 @@ def test_both_routes_agree(monkeypatch, model, route):
     import tnreg.contraction as contraction
 
     monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
-    contraction._plan_dense.cache_clear()
-    contraction._plan_batch.cache_clear()
+    contraction._plans.cache_clear()
     try:
         assert plan(model).route == plan(model, batch=5).route == route
         assert_close(model.to_tensor(), defined(model))
         check_forward(model)
     finally:
-        contraction._plan_dense.cache_clear()
-        contraction._plan_batch.cache_clear()
+        contraction._plans.cache_clear()
 
 
 def test_equal_sizes_take_one_tensor():

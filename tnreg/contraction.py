@@ -362,12 +362,9 @@ def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
     whole = _whole(network, batch)
     flops, largest, moved = _cost(network, joins)
     costs = {"tree": flops, "opt_einsum": whole.flops}
-    found = {
-        "tree": Plan(network, kind, "tree", flops, largest, moved, moved, costs, batch, joins),
-        "opt_einsum": _along(network, whole, costs, batch),
-    }
-    first = cheapest(costs)
-    return found[first], *(plan for route, plan in found.items() if route != first)
+    tree = Plan(network, kind, "tree", flops, largest, moved, moved, costs, batch, joins)
+    path = _along(network, whole, costs, batch)
+    return (tree, path) if cheapest(costs) == "tree" else (path, tree)
 
 
 def _along(network: Network, whole: Einsum, costs: Mapping[str, int], batch: int | None) -> Plan:
@@ -698,9 +695,10 @@ def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
     routes["per-sample"] = (flops, largest, moved, moved, joins, None, None)
     costs["per-sample"] = flops + _FLOPS_PER_MOVE * moved
 
+    best = cheapest(costs)
     return tuple(
         Plan(network, "entries", route, *routes[route][:4], costs, count, *routes[route][4:])
-        for route in sorted(costs, key=lambda route: costs[route])
+        for route in sorted(costs, key=lambda route: (route != best, costs[route]))
     )
 
 
