@@ -223,6 +223,13 @@ def read_training(path):
         assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
         raise
     assert len(run) and len(states) == 2
+    return run
+
+
+def read_model(path):
+    model = load(path)
+    assert model.norm().ndim == 0
+    return model
 
 
 def read_trajectory(path):
@@ -230,11 +237,13 @@ def read_trajectory(path):
     for name in run:
         parts = run[name].values() if isinstance(run[name], dict) else [run[name]]
         assert all(len(part) == len(run) for part in parts if len(run))
+    return run
 
 
 def read_images(path):
     found = images.load(path)
     assert repr(found).startswith("<") and len(found.images) == len(found)
+    return found
 
 
 def pairs():
@@ -254,7 +263,7 @@ def hdf5(path):
 
 VALUES = np.arange(6.0).reshape(2, 3)
 KINDS = {  # name of the file: (write it, read it)
-    "model.safetensors": (lambda path: model_of().save(path), lambda path: load(path).norm()),
+    "model.safetensors": (lambda path: model_of().save(path), read_model),
     "convac.safetensors": (lambda path: classifier().save(path), ConvAC.load),
     "run.npz": (lambda path: run_of().save(path), read_trajectory),
     "images.npz": (lambda path: pairs().save(path), read_images),
@@ -274,20 +283,55 @@ KINDS = {  # name of the file: (write it, read it)
         lambda path: locality_run._held(path, SETTINGS),
     ),
 }
+SAME = {  # whether what was read is what was written
+    "model.safetensors": lambda model: torch.equal(model.to_tensor(), model_of().to_tensor()),
+    "convac.safetensors": lambda net: (
+        [p.shape for p in net.parameters()] == [p.shape for p in classifier().parameters()]
+    ),
+    "run.npz": lambda run: run.to_bytes() == run_of().to_bytes(),
+    "images.npz": lambda found: (
+        np.array_equal(found.images, pairs().images)
+        and np.array_equal(found.labels, pairs().labels)
+        and found.boxes == pairs().boxes
+    ),
+    "x.npy": lambda found: np.array_equal(found.values, VALUES),
+    "x.npz": lambda found: np.array_equal(found.values, VALUES),
+    "x.safetensors": lambda found: np.array_equal(found.values, np.ones((2, 3))),
+    "x.pt": lambda found: np.array_equal(found.values, np.ones((2, 3))),
+    "open.npy": lambda array: np.array_equal(array.compute(), VALUES),
+    "open.h5": lambda array: np.array_equal(array.compute(), np.ones((2, 3))),
+    "tree.json": lambda tree: tree == ModeTree.chain(4),
+    "fit.checkpoint": lambda run: run.to_bytes() == run_of().to_bytes(),
+    "locality.checkpoint": lambda held: json.loads(held["about"]) == SETTINGS,
+}
+
+
+FOLDER = tempfile.TemporaryDirectory()  # gone when the process ends
 
 
 @functools.cache
+def valid_path(kind):
+    """A valid file."""
+    path = Path(FOLDER.name) / kind
+    KINDS[kind][0](path)
+    return path
+
+
 def valid(kind):
     """A valid file's bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        return saved(KINDS[kind][0], Path(folder) / kind)
+    return valid_path(kind).read_bytes()
 
 
-def read_or_error(kind, path, data):
-    """Read bytes as a file of this kind: whatever they are, nothing but an error of tnreg may come."""
+def assert_read_or_refused(kind, path, data):
+    """Bytes as a file of this kind: an object of its kind, or an error of tnreg that names the file."""
     path.write_bytes(data)
-    with contextlib.suppress(TnregError):
-        KINDS[kind][1](path)
+    try:
+        found = KINDS[kind][1](path)
+    except TnregError as error:
+        assert path.name in str(error), str(error)
+    else:
+        assert type(found) is type(KINDS[kind][1](valid_path(kind)))
+    assert path.read_bytes() == data  # reading changes nothing
 
 
 def mutated(data, draw):
@@ -304,14 +348,14 @@ def mutated(data, draw):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_valid_file_is_read(kind, tmp_path):
     KINDS[kind][0](tmp_path / kind)
-    KINDS[kind][1](tmp_path / kind)
+    assert SAME[kind](KINDS[kind][1](tmp_path / kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.data())
 @quick
 def test_any_bytes(kind, tmp_path, data):
-    read_or_error(kind, tmp_path / kind, data.draw(st.binary(max_size=200)))
+    assert_read_or_refused(kind, tmp_path / kind, data.draw(st.binary(max_size=200)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,7 +363,7 @@ def test_any_bytes(kind, tmp_path, data):
 @quick
 def test_mutated_files(kind, tmp_path, data):
     original = valid(kind)
-    read_or_error(kind, tmp_path / kind, mutated(original, data.draw))
+    assert_read_or_refused(kind, tmp_path / kind, mutated(original, data.draw))
 
 
 def containers(inner):
@@ -393,7 +437,7 @@ def test_other_descriptions_in_valid_files(kind, tmp_path, data):
         changed = with_member(original, "about.npy", with_text(change))
     else:
         changed = with_header(original, change)
-    read_or_error(kind, tmp_path / kind, changed)
+    assert_read_or_refused(kind, tmp_path / kind, changed)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +451,7 @@ def test_other_descriptions_in_valid_files(kind, tmp_path, data):
 def test_other_parts_in_valid_archives(kind, name, tmp_path, data):
     original = valid(kind)
     changed = with_member(original, name, lambda held: mutated(held, data.draw))
-    read_or_error(kind, tmp_path / kind, changed)
+    assert_read_or_refused(kind, tmp_path / kind, changed)
 
 
 @given(st.data())
