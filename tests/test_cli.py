@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import zoo
+from command import call
 
 from tnreg import (
     ConvAC,
@@ -34,23 +35,11 @@ from tnreg import (
     locality_profile,
     spectra,
 )
-from tnreg.cli import main
 from tnreg.cli.hints import hint
 from tnreg.cli.reply import Reply, plain
 from tnreg.experiments import convac, dynamics, locality
 from tnreg.experiments.nets import build
 from tnreg.tree import read_tree, tree_from_json
-
-
-def call(capsys, *arguments):
-    """Exit code, standard output, standard error."""
-    code = 0
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 @pytest.fixture

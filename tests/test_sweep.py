@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from command import call
 
 matplotlib.use("Agg")
 
 from tnreg import FileError, OptionError, TnregError
-from tnreg.cli import main
 from tnreg.experiments import dynamics, init_scale, locality, sweep, sweep_figure, sweep_grid
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests
@@ -537,16 +537,6 @@ def test_lists(text, kind, values):
 def test_lists_refuse(text, kind, said):
     with pytest.raises(OptionError, match=f"distance: .*{re.escape(said)}"):
         sweep_grid.parse(text, kind, "distance")
-
-
-def call(capsys, *arguments):
-    code = 0
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def test_dynamics_on_the_command_line(capsys, tmp_path):

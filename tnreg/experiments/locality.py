@@ -32,13 +32,10 @@ __all__ = ["EXPERIMENT", "SETS", "Config", "Training", "cells", "figure", "run",
 
 
 @dataclass(frozen=True)
-class Training(Settings):
-    """Everything that one training is made from, its images included.
+class Images(Settings):
+    """Settings of the images, which all trainings of a sweep share.
 
     Attributes:
-        arm: What is added to plain training: plain, weight-decay, dropout, igc, interaction.
-        distance: Pixels between the two images of a pair; for Pathfinder paddles of a path.
-        seed: Draws initial weights, the order of the images, and patches.
         set: The preset that the other defaults come from: pairs of digits, pairs of CIFAR-10 images,
             or Pathfinder.
         data_seed: Seed of the images; if left out every seed has images of its own.
@@ -49,9 +46,6 @@ class Training(Settings):
         source: For CIFAR-10: the folder cifar-10-batches-py of its archive for Python.
     """
 
-    arm: str = "plain"
-    distance: int = 0
-    seed: int = 101
     set: Literal["digits", "cifar", "pathfinder", "tiny"] = "digits"
     data_seed: int | None = None
     train: int = 2000
@@ -62,35 +56,35 @@ class Training(Settings):
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """Settings of one sweep; those that all its trainings share come from ``Settings``.
+class Training(Images):
+    """Everything that one training is made from, its images included.
 
     Attributes:
-        set: The preset that the other defaults come from: pairs of digits, pairs of CIFAR-10 images,
-            or Pathfinder.
+        arm: What is added to plain training: plain, weight-decay, dropout, igc, interaction.
+        distance: Pixels between the two images of a pair; for Pathfinder paddles of a path.
+        seed: Draws initial weights, the order of the images, and patches.
+    """
+
+    arm: str = "plain"
+    distance: int = 0
+    seed: int = 101
+
+
+@dataclass(frozen=True)
+class Config(Images):
+    """Settings of one sweep.
+
+    Attributes:
         arms: What is compared: plain, weight-decay, dropout, igc, interaction.
         distances: Pixels between the two images of a pair; for Pathfinder paddles of a path.
         seeds: Each draws initial weights, the order of the images, and patches.
-        data_seed: Seed of the images; if left out every seed has images of its own.
-        train: Training images.
-        test: Test images.
-        size: Height and width of Pathfinder images.
-        matched: Pathfinder whose negatives have the disc distances of positives.
-        source: For CIFAR-10: the folder cifar-10-batches-py of its archive for Python.
         workers: Trainings at a time, each in a process of its own with one thread, by Dask; 1 for this
             process.
     """
 
-    set: Literal["digits", "cifar", "pathfinder", "tiny"] = "digits"
     arms: tuple[str, ...] = ("plain", "igc", "interaction")
     distances: tuple[int, ...] = (0, 8, 16, 24)
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
-    data_seed: int | None = None
-    train: int = 2000
-    test: int = 2000
-    size: int = 150
-    matched: bool = False
-    source: str = "cifar-10-batches-py"
     workers: int = 1
 
 
