@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tnreg import OptionError, ShapeError, SizeError, memory
 
@@ -59,16 +58,13 @@ def test_control_groups(tmp_path, monkeypatch):
 def test_message():
     assert memory.written(999.9) == "1 kB" and memory.written(999_999) == "1 MB"
     assert memory.written(999) == "999 bytes"
-    memory.check_fits(10, "a core", "take less", memory=10)
-    with pytest.raises(SizeError) as caught:
-        memory.check_fits(2**33, "a core", "take smaller ranks", memory=2**30)
-    assert str(caught.value).splitlines() == [
+    error = memory.does_not_fit("a core", 2**33, 2**30, "take smaller ranks")
+    assert str(error).splitlines() == [
         "a core would not fit into memory.",
         "  needed: 8,589,934,592 bytes (8.59 GB)",
         "  allowed (memory=): 1,073,741,824 bytes (1.07 GB)",
         "  take smaller ranks",
     ]
-    assert isinstance(caught.value, ShapeError)
-    memory.check_fits(2**20, "a small one", "", device=torch.device("cpu"))
-    with pytest.raises(SizeError, match="available on cpu: "):
-        memory.check_fits(2**60, "a huge one", "take less")
+    assert isinstance(error, SizeError) and isinstance(error, ShapeError)
+    elsewhere = memory.does_not_fit("a core", 5, 4, "take less", note=", twice", device="cuda:0")
+    assert "5 bytes (5 bytes), twice\n  available on cuda:0: 4 bytes" in str(elsewhere)

@@ -17,7 +17,7 @@ from typing import Literal
 
 import cloudpickle
 import dask
-import distributed  # noqa: F401  settings changed before it is imported would take away the others
+import distributed
 import matplotlib
 import numpy as np
 import pyarrow.parquet

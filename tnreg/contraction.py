@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tnreg.einsum import Einsum, along, einsum, find_path
 from tnreg.errors import DataError, OptionError, ShapeError, SizeError, check_integer
-from tnreg.memory import NEVER_MIND, available, limit_of, written
+from tnreg.memory import NEVER_MIND, available, does_not_fit, limit_of, written
 from tnreg.network import Network
 
 __all__ = ["Plan", "contract", "plan", "within_memory"]
@@ -396,7 +396,6 @@ def _within(
             return small
         plans = (*plans, small)
     needed = item * min(getattr(plan, kind) for plan in plans)
-    whose = "allowed (memory=)" if device is None else f"available on {device}"
     what = f"{first.batch} samples" if first.batch else f"a tensor of shape {first.network.sizes}"
     advice = _ADVICE[first.kind]
     if first.batch:  # by the route whose cost is in proportion to their number
@@ -404,12 +403,8 @@ def _within(
         most = first.batch * limit // (item * each)
         single = f"; one alone needs {written(item * each / first.batch)}"
         advice = f"{advice}, here no more than {most}" if most else f"give more memory{single}"
-    raise SizeError(
-        f"{what}: the contraction would not fit into memory.\n"
-        f"  needed: {needed:,} bytes ({written(needed)}), result and intermediates\n"
-        f"  {whose}: {limit:,} bytes ({written(limit)})\n"
-        f"  {advice}"
-    )
+    note = ", result and intermediates"
+    raise does_not_fit(f"{what}: the contraction", needed, limit, advice, note=note, device=device)
 
 
 def cheapest(costs: Mapping[str, int]) -> str:

@@ -6,13 +6,12 @@ import operator
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tnreg.errors import OptionError, SizeError
 
-__all__ = ["NEVER_MIND", "available", "check_fits", "limit_of", "written"]
+__all__ = ["NEVER_MIND", "available", "does_not_fit", "limit_of", "written"]
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)},
           **{f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}}  # fmt: skip
@@ -73,32 +72,26 @@ def written(size: float) -> str:
     raise AssertionError
 
 
-def check_fits(
-    size: int, what: str, advice: str, *, device: Any = "cpu", memory: int | None = None
-) -> None:
-    """Refuse an array before it is allocated.
+def does_not_fit(
+    what: str, needed: int, limit: int, advice: str, *, note: str = "", device: str | None = None
+) -> SizeError:
+    """The error for an array that is not made.
 
     Args:
-        size: Its bytes, with all that is there at the same time.
-        what: What it is, for the message.
+        what: What it is.
+        needed: Its bytes, with all that is there at the same time.
+        limit: Bytes that there are.
         advice: What to do instead.
-        device: Where it would be.
-        memory: Bytes that it may take; what is available on the device if left out.
-
-    Raises:
-        SizeError: It would not fit.
+        note: What counts, after the bytes.
+        device: Where so much is available; ``None`` for a limit of the caller's own.
     """
-    if memory is None and size < NEVER_MIND:
-        return
-    limit = available(device) if memory is None else memory
-    if limit is not None and size > limit:
-        of = f"available on {torch.device(device)}" if memory is None else "allowed (memory=)"
-        raise SizeError(
-            f"{what} would not fit into memory.\n"
-            f"  needed: {size:,} bytes ({written(size)})\n"
-            f"  {of}: {limit:,} bytes ({written(limit)})\n"
-            f"  {advice}"
-        )
+    whose = "allowed (memory=)" if device is None else f"available on {device}"
+    return SizeError(
+        f"{what} would not fit into memory.\n"
+        f"  needed: {needed:,} bytes ({written(needed)}){note}\n"
+        f"  {whose}: {limit:,} bytes ({written(limit)})\n"
+        f"  {advice}"
+    )
 
 
 def _of_machine() -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -50,11 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TnregError as error:
         # all processes have the same error, but for the loss of one, which the first may be
         if isinstance(error, ProcessLost) or is_first():
-            print(f"tnreg: {type(error).__name__}: {hint(str(error), given)}", file=sys.stderr)
+            known = _options_of(commands, given)
+            print(f"tnreg: {type(error).__name__}: {hint(str(error), known)}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("tnreg: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _options_of(commands: dict[str, Any], given: Sequence[str]) -> set[str]:
+    """Names of the options of the command that was given, and of the experiment after it."""
+    command = commands.get(given[0]) if given else None
+    if command is None:
+        return set()
+    parameters = inspect.signature(command).parameters.values()
+    names = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    for kind in get_args(command.__annotations__.get("experiment")):
+        config, about = get_args(kind)
+        if about.name == " ".join(given[1:2]):
+            names |= {field.name for field in dataclasses.fields(config)}
+    return names
 
 
 def _check_completion(given: Sequence[str]) -> None:
