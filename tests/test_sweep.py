@@ -17,7 +17,7 @@ from typing import Literal
 
 import cloudpickle
 import dask
-import distributed
+import distributed  # noqa: F401  settings changed before it is imported would take away the others
 import matplotlib
 import numpy as np
 import pyarrow.parquet
@@ -31,9 +31,6 @@ from tnreg import FileError, OptionError, TnregError
 from tnreg.experiments import dynamics, init_scale, locality, sweep, sweep_figure, sweep_grid
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests
-assert (
-    distributed
-)  # imported before its settings are changed, which would otherwise take away the others
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
 BAD = "a-2-b-y-seed-1"  # fails as long as there is a file of that name
 REFUSED = "a-3-b-y-seed-1"  # so does this one, with an OptionError
