@@ -8,12 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import tnreg
-from tnreg import DataError, FileError
+from tnreg import (
+    ConvAC,
+    ConvNet,
+    DataError,
+    Factorization,
+    FileError,
+    ModeTree,
+    Representation,
+    load,
+    load_tensor,
+)
 from tnreg.files import folder_written_whole, write_whole
 
 
@@ -106,3 +118,34 @@ def test_a_run_that_dies(tmp_path, sign):
     assert about["summary"]["stopped by"] == "interrupted"
     assert {"model.safetensors", "trajectory.npz", "training.png"} <= set(os.listdir(out))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("kind", ["model", "classifier", "tensor"])
+def test_a_file_that_is_replaced_while_it_is_read(kind, tmp_path, monkeypatch):
+    """Of two versions the one that was opened, whole; never its header and the other one's numbers."""
+    path = tmp_path / "x.safetensors"
+    first, second = (torch.full((size,), float(size), dtype=torch.float64) for size in (7, 5))
+    makers = {
+        "model": lambda v: Factorization(ModeTree.star(len(v)), 2, 3, std=float(v[0])).save(path),
+        "classifier": lambda v: ConvAC(
+            Representation(2), ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=len(v))
+        ).save(path),
+        "tensor": lambda v: safetensors.torch.save_file({"x": v}, path),
+    }
+    readers = {
+        "model": lambda: load(path).tree.order,
+        "classifier": lambda: ConvAC.load(path).net.outputs,
+        "tensor": lambda: len(load_tensor(path).values),
+    }
+    makers[kind](first)
+    read = Path.read_bytes
+
+    def replaced(self):
+        data = read(self)
+        makers[kind](second)
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", replaced)
+    assert readers[kind]() == 7
+    monkeypatch.undo()
+    assert readers[kind]() == 5

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from tnreg.errors import (
     check_integer,
 )
 from tnreg.factorization import Factorization
-from tnreg.files import is_file, write_whole
+from tnreg.files import is_file, read_safetensors, write_whole
 from tnreg.hsvd import truncate
 from tnreg.network import Network
 from tnreg.tree import Node, tree_from_json, tree_to_json
@@ -328,9 +327,8 @@ class ConvAC(nn.Module):
             raise FileError(f"no such model file: {file_path}")
         expected = "  expected: a safetensors file that ConvAC.save wrote"
         try:
-            with safetensors.safe_open(file_path, framework="pt", device="cpu") as file:
-                about = json.loads((file.metadata() or {})["tnreg-convac"])
-                state = {key: file.get_tensor(key).clone() for key in file.keys()}
+            metadata, state = read_safetensors(file_path)
+            about = json.loads(metadata["tnreg-convac"])
             tree = tree_from_json(about)
             network = Network.build(
                 tree,

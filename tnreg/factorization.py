@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tnreg.contraction import Plan, contract, plan, within_memory
 from tnreg.einsum import einsum
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
-from tnreg.files import is_file, write_whole
+from tnreg.files import is_file, read_safetensors, write_whole
 from tnreg.network import Network
 from tnreg.scaled import absorbed, equilibrated, unscaled
 from tnreg.svg import MOST_NODES, as_text, tree_svg
@@ -562,10 +561,8 @@ def load(
         raise FileError(f"no such model file: {file_path}")
     expected = "  expected: a safetensors file that Factorization.save wrote"
     try:
-        with safetensors.safe_open(file_path, framework="pt", device="cpu") as file:
-            about = (file.metadata() or {}).get("tnreg")
-            # copies: what is mapped from the file can be too poorly aligned for complex numbers
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        metadata, tensors = read_safetensors(file_path)
+        about = metadata.get("tnreg")
     except Exception as error:
         raise FileError(f"not a safetensors file: {file_path}\n  {error}\n{expected}") from None
     if about is None:

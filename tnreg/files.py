@@ -15,11 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from tnreg.errors import FileError
 
-__all__ = ["check_folder", "folder_written_whole", "is_file", "is_there", "write_whole"]
+__all__ = [
+    "check_folder",
+    "folder_written_whole",
+    "is_file",
+    "is_there",
+    "read_safetensors",
+    "write_whole",
+]
 
 # What the disk says when it cannot hold what is written; such errors come without a file's name.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -42,6 +51,18 @@ def is_there(path: str | os.PathLike[str]) -> bool:
         if isinstance(error, PermissionError):
             raise FileError(f"cannot read {path}: {error.strerror}") from None
         return False
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, read at once.
+
+    safetensors' own reader opens a file by its name a second time, and would mix two files where another
+    process replaces it in between.
+    """
+    data = path.read_bytes()
+    tensors = safetensors.torch.load(data)
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:

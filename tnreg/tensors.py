@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor
 
 from tnreg.blocks import as_blocks
 from tnreg.errors import DataError, FileError, OptionError, TnregError
-from tnreg.files import is_file, is_there
+from tnreg.files import is_file, is_there, read_safetensors
 from tnreg.rank import as_tensor
 
 __all__ = ["DATASETS", "DenseTensor", "is_large_file", "load_tensor", "open_tensor"]
@@ -264,8 +263,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        return {key: file.get_tensor(key).clone() for key in file.keys()}
+    return read_safetensors(path)[1]
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
