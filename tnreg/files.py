@@ -60,7 +60,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     process replaces it in between.
     """
     data = path.read_bytes()
-    tensors = safetensors.torch.load(data)
+    tensors = dict(sorted(safetensors.torch.load(data).items()))  # its own order is any
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
 
