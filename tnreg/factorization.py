@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.contraction import Plan, contract, plan, within_memory
-from tnreg.einsum import einsum
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.files import is_file, read_safetensors, write_whole
+from tnreg.inner import inner_products
 from tnreg.network import Network
-from tnreg.scaled import absorbed, equilibrated, unscaled
+from tnreg.scaled import column_norms, unscaled
 from tnreg.svg import MOST_NODES, as_text, tree_svg
 from tnreg.tree import ModeTree, Node, tree_from_json, tree_to_json
 
@@ -391,48 +391,10 @@ class Factorization(nn.Module):
         return unscaled(value, log)
 
     def _scaled_inner(self, other: Factorization) -> tuple[Tensor, Tensor]:
-        """``(x, log)`` with ``<self, other> = x exp(log)``.
-
-        Every node holds the inner products of its tensors, ``(R_above, other's R_above)``, with a
-        logarithmic scale for each row and column.
-        """
-        tree = self.tree
+        """``(x, log)`` with ``<self, other> = x exp(log)``."""
         dtype = torch.promote_types(self.dtype, other.dtype)
         sides = [[w.to(dtype) for w in model.weights.values()] for model in (self, other)]
-        kinds = [model.network.joins for model in (self, other)]
-        grams: list[tuple[Tensor, Tensor, Tensor]] = []
-        for i, below in enumerate(tree.links):
-            children = [grams[c] for c in below]
-            if kinds[0][i] == kinds[1][i] == "diagonal":
-                children = [_multiplied(children)]
-            scaled, logs = [], []
-            for side in range(2):
-                weight = _own_weight(sides[side], i, len(tree.links), children, side)
-                diagonal = kinds[side][i] == "diagonal"
-                given = [child[1 + side] for child in children]
-                weight, log = absorbed(
-                    weight, [torch.stack(given).sum(0)] if diagonal else given or [None]
-                )
-                scaled.append(weight.conj() if side == 0 else weight)
-                logs.append(log)
-            letters = [
-                ["x" if kinds[side][i] == "diagonal" and len(children) > 1 else chr(0x4E00 + 2 * k + side)
-                 for k in range(max(len(children), 1))]
-                for side in range(2)
-            ]  # fmt: skip
-            if not below:
-                letters[1] = letters[0]  # both meet in the mode
-            words = [
-                "".join(dict.fromkeys(part)) + above
-                for part, above in zip(letters, "ab", strict=True)
-            ]
-            pairs = [x + y for x, y in zip(*letters, strict=True)] if below else []
-            operands = [*(child[0] for child in children), *scaled]
-            call = einsum(f"{','.join([*pairs, *words])}->ab", *(tuple(o.shape) for o in operands))
-            gram, rows, columns = equilibrated(call(operands))
-            grams.append((gram, logs[0] + rows, logs[1] + columns))
-        gram, rows, columns = grams[-1]
-        return gram[0, 0], rows[0] + columns[0]
+        return inner_products((self.network, other.network), sides)
 
     # Local components
 
@@ -450,7 +412,7 @@ class Factorization(nn.Module):
         if i in slots:
             own = self.stacks[slots[i][0]][slots[i][1]]
             parts.append(own.unsqueeze(0) if own.ndim == 1 else own.transpose(0, 1))
-        return torch.stack([_column_norms(part) for part in parts])
+        return torch.stack([column_norms(part) for part in parts])
 
     def component_norms(self) -> dict[Node, Tensor]:
         """``{diagonal join: (K_v, R_v)}``: ``component_norms_at`` every node that has one."""
@@ -631,50 +593,6 @@ def _initial(
     # drawn where the generator lives, so that a CPU generator gives the same weights on every device
     drawn = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
     return (std * drawn).to(device or drawn.device)
-
-
-def _multiplied(
-    grams: Sequence[tuple[Tensor, Tensor, Tensor]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Entrywise product of scaled matrices, rescaled after each factor."""
-    out, rows, columns = grams[0]
-    for gram, more_rows, more_columns in grams[1:]:
-        out, by_row, by_column = equilibrated(out * gram)
-        rows, columns = rows + more_rows + by_row, columns + more_columns + by_column
-    return out, rows, columns
-
-
-def _own_weight(
-    weights: Sequence[Tensor], i: int, nodes: int, children: Sequence[Any], side: int
-) -> Tensor:
-    """A node's weight with an axis above; ones at a root without weight."""
-    if i == len(weights):
-        gram: Tensor = children[0][0]
-        return gram.new_ones(gram.shape[side], 1)
-    return weights[i].unsqueeze(-1) if i == nodes - 1 else weights[i]
-
-
-def _column_norms(matrix: Tensor) -> Tensor:
-    """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
-    if matrix.is_complex():  # (n, R) -> (n, R, 2) -> (2n, R)
-        matrix = torch.view_as_real(matrix).mT.flatten(0, 1)
-    # not linalg.vector_norm, which takes ten times as long along columns
-    scale: Tensor | float = 1.0
-    if matrix.dtype == torch.float32:
-        squares = None
-        if matrix.device.type == "cpu":  # a copy in doubles is slow here; most often floats will do
-            squares = matrix.square().sum(0, dtype=torch.float64)
-            if not bool(((squares > 1e-24) & (squares < 1e30)).all()):
-                squares = None
-        if squares is None:  # squares of floats fit into doubles
-            squares = matrix.double().square().sum(0)
-    else:
-        largest = matrix.detach().abs().amax(0)
-        scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-        squares = (matrix / scale).double().square().sum(0)
-    alive = squares > 0  # the root has no gradient at zero; the norm has a subgradient, 0
-    norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
-    return (norms * scale).to(matrix.dtype)
 
 
 def _span(values: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnreg.einsum import einsum
 
-__all__ = ["absorbed", "columns", "equilibrated", "full_rows", "times", "unscaled"]
+__all__ = ["absorbed", "column_norms", "columns", "equilibrated", "full_rows", "times", "unscaled"]
 
 
 def columns(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,29 @@ def full_rows(below: Sequence[tuple[Tensor, Tensor]], weight: Tensor) -> tuple[T
     whole = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
     whole, more = columns(whole.flatten(0, -2))
     return whole, logs + more
+
+
+def column_norms(matrix: Tensor) -> Tensor:
+    """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
+    if matrix.is_complex():  # (n, R) -> (n, R, 2) -> (2n, R)
+        matrix = torch.view_as_real(matrix).mT.flatten(0, 1)
+    # not linalg.vector_norm, which takes ten times as long along columns
+    scale: Tensor | float = 1.0
+    if matrix.dtype == torch.float32:
+        squares = None
+        if matrix.device.type == "cpu":  # a copy in doubles is slow here; most often floats will do
+            squares = matrix.square().sum(0, dtype=torch.float64)
+            if not bool(((squares > 1e-24) & (squares < 1e30)).all()):
+                squares = None
+        if squares is None:  # squares of floats fit into doubles
+            squares = matrix.double().square().sum(0)
+    else:
+        largest = matrix.detach().abs().amax(0)
+        scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        squares = (matrix / scale).double().square().sum(0)
+    alive = squares > 0  # the root has no gradient at zero; the norm has a subgradient, 0
+    norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
+    return (norms * scale).to(matrix.dtype)
 
 
 def _largest(x: Tensor) -> Tensor:
