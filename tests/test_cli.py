@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import zoo
-from command import call
+from command import call, screen
 
 from tnreg import (
     ConvAC,
@@ -535,22 +534,21 @@ def test_json_of_a_sweep_that_fails(capsys, tmp_path):
 
 
 def test_json_of_convac_and_locality(capsys, tmp_path, monkeypatch):
-    """Bars that a library draws on standard output do not get between; NaN becomes null."""
+    """NaN becomes null."""
     cell = {"arm": "plain", "distance": 8, "test accuracy": 0.5, "deviation": math.nan, "epochs": 2,
             "seconds": 1.0, "cost": math.nan, "cost an epoch": 1.0}  # fmt: skip
     summary = {"accuracy": [], "mean and spread": {}, "smaller": [], "seconds": 2.0}
     shown = []
 
-    def noisy(found):
+    def fake(found):
         def run(config, folder, *, progress):
-            print("a bar")
             shown.append(progress)
             return found
 
         return run
 
-    monkeypatch.setattr(convac, "run", noisy(summary))
-    monkeypatch.setattr(locality, "run", noisy([cell]))
+    monkeypatch.setattr(convac, "run", fake(summary))
+    monkeypatch.setattr(locality, "run", fake([cell]))
     monkeypatch.setattr(locality, "table", lambda rows: rows)
     out = str(tmp_path / "r")
     assert answer(capsys, "run", "convac", "--out", out) == {
@@ -661,19 +659,8 @@ def test_a_process_count_without_a_rank_is_told(capsys, monkeypatch):
     assert code == 1 and not err  # the first one tells it
 
 
-class Screen(io.StringIO):
-    """Standard error that is a terminal."""
-
-    def isatty(self):
-        return True
-
-
 def test_work_shows_a_line_on_a_terminal(capsys, tensor, tmp_path, monkeypatch):
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
+    shown = screen(monkeypatch)
     model, net = tmp_path / "m.safetensors", build("small-cnn", 1)
     zoo.model_of(ModeTree.binary(2), sizes=(3, 3)).save(model)
     torch.save(net.state_dict(), tmp_path / "w.pt")
@@ -683,13 +670,16 @@ def test_work_shows_a_line_on_a_terminal(capsys, tensor, tmp_path, monkeypatch):
         (("rank", tensor, "--json"), "singular values ..."),
         (("decompose", tensor), "decomposing ..."),
         (("export", str(model), "--format", "state"), "writing state ..."),
-        (("probe", "small-cnn", *data, "--pairs", "1"), "probing small-cnn ..."),
+        (("probe", "small-cnn", *data, "--pairs", "1"), "pairs of patches"),
+        (("tree", "htf-4", "--png", str(tmp_path / "t.png")), "drawing ..."),
         (("doctor", "--json"), "looking at packages"),
         (("fit", tensor, "--steps", "5", "--out", str(tmp_path / "r")), "5/5"),
+        (("plot", str(tmp_path / "r")), "drawing ..."),
+        (("demo", "--steps", "30", "--out", str(tmp_path / "d")), "30/30"),
     ):
-        screen.truncate(0)
+        shown.truncate(0)
         code, out, _ = call(capsys, *words)
-        assert code == 0 and line in screen.getvalue() and line not in out, words
+        assert code == 0 and line in shown.getvalue() and line not in out, words
         if words[-1] == "--json":
             json.loads(out)
     assert Reply().shows(True) and not Reply().shows(False)  # --no-progress

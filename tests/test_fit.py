@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from command import screen
 
 from tnreg import (
     Factorization,
@@ -133,10 +134,12 @@ def test_interruption_keeps_what_was_recorded():
     assert run["loss"].shape == (3,)
 
 
-def test_progress_bar(capsys):
+def test_progress_bar(capsys, monkeypatch):
     model, task = start()
+    shown = screen(monkeypatch)
     fit(model, task.loss, steps=10)
-    assert "10/10" in capsys.readouterr().err
+    assert "10/10" in shown.getvalue() and "loss" in shown.getvalue()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

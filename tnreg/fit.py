@@ -23,6 +23,7 @@ from tnreg.checkpoint import (
 )
 from tnreg.errors import OptionError, check_integer
 from tnreg.optim import GroupRMSprop
+from tnreg.progress import shown_progress
 from tnreg.trajectory import Trajectory
 
 __all__ = ["fit"]
@@ -339,11 +340,9 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
     if not wanted:
         yield lambda step, loss: None
         return
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -359,7 +358,7 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
         TextColumn("loss {task.fields[loss]:.3g}"),
     )
     # drawn from here, not from a thread of its own that would compete with the training
-    with Progress(*columns, auto_refresh=False, console=Console(stderr=True)) as bar:
+    with shown_progress(*columns, auto_refresh=False) as bar:
         task = bar.add_task("fit", total=steps, loss=float("nan"))
         drawn = -1.0
 

@@ -35,6 +35,7 @@ import tnreg
 from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.files import write_whole
 from tnreg.pathfinder import draw, longest, scene
+from tnreg.progress import advancing
 
 __all__ = ["ImageSet", "distance_only_accuracy", "is_same_class", "load", "pathfinder"]
 
@@ -359,17 +360,17 @@ class _Pathfinder:
 def _made(job: _Pathfinder, count: int, workers: int | None, progress: bool) -> Iterator[Any]:
     """Results of all chunks in order."""
     chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    text = f"images, paths of {job.length} paddles"
     asked = os.cpu_count() or 1 if workers is None else check_integer(workers, 1, "workers")
     used = min(asked, len(chunks))
     with contextlib.ExitStack() as stack:
         pool = None
         if used > 1:
             pool = stack.enter_context(_pool(used))
-        advance = stack.enter_context(_bar(count)) if progress else None
+        advance = stack.enter_context(advancing(text, count, progress))
         results: Iterator[Any] = map(job, chunks) if pool is None else pool.map(job, chunks)
         for chunk, made in zip(chunks, results, strict=True):
-            if advance is not None:
-                advance(len(chunk))
+            advance(len(chunk))
             yield made
 
 
@@ -383,15 +384,6 @@ def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
         pool.submit(int).result()  # the processes start here, before a progress bar has a thread
     return pool
-
-
-@contextlib.contextmanager
-def _bar(count: int) -> Iterator[Any]:
-    from rich.progress import Progress
-
-    with Progress(transient=True) as shown:
-        task = shown.add_task("images", total=count)
-        yield lambda done: shown.advance(task, done)
 
 
 def _split(split: str) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.patches import DifferingPatches, RandomPatches, RandomStream, box_mask, check_images
+from tnreg.progress import advancing
 from tnreg.rank import effective_rank
 from tnreg.regularizers import evaluation, interaction_energy, logits_of
 
@@ -131,6 +132,7 @@ def locality_profile(
     pairs: int = 32,
     where: str = "differing",
     seed: int = 0,
+    progress: bool = False,
 ) -> LocalityProfile:
     """Interaction of two patches in a trained model against the distance between them.
 
@@ -150,6 +152,7 @@ def locality_profile(
         pairs: How many pairs of patches for each distance.
         where: ``"differing"``: places where images differ, see ``DifferingPatches``; ``"anywhere"``.
         seed: Same seed and data: the same patches and images, so that two models can be compared.
+        progress: Show a progress bar.
 
     Raises:
         ShapeError: Too few images, or a distance that does not fit into them.
@@ -172,22 +175,24 @@ def locality_profile(
         distances = sorted({round(largest * i / 8) for i in range(9)})
     kind = DifferingPatches if where == "differing" else RandomPatches
     shares, ranks, spectra = [], [], []
-    for distance in distances:
-        sampler = kind(size, distance, exact=True, seed=seed)
-        generator = RandomStream(seed, "locality_profile").on(images.device)
-        for _ in range(pairs):
-            drawn = torch.randperm(len(images), generator=generator, device=images.device)
-            chosen = images[drawn[: samples + 1]]
-            with evaluation(net):
-                values = _crossed(net, chosen[0], chosen[1:], sampler.draw(chosen[1:]))
-            shares.append(1 - interaction_energy(values))
-            centred = values - values.mean(0, keepdim=True)
-            centred = centred - centred.mean(1, keepdim=True)
-            s = torch.linalg.svdvals(centred.flatten(1).double())
-            spectra.append(s)
-            # what is left of a sum after rounding is no interaction
-            noise = torch.finfo(values.dtype).eps * values.abs().max() * samples
-            ranks.append(effective_rank(torch.where(s > noise, s, 0.0)))
+    with advancing("pairs of patches", len(distances) * pairs, progress) as advance:
+        for distance in distances:
+            sampler = kind(size, distance, exact=True, seed=seed)
+            generator = RandomStream(seed, "locality_profile").on(images.device)
+            for _ in range(pairs):
+                drawn = torch.randperm(len(images), generator=generator, device=images.device)
+                chosen = images[drawn[: samples + 1]]
+                with evaluation(net):
+                    values = _crossed(net, chosen[0], chosen[1:], sampler.draw(chosen[1:]))
+                shares.append(1 - interaction_energy(values))
+                centred = values - values.mean(0, keepdim=True)
+                centred = centred - centred.mean(1, keepdim=True)
+                s = torch.linalg.svdvals(centred.flatten(1).double())
+                spectra.append(s)
+                # what is left of a sum after rounding is no interaction
+                noise = torch.finfo(values.dtype).eps * values.abs().max() * samples
+                ranks.append(effective_rank(torch.where(s > noise, s, 0.0)))
+                advance(1)
     shape = (len(distances), pairs)
     return LocalityProfile(
         distances=np.array(distances),

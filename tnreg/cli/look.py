@@ -55,7 +55,8 @@ def tree(
     reply.text(found.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
     reply.text(f"order {found.order}, {len(found.nodes)} nodes, height {found.heights[-1]}")
     if png is not None:
-        plots.save_figure(plots.tree(found, figure(), labels=labels).figure, png)
+        with reply.working("drawing ..."):
+            plots.save_figure(plots.tree(found, figure(), labels=labels).figure, png)
         reply.note(f"wrote {png}")
     reply.document(
         {

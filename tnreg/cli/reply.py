@@ -9,7 +9,6 @@ import contextlib
 import json as json_format
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnreg.errors import FileError
+from tnreg.progress import working
 
 __all__ = ["Reply", "check_place", "figure", "plain", "short"]
 
@@ -60,23 +60,16 @@ class Reply:
         return progress and self._errors.is_terminal
 
     @contextlib.contextmanager
-    def bars(self) -> Iterator[None]:
-        """Progress bars that a library draws on standard output go to standard error in this block."""
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-
-    @contextlib.contextmanager
     def working(self, text: str) -> Iterator[None]:
         """A status line in this block; it names the passes over a tensor on disk as they begin."""
 
         class Line(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                shown.update(record.getMessage())
+                say(record.getMessage())
 
         logger, line = logging.getLogger("tnreg.blocks"), Line()
         level = logger.level
-        with self._errors.status(text) as shown:
-            shown.update(spinner="dots")  # drawn now, not only a moment later
+        with working(text) as say:
             logger.addHandler(line)
             logger.setLevel(logging.INFO)
             try:

@@ -43,25 +43,34 @@ def plot(
     check_place(png, "--png")
     if not runs:
         raise OptionError("plot: give a run folder.")
+    with reply.working("drawing ..."):
+        target, about = _drawn(runs, names, linear, png)
+    if about:
+        reply.note(about)
+    reply.note(f"wrote {target}")
+
+
+def _drawn(
+    runs: tuple[Path, ...], names: tuple[str, ...], linear: bool, png: Path | None
+) -> tuple[Path, str]:
+    """Where the picture is, and what a trajectory has."""
     first = runs[0]
     kind = experiment_of(first)
     if len(runs) > 1 or (kind == "dynamics" and png is not None and not names):
         target = png or first.parent / "panels.png"
-        plots.save_figure(dynamics.panels(runs), target)
-    elif kind == "init_scale":
-        target = init_scale.figure(first, png)
-    elif kind == "convac":
-        target = convac.figure(first, png)
-    elif kind == "locality":
-        target = locality.figure(first, png)
-    elif kind in ("sweep", sweeps.DYNAMICS.title):
-        target = sweep_figure.figure(first, png)
-    elif kind == "dynamics" and not names:
-        target = dynamics.figure(first)
-    else:
-        file = first / "trajectory.npz" if first.is_dir() else first
-        found = Trajectory.load(file)
-        target = png or file.with_name("training.png")
-        plots.save_figure(completion.draw(found, names or found.names, log=not linear), target)
-        reply.note(f"{found!r}")
-    reply.note(f"wrote {target}")
+        return plots.save_figure(dynamics.panels(runs), target), ""
+    if kind == "init_scale":
+        return init_scale.figure(first, png), ""
+    if kind == "convac":
+        return convac.figure(first, png), ""
+    if kind == "locality":
+        return locality.figure(first, png), ""
+    if kind in ("sweep", sweeps.DYNAMICS.title):
+        return sweep_figure.figure(first, png), ""
+    if kind == "dynamics" and not names:
+        return dynamics.figure(first), ""
+    file = first / "trajectory.npz" if first.is_dir() else first
+    found = Trajectory.load(file)
+    target = png or file.with_name("training.png")
+    drawn = completion.draw(found, names or found.names, log=not linear)
+    return plots.save_figure(drawn, target), f"{found!r}"

@@ -96,8 +96,7 @@ def fit(
         device=str(device_of(device)),
         dtype=dtype,
     )
-    with reply.bars():
-        summary = completion.run(config, out, progress=reply.shows(progress))
+    summary = completion.run(config, out, progress=reply.shows(progress))
     table = Table("", "", title=f"{file} along {summary['tree']}", show_header=False)
     for key in summary:
         if key == "tree":
@@ -132,7 +131,7 @@ def run(
         raise OptionError(f"torchrun started {started()} processes, which {TOGETHER}.")
     device_of(experiment.device)
     reply = Reply(json)
-    with reply.bars(), _going_on():
+    with _going_on():
         folder, tables, found = _answer(experiment, out, reply.shows(progress))
     if not is_first():
         return
@@ -216,7 +215,7 @@ def sweep(
         for device in dict.fromkeys(cell["device"] for cell in cells):
             device_of(device)
     folder, reply = out or Path("runs") / f"sweep-{kind.name}", Reply(json)
-    with reply.bars(), _going_on():
+    with _going_on():
         found = sweep_experiment.run(
             kind.experiment, cells, folder, workers=workers, threads=threads, scheduler=scheduler,
             retries=retries, parquet=parquet, progress=reply.shows(progress),

@@ -32,6 +32,7 @@ from tnreg.errors import FileError, OptionError
 from tnreg.export import export_onnx
 from tnreg.files import folder_written_whole
 from tnreg.plots import save_figure
+from tnreg.progress import advancing
 from tnreg.tree import ModeTree, read_tree
 
 __all__ = ["Config", "figure", "run", "tree_of"]
@@ -100,7 +101,11 @@ def run(
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     smaller: list[dict[str, Any]] = []
-    with folder_written_whole(folder) as beside, _bar(config, progress) as advance:
+    epochs = len(config.seeds) * len(config.trees) * config.epochs
+    with (
+        folder_written_whole(folder) as beside,
+        advancing("epochs", epochs, progress) as advance,
+    ):
         for seed in config.seeds:
             random = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(images), generator=random)
@@ -210,7 +215,7 @@ def _logistic(split: _Split) -> dict[str, Any]:
 
 
 def _trained(
-    tree: ModeTree, config: Config, split: _Split, seed: int, advance: Callable[[], None]
+    tree: ModeTree, config: Config, split: _Split, seed: int, advance: Callable[[int], None]
 ) -> ConvAC:
     random = torch.Generator().manual_seed(seed)
     representation = Representation(config.templates, kind=config.kind, generator=random)
@@ -226,7 +231,7 @@ def _trained(
             adam.zero_grad()
             torch.autograd.backward(loss)
             adam.step()
-        advance()
+        advance(1)
     return model
 
 
@@ -283,29 +288,6 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 def _size(model: ConvAC) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-class _bar:
-    """A progress bar over epochs; entered, it gives the function that advances it."""
-
-    def __init__(self, config: Config, progress: bool) -> None:
-        self.total = len(config.seeds) * len(config.trees) * config.epochs
-        self.progress = progress
-
-    def __enter__(self) -> Callable[[], None]:
-        self._shown: Any = None
-        if not self.progress:
-            return lambda: None
-        from rich.progress import Progress
-
-        self._shown = Progress()
-        self._shown.start()
-        task = self._shown.add_task("training", total=self.total)
-        return lambda: self._shown.advance(task)
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown is not None:
-            self._shown.stop()
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:

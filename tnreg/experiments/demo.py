@@ -29,6 +29,7 @@ from tnreg.factorization import Factorization
 from tnreg.files import folder_written_whole
 from tnreg.fit import fit
 from tnreg.gramians import hierarchical_rank, spectra
+from tnreg.progress import working
 from tnreg.rank import effective_rank
 from tnreg.tasks import Completion
 from tnreg.tensors import load_tensor
@@ -145,23 +146,14 @@ def run(
         net = to_cnn(final)
         tell("the learned factorization as a convolutional network, layer by layer:")
         tell(_side_by_side(tree.text(), repr(net)), markup=False, soft_wrap=True)
-        tell(_exported(net, beside / "network.onnx"), markup=False)
+        with working("exporting ...", progress):
+            exported = _exported(net, beside / "network.onnx")
+        tell(exported, markup=False)
         compared.save(beside / "trajectory-cp.npz")
-        _draw(
-            beside,
-            tree,
-            modes,
-            config,
-            found,
-            compared,
-            model,
-            task,
-            measured,
-            learned,
-            errors,
-            net,
-        )
-        _write_report(beside, config, tensor.source, tree, summary)
+        with working("drawing ...", progress):
+            _draw(beside, tree, modes, config, found, compared, model, task, measured, learned,
+                  errors, net)  # fmt: skip
+            _write_report(beside, config, tensor.source, tree, summary)
     tell(
         f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, model.safetensors, "
         "network.onnx, config.json"

@@ -258,15 +258,17 @@ def _work(cell: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any
     return train(settings, one.arm, one.seed, data, test, folder, about=cell, checkpoint=checkpoint)
 
 
-def _prepare(missing: list[dict[str, Any]], place: Path) -> None:
+def _prepare(missing: list[dict[str, Any]], place: Path, progress: bool) -> None:
     """Make the sets of Pathfinder, each once and with all processors."""
     for cell in missing:
         if cell["set"] == "pathfinder":
             for split in ("train", "test"):
-                _images(Training(**cell), place, split)
+                _images(Training(**cell), place, split, progress)
 
 
-def _images(one: Training, place: Path, split: Literal["train", "test"]) -> images.ImageSet:
+def _images(
+    one: Training, place: Path, split: Literal["train", "test"], progress: bool = False
+) -> images.ImageSet:
     """The set of a training; Pathfinder sets are kept in ``sets``, as they take minutes."""
     seed = one.seed if one.data_seed is None else one.data_seed
     count = one.train if split == "train" else one.test
@@ -284,6 +286,7 @@ def _images(one: Training, place: Path, split: Literal["train", "test"]) -> imag
         if not path.exists():
             made = images.pathfinder(
                 count, length=one.distance, size=one.size, matched=one.matched, split=split, seed=seed,
+                progress=progress,
             )  # fmt: skip
             made.save(path)
         path.with_name(f".{name}.lock").unlink(missing_ok=True)

@@ -61,7 +61,7 @@ class Experiment:
         headline: The column that is drawn; if left out, or if it has no finite number, the first one
             that has.
         defaults: Values of settings that a run folder of an older version may lack.
-        prepare: ``prepare(cells, folder)`` is called first with the cells that are missing.
+        prepare: ``prepare(cells, folder, progress)`` is called first with the cells that are missing.
         table: ``table(rows, fields, headline)`` gives means over seeds.
         figure: ``figure(folder)`` draws the picture.
     """
@@ -73,7 +73,7 @@ class Experiment:
     row: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = _scalars
     headline: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[list[dict[str, Any]], Path], Any] | None = None
+    prepare: Callable[[list[dict[str, Any]], Path, bool], Any] | None = None
     table: Callable[[list[dict[str, Any]], Sequence[str], str], list[dict[str, Any]]] = (
         sweep_figure.means
     )
@@ -165,7 +165,7 @@ def run(
         for name, settings in zip(names, all_settings, strict=True)
     ]
     state = _State(all_cells)
-    _begin(what, place, written, state.missing)
+    _begin(what, place, written, state.missing, progress)
     lost = None
     with Bar(len(all_cells), len(state.done), progress) as bar:
         on = results(
@@ -218,7 +218,9 @@ def _check(
         load_pyarrow()
 
 
-def _begin(what: Experiment, place: Path, written: About, missing: list[Cell]) -> None:
+def _begin(
+    what: Experiment, place: Path, written: About, missing: list[Cell], progress: bool
+) -> None:
     """The sweep's folder, with a ``config.json`` so that a sweep cut short is known as one."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -227,7 +229,7 @@ def _begin(what: Experiment, place: Path, written: About, missing: list[Cell]) -
     if not (place / "config.json").exists():
         written.write(place, [], [], "", [])
     if what.prepare is not None and missing:
-        what.prepare([cell.settings for cell in missing], place)
+        what.prepare([cell.settings for cell in missing], place, progress)
 
 
 def _end(what: Experiment, place: Path, written: About, state: _State, parquet: bool) -> Result:

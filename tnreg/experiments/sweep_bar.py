@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tnreg.progress import shown_progress
+
 __all__ = ["Bar"]
 
 
@@ -19,13 +21,12 @@ class Bar:
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
-                Progress,
                 TextColumn,
                 TimeRemainingColumn,
             )
 
             # cells take minutes or hours: the remaining time is that of all that were done so far
-            self.progress = Progress(
+            self.progress = shown_progress(
                 MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[counts]}"),
                 TimeRemainingColumn(), TextColumn("{task.description}"),
                 speed_estimate_period=1e9,
