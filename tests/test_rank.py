@@ -159,6 +159,8 @@ def test_entanglement_entropy():
     assert entanglement_entropy(1e-200 * s).item() == pytest.approx(entanglement_entropy(s).item())
     assert entanglement_entropy(torch.ones(5)).item() == pytest.approx(math.log(5))
     assert entanglement_entropy(torch.zeros(3)).item() == 0.0
+    for one in ([2.0], [2.0, 0.0], torch.tensor([0.1, 0.0, 0.0], dtype=torch.float32)):
+        assert str(entanglement_entropy(one).item()) == "0.0"  # not -0.0
 
 
 @pytest.mark.parametrize("function", [effective_rank, entanglement_entropy])

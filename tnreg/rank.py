@@ -326,7 +326,7 @@ def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
 def _entropy(p: Tensor) -> Tensor:
     # 0 ln 0 = 0, with a zero instead of a NaN gradient
     p = torch.where(p > 0, p, torch.ones_like(p))
-    return -(p * p.log()).sum()
+    return 0.0 - (p * p.log()).sum()  # not -0.0 where there is a single one
 
 
 def _check_values(s: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:

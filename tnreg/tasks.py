@@ -28,8 +28,10 @@ class Completion:
 
     Attributes:
         sizes: Mode sizes.
-        index, values: Observed entries, ``(B, N)`` int64 and ``(B,)``.
-        test_index, test_values: Unseen entries; ``None`` if nothing is known of them.
+        index: Indices of the observed entries, ``(B, N)`` int64.
+        values: Observed entries, ``(B,)``.
+        test_index: Indices of unseen entries; ``None`` if nothing is known of them.
+        test_values: Unseen entries, or ``None``.
     """
 
     def __init__(
