@@ -38,6 +38,15 @@ _FORMAT = "tnreg.factorization/1"
 class Factorization(nn.Module):
     """A tensor of shape ``sizes``, factorized along a mode tree.
 
+    Its entry ``W[d_0, ..., d_{N-1}]`` is computed from the leaves to the root, with the weight ``W_v`` of
+    every node v and its children ``c_1, .., c_k``:
+
+        leaf of mode n:  φ_n[s] = W_n[d_n, s]
+        diagonal join:   φ_v[s] = Σ_r W_v[r, s] φ_c1[r] .. φ_ck[r]
+        full join:       φ_v[s] = Σ_{r_1, .., r_k} W_v[r_1, .., r_k, s] φ_c1[r_1] .. φ_ck[r_k]
+
+    and the root, which has no s, gives the entry.
+
     Args:
         tree: The mode tree, or what ``ModeTree`` takes.
         sizes: Size of every mode (one integer if all are equal).
@@ -422,8 +431,9 @@ class Factorization(nn.Module):
     def local_components(self) -> dict[Node, Tensor]:
         """``{diagonal join v: (R_v,)}``: norm of every local component, the product of its vectors' norms.
 
-        Definition 5 of Razin, Maman and Cohen (2022). Few large ones at every node mean a tensor
-        near low hierarchical rank. Nodes with a full join have none.
+        ``σ(v, r) = ‖W_v[r, :]‖ ‖W_c1[:, r]‖ .. ‖W_ck[:, r]‖``, c_1, .., c_k the children of v; a root of ones
+        has no first factor. Definition 5 of Razin, Maman and Cohen (2022). Few large ones at every node
+        mean a tensor near low hierarchical rank. Nodes with a full join have none.
         """
         return {node: norms.prod(0) for node, norms in self.component_norms().items()}
 

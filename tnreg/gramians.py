@@ -38,7 +38,8 @@ def spectra(
 ) -> dict[Node, Tensor]:
     """Singular values of the matricization at every node but the root.
 
-    At node v the rows are the modes below v and the columns all other modes.
+    At node v the rows are the modes below v and the columns all other modes: ``[x]_v = Σ_i σ_i u_i w_i*``,
+    ``σ_1 >= σ_2 >= ..``, and ``Σ_i σ_i² = ‖x‖²`` at every node.
 
     Args:
         x: Dense real or complex tensor ``(D_0, ..., D_{N-1})`` (torch or numpy), axis n being mode
@@ -118,7 +119,8 @@ def hierarchical_rank(
 
     At node v the rows are the modes below v and the columns all other modes. Together the ranks are
     the hierarchical tensor rank of Razin, Maman and Cohen (2022), arXiv:2201.11729; on a star tree
-    they are the multilinear (Tucker) rank.
+    they are the multilinear (Tucker) rank. With the singular values ``σ_1 >= σ_2 >= ..`` of node v its rank
+    is ``#{i: σ_i > rtol σ_1}``.
 
     Args:
         x: Dense real or complex tensor of shape ``(D_0, ..., D_{N-1})``, axis n being mode n, or a

@@ -58,8 +58,14 @@ def decompose(
 ) -> Factorization:
     """Hierarchical singular value decomposition of a dense tensor, with full joins.
 
-    All weights but the root's have orthonormal columns. What a node does not need of the tolerance is
-    there for the others.
+    All weights but the root's have orthonormal columns. With the singular values ``σ_i(v)`` of ``A`` at
+    node v and the bond ``R_v`` above it (not ``randomized``)
+
+        ‖A - A_H‖² <= Σ_v Σ_{i > R_v} σ_i(v)²
+
+    over all nodes but the root, where the children of a binary root count once (Grasedyck 2010). What was
+    in fact cut off is summed up in ``error_bound``. What a node does not need of the tolerance is there
+    for the others.
 
     Args:
         tensor: Real or complex tensor ``(D_0, ..., D_{N-1})``; or an array of Dask, zarr or h5py, which may
@@ -348,9 +354,9 @@ def truncate(
 ) -> Factorization:
     """Round a factorization to smaller bonds, with full joins, without its dense tensor.
 
-    Singular values of all nodes are pooled, and the smallest of them discarded as long as their squares
-    sum to less than the tolerance allows: the two children of a binary root share theirs, and count
-    once (Grasedyck 2010).
+    Singular values of all nodes are pooled, and the smallest of them discarded as long as the sum of their
+    squares, ``error_bound²`` (see ``decompose``), is less than the tolerance allows: the two children of
+    a binary root share theirs, and count once (Grasedyck 2010).
 
     Args:
         model: Any joins, any root. Wide diagonal joins are never expanded.

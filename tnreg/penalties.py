@@ -94,11 +94,13 @@ class LocalComponentPenalty:
 class EffectiveRankPenalty:
     """Sum over nodes of a smooth rank of the matricization there, from factored spectra.
 
+    ``Σ_v c_v exp(-Σ p ln p)`` with ``p = σ(v) / Σ σ(v)``, or ``-Σ_v c_v Σ ρ ln ρ`` with ``ρ = σ(v)² / Σ σ(v)²``.
+
     Args:
         kind: ``"effective_rank"`` or ``"entropy"`` (entanglement entropy).
         promote: Turn the sign: a smaller penalty then means a higher rank.
-        weights: ``{node: number}``, or by layer ``{height: number}`` if all keys are integers; what is left
-            out counts 0. ``None``: 1 at every node but the root.
+        weights: c_v: ``{node: number}``, or by layer ``{height: number}`` if all keys are integers; what is
+            left out counts 0. ``None``: 1 at every node but the root.
 
     Cost: that of ``tnreg.spectra`` with gradients, node by node; far more than a training step of a small
     network, so use it every few steps.

@@ -156,7 +156,7 @@ class InteractionEnergy:
     k samples of the batch are drawn without repetition. ``M[i, j]`` is the network's value at sample i
     with its pixels in J taken from sample j, and ``M° = M - row means - column means + mean``:
 
-        ``E = 1 - |M°|² / (|M - mean|² + eps)``, in [0, 1].
+        E = 1 - |M°|² / (|M - mean|² + eps), in [0, 1].
 
     It is 1 for functions that are additive over J and the rest, and for constant ones. M is a sampled
     matricization of the function, so E is a differentiable probe of its separation rank (functional

@@ -53,7 +53,7 @@ class Completion:
         self._plans: dict[tuple[Network, torch.device, bool], Plan] = {}
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Mean squared error over the observed entries: scalar, differentiable."""
+        """``1/B Σ_b |W[index_b] - values_b|²`` over the observed entries: scalar, differentiable."""
         return _mean_square(self._predict(model, seen=True) - self.values)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class Sensing:
         self.sizes = tuple(part.shape[1] for part in self.features)
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Mean squared error over the measurements: scalar, differentiable."""
+        """``1/B Σ_b |<x_b0 ⊗ .. ⊗ x_bN-1, W> - values_b|²``: scalar, differentiable."""
         if isinstance(model, Factorization):
             _check_model(model, self.sizes)
         return _mean_square(model(self.features) - self.values)
