@@ -28,6 +28,7 @@ from tnreg import (
     blocks,
     decompose,
     hierarchical_rank,
+    passes,
     spectra,
 )
 from tnreg.hsvd import distance
@@ -254,7 +255,7 @@ def test_on_a_cluster():
         "dashboard_address": None,
     }
     with distributed.Client(**options) as client:
-        assert blocks._workers() == (2, 1)
+        assert passes.tasks_at_a_time() == (2, 1)
         found = decompose(in_blocks(x), tree, rtol=1e-3, memory=7 * x.nbytes)
         assert distance(in_blocks(x), found)[0] <= 1e-3
         with pytest.raises(OptionError, match="in the cluster's memory"):
@@ -315,7 +316,7 @@ def test_parts(data):
     whole = data.draw(st.sets(st.integers(0, 2), max_size=2))
     budget = data.draw(st.integers(1, 8 * 1000))
     array = da.zeros(tuple(map(sum, chunks)), chunks=chunks)
-    slabs = blocks._slabs(array, tuple(whole), budget)
+    slabs = passes.slabs_of(array, tuple(whole), budget)
     seen = np.zeros(array.shape, int)
     for slab in slabs:
         seen[slab] += 1
@@ -330,7 +331,7 @@ def test_parts(data):
             boxes = [(e[k], e[k + 1]) for e, k in zip(edges, places, strict=True)]
             if all(s.start < b and a < s.stop for s, (a, b) in zip(slab, boxes, strict=True)):
                 read += int(np.prod([b - a for a, b in boxes]))
-    assert blocks._bytes_read(array, slabs) == 8 * read
+    assert passes.bytes_read(array, slabs) == 8 * read
 
 
 def test_memory_is_kept_to():

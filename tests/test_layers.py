@@ -12,10 +12,11 @@ import pytest
 ROOMS = [
     "errors", "progress", "memory", "files", "svg", "structure", "tree", "trajectory", "optim",
     "network", "rank", "einsum", "schedule", "contraction", "scaled", "inner", "factorization",
-    "blocks", "frames", "rounding", "hsvd", "gramians", "products", "cores", "algebra", "convert",
-    "components", "dynamics", "tensors", "tasks", "checkpoint", "fit", "pooling", "cnn", "convac",
-    "export", "penalties", "patches", "second_order", "parallel", "regularizers", "grids",
-    "probe", "pathfinder", "images", "plots", "doctor", "experiments", "cli", "__main__",
+    "passes", "blocks", "frames", "rounding", "hsvd", "gramians", "hanging", "products", "cores",
+    "algebra", "wiring", "convert", "components", "dynamics", "tensors", "tasks", "checkpoint",
+    "fit", "pooling", "convnet", "cnn", "convac", "export", "penalties", "patches",
+    "second_order", "parallel", "regularizers", "grids", "probe", "pathfinder", "images", "plots",
+    "doctor", "experiments", "cli", "__main__",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -26,7 +26,8 @@ from tnreg.components import balance_
 from tnreg.tensors import load_tensor, open_tensor
 from tnreg.tasks import completion, sensing
 from tnreg.fit import fit
-from tnreg.cnn import ConvNet, from_cnn, to_cnn
+from tnreg.cnn import from_cnn, to_cnn
+from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC, Representation
 from tnreg.export import export_onnx, export_pt2, export_state
 from tnreg.penalties import EffectiveRankPenalty, LocalComponentPenalty

@@ -19,11 +19,12 @@ from torch import Tensor
 from tnreg.cores import core_factors
 from tnreg.errors import OptionError, ShapeError, TreeError, check_integer
 from tnreg.factorization import Factorization
+from tnreg.hanging import contracted, hung_up, joins_of, product_joins, spread, weights_of
 from tnreg.hsvd import truncate
 from tnreg.products import rounded_product
 from tnreg.rank import as_tensor, check_numbers
 from tnreg.rounding import limits_of
-from tnreg.tree import ModeTree, Node
+from tnreg.tree import Node
 
 __all__ = [
     "add",
@@ -183,7 +184,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     while path[0] in parent:
         path.insert(0, parent[path[0]])
     with torch.no_grad():
-        weights, joins = _weights_of(model, ones=False), _joins_of(model)
+        weights, joins = weights_of(model, ones=False), joins_of(model)
         if target == path[0]:
             return Factorization.from_weights(tree, weights, join=joins)
         held = {i: weights[v] for i, v in enumerate(tree.nodes)}
@@ -194,7 +195,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
         for i, towards in zip(path, [*path[1:], None], strict=True):
             weight, below = held[i], links[i]
             if kinds[i] == "diagonal":
-                weight, kinds[i] = _spread(weight, len(below)), "full"
+                weight, kinds[i] = spread(weight, len(below)), "full"
             if vector is not None:
                 weight, vector = weight @ vector, None
             if upper is not None:
@@ -216,7 +217,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
 def scale(model: Factorization, factor: float | complex) -> Factorization:
     """The tensor times a number; a root of ones gets a weight if needed, as no leaf is changed."""
     with torch.no_grad():
-        weights, joins = _weights_of(model, ones=False), _joins_of(model)
+        weights, joins = weights_of(model, ones=False), joins_of(model)
         if isinstance(factor, complex):
             dtype = torch.promote_types(model.dtype, torch.complex64)
             weights = {node: w.to(dtype) for node, w in weights.items()}
@@ -309,7 +310,7 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
                 )
             dtype = torch.promote_types(matrix.dtype, model.dtype)
             weights[mode] = matrix.to(dtype) @ weights[mode].to(dtype)
-        return Factorization.from_weights(model.tree, weights, join=_joins_of(model))
+        return Factorization.from_weights(model.tree, weights, join=joins_of(model))
 
 
 def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factorization | Tensor:
@@ -340,7 +341,7 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
                     f"  found:    {tuple(vector.shape)}\n  expected: ({model.sizes[mode]},)"
                 )
             checked[mode] = vector
-        return _contracted(model, checked)
+        return contracted(model, checked)
 
 
 def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization | Tensor:
@@ -395,8 +396,8 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
                     )
                 vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
                 vectors[mode][item] = 1
-        shorter = Factorization.from_weights(model.tree, weights, join=_joins_of(model))
-        return _contracted(shorter, vectors) if vectors else shorter
+        shorter = Factorization.from_weights(model.tree, weights, join=joins_of(model))
+        return contracted(shorter, vectors) if vectors else shorter
 
 
 def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
@@ -416,8 +417,8 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     names = {tree.position(mode): n for n, mode in enumerate(new)}
     with torch.no_grad():
         links = {i: below for i, below in enumerate(tree.links) if below}
-        held = {tree.position(node): weight for node, weight in _weights_of(model).items()}
-        kinds = {tree.position(node): kind for node, kind in _joins_of(model).items()}
+        held = {tree.position(node): weight for node, weight in weights_of(model).items()}
+        kinds = {tree.position(node): kind for node, kind in joins_of(model).items()}
         return hung_up(len(tree.nodes) - 1, links, held, kinds, names)[0]
 
 
@@ -427,11 +428,11 @@ def full_joins(model: Factorization) -> Factorization:
     For wide joins ``truncate(model)`` does the same on bonds that are no larger than needed.
     """
     with torch.no_grad():
-        weights = _weights_of(model, ones=False)
+        weights = weights_of(model, ones=False)
         for i, kind in enumerate(model.network.joins):
             if kind == "diagonal":
                 node = model.tree.nodes[i]
-                weights[node] = _spread(weights[node], len(model.tree.links[i]))
+                weights[node] = spread(weights[node], len(model.tree.links[i]))
         return Factorization.from_weights(model.tree, weights, join="full")
 
 
@@ -471,7 +472,7 @@ def diagonal_joins(
     ``(R_1, R_2, ..)`` with new bond k, and one rounding of the difference, whose bonds are ``R + k``.
     """
     if ranks is None:
-        return _product_joins(model)
+        return product_joins(model)
     check_integer(tries, 1, "diagonal_joins: tries")
     check_integer(steps, 1, "diagonal_joins: steps")
     tree = model.tree
@@ -491,13 +492,13 @@ def diagonal_joins(
         i: bonds[below[0]] <= wanted.get(i, math.inf) for i, below in enumerate(tree.links) if below
     }
     if all(joins[i] == "diagonal" and fits for i, fits in done.items()):
-        same = Factorization.from_weights(tree, _weights_of(model), join="diagonal")
+        same = Factorization.from_weights(tree, weights_of(model), join="diagonal")
         same.error_bound = 0.0
         return same
     with torch.no_grad():
         wide = torch.promote_types(model.dtype, torch.float64)
-        doubles = {node: w.to(wide) for node, w in _weights_of(model, ones=False).items()}
-        exact = Factorization.from_weights(tree, doubles, join=_joins_of(model))
+        doubles = {node: w.to(wide) for node, w in weights_of(model, ones=False).items()}
+        exact = Factorization.from_weights(tree, doubles, join=joins_of(model))
         random = torch.Generator().manual_seed(seed)
         weights = core_factors(truncate(exact), wanted, tries, steps, random)
         named = {node: w.to(model.dtype) for node, w in weights.items()}
@@ -508,128 +509,6 @@ def diagonal_joins(
         )
         out.error_bound = difference.norm().item() + (difference.error_bound or 0.0)
         return out
-
-
-def _product_joins(model: Factorization) -> Factorization:
-    """With diagonal joins, each bond the product of its siblings'."""
-    with torch.no_grad():
-        tree, weights = model.tree, _weights_of(model)
-        joins, out = _joins_of(model), dict[Node, Tensor]()
-        for i, below in enumerate(tree.links):
-            node = tree.nodes[i]
-            if below and joins[node] == "full":
-                flat = weights[node].flatten(0, len(below) - 1)
-                out[node] = flat
-            elif node in weights:
-                out[node] = weights[node]
-        for i, below in enumerate(tree.links):
-            node = tree.nodes[i]
-            if not below or joins[node] == "diagonal":
-                continue
-            bonds = [weights[tree.nodes[c]].shape[-1] for c in below]
-            combined = torch.cartesian_prod(*(torch.arange(n) for n in bonds)).reshape(
-                -1, len(below)
-            )
-            for k, c in enumerate(below):
-                columns = combined[:, k].to(model.device)
-                out[tree.nodes[c]] = out[tree.nodes[c]].index_select(-1, columns)
-        return Factorization.from_weights(tree, out, join="diagonal")
-
-
-def _contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
-    """Without the modes of ``vectors``, which have been checked."""
-    tree, joins = model.tree, _joins_of(model)
-    weights = _weights_of(model, ones=False)
-    gone: dict[int, Tensor] = {}  # position -> what it is now: a vector over the bond above it
-    instead: dict[int, int] = {}  # a node that disappeared -> the child that stands for it
-    links: dict[int, list[int]] = {}
-    top = len(tree.nodes) - 1
-    taken = {tree.position(mode) for mode in vectors}
-    for i, below in enumerate(tree.links):
-        node = tree.nodes[i]
-        if i in taken:
-            mode = int(node)  # type: ignore[call-overload]
-            weight = weights[node]
-            dtype = torch.promote_types(weight.dtype, vectors[mode].dtype)
-            gone[i] = vectors[mode].to(dtype) @ weight.to(dtype)
-            continue
-        left = [c for c in below if c not in gone]
-        if len(left) < len(below):
-            weights[node] = _absorb(weights[node], joins[node], [gone.get(c) for c in below])
-        if below and not left:
-            gone[i] = weights[node]
-            continue
-        links[i] = [instead.get(c, c) for c in left]
-        # a node that is left with one child goes, except for a root above nothing but a leaf
-        if len(left) == 1 < len(below) and (i != top or tree.links[links[i][0]]):
-            child = tree.nodes[links[i][0]]
-            dtype = torch.promote_types(weights[child].dtype, weights[node].dtype)
-            weights[child] = weights[child].to(dtype) @ weights[node].to(dtype)
-            instead[i] = links[i][0]
-    if top in gone:
-        return gone[top]
-    root = instead.get(top, top)
-    kept = [m for m in tree.leaves if m not in vectors]
-    held = {i: weights[tree.nodes[i]] for i in links}
-    kinds = {i: joins[tree.nodes[i]] for i, below in links.items() if below}
-    return hung_up(root, links, held, kinds, {tree.position(m): k for k, m in enumerate(kept)})[0]
-
-
-def hung_up(
-    root: int,
-    links: Mapping[int, Sequence[int]],
-    held: Mapping[int, Tensor],
-    kinds: Mapping[int, str],
-    modes: Mapping[int, int],
-) -> tuple[Factorization, list[int]]:
-    """The factorization of numbered nodes that hang below one of them.
-
-    Args:
-        root: Number of the root, an interior node.
-        links: Children of the interior nodes.
-        held: Weights; a diagonal root that has none is fixed to ones.
-        kinds: Joins of the interior nodes.
-        modes: Modes of the leaves.
-
-    Returns:
-        The factorization, whose interior nodes have their usual names, and the numbers of its nodes in
-        the order of ``tree.nodes``.
-    """
-    order, left = list[int](), [root]
-    while left:  # without recursion: a caterpillar over a thousand modes is a thousand nodes deep
-        order.append(left.pop())
-        left.extend(links.get(order[-1], ()))
-    order.reverse()
-    nested: dict[int, Any] = {}
-    for i in order:
-        below = links.get(i)
-        nested[i] = [nested.pop(c) for c in below] if below else modes[i]
-    tree = ModeTree(nested[root])
-    found = Factorization.from_weights(
-        tree,
-        {v: held[i] for v, i in zip(tree.nodes, order, strict=True) if i in held},
-        join={v: kinds[i] for v, i in zip(tree.nodes, order, strict=True) if links.get(i)},
-    )
-    return found, order
-
-
-def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tensor:
-    """A node's weight with the children that are vectors now contracted into it."""
-    for vector in vectors:
-        if vector is not None:
-            weight = weight.to(torch.promote_types(weight.dtype, vector.dtype))
-    if kind == "diagonal":
-        for vector in vectors:
-            if vector is not None:
-                weight = vector.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)) * weight
-        if all(v is not None for v in vectors):
-            weight = weight.sum(0)
-        return weight
-    for axis in reversed(range(len(vectors))):
-        vector = vectors[axis]
-        if vector is not None:
-            weight = torch.tensordot(vector.to(weight.dtype), weight, ([0], [axis]))
-    return weight
 
 
 def _paired(
@@ -646,42 +525,19 @@ def _paired(
         )
     tree, dtype = one.tree, torch.promote_types(one.dtype, other.dtype)
     ones = one.network.root_ones and other.network.root_ones
-    kinds = [_joins_of(model) for model in (one, other)]
+    kinds = [joins_of(model) for model in (one, other)]
     joins = {
         v: "diagonal" if kinds[0][v] == kinds[1][v] == "diagonal" else "full" for v in tree.interior
     }
     sides: list[dict[Node, Tensor]] = []
     with torch.no_grad():
         for model, kind in zip((one, other), kinds, strict=True):
-            weights = _weights_of(model, ones=ones)
+            weights = weights_of(model, ones=ones)
             for v in tree.interior:
                 if kind[v] == "diagonal" and joins[v] == "full":
-                    weights[v] = _spread(weights[v], len(tree.children(v)))
+                    weights[v] = spread(weights[v], len(tree.children(v)))
             sides.append({node: w.to(dtype) for node, w in weights.items()})
     return [(sides[0].get(v), sides[1].get(v)) for v in tree.nodes], joins
-
-
-def _spread(weight: Tensor, children: int) -> Tensor:
-    """A diagonal weight ``(R, ...)`` as that of a full join: ``(R, .., R, ...)``, zero off the diagonal."""
-    bond = weight.shape[0]
-    whole = weight.new_zeros([bond] * children + list(weight.shape[1:]))
-    every = torch.arange(bond, device=weight.device)
-    whole[(every,) * children] = weight
-    return whole
-
-
-def _weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
-    """Detached weights; with ``ones=False`` a root of ones has its weight as well."""
-    weights = {node: w.detach() for node, w in model.weights.items()}
-    if model.network.root_ones and not ones:
-        bond = model.network.bonds[model.tree.links[-1][0]]
-        weights[model.tree.root] = torch.ones(bond, dtype=model.dtype, device=model.device)
-    return weights
-
-
-def _joins_of(model: Factorization) -> dict[Node, str]:
-    kinds = zip(model.tree.nodes, model.network.joins, strict=True)
-    return {node: kind for node, kind in kinds if kind != "leaf"}
 
 
 def _check_mode(model: Factorization, mode: Any) -> None:

@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.cnn import ConvNet, from_cnn, to_cnn
+from tnreg.cnn import from_cnn, to_cnn
+from tnreg.convnet import ConvNet
 from tnreg.errors import (
     DataError,
     FileError,

@@ -12,24 +12,20 @@ way, ``model.to_tensor().detach()`` and the weights are torch tensors: ``numpy.a
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import networkx as nx
 import numpy as np
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from tnreg.algebra import hung_up
 from tnreg.errors import DataError, OptionError, ShapeError, TreeError
 from tnreg.factorization import Factorization
 from tnreg.rank import as_tensor
 from tnreg.tree import ModeTree, Node
+from tnreg.wiring import Part, SummedBond, loop, modes_in_order, named_part, read_wiring
 
 __all__ = [
     "from_cp",
@@ -225,21 +221,9 @@ def from_nodes(
                     f"from_nodes: node {node.name!r} is wired to {other.name!r}, which is not given.\n"
                     "  give all nodes of the network, e.g. tensornetwork.reachable(node)"
                 )
-    meant: dict[Any, Any] = {}  # edge of a CopyNode -> the one that stands for all of them
-
-    def index(edge: Any) -> Any:
-        while edge in meant:
-            edge = meant[edge]
-        return edge
-
-    for copy in copies:
-        for edge in copy.edges[1:]:
-            one, other = index(copy.edges[0]), index(edge)
-            if one is other:
-                raise TreeError(_loop("from_nodes", copy.name))
-            meant[other] = one
+    index = _index_of(copies)
     parts = [
-        _Part(str(n.name), _array(n.tensor, None, f"node {n.name!r}"), [index(e) for e in n.edges])
+        Part(str(n.name), _array(n.tensor, None, f"node {n.name!r}"), [index(e) for e in n.edges])
         for n in plain
     ]
     ends: dict[Any, list[int]] = {}
@@ -252,7 +236,7 @@ def from_nodes(
     if modes is not None:
         named = {edge.name: edge for edge in dangling}
         modes = [named.get(m, m) if isinstance(m, str) else m for m in modes]
-    order = _modes_in_order("from_nodes", dangling, [edge.name for edge in dangling], modes)
+    order = modes_in_order("from_nodes", dangling, [edge.name for edge in dangling], modes)
 
     marks = [[str(axis).startswith("bond above ") for axis in node.axis_names] for node in plain]
     free = [i for i, above in enumerate(marks) if not any(above)]
@@ -260,27 +244,64 @@ def from_nodes(
         i for i, n in enumerate(plain) if n.axis_names and n.axis_names[0].endswith(" inside")
     }
     ours = len(free) <= 1 < len(plain) and root is None
-    top: int | _Ones | None = None
+    top: int | SummedBond | None = None
     if root is not None:
-        top = _named_part("from_nodes", root, [[part.name] for part in parts])
-    elif ours and free and not parts[free[0]].name.startswith("ones "):
+        top = named_part("from_nodes", root, [[part.name] for part in parts])
+    elif ours and free:
         top = free[0]
-    elif ours and free:  # ones that sum over the bond of one child
-        top = _Ones(parts[free[0]].indices[0], parts[free[0]].name.removeprefix("ones "))
-        parts[free[0]].name = ""
-    elif ours:  # the bond that is above all that it joins
-        inner = {
-            j
-            for part, above in zip(parts, marks, strict=True)
-            for j, mark in zip(part.indices, above, strict=True)
-            if not mark
-        }
-        bond = next(j for part in parts for j in part.indices if j not in inner)
-        hubs = [str(n.name) for n in copies if index(n.edges[0]) is bond]
-        if not hubs:  # two children: the edge knows which is the first
-            ends[bond] = [place[id(bond.node1)], place[id(bond.node2)]]
-        top = _Ones(bond, hubs[0].removeprefix("copy ") if hubs else None)
-    return _read("from_nodes", parts, [index(e) for e in order], ends, top, inside, ours)
+        if parts[top].name.startswith("ones "):  # they sum over the bond of one child
+            top = SummedBond(parts[top].indices[0], parts[top].name.removeprefix("ones "))
+            parts[free[0]].name = ""
+    elif ours:
+        top, first = _bond_above_all(parts, marks, copies, index)
+        if first is not None:  # two children: the edge knows which is the first
+            ends[top.bond] = [place[id(first.node1)], place[id(first.node2)]]
+    return read_wiring("from_nodes", parts, [index(e) for e in order], ends, top, inside, ours)
+
+
+def _index_of(copies: Sequence[Any]) -> Callable[[Any], Any]:
+    """Edge -> the edge that stands for all that meet in its ``CopyNode``, if it ends in one."""
+    meant: dict[Any, Any] = {}
+
+    def index(edge: Any) -> Any:
+        while edge in meant:
+            edge = meant[edge]
+        return edge
+
+    for copy in copies:
+        for edge in copy.edges[1:]:
+            one, other = index(copy.edges[0]), index(edge)
+            if one is other:
+                raise TreeError(loop("from_nodes", copy.name))
+            meant[other] = one
+    return index
+
+
+def _bond_above_all(
+    parts: Sequence[Part],
+    marks: Sequence[Sequence[bool]],
+    copies: Sequence[Any],
+    index: Callable[[Any], Any],
+) -> tuple[SummedBond, Any]:
+    """The bond of a root of ones, in what ``tnreg.network`` made, and its edge if no ``CopyNode`` is there.
+
+    Args:
+        parts: The tensors.
+        marks: Which of their indices are bonds above them.
+        copies: The ``CopyNode`` objects.
+        index: From ``_index_of``.
+    """
+    inner = {
+        j
+        for part, above in zip(parts, marks, strict=True)
+        for j, mark in zip(part.indices, above, strict=True)
+        if not mark
+    }
+    bond = next(j for part in parts for j in part.indices if j not in inner)
+    hubs = [str(n.name) for n in copies if index(n.edges[0]) is bond]
+    if hubs:
+        return SummedBond(bond, hubs[0].removeprefix("copy ")), None
+    return SummedBond(bond), bond
 
 
 def to_quimb(model: Factorization) -> Any:
@@ -346,7 +367,7 @@ def from_quimb(
         raise OptionError(f"from_quimb: expected a TensorNetwork, found {type(net).__name__}.")
     tags = [list(t.tags) for t in net.tensors]
     parts = [
-        _Part(t[0] if t else "", _array(x.data, None, f"tensor {t}"), list(x.inds))
+        Part(t[0] if t else "", _array(x.data, None, f"tensor {t}"), list(x.inds))
         for t, x in zip(tags, net.tensors, strict=True)
     ]
     if net.exponent:
@@ -355,263 +376,25 @@ def from_quimb(
             part.tensor = part.tensor * share
     indices = Counter(j for part in parts for j in part.indices)
     outer = [j for j, times in indices.items() if times == 1 or j in (modes or ())]
-    order = _modes_in_order("from_quimb", outer, outer, modes)
+    order = modes_in_order("from_quimb", outer, outer, modes)
     ours = root is None and all({"leaf", "full", "diagonal", "ones"} & set(t) for t in tags)
     top: Any = None
     if root is not None:
-        top = _named_part("from_quimb", root, tags)
+        top = named_part("from_quimb", root, tags)
     elif ours:
         roots = [i for i, t in enumerate(tags) if "root" in t]
         ones = [j for j in indices if str(j).startswith("ones ")]
-        top = roots[0] if roots else _Ones(ones[0], ones[0].removeprefix("ones ")) if ones else None
+        top = (
+            roots[0]
+            if roots
+            else SummedBond(ones[0], ones[0].removeprefix("ones "))
+            if ones
+            else None
+        )
         for part, t in zip(parts, tags, strict=True):
-            part.name = "" if "ones" in t and isinstance(top, _Ones) else part.name
+            part.name = "" if "ones" in t and isinstance(top, SummedBond) else part.name
     inside = {i for i, t in enumerate(tags) if "diagonal" in t}
-    return _read("from_quimb", parts, order, {}, top, inside, ours and top is not None)
-
-
-@dataclass
-class _Part:
-    """A tensor of a network; without a name if it is nothing but the ones of a root."""
-
-    name: str
-    tensor: Tensor
-    indices: list[Any]
-
-
-@dataclass(frozen=True)
-class _Ones:
-    """A root that is no tensor: the bond that it sums over, and its name if known."""
-
-    bond: Any
-    name: str | None = None
-
-
-def _read(
-    caller: str,
-    given: Sequence[_Part],
-    modes: Sequence[Any],
-    ends: Mapping[Any, Sequence[int]],
-    root: int | _Ones | None,
-    inside: set[int],
-    named: bool,
-) -> Factorization:
-    """The factorization of tensors that share indices.
-
-    Args:
-        caller: For messages.
-        given: The tensors.
-        modes: The index of every mode; other tensors may share it.
-        ends: Who has an index, in the order of children, where that is not the order of the tensors.
-        root: Which tensor, or bond, is the root; ``None`` to choose one.
-        inside: Tensors above one other that are diagonal joins, not full ones.
-        named: Whether interior nodes are called like their tensors.
-    """
-    parts = {i: part for i, part in enumerate(given) if part.name or not isinstance(root, _Ones)}
-    if not parts or not modes:
-        raise ShapeError(f"{caller}: the network has no modes; it is a number, or empty.")
-    held_by: dict[Any, list[int]] = {j: list(dict.fromkeys(found)) for j, found in ends.items()}
-    for i, part in parts.items():
-        if len(set(part.indices)) < len(part.indices):
-            raise TreeError(_loop(caller, part.name))
-        for j in part.indices:
-            if i not in held_by.setdefault(j, []):
-                held_by[j].append(i)
-    fresh = count(len(given))
-    mode_of: dict[Any, int] = {}
-    shared = {j for j in modes if len(held_by[j]) > 1 or list(modes).count(j) > 1}
-    for mode, j in enumerate(modes):
-        if j not in shared:
-            mode_of[j] = mode
-            continue
-        sample, k, own = parts[held_by[j][0]], next(fresh), object()
-        eye = _identity(sample.tensor.shape[sample.indices.index(j)], sample.tensor)
-        parts[k] = _Part(f"mode {mode}", eye, [own, j])
-        held_by[j].append(k)
-        held_by[own], mode_of[own] = [k], mode
-    summed = root.bond if isinstance(root, _Ones) else None
-    for j, found in held_by.items():  # a CopyNode of one axis sums
-        if len(found) == 1 and j not in mode_of and j != summed:
-            part = parts[found[0]]
-            part.tensor = part.tensor.sum(part.indices.index(j))
-            part.indices.remove(j)
-
-    _absorb_vectors(parts, held_by, mode_of, root, everywhere=False)
-    if root is None:
-        root = _choose_root(parts, held_by, mode_of)
-    _absorb_vectors(parts, held_by, mode_of, root, everywhere=True)
-    links, held, kinds = dict[int, list[int]](), dict[int, Tensor](), dict[int, str]()
-    leaves, left = dict[int, int](), list[tuple[int, Any]]()
-
-    def tied(i: int, bond: Any, below: list[int]) -> None:
-        links[i], kinds[i] = below, "diagonal"
-        left.extend((c, bond) for c in below)
-
-    if isinstance(root, _Ones):
-        top = next(fresh)
-        tied(top, root.bond, held_by[root.bond])
-    else:
-        top = root
-        left.append((root, None))
-    seen = set[int]()
-    while left:
-        i, above = left.pop()
-        if i in seen:
-            raise TreeError(_loop(caller, parts[i].name))
-        seen.add(i)
-        part = parts[i]
-        rest = [j for j in part.indices if above is None or j != above]
-        axes = [part.indices.index(j) for j in rest + ([] if above is None else [above])]
-        held[i] = part.tensor.permute(axes)
-        if above is not None and len(rest) == 1 and rest[0] in mode_of:
-            leaves[i] = mode_of[rest[0]]
-            continue
-        links[i], kinds[i] = [], "full"
-        for j, size in zip(rest, held[i].shape, strict=False):
-            others = [c for c in held_by[j] if c != i]
-            if j in mode_of:
-                k = next(fresh)
-                held[k], leaves[k] = _identity(size, part.tensor), mode_of[j]
-                links[i].append(k)
-            elif len(rest) == 1 and (len(others) > 1 or i in inside):
-                tied(i, j, others)
-            elif len(others) == 1:
-                links[i] += others
-                left.append((others[0], j))
-            else:  # what is tied hangs below a node of its own
-                k = next(fresh)
-                held[k] = _identity(size, part.tensor)
-                tied(k, j, others)
-                links[i].append(k)
-    apart = [part.name for i, part in parts.items() if i not in seen]
-    if apart:
-        raise TreeError(
-            f"{caller}: the network is not connected; {apart[:4]} cannot be reached from the root.\n"
-            "  wire them with a bond of size 1, or convert every piece by itself"
-        )
-    model, order = hung_up(top, links, held, kinds, leaves)
-    if not named:
-        return model
-    called = {i: part.name for i, part in parts.items()}
-    if isinstance(root, _Ones) and root.name is not None:
-        called[top] = root.name
-    return _renamed(model, [called.get(i) for i in order])
-
-
-def _absorb_vectors(
-    parts: dict[int, _Part],
-    held_by: dict[Any, list[int]],
-    mode_of: Mapping[Any, int],
-    root: int | _Ones | None,
-    *,
-    everywhere: bool,
-) -> None:
-    """Multiply tensors without modes and with one bond at most into neighbours.
-
-    ``everywhere``: those at bonds of three tensors or more as well.
-    """
-    summed = root.bond if isinstance(root, _Ones) else None
-    left = list(parts)
-    while left:
-        i = left.pop()
-        part = parts.get(i)
-        if part is None or i == root or len(part.indices) > 1 or len(parts) == 1:
-            continue
-        if part.indices and part.indices[0] in mode_of:
-            continue
-        if not part.indices:
-            target = next(k for k in parts if k != i)
-            bond, shape = None, list[int]()
-        else:
-            bond = part.indices[0]
-            if len(held_by[bond]) == 1 or (len(held_by[bond]) > 2 and not everywhere):
-                continue
-            target = next(k for k in held_by[bond] if k != i)
-            shape = [-1 if j == bond else 1 for j in parts[target].indices]
-            held_by[bond].remove(i)
-        other = parts[target]
-        other.tensor = other.tensor * part.tensor.reshape(shape)
-        if bond is not None and len(held_by[bond]) == 1 and bond != summed:
-            other.tensor = other.tensor.sum(other.indices.index(bond))
-            other.indices.remove(bond)
-            del held_by[bond]
-        del parts[i]
-        left.append(target)
-
-
-def _choose_root(
-    parts: Mapping[int, _Part], held_by: Mapping[Any, Sequence[int]], mode_of: Mapping[Any, int]
-) -> int | _Ones:
-    free = [i for i, part in parts.items() if part.indices and not mode_of.keys() & part.indices]
-    if free:
-        return min(reversed(free), key=lambda i: len(parts[i].indices))
-    tied = [j for j, found in held_by.items() if len(found) > 2]
-    return _Ones(tied[-1]) if tied else max(parts)
-
-
-def _renamed(model: Factorization, names: Sequence[str | None]) -> Factorization:
-    """With these names for the interior nodes; ``None`` for the usual one."""
-    tree = model.tree
-    called = {
-        node: node if not below or name is None or name == str(node) else name
-        for node, below, name in zip(tree.nodes, tree.links, names, strict=True)
-    }
-    if all(name == node for node, name in called.items()):
-        return model
-    graph: nx.DiGraph[Any] = nx.DiGraph()
-    graph.add_edges_from((called[v], called[c]) for v in tree.interior for c in tree.children(v))
-    joins = dict(zip(tree.nodes, model.network.joins, strict=True))
-    return Factorization.from_weights(
-        ModeTree(graph),
-        {called[node]: weight for node, weight in model.weights.items()},
-        join={called[node]: joins[node] for node in tree.interior},
-    )
-
-
-def _modes_in_order(
-    caller: str, found: Sequence[Any], names: Sequence[str], modes: Sequence[Any] | None
-) -> list[Any]:
-    """What dangles, in the order of the modes: as given, or by the numbers in the names."""
-    if modes is not None:
-        order = list(modes)
-        if len(order) != len(found) or any(
-            sum(m is x or m == x for m in order) != 1 for x in found
-        ):
-            raise ShapeError(
-                f"{caller}: modes must hold everything that dangles once.\n"
-                f"  found:    {order!r}\n  expected: {list(names)!r} in the order of the modes"
-            )
-        return order
-    parsed = [re.fullmatch(r"(.*?)(\d+)", str(name)) for name in names]
-    numbers = [int(m[2]) if m else -1 for m in parsed]
-    words = {m[1] if m else "" for m in parsed}
-    if sorted(numbers) != list(range(len(names))) or len(words) > 1:
-        raise ShapeError(
-            f"{caller}: which modes these are cannot be told from their names.\n"
-            f"  found:    {list(names)!r}\n"
-            f"  expected: 'mode 0' to 'mode {len(names) - 1}', each once; or give modes=[..]"
-        )
-    return [found[numbers.index(n)] for n in range(len(names))]
-
-
-def _named_part(caller: str, root: str, names: Sequence[Sequence[str]]) -> int:
-    fitting = [i for i, own in enumerate(names) if root in own]
-    if len(fitting) != 1:
-        raise TreeError(
-            f"{caller}: the root must be one tensor; {len(fitting)} are called {root!r}."
-        )
-    return fitting[0]
-
-
-def _loop(caller: str, name: Any) -> str:
-    return (
-        f"{caller}: the network has a loop through {name!r}; a factorization is a tree.\n"
-        "  flatten edges that run in parallel, split or contract others first"
-    )
-
-
-def _identity(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
+    return read_wiring("from_quimb", parts, order, {}, top, inside, ours and top is not None)
 
 
 def _quimb() -> Any:

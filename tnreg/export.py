@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.cnn import ConvNet
+from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC
 from tnreg.errors import DataError, OptionError
 from tnreg.files import write_whole

@@ -20,18 +20,17 @@ from torch import Tensor
 
 from tnreg.blocks import (
     Compressed,
-    apart,
     as_blocks,
     compress,
     distance_of,
     is_blocks,
     memory_of,
-    norms_of,
     positions_below,
     whole,
 )
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
+from tnreg.passes import apart, norms_of
 from tnreg.rank import as_tensor, axis_gram, axis_product, check_dense, largest_of
 from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import ModeTree, Node

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.cnn import ConvNet
+from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization

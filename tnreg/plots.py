@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from tnreg.cnn import ConvNet
+    from tnreg.convnet import ConvNet
     from tnreg.factorization import Factorization
     from tnreg.probe import LocalityProfile
 

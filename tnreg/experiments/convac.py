@@ -25,7 +25,7 @@ from torch import Tensor
 
 import tnreg
 from tnreg import algebra, plots
-from tnreg.cnn import ConvNet
+from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC, Representation
 from tnreg.dynamics import drop_components
 from tnreg.errors import FileError, OptionError

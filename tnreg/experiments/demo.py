@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
-from tnreg.cnn import ConvNet, to_cnn
+from tnreg.cnn import to_cnn
+from tnreg.convnet import ConvNet
 from tnreg.errors import OptionError
 from tnreg.experiments.completion import in_units, mean_error, scaled_task
 from tnreg.experiments.folder import write_run
