@@ -67,6 +67,9 @@ def _options_of(commands: dict[str, Any], given: Sequence[str]) -> set[str]:
         return set()
     parameters = inspect.signature(command).parameters.values()
     names = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    for one in parameters:  # the options of `fit` are fields
+        if dataclasses.is_dataclass(one.default):
+            names |= {field.name for field in dataclasses.fields(one.default)}
     for kind in get_args(command.__annotations__.get("experiment")):
         config, about = get_args(kind)
         if about.name == " ".join(given[1:2]):

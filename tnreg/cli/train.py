@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
@@ -29,26 +29,14 @@ from tnreg.parallel import is_first, started
 __all__ = ["TOGETHER", "demo", "fit", "run", "sweep"]
 
 TOGETHER = "work together in `tnreg run locality` alone; give other commands without torchrun"
+_SETTINGS = completion.Settings()
 
 
 def fit(
     file: str,
     /,
     *,
-    tree: str | None = None,
-    observed: float = 0.3,
-    rank: int = 32,
-    join: Literal["diagonal", "full"] = "diagonal",
-    root: Literal["trained", "ones"] = "trained",
-    steps: int = 5000,
-    every: int = 25,
-    lr: float = 1e-2,
-    std: float = 0.1,
-    optimizer: Literal["group-rmsprop", "sgd", "adam", "lbfgs"] = "group-rmsprop",
-    missing: Literal["nan"] | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: Literal["float32", "float64"] = "float32",
+    settings: completion.Settings = _SETTINGS,
     out: Path = Path("runs/fit"),
     progress: bool = True,
     json: bool = False,
@@ -60,42 +48,14 @@ def fit(
 
     Args:
         file: A .npy, .npz, .safetensors or .pt file, or kinetic, il2, covid19, indian-pines.
-        tree: Gallery name, JSON file or nested lists; a binary tree if left out.
-        observed: Share of the known entries that is observed; the rest tests.
-        rank: Size of every bond.
-        join: Kind of join at every node.
-        root: "ones" fixes the weight of a diagonal root (CP without weights).
-        steps: Updates.
-        every: Updates between observations.
-        lr: Learning rate.
-        std: Standard deviation of the initial weights.
-        optimizer: group-rmsprop is that of the theory.
-        missing: "nan": entries that are NaN were not measured.
-        seed: Chooses the observed entries and the initial weights.
-        device: Any torch device, e.g. cuda.
-        dtype: Type of the weights.
+        settings: What is trained, and how.
         out: Folder of the run; one that tnreg wrote before is replaced, any other is refused.
         progress: Show a progress bar.
         json: Print one JSON document in place of the table.
     """
     reply = Reply(json)
-    config = completion.Config(
-        tensor=file,
-        tree=tree,
-        observed=observed,
-        rank=rank,
-        join=join,
-        root=root,
-        steps=steps,
-        every=every,
-        lr=lr,
-        std=std,
-        optimizer=optimizer,
-        missing=missing,
-        seed=seed,
-        device=str(device_of(device)),
-        dtype=dtype,
-    )
+    device_of(settings.device)
+    config = completion.Config(tensor=file, **dataclasses.asdict(settings))
     summary = completion.run(config, out, progress=reply.shows(progress))
     table = Table("", "", title=f"{file} along {summary['tree']}", show_header=False)
     for key in summary:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,46 +28,55 @@ from tnreg.tensors import DenseTensor, load_tensor
 from tnreg.trajectory import Trajectory
 from tnreg.tree import ModeTree, read_tree
 
-__all__ = ["Config", "figure", "run"]
+__all__ = ["Config", "Settings", "figure", "run"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of one completion.
+class Settings:
+    """Settings of one completion, whatever its tensor; the options of ``tnreg fit``.
 
     Attributes:
-        tensor: Name or file, for ``tnreg.load_tensor``.
-        tree: Gallery name, JSON file or nested lists; ``None`` for a binary tree.
-        observed: Share of the known entries that is observed.
+        tree: Gallery name, JSON file or nested lists; a binary tree if left out.
+        observed: Share of the known entries that is observed; the rest tests.
         rank: Size of every bond.
         join: Kind of join at every node.
-        root: ``"trained"`` or ``"ones"``.
+        root: "ones" fixes the weight of a diagonal root (CP without weights).
         steps: Updates.
         every: Updates between observations.
         lr: Learning rate.
         std: Standard deviation of the initial weights.
-        optimizer: Name of an optimizer of ``tnreg.fit``.
-        missing: ``"nan"`` if NaN marks entries that were not measured.
+        optimizer: group-rmsprop is that of the theory.
+        missing: "nan": entries that are NaN were not measured.
         seed: Chooses the observed entries and the initial weights.
-        device: Torch device.
-        dtype: ``"float32"`` or ``"float64"``.
+        device: Any torch device, e.g. cuda.
+        dtype: Type of the weights.
     """
 
-    tensor: str = "il2"
     tree: str | None = None
     observed: float = 0.3
     rank: int = 32
-    join: str = "diagonal"
-    root: str = "trained"
+    join: Literal["diagonal", "full"] = "diagonal"
+    root: Literal["trained", "ones"] = "trained"
     steps: int = 5000
     every: int = 25
     lr: float = 1e-2
     std: float = 0.1
-    optimizer: str = "group-rmsprop"
-    missing: str | None = None
+    optimizer: Literal["group-rmsprop", "sgd", "adam", "lbfgs"] = "group-rmsprop"
+    missing: Literal["nan"] | None = None
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Settings of one completion.
+
+    Attributes:
+        tensor: Name or file, for ``tnreg.load_tensor``.
+    """
+
+    tensor: str = "il2"
 
 
 tiny = Config(tree="htf-4", rank=4, steps=30, every=10, missing="nan")
