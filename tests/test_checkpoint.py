@@ -34,7 +34,7 @@ def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=Fals
             if kill[0] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
-        if noisy:
+        if noisy is True:
             torch.rand(3)
         return m.local_components()
 
@@ -95,6 +95,24 @@ def test_more_steps_than_before(tmp_path):
     assert_equal(train(tmp_path / "c", steps=60), train(None, steps=60))
     with pytest.raises(OptionError, match="is at step 60, beyond steps=40"):
         train(tmp_path / "c", steps=40)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "noisy"),
+    [("group-rmsprop", False), ("adam", "in the loss"), (short_lbfgs, False)],
+)
+def test_more_steps_from_a_row_between(tmp_path, optimizer, noisy):
+    """The last row of a training need not be at a multiple of ``every``."""
+    torch.manual_seed(3)
+    model, whole = train(None, optimizer=optimizer, noisy=noisy)
+    torch.manual_seed(3)
+    train(tmp_path / "c", steps=34, optimizer=optimizer, noisy=noisy)
+    torch.manual_seed(4)
+    found, run = train(tmp_path / "c", optimizer=optimizer, noisy=noisy)
+    assert run.steps.tolist() == sorted([*whole.steps.tolist(), 34])
+    assert run["loss"][run.steps != 34].tolist() == whole["loss"].tolist()
+    for one, other in zip(found.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_verdict_stays(tmp_path):

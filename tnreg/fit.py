@@ -121,41 +121,26 @@ def fit(
     if run.stop_reason:
         return run
     first = int(run.steps[-1]) if len(run) else 0
-    resumed = len(run) > 0
 
     update.zero_grad(set_to_none=True)
     with _progress_bar(steps, progress) as show:
+        record = _Record(run, saved, model, watched, stop, show, steps)
         try:
             for step in range(first, steps + 1):
                 due = step % every == 0 or step == steps
-                if due:
+                looked_at = (
+                    due or step == first
+                )  # it goes on from a row that need not be due any more
+                if looked_at:
                     saved.before_row()
                 # an ordinary update goes on from this very loss, other kinds evaluate their own
-                value = loss(model) if due or ordinary else None
+                value = loss(model) if looked_at or ordinary else None
                 if step == first:
                     _check_loss(value)
-                if value is not None and (due or value.device.type == "cpu"):
-                    found = float(value.detach())
-                    if resumed:
-                        saved.go_on(found, float(run.last("loss")[0]), step)
-                    elif due:
-                        with torch.no_grad():
-                            row = {name: function(model) for name, function in watched.items()}
-                        run.append(step, {"loss": found, **row})
-                        show(step, found)
-                    if not math.isfinite(found):
-                        run.stop_reason = (
-                            f"the loss became {found} at step {step} of {steps}; "
-                            "try a smaller lr or smaller initial weights"
-                        )
+                if value is not None and (looked_at or value.device.type == "cpu"):
+                    run.stop_reason = record.look(step, float(value.detach()), due)
+                    if run.stop_reason:
                         break
-                    verdict = stop(run) if due and stop is not None and not resumed else False
-                    if verdict:
-                        run.stop_reason = verdict if isinstance(verdict, str) else "stop"
-                        break
-                if due and not resumed and step < steps:
-                    saved.write(run)
-                resumed = False
                 if step == steps:
                     run.stop_reason = "steps"
                 elif closed:
@@ -173,6 +158,48 @@ def fit(
         except KeyboardInterrupt:
             run.stop_reason = "interrupted"
     return run
+
+
+class _Record:
+    """Rows as they are due, and reasons to stop."""
+
+    def __init__(
+        self,
+        run: Trajectory,
+        saved: _Saved,
+        model: nn.Module,
+        watched: Mapping[str, Callable[[Any], Any]],
+        stop: Callable[[Trajectory], bool | str] | None,
+        show: Callable[[int, float], None],
+        steps: int,
+    ) -> None:
+        self.run, self.saved, self.model, self.watched = run, saved, model, watched
+        self.stop, self.show, self.steps = stop, show, steps
+        self.resumed = len(run) > 0  # the row at which a training goes on is there already
+
+    def look(self, step: int, found: float, due: bool) -> str:
+        """The loss before an update; why to stop, or nothing."""
+        resumed, self.resumed = self.resumed, False
+        if resumed:
+            self.saved.go_on(found, float(self.run.last("loss")[0]), step)
+        elif due:
+            with torch.no_grad():
+                row = {name: function(self.model) for name, function in self.watched.items()}
+            self.run.append(step, {"loss": found, **row})
+            self.show(step, found)
+        if not math.isfinite(found):
+            return (
+                f"the loss became {found} at step {step} of {self.steps}; "
+                "try a smaller lr or smaller initial weights"
+            )
+        if not due or resumed:
+            return ""
+        verdict = self.stop(self.run) if self.stop is not None else False
+        if verdict:
+            return verdict if isinstance(verdict, str) else "stop"
+        if step < self.steps:
+            self.saved.write(self.run)
+        return ""
 
 
 class _Saved:
