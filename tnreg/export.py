@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC
+from tnreg.convnet import ConvNet
 from tnreg.errors import DataError, OptionError
 from tnreg.files import write_whole
 

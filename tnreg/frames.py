@@ -132,10 +132,12 @@ class Outside:
     vectors: Tensor | None
 
 
-@lru_cache(maxsize=64)
-def batches(network: Network) -> tuple[Batch, ...]:
-    """The network in batches, children before parents; the root is alone in the last one."""
-    cells: list[tuple[int, bool, tuple[int, ...], int]] = []  # node, step, cells below, bond
+def _cells(network: Network) -> list[tuple[int, bool, tuple[int, ...], int]]:
+    """Nodes and the steps between them, children first: node, whether a step, cells below, bond.
+
+    A diagonal join of more than two children is taken two at a time.
+    """
+    cells: list[tuple[int, bool, tuple[int, ...], int]] = []
     cell_of: list[int] = []
     for i, links in enumerate(network.tree.links):
         below = [cell_of[c] for c in links]
@@ -150,7 +152,32 @@ def batches(network: Network) -> tuple[Batch, ...]:
                     below.append(pair[0])
         cells.append((i, False, tuple(below), network.bonds[i]))
         cell_of.append(len(cells) - 1)
+    return cells
 
+
+def _reach(
+    below: Sequence[Sequence[int]], shapes: Sequence[tuple[int, ...]], ranks: Sequence[int]
+) -> list[int]:
+    """How many singular values the batches can have in view of what is outside of them.
+
+    Args:
+        below: Batches below each batch, in the order of the axes of its shape.
+        shapes: Ranks of these.
+        ranks: Rank of each batch.
+    """
+    reach = [0] * len(ranks)
+    reach[-1] = 1
+    for b in reversed(range(len(ranks))):
+        for k, child in enumerate(below[b]):
+            others = math.prod(shapes[b][:k] + shapes[b][k + 1 :]) * reach[b]
+            reach[child] = max(reach[child], min(ranks[child], others))
+    return reach
+
+
+@lru_cache(maxsize=64)
+def batches(network: Network) -> tuple[Batch, ...]:
+    """The network in batches, children before parents; the root is alone in the last one."""
+    cells = _cells(network)
     heights: list[int] = []
     for _, _, below_cells, _ in cells:
         heights.append(1 + max((heights[c] for c in below_cells), default=-1))
@@ -174,14 +201,8 @@ def batches(network: Network) -> tuple[Batch, ...]:
         place[cell] = batch, len(groups[batch])
         groups[batch].append(cell)
 
-    reach = [0] * len(groups)
-    reach[-1] = 1
-    for b in reversed(range(len(groups))):
-        for k, c in enumerate(reversed(cells[groups[b][0]][2])):
-            child = place[c][0]
-            others = math.prod(shapes[b][:k] + shapes[b][k + 1 :]) * reach[b]
-            reach[child] = max(reach[child], min(ranks[child], others))
-
+    below = [[place[c][0] for c in reversed(cells[members[0]][2])] for members in groups]
+    reach = _reach(below, shapes, ranks)
     out = []
     for b, members in enumerate(groups):
         node, step, below_cells, bond = cells[members[0]]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC
+from tnreg.convnet import ConvNet
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
 from tnreg.gramians import spectra
@@ -94,7 +94,8 @@ class LocalComponentPenalty:
 class EffectiveRankPenalty:
     """Sum over nodes of a smooth rank of the matricization there, from factored spectra.
 
-    ``Σ_v c_v exp(-Σ p ln p)`` with ``p = σ(v) / Σ σ(v)``, or ``-Σ_v c_v Σ ρ ln ρ`` with ``ρ = σ(v)² / Σ σ(v)²``.
+    ``Σ_v c_v exp(-Σ p ln p)`` with ``p = σ(v) / Σ σ(v)``, or ``-Σ_v c_v Σ ρ ln ρ`` with
+    ``ρ = σ(v)² / Σ σ(v)²``.
 
     Args:
         kind: ``"effective_rank"`` or ``"entropy"`` (entanglement entropy).

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import tnreg
 from tnreg import algebra, plots
-from tnreg.convnet import ConvNet
 from tnreg.convac import ConvAC, Representation
+from tnreg.convnet import ConvNet
 from tnreg.dynamics import drop_components
 from tnreg.errors import FileError, OptionError
 from tnreg.export import export_onnx
