@@ -13,6 +13,7 @@ import html
 import itertools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from tnreg.gramians import hierarchical_rank, spectra
 from tnreg.progress import working
 from tnreg.rank import effective_rank
 from tnreg.tasks import Completion
-from tnreg.tensors import load_tensor
+from tnreg.tensors import DenseTensor, load_tensor
 from tnreg.trajectory import Trajectory
 from tnreg.tree import ModeTree, Node, load_tree
 
@@ -98,62 +99,34 @@ def run(
         tree.text(label=lambda v: f"{v} {modes[v]}" if v in modes else _words(v, modes)),
         markup=False,
     )
-
     filled = torch.where(torch.isnan(tensor.values), tensor.values.nanmean(), tensor.values)
     measured = spectra(filled, tree)
-    tell(
-        _rank_table(
-            f"measured tensor ({tensor.missing} missing entries set to the mean)",
-            measured,
-            filled,
-            tree,
-            config,
-            modes,
-        )
-    )
+    title = f"measured tensor ({tensor.missing} missing entries set to the mean)"
+    tell(_rank_table(title, measured, filled, tree, config, modes))
 
     with folder_written_whole(folder) as beside:
-        task, scale = scaled_task(
-            tensor, config.observed, config.seed, "nan", "float32", config.device
-        )
-        tell(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
-        model, found = _train(tree, config.rank, "trained", task, config, progress)
-        components = sum(p.numel() for p in model.parameters()) // sum(task.sizes)
-        star = ModeTree.star(tree.order)
-        tell(
-            f"baseline: CP of {components} components, as many weights, trained in the same way ..."
-        )
-        baseline, compared = _train(star, components, "ones", task, config, progress)
-
-        with torch.no_grad():
-            learned = spectra(model)
-        tell(_rank_table("learned tensor", learned, model, tree, config, modes))
-        errors = {
-            "mean of the observed": mean_error(task),
-            "CP, equal weights": task.test_error(baseline),
-            "tnreg, this tree": task.test_error(model),
-        }
-        tell(_error_table(errors, model, baseline))
+        found = _both_trained(tensor, tree, config, tell, progress)
+        tell(_rank_table("learned tensor", found.learned, found.model, tree, config, modes))
+        tell(_error_table(found.errors, found.model, found.baseline))
         summary = {
-            "test error": errors,
-            "weights": {"tnreg": _size(model), "CP": _size(baseline)},
-            "ranks": {str(v): r for v, r in hierarchical_rank(model, rtol=config.rtol).items()},
-            "stopped by": found.stop_reason,
-            "scale": scale,
+            "test error": found.errors,
+            "weights": {"tnreg": _size(found.model), "CP": _size(found.baseline)},
+            "ranks": {str(v): r for v, r in found.ranks.items()},
+            "stopped by": found.run.stop_reason,
+            "scale": found.scale,
             "seconds": time.perf_counter() - start,
         }
-        final = in_units(model, scale)
-        write_run(beside, config, found, final, summary)
+        final = in_units(found.model, found.scale)
+        write_run(beside, config, found.run, final, summary)
+        found.compared.save(beside / "trajectory-cp.npz")
         net = to_cnn(final)
         tell("the learned factorization as a convolutional network, layer by layer:")
         tell(_side_by_side(tree.text(), repr(net)), markup=False, soft_wrap=True)
         with working("exporting ...", progress):
             exported = _exported(net, beside / "network.onnx")
         tell(exported, markup=False)
-        compared.save(beside / "trajectory-cp.npz")
         with working("drawing ...", progress):
-            _draw(beside, tree, modes, config, found, compared, model, task, measured, learned,
-                  errors, net)  # fmt: skip
+            _draw(beside, modes, config, found, measured, net)
             _write_report(beside, config, tensor.source, tree, summary)
     tell(
         f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, model.safetensors, "
@@ -168,6 +141,42 @@ def figure(folder: str | Path) -> Path:
     path = Path(folder)
     runs = [Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz")]
     return plots.save_figure(_training_figure(*runs), path / "training.png")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came out: the model along the tree, and CP with as many weights."""
+
+    task: Completion
+    scale: float
+    model: Factorization
+    run: Trajectory
+    baseline: Factorization
+    compared: Trajectory
+    learned: dict[Node, torch.Tensor]
+    ranks: dict[Node, int]
+    errors: dict[str, float]
+
+
+def _both_trained(
+    tensor: DenseTensor, tree: ModeTree, config: Config, tell: Callable[..., None], progress: bool
+) -> _Found:
+    task, scale = scaled_task(tensor, config.observed, config.seed, "nan", "float32", config.device)
+    tell(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
+    model, run = _train(tree, config.rank, "trained", task, config, progress)
+    count = _size(model) // sum(task.sizes)
+    tell(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
+    star = ModeTree.star(tree.order)
+    baseline, compared = _train(star, count, "ones", task, config, progress)
+    with torch.no_grad():
+        learned = spectra(model)
+    errors = {
+        "mean of the observed": mean_error(task),
+        "CP, equal weights": task.test_error(baseline),
+        "tnreg, this tree": task.test_error(model),
+    }
+    ranks = hierarchical_rank(model, rtol=config.rtol)
+    return _Found(task, scale, model, run, baseline, compared, learned, ranks, errors)
 
 
 def _train(
@@ -236,41 +245,38 @@ def _error_table(errors: dict[str, float], model: Factorization, baseline: Facto
 
 def _draw(
     folder: Path,
-    tree: ModeTree,
     modes: dict[int, str],
     config: Config,
-    found: Trajectory,
-    compared: Trajectory,
-    model: Factorization,
-    task: Completion,
+    found: _Found,
     measured: dict[Node, torch.Tensor],
-    learned: dict[Node, torch.Tensor],
-    errors: dict[str, float],
     net: ConvNet,
 ) -> None:
     from matplotlib.figure import Figure
 
     top = Figure(figsize=(13, 3.8), layout="constrained")
     axes = top.subplots(1, 3, width_ratios=[1, 1.3, 1])
-    ranks = hierarchical_rank(model, rtol=config.rtol)
+    tree = found.model.tree
     plots.tree(tree, axes[0], labels={m: f"{m} {name}" for m, name in modes.items()},
-               edges=ranks)  # fmt: skip
+               edges=found.ranks)  # fmt: skip
     axes[0].set_title("tree, learned ranks on its edges")
-    plots.components(found, axes[1], top=6)
+    plots.components(found.run, axes[1], top=6)
     axes[1].set_title("local components at the root, one after another")
-    plots.bars(errors, axes[2])
+    plots.bars(found.errors, axes[2])
     axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
     plots.save_figure(top, folder / "demo.png")
 
     both = Figure(figsize=(10, 4), layout="constrained")
     for ax, title, data in zip(
-        both.subplots(1, 2, sharey=True), ("measured", "learned"), (measured, learned), strict=True
+        both.subplots(1, 2, sharey=True),
+        ("measured", "learned"),
+        (measured, found.learned),
+        strict=True,
     ):
         plots.spectra(data, ax, floor=1e-5)
         ax.set_title(f"{title}: singular values per node")
     plots.save_figure(both, folder / "spectra.png")
-    plots.save_figure(_slices_figure(model, task, modes), folder / "slices.png")
-    plots.save_figure(_training_figure(found, compared), folder / "training.png")
+    plots.save_figure(_slices_figure(found.model, found.task, modes), folder / "slices.png")
+    plots.save_figure(_training_figure(found.run, found.compared), folder / "training.png")
 
     pair = Figure(figsize=(12, 4), layout="constrained")
     left, right = pair.subplots(1, 2, width_ratios=[1, 1.6])
