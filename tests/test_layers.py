@@ -72,3 +72,18 @@ def test_import_is_light():
         [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def lengths(path):
+    """Lines of every function without its docstring."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[ast.get_docstring(node) is not None :] or node.body
+            yield node.name, node.end_lineno - body[0].lineno + 1
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_stay_small(path):
+    """A file of 600 lines or a function of 60 holds two subjects: give the second one a name."""
+    assert len(path.read_text().splitlines()) <= 600
+    assert [(name, count) for name, count in lengths(path) if count > 60] == []

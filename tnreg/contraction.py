@@ -29,7 +29,7 @@ from tnreg.memory import NEVER_MIND, available, does_not_fit, limit_of, written
 from tnreg.network import Network
 from tnreg.schedule import Join, cost, distinct_rows, run, schedule
 
-__all__ = ["Plan", "contract", "plan", "within_memory"]
+__all__ = ["Plan", "check_features", "check_index", "contract", "plan", "within_memory"]
 
 # Moving one number through memory costs about as much time as this many flops of a matrix product.
 # Measured on two CPU cores (8⁴ entries, width 512): it ranks dense, distinct and per-sample as timed.
@@ -383,6 +383,43 @@ def check_index(network: Network, index: Tensor) -> Tensor:
             f"  expected: 0 <= index < {network.sizes[mode]}, counted from 0"
         )
     return index
+
+
+def check_features(
+    network: Network, dtype: torch.dtype, features: Tensor | Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Refuse features that do not fit the modes, no samples, or another dtype than the weights'.
+
+    Returns:
+        The tensors as they came: one ``(B, N, D)``, or N of ``(B, D_n)``.
+    """
+    sizes = network.sizes
+    if isinstance(features, Tensor):
+        found, parts = [tuple(features.shape)], [features]
+        fits = features.ndim == 3 and all((features.shape[2],) == (d,) for d in sizes)
+        fits = fits and features.shape[1] == len(sizes)
+    else:
+        parts = [torch.as_tensor(part) for part in features]
+        found = [tuple(part.shape) for part in parts]
+        fits = len(parts) == len(sizes) and all(
+            part.ndim == 2 and part.shape == (parts[0].shape[0], size)
+            for part, size in zip(parts, sizes, strict=True)
+        )
+    if not fits:
+        whole = f"(B, {len(sizes)}, {sizes[0]}) or " if len(set(sizes)) == 1 else ""
+        raise ShapeError(
+            "features do not fit the modes.\n"
+            f"  found:    {found[0] if isinstance(features, Tensor) else found}\n"
+            f"  expected: {whole}{len(sizes)} tensors (B, D_n) with D = {sizes}"
+        )
+    if parts[0].shape[0] == 0:
+        raise DataError("an empty batch: give at least one sample.")
+    wrong = [part.dtype for part in parts if part.dtype != dtype]
+    if wrong:
+        raise DataError(
+            f"features have dtype {wrong[0]}, the weights {dtype}; write features.to(model.dtype)."
+        )
+    return parts
 
 
 def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:

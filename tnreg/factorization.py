@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.contraction import Plan, contract, plan, within_memory
+from tnreg.contraction import Plan, check_features, contract, plan, within_memory
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.files import is_file, read_safetensors, write_whole
 from tnreg.inner import inner_products
@@ -324,39 +324,10 @@ class Factorization(nn.Module):
         """
         if not isinstance(features, Tensor | Sequence):
             features = torch.as_tensor(features)
-        parts = self._check_features(features)
+        parts = check_features(self.network, self.dtype, features)
         batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
         inputs = features if isinstance(features, Tensor) else parts
         return self._contracted(plan(self, batch=batch), inputs)
-
-    def _check_features(self, features: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-        if isinstance(features, Tensor):
-            found, parts = [tuple(features.shape)], [features]
-            fits = features.ndim == 3 and all((features.shape[2],) == (d,) for d in self.sizes)
-            fits = fits and features.shape[1] == self.tree.order
-        else:
-            parts = [torch.as_tensor(part) for part in features]
-            found = [tuple(part.shape) for part in parts]
-            fits = len(parts) == self.tree.order and all(
-                part.ndim == 2 and part.shape == (parts[0].shape[0], size)
-                for part, size in zip(parts, self.sizes, strict=True)
-            )
-        if not fits:
-            sizes = self.sizes
-            whole = f"(B, {len(sizes)}, {sizes[0]}) or " if len(set(sizes)) == 1 else ""
-            raise ShapeError(
-                "features do not fit the modes.\n"
-                f"  found:    {found[0] if isinstance(features, Tensor) else found}\n"
-                f"  expected: {whole}{len(sizes)} tensors (B, D_n) with D = {sizes}"
-            )
-        if parts[0].shape[0] == 0:
-            raise DataError("an empty batch: give at least one sample.")
-        wrong = [part.dtype for part in parts if part.dtype != self.dtype]
-        if wrong:
-            raise DataError(
-                f"features have dtype {wrong[0]}, the weights {self.dtype}; write features.to(model.dtype)."
-            )
-        return parts
 
     # Norms
 
@@ -480,14 +451,17 @@ class Factorization(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
+        sizes = self.sizes if len(self.sizes) <= 16 else f"({len(self.sizes)} modes)"
+        root = ", root of ones" if self.network.root_ones else ""
+        joins, weights = self._in_words()
+        bonds = _span(self.network.bonds[:-1])
+        return f"{self.tree!r}, sizes={sizes},\n{joins} joins{root}, bonds {bonds}, {weights}"
+
+    def _in_words(self) -> tuple[str, str]:
+        """Which joins there are, and how many weights of which type."""
         joins = sorted({kind for kind in self.network.joins if kind != "leaf"})
         count = sum(stack.numel() for stack in self.stacks)
-        root = ", root of ones" if self.network.root_ones else ""
-        return (
-            f"{self.tree!r}, sizes={self.sizes if len(self.sizes) <= 16 else f'({len(self.sizes)} modes)'},\n"
-            f"{' and '.join(joins)} joins{root}, bonds {_span(self.network.bonds[:-1])}, "
-            f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
-        )
+        return " and ".join(joins), f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the tree with sizes of modes and bonds; as text beyond 60 nodes."""
@@ -497,11 +471,8 @@ class Factorization(nn.Module):
         sizes = dict(zip(tree.leaves, self.sizes, strict=True))
         labels = [f"{v}: size {sizes[v]}" if v in sizes else v for v in tree.nodes]
         bonds = dict(enumerate(self.network.bonds[:-1]))
-        joins = " and ".join(sorted({kind for kind in self.network.joins if kind != "leaf"}))
-        count, dtype = sum(stack.numel() for stack in self.stacks), str(self.dtype)
-        caption = (
-            f"sizes {self.sizes}, {joins} joins, {count} weights of {dtype.removeprefix('torch.')}"
-        )
+        joins, weights = self._in_words()
+        caption = f"sizes {self.sizes}, {joins} joins, {weights}"
         return tree_svg(tree.links, labels, edges=bonds, caption=caption)
 
     def __repr__(self) -> str:

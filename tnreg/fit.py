@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,10 @@ def fit(
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    def whole_step() -> None:
-        evaluate()
-        update.step()
-
-    replay = _captured(whole_step, model, closed) if graph else None
-    ordinary = not closed and replay is None
+    # an update that does not go on from a loss that was looked at
+    alone: Callable[[], Any] | None = partial(update.step, evaluate) if closed else None
+    if graph:
+        alone = _captured(lambda: (evaluate(), update.step()), model, closed)
     saved = _Saved(checkpoint, checkpoint_seconds, model, update, {
         **(settings or {}), "optimizer": _described(update), "every": every,
         "observed": ["loss", *watched],
@@ -134,7 +133,7 @@ def fit(
                 if looked_at:
                     saved.before_row()
                 # an ordinary update goes on from this very loss, other kinds evaluate their own
-                value = loss(model) if looked_at or ordinary else None
+                value = loss(model) if looked_at or alone is None else None
                 if step == first:
                     _check_loss(value)
                 if value is not None and (looked_at or value.device.type == "cpu"):
@@ -143,10 +142,8 @@ def fit(
                         break
                 if step == steps:
                     run.stop_reason = "steps"
-                elif closed:
-                    update.step(evaluate)  # type: ignore[arg-type]
-                elif replay is not None:
-                    replay()
+                elif alone is not None:
+                    alone()
                 else:
                     assert value is not None
                     value.backward()  # type: ignore[no-untyped-call]
@@ -265,7 +262,7 @@ class _Saved:
 class _Captured:
     """A training step as a CUDA graph, recorded after three ordinary steps have warmed it up."""
 
-    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
         self.step, self.device = step, device
         self.ordinary = 3
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -286,7 +283,7 @@ class _Captured:
         self.graph.replay()
 
 
-def _captured(step: Callable[[], None], model: nn.Module, closed: bool) -> _Captured:
+def _captured(step: Callable[[], Any], model: nn.Module, closed: bool) -> _Captured:
     device = next(model.parameters()).device
     if device.type != "cuda" or closed:
         what = "an optimizer that evaluates the loss itself" if closed else f"a model on {device}"
