@@ -110,7 +110,7 @@ def test_digits_to_onnx(example):
     assert [output.name for output in network.graph.output] == ["y"]
     assert picture(path.with_suffix(".png")) == ("PNG", 1)
     [[here]], [[there]] = (rows(said, rf"^{name} +(\S+)$") for name in ("torch", "onnxruntime"))
-    assert here == there > 50
+    assert here == there > 30  # of 100; a tenth by chance
 
 
 def test_far_dependencies(example):

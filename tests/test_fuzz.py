@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -514,8 +515,12 @@ def test_a_small_file_asks_for_no_large_model(tmp_path, key):
         load(tmp_path / "m")
     data = valid("convac.safetensors")
     (tmp_path / "c").write_bytes(with_header(data, change))
-    with pytest.raises(FileError, match=f"not a classifier: {tmp_path / 'c'}"):
-        ConvAC.load(tmp_path / "c")
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch warns of complex32 once, which must not be what refuses it
+        with pytest.raises(FileError, match=f"not a classifier: {tmp_path / 'c'}"):
+            ConvAC.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("broken", ["optimizer", "random", "run", "model"])

@@ -13,7 +13,7 @@ import opt_einsum
 import pytest
 import torch
 import zoo
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from tnreg import (
     Factorization,
@@ -427,6 +427,7 @@ def test_plan_costs_no_more_than_either(model, batch):
 
 
 @given(zoo.models())
+@example(Factorization(ModeTree.star(4), 1, 1, join="full"))
 @some
 def test_plan_cost_random(model):
     for batch in (None, 3, 64):

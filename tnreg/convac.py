@@ -339,6 +339,9 @@ class ConvAC(nn.Module):
                 root=about["root"],
             )
             dtype, outputs = getattr(torch, about["dtype"]), about["outputs"]
+            others = {v.dtype for v in state.values() if v.is_floating_point() or v.is_complex()}
+            if others != {dtype}:
+                raise ValueError(f"numbers of {sorted(map(str, others))} in a file of {dtype}")
             largest = max(math.prod(network.shape(p)) for p in network.weighted)
             if largest > sum(value.numel() for value in state.values()):  # no room is made for it
                 raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-from tnreg.einsum import Einsum, einsum
+from tnreg.einsum import Einsum, along, einsum
 from tnreg.network import Network
 
 __all__ = ["Join", "cost", "distinct_rows", "run", "schedule"]
@@ -182,7 +182,14 @@ def _node_einsum(
         terms.append(group + (shared if diagonal else "".join(bonds)) + ("" if top else above))
         shapes.append((*sizes, *network.shape(position)))
     out = group + (row if aligned else "".join(heads)) + ("" if top else above)
-    return einsum(f"{','.join(terms)}->{out}", *shapes)
+    equation = f"{','.join(terms)}->{out}"
+    found = einsum(equation, *shapes)
+    if len(terms) < 3:
+        return found
+    # children one after another, then the weight: a search that minds sizes may miss it where all are 1
+    last = range(len(terms) - 2, 0, -1)
+    plain = along(equation, tuple(shapes), ((0, 1), *((0, k) for k in last)))
+    return min(found, plain, key=lambda one: one.flops)
 
 
 def distinct_rows(
