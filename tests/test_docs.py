@@ -59,6 +59,21 @@ def test_every_public_name_is_on_an_api_page(site, pages):
     assert wanted - found == set()
 
 
+def test_docstrings_are_shown_as_they_are_meant(site, pages):
+    """Examples as code, not as nested quotations; no markup left over; one description for one result."""
+    seen = 0
+    for path, text in pages.items():
+        if path.parent != site[0] / "api":
+            continue
+        shown = re.search("<article.*</article>", text, re.DOTALL)[0]
+        assert "<blockquote>" not in shown, path.name
+        assert "``" not in re.sub("<[^>]+>", "", shown), path.name
+        seen += shown.count("&gt;&gt;&gt;")
+        for part in re.findall(r"Returns:.*?</ul>", shown, re.DOTALL):
+            assert part.count("<li") == 1, (path.name, part)
+    assert seen > 30
+
+
 def test_every_page_is_in_the_navigation():
     written = {p.relative_to(CONFIG.parents[1]).as_posix() for p in CONFIG.parents[1].rglob("*.md")}
     listed = list(entries(yaml.safe_load(CONFIG.read_text("utf-8"))["nav"]))
