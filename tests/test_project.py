@@ -6,14 +6,20 @@ docs again.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
+
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
 
 import tnreg
 from tnreg.tree import read_tree_file
@@ -391,21 +397,47 @@ def test_lower_bounds_cover_what_is_pinned():
             assert numbers(pinned[match[1]]) >= numbers(match[2]), requirement
 
 
+def test_import_needs_no_extra():
+    """``import tnreg`` works where nothing but its own requirements is, and loads nothing that is slow."""
+    extras = ["dask", "distributed", "zarr", "h5py", "sklearn", "tensorly", "quimb", "onnx", "onnxruntime",
+              "onnxscript", "pyarrow"]  # fmt: skip
+    slow = ["scipy", "pandas", "matplotlib", "tensornetwork", "tyro", "rich", "IPython"]
+    script = (
+        "import sys\nbefore = set(sys.modules)\nimport torch\nof_torch = set(sys.modules) - before\n"
+        "import tnreg\nprint(sorted({name.split('.')[0] for name in set(sys.modules) - of_torch}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert set(extras + slow) & set(ast.literal_eval(done.stdout)) == set()
+
+
 def test_wheel_holds_the_gallery(tmp_path):
-    """A wheel made by the build backend has the trees inside and no tests."""
-    from hatchling.builders.wheel import WheelBuilder
-
+    """A wheel made by the build backend has the package and its trees inside, and nothing else."""
     [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    import zipfile
-
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
+    inside = {
         "tnreg/trees/htf-4.json",
         "tnreg/py.typed",
         "tnreg/experiments/demo.py",
         "tnreg/cli/entry.py",
-    } <= names
-    assert not [name for name in names if name.startswith(("tests", "runs"))]
+    }
+    assert inside <= names
+    about = f"tnreg-{tnreg.__version__}.dist-info/"
+    assert not [name for name in names if not name.startswith(("tnreg/", about))]
+
+
+def test_sdist_holds_what_its_tests_read(tmp_path):
+    """The tests run where the source distribution is unpacked: documentation and all are inside."""
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("tnreg", "trees", "tests", "docs", "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".md", ".json", ".yml", ".png") and "runs" not in path.parts
+    } | {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt"}
+    [sdist] = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(sdist) as archive:
+        assert wanted - {name.partition("/")[2] for name in archive.getnames()} == set()
 
 
 if __name__ == "__main__":
