@@ -1,14 +1,22 @@
-"""Balancing the local components of a factorization."""
+"""Local components of a factorization: balanced, kept, or dropped.
+
+Zeroing the vectors of a component takes it out of the tensor; leaving them out makes the bonds smaller.
+"""
 
 from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, check_integer
 from tnreg.factorization import Factorization
+from tnreg.tree import Node
 
-__all__ = ["balance_"]
+__all__ = ["balance_", "distance_bound", "drop_components", "keep_components"]
 
 
 @torch.no_grad()
@@ -65,6 +73,107 @@ def balance_(
     )
 
 
+def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Factorization:
+    """A copy that keeps the largest local components of every diagonal join and zeroes the others.
+
+    Args:
+        model: A factorization with diagonal joins.
+        ranks: How many to keep, for all joins or ``{node: number}`` (nodes left out keep all).
+
+    Returns:
+        A copy of the same shapes; the rank of the matricization at a child of v is at most the
+        number kept at v.
+    """
+    kept = copy.deepcopy(model)
+    slots, tree = model.network.slots, model.tree
+    with torch.no_grad():
+        for node, dropped in _dropped(model, ranks).items():
+            for c in tree.links[tree.position(node)]:
+                stack, slot = slots[c]
+                kept.stacks[stack][slot][..., dropped] = 0
+    return kept
+
+
+def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Tensor:
+    """Bound on ``|end tensor - end tensor of keep_components(model, ranks)|`` (Frobenius norm).
+
+    ``sum_v B^(T - K_v) sum of the dropped sigma at v``, with T the number of weights, K_v that of the
+    vectors of a component at v, and ``B = max |W_v|``: few large local components mean a tensor near
+    low hierarchical rank. Infinite where it leaves the range of the dtype.
+    """
+    weights, norms = model.weights, _norms(model)
+    largest = torch.stack([torch.linalg.vector_norm(w.detach()) for w in weights.values()]).max()
+    total = torch.zeros_like(largest)
+    for node, dropped in _dropped(model, ranks).items():
+        part = norms[node].prod(0)[dropped].sum()
+        total = total + largest ** (len(weights) - len(norms[node])) * part
+    return total
+
+
+def drop_components(
+    model: Factorization,
+    ranks: int | Mapping[Node, int] | None = None,
+    *,
+    below: float | None = None,
+) -> Factorization:
+    """A smaller factorization without the smallest local components; joins stay diagonal.
+
+    Args:
+        model: A factorization with diagonal joins.
+        ranks: How many to keep, for all joins or ``{node: number}`` (nodes left out keep all).
+        below: In place of ``ranks``: drop what is below this share of the largest at its node.
+
+    Returns:
+        A factorization with smaller bonds; at least one component stays at every node. Its
+        ``error_bound`` is ``sum_v sum of the dropped sigma at v`` times the norms of all weights that are
+        no part of them (at most ``distance_bound``, which takes the largest norm for each): far above
+        the error for trees of many nodes. ``(algebra.subtract(model, found)).norm()`` is
+        the error itself.
+
+    Raises:
+        OptionError: Both or none of ``ranks`` and ``below``, ``below`` outside ``[0, 1)``, or no diagonal
+            join.
+    """
+    if not isinstance(model, Factorization):
+        raise OptionError(
+            f"drop_components takes a Factorization, found {type(model).__name__}; "
+            "of a network: from_cnn(net)."
+        )
+    if (ranks is None) == (below is None):
+        raise OptionError("drop_components: give either ranks or below.")
+    logs = _component_logs(model)
+    if not logs:
+        raise OptionError("drop_components: full joins have no local components.")
+    if below is not None:
+        if not (isinstance(below, int | float) and 0 <= below < 1):
+            raise OptionError(f"below must be in [0, 1), found {below!r}.")
+        edge = math.log(below) if below > 0 else -math.inf
+        ranks = {node: int((s >= edge + s.max()).sum()) for node, s in logs.items()}
+    with torch.no_grad():
+        weights = {node: w.detach() for node, w in model.weights.items()}
+        sizes = {node: float(_log_norm(w)) for node, w in weights.items()}
+        bound = 0.0
+        for node, dropped in _dropped(model, ranks).items():  # type: ignore[arg-type]
+            if len(dropped) == len(logs[node]):  # a node needs one
+                dropped = dropped[1:]
+            if not len(dropped):
+                continue
+            children = model.tree.children(node)
+            rest = sum(size for v, size in sizes.items() if v != node and v not in children)
+            bound += _exponential(rest + float(logs[node][dropped].logsumexp(0)))
+            kept = torch.ones(len(logs[node]), dtype=torch.bool, device=model.device)
+            kept[dropped] = False
+            for v in children:
+                weights[v] = weights[v][..., kept]
+            if node in weights:
+                weights[node] = weights[node][kept]
+        kinds = zip(model.tree.nodes, model.network.joins, strict=True)
+        joins = {node: kind for node, kind in kinds if kind != "leaf"}
+        found = Factorization.from_weights(model.tree, weights, join=joins)
+        found.error_bound = bound
+        return found
+
+
 def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
     """What to multiply the columns of each matrix by, ``(K, R)``, and the largest relative change."""
     largest = torch.stack([v.abs().amax(0) for v in vectors])
@@ -79,3 +188,43 @@ def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
     moved = float(shift.abs().max()) if alive.any() else 0.0
     dead = bool((~alive & (largest > 0).any(0)).any())
     return torch.where(alive, shift.exp(), 0), max(moved, float(dead))
+
+
+def _component_logs(model: Factorization) -> dict[Node, Tensor]:
+    """Logarithms of the norms of all local components: products of many vectors leave the range of floats."""
+    return {node: part.double().log().sum(0) for node, part in _norms(model).items()}
+
+
+def _log_norm(weight: Tensor) -> Tensor:
+    largest = weight.abs().max()
+    if largest == 0:
+        return largest.double().log()
+    log: Tensor = torch.linalg.vector_norm(weight / largest).double().log() + largest.double().log()
+    return log
+
+
+def _exponential(log: float) -> float:
+    try:
+        return math.exp(log)
+    except OverflowError:
+        return math.inf
+
+
+def _dropped(model: Factorization, ranks: int | Mapping[Node, int]) -> dict[Node, Tensor]:
+    """``{diagonal join: numbers of the components beyond the largest}``."""
+    logs = _component_logs(model)
+    if not isinstance(ranks, Mapping):
+        ranks = dict.fromkeys(logs, check_integer(ranks, 0, "ranks"))
+    out: dict[Node, Tensor] = {}
+    for node, count in ranks.items():
+        if node not in logs:
+            model.tree.position(node)
+            raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
+        order = logs[node].argsort(descending=True)
+        out[node] = order[check_integer(count, 0, f"the rank at node {node!r}") :]
+    return out
+
+
+def _norms(model: Factorization) -> dict[Node, Tensor]:
+    with torch.no_grad():
+        return model.component_norms()

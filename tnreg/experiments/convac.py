@@ -25,9 +25,9 @@ from torch import Tensor
 
 import tnreg
 from tnreg import algebra, plots
+from tnreg.components import drop_components
 from tnreg.convac import ConvAC, Representation
 from tnreg.convnet import ConvNet
-from tnreg.dynamics import drop_components
 from tnreg.errors import FileError, OptionError
 from tnreg.export import export_onnx
 from tnreg.files import folder_written_whole
