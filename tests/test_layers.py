@@ -14,7 +14,7 @@ ROOMS = [
     "network", "rank", "einsum", "schedule", "contraction", "scaled", "inner", "factorization",
     "passes", "blocks", "frames", "rounding", "hsvd", "gramians", "hanging", "products", "cores",
     "algebra", "wiring", "convert", "components", "dynamics", "tensors", "tasks", "checkpoint",
-    "fit", "pooling", "convnet", "cnn", "convac", "export", "penalties", "patches",
+    "fit", "layout", "pooling", "convnet", "cnn", "convac", "export", "penalties", "patches",
     "second_order", "parallel", "regularizers", "grids", "probe", "pathfinder", "images", "plots",
     "doctor", "experiments", "cli", "__main__",
 ]  # fmt: skip

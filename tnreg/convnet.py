@@ -18,18 +18,9 @@ from torch import Tensor, nn
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorization import Factorization
+from tnreg.layout import Maps, grid_of, maps_of
 from tnreg.network import Network
-from tnreg.pooling import (
-    Group,
-    LocalConv,
-    Maps,
-    grid_of,
-    groups_of,
-    maps_of,
-    pooled,
-    rescaled,
-    taken_over,
-)
+from tnreg.pooling import Group, LocalConv, groups_of, pooled, rescaled, taken_over
 from tnreg.tree import ModeTree, Node
 
 __all__ = ["ConvNet"]

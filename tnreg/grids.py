@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
-from tnreg.pooling import grid_of
+from tnreg.layout import grid_of
 from tnreg.regularizers import evaluation
 from tnreg.tree import ModeTree
 
