@@ -16,6 +16,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from tnreg.convnet_text import layer_lines
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorization import Factorization
 from tnreg.layout import Maps, grid_of, maps_of
@@ -25,13 +26,8 @@ from tnreg.tree import ModeTree, Node
 
 __all__ = ["ConvNet"]
 
-
 # Networks of more modes than this multiply on scales, unless told otherwise.
 _UNSCALED_MODES = 8
-
-
-# Longer descriptions of a network are cut in the middle.
-_LINES = 60
 
 
 @final
@@ -157,10 +153,9 @@ class ConvNet(nn.Module):
         self.shape = shape or tree.shape or (None if grid is None else grid.shape)
         if self.shape is not None and math.prod(self.shape) != tree.order:
             raise ShapeError(f"shape {self.shape} is not of {tree.order} positions.")
-        self._layout = grid or maps_of(tree)
-        self._windows = grid is not None
+        self._windows = None if grid is None else grid.windows
         plain = len(set(network.sizes)) == 1 and len(self._groups) == tree.heights[-1] + 1
-        self._maps = self._layout if share and plain else None
+        self._maps = grid or maps_of(tree) if share and plain else None
         self._cut = sorted({g for group in self._groups for child in group.picks for g, _ in child})
         self._nodes_at: list[list[int]] = [[] for _ in range(tree.heights[-1] + 1)]
         for i, height in enumerate(tree.heights):
@@ -489,48 +484,15 @@ class ConvNet(nn.Module):
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         kind = "shared filters" if self.share else "locally connected"
-        lines = [
-            f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("
-        ]
-        waiting = 0
-        for layer, at in enumerate(self._nodes_at):
-            groups = [g for g, group in enumerate(self._groups)
-                      if self.tree.heights[group.positions[0]] == layer]  # fmt: skip
-            for g in groups:
-                lines += [f"  layer {layer}  {text}" for text in self._lines(g)]
-            taken = sum(len(self.tree.links[i]) for i in at)
-            waiting += len(at) - taken
-            idle = waiting - len(at)
-            if layer and idle:
-                lines.append(f"  layer {layer}  {'identity':25s} {idle} {_nodes(idle)} waiting")
-        if len(lines) > _LINES:
-            left = len(lines) - _LINES + 1
-            lines = [*lines[: _LINES - 8], f"  ... {left} more lines ...", *lines[-7:]]
-        return "\n".join([*lines, ")"])
-
-    def _lines(self, g: int) -> list[str]:
-        group, out = self._groups[g], []
-        first, count = group.positions[0], len(group.positions)
-        root = first == len(self.tree.nodes) - 1
-        inner = self.network.bonds[first] if not root else self.outputs or 1
-        names = ", ".join(str(self.tree.nodes[p]) for p in group.positions[:4])
-        named = f"   at {names}" if count <= 4 and len(names) <= 40 else ""
-        where = f"{count} {_nodes(count)}"
-        if group.join == "leaf":
-            given = self.network.index_size(self.network.inner(first)[0])
-        else:
-            bonds = [self.network.bonds[c] for c in self.tree.links[first]]
-            given = bonds[0] if group.join == "diagonal" else math.prod(bonds)
-            over = f"over {len(bonds)}"
-            if self._windows and self._layout is not None:
-                rows, columns = self._layout.windows[self.tree.heights[first] - 1]
-                over = f"{rows}x{columns}"
-            kind = "product pooling" if group.join == "diagonal" else "product pooling, all pairs,"
-            out.append(f"{f'{kind} {over}':25s} {where}, {given} channels")
-        if first not in self.network.slots:
-            return [*out, f"{'sum':25s} {where}, {given} -> 1"]
-        kind = "linear" if root else "1x1 convolution" + (", shared" if self.share else "")
-        return [*out, f"{kind:25s} {where}, {given} -> {inner}{named}"]
+        head = f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("
+        lines = layer_lines(
+            self.network,
+            self._groups,
+            outputs=self.outputs,
+            share=self.share,
+            windows=self._windows,
+        )
+        return "\n".join([head, *lines, ")"])
 
 
 def _with_classes(network: Network, outputs: int) -> Network:
@@ -570,7 +532,3 @@ def _check_shared(conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group
             "  share needs equal sizes, ranks and joins at all nodes of a height, and to_cnn equal "
             "weights; or leave it out"
         )
-
-
-def _nodes(count: int) -> str:
-    return "node" if count == 1 else "nodes"
