@@ -84,6 +84,7 @@ for name, weight in (("plain", 0.0), ("with interaction energy", 0.3)):
     print(f"{name}: {100 * accuracy:.1f} % of the training images, {100 * test:.1f} % of new ones")
     print(f"{profiles[name]}\n")
 
+torch.set_flush_denormal(False)  # numpy, which draws, warns of it
 figure = Figure(figsize=(11, 4), layout="constrained")
 left, right = figure.subplots(1, 2, width_ratios=(2, 3))
 left.imshow(test_x[:6, 0].reshape(36, 24).numpy(), cmap="gray")
