@@ -17,7 +17,7 @@ from rich.console import Console
 matplotlib.use("Agg")
 
 from tnreg import DataError, FileError, ModeTree, OptionError, Trajectory, load
-from tnreg.experiments import completion, convac, demo
+from tnreg.experiments import completion, convac, demo, init_scale, locality, sweep_figure
 
 
 def test_completion(tmp_path):
@@ -149,3 +149,12 @@ def test_completion_refuses_bad_data(tmp_path):
             completion.Config(tensor=str(tmp_path / "complex.npy"), steps=1), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("experiment", [convac, init_scale, locality, sweep_figure])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"summary": 3}', "\x00", None])
+def test_what_is_no_result_is_refused_by_name(tmp_path, experiment, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(FileError, match="not a (convac run|finished sweep)"):
+        experiment.figure(tmp_path)

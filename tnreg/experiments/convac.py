@@ -28,7 +28,8 @@ from tnreg import algebra, plots
 from tnreg.components import drop_components
 from tnreg.convac import ConvAC, Representation
 from tnreg.convnet import ConvNet
-from tnreg.errors import FileError, OptionError
+from tnreg.errors import OptionError
+from tnreg.experiments.folder import about_of, refused
 from tnreg.export import export_onnx
 from tnreg.files import folder_written_whole
 from tnreg.plots import save_figure
@@ -298,12 +299,10 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     from matplotlib.figure import Figure
 
     place = Path(folder)
-    try:
-        about = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    with refused("a convac run", place):
+        about = about_of(place)
         summary, name = about["summary"], about["config"]["trees"][0]
         model = ConvAC.load(place / f"{name}.safetensors")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"not a convac run: {place}\n  {type(error).__name__}: {error}") from None
     drawn = Figure(figsize=(13, 7.5), layout="constrained")
     upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
     left, right = upper.subplots(1, 2, width_ratios=[1, 1.2])

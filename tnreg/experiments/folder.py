@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,19 @@ from tnreg.errors import FileError
 from tnreg.factorization import Factorization
 from tnreg.trajectory import Trajectory
 
-__all__ = ["Run", "experiment_of", "read_run", "write_run"]
+__all__ = [
+    "UNREADABLE",
+    "Run",
+    "about_of",
+    "experiment_of",
+    "read_run",
+    "refused",
+    "versions",
+    "write_run",
+]
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a ``config.json`` raises that is missing, no JSON, or other than expected."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,7 @@ def write_run(
     found.save(folder / "trajectory.npz")
     model.save(folder / "model.safetensors")
     about = {
-        "tnreg": tnreg.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "experiment": type(config).__module__.rpartition(".")[2],
         "config": dataclasses.asdict(config),
         "summary": summary,
@@ -57,12 +69,36 @@ def write_run(
     )
 
 
+def versions() -> dict[str, str]:
+    """Versions of what computed, for ``config.json``."""
+    return {
+        "tnreg": tnreg.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def about_of(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` of a folder holds; raises one of ``UNREADABLE`` where there is none."""
+    about: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return about
+
+
+@contextlib.contextmanager
+def refused(what: str, folder: Path, expected: str = "") -> Iterator[None]:
+    """What a ``config.json`` that is read in this block lacks is a ``FileError``: not WHAT: FOLDER."""
+    try:
+        yield
+    except UNREADABLE as error:
+        more = f"\n  expected: {expected}" if expected else ""
+        raise FileError(f"not {what}: {folder}\n  {type(error).__name__}: {error}{more}") from None
+
+
 def experiment_of(folder: str | Path) -> str:
     """Name of the experiment that wrote a folder; empty if none did."""
     try:
-        about = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return str(about["experiment"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(about_of(folder)["experiment"])
+    except UNREADABLE:
         return ""
 
 
@@ -82,16 +118,12 @@ def read_run(folder: str | Path) -> Run:
 
 def _described(path: Path) -> tuple[str, tuple[str, dict[str, Any], dict[str, Any]]]:
     """Text of config.json, and its parts."""
-    try:
+    expected = "a folder with the config.json and trajectory.npz of a run"
+    with refused("a run folder", path, expected):
         text = (path / "config.json").read_text(encoding="utf-8")
         about = json.loads(text)
         name, config, summary = str(about["experiment"]), about["config"], about["summary"]
         for part in (config, summary):
             if not isinstance(part, dict):
                 raise TypeError(f"config and summary are objects, found a {type(part).__name__}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(
-            f"not a run folder: {path}\n  {type(error).__name__}: {error}\n"
-            "  expected: a folder with the config.json and trajectory.npz of a run"
-        ) from None
     return text, (name, config, summary)

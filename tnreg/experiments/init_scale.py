@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 import tnreg
-from tnreg.errors import FileError, OptionError
+from tnreg.errors import OptionError
 from tnreg.experiments import dynamics
-from tnreg.experiments.folder import read_run
+from tnreg.experiments.folder import about_of, read_run, refused
 from tnreg.files import check_folder, write_whole
 from tnreg.plots import save_figure
 
@@ -121,13 +121,9 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     from matplotlib.figure import Figure
 
     place = Path(folder)
-    try:
-        about = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    with refused("a finished sweep", place):
+        about = about_of(place)
         rows, stds, seeds = about["summary"], about["config"]["stds"], about["config"]["seeds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(
-            f"not a finished sweep: {place}\n  {type(error).__name__}: {error}"
-        ) from None
     drawn = Figure(figsize=(3.1 * max(len(stds), 2), 6), layout="constrained")
     upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
     for std, ax in zip(stds, upper.subplots(1, len(stds), squeeze=False)[0], strict=True):

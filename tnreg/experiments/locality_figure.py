@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tnreg.errors import FileError
 from tnreg.experiments import sweep_figure
+from tnreg.experiments.folder import about_of, refused
 from tnreg.plots import save_figure
 
 __all__ = ["figure", "table"]
@@ -73,16 +73,12 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     from matplotlib.figure import Figure
 
     place = Path(folder)
-    try:
-        about = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    with refused("a finished sweep of locality", place):
+        about = about_of(place)
         rows, config = about["summary"], about["config"]
         if about["experiment"] != "locality" or not rows:
             raise ValueError("no results yet" if not rows else f"of {about['experiment']!r}")
         means = table(rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(
-            f"not a finished sweep of locality: {place}\n  {type(error).__name__}: {error}"
-        ) from None
     if set(about.get("fields", ())) > {"arm", "distance", "seed"}:
         return sweep_figure.figure(place, png or place / "locality.png")
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")

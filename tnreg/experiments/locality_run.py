@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-import tnreg
 from tnreg.checkpoint import save_whole
 from tnreg.errors import DataError, FileError, OptionError, check_integer
+from tnreg.experiments.folder import versions
 from tnreg.experiments.nets import build
 from tnreg.files import check_folder, folder_written_whole
 from tnreg.images import ImageSet
@@ -203,8 +202,7 @@ def _trained(
             save_model(state.net, str(beside / "model.safetensors"))
             state.found.save(beside / "trajectory.npz")
             held = {
-                "tnreg": tnreg.__version__, "torch": torch.__version__,
-                "python": platform.python_version(), "experiment": "locality_run",
+                **versions(), "experiment": "locality_run",
                 "config": told, "summary": summary,
             }  # fmt: skip
             (beside / "config.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

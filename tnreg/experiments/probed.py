@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tnreg import images
 from tnreg.cnn import to_cnn
 from tnreg.convac import ConvAC
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError
+from tnreg.experiments.folder import about_of, refused
 from tnreg.experiments.nets import build
 from tnreg.factorization import load
 from tnreg.tensors import load_tensor
@@ -66,15 +66,11 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
 
 
 def _of_run(folder: Path, channels: int) -> Net:
-    try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with refused("a run folder of one training of locality", folder):
+        about = about_of(folder)
         name = about["config"]["model"]
         if about["experiment"] != "locality_run":
             raise ValueError(f"a run of {about['experiment']!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(
-            f"not a run folder of one training of locality: {folder}\n  {type(error).__name__}: {error}"
-        ) from None
     file = folder / "model.safetensors"
     return _loaded(build(name, channels), _state(file), file)
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-import tnreg
 from tnreg.errors import FileError, OptionError
+from tnreg.experiments.folder import UNREADABLE, about_of, versions
 from tnreg.experiments.sweep_names import short_hash
 from tnreg.files import check_folder, folder_written_whole
 
@@ -32,7 +32,6 @@ __all__ = ["Cell", "Work", "compute", "found"]
 Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 """``work(settings, folder, checkpoint)``: writes into an empty folder, returns results for JSON."""
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 # A training uses the process's random state and its flag for denormal numbers.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -81,7 +80,7 @@ def found(cell: Cell) -> dict[str, Any] | None:
         summary, differ = _read(place, cell)
     except FileNotFoundError:
         return None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise FileError(
             f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
             "  delete it, or choose another folder"
@@ -123,7 +122,7 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
 
 def _read(folder: Path, cell: Cell) -> tuple[dict[str, Any], list[str]]:
     """Results in a run folder, and lines that say where its settings are not those of the cell."""
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    about = about_of(folder)
     there, summary = {**cell.defaults, **about["config"]}, dict(about["summary"])
     now = cell.settings
     differ = [
@@ -151,8 +150,7 @@ def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, An
             "to write into; it may remove what is in there."
         )
     about = {
-        "tnreg": tnreg.__version__, "torch": torch.__version__, "python": platform.python_version(),
-        "experiment": "cell", "config": cell.settings, "summary": summary,
+        **versions(), "experiment": "cell", "config": cell.settings, "summary": summary,
     }  # fmt: skip
     try:
         text = json.dumps(about, indent=1)
@@ -165,7 +163,7 @@ def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, An
         check_folder(folder)
     except FileError:
         differ = ["  the version of tnreg is missing under 'tnreg'"]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         differ = [f"  {type(error).__name__}: {error}"]
     if differ:
         lines = "\n".join(differ)

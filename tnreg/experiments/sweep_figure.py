@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tnreg.errors import FileError
+from tnreg.experiments.folder import about_of, refused
 from tnreg.plots import save_figure
 
 __all__ = ["figure", "means", "number", "read_sweep"]
@@ -44,18 +44,14 @@ def read_sweep(folder: str | Path) -> dict[str, Any]:
         FileError: It is none, or has no results yet.
     """
     place = Path(folder)
-    try:
-        about: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    with refused("a finished sweep", place):
+        about = about_of(place)
         rows = about["summary"]
         if not isinstance(rows, list):
             raise ValueError("not a table of results")
         if not rows:
             raise ValueError("no results yet")
         rows[0].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(
-            f"not a finished sweep: {place}\n  {type(error).__name__}: {error}"
-        ) from None
     return about
 
 
@@ -73,7 +69,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
 
     place = Path(folder)
     about = read_sweep(place)
-    try:
+    with refused("a finished sweep", place):
         rows, fields, headline = about["summary"], list(about["fields"]), about["headline"]
         varied = [name for name in fields if len({json.dumps(row[name]) for row in rows}) > 1]
         along = _along(rows, varied or fields)
@@ -83,10 +79,6 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
             found = [{**row, "seeds": 1, "deviation": float("nan")} for row in there]
         if not found:
             raise ValueError(f"no finite number in the column {headline!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileError(
-            f"not a finished sweep: {place}\n  {type(error).__name__}: {error}"
-        ) from None
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
     others = [name for name in varied if name not in (along, "seed")]

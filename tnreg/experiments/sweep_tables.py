@@ -6,17 +6,14 @@ import csv
 import io
 import json
 import math
-import platform
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-import tnreg
 from tnreg.errors import OptionError
+from tnreg.experiments.folder import versions
 from tnreg.experiments.sweep_figure import number
 from tnreg.experiments.sweep_workers import Failed
 from tnreg.files import write_whole
@@ -70,8 +67,7 @@ class About:
     ) -> None:  # fmt: skip
         """Write it; numbers that are not finite are null, for JSON has no others."""
         told = {
-            "tnreg": tnreg.__version__, "torch": torch.__version__,
-            "python": platform.python_version(), "experiment": self.what.title,
+            **versions(), "experiment": self.what.title,
             "config": self.config, "fields": self.fields, "headline": headline, "summary": rows,
             "failed": [_told(one) for one in failed], "table": table, **self.extra,
         }  # fmt: skip
