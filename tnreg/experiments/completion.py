@@ -28,7 +28,16 @@ from tnreg.tensors import DenseTensor, load_tensor
 from tnreg.trajectory import Trajectory
 from tnreg.tree import ModeTree, read_tree
 
-__all__ = ["Config", "Settings", "figure", "run"]
+__all__ = [
+    "Config",
+    "Settings",
+    "draw",
+    "figure",
+    "in_units",
+    "mean_error",
+    "run",
+    "scaled_task",
+]
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
         summary = {
             "tree": repr(tree),
             "observed entries": len(task.values),
-            "unseen entries": len(found_values(task)),
+            "unseen entries": len(_unseen_values(task)),
             "scale": scale,
             "weights": sum(p.numel() for p in model.parameters()),
             "seconds": time.perf_counter() - start,
@@ -170,11 +179,11 @@ def scaled_task(
         )
     # checked and scaled in double precision: squares of large or small data leave the range of floats
     task = completion(tensor.values.double(), observed, seed=seed, missing=missing)
-    known = torch.cat([task.values, found_values(task)])
+    known = torch.cat([task.values, _unseen_values(task)])
     largest = known.abs().max()
     scale = float(largest * (known / largest).square().mean().sqrt()) if largest > 0 else 1.0
     scaled = Completion(
-        task.index, task.values / scale, task.sizes, task.test_index, found_values(task) / scale
+        task.index, task.values / scale, task.sizes, task.test_index, _unseen_values(task) / scale
     )
     return scaled.to(device, getattr(torch, dtype)), scale
 
@@ -190,11 +199,11 @@ def in_units(model: Factorization, scale: float) -> Factorization:
 
 def mean_error(task: Completion) -> float:
     """Test error of predicting the mean of the observed entries everywhere."""
-    values = found_values(task)
+    values = _unseen_values(task)
     return float((values - task.values.mean()).norm() / values.norm())
 
 
-def found_values(task: Completion) -> torch.Tensor:
+def _unseen_values(task: Completion) -> torch.Tensor:
     """Unseen values of a task made from a target."""
     assert task.test_values is not None
     return task.test_values

@@ -26,8 +26,13 @@ from torch import Tensor
 
 from tnreg.dynamics import predicted_rate, predicted_singular_rate
 from tnreg.errors import DataError, FileError, OptionError
+from tnreg.experiments.dynamics_figure import (
+    panels,
+    rates_figure,
+    spectra_figure,
+    training_figure,
+)
 from tnreg.experiments.folder import read_run, write_run
-from tnreg.experiments.pictures import panels, rates_figure, spectra_figure, training_figure
 from tnreg.experiments.tracks import Tracks, tracks
 from tnreg.factorization import Factorization
 from tnreg.files import check_folder, folder_written_whole
@@ -41,7 +46,10 @@ from tnreg.tensors import load_tensor
 from tnreg.trajectory import Trajectory
 from tnreg.tree import ModeTree, Node, read_tree
 
-__all__ = ["MODELS", "Config", "Tracks", "figure", "panels", "row", "run", "tracks"]
+__all__ = ["MODELS", "Config", "Preset", "Tracks", "figure", "panels", "row", "run", "tracks"]
+
+
+Preset = Literal["mf", "cp", "htf", "htf-small", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Config:
         graph: Replay each step as a CUDA graph.
     """
 
-    model: Literal["mf", "cp", "htf", "htf-small", "tiny"] = "htf"
+    model: Preset = "htf"
     tree: str = "htf-4"
     rank: int = 512
     join: Literal["diagonal", "full"] = "diagonal"

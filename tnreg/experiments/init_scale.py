@@ -12,7 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Config:
         device: Torch device.
     """
 
-    model: Literal["mf", "cp", "htf", "htf-small", "tiny"] = "cp"
+    model: dynamics.Preset = "cp"
     stds: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 100_000

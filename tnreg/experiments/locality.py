@@ -28,7 +28,7 @@ from tnreg.experiments.locality_figure import figure, table
 from tnreg.experiments.locality_run import ARMS, Settings, train
 from tnreg.parallel import Processes, ProcessLost, joined
 
-__all__ = ["EXPERIMENT", "SETS", "Config", "Training", "cells", "figure", "run", "table"]
+__all__ = ["EXPERIMENT", "SETS", "Config", "Training", "cells", "check", "figure", "run", "table"]
 
 
 @dataclass(frozen=True)

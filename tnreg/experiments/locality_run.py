@@ -246,7 +246,7 @@ class _Saved:
 
 
 class _State:
-    """Everything that changes along a settings."""
+    """Everything that changes along a training."""
 
     def __init__(
         self, settings: Settings, arm: str, seed: int, data: ImageSet, processes: Processes
