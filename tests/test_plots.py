@@ -158,3 +158,10 @@ def test_component_frames_its_filters():
         plots.component(net, (0, 1), 9)
     with pytest.raises(OptionError, match="node 0 has 0 local components"):
         plots.component(net, 0)
+
+
+def test_every_plot_is_named():
+    own = {
+        name for name, one in vars(plots).items() if getattr(one, "__module__", "") == "tnreg.plots"
+    }
+    assert {name for name in own if not name.startswith("_")} == set(plots.__all__)

@@ -159,7 +159,11 @@ def test_profile_of_batches_and_defaults():
     )
     assert str(whole).splitlines()[0].split() == ["distance", "interaction", "effective", "rank"]
     assert len(str(whole).splitlines()) == 10
-    assert "nan" in str(locality_profile(Near(3), x, pairs=1))
+    share = whole.interaction
+    assert np.allclose(whole.standard_error, share.std(1, ddof=1) / np.sqrt(3))
+    single = locality_profile(Near(3), x, pairs=1)
+    assert "nan" in str(single) and np.isnan(single.standard_error).all()
+    assert len(plots.locality_profile({"one": single, "several": whole}).lines) >= 2
 
 
 def test_profile_of_functions_without_interaction():

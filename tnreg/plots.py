@@ -31,6 +31,7 @@ __all__ = [
     "component",
     "components",
     "decomposition",
+    "locality_profile",
     "network",
     "node_text",
     "save_figure",
@@ -321,6 +322,56 @@ def component(
     return [left, right]
 
 
+def bars(
+    data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error"
+) -> Axes:
+    """Named numbers side by side, each with its value."""
+    ax = _axes(ax)
+    drawn = ax.barh(list(data), list(data.values()), color=[f"C{k}" for k in range(len(data))])
+    ax.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel(unit)
+    ax.margins(x=0.15)
+    return ax
+
+
+def locality_profile(
+    data: LocalityProfile | Mapping[str, LocalityProfile], ax: Axes | None = None
+) -> Axes:
+    """Interaction of two patches against the distance between them, with standard errors.
+
+    Args:
+        data: What ``tnreg.locality_profile`` gives, or several by name, e.g. of a model before and
+            after regularization.
+        ax: Where to draw.
+    """
+    ax = _axes(ax)
+    profiles = data if isinstance(data, Mapping) else {"": data}
+    for name, profile in profiles.items():
+        ax.errorbar(
+            profile.distances, profile.interaction.mean(axis=1), profile.standard_error, marker="o",
+            ms=3, lw=1.2, capsize=2, label=name or None,
+        )  # fmt: skip
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("distance between the patches, pixels")
+    ax.set_ylabel("share of variance by interaction")
+    if any(profiles):
+        ax.legend(fontsize=8)
+    return ax
+
+
+def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    return write_whole(path, lambda beside: _root(drawn).savefig(beside, dpi=150, format="png"))
+
+
+def node_text(node: Any) -> str:
+    """A node's name as a label: ``{0,1}`` for the node over modes 0 and 1."""
+    if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
+        return "{" + ",".join(map(str, node)) + "}"
+    return str(node)
+
+
 def _net(data: Any, who: str) -> Any:
     data = getattr(data, "net", data)
     if not hasattr(data, "nodes_of"):
@@ -360,51 +411,6 @@ def _rectangle(x: float, height: float, width: float, color: str) -> Any:
     return Rectangle((x, -height / 2), width, height, fc=color, ec="white", alpha=0.75)
 
 
-def bars(
-    data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error"
-) -> Axes:
-    """Named numbers side by side, each with its value."""
-    ax = _axes(ax)
-    drawn = ax.barh(list(data), list(data.values()), color=[f"C{k}" for k in range(len(data))])
-    ax.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
-    ax.invert_yaxis()
-    ax.set_xlabel(unit)
-    ax.margins(x=0.15)
-    return ax
-
-
-def locality_profile(
-    data: LocalityProfile | Mapping[str, LocalityProfile], ax: Axes | None = None
-) -> Axes:
-    """Interaction of two patches against the distance between them, with standard errors.
-
-    Args:
-        data: What ``tnreg.probe.locality_profile`` gives, or several by name, e.g. of a model before and
-            after regularization.
-        ax: Where to draw.
-    """
-    ax = _axes(ax)
-    profiles = data if isinstance(data, Mapping) else {"": data}
-    for name, profile in profiles.items():
-        share = profile.interaction
-        error = share.std(axis=1, ddof=1) / np.sqrt(share.shape[1]) if share.shape[1] > 1 else None
-        ax.errorbar(
-            profile.distances, share.mean(axis=1), error, marker="o", ms=3, lw=1.2, capsize=2,
-            label=name or None,
-        )  # fmt: skip
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("distance between the patches, pixels")
-    ax.set_ylabel("share of variance by interaction")
-    if any(profiles):
-        ax.legend(fontsize=8)
-    return ax
-
-
-def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, whole or not at all."""
-    return write_whole(path, lambda beside: _root(drawn).savefig(beside, dpi=150, format="png"))
-
-
 def _root(drawn: Figure | SubFigure) -> Figure:
     import matplotlib.figure
 
@@ -423,10 +429,3 @@ def _axes(ax: Axes | None) -> Axes:
 
 def _array(values: Any) -> np.ndarray[Any, Any]:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-
-
-def node_text(node: Any) -> str:
-    """A node's name as a label: ``{0,1}`` for the node over modes 0 and 1."""
-    if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
-        return "{" + ",".join(map(str, node)) + "}"
-    return str(node)

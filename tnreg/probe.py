@@ -111,12 +111,19 @@ class LocalityProfile:
     spectra: np.ndarray[Any, Any]
     size: int
 
+    @property
+    def standard_error(self) -> np.ndarray[Any, Any]:
+        """Standard error of the mean interaction at every distance, ``(n,)``; NaN of a single pair."""
+        pairs = self.interaction.shape[1]
+        if pairs == 1:
+            return np.full(len(self.interaction), math.nan)
+        found: np.ndarray[Any, Any] = self.interaction.std(axis=1, ddof=1) / math.sqrt(pairs)
+        return found
+
     def __str__(self) -> str:
         lines = [f"{'distance':>8}  interaction        effective rank"]
-        for distance, share, rank in zip(
-            self.distances, self.interaction, self.effective_rank, strict=True
-        ):
-            error = share.std(ddof=1) / math.sqrt(len(share)) if len(share) > 1 else math.nan
+        columns = (self.distances, self.interaction, self.standard_error, self.effective_rank)
+        for distance, share, error, rank in zip(*columns, strict=True):
             lines.append(f"{distance:8}  {share.mean():.4f} ± {error:.4f}    {rank.mean():.2f}")
         return "\n".join(lines)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from tnreg import (
     ConvAC,
     ConvNet,
@@ -126,14 +124,14 @@ def probe(
 
 def _profile(name: str, found: LocalityProfile) -> dict[str, Any]:
     """One model's table: means over the pairs of patches, and the standard error."""
-    parts = zip(found.distances, found.interaction, found.effective_rank, strict=True)
+    columns = (found.distances, found.interaction, found.standard_error, found.effective_rank)
     rows = [
         {
             "distance": distance,
             "interaction": share.mean(),
-            "standard error": share.std(ddof=1) / np.sqrt(len(share)) if len(share) > 1 else None,
+            "standard error": error,
             "effective rank": rank.mean(),
         }
-        for distance, share, rank in parts
+        for distance, share, error, rank in zip(*columns, strict=True)
     ]
     return {"model": name, "size": found.size, "distances": rows}
