@@ -42,6 +42,7 @@ from tnreg.passes import (
     slabs_of,
     tasks_at_a_time,
 )
+from tnreg.rank import squares_fit
 from tnreg.tree import ModeTree
 
 __all__ = [
@@ -234,7 +235,7 @@ class _Compression:
         share: float | None,
         memory: int,
     ) -> None:
-        order = tuple(int(n) for n, below in zip(tree.nodes, tree.links, strict=True) if not below)  # type: ignore[call-overload]
+        order = tree.leaf_order
         self.source, self.tree = Source(array, order), tree
         self.limits, self.memory = limits, memory
         self.exact, self.share = share is None, share or 0.0
@@ -406,7 +407,7 @@ class _Compression:
             raise DataError(
                 f"the tensor has entries that are not finite, {bad} of {self.numel} or more."
             )
-        if self.source.log2 or largest == 0 or 1e-100 < largest < 1e100:
+        if self.source.log2 or squares_fit(largest):
             return False
         self.source.log2 = math.frexp(largest)[1]
         return True

@@ -232,7 +232,7 @@ def contract(
 
 
 def _ascending(rows: Tensor, network: Network) -> Tensor:
-    order = network.leaf_order
+    order = network.tree.leaf_order
     shaped = rows.reshape([network.sizes[mode] for mode in order])
     return shaped.permute([order.index(mode) for mode in range(len(order))])
 
@@ -437,7 +437,7 @@ def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
         moved = cost(network, dense.joins)[2] if dense.whole is None else dense.whole.moved
         flat = torch.zeros_like(columns[0])
         # the tree leaves its rows in the order of its leaves, opt_einsum in that of the modes
-        for mode in network.leaf_order if dense.whole is None else range(tree.order):
+        for mode in network.tree.leaf_order if dense.whole is None else range(tree.order):
             flat = flat * network.sizes[mode] + columns[mode]
         routes["dense"] = (dense.flops, dense.largest, dense.held + count, dense.peak + count,
                            dense.joins, dense.whole, flat)  # fmt: skip

@@ -31,7 +31,7 @@ from tnreg.blocks import (
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
 from tnreg.passes import apart, norms_of
-from tnreg.rank import as_tensor, axis_gram, axis_product, check_dense, largest_of
+from tnreg.rank import as_tensor, axis_gram, axis_product, check_dense, ready
 from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import ModeTree, Node
 
@@ -113,17 +113,10 @@ def decompose(
         dense = check_dense(tensor, tree).detach()
         limits = limits_of(tree, ranks)
         share = share_of(rtol)
-        wide = torch.complex128 if dense.is_complex() else torch.float64
-        order = [name for name, below in zip(tree.nodes, tree.links, strict=True) if not below]
-        core = dense.permute([int(n) for n in order]).to(wide)  # type: ignore[call-overload]
-        log2, largest = 0, float(largest_of(core))
-        if largest > 0 and not 1e-100 < largest < 1e100:  # squares would leave the range
-            log2 = math.frexp(largest)[1]
-            half = log2 // 2  # the power itself may leave the range
-            core = core * 2.0**-half * 2.0 ** (half - log2)
+        core, log2 = ready(dense, tree)
         random = torch.Generator(core.device).manual_seed(seed) if randomized else None
         first = share if share is None else _FIRST_SHARE * share
-        sweep = _Sweep(core.contiguous(), tree, limits, first, random)
+        sweep = _Sweep(core, tree, limits, first, random)
         top = len(tree.nodes) - 1
         weights = sweep.run(range(top), top)
         if not share or sweep.total == 0:

@@ -161,16 +161,6 @@ class Network:
             p: (s, k) for s, stack in enumerate(self.stacks) for k, p in enumerate(stack.positions)
         }
 
-    @cached_property
-    def leaf_order(self) -> tuple[int, ...]:
-        """Modes in the order in which the tree meets its leaves."""
-        tree = self.tree
-        return tuple(
-            name  # type: ignore[misc]
-            for name, below in zip(tree.nodes, tree.links, strict=True)
-            if not below
-        )
-
     def __str__(self) -> str:
         lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]
         for i in self.weighted:

@@ -24,6 +24,8 @@ __all__ = [
     "largest_of",
     "matricize",
     "numerical_rank",
+    "ready",
+    "squares_fit",
 ]
 
 # Eigenvalues of a Gram matrix carry an error of about eps * s_max². A singular value s then has an
@@ -154,7 +156,7 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
         return _svdvals_of_nodes(x, tree)
     shape, dtype = x.shape, x.dtype
     total, top = math.prod(shape), len(tree.nodes) - 1
-    core, scale = _ready(x, tree)
+    core, log2 = ready(x, tree)
     # in the order of the tree's leaves the children of a node are always neighbours
     axes = [i for i, below in enumerate(tree.links) if not below]
     sizes = list(core.shape)
@@ -179,15 +181,13 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
         full[: min(len(values), len(full))] = values[: len(full)]
         found[i] = full
     real = x.real.dtype if x.is_complex() else dtype
-    return {tree.nodes[i]: (found[i] * scale).to(real) for i in range(top)}
+    return {tree.nodes[i]: (found[i] * 2.0**log2).to(real) for i in range(top)}
 
 
 def _plain(x: Tensor) -> bool:
     """Whether LAPACK can take the numbers as they are: double precision, and scales that it can square."""
-    largest = float(largest_of(x.detach()))
-    return x.dtype in (torch.float64, torch.complex128) and (
-        1e-100 < largest < 1e100 or largest == 0
-    )
+    double = x.dtype in (torch.float64, torch.complex128)
+    return double and squares_fit(float(largest_of(x.detach())))
 
 
 def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
@@ -201,17 +201,24 @@ def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
     return found
 
 
-def _ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, float]:
-    """The tensor in double precision, axes in the order of the tree's leaves; squares stay in range."""
-    order = [name for name, below in zip(tree.nodes, tree.links, strict=True) if not below]
+def ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
+    """``(core, log2)``: the tensor is ``core * 2**log2`` with its axes in the order of the tree's leaves.
+
+    In double precision, on a scale whose squares stay in range.
+    """
     wide = torch.complex128 if x.is_complex() else torch.float64
-    core = x.detach().permute([int(n) for n in order])  # type: ignore[call-overload]
+    core = x.detach().permute(tree.leaf_order)
     core = core.to(wide if x.device.type != "mps" else x.dtype).contiguous()
-    largest, scale = float(largest_of(core)), 1.0
-    if largest > 0 and not 1e-100 < largest < 1e100:
-        scale = 2.0 ** (math.frexp(largest)[1] - 1)
-        core = core / scale
-    return core, scale
+    largest = float(largest_of(core))
+    if squares_fit(largest):
+        return core, 0
+    log2 = math.frexp(largest)[1] - 1
+    return core / 2.0**log2, log2
+
+
+def squares_fit(largest: float) -> bool:
+    """Whether squares of numbers up to this, and their sums, stay in the range of doubles with all digits."""
+    return largest == 0 or 1e-100 < largest < 1e100
 
 
 def largest_of(x: Tensor) -> Tensor:

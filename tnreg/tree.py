@@ -211,6 +211,12 @@ class ModeTree:
         return tuple(range(self.order))
 
     @property
+    def leaf_order(self) -> tuple[int, ...]:
+        """The modes in the order in which the tree meets its leaves."""
+        pairs = zip(self._names, self._links, strict=True)
+        return tuple(name for name, below in pairs if not below)  # type: ignore[misc]
+
+    @property
     def interior(self) -> tuple[Node, ...]:
         """Interior nodes, children before parents, the root last."""
         return tuple(name for name, below in zip(self._names, self._links, strict=True) if below)
