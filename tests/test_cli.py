@@ -38,6 +38,7 @@ from tnreg.cli.hints import hint
 from tnreg.cli.reply import Reply, plain
 from tnreg.experiments import convac, dynamics, locality
 from tnreg.experiments.nets import build
+from tnreg.files import read_safetensors
 from tnreg.tree import read_tree, tree_from_json
 
 
@@ -274,6 +275,24 @@ def test_export(capsys, tmp_path):
     assert code == 1 and "share=True: the nodes of height" in err
     code, _, err = call(capsys, "export", str(tmp_path / "none.safetensors"))
     assert code == 1 and "no such model file" in err
+
+
+def test_what_is_wrong_with_a_saved_model_is_told(capsys, tmp_path):
+    """A damaged file is still of its kind: commands say what it lacks, not that it is another one."""
+    tree = ModeTree.grid((2, 2))
+    model, classifier = tmp_path / "model.safetensors", tmp_path / "classifier.safetensors"
+    zoo.model_of(tree).save(model)
+    ConvAC(Representation(2), ConvNet(tree, 2, 3, outputs=2)).save(classifier)
+    for path in (model, classifier):
+        metadata, tensors = read_safetensors(path)
+        narrow = {name: x[..., :-1].contiguous() for name, x in tensors.items()}
+        safetensors.torch.save_file(narrow, path, metadata)
+    asked = (("rank", model), ("decompose", model), ("export", model),
+             ("export", classifier), ("probe", classifier, "--data", "digits"))  # fmt: skip
+    for command, path, *more in asked:
+        code, _, err = call(capsys, command, str(path), *more)
+        kind = "factorization" if path == model else "classifier"
+        assert code == 1 and f"not a {kind}: {path}" in err
 
 
 def test_run_convac(capsys, tmp_path):

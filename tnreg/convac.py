@@ -29,14 +29,15 @@ from tnreg.errors import (
     check_integer,
 )
 from tnreg.factorization import Factorization
-from tnreg.files import is_file, read_safetensors, write_whole
+from tnreg.files import is_file, metadata_of, read_safetensors, write_whole
 from tnreg.hsvd import truncate
 from tnreg.network import Network
 from tnreg.tree import Node, tree_from_json, tree_to_json
 
-__all__ = ["ConvAC", "Representation"]
+__all__ = ["ConvAC", "Representation", "is_classifier"]
 
 _FORMAT = "tnreg.convac/1"
+_METADATA = "tnreg-convac"  # where a file holds the tree and all settings
 _KINDS = ("affine", "gaussian", "bins", "sine")
 
 
@@ -313,7 +314,7 @@ class ConvAC(nn.Module):
         broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
         if broken:
             raise DataError(f"not saved: {broken[0]} has NaN or infinite entries.")
-        text = {"tnreg-convac": json.dumps(about)}
+        text = {_METADATA: json.dumps(about)}
         write_whole(path, lambda beside: safetensors.torch.save_file(state, beside, metadata=text))
 
     @classmethod
@@ -329,7 +330,7 @@ class ConvAC(nn.Module):
         expected = "  expected: a safetensors file that ConvAC.save wrote"
         try:
             metadata, state = read_safetensors(file_path)
-            about = json.loads(metadata["tnreg-convac"])
+            about = json.loads(metadata[_METADATA])
             tree = tree_from_json(about)
             network = Network.build(
                 tree,
@@ -367,3 +368,8 @@ class ConvAC(nn.Module):
             said = str(error) if isinstance(error, TnregError) else repr(error)
             raise FileError(f"not a classifier: {file_path}\n  {said}\n{expected}") from None
         return model
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether a file says that it is what ``ConvAC.save`` wrote; whether it is whole, ``load`` tells."""
+    return _METADATA in metadata_of(path)

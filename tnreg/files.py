@@ -26,12 +26,16 @@ __all__ = [
     "folder_written_whole",
     "is_file",
     "is_there",
+    "metadata_of",
     "read_safetensors",
     "write_whole",
 ]
 
 # What the disk says when it cannot hold what is written; such errors come without a file's name.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+# Bytes of a safetensors file before its tensors, at most; the format's own limit.
+_LONGEST_HEAD = 100_000_000
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
@@ -63,6 +67,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = dict(sorted(safetensors.torch.load(data).items()))  # its own order is any
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, from its head alone; empty for any other file, or none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(min(length, _LONGEST_HEAD)))
+            return dict(head.get("__metadata__") or {})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:

@@ -18,7 +18,7 @@ from tnreg import (
     to_cnn,
 )
 from tnreg.cli.reply import Reply, check_place, figure
-from tnreg.cli.subject import is_classifier
+from tnreg.convac import is_classifier
 from tnreg.errors import OptionError
 from tnreg.experiments.probed import images_of, network_of
 

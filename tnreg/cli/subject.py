@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from tnreg import ConvAC, ModeTree, load, load_tensor, open_tensor
+from tnreg import ModeTree, load, load_tensor, open_tensor
 from tnreg.blocks import is_blocks
-from tnreg.errors import OptionError, TnregError
+from tnreg.errors import OptionError
+from tnreg.files import metadata_of
 from tnreg.memory import limit_of
 from tnreg.tensors import is_large_file
 from tnreg.tree import read_tree
 
-__all__ = ["Subject", "device_of", "is_classifier", "subject_of"]
+__all__ = ["Subject", "device_of", "subject_of"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def subject_of(
     """
     limit_of(memory, "--memory")
     place = device_of(device)
-    if file.endswith(".safetensors") and Path(file).is_file() and _is_model(file):
+    if file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file)):
         model = load(file, device=place)
         if tree is None:
             return Subject(model, None, Path(file).stem)
@@ -103,23 +104,6 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from None
     return device
-
-
-def is_classifier(file: Path) -> bool:
-    """Whether a file holds a classifier of ``tnreg run convac``."""
-    try:
-        ConvAC.load(file)
-    except TnregError:
-        return False
-    return True
-
-
-def _is_model(file: str) -> bool:
-    try:
-        load(file)
-    except TnregError:
-        return False
-    return True
 
 
 def _tree_over(tree: str | None, order: int) -> ModeTree:

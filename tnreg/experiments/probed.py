@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tnreg import images
 from tnreg.cnn import to_cnn
-from tnreg.convac import ConvAC
+from tnreg.convac import ConvAC, is_classifier
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError
 from tnreg.experiments.folder import about_of, refused
 from tnreg.experiments.nets import build
@@ -47,10 +47,7 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
             raise FileError(f"not a torch.export program: {path}\n  {error}") from None
         return exported
     if path.suffix == ".safetensors" and path.is_file():
-        try:
-            return ConvAC.load(path)
-        except FileError:
-            return to_cnn(load(path))
+        return ConvAC.load(path) if is_classifier(path) else to_cnn(load(path))
     if path.suffix in (".pt2", ".safetensors"):
         raise FileError(f"no such model file: {path}")
     if weights is None:
