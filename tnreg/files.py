@@ -1,4 +1,4 @@
-"""Writing files and folders whole: beside first, then renamed into place.
+"""Files and folders read at once and written whole: beside first, then renamed into place.
 
 Whatever happens to the process in between, the old content or the new one is there, never a half.
 """

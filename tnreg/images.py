@@ -35,13 +35,13 @@ import numpy as np
 import tnreg
 from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.files import write_whole
+from tnreg.patches import Box
 from tnreg.pathfinder import draw, longest, scene
 from tnreg.progress import advancing
 
 __all__ = ["ImageSet", "distance_only_accuracy", "is_same_class", "load", "pathfinder"]
 
 Array = np.ndarray[Any, Any]
-Box = tuple[int, int, int, int]
 
 _FORMAT = "tnreg.images/1"
 _SPLITS = {"train": 0, "test": 1}

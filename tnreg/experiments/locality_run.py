@@ -33,7 +33,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tnreg.checkpoint import save_whole
 from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.experiments.folder import versions
-from tnreg.experiments.nets import build
+from tnreg.experiments.nets import as_input, build
 from tnreg.files import check_folder, folder_written_whole
 from tnreg.images import ImageSet
 from tnreg.parallel import Processes, ProcessLost, joined
@@ -520,8 +520,7 @@ def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 def _images(x: Tensor, settings: Settings) -> Tensor:
-    dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+    return as_input(x, torch.float64 if settings.precision == "float64" else torch.float32)
 
 
 def _loss(out: Tensor, labels: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import importlib
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tnreg.errors import OptionError
 
-__all__ = ["ResNet18", "SmallCNN", "build"]
+__all__ = ["ResNet18", "SmallCNN", "as_input", "build"]
 
 
 class SmallCNN(nn.Module):
@@ -154,6 +155,11 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
             )
         return _Repeated(net, first.in_channels)
     return net
+
+
+def as_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images as networks get them, in training and when they are probed: bytes from 0 to 255 as 0 to 1."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
 def _imported(path: str) -> Any:

@@ -15,7 +15,7 @@ from tnreg.cnn import to_cnn
 from tnreg.convac import ConvAC, is_classifier
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError
 from tnreg.experiments.folder import about_of, refused
-from tnreg.experiments.nets import build
+from tnreg.experiments.nets import as_input, build
 from tnreg.factorization import load
 from tnreg.tensors import load_tensor
 
@@ -114,10 +114,7 @@ def images_of(data: str) -> Tensor:
         return torch.from_numpy(found.images)
     if data.endswith(".npz"):
         try:
-            array = images.load(data).images
-            # as training gets them: bytes from 0 to 255 as 0 to 1
-            scaled = torch.from_numpy(array)
-            return scaled.float() / 255 if array.dtype == "uint8" else scaled.float()
+            return as_input(torch.from_numpy(images.load(data).images))
         except TnregError:
             if not Path(data).is_file():
                 raise
