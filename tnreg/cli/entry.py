@@ -20,7 +20,7 @@ from tnreg.cli.show import plot
 from tnreg.cli.shrink import decompose
 from tnreg.cli.train import TOGETHER, demo, fit, run, sweep
 from tnreg.errors import OptionError, TnregError
-from tnreg.experiments import convac, dynamics, init_scale, locality, sweeps
+from tnreg.experiments import convac, dynamics, init_scale, locality, sweep_kinds
 from tnreg.parallel import ProcessLost, is_first, started
 
 __all__ = ["main"]
@@ -110,10 +110,10 @@ def _run_with_defaults(given: Sequence[str]) -> Any:
 def _sweep_with_defaults(given: Sequence[str]) -> Any:
     """The command ``sweep``; default lists are those of the preset, as for ``run``."""
     kinds: Any = None
-    for kind in sweeps.KINDS.values():
+    for kind in sweep_kinds.KINDS.values():
         option = "--model" if kind.cell is dynamics.Config else "--set"
-        made: Any = sweeps.options(kind)
-        start = made(**sweeps.preset(kind, _named(given, option).split(",")[0]))
+        made: Any = sweep_kinds.options(kind)
+        start = made(**sweep_kinds.preset(kind, _named(given, option).split(",")[0]))
         about = tyro.conf.subcommand(kind.name, default=start, description=kind.about)
         one: Any = Annotated[made, about]
         kinds = one if kinds is None else kinds | one

@@ -17,7 +17,7 @@ from tnreg import (
     plots,
     spectra,
 )
-from tnreg.cli.reply import Reply, check_place, figure
+from tnreg.cli.reply import Reply, check_place, new_axes
 from tnreg.cli.subject import subject_of
 from tnreg.errors import FileError
 from tnreg.rank import numerical_rank
@@ -56,7 +56,7 @@ def tree(
     reply.text(f"order {found.order}, {len(found.nodes)} nodes, height {found.heights[-1]}")
     if png is not None:
         with reply.working("drawing ..."):
-            plots.save_figure(plots.tree(found, figure(), labels=labels).figure, png)
+            plots.save_figure(plots.tree(found, new_axes(), labels=labels).figure, png)
         reply.note(f"wrote {png}")
     reply.document(
         {
@@ -118,7 +118,7 @@ def rank(
     reply.table(table)
     if png is not None:
         with reply.working("drawing ..."):
-            plots.save_figure(plots.spectra(found, figure()).figure, png)
+            plots.save_figure(plots.spectra(found, new_axes()).figure, png)
         reply.note(f"wrote {png}")
     reply.document(
         {"tensor": subject.name, "sizes": subject.sizes, "rtol": rtol, "nodes": rows}

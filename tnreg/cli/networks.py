@@ -17,7 +17,7 @@ from tnreg import (
     plots,
     to_cnn,
 )
-from tnreg.cli.reply import Reply, check_place, figure
+from tnreg.cli.reply import Reply, check_place, new_axes
 from tnreg.convac import is_classifier
 from tnreg.errors import OptionError
 from tnreg.experiments.probed import images_of, network_of
@@ -117,7 +117,7 @@ def probe(
         reply.text(found[name])
     if png is not None:
         with reply.working("drawing ..."):
-            plots.save_figure(plots.locality_profile(found, figure()).figure, png)
+            plots.save_figure(plots.locality_profile(found, new_axes()).figure, png)
         reply.note(f"wrote {png}")
     reply.document({"data": data, "models": [_profile(*one) for one in found.items()]})
 

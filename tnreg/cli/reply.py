@@ -21,7 +21,7 @@ from rich.table import Table
 from tnreg.errors import FileError
 from tnreg.progress import working
 
-__all__ = ["Reply", "check_place", "figure", "plain", "short"]
+__all__ = ["Reply", "check_place", "new_axes", "plain", "short"]
 
 
 class Reply:
@@ -113,7 +113,7 @@ def check_place(path: Path | None, option: str) -> None:
         raise FileError(f"{option}: cannot write {path}: there is no folder {path.parent}")
 
 
-def figure() -> Any:
+def new_axes() -> Any:
     """New axes of a picture that no window shows."""
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ from tnreg.experiments import (
     init_scale,
     locality,
     sweep_figure,
-    sweeps,
+    sweep_kinds,
 )
 from tnreg.experiments.folder import experiment_of
 
@@ -65,7 +65,7 @@ def _drawn(
         return convac.figure(first, png), ""
     if kind == "locality":
         return locality.figure(first, png), ""
-    if kind in ("sweep", sweeps.DYNAMICS.title):
+    if kind in ("sweep", sweep_kinds.DYNAMICS.title):
         return sweep_figure.figure(first, png), ""
     if kind == "dynamics" and not names:
         return dynamics.figure(first), ""

@@ -21,7 +21,7 @@ from tnreg.cli.tables import (
     sweep_table,
 )
 from tnreg.errors import OptionError
-from tnreg.experiments import completion, convac, dynamics, init_scale, locality, sweeps
+from tnreg.experiments import completion, convac, dynamics, init_scale, locality, sweep_kinds
 from tnreg.experiments import demo as demo_experiment
 from tnreg.experiments import sweep as sweep_experiment
 from tnreg.parallel import is_first, started
@@ -170,7 +170,7 @@ def sweep(
         progress: Show a progress bar.
         json: Print one JSON document in place of the table.
     """
-    kind, cells = sweeps.cells(experiment)
+    kind, cells = sweep_kinds.cells(experiment)
     if scheduler is None:
         for device in dict.fromkeys(cell["device"] for cell in cells):
             device_of(device)
