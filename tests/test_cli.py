@@ -664,6 +664,8 @@ def test_errors_of_a_command_name_only_its_options():
     assert hint(message, {"rank", "tree"}).endswith("\n  option: --rank")
     assert hint(message, {"rank", "ranks"}).endswith("\n  option: --ranks")
     assert hint(message, {"png"}) == hint(message, ()) == message
+    alone = "compute in this process, one cell after another: workers=0"
+    assert hint(alone, {"workers"}).endswith("\n  option: --workers")
     told = "rtol must be in [0, 1), found 2.0; change --rtol"
     assert hint(told, {"rtol"}) == told
 

@@ -105,6 +105,18 @@ def test_measured_rate_converges_to_the_predicted_one(model):
         assert 1.9 < errors[0] / errors[1] < 2.1
 
 
+def test_slow_components_are_measured_in_single_precision_too():
+    """A step of 1e-6 changes them by less than single precision holds."""
+    model = zoo.model_of(zoo.TREES["htf-4"]).float()
+    for weight in model.parameters():
+        weight.data *= 0.1
+    task = task_of(zoo.model_of(zoo.TREES["htf-4"])).to(dtype=torch.float32)
+    predicted, measured = predicted_rate(model, task.loss), measured_rate(model, task.loss)
+    for node, rates in predicted.items():
+        assert 0 < rates.abs().max() < 1e-2
+        assert torch.allclose(measured[node].float(), rates, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["cp-4", "htf-4", "across", "uneven", "mixed-arity"])
 @pytest.mark.parametrize("root", ["trained", "ones"])
 def test_balanced_form(name, root):

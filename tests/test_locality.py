@@ -286,3 +286,10 @@ def test_sweeps_refuse(tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"tnreg": "0", "experiment": "dynamics"}')
     with pytest.raises(OptionError, match="is a run of 'dynamics'; choose another folder"):
         locality.run(locality.tiny, tmp_path / "other")
+
+
+def test_an_error_of_all_trainings_is_told_once():
+    failed = [
+        SimpleNamespace(error=e, cell=SimpleNamespace(name=f"{k}")) for k, e in enumerate("aaaaaab")
+    ]
+    assert locality._by_error(failed) == {"a": "0, 1, 2, 3 and 2 more", "b": "6"}

@@ -306,7 +306,7 @@ def test_refuses_missing_files_and_names(tmp_path):
         load_tree(tmp_path / "none.json")
     path = tmp_path / "tree.json"
     path.write_text('{"tree": [0, 2]}')
-    with pytest.raises(TreeError, match="mode 1 is missing"):
+    with pytest.raises(TreeError, match=r"mode 1 is missing[\s\S]*file: .*tree\.json"):
         load_tree(path)
     with pytest.raises(FileError, match="cannot write"):
         ModeTree.star(2).save(tmp_path / "no" / "folder.json")

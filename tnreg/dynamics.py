@@ -130,7 +130,7 @@ def measured_rate(
     loss: Loss,
     *,
     step: float = 1e-6,
-    of: Callable[[Factorization], Any] = Factorization.local_components,
+    of: Callable[[Factorization], Any] | None = None,
 ) -> Any:
     """Rate of change over one small gradient-descent step: ``(of(after) - of(before)) / step``.
 
@@ -140,16 +140,20 @@ def measured_rate(
         model: Left as it is; a copy makes the step.
         loss: Called with the model.
         step: Length of the step in gradient-flow time.
-        of: What to measure: a tensor, or a dict of tensors; local components by default.
+        of: What to measure: a tensor, or a dict of tensors. Local components by default, measured in
+            double precision whatever the model's: what a small step changes is lost in single.
 
     Returns:
         What ``of`` returns, differentiated.
     """
-    moved = copy.deepcopy(model)
+    gradients = _gradients(model, loss)
     with torch.no_grad():
-        for stack, gradient in zip(moved.stacks, _gradients(model, loss), strict=True):
-            stack -= step * gradient
-        before, after = of(model), of(moved)
+        start = [stack.detach() for stack in model.stacks]
+        if of is None:
+            wide = torch.complex128 if model.dtype.is_complex else torch.float64
+            start, of = [stack.to(wide) for stack in start], Factorization.local_components
+        ends = [s - step * g.to(s.dtype) for s, g in zip(start, gradients, strict=True)]
+        before, after = (of(Factorization.holding(model.network, s)) for s in (start, ends))
         if isinstance(before, Mapping):
             return {key: (after[key] - before[key]) / step for key in before}
         return (after - before) / step

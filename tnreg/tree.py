@@ -348,7 +348,10 @@ def load_tree(source: str | os.PathLike[str]) -> ModeTree:
         TreeError: The file's content is not a mode tree.
     """
     content = read_tree_file(source)
-    return tree_from_json(content, where=str(source))
+    try:
+        return tree_from_json(content, where=str(source))
+    except TreeError as error:
+        raise TreeError(f"{error}\n  file: {source}") from None
 
 
 def read_tree(text: str) -> ModeTree:

@@ -20,6 +20,7 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"no such image set|images are \(N", ("data",)),
     (r"no such file of weights|not a state dict|does not fit the network", ("weights",)),
     (r"share=True", ("share",)),
+    (r"workers=0", ("workers",)),
     (r"do not fit on \d+x\d+", ("distances",)),
     (r"^(?:\w+: )?ranks\b", ("ranks", "rank")),
     (r"at least one std and one seed", ("stds", "seeds")),

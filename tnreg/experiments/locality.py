@@ -188,9 +188,20 @@ def _sweep(
         raise TnregError(
             f"{len(found.failed)} of {len(found.failed) + len(found.rows)} trainings failed; the same "
             "command tries them again.\n"
-            + "\n".join(f"  {one.cell.name}: {one.error}" for one in found.failed)
+            + "\n".join(f"  {names}: {error}" for error, names in _by_error(found.failed).items())
         )
     return found.rows
+
+
+def _by_error(failed: Sequence[sweep.Failed]) -> dict[str, str]:
+    """Each error once, and the cells that it is about."""
+    names: dict[str, list[str]] = {}
+    for one in failed:
+        names.setdefault(one.error, []).append(one.cell.name)
+    more = {
+        error: f" and {len(found) - 4} more" for error, found in names.items() if len(found) > 4
+    }
+    return {error: ", ".join(found[:4]) + more.get(error, "") for error, found in names.items()}
 
 
 class _Ended(BaseException):
