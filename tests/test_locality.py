@@ -290,6 +290,7 @@ def test_sweeps_refuse(tmp_path):
 
 def test_an_error_of_all_trainings_is_told_once():
     failed = [
-        SimpleNamespace(error=e, cell=SimpleNamespace(name=f"{k}")) for k, e in enumerate("aaaaaab")
+        types.SimpleNamespace(error=e, cell=types.SimpleNamespace(name=f"{k}"))
+        for k, e in enumerate("aaaaaab")
     ]
     assert locality._by_error(failed) == {"a": "0, 1, 2, 3 and 2 more", "b": "6"}
