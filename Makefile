@@ -8,8 +8,10 @@ JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 LOWEST := .venv-lowest
+NEW_ENOUGH = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "tnreg needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 
-.PHONY: demo test test-lowest docs figures figure-locality check format lint types bench clean
+.PHONY: demo test test-lowest coverage docs figures figure-locality check format lint types bench clean
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
@@ -58,10 +60,17 @@ test-lowest: $(LOWEST)/.ready
 		-k "not onnx and not compiled_training and not pt2-deep" $(ONNX:%=--deselect tests/test_%)
 
 $(LOWEST)/.ready: pyproject.toml tests/lowest.py
+	$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(LOWEST)
 	{ printf "pyparsing<3.3\nscipy<1.16\n"; $(LOWEST)/bin/python tests/lowest.py core data images scale dev; } > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -q -c $(LOWEST)/lowest.txt -e ".[data,images,scale,dev]"
 	touch $@
+
+# Lines of tnreg/ that the tests run, in the processes that they start as well, and the lines that they do not.
+coverage: $(READY)
+	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST))
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -84,10 +93,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/dynamics.py --out benchmarks/results/dynamics-cpu.json
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tnreg needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[all,dev]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
