@@ -19,9 +19,8 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,81 +32,17 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tnreg.checkpoint import save_whole
 from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.experiments.folder import versions
+from tnreg.experiments.locality_settings import ARMS, Settings, penalty_of
 from tnreg.experiments.nets import as_input, build
 from tnreg.files import check_folder, folder_written_whole
 from tnreg.images import ImageSet
 from tnreg.parallel import Processes, ProcessLost, joined
-from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
-from tnreg.regularizers import InputGradientChange, InteractionEnergy
 from tnreg.trajectory import Trajectory
 
 __all__ = ["ARMS", "Settings", "train"]
 
-ARMS = ("plain", "weight-decay", "dropout", "igc", "interaction")
 _FORMAT = "tnreg.locality/1"
 _EVALUATED = 500  # images at a time, when nothing is learned
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of one training, whatever its arm, its images and its seed.
-
-    Attributes:
-        model: "small-cnn", "resnet-18", or an import path such as torchvision.models:resnet18.
-        epochs: Passes over the training images, at most.
-        stop_above: Stop when the train accuracy, counted while training, is at least this ...
-        stop_epochs: ... in so many epochs in a row.
-        lr: Learning rate of SGD.
-        momentum: Its momentum.
-        batch: Images of a step.
-        test_every: Epochs from one row of the history with a test accuracy to the next.
-        weight_decay: That of the arm weight-decay.
-        dropout: Share of features that the arm dropout drops before the last layer.
-        patches: Where penalties look: the two boxes of a pair; "off", boxes that touch neither image;
-            "near", the upper and the lower half of one image; "random" squares, or squares where the
-            images of a batch are "differing".
-        patch_size: Side of random and differing squares.
-        igc: Weight of the input gradient change.
-        igc_every: A penalty only every so many steps.
-        igc_warmup: Steps over which its weight grows.
-        igc_until: Steps after which there is no penalty; 0 for none.
-        igc_target: Value that is low enough: only what is above it counts; 0 for none.
-        interaction: Weight of the interaction energy.
-        interaction_every: As above.
-        interaction_warmup: As above.
-        interaction_until: As above.
-        interaction_target: As above.
-        interaction_samples: Images whose patches are crossed.
-        device: Torch device.
-        precision: "bfloat16" computes the network in that precision (autocast); "float64" holds and
-            computes everything in double precision.
-    """
-
-    model: str = "small-cnn"
-    epochs: int = 60
-    stop_above: float = 0.998
-    stop_epochs: int = 3
-    lr: float = 0.05
-    momentum: float = 0.9
-    batch: int = 64
-    test_every: int = 10
-    weight_decay: float = 1e-3
-    dropout: float = 0.5
-    patches: Literal["images", "off", "near", "random", "differing"] = "images"
-    patch_size: int = 2
-    igc: float = 2.0
-    igc_every: int = 4
-    igc_warmup: int = 0
-    igc_until: int = 0
-    igc_target: float = 0.0
-    interaction: float = 0.3
-    interaction_every: int = 1
-    interaction_warmup: int = 0
-    interaction_until: int = 300
-    interaction_target: float = 0.6
-    interaction_samples: int = 8
-    device: str = "cpu"
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
 
 
 def train(
@@ -267,7 +202,7 @@ class _State:
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
-        self.penalty = _penalty(settings, arm, seed, data)
+        self.penalty = penalty_of(settings, arm, seed, data)
         self.shuffle = torch.Generator().manual_seed(seed)
         self.found = Trajectory()
         self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
@@ -476,43 +411,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["random"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _penalty(settings: Settings, arm: str, seed: int, data: ImageSet) -> Any:
-    if arm not in ("igc", "interaction"):
-        return None
-    patches = _patches(settings, seed, data)
-    weight, every, warmup, until = (
-        getattr(settings, name)
-        for name in (arm, *(f"{arm}_{k}" for k in ("every", "warmup", "until")))
-    )
-    options: dict[str, Any] = {"weight": weight, "every": every, "warmup": warmup}
-    options["until"] = until or None
-    options["target"] = getattr(settings, f"{arm}_target") or None
-    if arm == "igc":
-        return InputGradientChange(patches, **options)
-    return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)
-
-
-def _patches(settings: Settings, seed: int, data: ImageSet) -> Any:
-    kind = settings.patches
-    if kind == "random":
-        return RandomPatches(settings.patch_size, seed=seed)
-    if kind == "differing":
-        return DifferingPatches(settings.patch_size, seed=seed)
-    if not data.boxes:
-        raise OptionError(
-            f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or 'differing'."
-        )
-    if kind == "images":
-        return PresetPatches(data.boxes, seed=seed)
-    if kind == "off":
-        return PresetPatches(data.control_boxes, seed=seed)
-    if kind == "near":
-        top, left, bottom, right = data.boxes[0]
-        middle = (top + bottom) // 2
-        return PresetPatches([(top, left, middle, right), (middle, left, bottom, right)], seed=seed)
-    raise OptionError(f"no patches {kind!r}; there is images, off, near, random, differing.")
 
 
 def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
