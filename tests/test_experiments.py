@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from command import call
 from rich.console import Console
 
 matplotlib.use("Agg")
@@ -48,7 +49,7 @@ def test_completion_of_other_kinds(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_demo(tmp_path):
+def test_demo(tmp_path, capsys):
     text = io.StringIO()
     summary = demo.run(demo.tiny, tmp_path / "demo", console=Console(file=text, width=100))
     said = text.getvalue()
@@ -75,8 +76,11 @@ def test_demo(tmp_path):
     assert page.count("data:image/png;base64,") == 5
     assert "http" not in page and "<link" not in page and "<script" not in page  # opens offline
     assert load(folder / "model.safetensors").sizes == (13, 4, 12, 8)
+    picture = (folder / "training.png").read_bytes()
     (folder / "training.png").unlink()
-    assert demo.figure(folder).exists()
+    assert demo.figure(folder).read_bytes() == picture
+    code, _, err = call(capsys, "plot", str(folder))  # draws the folder's own pictures
+    assert code == 0 and (folder / "training.png").read_bytes() == picture, err
     demo.run(demo.tiny, folder)  # a run folder may be replaced
 
 

@@ -10,6 +10,7 @@ from tnreg.errors import OptionError
 from tnreg.experiments import (
     completion,
     convac,
+    demo,
     dynamics,
     init_scale,
     locality,
@@ -69,6 +70,8 @@ def _drawn(
         return sweep_figure.figure(first, png), ""
     if kind == "dynamics" and not names:
         return dynamics.figure(first), ""
+    if kind == "demo" and png is None and not names and not linear:
+        return demo.figure(first), ""
     file = first / "trajectory.npz" if first.is_dir() else first
     found = Trajectory.load(file)
     target = png or file.with_name("training.png")
