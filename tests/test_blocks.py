@@ -252,7 +252,7 @@ def test_on_a_cluster():
         "n_workers": 2,
         "threads_per_worker": 1,
         "processes": False,
-        "dashboard_address": None,
+        "dashboard_address": "127.0.0.1:0",
     }
     with distributed.Client(**options) as client:
         assert passes.tasks_at_a_time() == (2, 1)

@@ -184,6 +184,9 @@ def test_open_tensor_refuses(stored, monkeypatch):
     for name in ("bad.h5", "bad.npy", "objects.npy", "bad.zarr"):
         with pytest.raises(FileError, match="not a readable"):
             open_tensor(folder / name)
+    np.save(folder / "none.npy", np.zeros((0, 3)))
+    with pytest.raises(DataError, match=r"is empty[\s\S]*file: .*none\.npy"):
+        open_tensor(folder / "none.npy")
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(OptionError, match=r"needs h5py.*pip install 'tnreg\[scale\]'"):
         open_tensor(f"{folder}/x.h5:other")

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -21,7 +21,7 @@ from tnreg.convnet import ConvNet
 from tnreg.errors import DataError, OptionError
 from tnreg.files import write_whole
 
-__all__ = ["example_inputs", "export_onnx", "export_pt2", "export_state"]
+__all__ = ["example_inputs", "export_onnx", "export_pt2", "export_state", "load_pt2"]
 
 # Largest difference to the exported file's values in float32, relative to the largest of them.
 _TOLERANCE = 1e-4
@@ -115,11 +115,19 @@ def export_pt2(
             whole.unlink(missing_ok=True)
         if check:
             with beside.open("rb") as file:
-                loaded = torch.export.load(file).module()
+                loaded = load_pt2(file)
             fresh = _fresh(single, inputs)
             _compare(single, fresh, loaded(fresh).detach(), path)
 
     return write_whole(path, write)
+
+
+def load_pt2(file: Path | IO[bytes]) -> nn.Module:
+    """The network in a file of ``torch.export``; what torch 2.9 warns of there is nobody's to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        loaded: nn.Module = torch.export.load(file).module()
+    return loaded
 
 
 def export_state(net: ConvNet | ConvAC, path: str | os.PathLike[str]) -> Path:

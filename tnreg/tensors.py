@@ -165,8 +165,10 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
         raise OptionError(
             f"reading {path.suffix} needs {error.name}, which is not installed; pip install 'tnreg[scale]'"
         ) from None
-    except TnregError:
+    except FileError:
         raise
+    except TnregError as error:
+        raise type(error)(f"{error}\n  file: {path}") from None
     except Exception as error:
         reason = (
             "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)

@@ -16,6 +16,7 @@ from tnreg.convac import ConvAC, is_classifier
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError
 from tnreg.experiments.folder import about_of, refused
 from tnreg.experiments.nets import as_input, build
+from tnreg.export import load_pt2
 from tnreg.factorization import load
 from tnreg.tensors import load_tensor
 
@@ -42,10 +43,9 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
         return _of_run(path, channels)
     if path.suffix == ".pt2" and path.is_file():
         try:
-            exported: Net = torch.export.load(path).module()
+            return load_pt2(path)
         except Exception as error:
             raise FileError(f"not a torch.export program: {path}\n  {error}") from None
-        return exported
     if path.suffix == ".safetensors" and path.is_file():
         return ConvAC.load(path) if is_classifier(path) else to_cnn(load(path))
     if path.suffix in (".pt2", ".safetensors"):

@@ -192,7 +192,7 @@ def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
         cluster = distributed.LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0,
             silence_logs=logging.CRITICAL,
-            dashboard_address="127.0.0.1:0" if _has_bokeh() else None,
+            dashboard_address="127.0.0.1:0",  # a free port; 8787, if left out, may be another sweep's
         )  # fmt: skip
     try:
         _restore(environment)  # the nannies set it for this process as well
