@@ -659,6 +659,29 @@ def test_errors_name_the_option(capsys, tmp_path, monkeypatch, words, option):
     assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "letter.txt"]
 
 
+def test_options_that_would_be_ignored_are_refused(capsys, tmp_path):
+    model, classifier = str(tmp_path / "m.safetensors"), str(tmp_path / "c.safetensors")
+    zoo.model_of(ModeTree.binary(4)).save(model)
+    tree = ModeTree.grid((2, 2))
+    ConvAC(Representation(3, patch=(2, 2)), ConvNet(tree, 3, 2, outputs=2)).save(classifier)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"tnreg": "0", "experiment": "convac", "config": {}})
+    )
+    for words in (
+        ("rank", model, "--missing", "nan"),
+        ("decompose", model, "--randomized"),
+        ("export", classifier, "--share"),
+        ("export", classifier, "--classes"),
+        ("plot", str(folder), "--linear"),
+        ("plot", str(folder), "--names", "loss"),
+        ("plot", str(folder), str(folder), "--linear"),
+    ):
+        code, out, err = call(capsys, *words)
+        assert code == 1 and not out and words[-1 if words[-1].startswith("--") else -2] in err, err
+
+
 def test_errors_of_a_command_name_only_its_options():
     message = "ranks must be a positive integer or {non-root node: rank}, found 0."
     assert hint(message, {"rank", "tree"}).endswith("\n  option: --rank")

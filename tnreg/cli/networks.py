@@ -48,6 +48,11 @@ def export(
     found: ConvNet | ConvAC
     with reply.working(f"reading {model} ..."):
         if is_classifier(model):
+            if share or classes:
+                raise OptionError(
+                    f"--share and --classes are for factorizations; {model} is a classifier, whose network "
+                    "knows both."
+                )
             found = ConvAC.load(model)
         else:
             found = to_cnn(load(model), share=share, classes=classes)

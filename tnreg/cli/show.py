@@ -21,6 +21,9 @@ from tnreg.experiments.folder import experiment_of
 
 __all__ = ["plot"]
 
+# Experiments that leave one trajectory; nothing is known of a single file.
+_TRAJECTORIES = ("", "completion", "demo", "dynamics", "locality_run")
+
 
 def plot(
     runs: tuple[Path, ...],
@@ -57,7 +60,14 @@ def _drawn(
     """Where the picture is, and what a trajectory has."""
     first = runs[0]
     kind = experiment_of(first)
-    if len(runs) > 1 or (kind == "dynamics" and png is not None and not names):
+    several = len(runs) > 1
+    if (names or linear) and (several or kind not in _TRAJECTORIES):
+        what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
+        raise OptionError(
+            f"plot: --names and --linear choose panels of one trajectory; {what} has a picture of its own."
+        )
+    plain = not names and not linear
+    if several or (kind == "dynamics" and png is not None and plain):
         target = png or first.parent / "panels.png"
         return plots.save_figure(dynamics.panels(runs), target), ""
     if kind == "init_scale":
@@ -68,9 +78,9 @@ def _drawn(
         return locality.figure(first, png), ""
     if kind in ("sweep", sweep_kinds.DYNAMICS.title):
         return sweep_figure.figure(first, png), ""
-    if kind == "dynamics" and not names:
+    if kind == "dynamics" and plain:
         return dynamics.figure(first), ""
-    if kind == "demo" and png is None and not names and not linear:
+    if kind == "demo" and png is None and plain:
         return demo.figure(first), ""
     file = first / "trajectory.npz" if first.is_dir() else first
     found = Trajectory.load(file)

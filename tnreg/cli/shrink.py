@@ -14,6 +14,7 @@ from tnreg import Factorization, algebra, plots, spectra, truncate
 from tnreg import decompose as hierarchical_svd
 from tnreg.cli.reply import Reply, check_place
 from tnreg.cli.subject import Subject, subject_of
+from tnreg.errors import OptionError
 from tnreg.hsvd import distance
 from tnreg.tree import Node
 
@@ -61,6 +62,11 @@ def decompose(
         subject = subject_of(file, tree, missing, memory, device)
         start = time.perf_counter()
         if subject.tree is None:
+            if randomized:
+                raise OptionError(
+                    "--randomized is for tensors; a saved model is rounded without its dense tensor.\n"
+                    "  leave it out, or give --tree to decompose the dense tensor along another tree"
+                )
             found = truncate(subject.x, rtol=rtol, ranks=ranks)
         else:
             found = hierarchical_svd(

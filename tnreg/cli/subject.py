@@ -70,6 +70,10 @@ def subject_of(
     limit_of(memory, "--memory")
     place = device_of(device)
     if file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file)):
+        if missing is not None:
+            raise OptionError(
+                f"--missing is for tensors; {file} is a model, which has all entries."
+            )
         model = load(file, device=place)
         if tree is None:
             return Subject(model, None, Path(file).stem)
