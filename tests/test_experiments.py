@@ -81,7 +81,10 @@ def test_demo(tmp_path, capsys):
     assert demo.figure(folder).read_bytes() == picture
     code, _, err = call(capsys, "plot", str(folder))  # draws the folder's own pictures
     assert code == 0 and (folder / "training.png").read_bytes() == picture, err
-    demo.run(demo.tiny, folder)  # a run folder may be replaced
+    other = dataclasses.replace(demo.tiny, tensor="covid19", tree="star-3")
+    demo.run(other, folder)  # a run folder may be replaced, and tensors have any order
+    assert load(folder / "model.safetensors").sizes == (438, 6, 11)
+    assert {p.name for p in folder.iterdir()} == expected
 
 
 def test_convac(tmp_path):

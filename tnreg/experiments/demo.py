@@ -295,22 +295,29 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
     truth = seen.clone()
     if task.test_index is not None and task.test_values is not None:
         truth[tuple(task.test_index.cpu().T)] = task.test_values.cpu()
+    # the two longest modes as a picture, four places of the next one, the last of all others
+    longest = sorted(range(len(task.sizes)), key=lambda n: -task.sizes[n])
+    (down, right), across = sorted(longest[:2]), longest[2] if len(longest) > 2 else None
+    places = [0] if across is None else sorted({task.sizes[across] * k // 4 for k in range(4)})
     drawn = Figure(figsize=(11, 6.5), layout="constrained")
-    axes = drawn.subplots(3, 4, sharex=True, sharey=True)
+    axes = drawn.subplots(3, len(places), sharex=True, sharey=True, squeeze=False)
     limit = float(torch.nan_to_num(truth).abs().max())
     for row, (name, values) in enumerate(
         (("observed", seen), ("learned", learned), ("measured", truth))
     ):
-        for column in range(4):
-            # modes 0 and 2 as a picture, at the last of mode 1 and every second of mode 3
-            picture = values[:, -1, :, 2 * column].numpy()
+        for column, place in enumerate(places):
+            at: list[Any] = [-1] * values.ndim
+            at[down] = at[right] = slice(None)
+            title = name
+            if across is not None:
+                at[across], title = place, f"{name}, {modes[across]} {place}"
             image = axes[row, column].imshow(
-                picture, vmin=0, vmax=limit, aspect="auto", cmap="viridis"
+                values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis"
             )
-            axes[row, column].set_title(f"{name}, {modes[3]} {2 * column}", fontsize=9)
-        axes[row, 0].set_ylabel(modes[0])
+            axes[row, column].set_title(title, fontsize=9)
+        axes[row, 0].set_ylabel(modes[down])
     for ax in axes[-1]:
-        ax.set_xlabel(modes[2])
+        ax.set_xlabel(modes[right])
     drawn.colorbar(image, ax=axes, shrink=0.6)
     return drawn
 
