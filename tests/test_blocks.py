@@ -144,6 +144,25 @@ def test_nodes_further_up(tree, sizes, ranks, monkeypatch):
         assert torch.allclose(values[node], own, atol=1e-12 * float(own[0]))
 
 
+def test_nodes_with_one_child_further_up(monkeypatch):
+    """They have the matricization of their child, so nothing is read for them."""
+    monkeypatch.setattr(blocks, "_ROWS", 6)
+    monkeypatch.setattr(blocks._Compression, "_core_limit", lambda self: 8 * 3**3)
+    tree = ModeTree([[[0, 1]], [[2, 3]], [[4, 5]]])
+    bonds = {v: 6 if v in tree.leaves else 3 for v in tree.nodes[:-1]}
+    model = Factorization(
+        tree, 6, bonds, join="full", std=1.0, dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    x, seen = model.to_tensor().detach(), []
+    monkeypatch.setattr(blocks._Compression, "_tell", lambda self, what, *_: seen.append(what))
+    found = decompose(in_blocks(x), tree, rtol=1e-10, memory=7 * x.nbytes)
+    assert [what.partition("node ")[2] for what in seen[6:9]] == ["(0, 1)", "(2, 3)", "(4, 5)"]
+    assert len(seen) == 10  # six leaves, three pairs, the core
+    assert found.network.bonds == decompose(x, tree, rtol=1e-10).network.bonds
+    assert float((found.to_tensor().detach() - x).norm()) < 1e-10 * float(x.norm())
+
+
 def test_ranks_alone():
     tree, x = tensor("binary", noise=0.1)
     found = decompose(in_blocks(x), tree, ranks=2, memory=7 * x.nbytes)

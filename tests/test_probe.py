@@ -13,7 +13,9 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from tnreg import plots
-from tnreg.errors import DataError, OptionError, ShapeError
+from tnreg.errors import DataError, FileError, OptionError, ShapeError
+from tnreg.experiments.nets import build
+from tnreg.experiments.probed import network_of
 from tnreg.probe import LocalityProfile, locality_profile, separation_spectrum
 
 
@@ -201,3 +203,24 @@ def test_plot():
     axes = plots.locality_profile({"before": single, "after": profile}, Figure().subplots())
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["before", "after"]
     assert isinstance(profile, LocalityProfile)
+
+
+def test_networks_with_weights_that_cannot_be_used(tmp_path):
+    state = build("small-cnn", 1).state_dict()
+    torch.save(state, tmp_path / "good.pt")
+    assert isinstance(network_of("small-cnn", 1, weights=tmp_path / "good.pt"), torch.nn.Module)
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({name: value[..., :1] for name, value in state.items()}, tmp_path / "short.pt")
+    (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "text.pt2").write_text("program")
+    for name, weights, message in (
+        ("small-cnn", "none.pt", "no such file of weights"),
+        ("small-cnn", "list.pt", "not a state dict.*\n.*a list, not a dict of tensors"),
+        ("small-cnn", "text.pt", "not a state dict"),
+        ("small-cnn", "short.pt", "short.pt does not fit the network"),
+        (str(tmp_path / "none.pt2"), None, "no such model file"),
+        (str(tmp_path / "text.pt2"), None, "not a torch.export program"),
+    ):
+        file = None if weights is None else tmp_path / weights
+        with pytest.raises(FileError, match=message):
+            network_of(name, 1, weights=file)

@@ -49,6 +49,23 @@ def relative_error(found, one, other):
     return math.exp(difference.log_norm().item() - exact.log_norm().item())
 
 
+@pytest.mark.parametrize("most", [2**4, 2**7])
+def test_large_intermediates_are_made_in_parts(most, never_formed, monkeypatch):
+    tree = ModeTree.binary(4)
+    one, other = (decaying(tree, 5, 4, seed) for seed in (1, 2))
+    whole = al.hadamard(one, other, ranks=6)
+    seen = []
+    narrow = torch.Tensor.narrow
+    monkeypatch.setattr(torch.Tensor, "narrow", lambda x, *at: (seen.append(at), narrow(x, *at))[1])
+    monkeypatch.setattr(products, "_MOST_NUMBERS", most)
+    found = al.hadamard(one, other, ranks=6)
+    assert len(seen) > 20
+    assert torch.allclose(
+        dense(found), dense(whole), rtol=0, atol=1e-12 * float(dense(whole).norm())
+    )
+    assert relative_error(al.hadamard(one, other, rtol=1e-4), one, other) <= 1e-4
+
+
 @pytest.mark.parametrize("route", ROUTES, indirect=True)
 @pytest.mark.parametrize("name", zoo.TREES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
