@@ -543,6 +543,21 @@ def test_json_of_trainings(capsys, tensor, tmp_path):
     )
 
 
+def test_what_others_print_does_not_come_between_the_json(capsys, tmp_path, monkeypatch):
+    (tmp_path / "loud.py").write_text("""print("hello")
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, channels=1, num_classes=2):
+        end = nn.Linear(4, num_classes)
+        super().__init__(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), end)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = "run locality --set tiny --model loud:Net --arms plain --seeds 1 --epochs 1 --no-progress".split()
+    found = answer(capsys, *words, "--out", str(tmp_path / "run"))
+    assert found["experiment"] == "locality" and len(found["rows"]) >= 1
+
+
 def test_json_of_a_sweep_that_fails(capsys, tmp_path):
     words = "sweep dynamics --model tiny --seed 0 --lr=-1 --workers 0 --retries 0".split()
     found = answer(capsys, *words, "--no-progress", "--out", str(tmp_path / "s"), code=1)

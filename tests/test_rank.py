@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 
+import tnreg
 from tnreg import (
     DataError,
     Factorization,
@@ -204,6 +205,26 @@ def test_smooth_ranks_refuse(values):
 def test_smooth_ranks_at_the_end_of_the_range():
     assert effective_rank(torch.tensor([3e38, 3e38])).item() == pytest.approx(2.0)
     assert entanglement_entropy(torch.tensor([3e38, 3e38])).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.complex128])
+@pytest.mark.parametrize("place", ["top", "bottom"])
+def test_ranks_at_both_ends_of_the_range(dtype, place):
+    """Singular values beyond it, and entries below the smallest normal number."""
+    tree = ModeTree.binary(4)
+    x = zoo.model_of(tree, dtype=dtype).to_tensor().detach()
+    info = torch.finfo(dtype)
+    size = 0.5 * info.max if place == "top" else 0.5 * info.tiny
+    half = math.sqrt(
+        size
+    )  # complex numbers cannot be divided by numbers below the smallest normal one
+    scaled = x / x.abs().max() * half * half
+    assert hierarchical_rank(scaled, tree, rtol=1e-3) == hierarchical_rank(x, tree, rtol=1e-3)
+    if place == "top":  # what is in between on the way to the dense tensor may leave the range
+        scaled = scaled / 2**10
+    found = tnreg.decompose(scaled, tree, rtol=1e-3).to_tensor().detach()
+    error, whole = (torch.linalg.vector_norm(t / half / half) for t in (found - scaled, scaled))
+    assert error < 2e-3 * whole
 
 
 def test_rank_does_not_depend_on_scale():

@@ -185,6 +185,8 @@ def test_open_tensor_refuses(stored, monkeypatch):
         with pytest.raises(FileError, match="not a readable"):
             open_tensor(folder / name)
     np.save(folder / "none.npy", np.zeros((0, 3)))
+    with pytest.raises(DataError, match=r"none\.npy holds an empty tensor of shape \(0, 3\)"):
+        load_tensor(folder / "none.npy")
     with pytest.raises(DataError, match=r"is empty[\s\S]*file: .*none\.npy"):
         open_tensor(folder / "none.npy")
     monkeypatch.setitem(sys.modules, "h5py", None)

@@ -16,7 +16,7 @@ from tnreg.errors import OptionError, check_integer
 from tnreg.factorization import Factorization
 from tnreg.tree import Node
 
-__all__ = ["balance_", "distance_bound", "drop_components", "keep_components"]
+__all__ = ["balance_", "detached_norms", "distance_bound", "drop_components", "keep_components"]
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Ten
     vectors of a component at v, and ``B = max |W_v|``: few large local components mean a tensor near
     low hierarchical rank. Infinite where it leaves the range of the dtype.
     """
-    weights, norms = model.weights, _norms(model)
+    weights, norms = model.weights, detached_norms(model)
     largest = torch.stack([torch.linalg.vector_norm(w.detach()) for w in weights.values()]).max()
     total = torch.zeros_like(largest)
     for node, dropped in _dropped(model, ranks).items():
@@ -192,7 +192,7 @@ def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
 
 def _component_logs(model: Factorization) -> dict[Node, Tensor]:
     """Logarithms of the norms of all local components: products of many vectors leave the range of floats."""
-    return {node: part.double().log().sum(0) for node, part in _norms(model).items()}
+    return {node: part.double().log().sum(0) for node, part in detached_norms(model).items()}
 
 
 def _log_norm(weight: Tensor) -> Tensor:
@@ -225,6 +225,7 @@ def _dropped(model: Factorization, ranks: int | Mapping[Node, int]) -> dict[Node
     return out
 
 
-def _norms(model: Factorization) -> dict[Node, Tensor]:
+def detached_norms(model: Factorization) -> dict[Node, Tensor]:
+    """``model.component_norms()`` without gradients."""
     with torch.no_grad():
         return model.component_norms()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.components import distance_bound, drop_components, keep_components
+from tnreg.components import detached_norms, distance_bound, drop_components, keep_components
 from tnreg.errors import OptionError, check_integer
 from tnreg.factorization import Factorization
 from tnreg.tree import Node
@@ -114,7 +114,7 @@ def predicted_rate(
     _check_form(form)
     drives = _drives(model, loss)
     out: dict[Node, Tensor] = {}
-    for node, found in (_component_norms(model) if norms is None else norms).items():
+    for node, found in (detached_norms(model) if norms is None else norms).items():
         sigma, drive = found.prod(0), drives[node]
         alive = sigma > 0
         if form == "exact":
@@ -137,7 +137,7 @@ def measured_rate(
     Its distance from the rate of gradient flow is of first order in ``step``.
 
     Args:
-        model: Left as it is; a copy makes the step.
+        model: Left as it is; ``of`` is called with copies of it, before the step and after.
         loss: Called with the model.
         step: Length of the step in gradient-flow time.
         of: What to measure: a tensor, or a dict of tensors. Local components by default, measured in
@@ -151,6 +151,7 @@ def measured_rate(
         start = [stack.detach() for stack in model.stacks]
         if of is None:
             wide = torch.complex128 if model.dtype.is_complex else torch.float64
+            wide = wide if model.device.type != "mps" else model.dtype  # which has no doubles
             start, of = [stack.to(wide) for stack in start], Factorization.local_components
         ends = [s - step * g.to(s.dtype) for s, g in zip(start, gradients, strict=True)]
         before, after = (of(Factorization.holding(model.network, s)) for s in (start, ends))
@@ -168,7 +169,7 @@ def rate_bounds(model: Factorization, loss: Loss) -> dict[Node, tuple[Tensor, Te
     """
     drives = _drives(model, loss)
     out: dict[Node, tuple[Tensor, Tensor]] = {}
-    for node, norms in _component_norms(model).items():
+    for node, norms in detached_norms(model).items():
         count, sigma = len(norms), norms.prod(0)
         alive = sigma > 0
         ip = torch.where(alive, drives[node] / torch.where(alive, sigma, 1), 0)
@@ -261,11 +262,6 @@ def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tenso
     if not changes:
         raise OptionError("conservation_drift: no diagonal joins, so nothing to conserve.")
     return torch.stack([(change.amax(0) - change.amin(0)).max() for change in changes]).max()
-
-
-def _component_norms(model: Factorization) -> dict[Node, Tensor]:
-    with torch.no_grad():
-        return model.component_norms()
 
 
 def _gradients(model: Factorization, loss: Loss) -> list[Tensor]:

@@ -82,6 +82,7 @@ def find_path(
     return tuple(tuple(step) for step in path)
 
 
+@lru_cache(maxsize=4096)
 def along(
     equation: str, shapes: tuple[tuple[int, ...], ...], path: tuple[tuple[int, ...], ...]
 ) -> Einsum:

@@ -74,7 +74,8 @@ def fit(
         checkpoint: A file for the state of the training, written whole at a row every
             ``checkpoint_seconds`` and at the end. If it is there at the start, the training goes on
             from it and ends as one that was never interrupted, to the last bit on one machine; a
-            finished one is returned as it was (or goes on if ``steps`` are more now). Give a new
+            finished one is returned as it was, or goes on if ``steps`` are more now (its last row draws
+            random numbers of its own if ``observe`` does, or a loss with L-BFGS). Give a new
             model as before: the file holds its parameters, the optimizer, torch's random state and
             the trajectory, but not the loss and no generators of your own.
         checkpoint_seconds: Least time between two writings.

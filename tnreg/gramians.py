@@ -26,7 +26,7 @@ from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
 from tnreg.frames import batches, frames, frames_fit, outside, scale_of
 from tnreg.hsvd import decompose
-from tnreg.rank import as_tensor, dense_spectra, numerical_rank
+from tnreg.rank import check_dense, dense_spectra, numerical_rank, scaled_spectra
 from tnreg.scaled import absorbed, columns, full_rows, times, unscaled
 from tnreg.tree import ModeTree, Node
 
@@ -81,12 +81,7 @@ def spectra(
             scaled = unscaled(values, log).to(real).unbind(0)
             found |= zip(positions, scaled, strict=True)
         return {node: found[i] for i, node in enumerate(x.tree.nodes[:-1])}
-    if not isinstance(tree, ModeTree):
-        found_kind = "none" if tree is None else repr(tree)
-        raise OptionError(
-            "spectra of a dense tensor need a tree: spectra(tensor, tree).\n"
-            f"  found: {found_kind}; write a ModeTree, e.g. ModeTree.binary(4) or load_tree('htf-4')"
-        )
+    tree = _check_tree(tree)
     if is_blocks(x):
         return _spectra_of_blocks(x, tree, memory)
     return dense_spectra(x, tree)
@@ -165,20 +160,38 @@ def hierarchical_rank(
             longest = min(max(rows, math.prod(sizes) // rows), 1000)
             out[node] = numerical_rank(found_at[i], longest * limit if rtol is None else rtol)
         return out
+    tree = _check_tree(tree)
     with torch.no_grad():
-        found = spectra(x, tree, memory=memory)
-    assert tree is not None  # spectra has refused a dense tensor without a tree
-    sizes = tuple(x.shape if is_blocks(x) else as_tensor(x).shape)
+        if is_blocks(x):
+            found, sizes = _spectra_of_blocks(x, tree, memory), tuple(x.shape)
+            eps = max(torch.finfo(s.dtype).eps for s in found.values())
+        else:
+            dense = check_dense(x, tree)
+            found, sizes, eps = (
+                scaled_spectra(dense, tree)[0],
+                dense.shape,
+                torch.finfo(dense.dtype).eps,
+            )
     for node, s in found.items():
         rows = math.prod(sizes[m] for m in tree.modes_below(node))
         longest = max(rows, math.prod(sizes) // rows)
-        out[node] = numerical_rank(s, longest * torch.finfo(s.dtype).eps if rtol is None else rtol)
+        out[node] = numerical_rank(s, longest * eps if rtol is None else rtol)
     return out
 
 
 def _seen(x: Any) -> Any:
     """The factorization that a network of ``to_cnn`` is, or ``x`` itself."""
     return x.as_factorization() if hasattr(x, "as_factorization") else x
+
+
+def _check_tree(tree: ModeTree | None) -> ModeTree:
+    if isinstance(tree, ModeTree):
+        return tree
+    found_kind = "none" if tree is None else repr(tree)
+    raise OptionError(
+        "spectra of a dense tensor need a tree: spectra(tensor, tree).\n"
+        f"  found: {found_kind}; write a ModeTree, e.g. ModeTree.binary(4) or load_tree('htf-4')"
+    )
 
 
 def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:

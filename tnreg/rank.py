@@ -25,6 +25,7 @@ __all__ = [
     "matricize",
     "numerical_rank",
     "ready",
+    "scaled_spectra",
     "squares_fit",
 ]
 
@@ -151,10 +152,22 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     Cost: one Gram product with ``x`` per leaf, then per node on the core that is left.
     """
     x = check_dense(x, tree)
-    differentiable = x.requires_grad and torch.is_grad_enabled()
-    if differentiable or (x.numel() <= _SMALL and _plain(x)):
+    if x.requires_grad and torch.is_grad_enabled():
         return _svdvals_of_nodes(x, tree)
-    shape, dtype = x.shape, x.dtype
+    found, log2 = scaled_spectra(x, tree)
+    return {node: (values * 2.0**log2).to(x.real.dtype) for node, values in found.items()}
+
+
+def scaled_spectra(x: Tensor, tree: ModeTree) -> tuple[dict[Node, Tensor], int]:
+    """``(found, log2)``: singular values are ``found * 2**log2``; in double precision, of moderate size.
+
+    Args:
+        x: What ``check_dense`` has passed.
+        tree: Mode tree over its axes.
+    """
+    if x.numel() <= _SMALL and _plain(x):
+        return _svdvals_of_nodes(x.detach(), tree), 0
+    shape = x.shape
     total, top = math.prod(shape), len(tree.nodes) - 1
     core, log2 = ready(x, tree)
     # in the order of the tree's leaves the children of a node are always neighbours
@@ -180,8 +193,7 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
         full = values.new_zeros(min(rows, total // rows))
         full[: min(len(values), len(full))] = values[: len(full)]
         found[i] = full
-    real = x.real.dtype if x.is_complex() else dtype
-    return {tree.nodes[i]: (found[i] * 2.0**log2).to(real) for i in range(top)}
+    return {tree.nodes[i]: found[i] for i in range(top)}, log2
 
 
 def _plain(x: Tensor) -> bool:
@@ -213,7 +225,10 @@ def ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
     if squares_fit(largest):
         return core, 0
     log2 = math.frexp(largest)[1] - 1
-    return core / 2.0**log2, log2
+    half = (
+        log2 // 2
+    )  # the power itself may be subnormal, which complex numbers cannot be divided by
+    return core * 2.0**-half * 2.0 ** (half - log2), log2
 
 
 def squares_fit(largest: float) -> bool:

@@ -84,7 +84,7 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
 
     Raises:
         FileError: No such name or file, or a file that is not what it says.
-        DataError: Integer entries.
+        DataError: Integer entries, or none.
         OptionError: The extra is not installed.
     """
     text = os.fspath(source)
@@ -125,6 +125,8 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
             f"{path} has dtype {values.dtype}; real or complex numbers are needed.\n"
             "  convert it first, e.g. numpy.save(path, array.astype(float))"
         )
+    if not values.numel():
+        raise DataError(f"{path} holds an empty tensor of shape {tuple(values.shape)}.")
     modes = tuple(f"mode {n}" for n in range(values.ndim))
     return DenseTensor(path.stem, values, modes, str(path))
 

@@ -107,12 +107,13 @@ def probe(
     found = {}
     for name in models:
         try:
-            with reply.working(f"reading {name} ..."):
-                net = network_of(name, pictures.shape[1], weights=weights)
-            found[name] = locality_profile(
-                net, pictures, distances=distances or None, size=size, samples=samples, pairs=pairs,
-                where="anywhere" if anywhere else "differing", seed=seed, progress=reply.shows(),
-            )  # fmt: skip
+            with reply.alone():
+                with reply.working(f"reading {name} ..."):
+                    net = network_of(name, pictures.shape[1], weights=weights)
+                found[name] = locality_profile(
+                    net, pictures, distances=distances or None, size=size, samples=samples, pairs=pairs,
+                    where="anywhere" if anywhere else "differing", seed=seed, progress=reply.shows(),
+                )  # fmt: skip
         except (RuntimeError, AssertionError) as error:
             raise OptionError(
                 f"{name} does not take images of shape {tuple(pictures.shape[1:])}.\n"

@@ -9,6 +9,7 @@ import contextlib
 import json as json_format
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ class Reply:
     def shows(self, progress: bool = True) -> bool:
         """Whether to show a progress bar: it is wanted and standard error is a terminal."""
         return progress and self._errors.is_terminal
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Around work that may run other people's code: what it prints does not come between the JSON."""
+        return contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def working(self, text: str) -> Iterator[None]:

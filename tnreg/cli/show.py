@@ -80,8 +80,8 @@ def _drawn(
         return sweep_figure.figure(first, png), ""
     if kind == "dynamics" and plain:
         return dynamics.figure(first), ""
-    if kind == "demo" and png is None and plain:
-        return demo.figure(first), ""
+    if kind == "demo" and plain:
+        return demo.figure(first, png), ""
     file = first / "trajectory.npz" if first.is_dir() else first
     found = Trajectory.load(file)
     target = png or file.with_name("training.png")

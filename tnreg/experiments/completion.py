@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of one completion, whatever its tensor; the options of ``tnreg fit``.
 
@@ -77,7 +77,7 @@ class Settings:
     dtype: Literal["float32", "float64"] = "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config(Settings):
     """Settings of one completion.
 

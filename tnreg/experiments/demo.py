@@ -129,18 +129,18 @@ def run(
             _draw(beside, modes, config, found, measured, net)
             _write_report(beside, config, tensor.source, tree, summary)
     tell(
-        f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, model.safetensors, "
-        "network.onnx, config.json"
+        f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, trajectory-cp.npz, "
+        "model.safetensors, network.onnx, config.json"
     )
     tell(f"{time.perf_counter() - start:.0f} seconds")
     return summary
 
 
-def figure(folder: str | Path) -> Path:
-    """Draw ``training.png`` of a demo folder again."""
+def figure(folder: str | Path, png: str | Path | None = None) -> Path:
+    """Draw the training of a demo folder again, into ``training.png`` there or another file."""
     path = Path(folder)
     runs = [Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz")]
-    return plots.save_figure(_training_figure(*runs), path / "training.png")
+    return plots.save_figure(_training_figure(*runs), png or path / "training.png")
 
 
 @dataclass(frozen=True)
