@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -274,6 +275,7 @@ def _start(device: torch.device) -> torch.device:
 def _leave() -> None:
     # not after a loss: leaving can wait for others, which are gone
     if dist.is_initialized() and not _stop.told:
+        gc.collect()  # networks that still hold the group: torch may abort where they outlive it
         dist.destroy_process_group()
 
 
