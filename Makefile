@@ -51,8 +51,9 @@ figure-locality: $(READY)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/tnreg run locality --set digits --workers 2 --out runs/locality
 
 # The tests with the lowest versions that pyproject.toml allows. The extra onnx asks for a newer torch than
-# tnreg itself and is left out, and with it the tests that write ONNX files. torch 2.9 itself warns where it compiles a step and
-# loads an exported network, which is an error in tests. What came before newer pyparsing and scipy warns of them.
+# tnreg itself and is left out, and with it the tests that write ONNX files. torch 2.9 itself warns where it
+# compiles a step and loads an exported network, which is an error in tests. What came before newer pyparsing
+# and scipy warns of them.
 ONNX := cli.py::test_run_convac cli.py::test_export experiments.py::test_demo experiments.py::test_convac \
 	export.py::test_exported_grids export.py::test_what_is_refused
 test-lowest: $(LOWEST)/.ready

@@ -12,7 +12,7 @@ import pytest
 ROOMS = [
     "errors", "progress", "memory", "files", "svg", "structure", "tree", "trajectory", "optim",
     "network", "rank", "einsum", "schedule", "contraction", "scaled", "inner", "factorization",
-    "passes", "blocks", "frames", "rounding", "hsvd", "gramians", "hanging", "products", "cores",
+    "passes", "blocks", "frames", "rounding", "hsvd", "gramians", "assembly", "products", "cores",
     "algebra", "wiring", "convert", "components", "dynamics", "tensors", "tasks", "checkpoint",
     "fit", "layout", "pooling", "convnet_text", "convnet", "cnn", "convac", "export", "penalties",
     "patches", "second_order", "parallel", "regularizers", "grids", "probe", "pathfinder", "images",

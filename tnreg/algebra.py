@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnreg.assembly import assembled, contracted, product_joins, spread, weights_of
 from tnreg.cores import core_factors
 from tnreg.errors import OptionError, ShapeError, TreeError, check_integer
 from tnreg.factorization import Factorization
-from tnreg.hanging import contracted, hung_up, joins_of, product_joins, spread, weights_of
 from tnreg.hsvd import truncate
 from tnreg.products import rounded_product
 from tnreg.rank import as_tensor, check_numbers
@@ -184,7 +184,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     while path[0] in parent:
         path.insert(0, parent[path[0]])
     with torch.no_grad():
-        weights, joins = weights_of(model, ones=False), joins_of(model)
+        weights, joins = weights_of(model, ones=False), model.network.named_joins
         if target == path[0]:
             return Factorization.from_weights(tree, weights, join=joins)
         held = {i: weights[v] for i, v in enumerate(tree.nodes)}
@@ -211,13 +211,13 @@ def reroot(model: Factorization, node: Node) -> Factorization:
             else:
                 upper = i
             held[i], links[i] = weight, below
-        return hung_up(target, links, held, kinds, {tree.position(m): m for m in tree.leaves})[0]
+        return assembled(target, links, held, kinds, {tree.position(m): m for m in tree.leaves})[0]
 
 
 def scale(model: Factorization, factor: float | complex) -> Factorization:
     """The tensor times a number; a root of ones gets a weight if needed, as no leaf is changed."""
     with torch.no_grad():
-        weights, joins = weights_of(model, ones=False), joins_of(model)
+        weights, joins = weights_of(model, ones=False), model.network.named_joins
         if isinstance(factor, complex):
             dtype = torch.promote_types(model.dtype, torch.complex64)
             weights = {node: w.to(dtype) for node, w in weights.items()}
@@ -310,7 +310,7 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
                 )
             dtype = torch.promote_types(matrix.dtype, model.dtype)
             weights[mode] = matrix.to(dtype) @ weights[mode].to(dtype)
-        return Factorization.from_weights(model.tree, weights, join=joins_of(model))
+        return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
 
 
 def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factorization | Tensor:
@@ -396,7 +396,7 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
                     )
                 vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
                 vectors[mode][item] = 1
-        shorter = Factorization.from_weights(model.tree, weights, join=joins_of(model))
+        shorter = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
         return contracted(shorter, vectors) if vectors else shorter
 
 
@@ -418,8 +418,8 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     with torch.no_grad():
         links = {i: below for i, below in enumerate(tree.links) if below}
         held = {tree.position(node): weight for node, weight in weights_of(model).items()}
-        kinds = {tree.position(node): kind for node, kind in joins_of(model).items()}
-        return hung_up(len(tree.nodes) - 1, links, held, kinds, names)[0]
+        kinds = {tree.position(node): kind for node, kind in model.network.named_joins.items()}
+        return assembled(len(tree.nodes) - 1, links, held, kinds, names)[0]
 
 
 def full_joins(model: Factorization) -> Factorization:
@@ -498,7 +498,7 @@ def diagonal_joins(
     with torch.no_grad():
         wide = torch.promote_types(model.dtype, torch.float64)
         doubles = {node: w.to(wide) for node, w in weights_of(model, ones=False).items()}
-        exact = Factorization.from_weights(tree, doubles, join=joins_of(model))
+        exact = Factorization.from_weights(tree, doubles, join=model.network.named_joins)
         random = torch.Generator().manual_seed(seed)
         weights = core_factors(truncate(exact), wanted, tries, steps, random)
         named = {node: w.to(model.dtype) for node, w in weights.items()}
@@ -525,7 +525,7 @@ def _paired(
         )
     tree, dtype = one.tree, torch.promote_types(one.dtype, other.dtype)
     ones = one.network.root_ones and other.network.root_ones
-    kinds = [joins_of(model) for model in (one, other)]
+    kinds = [model.network.named_joins for model in (one, other)]
     joins = {
         v: "diagonal" if kinds[0][v] == kinds[1][v] == "diagonal" else "full" for v in tree.interior
     }

@@ -36,7 +36,7 @@ from tnreg.passes import (
     Rows,
     Source,
     bytes_read,
-    cluster,
+    dask_client,
     norms_of,
     run_parts,
     slabs_of,
@@ -140,7 +140,7 @@ def as_blocks(x: Any) -> Any:
     array = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
     if 0 in array.shape:
         raise DataError(f"the tensor is empty: shape {array.shape}.")
-    if cluster() is not None and any(
+    if dask_client() is not None and any(
         type(part).__name__ == "Future" for part in dict(array.__dask_graph__()).values()
     ):
         raise OptionError(

@@ -111,8 +111,7 @@ def _without_classes(
     else:
         axis = tree.children(tree.root).index(last)
         weights[tree.root] = torch.tensordot(weights[tree.root], leaf, ([axis], [1]))
-    bonds = dict(zip(tree.nodes[:-1], network.bonds[:-1], strict=True))
+    bonds = network.named_bonds
     bonds.pop(last)
-    joins = {v: j for v, j in zip(tree.nodes, network.joins, strict=True) if j != "leaf"}
-    smaller = Network.build(narrower, network.sizes[:-1], bonds, join=joins)
+    smaller = Network.build(narrower, network.sizes[:-1], bonds, join=network.named_joins)
     return smaller, weights, network.sizes[-1]

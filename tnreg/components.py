@@ -167,9 +167,7 @@ def drop_components(
                 weights[v] = weights[v][..., kept]
             if node in weights:
                 weights[node] = weights[node][kept]
-        kinds = zip(model.tree.nodes, model.network.joins, strict=True)
-        joins = {node: kind for node, kind in kinds if kind != "leaf"}
-        found = Factorization.from_weights(model.tree, weights, join=joins)
+        found = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
         found.error_bound = bound
         return found
 

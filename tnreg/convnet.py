@@ -502,11 +502,12 @@ def _with_classes(network: Network, outputs: int) -> Network:
     graph.add_edge(tree.root, tree.order)
     wider = ModeTree(graph)
     diagonal = network.joins[-1] == "diagonal"
-    bonds = dict(zip(tree.nodes[:-1], network.bonds[:-1], strict=True))
+    bonds = network.named_bonds
     bonds[tree.order] = bonds[tree.children(tree.root)[0]] if diagonal else outputs
-    joins = {v: j for v, j in zip(tree.nodes, network.joins, strict=True) if j != "leaf"}
     root = "ones" if diagonal else "trained"
-    return Network.build(wider, (*network.sizes, outputs), bonds, join=joins, root=root)
+    return Network.build(
+        wider, (*network.sizes, outputs), bonds, join=network.named_joins, root=root
+    )
 
 
 def _shared_conv(held: Sequence[Tensor], tree: ModeTree, group: Group) -> nn.Conv2d:

@@ -70,7 +70,7 @@ def fit(
         every: Updates between rows.
         stop: Called with the trajectory after each row; ends the training when it returns ``True``
             or a reason.
-        progress: Show a progress bar with the loss.
+        progress: Show a progress bar with the loss, on a terminal or in a notebook.
         checkpoint: A file for the state of the training, written whole at a row every
             ``checkpoint_seconds`` and at the end. If it is there at the start, the training goes on
             from it and ends as one that was never interrupted, to the last bit on one machine; a
@@ -110,9 +110,9 @@ def fit(
         return value
 
     # an update that does not go on from a loss that was looked at
-    alone: Callable[[], Any] | None = partial(update.step, evaluate) if closed else None
+    own_step: Callable[[], Any] | None = partial(update.step, evaluate) if closed else None
     if graph:
-        alone = _captured(lambda: (evaluate(), update.step()), model, closed)
+        own_step = _captured(lambda: (evaluate(), update.step()), model, closed)
     saved = _Saved(checkpoint, checkpoint_seconds, model, update, {
         **(settings or {}), "optimizer": _described(update), "every": every,
         "observed": ["loss", *watched],
@@ -128,13 +128,12 @@ def fit(
         try:
             for step in range(first, steps + 1):
                 due = step % every == 0 or step == steps
-                looked_at = (
-                    due or step == first
-                )  # it goes on from a row that need not be due any more
+                # a row that it goes on from need not be due any more
+                looked_at = due or step == first
                 if looked_at:
                     saved.before_row()
                 # an ordinary update goes on from this very loss, other kinds evaluate their own
-                value = loss(model) if looked_at or alone is None else None
+                value = loss(model) if looked_at or own_step is None else None
                 if step == first:
                     _check_loss(value)
                 if value is not None and (looked_at or value.device.type == "cpu"):
@@ -143,8 +142,8 @@ def fit(
                         break
                 if step == steps:
                     run.stop_reason = "steps"
-                elif alone is not None:
-                    alone()
+                elif own_step is not None:
+                    own_step()
                 else:
                     assert value is not None
                     value.backward()  # type: ignore[no-untyped-call]

@@ -30,7 +30,7 @@ from tnreg.blocks import (
 )
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorization import Factorization
-from tnreg.passes import apart, norms_of
+from tnreg.passes import norms_of, squared_norms
 from tnreg.rank import as_tensor, axis_gram, axis_product, check_dense, ready
 from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import ModeTree, Node
@@ -404,7 +404,7 @@ def distance(
     with torch.no_grad():
         if is_blocks(tensor):
             return distance_of(tensor, _Parts(model), memory_of(memory))
-        return norms_of(apart(check_dense(tensor, model.tree), model.to_tensor()))
+        return norms_of(squared_norms(check_dense(tensor, model.tree), model.to_tensor()))
 
 
 class _Parts:
@@ -413,8 +413,7 @@ class _Parts:
     def __init__(self, model: Factorization) -> None:
         self.tree = model.tree
         self.weights = {node: w.detach().cpu() for node, w in model.weights.items()}
-        kinds = zip(model.tree.nodes, model.network.joins, strict=True)
-        self.joins = {node: join for node, join in kinds if join != "leaf"}
+        self.joins = model.network.named_joins
 
     def __call__(self, slab: Sequence[slice]) -> Tensor:
         held = {n: w[slab[n]] if isinstance(n, int) else w for n, w in self.weights.items()}

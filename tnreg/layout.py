@@ -55,7 +55,7 @@ def grid_of(tree: ModeTree) -> Maps | None:
         windows.append(window)
         h, w = h // window[0], w // window[1]
     grid = ModeTree.grid((height, width), (rows, columns))
-    same = tree.links == grid.links and _leaf_modes(tree) == _leaf_modes(grid)
+    same = tree.links == grid.links and tree.leaf_order == grid.leaf_order
     return Maps((height, width), tuple(windows), None) if same else None
 
 
@@ -71,10 +71,5 @@ def maps_of(tree: ModeTree) -> Maps | None:
         if not complete or len({len(below) for below in nodes}) > 1:
             return None
         windows.append((len(nodes[0]), 1))
-    order = _leaf_modes(tree)
+    order = tree.leaf_order
     return Maps((tree.order, 1), tuple(windows), None if order == tree.leaves else order)
-
-
-def _leaf_modes(tree: ModeTree) -> tuple[int, ...]:
-    both = zip(tree.nodes, tree.links, strict=True)
-    return tuple(name for name, below in both if not below)  # type: ignore[misc]

@@ -107,6 +107,17 @@ class Network:
     def __hash__(self) -> int:
         return self._hash
 
+    @property
+    def named_bonds(self) -> dict[Node, int]:
+        """``{non-root node: size of the bond above it}``, as ``build`` takes them."""
+        return dict(zip(self.tree.nodes[:-1], self.bonds[:-1], strict=True))
+
+    @property
+    def named_joins(self) -> dict[Node, str]:
+        """``{interior node: "diagonal" or "full"}``, as ``build`` takes them."""
+        pairs = zip(self.tree.nodes, self.joins, strict=True)
+        return {node: join for node, join in pairs if join != "leaf"}
+
     @cached_property
     def weighted(self) -> tuple[int, ...]:
         """Positions of the nodes that have a weight: all, or all but the root if it is fixed to ones."""

@@ -17,11 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.rank import axis_gram, axis_product, largest_of
+from tnreg.rank import axis_gram, axis_product, largest_of, times_power_of_two
 
 __all__ = [
-    "Core", "Distance", "Look", "Rows", "Source", "Work", "apart", "bytes_read", "cluster", "norms_of",
-    "run_parts", "slabs_of", "tasks_at_a_time",
+    "Core",
+    "Distance",
+    "Look",
+    "Rows",
+    "Source",
+    "Work",
+    "bytes_read",
+    "dask_client",
+    "norms_of",
+    "run_parts",
+    "slabs_of",
+    "squared_norms",
+    "tasks_at_a_time",
 ]  # fmt: skip
 
 
@@ -43,8 +54,7 @@ class Source:
         kind = np.complex128 if self.array.dtype.kind == "c" else np.float64
         values = torch.from_numpy(np.ascontiguousarray(part, dtype=kind)).permute(self.order)
         if self.log2:
-            half = self.log2 // 2  # the power itself may leave the range
-            values = values * 2.0**-half * 2.0 ** (half - self.log2)
+            values = times_power_of_two(values, -self.log2)
         return values
 
 
@@ -139,14 +149,14 @@ class Core(Work):
 
 
 class Distance(Work):
-    """Squares of the norms of the difference to another tensor and of the tensor, see ``apart``."""
+    """Squares of the norms of the difference to another tensor and of the tensor, see ``squared_norms``."""
 
     def __init__(self, rows_of: Any) -> None:
         self.rows_of = rows_of
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[int, float, float]:
-        """See ``apart``."""
-        return apart(part, self.rows_of(slab))
+        """See ``squared_norms``."""
+        return squared_norms(part, self.rows_of(slab))
 
     def joined(self, one: Any, other: Any) -> tuple[int, float, float]:
         """Sums of squares on the larger of two scales."""
@@ -188,21 +198,19 @@ def _triangle(matrix: Tensor) -> Tensor:
     return triangle
 
 
-def apart(x: Tensor, y: Tensor) -> tuple[int, float, float]:
+def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
     """``(log2, |x - y|² / 4**log2, |x|² / 4**log2)``: squares that stay in range."""
     rest = x - y
     largest = max(float(largest_of(x)), float(largest_of(rest)))
     log2 = math.frexp(largest)[1] if math.isfinite(largest) else 0
-    half = log2 // 2  # the power itself may leave the range
-    norms = [torch.linalg.vector_norm(v * 2.0**-half * 2.0 ** (half - log2)) for v in (rest, x)]
+    norms = [torch.linalg.vector_norm(times_power_of_two(v, -log2)) for v in (rest, x)]
     return log2, float(norms[0]) ** 2, float(norms[1]) ** 2
 
 
 def norms_of(found: tuple[int, float, float]) -> tuple[float, float]:
     """Both norms; infinite if they leave the range of doubles."""
     log2, *squares = found
-    half = log2 // 2
-    one, other = (math.sqrt(square) * 2.0**half * 2.0 ** (log2 - half) for square in squares)
+    one, other = (times_power_of_two(math.sqrt(square), log2) for square in squares)
     return one, other
 
 
@@ -263,7 +271,7 @@ def tasks_at_a_time() -> tuple[int, int]:
     from dask.base import get_scheduler
 
     get = get_scheduler()  # type: ignore[no-untyped-call]
-    client = cluster()
+    client = dask_client()
     if client is not None:
         threads = client.nthreads().values()
         return max(sum(threads), 1), max(threads, default=1)
@@ -274,7 +282,7 @@ def tasks_at_a_time() -> tuple[int, int]:
     return count, 1 if "multiprocessing" in name else count
 
 
-def cluster() -> Any:
+def dask_client() -> Any:
     """The client of distributed that Dask uses, if there is one."""
     from dask.base import get_scheduler
 

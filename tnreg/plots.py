@@ -132,9 +132,8 @@ def decomposition(
         axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")[1]
     left, right = axes
     spectra(data, left)
-    bonds = dict(zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True))
     edges: dict[Node, str] = {}
-    for node, rank in bonds.items():
+    for node, rank in model.network.named_bonds.items():
         s = _array(data[node]).astype(float)
         largest = s.max(initial=0.0)
         share = 0.0

@@ -24,6 +24,7 @@ from torch import Tensor
 from tnreg.einsum import Einsum, einsum
 from tnreg.errors import OptionError
 from tnreg.factorization import Factorization
+from tnreg.rank import times_power_of_two
 from tnreg.rounding import built, limits_of, on_network, rounded, share_of
 from tnreg.tree import Node
 
@@ -332,8 +333,7 @@ def _even(x: Tensor) -> _Scaled:
     """Divided by a power of two, so that its largest magnitude is about 1."""
     largest = float(x.abs().max())
     power = math.frexp(largest)[1] if 0 < largest < math.inf else 0
-    half = power // 2  # the power itself may leave the range
-    return x * 2.0**-half * 2.0 ** (half - power), float(power)
+    return times_power_of_two(x, -power), float(power)
 
 
 def _even_columns(model: Factorization, dtype: torch.dtype) -> tuple[list[Tensor], float]:

@@ -27,6 +27,7 @@ __all__ = [
     "ready",
     "scaled_spectra",
     "squares_fit",
+    "times_power_of_two",
 ]
 
 # Eigenvalues of a Gram matrix carry an error of about eps * s_max². A singular value s then has an
@@ -225,10 +226,13 @@ def ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
     if squares_fit(largest):
         return core, 0
     log2 = math.frexp(largest)[1] - 1
-    half = (
-        log2 // 2
-    )  # the power itself may be subnormal, which complex numbers cannot be divided by
-    return core * 2.0**-half * 2.0 ** (half - log2), log2
+    return times_power_of_two(core, -log2), log2
+
+
+def times_power_of_two(x: Any, exponent: int) -> Any:
+    """``x * 2**exponent`` of a number or a tensor, also where the power itself leaves the range."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half)
 
 
 def squares_fit(largest: float) -> bool:

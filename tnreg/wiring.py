@@ -16,9 +16,9 @@ import networkx as nx
 import torch
 from torch import Tensor
 
+from tnreg.assembly import assembled
 from tnreg.errors import ShapeError, TreeError
 from tnreg.factorization import Factorization
-from tnreg.hanging import hung_up
 from tnreg.tree import ModeTree
 
 __all__ = ["Part", "SummedBond", "loop", "modes_in_order", "named_part", "read_wiring"]
@@ -88,7 +88,7 @@ def read_wiring(
             f"{caller}: the network is not connected; {apart[:4]} cannot be reached from the root.\n"
             "  wire them with a bond of size 1, or convert every piece by itself"
         )
-    model, order = hung_up(top, tree.links, tree.held, tree.kinds, tree.leaves)
+    model, order = assembled(top, tree.links, tree.held, tree.kinds, tree.leaves)
     if not named:
         return model
     called = {i: part.name for i, part in parts.items()}
@@ -134,7 +134,7 @@ def _modes_of(
 
 @dataclass
 class _Hung:
-    """Tensors hung below a root: children, weights, joins and modes by number, as ``hung_up`` takes them."""
+    """Tensors hung below a root: children, weights, joins and modes by number, as for ``assembled``."""
 
     caller: str
     parts: Mapping[int, Part]

@@ -107,7 +107,7 @@ def probe(
     found = {}
     for name in models:
         try:
-            with reply.alone():
+            with reply.undisturbed():
                 with reply.working(f"reading {name} ..."):
                     net = network_of(name, pictures.shape[1], weights=weights)
                 found[name] = locality_profile(

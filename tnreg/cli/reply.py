@@ -60,7 +60,7 @@ class Reply:
         """Whether to show a progress bar: it is wanted and standard error is a terminal."""
         return progress and self._errors.is_terminal
 
-    def alone(self) -> contextlib.AbstractContextManager[Any]:
+    def undisturbed(self) -> contextlib.AbstractContextManager[Any]:
         """Around work that may run other people's code: what it prints does not come between the JSON."""
         return contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
 

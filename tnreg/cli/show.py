@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tnreg import Trajectory, plots
@@ -21,8 +22,14 @@ from tnreg.experiments.folder import experiment_of
 
 __all__ = ["plot"]
 
-# Experiments that leave one trajectory; nothing is known of a single file.
-_TRAJECTORIES = ("", "completion", "demo", "dynamics", "locality_run")
+# Experiments with a picture of their own; others leave one trajectory.
+_PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
+    "init_scale": init_scale.figure,
+    "convac": convac.figure,
+    "locality": locality.figure,
+    "sweep": sweep_figure.figure,
+    sweep_kinds.DYNAMICS.title: sweep_figure.figure,
+}
 
 
 def plot(
@@ -61,7 +68,7 @@ def _drawn(
     first = runs[0]
     kind = experiment_of(first)
     several = len(runs) > 1
-    if (names or linear) and (several or kind not in _TRAJECTORIES):
+    if (names or linear) and (several or kind in _PICTURES):
         what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
         raise OptionError(
             f"plot: --names and --linear choose panels of one trajectory; {what} has a picture of its own."
@@ -70,14 +77,8 @@ def _drawn(
     if several or (kind == "dynamics" and png is not None and plain):
         target = png or first.parent / "panels.png"
         return plots.save_figure(dynamics.panels(runs), target), ""
-    if kind == "init_scale":
-        return init_scale.figure(first, png), ""
-    if kind == "convac":
-        return convac.figure(first, png), ""
-    if kind == "locality":
-        return locality.figure(first, png), ""
-    if kind in ("sweep", sweep_kinds.DYNAMICS.title):
-        return sweep_figure.figure(first, png), ""
+    if kind in _PICTURES:
+        return _PICTURES[kind](first, png), ""
     if kind == "dynamics" and plain:
         return dynamics.figure(first), ""
     if kind == "demo" and plain:

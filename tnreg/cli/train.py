@@ -56,7 +56,7 @@ def fit(
     reply = Reply(json)
     device_of(settings.device)
     config = completion.Config(tensor=file, **dataclasses.asdict(settings))
-    with reply.alone():
+    with reply.undisturbed():
         summary = completion.run(config, out, progress=reply.shows(progress))
     table = Table("", "", title=f"{file} along {summary['tree']}", show_header=False)
     for key in summary:
@@ -92,7 +92,7 @@ def run(
         raise OptionError(f"torchrun started {started()} processes, which {TOGETHER}.")
     device_of(experiment.device)
     reply = Reply(json)
-    with _going_on(), reply.alone():
+    with _going_on(), reply.undisturbed():
         folder, tables, found = _answer(experiment, out, reply.shows(progress))
     if not is_first():
         return
@@ -176,7 +176,7 @@ def sweep(
         for device in dict.fromkeys(cell["device"] for cell in cells):
             device_of(device)
     folder, reply = out or Path("runs") / f"sweep-{kind.name}", Reply(json)
-    with _going_on(), reply.alone():
+    with _going_on(), reply.undisturbed():
         found = sweep_experiment.run(
             kind.experiment, cells, folder, workers=workers, threads=threads, scheduler=scheduler,
             retries=retries, parquet=parquet, progress=reply.shows(progress),

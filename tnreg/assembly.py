@@ -1,4 +1,4 @@
-"""Factorizations taken apart by position and hung up again: what changes a tree or its joins is made of this.
+"""Factorizations taken apart and assembled again: what changes a tree or its joins is made of this.
 
 Weights are taken as they are, detached; what is built from them is a new model with copies.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from tnreg.factorization import Factorization
 from tnreg.tree import ModeTree, Node
 
-__all__ = ["contracted", "hung_up", "joins_of", "product_joins", "spread", "weights_of"]
+__all__ = ["assembled", "contracted", "product_joins", "spread", "weights_of"]
 
 
 def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
@@ -26,13 +26,7 @@ def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]
     return weights
 
 
-def joins_of(model: Factorization) -> dict[Node, str]:
-    """Joins of the interior nodes."""
-    kinds = zip(model.tree.nodes, model.network.joins, strict=True)
-    return {node: kind for node, kind in kinds if kind != "leaf"}
-
-
-def hung_up(
+def assembled(
     root: int,
     links: Mapping[int, Sequence[int]],
     held: Mapping[int, Tensor],
@@ -72,7 +66,7 @@ def hung_up(
 
 def contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
     """Without the modes of ``vectors``, which have been checked."""
-    tree, joins = model.tree, joins_of(model)
+    tree, joins = model.tree, model.network.named_joins
     weights = weights_of(model, ones=False)
     gone: dict[int, Tensor] = {}  # position -> what it is now: a vector over the bond above it
     instead: dict[int, int] = {}  # a node that disappeared -> the child that stands for it
@@ -106,7 +100,7 @@ def contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factoriza
     kept = [m for m in tree.leaves if m not in vectors]
     held = {i: weights[tree.nodes[i]] for i in links}
     kinds = {i: joins[tree.nodes[i]] for i, below in links.items() if below}
-    return hung_up(root, links, held, kinds, {tree.position(m): k for k, m in enumerate(kept)})[0]
+    return assembled(root, links, held, kinds, {tree.position(m): k for k, m in enumerate(kept)})[0]
 
 
 def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tensor:
@@ -141,7 +135,7 @@ def product_joins(model: Factorization) -> Factorization:
     """With diagonal joins, each bond the product of its siblings'."""
     with torch.no_grad():
         tree, weights = model.tree, weights_of(model)
-        joins, out = joins_of(model), dict[Node, Tensor]()
+        joins, out = model.network.named_joins, dict[Node, Tensor]()
         for i, below in enumerate(tree.links):
             node = tree.nodes[i]
             if below and joins[node] == "full":
