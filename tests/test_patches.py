@@ -162,6 +162,29 @@ def test_streams_are_their_own(make, tmp_path):
     assert drawn(fresh, x, 12) == found
 
 
+@pytest.mark.parametrize("kind", [RandomPatches, DifferingPatches, PresetPatches])
+def test_drawing_reads_nothing_from_the_device(kind):
+    """On the device "meta" nothing can be read: every wait for a device is an error there."""
+    sampler = kind(THREE if kind is PresetPatches else 1)
+    x = torch.zeros(2, 1, 5, 5, device="meta")
+    assert sampler.draw(x).device == x.device
+    if kind is not DifferingPatches:  # the same boxes as on the CPU
+        here, there = kind(THREE if kind is PresetPatches else 1), torch.zeros(2, 1, 5, 5)
+        drawn(here, there, 1)
+        assert torch.equal(
+            here._stream.generator.get_state(), sampler._stream.generator.get_state()
+        )
+
+
+def test_random_pairs_are_equally_likely_in_a_large_image():
+    """Where there are more pairs than single precision counts."""
+    firsts = torch.tensor(
+        [i[0] for i, _ in drawn(RandomPatches(2, seed=9), torch.zeros(2, 1, 150, 150), 3000)]
+    )
+    assert float(firsts.double().mean()) == pytest.approx(74, abs=5 * 43 / 3000**0.5)
+    assert len(firsts.unique()) == 149
+
+
 def test_refuses_boxes():
     for wrong in (
         [(0, 0, 2)],
@@ -202,12 +225,8 @@ def test_refuses_options(kind):
         kind(2).load_state_dict({})
 
 
-def test_refuses_a_threshold_and_another_device():
+def test_refuses_a_threshold():
     with pytest.raises(OptionError, match="threshold must be >= 0"):
         DifferingPatches(threshold=-1.0)
-    sampler = RandomPatches(1)
-    sampler.draw(torch.zeros(2, 1, 4, 4))
-    with pytest.raises(OptionError, match="drew on cpu before and now the batch is on meta"):
-        sampler._stream.on(torch.device("meta"))
     with pytest.raises(OptionError, match="patches must be a pair of boxes .* found 3"):
         as_sampler(3, "penalty")

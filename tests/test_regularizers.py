@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from tnreg import second_order
 from tnreg.errors import DataError, OptionError, ShapeError, TnregError
 from tnreg.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
 from tnreg.regularizers import (
@@ -437,17 +439,18 @@ def train(penalty, steps=6, resume_at=None, seed=0, autocast=False, accumulate=1
 def _again(penalty):
     sampler = type(penalty.patches)
     made = sampler(PAIR if sampler in (PresetPatches, FixedPatches) else 2)
-    return type(penalty)(made, weight=penalty.weight, every=penalty._schedule.every)
+    return type(penalty)(made, weight=penalty.weight, every=penalty.every)
 
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_weight_zero_is_no_regularizer(kind, monkeypatch):
     plain, _ = train(None)
     penalty = kind(RandomPatches(2), weight=0)
-    before = penalty.state_dict()["patches"]
+    before = penalty.state_dict()["patches"]["state"]
     net, values = train(penalty)
     assert all(torch.equal(v, plain.state_dict()[n]) for n, v in net.state_dict().items())
-    assert values == [0] * 6 and penalty.state_dict()["patches"] == before
+    assert values == [0] * 6
+    assert torch.equal(penalty.state_dict()["patches"]["state"], before)
 
     def never(*_):
         raise AssertionError("the network ran")
@@ -641,3 +644,109 @@ def test_refuses_of_the_energy():
         InteractionEnergy(PAIR, samples=1)
     with pytest.raises(TnregError, match="eps must be >= 0"):
         InteractionEnergy(PAIR, eps=-1.0)
+
+
+class Counted(nn.Module):
+    """A network that counts the images it is given."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.images = net, []
+
+    def forward(self, x):
+        self.images.append(len(x))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_samples_that_the_swap_does_not_change_are_not_evaluated(classes):
+    """One pixel of sample 3 stands out: 3 and the one after it change."""
+    net = Counted(network(norm=True, classes=classes))
+    x, y = batch(6)
+    top, left, bottom, right = PAIR[1]
+    x[..., top:bottom, left:right] = 0.0
+    x[3, :, top, left] = 1.0
+    penalty = InputGradientChange(PAIR)
+    drawn = penalty.draw(net, x)
+    assert sorted(drawn.samples.tolist()) == [3, 4]
+    whole = dataclasses.replace(drawn, samples=None)
+    padded = penalty.draw(net, x, multiple=4)
+    assert len(padded.samples) == 4 and {3, 4} < set(padded.samples.tolist())
+    # a copy of the batch in other numbers says the same
+    assert torch.equal(penalty.draw(net, (9 * x).to(torch.int8)).samples, drawn.samples)
+    expected = penalty.value(net, x, y, whole)
+    gradients = gradients_of(expected, net)
+    for one, images in ((drawn, 2), (padded, 4)):
+        net.images.clear()
+        found = penalty.value(net, x, y, one)
+        assert net.images == [images, images]
+        assert torch.allclose(found, expected, rtol=1e-12)
+        for g, h in zip(gradients_of(found, net), gradients, strict=True):
+            assert torch.allclose(g, h, atol=1e-12)
+
+
+def test_a_swap_that_changes_nothing_is_one_and_has_no_gradient():
+    net, x = Counted(network(norm=True)), torch.ones(4, 2, 8, 9, dtype=torch.float64)
+    found = InputGradientChange(PAIR, weight=3.0)(net, x)
+    assert found.item() == 3 and not found.requires_grad and net.images == []
+    InputGradientChange(PAIR, statistics="batch")(net, x)
+    assert net.images == [4, 4]  # with the batch's statistics every sample can change
+    no_statistics = network(norm=True)
+    no_statistics[1] = nn.BatchNorm2d(6, track_running_stats=False).double()
+    assert InputGradientChange(PAIR).draw(no_statistics, x).samples is None
+
+
+@pytest.mark.parametrize(
+    ("dropout", "frozen", "passes"), [(False, False, 2), (True, False, 3), (False, True, 3)]
+)
+def test_the_training_pass_is_the_first_pass(dropout, frozen, passes):
+    """The same logits, value, gradients and running statistics, by one pass less."""
+    nets = [Counted(network(norm=True, dropout=dropout)).train() for _ in range(2)]
+    x, y = batch(6)
+    results = []
+    for net, together in zip(nets, (True, False), strict=True):
+        if frozen:
+            net.net[1].eval()
+        penalty = InputGradientChange(PAIR, statistics="batch")
+        torch.manual_seed(5)
+        if together:
+            logits, value = penalty.with_logits(net, x)
+            assert net.images == [6] * passes
+        else:
+            logits, value = net(x), penalty.value(net, x)
+        loss = nn.functional.softplus(logits).mean() + 0.5 * value
+        results.append((logits, value, loss, *gradients_of(loss, net)))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+    for (name, a), b in zip(nets[0].named_buffers(), nets[1].buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-12), name
+    assert all(m.training for m in nets[0].modules()) != frozen
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_replaced_operations_in_half_precision(statistics, monkeypatch):
+    """Under autocast the replacements give what torch's own operations give."""
+    net, (x, _) = network(norm=True).float(), batch()
+    found = []
+    for replaced in (True, False):
+        if not replaced:
+            monkeypatch.setattr(second_order, "_REPLACEMENTS", {})
+        with torch.autocast("cpu", torch.bfloat16):
+            value = InputGradientChange(PAIR, statistics=statistics)(net, 5 * x.float())
+        found.append((value, torch.cat([g.flatten() for g in gradients_of(value, net)])))
+    (value, g), (expected, h) = found
+    assert value.item() == pytest.approx(expected.item(), abs=1e-2)
+    assert float((g - h).norm() / h.norm()) < 0.05
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_step_reads_nothing_from_the_device(kind, statistics):
+    """On the device "meta" nothing can be read; what is drawn was drawn from a copy on the CPU."""
+    net = network(norm=True).to("meta").train()
+    penalty = kind(RandomPatches(2), statistics=statistics)
+    x, y = batch(8, classes=1)
+    drawn = penalty.draw(net, x).to(torch.device("meta"))
+    logits, value = penalty.with_logits(net, x.to("meta"), y.to("meta"), drawn)
+    (logits.mean() + value).backward()
+    assert all(p.grad.device.type == "meta" for p in net.parameters())

@@ -3,8 +3,9 @@
 A box is ``(top, left, bottom, right)`` in pixels of the last two axes of an image batch, bottom and
 right exclusive. A sampler has ``draw(x)``, which gives the next pair as an int64 tensor of shape
 ``(2, 4)`` on the device of ``x``: row 0 is I, where gradients are taken, row 1 is J, whose pixels are
-swapped. Everything that is drawn stays on the device. Each sampler has a random stream of its own, so
-that using one changes no other random number; ``state_dict`` holds it.
+swapped. Random numbers are drawn on the CPU and sent from there, so that drawing never waits for a GPU
+and gives the same boxes on every device. Each sampler has a random stream of its own, so that using one
+changes no other random number; ``state_dict`` holds it.
 
 A sampler that looks at the shape of the batch alone says so by ``shape_only = True``. Any other one is
 given the batch of all processes where several train one network, which must be sent for it.
@@ -47,7 +48,10 @@ class PatchSampler(Protocol):
     """
 
     def draw(self, x: Tensor) -> Tensor:
-        """The next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``."""
+        """The next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``.
+
+        A sampler that looks at the shape alone takes a batch on any device.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What the next pairs depend on."""
@@ -57,42 +61,30 @@ class PatchSampler(Protocol):
 
 
 class RandomStream:
-    """A seeded generator that is made on the device where it is first used, saved and restored."""
+    """A seeded generator of random numbers on the CPU, saved and restored."""
 
     def __init__(self, seed: int, what: str) -> None:
         self.seed = check_integer(seed, 0, f"{what}: seed")
         self.what = what
-        self._generator: torch.Generator | None = None
-        self._state: Tensor | None = None  # loaded before the device was known
+        self.generator = torch.Generator().manual_seed(self.seed)
 
-    def on(self, device: torch.device) -> torch.Generator:
-        """The generator; from its first use on it stays on one device."""
-        if self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-            if self._state is not None:
-                self._generator.set_state(self._state)
-        if self._generator.device != device:
-            raise OptionError(
-                f"{self.what}: it drew on {self._generator.device} before and now the batch is on {device}; "
-                "make another one for that device."
-            )
-        return self._generator
+    def numbers(self, count: int) -> Tensor:
+        """So many uniform numbers in [0, 1), in double precision."""
+        return torch.rand(count, generator=self.generator, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and state; the state is ``None`` before the first draw."""
-        state = self._state if self._generator is None else self._generator.get_state()
-        return {"seed": self.seed, "state": None if state is None else state.clone()}
+        """Seed and state."""
+        return {"seed": self.seed, "state": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, on whatever device the next batch is."""
+        """Go on from a saved state."""
         if set(state) != {"seed", "state"}:
             raise OptionError(
                 f"{self.what}: not the state of its random stream; found the keys {sorted(state)}, "
                 "expected seed and state."
             )
-        self.seed, self._generator = state["seed"], None
-        # generator states are bytes on the host, wherever a checkpoint was mapped to
-        self._state = None if state["state"] is None else state["state"].cpu().clone()
+        self.seed = state["seed"]
+        self.generator.set_state(state["state"].cpu())  # a checkpoint may be mapped to a GPU
 
 
 class FixedPatches:
@@ -160,10 +152,8 @@ class PresetPatches:
     def draw(self, x: Tensor) -> Tensor:
         """The next ordered pair."""
         _check_inside(self.boxes, x)
-        self._boxes = self._boxes.to(x.device)
-        generator = self._stream.on(x.device)
-        kept = torch.randperm(len(self.boxes), generator=generator, device=x.device)[:2]
-        return self._boxes[kept]
+        kept = torch.randperm(len(self.boxes), generator=self._stream.generator)[:2]
+        return self._boxes[kept].to(x.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The random stream."""
@@ -202,11 +192,12 @@ class RandomPatches:
 
     def draw(self, x: Tensor) -> Tensor:
         """The next ordered pair."""
-        places = _Places(x, self.size, self.distance, self.exact, "RandomPatches")
-        generator = self._stream.on(x.device)
-        first = torch.multinomial(places.partners(), 1, generator=generator)
-        second = torch.multinomial(places.allowed(first), 1, generator=generator)
-        return places.boxes(first, second)
+        shape, options = tuple(x.shape[-2:]), (self.size, self.distance, self.exact)
+        places = _Places(shape, torch.device("cpu"), *options, "RandomPatches")
+        numbers = self._stream.numbers(2)
+        first = _weighted(places.partners(), numbers[0])
+        second = _weighted(places.allowed(first), numbers[1])
+        return places.boxes(first, second).to(x.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The random stream."""
@@ -260,16 +251,17 @@ class DifferingPatches:
 
     def draw(self, x: Tensor) -> Tensor:
         """The next ordered pair."""
-        places = _Places(x, self.size, self.distance, self.exact, "DifferingPatches")
+        shape, options = tuple(x.shape[-2:]), (self.size, self.distance, self.exact)
+        places = _Places(shape, x.device, *options, "DifferingPatches")
         images = x.detach().reshape(len(x), -1, *x.shape[-2:]).float()
         swapped = (images - images.roll(1, 0)).abs().amax(1)
         side = self.size
         changed = (max_pool2d(swapped, side, 1) > self.threshold).sum(0)
         spread = max_pool2d(images, side, 1) + max_pool2d(-images, side, 1)
         varied = (spread.amax(1) > self.threshold).sum(0)
-        generator = self._stream.on(x.device)
-        second = _weighted(changed.flatten(), places.partners(), generator)
-        first = _weighted(varied.flatten(), places.allowed(second), generator)
+        numbers = self._stream.numbers(2).to(x.device, non_blocking=True)
+        second = _weighted_if_any(changed.flatten(), places.partners(), numbers[0])
+        first = _weighted_if_any(varied.flatten(), places.allowed(second), numbers[1])
         return places.boxes(first, second)
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,14 +298,14 @@ def box_mask(box: Tensor, height: int, width: int) -> Tensor:
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
-def check_images(x: Any, what: str, least: int = 2) -> Tensor:
+def check_images(x: Any, what: str, least: int = 2, *, floating: bool = True) -> Tensor:
     """The batch, if it is floating-point images of shape ``(B, ..., H, W)``; or one clear error."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(
             f"{what}: expected images of shape (B, ..., height, width), found {found}."
         )
-    if not x.is_floating_point():
+    if floating and not x.is_floating_point():
         raise DataError(f"{what}: images must be floating point, found {x.dtype}; write x.float().")
     if len(x) < least:
         raise ShapeError(
@@ -326,8 +318,16 @@ def check_images(x: Any, what: str, least: int = 2) -> Tensor:
 class _Places:
     """Top left corners of squares in an image, numbered row by row."""
 
-    def __init__(self, x: Tensor, size: int, distance: int, exact: bool, what: str) -> None:
-        height, width = x.shape[-2:]
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        size: int,
+        distance: int,
+        exact: bool,
+        what: str,
+    ) -> None:
+        height, width = shape
         self.size, self.near, self.exact = size, size + distance, exact
         self.rows, self.columns = height - size + 1, width - size + 1
         if min(height, width) < size or max(self.rows, self.columns) <= self.near:
@@ -335,8 +335,8 @@ class _Places:
                 f"{what}: no two squares of side {size} with a gap of {distance} fit into an image of "
                 f"{height} x {width}; the gap can be at most {max(height, width) - 2 * size}."
             )
-        self.row = torch.arange(self.rows, device=x.device)
-        self.column = torch.arange(self.columns, device=x.device)
+        self.row = torch.arange(self.rows, device=device)
+        self.column = torch.arange(self.columns, device=device)
 
     def partners(self) -> Tensor:
         """How many partners every place has; float32, shape ``(rows * columns,)``."""
@@ -366,14 +366,23 @@ class _Places:
         return (self.rows * self.columns - inside).float()
 
 
-def _weighted(weights: Tensor, allowed: Tensor, generator: torch.Generator) -> Tensor:
+def _weighted(weights: Tensor, number: Tensor) -> Tensor:
+    """A place drawn in proportion to its weight, shape ``(1,)``; the weights are whole numbers.
+
+    Args:
+        weights: Shape ``(places,)``, not all zero; sums of them are exact in double precision.
+        number: Uniform in [0, 1), a scalar in double precision on the same device.
+    """
+    sums = weights.double().cumsum(0)
+    return torch.searchsorted(sums, number * sums[-1:], right=True)
+
+
+def _weighted_if_any(weights: Tensor, allowed: Tensor, number: Tensor) -> Tensor:
     """One place in proportion to its weight where allowed; uniform there if every weight is zero."""
     free = (allowed > 0).float()
     weights = weights * free
-    weights = torch.where(
-        weights.sum() > 0, weights, free
-    )  # no look at the value: it stays on the device
-    return torch.multinomial(weights, 1, generator=generator)
+    # no look at the value: it stays on the device
+    return _weighted(torch.where(weights.sum() > 0, weights, free), number)
 
 
 def _check_boxes(boxes: Any, what: str) -> tuple[Box, ...]:

@@ -21,8 +21,9 @@ module inside the wrapper gives the penalty of the process's part alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from tnreg.patches import PatchSampler, RandomStream, as_sampler, box_mask, chec
 from tnreg.second_order import input_gradient
 
 __all__ = [
+    "Draw",
     "InputGradientChange",
     "InteractionEnergy",
     "crossed_values",
@@ -47,7 +49,75 @@ _STATISTICS = ("frozen", "batch")
 Net = Callable[..., Any]
 
 
-class InputGradientChange:
+@dataclass(frozen=True)
+class Draw:
+    """What one call of a penalty draws, for loops that draw before they evaluate.
+
+    Attributes:
+        pair: The boxes I and J, int64 ``(2, 4)``.
+        samples: Numbers of the samples that are evaluated, int64; ``None`` for the whole batch.
+        lengths: Samples of every process.
+    """
+
+    pair: Tensor
+    samples: Tensor | None
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Draw:
+        """The same on another device, without waiting for it."""
+        samples = self.samples
+        samples = None if samples is None else samples.to(device, non_blocking=True)
+        return Draw(self.pair.to(device, non_blocking=True), samples, self.lengths)
+
+
+class _Scheduled:
+    """When a penalty counts, and with what weight."""
+
+    def __init__(
+        self,
+        weight: float,
+        every: int,
+        warmup: int,
+        until: int | None,
+        target: float | None,
+    ) -> None:
+        what = type(self).__name__
+        if not (weight >= 0 and weight < float("inf")):
+            raise OptionError(f"{what}: weight must be a finite number >= 0, found {weight!r}.")
+        self.weight = weight
+        self.every = check_integer(every, 1, f"{what}: every")
+        self.warmup = check_integer(warmup, 0, f"{what}: warmup")
+        self.until = None if until is None else check_integer(until, 1, f"{what}: until")
+        if target is not None and not 0 <= target < 1:
+            raise OptionError(f"{what}: target must be >= 0 and < 1, found {target!r}.")
+        self.target = target
+        self.calls = 0
+
+    def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the weighted penalty of this batch."""
+        weight = self.next_weight()
+        return weight * self.value(net, x, y) if weight else _zero(x)
+
+    def next_weight(self) -> float:
+        """Count a call and return its weight; 0 where there is no penalty."""
+        self.calls += 1
+        ended = self.until is not None and self.calls > self.until
+        if ended or (self.calls - 1) % self.every:
+            return 0.0
+        return self.weight * (min(1.0, self.calls / self.warmup) if self.warmup else 1.0)
+
+    def value(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> Tensor:
+        """Return the penalty without its weight."""
+        raise NotImplementedError
+
+    def _beyond(self, value: Tensor) -> Tensor:
+        """Return what is above the target."""
+        return value if self.target is None else (value - self.target).clamp(min=0)
+
+
+class InputGradientChange(_Scheduled):
     """How little the gradient at patch I turns when the pixels of patch J are swapped; minimise it.
 
     ``R = mean_b |<g_b, h_b>| / (|g_b| |h_b|)``, in [0, 1], where g is the gradient of sample b's logit
@@ -87,7 +157,12 @@ class InputGradientChange:
 
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
     takes some 4 times that without (``benchmarks/regularizer.py``). A compiled network is run
-    uncompiled, as compiled graphs have no second derivative.
+    uncompiled, as compiled graphs have no second derivative. With frozen statistics only the samples
+    that the swap changes are evaluated: for the others R is 1 and its gradient zero. On sparse images
+    that is most of the cost.
+
+    A training loop of your own can do the parts one by one: ``next_weight``, ``draw``, then ``value`` or
+    ``with_logits``.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
@@ -108,49 +183,111 @@ class InputGradientChange:
         target: float | None = None,
         statistics: str = "frozen",
     ) -> None:
+        super().__init__(weight, every, warmup, until, target)
         self.patches = as_sampler(patches, "InputGradientChange")
         self.statistics = _check_statistics(statistics, "InputGradientChange")
-        self.weight = weight
-        self._schedule = _Schedule(weight, every, warmup, until, target, "InputGradientChange")
 
-    def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The weighted penalty of this batch."""
-        weight = self._schedule.next(self.weight)
-        if weight == 0:
-            return _zero(x)
+    def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
+        """Draw the pair of boxes, and find the samples that the swap changes.
+
+        Args:
+            net: As for a call.
+            x: The batch. Where it is on a GPU, finding the samples waits for it; a copy on the CPU, of
+                any dtype, gives the same answer at once.
+            multiple: Unchanged samples are added until their number is a multiple of this: fewer
+                shapes, the same value.
+
+        Returns:
+            For ``value`` or ``with_logits``, on the device of ``x``.
+        """
+        net, processes = unwrapped(net)
+        lengths = _lengths(x, processes, "InputGradientChange")
+        pair = _pair(self.patches, x, lengths, processes)
+        skips = self.statistics == "frozen" and processes.count == 1 and _is_samplewise(net)
+        return Draw(pair, _changed(x, pair[1], multiple) if skips else None, lengths)
+
+    def value(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> Tensor:
+        """R of this batch, or what is above the target; without the weight.
+
+        Args:
+            net: As for a call.
+            x: The batch.
+            y: Its true classes.
+            drawn: From ``draw``; drawn here if left out.
+        """
+        return self._evaluate(net, x, y, drawn, None)
+
+    def with_logits(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the network gives in its training pass, and ``value`` after it.
+
+        With ``statistics="batch"`` the first of the penalty's two passes is the training pass, unless the
+        network has dropout, or frozen normalization layers: then one forward and one backward pass are
+        saved. Other layers are taken to do the same in training mode as in evaluation mode.
+        """
+        if self.statistics != "batch" or not _trains_as_evaluated(net):
+            return net(x), self.value(net, x, y, drawn)
+        kept: list[Any] = []
+
+        def training_pass(batch: Tensor) -> Any:
+            kept.append(net(batch))
+            return kept[0]
+
+        value = self._evaluate(net, x, y, drawn, training_pass)
+        return kept[0], value
+
+    def _evaluate(
+        self, net: Net, x: Tensor, y: Tensor | None, drawn: Draw | None, training_pass: Net | None
+    ) -> Tensor:
+        drawn = self.draw(net, x) if drawn is None else drawn
         net, processes = unwrapped(net)
         net = getattr(net, "_orig_mod", net)
         _check_normalization(net, self.statistics, processes, "InputGradientChange")
-        lengths = _lengths(x, processes, "InputGradientChange")
-        inside, swapped = _pair(self.patches, x, lengths, processes)
+        check_images(x, "InputGradientChange", least=0)
         height, width = x.shape[-2:]
-        other = torch.where(box_mask(swapped, height, width), _before(x, processes), x)
+        mask = box_mask(drawn.pair[1], height, width)
+        other, count = torch.where(mask, _before(x, processes), x), len(x)
+        if drawn.samples is not None and len(drawn.samples) < count:
+            if not len(drawn.samples):
+                return self._beyond(torch.ones_like(_zero(x)))
+            if isinstance(y, Tensor) and len(y) == count:
+                y = y[drawn.samples]
+            x, other = x[drawn.samples], other[drawn.samples]
         differentiable = torch.is_grad_enabled()
 
-        def logit(batch: Tensor) -> Tensor:
-            return _true_logit(net(batch), y, len(batch))
+        def gradient(pass_: Net, batch: Tensor) -> Tensor:
+            return input_gradient(
+                lambda images: _true_logit(pass_(images), y, len(images)), batch,
+                differentiable=differentiable,
+            )  # fmt: skip
 
+        if training_pass is not None:
+            before = gradient(training_pass, x)
         with evaluation(net, self.statistics):
-            before, after = (
-                input_gradient(logit, batch, differentiable=differentiable) for batch in (x, other)
-            )
-        mask = box_mask(inside, height, width)
-        part = gradient_change(before * mask, after * mask) * (len(x) / sum(lengths))
+            if training_pass is None:
+                before = gradient(net, x)
+            after = gradient(net, other)
+        mask = box_mask(drawn.pair[0], height, width)
+        seen = gradient_change(before * mask, after * mask)
+        part = (seen * len(x) + (count - len(x))) / sum(drawn.lengths)
         value = processes.shared(processes.sum(part), part)
-        return weight * self._schedule.beyond(value)
+        return self._beyond(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Calls so far and the sampler's random stream: a resumed training draws what it would have."""
-        return {"calls": self._schedule.calls, "patches": self.patches.state_dict()}
+        return {"calls": self.calls, "patches": self.patches.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         _check_state(state, {"calls", "patches"}, "InputGradientChange")
-        self._schedule.calls = state["calls"]
+        self.calls = state["calls"]
         self.patches.load_state_dict(state["patches"])
 
 
-class InteractionEnergy:
+class InteractionEnergy(_Scheduled):
     """One minus the share of the network's variance that interaction of patch J with the rest explains.
 
     k samples of the batch are drawn without repetition. ``M[i, j]`` is the network's value at sample i
@@ -215,41 +352,54 @@ class InteractionEnergy:
         eps: float = 1e-12,
         seed: int = 0,
     ) -> None:
+        super().__init__(weight, every, warmup, until, target)
         self.patches = as_sampler(patches, "InteractionEnergy")
         self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
         self.statistics = _check_statistics(statistics, "InteractionEnergy")
         if not eps >= 0:
             raise OptionError(f"InteractionEnergy: eps must be >= 0, found {eps!r}.")
-        self.weight, self.eps = weight, float(eps)
-        self._schedule = _Schedule(weight, every, warmup, until, target, "InteractionEnergy")
+        self.eps = float(eps)
         self._stream = RandomStream(seed, "InteractionEnergy")
 
-    def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The weighted penalty of this batch."""
-        weight = self._schedule.next(self.weight)
-        if weight == 0:
-            return _zero(x)
+    def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
+        """Draw the k samples and the pair of boxes; see ``InputGradientChange.draw``."""
+        net, processes = unwrapped(net)
+        lengths = _lengths(x, processes, "InteractionEnergy")
+        order = torch.randperm(sum(lengths), generator=self._stream.generator)
+        samples = processes.first(order[: self.samples].to(x.device, non_blocking=True))
+        # where these differ, for samplers that look
+        images = x if _looks_at_shape(self.patches) else processes.rows(x, samples, lengths)
+        return Draw(processes.first(self.patches.draw(images)), samples, lengths)
+
+    def value(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> Tensor:
+        """E of this batch, or what is above the target; see ``InputGradientChange.value``."""
+        drawn = self.draw(net, x) if drawn is None else drawn
         net, processes = unwrapped(net)
         _check_normalization(net, self.statistics, processes, "InteractionEnergy")
-        lengths = _lengths(x, processes, "InteractionEnergy")
-        stream = self._stream.on(x.device)
-        order = torch.randperm(sum(lengths), generator=stream, device=x.device)
-        drawn = processes.first(order[: self.samples])
-        images = processes.rows(x, drawn, lengths)
-        # where these differ, for samplers that look
-        box = processes.first(self.patches.draw(images))[1]
+        check_images(x, "InteractionEnergy", least=0)
+        samples, lengths = drawn.samples, drawn.lengths
+        assert samples is not None
+        images = processes.rows(x, samples, lengths)
         with evaluation(net, self.statistics):
-            values = _own_values(net, images, box, processes)
+            values = _own_values(net, images, drawn.pair[1], processes)
         if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
             classes = _check_classes(y, len(x), values.shape[-1])
-            values = values.index_select(-1, processes.rows(classes, drawn, lengths))
+            values = values.index_select(-1, processes.rows(classes, samples, lengths))
         energy = interaction_energy(_all_values(values, len(images), processes), self.eps)
-        return weight * self._schedule.beyond(processes.shared(energy, energy))
+        return self._beyond(processes.shared(energy, energy))
+
+    def with_logits(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the network gives in its training pass, and ``value``."""
+        return net(x), self.value(net, x, y, drawn)
 
     def state_dict(self) -> dict[str, Any]:
         """Calls so far and the random streams: a resumed training draws what it would have."""
         return {
-            "calls": self._schedule.calls,
+            "calls": self.calls,
             "patches": self.patches.state_dict(),
             "samples": self._stream.state_dict(),
         }
@@ -257,7 +407,7 @@ class InteractionEnergy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         _check_state(state, {"calls", "patches", "samples"}, "InteractionEnergy")
-        self._schedule.calls = state["calls"]
+        self.calls = state["calls"]
         self.patches.load_state_dict(state["patches"])
         self._stream.load_state_dict(state["samples"])
 
@@ -341,57 +491,59 @@ def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
             m.track_running_stats = True
 
 
-class _Schedule:
-    """Counts calls and says what weight the next one has; 0 means: no penalty."""
-
-    def __init__(
-        self,
-        weight: float,
-        every: int,
-        warmup: int,
-        until: int | None,
-        target: float | None,
-        what: str,
-    ) -> None:
-        if not (weight >= 0 and weight < float("inf")):
-            raise OptionError(f"{what}: weight must be a finite number >= 0, found {weight!r}.")
-        self.every = check_integer(every, 1, f"{what}: every")
-        self.warmup = check_integer(warmup, 0, f"{what}: warmup")
-        self.until = None if until is None else check_integer(until, 1, f"{what}: until")
-        if target is not None and not 0 <= target < 1:
-            raise OptionError(f"{what}: target must be >= 0 and < 1, found {target!r}.")
-        self.target = target
-        self.calls = 0
-
-    def next(self, weight: float) -> float:
-        self.calls += 1
-        ended = self.until is not None and self.calls > self.until
-        if ended or (self.calls - 1) % self.every:
-            return 0.0
-        return weight * min(1.0, self.calls / self.warmup) if self.warmup else weight
-
-    def beyond(self, value: Tensor) -> Tensor:
-        """What is above the target."""
-        return value if self.target is None else (value - self.target).clamp(min=0)
-
-
-def _lengths(x: Any, processes: Processes, what: str) -> list[int]:
+def _lengths(x: Tensor, processes: Processes, what: str) -> tuple[int, ...]:
     """Images of every process; a process alone needs two, several need one each."""
     if processes.count == 1:
-        return [len(check_images(x, what))]
-    lengths = processes.lengths(len(check_images(x, what, least=0)))
+        return (len(check_images(x, what, floating=False)),)
+    lengths = processes.lengths(len(check_images(x, what, least=0, floating=False)))
     if not all(lengths):
         raise ShapeError(
             f"{what}: every process needs one image or more of each batch, found {lengths} on ranks "
             f"0..{processes.count - 1}."
         )
-    return lengths
+    return tuple(lengths)
 
 
-def _pair(sampler: PatchSampler, x: Tensor, lengths: list[int], processes: Processes) -> Tensor:
+def _pair(sampler: PatchSampler, x: Tensor, lengths: Sequence[int], processes: Processes) -> Tensor:
     """The pair that rank 0 draws; all draw, so that their streams stay alike."""
-    seen = x if getattr(sampler, "shape_only", False) else processes.whole(x, lengths)
+    seen = x if _looks_at_shape(sampler) else processes.whole(x, lengths)
     return processes.first(sampler.draw(seen))
+
+
+def _looks_at_shape(sampler: PatchSampler) -> bool:
+    """Whether a sampler looks at the shape of a batch alone."""
+    return bool(getattr(sampler, "shape_only", False))
+
+
+def _changed(x: Tensor, box: Tensor, multiple: int) -> Tensor:
+    """Numbers of the samples that differ in the box from the one before, then some others."""
+    top, left, bottom, right = box.tolist()
+    pixels = x[..., top:bottom, left:right]
+    differs = (pixels != pixels.roll(1, 0)).flatten(1).any(1)
+    order = torch.argsort(differs.logical_not().to(torch.uint8), stable=True)
+    count = -(-int(differs.sum()) // multiple) * multiple
+    return order[:count]
+
+
+def _is_samplewise(net: Any) -> bool:
+    """Whether the value at a sample hangs on no other sample, where statistics are frozen."""
+    return isinstance(net, nn.Module) and not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+        for m in net.modules()
+    )
+
+
+def _trains_as_evaluated(net: Any) -> bool:
+    """Whether the training pass is the one that ``evaluation(net, "batch")`` makes."""
+    return (
+        isinstance(net, nn.Module)
+        and unwrapped(net)[1].count == 1
+        and not any(
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0)
+            or (isinstance(m, nn.modules.batchnorm._NormBase) and not m.training)
+            for m in net.modules()
+        )
+    )
 
 
 def _before(x: Tensor, processes: Processes) -> Tensor:

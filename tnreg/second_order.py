@@ -13,7 +13,8 @@ operations while the network runs, and only there, by ones with the same values 
 - max pooling: like ReLU.
 
 Attention runs by plain matrix products, as fused kernels have no second derivative. Everything else, and
-anything that does not call these functions of torch, is differentiated as usual.
+anything that does not call these functions of torch, is differentiated as usual. Under autocast they
+compute in the precision that autocast gives to the operation that they replace.
 """
 
 from __future__ import annotations
@@ -197,6 +198,7 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor | None:
     axes = weight.ndim - 2
+    input, weight, bias = _autocast(input), _autocast(weight), _autocast(bias)
     if input.ndim != axes + 2 or not _plain(input, weight, bias):
         return None
     steps = _listed(dilation, axes)
@@ -223,14 +225,16 @@ def _batch_norm(
 ) -> Tensor | None:
     if training or running_mean is None or running_var is None:
         return None
-    if not _plain(input, running_mean, running_var, weight, bias):
+    # as torch's own: half precision is taken between layers, not for the statistics
+    if not (_plain(input) and _plain(running_mean, running_var, weight, bias)):
         return None
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale
     shift = shift if bias is None else shift + bias
     shape = (-1, *[1] * (input.ndim - 2))
-    return torch.addcmul(shift.view(shape), input, scale.view(shape))
+    wide = input.to(scale.dtype)
+    return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(input.dtype)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -269,14 +273,20 @@ def _max_pool(
 
 
 def _plain(*tensors: Tensor | None) -> bool:
-    """Real floats of one dtype, outside autocast, where the replacements are the same thing."""
+    """Real floats of one dtype, where the replacements are the same thing."""
     given = [t for t in tensors if t is not None]
     first = given[0]
-    return (
-        first.is_floating_point()
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == first.dtype for t in given)
-        and not torch.is_autocast_enabled(first.device.type)
+    return first.is_floating_point() and all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == first.dtype for t in given
     )
+
+
+def _autocast(x: Any) -> Any:
+    """A convolution's argument as autocast casts it."""
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _listed(number: Any, axes: int) -> list[int]:
