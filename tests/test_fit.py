@@ -23,6 +23,7 @@ from tnreg import (
     fit,
     hierarchical_rank,
 )
+from tnreg.cuda_graph import CapturedStep
 
 TREE = ModeTree.binary(4)
 
@@ -228,7 +229,7 @@ class FakeCuda:
                 fake.events.append("wait")
 
         @contextlib.contextmanager
-        def graph(recorded):
+        def graph(recorded, pool=None):
             step, module_step = fake.captured.step, lambda: fake.events.append("record")
             recorded.step, fake.captured.step = step, module_step
             yield
@@ -237,11 +238,12 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+        for name in ("stream", "device"):
+            monkeypatch.setattr(torch.cuda, name, lambda given: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "graph", graph)
 
         def captured(step, model, closed):
-            fake.captured = module._Captured(step, torch.device("cpu"))
+            fake.captured = CapturedStep(step, torch.device("cpu"))
             return fake.captured
 
         monkeypatch.setattr(module, "_captured", captured)

@@ -40,7 +40,7 @@ from tnreg import (
 )
 from tnreg.checkpoint import random_state, read_checkpoint, write_checkpoint
 from tnreg.cli import main
-from tnreg.experiments import locality_run
+from tnreg.experiments import locality_state
 from tnreg.experiments.folder import experiment_of, read_run
 from tnreg.tree import read_tree
 
@@ -204,7 +204,7 @@ def checkpoint(path):
 
 def locality_checkpoint(path):
     found = torch.frombuffer(bytearray(run_of().to_bytes()), dtype=torch.uint8)
-    about = {"format": locality_run._FORMAT, "about": json.dumps(SETTINGS), "found": found}
+    about = {"format": locality_state.FORMAT, "about": json.dumps(SETTINGS), "found": found}
     torch.save(about, path)
 
 
@@ -281,7 +281,7 @@ KINDS = {  # name of the file: (write it, read it)
     "fit.checkpoint": (checkpoint, read_training),
     "locality.checkpoint": (
         locality_checkpoint,
-        lambda path: locality_run._held(path, SETTINGS),
+        lambda path: locality_state.read_state(path, SETTINGS),
     ),
 }
 SAME = {  # whether what was read is what was written

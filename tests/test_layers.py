@@ -14,9 +14,9 @@ ROOMS = [
     "network", "rank", "einsum", "schedule", "contraction", "scaled", "inner", "factorization",
     "passes", "blocks", "frames", "rounding", "hsvd", "gramians", "assembly", "products", "cores",
     "algebra", "wiring", "convert", "components", "dynamics", "tensors", "tasks", "checkpoint",
-    "fit", "layout", "pooling", "convnet_text", "convnet", "cnn", "convac", "export", "penalties",
-    "patches", "second_order", "parallel", "regularizers", "grids", "probe", "pathfinder", "images",
-    "plots", "doctor", "experiments", "cli", "__main__",
+    "cuda_graph", "fit", "layout", "pooling", "convnet_text", "convnet", "cnn", "convac", "export",
+    "penalties", "patches", "second_order", "parallel", "scheduled", "regularizers", "grids", "probe",
+    "pathfinder", "images", "plots", "doctor", "experiments", "cli", "__main__",
 ]  # fmt: skip
 PACKAGE = Path(__file__).parent.parent / "tnreg"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +25,10 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file
 
 from tnreg import DataError, FileError, OptionError, Trajectory, images
-from tnreg.experiments import locality, locality_run, nets
-from tnreg.experiments.locality_run import Settings, train
+from tnreg.experiments import locality, locality_figure, locality_run, locality_state, nets, probed
+from tnreg.experiments.locality_run import Execution, Settings, train
+from tnreg.experiments.sweep_cell import Unfinished
+from tnreg.parallel import Processes
 
 QUICK = Settings(epochs=4, test_every=2, igc_every=1, interaction_every=2, lr=0.02)
 
@@ -89,7 +94,11 @@ def test_every_arm(arm, pairs, tmp_path):
     assert found.names == ("loss", "penalty", "train accuracy", "test accuracy")
     assert np.isfinite(found["test accuracy"]).tolist() == [False, True, False, True]
     assert found["test accuracy"][-1] == summary["test accuracy"]
-    assert not (tmp_path / "run.checkpoint").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    with open(tmp_path / "run" / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["loss"]) for row in rows] == found["loss"].tolist()
 
 
 def weights(folder):
@@ -165,6 +174,191 @@ def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
         torch.set_num_threads(threads)
     whole, killed = (weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def deadline_after(epochs, monkeypatch):
+    """A clock that stands still, and jumps to an hour later when so many epochs are done."""
+    clock, epoch = [0.0], locality_run._State.epoch
+
+    def counted(self):
+        row = epoch(self)
+        clock[0] += 3600.0 * (len(self.found) + 1 == epochs)
+        return row
+
+    monkeypatch.setattr(locality_run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(locality_run._State, "epoch", counted)
+    return 1800.0
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("arm", ["dropout", "igc", "interaction"])
+def test_a_deadline_ends_with_the_state_written(arm, portable, pairs, tmp_path, monkeypatch):
+    execution = Execution(portable=portable, checkpoint_seconds=1e9)
+    train(QUICK, arm, 1, *pairs, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        deadline = deadline_after(2, patched)
+        with pytest.raises(Unfinished, match=r"after epoch 2 is in .*cut.checkpoint") as ended:
+            train(
+                QUICK, arm, 1, *pairs, tmp_path / "cut", execution=execution, deadline=deadline
+            )  # fmt: skip
+    assert ended.value.so_far["epochs"] == 2 and ended.value.so_far["of"] == 4
+    assert pickle.loads(pickle.dumps(ended.value)).so_far == ended.value.so_far
+    lines = (tmp_path / "cut.history.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0] == "epoch,loss,penalty,train accuracy,test accuracy"
+    assert float(lines[2].split(",")[4]) == ended.value.so_far["test accuracy"]
+    parts = list(tmp_path.glob("cut.checkpoint.*"))
+    assert len(parts) == portable
+    # what a training does before it is killed does not change where the next one goes on
+    (tmp_path / "cut.history.csv").write_text("lost")
+    summary = train(QUICK, arm, 1, *pairs, tmp_path / "cut")
+    (resumed,) = summary["resumed"]
+    assert resumed == {"epoch": 2, "momentum": "exact", "from": "cpu", "on": "cpu"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(700_000, "exact"), (560_000, "bfloat16"), (400_000, "left out")]
+)
+def test_a_state_that_travels(limit, kept, pairs, tmp_path, monkeypatch):
+    """306 kB of weights and as much momentum: what does not fit is rounded, then left out, and said."""
+    monkeypatch.setattr(locality_state, "_WHOLE", limit)
+    monkeypatch.setattr(locality_state, "_PART", 150_000)
+    monkeypatch.setattr(locality_state, "_BESIDE", 50_000)
+    execution = Execution(portable=True, model_file=False)
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir(), here.mkdir()
+    with monkeypatch.context() as patched, pytest.raises(Unfinished):
+        deadline = deadline_after(2, patched)
+        train(QUICK, "plain", 1, *pairs, there / "a", execution=execution, deadline=deadline)
+    parts = sorted(there.glob("a.checkpoint.*"))
+    sizes = [part.stat().st_size for part in parts]
+    assert len(parts) > 2 and max(sizes) <= 150_000 and sum(sizes) <= limit
+    for file in [*parts, there / "a.checkpoint"]:
+        shutil.copy(file, here)
+    told = {"arm": "plain", "seed": 1, **dataclasses.asdict(QUICK)}
+    before = torch.load(io.BytesIO(b"".join(p.read_bytes() for p in parts)), weights_only=True)
+    state = locality_state.read_state(here / "a.checkpoint", told)
+    momentum = state["optimizer"]["state"]
+    assert state["momentum"] == kept and (momentum == {}) == (kept == "left out")
+    assert all(torch.equal(before["net"][key], value) for key, value in state["net"].items())
+    summary = train(QUICK, "plain", 1, *pairs, here / "a", execution=execution)
+    assert summary["resumed"][0]["momentum"] == kept and summary["epochs"] == 4
+    assert sorted(p.name for p in here.iterdir()) == ["a"]
+    assert not (here / "a" / "model.safetensors").exists()
+    whole = train(QUICK, "plain", 1, *pairs, tmp_path / "whole")
+    assert (summary["loss"] == whole["loss"]) == (kept == "exact")
+    assert summary["loss"] == pytest.approx(whole["loss"], rel=0.1)
+    # a part that is damaged or missing is noticed
+    raw = bytearray(parts[1].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    parts[1].write_bytes(raw)
+    with pytest.raises(FileError, match="its parts are not those that were written"):
+        train(QUICK, "plain", 1, *pairs, there / "a")
+    parts[1].unlink()
+    with pytest.raises(FileError, match="not a checkpoint"):
+        train(QUICK, "plain", 1, *pairs, there / "a")
+
+
+def test_a_network_too_large_to_travel_is_refused_before_it_is_trained(
+    pairs, tmp_path, monkeypatch
+):
+    with pytest.raises(OptionError, match="leave out portable, and the state is one file"):
+        locality_state.check_travels(torch.nn.Linear(4000, 4000))
+    locality_state.check_travels(nets.ResNet18())
+    monkeypatch.setattr(locality_state, "_WHOLE", 2**20)
+    with pytest.raises(OptionError, match="the network has 306,372 bytes of weights"):
+        train(QUICK, "plain", 1, *pairs, tmp_path / "a", execution=Execution(portable=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_are_written_every_so_many_seconds(pairs, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        locality_run, "write_state", lambda path, held, **_: written.append(len(written))
+    )
+    for seconds, count in ((0.0, 4), (1e9, 0)):
+        written.clear()
+        execution = Execution(checkpoint_seconds=seconds)
+        train(QUICK, "plain", 1, *pairs, tmp_path / f"{count}", execution=execution)
+        assert len(written) == count
+
+
+def test_inputs_are_standardized(pairs, tmp_path):
+    """Training and test images by the numbers of the training images; what was trained is probed so."""
+    data, test = pairs
+    settings = dataclasses.replace(QUICK, standardize=True)
+    by_hand = [
+        dataclasses.replace(s, images=(s.images - data.images.mean()) / data.images.std())
+        for s in (data, test)
+    ]
+    train(settings, "igc", 1, data, test, tmp_path / "run")
+    train(QUICK, "igc", 1, *by_hand, tmp_path / "hand")
+    a, b = (weights(tmp_path / name) for name in ("run", "hand"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+    x = torch.from_numpy(test.images[:4])
+    found = probed.network_of(str(tmp_path / "run"), 1)(x)
+    expected = probed.network_of(str(tmp_path / "hand"), 1)(torch.from_numpy(by_hand[1].images[:4]))
+    assert torch.allclose(found, expected, atol=1e-3)
+    colours = images.ImageSet(np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2), None, (), None, {})
+    numbers = locality_run._standard(colours)
+    assert np.allclose(numbers["mean"], (colours.images / 255).mean((0, 2, 3)))
+    assert np.allclose(numbers["deviation"], (colours.images / 255).std((0, 2, 3)))
+
+
+@pytest.mark.parametrize("arm", ["plain", "igc", "interaction"])
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_a_step_reads_nothing_from_the_device(arm, statistics):
+    """On the device "meta" nothing can be read: an epoch of steps that waits for it would be an error."""
+    data = images.pathfinder(10, length=3, size=32, seed=1)
+    settings = dataclasses.replace(
+        QUICK,
+        batch=4,
+        statistics=statistics,
+        standardize=True,
+        patches="random",
+        interaction_every=1,
+    )
+    processes = Processes(device=torch.device("meta"))
+    state = locality_run._State(settings, arm, 1, data, processes, Execution())
+    state.net.train()
+    assert state.steps() == (10, 0 if arm == "plain" else 3)
+    assert state.sums.device.type == "meta"
+
+
+class Replayed:
+    """Stands in for a captured step: it is made with tensors that stay, and called without arguments."""
+
+    calls = 0
+
+    def __init__(self, step, device, pool):
+        self.step = step
+
+    def __call__(self):
+        Replayed.calls += 1
+        self.step()
+
+
+@pytest.mark.parametrize("arm", ["plain", "igc", "interaction"])
+def test_steps_by_tensors_that_stay_are_the_same(arm, tmp_path, monkeypatch):
+    """What CUDA graphs replay, on a CPU: all that changes from step to step is copied in."""
+    data = images.pathfinder(40, length=3, size=32, seed=1)
+    settings = dataclasses.replace(
+        QUICK, batch=12, patches="random", patch_size=6, igc_warmup=5, interaction_every=2, epochs=2
+    )
+    train(settings, arm, 1, data, data, tmp_path / "eager")
+    with pytest.raises(OptionError, match="graph needs a CUDA device and one process, found cpu"):
+        execution = Execution(graph=True)
+        train(settings, arm, 1, data, data, tmp_path / "graph", execution=execution)
+    monkeypatch.setattr(locality_run, "CapturedStep", Replayed)
+    monkeypatch.setattr(locality_run, "check_graph", lambda device, count: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Replayed, "calls", 0)
+    train(settings, arm, 1, data, data, tmp_path / "graph", execution=execution)
+    assert Replayed.calls == 8
+    eager, graph = (weights(tmp_path / name) for name in ("eager", "graph"))
+    assert all(torch.equal(eager[key], graph[key]) for key in eager)
 
 
 def test_early_stop(pairs, tmp_path):
@@ -259,11 +453,66 @@ def test_sweep_of_pathfinder(tmp_path):
     assert images.load(tmp_path / "p" / "sets" / kept[1]).config["length"] == 3
 
 
+def test_a_sweep_with_a_deadline(tmp_path, monkeypatch):
+    """The one that was begun is in the picture, the other one is not begun, and the same call goes on."""
+    config = dataclasses.replace(
+        locality.tiny, arms=("plain",), distances=(0, 24), seeds=(1,), epochs=4, until=0.001
+    )
+    place = tmp_path / "s"
+    assert locality.run(config, place) == []  # the time is over before the first one
+    assert locality.going_on(place) == [] and not (place / "locality.png").exists()
+    with pytest.raises(FileError, match="no results yet"):
+        locality.figure(place)
+    with monkeypatch.context() as patched:
+        deadline_after(2, patched)
+        assert locality.run(dataclasses.replace(config, until=1800.0), place) == []
+    (begun,) = locality.going_on(place)
+    assert (begun["name"], begun["epochs"]) == ("plain-0-seed-1", 2)
+    assert locality.figure(place).stat().st_size > 1000
+    rows = locality.run(dataclasses.replace(config, until=0.0), place)
+    assert [row["epochs"] for row in rows] == [4, 4] and locality.going_on(place) == []
+    assert sorted(p.name for p in place.iterdir() if p.is_dir()) == [
+        "plain-0-seed-1",
+        "plain-24-seed-1",
+    ]
+    with pytest.raises(OptionError, match="until must be seconds >= 0"):
+        locality.run(dataclasses.replace(config, until=-1.0), place)
+
+
+def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
+    """Each arm's line with its number of seeds, both statistics apart, beside the published ones."""
+    rows = [
+        {"arm": arm, "distance": 7, "seed": seed, "statistics": kind, "test accuracy": 0.5, "seconds": 1.0,
+         "epochs": 2}
+        for arm, kind, seeds in (("plain", "batch", 2), ("igc", "batch", 1), ("igc", "frozen", 1))
+        for seed in range(seeds)
+    ]  # fmt: skip
+    about = {
+        "tnreg": "0", "experiment": "locality", "summary": rows,
+        "fields": ["arm", "distance", "statistics", "seed"],
+        "config": {"set": "pathfinder", "model": "resnet-18"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    drawn = []
+    monkeypatch.setattr(locality_figure, "save_figure", lambda figure, path: drawn.append(figure))
+    locality.figure(tmp_path)
+    (ax,) = drawn[0].axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == [
+        "plain, statistics batch (2 seeds)", "input gradient change, statistics batch (1 seed)",
+        "input gradient change, statistics frozen (1 seed)", "published: plain", "published: λ = 9",
+    ]  # fmt: skip
+    lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert lines["published: λ = 9"] == [98.42, 96.6, 91.64, 85.48]
+
+
 def test_presets_are_the_published_settings():
     path = locality.SETS["pathfinder"]
     assert (path.lr, path.momentum, path.batch, path.epochs, path.igc) == (0.01, 0.9, 64, 150, 9.0)
     assert (path.stop_above, path.stop_epochs, path.size, path.patch_size) == (1.0, 21, 150, 2)
     assert (path.train, path.test, path.model) == (10_000, 10_000, "resnet-18")
+    # both passes of the penalty in training mode, inputs standardized
+    assert path.statistics == "batch" and path.standardize
     cifar = locality.SETS["cifar"]
     assert cifar.distances == (0, 40, 80, 120, 160) and cifar.train == 5_000
     assert cifar.patches == "images"
@@ -280,7 +529,7 @@ def test_sweeps_refuse(tmp_path):
         with pytest.raises(OptionError, match=said):
             locality.run(dataclasses.replace(locality.tiny, **given), tmp_path / "no")
     assert not (tmp_path / "no").exists()
-    with pytest.raises(FileError, match="not a finished sweep of locality"):
+    with pytest.raises(FileError, match="not a sweep of locality"):
         locality.figure(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"tnreg": "0", "experiment": "dynamics"}')

@@ -391,20 +391,20 @@ def test_a_last_batch_that_is_too_small():
 
 def ended(folder):
     """The command; amid epoch 4 process 1 is killed, while 0 waits for it and 2 is busy on its own."""
-    parts = locality_run._Parts.__iter__
+    step, done = locality_run._State.step, []
 
-    def cut(self):
-        given = parts(self)
-        yield next(given)
+    def cut(self, *given):
+        done.append(1)
         kept = next(Path(folder).glob(f"{LONG_NAME}.*.checkpoint"), Path())
-        if kept.is_file() and len(trajectory_of(kept)) == 3:
+        again = len(done) % len(locality_run._sizes(len(self.host), self.settings.batch)) == 2
+        if again and kept.is_file() and len(trajectory_of(kept)) == 3:
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGKILL)
             while os.environ["RANK"] == "2":
                 torch.ones(200, 200) @ torch.ones(200, 200)
-        yield from given
+        return step(self, *given)
 
-    locality_run._Parts.__iter__ = cut
+    locality_run._State.step = cut
     main([*LONG, "--out", folder])
 
 

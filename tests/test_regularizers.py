@@ -702,7 +702,7 @@ def test_a_swap_that_changes_nothing_is_one_and_has_no_gradient():
 def test_the_training_pass_is_the_first_pass(dropout, frozen, passes):
     """The same logits, value, gradients and running statistics, by one pass less."""
     nets = [Counted(network(norm=True, dropout=dropout)).train() for _ in range(2)]
-    x, y = batch(6)
+    x, _ = batch(6)
     results = []
     for net, together in zip(nets, (True, False), strict=True):
         if frozen:

@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 
 from tnreg import FileError, OptionError, TnregError
 from tnreg.experiments import dynamics, init_scale, locality, sweep, sweep_figure, sweep_grid
+from tnreg.experiments.sweep_cell import Unfinished
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
@@ -352,12 +353,51 @@ def test_refuses_other_folders(tmp_path, monkeypatch):
         sweep.run(quick, [{"a": 3}], tmp_path / "s", workers=0)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(OptionError, match=re.escape("pip install 'tnreg[scale]'")):
-        sweep.run(quick, [{"a": 5}], tmp_path / "s")
+        sweep.run(quick, [{"a": 5}], tmp_path / "s", scheduler="tcp://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(OptionError, match="pip install pyarrow"):
         sweep.run(quick, [{"a": 5}], tmp_path / "s", parquet=True, workers=0)
     with pytest.raises(FileError, match="not a finished sweep"):
         sweep_figure.figure(tmp_path)
+
+
+def ends_at_a_deadline(cell, folder, checkpoint):
+    """Even numbers need a second call; 3 cannot be computed, 5 ends its process."""
+    if cell["a"] == 5:
+        os._exit(1)
+    if cell["a"] == 3:
+        raise OptionError("never 3")
+    if cell["a"] % 2 == 0 and not checkpoint.exists():
+        checkpoint.touch()
+        raise Unfinished("the time is over", {"epochs": 4})
+    return {"y": cell["a"], "process": os.getpid()}
+
+
+@pytest.mark.parametrize("kind", ["alone", "pool", "dask"])
+def test_cells_whose_time_is_over(tmp_path, monkeypatch, kind):
+    """They are neither rows nor failures, keep their checkpoints and are done by the next call."""
+    if kind == "pool":  # without Dask
+        monkeypatch.setitem(sys.modules, "distributed", None)
+    cells = [{"a": a} for a in (1, 2, 3, 4)]
+    workers = 0 if kind == "alone" else 2
+    first = sweep.run(ends_at_a_deadline, cells, tmp_path / "s", workers=workers)
+    assert [row["y"] for row in first.rows] == [1]
+    assert [(f.cell.name, f.error) for f in first.failed] == [("a-3", "OptionError: never 3")]
+    assert {f.cell.name: f.exception.so_far for f in first.unfinished} == {
+        "a-2": {"epochs": 4}, "a-4": {"epochs": 4},
+    }  # fmt: skip
+    assert len(list((tmp_path / "s").glob("*.checkpoint"))) == 2
+    second = sweep.run(ends_at_a_deadline, cells, tmp_path / "s", workers=workers)
+    assert [row["y"] for row in second.rows] == [1, 2, 4] and not second.unfinished
+    assert not list((tmp_path / "s").glob("*.checkpoint"))
+    mine = {row["process"] == os.getpid() for row in second.rows}
+    assert mine == {kind == "alone"}
+
+
+def test_a_process_that_dies_without_dask(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    found = sweep.run(ends_at_a_deadline, [{"a": 5}], tmp_path / "s", workers=1)
+    assert not found.rows and "BrokenProcessPool" in found.failed[0].error
 
 
 def returns(value):

@@ -22,6 +22,7 @@ from tnreg.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
+from tnreg.cuda_graph import CapturedStep
 from tnreg.errors import OptionError, check_integer
 from tnreg.optim import GroupRMSprop
 from tnreg.progress import shown_progress
@@ -143,6 +144,7 @@ def fit(
                 if step == steps:
                     run.stop_reason = "steps"
                 elif own_step is not None:
+                    value = None  # its graph would be the one that a captured step goes on from
                     own_step()
                 else:
                     assert value is not None
@@ -259,31 +261,7 @@ class _Saved:
             )
 
 
-class _Captured:
-    """A training step as a CUDA graph, recorded after three ordinary steps have warmed it up."""
-
-    def __init__(self, step: Callable[[], Any], device: torch.device) -> None:
-        self.step, self.device = step, device
-        self.ordinary = 3
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> None:
-        if self.ordinary > 0:  # on a stream of its own, as torch asks for before a capture
-            self.ordinary -= 1
-            main, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                self.step()
-            main.wait_stream(side)
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, does not run
-                self.step()
-        self.graph.replay()
-
-
-def _captured(step: Callable[[], Any], model: nn.Module, closed: bool) -> _Captured:
+def _captured(step: Callable[[], Any], model: nn.Module, closed: bool) -> CapturedStep:
     device = next(model.parameters()).device
     if device.type != "cuda" or closed:
         what = "an optimizer that evaluates the loss itself" if closed else f"a model on {device}"
@@ -291,7 +269,7 @@ def _captured(step: Callable[[], Any], model: nn.Module, closed: bool) -> _Captu
             f"fit: graph=True needs a CUDA device and an ordinary optimizer, found {what}.\n"
             "  leave graph out"
         )
-    return _Captured(step, device)
+    return CapturedStep(step, device)
 
 
 def _described(update: torch.optim.Optimizer) -> dict[str, Any]:

@@ -185,10 +185,10 @@ def locality_profile(
     with advancing("pairs of patches", len(distances) * pairs, progress) as advance:
         for distance in distances:
             sampler = kind(size, distance, exact=True, seed=seed)
-            generator = RandomStream(seed, "locality_profile").on(images.device)
+            generator = RandomStream(seed, "locality_profile").generator
             for _ in range(pairs):
-                drawn = torch.randperm(len(images), generator=generator, device=images.device)
-                chosen = images[drawn[: samples + 1]]
+                drawn = torch.randperm(len(images), generator=generator)
+                chosen = images[drawn[: samples + 1].to(images.device)]
                 with evaluation(net):
                     values = _crossed(net, chosen[0], chosen[1:], sampler.draw(chosen[1:]))
                 shares.append(1 - interaction_energy(values))

@@ -21,9 +21,8 @@ module inside the wrapper gives the penalty of the process's part alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from torch import Tensor, nn
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.parallel import Processes, unwrapped
 from tnreg.patches import PatchSampler, RandomStream, as_sampler, box_mask, check_images
+from tnreg.scheduled import Draw, Net, Scheduled, zero
 from tnreg.second_order import input_gradient
 
 __all__ = [
-    "Draw",
     "InputGradientChange",
     "InteractionEnergy",
     "crossed_values",
@@ -46,78 +45,9 @@ __all__ = [
 ]
 
 _STATISTICS = ("frozen", "batch")
-Net = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What one call of a penalty draws, for loops that draw before they evaluate.
-
-    Attributes:
-        pair: The boxes I and J, int64 ``(2, 4)``.
-        samples: Numbers of the samples that are evaluated, int64; ``None`` for the whole batch.
-        lengths: Samples of every process.
-    """
-
-    pair: Tensor
-    samples: Tensor | None
-    lengths: tuple[int, ...]
-
-    def to(self, device: torch.device) -> Draw:
-        """The same on another device, without waiting for it."""
-        samples = self.samples
-        samples = None if samples is None else samples.to(device, non_blocking=True)
-        return Draw(self.pair.to(device, non_blocking=True), samples, self.lengths)
-
-
-class _Scheduled:
-    """When a penalty counts, and with what weight."""
-
-    def __init__(
-        self,
-        weight: float,
-        every: int,
-        warmup: int,
-        until: int | None,
-        target: float | None,
-    ) -> None:
-        what = type(self).__name__
-        if not (weight >= 0 and weight < float("inf")):
-            raise OptionError(f"{what}: weight must be a finite number >= 0, found {weight!r}.")
-        self.weight = weight
-        self.every = check_integer(every, 1, f"{what}: every")
-        self.warmup = check_integer(warmup, 0, f"{what}: warmup")
-        self.until = None if until is None else check_integer(until, 1, f"{what}: until")
-        if target is not None and not 0 <= target < 1:
-            raise OptionError(f"{what}: target must be >= 0 and < 1, found {target!r}.")
-        self.target = target
-        self.calls = 0
-
-    def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return the weighted penalty of this batch."""
-        weight = self.next_weight()
-        return weight * self.value(net, x, y) if weight else _zero(x)
-
-    def next_weight(self) -> float:
-        """Count a call and return its weight; 0 where there is no penalty."""
-        self.calls += 1
-        ended = self.until is not None and self.calls > self.until
-        if ended or (self.calls - 1) % self.every:
-            return 0.0
-        return self.weight * (min(1.0, self.calls / self.warmup) if self.warmup else 1.0)
-
-    def value(
-        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
-    ) -> Tensor:
-        """Return the penalty without its weight."""
-        raise NotImplementedError
-
-    def _beyond(self, value: Tensor) -> Tensor:
-        """Return what is above the target."""
-        return value if self.target is None else (value - self.target).clamp(min=0)
-
-
-class InputGradientChange(_Scheduled):
+class InputGradientChange(Scheduled):
     """How little the gradient at patch I turns when the pixels of patch J are swapped; minimise it.
 
     ``R = mean_b |<g_b, h_b>| / (|g_b| |h_b|)``, in [0, 1], where g is the gradient of sample b's logit
@@ -252,7 +182,7 @@ class InputGradientChange(_Scheduled):
         other, count = torch.where(mask, _before(x, processes), x), len(x)
         if drawn.samples is not None and len(drawn.samples) < count:
             if not len(drawn.samples):
-                return self._beyond(torch.ones_like(_zero(x)))
+                return self._beyond(torch.ones_like(zero(x)))
             if isinstance(y, Tensor) and len(y) == count:
                 y = y[drawn.samples]
             x, other = x[drawn.samples], other[drawn.samples]
@@ -287,7 +217,7 @@ class InputGradientChange(_Scheduled):
         self.patches.load_state_dict(state["patches"])
 
 
-class InteractionEnergy(_Scheduled):
+class InteractionEnergy(Scheduled):
     """One minus the share of the network's variance that interaction of patch J with the rest explains.
 
     k samples of the batch are drawn without repetition. ``M[i, j]`` is the network's value at sample i
@@ -599,11 +529,6 @@ def _unit(x: Tensor) -> Tensor:
     x = x / torch.where(largest > 0, largest, 1.0)
     square = x.square().sum(1, keepdim=True)
     return x / torch.where(square > 0, square, 1.0).sqrt()
-
-
-def _zero(x: Tensor) -> Tensor:
-    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    return torch.zeros((), dtype=dtype, device=x.device)
 
 
 def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:

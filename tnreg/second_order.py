@@ -286,7 +286,8 @@ def _autocast(x: Any) -> Any:
     if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
         return x
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if cast else x
 
 
 def _listed(number: Any, axes: int) -> list[int]:

@@ -75,6 +75,15 @@ def locality_table(rows: list[dict[str, Any]], title: str) -> Table:
     return out
 
 
+def going_on_table(begun: list[dict[str, Any]]) -> Table:
+    """Trainings that the same command goes on with."""
+    title = "the time is over; the same command goes on with these, and with those not begun"
+    out = Table("training", "epochs", "test accuracy", title=title, title_justify="left")
+    for row in begun:
+        out.add_row(row["name"], str(row["epochs"]), f"{100 * row['test accuracy']:.1f}")
+    return out
+
+
 def dynamics_table(summary: dict[str, Any], config: dynamics.Config) -> Table:
     """What one training found."""
     table = Table("", "", title=f"{config.model}, seed {config.seed}", show_header=False)

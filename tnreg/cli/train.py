@@ -16,6 +16,7 @@ from tnreg.cli.subject import device_of
 from tnreg.cli.tables import (
     convac_tables,
     dynamics_table,
+    going_on_table,
     init_scale_table,
     locality_table,
     sweep_table,
@@ -119,10 +120,13 @@ def _answer(
     if isinstance(experiment, locality.Config):
         folder = out or runs / f"locality-{experiment.set}"
         rows = locality.run(experiment, folder, progress=progress)
-        means = locality.table(rows)
+        means, begun = locality.table(rows), locality.going_on(folder)
         title = f"{experiment.set}, {experiment.model}, {len(experiment.seeds)} seeds"
-        found = {"experiment": "locality", "rows": rows, "means": means}
-        return folder, [locality_table(means, title)], found
+        found = {"experiment": "locality", "rows": rows, "means": means, "going on": begun}
+        tables = [locality_table(means, title)]
+        if len(rows) < len(locality.cells(experiment)):
+            tables.append(going_on_table(begun))
+        return folder, tables, found
     folder = out or runs / f"{experiment.model}-{experiment.seed}"
     summary = dynamics.run(experiment, folder, progress=progress)
     found = {"experiment": "dynamics", **summary}

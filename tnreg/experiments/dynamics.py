@@ -263,7 +263,8 @@ class _Observations:
     """What is recorded in every row; what two observations need is computed once.
 
     A small tensor is made dense once a row for errors and singular values: at 8^4 and width 512 that
-    costs a quarter of the factored spectra. A large one is so only for off-tree sets, if asked for.
+    costs a quarter of the factored spectra. Its singular values are computed on the CPU, as a GPU takes
+    longer for matrices this small. A large one is made dense only for off-tree sets, if asked for.
     """
 
     def __init__(
@@ -303,7 +304,7 @@ class _Observations:
         if self.dense is None:
             self.spectra = spectra(model)
         else:
-            self.spectra = spectra(self.dense.double(), model.tree)
+            self.spectra = spectra(self.dense.double().cpu(), model.tree)
         return self.spectra
 
     def _test_error(self, model: Factorization) -> float:
@@ -318,7 +319,7 @@ class _Observations:
         return {node: effective_rank(s) for node, s in self.spectra.items()}
 
     def _off_tree(self, model: Factorization) -> dict[str, Tensor]:
-        dense = (model.to_tensor() if self.dense is None else self.dense).double()
+        dense = model.to_tensor().double() if self.dense is None else self.dense.double().cpu()
         return {t: torch.linalg.svdvals(matricize(dense, m)) for t, m in self.off_tree.items()}
 
     def _components(self, model: Factorization) -> dict[Node, Tensor]:

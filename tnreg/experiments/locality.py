@@ -4,8 +4,8 @@ The same network is trained on sets whose label hangs on pixels some distance ap
 distance and seed. Arms are plain training, weight decay, dropout, the input gradient change of Razin,
 Maman and Cohen (2022), arXiv:2201.11729, and interaction energy. Every training is a cell of a
 ``sweep`` and a run folder of ``locality_run``, ``igc-24-seed-101`` and so on; those that are there
-already are not trained again, and one that was killed goes on from its checkpoint. Then
-``locality.png``, ``results.csv`` and ``config.json`` with the table of results are written.
+already are not trained again, and one that was killed, or that a deadline ended, goes on from its
+checkpoint. Then ``locality.png``, ``results.csv`` and ``config.json`` with the table of results are written.
 
 The defaults for ``set="pathfinder"`` and ``set="cifar"`` are the published ones and want a GPU; those
 for ``"digits"`` take minutes on two processor cores.
@@ -14,6 +14,9 @@ for ``"digits"`` take minutes on two processor cores.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +27,23 @@ from filelock import FileLock
 from tnreg import images
 from tnreg.errors import OptionError, TnregError, check_integer
 from tnreg.experiments import sweep
-from tnreg.experiments.locality_figure import figure, table
-from tnreg.experiments.locality_run import ARMS, Settings, train
+from tnreg.experiments.locality_figure import figure, going_on, table
+from tnreg.experiments.locality_run import ARMS, Execution, Settings, train
+from tnreg.experiments.sweep_cell import Unfinished
 from tnreg.parallel import Processes, ProcessLost, joined
 
-__all__ = ["EXPERIMENT", "SETS", "Config", "Training", "cells", "check", "figure", "run", "table"]
+__all__ = [
+    "EXPERIMENT",
+    "SETS",
+    "Config",
+    "Training",
+    "cells",
+    "check",
+    "figure",
+    "going_on",
+    "run",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,9 @@ class Training(Images):
     seed: int = 101
 
 
+_EXECUTION = Execution()
+
+
 @dataclass(frozen=True)
 class Config(Images):
     """Settings of one sweep.
@@ -78,22 +96,27 @@ class Config(Images):
         arms: What is compared: plain, weight-decay, dropout, igc, interaction.
         distances: Pixels between the two images of a pair; for Pathfinder paddles of a path.
         seeds: Each draws initial weights, the order of the images, and patches.
-        workers: Trainings at a time, each in a process of its own with one thread, by Dask; 1 for this
-            process.
+        workers: Trainings at a time, each in a process of its own with one thread, on one GPU as well; 1 for
+            this process.
+        until: Seconds after which nothing is trained any more: trainings that are not finished by then end
+            with their state written, and the same command goes on with them. 0 for no such end.
+        execution: How trainings are carried out.
     """
 
     arms: tuple[str, ...] = ("plain", "igc", "interaction")
     distances: tuple[int, ...] = (0, 8, 16, 24)
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     workers: int = 1
+    until: float = 0.0
+    execution: Execution = _EXECUTION
 
 
 digits = Config()
 pathfinder = Config(
     set="pathfinder", distances=(3, 5, 7, 9), seeds=(1, 2, 3, 4, 5), data_seed=0, train=10_000,
     test=10_000, model="resnet-18", epochs=150, stop_above=1.0, stop_epochs=21, lr=0.01, test_every=1,
-    patches="random", igc=9.0, igc_every=1, interaction=0.1, interaction_until=0,
-    interaction_target=0.0,
+    patches="random", statistics="batch", standardize=True, igc=9.0, igc_every=1, interaction=0.1,
+    interaction_until=0, interaction_target=0.0, execution=Execution(checkpoint_seconds=30.0),
 )  # fmt: skip
 cifar = dataclasses.replace(
     pathfinder, set="cifar", distances=(0, 40, 80, 120, 160), train=5_000, patches="images", igc=1.0
@@ -122,8 +145,8 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
         progress: Show a progress bar, one step a training.
 
     Returns:
-        Rows with arm, distance, seed, test accuracy of the last epoch, train accuracy, epochs,
-        processor seconds.
+        Rows of the trainings that are finished, with arm, distance, seed, test accuracy of the last epoch,
+        train accuracy, epochs, processor seconds; ``going_on`` tells of those that are begun.
 
     Raises:
         TnregError: Settings that do not fit, or a run that is there was made with other ones; or
@@ -136,15 +159,24 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
     together, one training after the other. Rank 0 reads and writes the files, and tells the others.
     """
     check_integer(config.workers, 1, "locality: workers")
+    if not config.until >= 0:
+        raise OptionError(f"locality: until must be seconds >= 0, found {config.until!r}.")
     with joined(config.device) as processes:
+        work = functools.partial(
+            _work, execution=config.execution,
+            deadline=time.monotonic() + config.until if config.until else math.inf,
+        )  # fmt: skip
         if processes.count == 1:
-            return _sweep(config, folder, progress, EXPERIMENT)
+            experiment = dataclasses.replace(EXPERIMENT, work=work)
+            return _sweep(config, folder, progress, experiment)
         if config.workers > 1:
             raise OptionError(
                 f"locality: {processes.count} processes train together here, one training after the "
                 "other; leave workers at 1."
             )
-        return _follow(processes) if processes.rank else _lead(processes, config, folder, progress)
+        if processes.rank:
+            return _follow(processes, work)
+        return _lead(processes, config, folder, progress, work)
 
 
 def cells(config: Config) -> list[dict[str, Any]]:
@@ -190,6 +222,8 @@ def _sweep(
             "command tries them again.\n"
             + "\n".join(f"  {names}: {error}" for error, names in _by_error(found.failed).items())
         )
+    if not found.rows and going_on(folder):  # the sweep draws what is finished
+        figure(folder)
     return found.rows
 
 
@@ -213,14 +247,14 @@ class _Ended(BaseException):
 
 
 def _lead(
-    processes: Processes, config: Config, folder: str | Path, progress: bool
+    processes: Processes, config: Config, folder: str | Path, progress: bool, work_one: sweep.Work
 ) -> list[dict[str, Any]]:
     """The sweep on rank 0, which tells the others what to train; then the rows, or its error, to all."""
 
     def work(cell: dict[str, Any], beside: Path, checkpoint: Path) -> dict[str, Any]:
         processes.from_first(lambda: cell)
         try:
-            return _work(cell, beside, checkpoint)
+            return work_one(cell, beside, checkpoint)
         except ProcessLost as error:
             raise _Ended(error) from error
         except TnregError:
@@ -243,30 +277,43 @@ def _lead(
     return processes.from_first(end)
 
 
-def _follow(processes: Processes) -> list[dict[str, Any]]:
+def _follow(processes: Processes, work_one: sweep.Work) -> list[dict[str, Any]]:
     """Train what rank 0 says until it gives the rows of all."""
     while True:
         told: Any = processes.from_first(lambda: None)
         if isinstance(told, list):
             return told
         try:
-            _work(told, Path(), Path())
+            work_one(told, Path(), Path())
         except ProcessLost:
             raise
         except TnregError:
             pass  # rank 0 has it as well, and reports it
 
 
-def _work(cell: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any]:
+def _work(
+    cell: dict[str, Any],
+    folder: Path,
+    checkpoint: Path,
+    *,
+    execution: Execution = _EXECUTION,
+    deadline: float = math.inf,
+) -> dict[str, Any]:
     """Train one cell; in several processes with the images that rank 0 has."""
     one = Training(**cell)
     place = checkpoint.parent  # that of the sweep
     with joined(one.device) as processes:
+        late = time.monotonic() >= deadline
+        if processes.from_first(lambda: late):
+            raise Unfinished("the time is over before it was begun", {"epochs": 0})
         data, test = processes.from_first(
             lambda: [_images(one, place, split) for split in ("train", "test")]
         )
     settings = Settings(**{f.name: cell[f.name] for f in dataclasses.fields(Settings)})
-    return train(settings, one.arm, one.seed, data, test, folder, about=cell, checkpoint=checkpoint)
+    return train(
+        settings, one.arm, one.seed, data, test, folder, about=cell, checkpoint=checkpoint,
+        execution=execution, deadline=deadline,
+    )  # fmt: skip
 
 
 def _prepare(missing: list[dict[str, Any]], place: Path, progress: bool) -> None:

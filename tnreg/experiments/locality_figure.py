@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,26 @@ from tnreg.experiments import sweep_figure
 from tnreg.experiments.folder import about_of, refused
 from tnreg.plots import save_figure
 
-__all__ = ["figure", "table"]
+__all__ = ["figure", "going_on", "table"]
 
 _LABELS = {
     "igc": "input gradient change",
     "interaction": "interaction energy",
     "weight-decay": "weight decay",
 }
+
+# Means and deviations of test accuracy (%) by distance, ResNet-18, Razin, Maman and Cohen (2022): Pathfinder
+# as printed; CIFAR-10 read off a plot, without deviations.
+_PUBLISHED: dict[str, tuple[tuple[str, str, dict[int, tuple[float, float]]], ...]] = {
+    "pathfinder": (
+        ("plain", "plain", {3: (98.53, 0.22), 5: (95.92, 0.26), 7: (68.76, 5.13), 9: (50.38, 0.59)}),
+        ("igc", "λ = 9", {3: (98.42, 0.59), 5: (96.60, 1.14), 7: (91.64, 1.02), 9: (85.48, 1.68)}),
+    ),
+    "cifar": (
+        ("plain", "plain", {0: (61.2, 0), 40: (59.9, 0), 80: (55.8, 0), 120: (50.0, 0), 160: (50.4, 0)}),
+        ("igc", "λ = 1", {0: (61.2, 0), 40: (61.2, 0), 80: (60.5, 0), 120: (58.8, 0), 160: (58.4, 0)}),
+    ),
+}  # fmt: skip
 
 
 def table(
@@ -65,45 +80,92 @@ def table(
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw test accuracy against distance, with error bars, into ``locality.png`` or another file.
 
-    A sweep where more varies than arm, distance and seed is drawn as any other one is.
+    What is there is drawn: finished trainings filled, those that go on with an open mark and their last
+    epoch, and for Pathfinder and CIFAR-10 the published values. The legend has the number of seeds. A sweep
+    where more varies than arm, distance, seed and statistics is drawn as any other one is.
 
     Raises:
-        FileError: Not a finished sweep.
+        FileError: Not a sweep of locality, or nothing was trained yet.
     """
     from matplotlib.figure import Figure
 
     place = Path(folder)
-    with refused("a finished sweep of locality", place):
+    with refused("a sweep of locality", place):
         about = about_of(place)
+        if about["experiment"] != "locality":
+            raise ValueError(f"of {about['experiment']!r}")
         rows, config = about["summary"], about["config"]
-        if about["experiment"] != "locality" or not rows:
-            raise ValueError("no results yet" if not rows else f"of {about['experiment']!r}")
-        means = table(rows)
-    if set(about.get("fields", ())) > {"arm", "distance", "seed"}:
+        fields = tuple(about.get("fields", ("arm", "distance", "seed")))
+        begun = going_on(place)
+        if not rows and not begun:
+            raise ValueError("no results yet")
+        means = table(rows, fields)
+    if set(fields) > {"arm", "distance", "seed", "statistics"}:
         return sweep_figure.figure(place, png or place / "locality.png")
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
-    arms = list(dict.fromkeys(row["arm"] for row in means))
-    distances = sorted({row["distance"] for row in means})
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in means:
+        lines.setdefault(_label(row, fields), []).append(row)
+    distances = sorted({row["distance"] for row in [*means, *begun]})
     step = min(np.diff(distances), default=1.0)
-    for i, arm in enumerate(arms):
-        some = sorted((row for row in means if row["arm"] == arm), key=lambda row: row["distance"])
-        aside = 0.02 * step * (i - (len(arms) - 1) / 2)  # so that error bars do not hide each other
+    for i, (label, some) in enumerate(lines.items()):
+        some.sort(key=lambda row: row["distance"])
+        aside = 0.02 * step * (i - (len(lines) - 1) / 2)  # error bars must not hide each other
+        counts = sorted({row["seeds"] for row in some})
+        seeds = f"{counts[0]} seed" if counts == [1] else f"{counts[0]} seeds"
         ax.errorbar(
             [row["distance"] + aside for row in some],
             [100 * row["test accuracy"] for row in some],
             yerr=np.nan_to_num([100 * row["deviation"] for row in some]),
-            marker="o", ms=4, lw=1.5, capsize=3, label=_LABELS.get(arm, arm),
+            marker="o", ms=4, lw=1.5, capsize=3, color=f"C{i}",
+            label=f"{label} ({seeds if len(counts) == 1 else f'{counts[0]} to {counts[-1]} seeds'})",
+        )  # fmt: skip
+    for row in begun:
+        at = 100 * row["test accuracy"]
+        ax.plot(row["distance"], at, marker="o", ms=6, mfc="none", color="0.3", ls="")
+        text = f" {_LABELS.get(row['arm'], row['arm'])}, epoch {row['epochs']}"
+        ax.annotate(text, (row["distance"], at), fontsize=7, va="center")
+    for arm, name, values in _PUBLISHED.get(config["set"], ()):
+        some_lines = [k for k, label in enumerate(lines) if label.startswith(_LABELS.get(arm, arm))]
+        ax.errorbar(
+            list(values), [mean for mean, _ in values.values()],
+            yerr=[spread for _, spread in values.values()], marker="x", ms=5, lw=1, ls="--", capsize=2,
+            color=f"C{some_lines[0]}" if some_lines else "0.5", alpha=0.6, label=f"published: {name}",
         )  # fmt: skip
     ax.axhline(50, color="0.6", lw=0.8, ls=":")
     ax.set_xticks(distances)
-    seeds = len({row["seed"] for row in rows})
     pathfinder = config["set"] == "pathfinder"
     ax.set_xlabel("paddles of a path" if pathfinder else "distance between the images (pixels)")
     ax.set_ylabel("test accuracy (%)")
-    ax.set_title(f"{config['set']}, {config['model']}, {seeds} seeds", fontsize=10)
-    ax.legend()
+    ax.set_title(f"{config['set']}, {config['model']}", fontsize=10)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8)
     return save_figure(drawn, png or place / "locality.png")
+
+
+def going_on(folder: str | Path) -> list[dict[str, Any]]:
+    """Trainings with rows but no run folder yet: name, arm, distance, epochs, last test accuracy."""
+    out = []
+    for path in sorted(Path(folder).glob("*.history.csv")):
+        named = re.match(r"(.+?)-(\d+)-seed-", path.name)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        tested = [row for row in rows if row["test accuracy"] != "nan"]
+        if named and tested:
+            out.append(
+                {
+                    "name": path.name.split(".")[0], "arm": named[1], "distance": int(named[2]),
+                    "epochs": int(tested[-1]["epoch"]),
+                    "test accuracy": float(tested[-1]["test accuracy"]),
+                }
+            )  # fmt: skip
+    return out
+
+
+def _label(row: dict[str, Any], fields: Sequence[str]) -> str:
+    more = [f"{name} {row[name]}" for name in fields if name not in ("arm", "distance", "seed")]
+    return ", ".join([_LABELS.get(row["arm"], row["arm"]), *more])
 
 
 def _key(row: dict[str, Any], by: Sequence[str]) -> tuple[str, ...]:

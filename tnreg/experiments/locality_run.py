@@ -1,11 +1,14 @@
 """One training of ``locality``: a network, an image set, perhaps a penalty, into a run folder.
 
-The loop is written out here, with torch's own loader and samplers. It is some twenty lines and has to
-be resumed bit for bit, penalties and random streams included; a trainer library would be a dependency
-for everyone, larger than the loop, and would hide just these lines.
+The loop is written out here, with torch's own sampler. It is some twenty lines and has to be resumed bit
+for bit, penalties and random streams included; a trainer library would be a dependency for everyone,
+larger than the loop, and would hide just these lines. Images stay on the device, as bytes where they are;
+all that is random is drawn on the CPU, and nothing in a step waits for the device.
 
-A run folder holds ``config.json``, ``model.safetensors`` and ``trajectory.npz`` with one row per epoch.
-While it trains, ``FOLDER.checkpoint`` beside it holds the state after the last epoch.
+A run folder holds ``config.json``, ``model.safetensors``, and one row per epoch as ``trajectory.npz`` and
+``history.csv``. While it trains, ``FOLDER.checkpoint`` beside it holds the state after some epoch, and
+``FOLDER.history.csv`` the rows so far. A training that a deadline ends leaves these two, and goes on from
+them, on this machine or on another.
 
 Under torchrun the processes train one network on parts of every batch: its updates are those of one
 process with the whole batch, penalties included, but for rounding. Only dropout draws masks of its own in
@@ -16,9 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +32,33 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import RandomSampler
 
-from tnreg.checkpoint import save_whole
-from tnreg.errors import DataError, FileError, OptionError, check_integer
+from tnreg.cuda_graph import CapturedStep
+from tnreg.errors import DataError, OptionError, check_integer
 from tnreg.experiments.folder import versions
-from tnreg.experiments.locality_settings import ARMS, Settings, penalty_of
+from tnreg.experiments.locality_settings import ARMS, Execution, Settings, penalty_of
+from tnreg.experiments.locality_state import (
+    FORMAT,
+    History,
+    check_travels,
+    no_checkpoint,
+    read_state,
+    remove_state,
+    rows_of,
+    write_state,
+)
 from tnreg.experiments.nets import as_input, build
+from tnreg.experiments.sweep_cell import Unfinished
 from tnreg.files import check_folder, folder_written_whole
 from tnreg.images import ImageSet
 from tnreg.parallel import Processes, ProcessLost, joined
+from tnreg.scheduled import Draw
 from tnreg.trajectory import Trajectory
 
-__all__ = ["ARMS", "Settings", "train"]
+__all__ = ["ARMS", "Execution", "Settings", "train"]
 
-_FORMAT = "tnreg.locality/1"
+_EXACT = Execution()
 _EVALUATED = 500  # images at a time, when nothing is learned
 
 
@@ -55,6 +72,8 @@ def train(
     *,
     about: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None,
+    execution: Execution = _EXACT,
+    deadline: float = math.inf,
 ) -> dict[str, Any]:
     """Train, write the folder, and return its summary.
 
@@ -73,7 +92,11 @@ def train(
         test: Test images. They choose nothing: the accuracy that counts is that of the last epoch.
         folder: Where the run goes.
         about: What made the sets, for ``config.json``; a run goes on only where it is the same.
-        checkpoint: Where the state is kept while it trains; ``FOLDER.checkpoint`` if left out.
+        checkpoint: Where the state is kept while it trains, ``.checkpoint`` at its end;
+            ``FOLDER.checkpoint`` if left out.
+        execution: How it is carried out.
+        deadline: Reading of ``time.monotonic()`` before which the training ends, with its state written. No
+            epoch is begun that would not end in time if it takes as long as the longest so far.
 
     Returns:
         Accuracies of the last epoch, epochs, processes, and seconds of training, evaluation not
@@ -82,6 +105,7 @@ def train(
     Raises:
         TnregError: Settings that do not fit each other, or a checkpoint of other settings.
         DataError: The loss is not finite any more.
+        Unfinished: The deadline came first. The same call goes on.
         ProcessLost: Another process of this training ended. The message names the checkpoint, from which
             the same call goes on.
     """
@@ -97,85 +121,90 @@ def train(
             place, saved.path = processes.from_first(lambda: _places(folder, checkpoint))
             device = processes.device
             cuda = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda), _no_denormals():
+            with torch.random.fork_rng(devices=cuda), _fast():
                 torch.manual_seed(seed)
-                state = _State(settings, arm, seed, data, processes)
-                return _trained(state, settings, data, test, place, told, saved)
+                state = _State(settings, arm, seed, data, processes, execution)
+                return _train(state, test, place, told, saved, deadline)
     except ProcessLost as lost:
         raise ProcessLost(f"{lost}\n  {saved}") from None
 
 
-def _trained(
+def _train(
     state: _State,
-    settings: Settings,
-    data: ImageSet,
     test: ImageSet,
     place: Path,
     told: dict[str, Any],
     saved: _Saved,
+    deadline: float,
 ) -> dict[str, Any]:
-    """From the checkpoint, if there is one, to the run folder."""
-    processes = state.processes
+    """Train from the checkpoint, if there is one, to the run folder."""
+    processes, execution = state.processes, state.execution
     state.read(saved.path, told)
-    saved.epochs = len(state.found)
-    x, y, test_x, test_y = (
-        part.to(processes.device) for one in (data, test) for part in _tensors(one)
-    )
-    while not state.stopped(settings):
-        row = state.epoch(x, y, settings)
-        tested = (len(state.found) + 1) % settings.test_every == 0
-        row["test accuracy"] = (
-            accuracy(state.net, test_x, test_y, settings, processes) if tested else float("nan")
-        )
+    saved.epochs = saved.written = len(state.found)
+    history = History(saved.path)
+    test_x, test_y = (part.to(processes.device) for part in _tensors(test))
+    longest, at = 0.0, time.monotonic()
+    while not state.stopped():
+        # of the longest epoch and half of it more, for the state and what else has to end
+        late = time.monotonic() + 1.5 * longest >= deadline
+        if processes.from_first(lambda late=late: late):  # type: ignore[misc]
+            if saved.written < saved.epochs:
+                state.write(saved.path, told)
+                saved.written = saved.epochs
+            raise _unfinished(state, saved)
+        began = time.monotonic()
+        row = state.epoch()
+        tested = (len(state.found) + 1) % state.settings.test_every == 0
+        row["test accuracy"] = state.accuracy(test_x, test_y) if tested else math.nan
         state.found.append(len(state.found) + 1, row)
-        state.write(saved.path, told)
         saved.epochs = len(state.found)
-    summary = state.summary(accuracy(state.net, test_x, test_y, settings, processes))
+        processes.from_first(lambda: history.add(state.found))
+        due = time.monotonic() - at >= execution.checkpoint_seconds
+        if processes.from_first(lambda due=due: due):  # type: ignore[misc]
+            state.write(saved.path, told)
+            saved.written, at = saved.epochs, time.monotonic()
+        longest = max(longest, time.monotonic() - began)
+    summary = state.summary(state.accuracy(test_x, test_y))
 
     def write() -> dict[str, Any]:
         with folder_written_whole(place) as beside:
-            save_model(state.net, str(beside / "model.safetensors"))
+            if execution.model_file:
+                save_model(state.net, str(beside / "model.safetensors"))
             state.found.save(beside / "trajectory.npz")
+            (beside / "history.csv").write_text(rows_of(state.found), encoding="utf-8")
             held = {
-                **versions(), "experiment": "locality_run",
-                "config": told, "summary": summary,
+                **versions(), "experiment": "locality_run", "config": told,
+                "inputs": state.inputs, "summary": summary,
             }  # fmt: skip
             (beside / "config.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-        saved.path.unlink(missing_ok=True)
+        remove_state(saved.path)
+        history.path.unlink(missing_ok=True)
         return summary
 
     return processes.from_first(write)
 
 
-@torch.no_grad()
-def accuracy(
-    net: nn.Module, x: Tensor, y: Tensor, settings: Settings, processes: Processes
-) -> float:
-    """Share of right answers, in evaluation mode; every process looks at its part."""
-    trained = net.training
-    net.eval()
-    right = torch.zeros((), dtype=torch.int64, device=x.device)
-    part = processes.part(len(y))
-    chunks = (torch.split(of[part], _EVALUATED) for of in (x, y))
-    for images, labels in zip(*chunks, strict=True):
-        with _precision(settings):
-            out = net(_images(images, settings))
-        right += _right(out, labels)
-    net.train(trained)
-    return int(processes.sum(right)) / len(y)
+def _unfinished(state: _State, saved: _Saved) -> Unfinished:
+    """What is said of a training that its deadline ended."""
+    so_far: dict[str, Any] = {"epochs": saved.epochs, "of": state.settings.epochs}
+    if saved.epochs:
+        so_far |= {name: float(state.found[name][-1]) for name in state.found.names}
+        tested = state.found["test accuracy"]
+        so_far["test accuracy"] = next((float(a) for a in tested[::-1] if a == a), None)
+    return Unfinished(f"the time is over; {saved}", so_far)
 
 
 class _Saved:
     """What can be told of the checkpoint when the training cannot go on."""
 
     def __init__(self) -> None:
-        self.path, self.epochs = Path(), 0
+        self.path, self.epochs, self.written = Path(), 0, 0
 
     def __str__(self) -> str:
-        if not self.epochs:
-            return "no epoch was done yet; the same command starts again"
+        if not self.written:
+            return "no state was written yet; the same command starts again"
         return (
-            f"the state after epoch {self.epochs} is in {self.path}; "
+            f"the state after epoch {self.written} is in {self.path}; "
             "the same command goes on from there"
         )
 
@@ -184,7 +213,13 @@ class _State:
     """Everything that changes along a training."""
 
     def __init__(
-        self, settings: Settings, arm: str, seed: int, data: ImageSet, processes: Processes
+        self,
+        settings: Settings,
+        arm: str,
+        seed: int,
+        data: ImageSet,
+        processes: Processes,
+        execution: Execution,
     ) -> None:
         dropout = settings.dropout if arm == "dropout" else 0.0
         decay = settings.weight_decay if arm == "weight-decay" else 0.0
@@ -193,7 +228,7 @@ class _State:
         net = _normalized_together(net, processes)
         # channels last: a fifth faster on a CPU, with and without gradient change
         self.net = net.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.processes = processes
+        self.processes, self.execution = processes, execution
         self.shared = self.net if processes.count == 1 else _wrapped(self.net, processes)
         if processes.rank:  # masks of its own; all other random numbers are drawn alike
             torch.manual_seed(
@@ -206,64 +241,123 @@ class _State:
         self.shuffle = torch.Generator().manual_seed(seed)
         self.found = Trajectory()
         self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
+        self.resumed: list[dict[str, Any]] = []
+        self.settings = settings
+        self.host, labels = _tensors(data)
+        self.x, self.y = (part.to(processes.device) for part in (self.host, labels))
+        self.inputs = _standard(data) if settings.standardize else None
+        self.scale = _scale(self.inputs, settings, processes.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
+        if execution.portable:
+            check_travels(self.net)
+        self.graphs = _Graphs(self) if execution.graph else None
 
-    def epoch(self, x: Tensor, y: Tensor, settings: Settings) -> dict[str, float]:
-        """One pass over the images: mean loss, mean penalty where there was one, train accuracy."""
-        order = RandomSampler(x, generator=self.shuffle)
-        # a last batch of one has no other sample for the penalties
-        batches = BatchSampler(order, settings.batch, drop_last=len(x) % settings.batch == 1)
-        sizes, parts = _sizes(len(x), settings.batch), _Parts(batches, self.processes)
-        # the loader's own random numbers must not be torch's, nor those of the order
-        own = torch.Generator().manual_seed(0)
-        loader = DataLoader(TensorDataset(x, y), None, sampler=parts, generator=own)
+    def epoch(self) -> dict[str, float]:
+        """Go once over the images: mean loss, mean penalty where there was one, train accuracy."""
         start = time.process_time(), time.perf_counter()
         self.net.train()
-        sums = torch.zeros(3, dtype=torch.float64, device=x.device)
-        penalized = 0
-        for (images, labels), size in zip(loader, sizes, strict=True):
-            images = _images(images, settings)
-            with _precision(settings):
-                out = self.shared(images)
-                loss = _loss(out, labels)
-                # gradients are averaged over processes, whose parts may differ by one image
-                total = loss * (self.processes.count * len(labels) / size)
-                if self.penalty is not None:
-                    extra = self.penalty(self.shared, images, labels)
-                    total = total + extra
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(total)
-            self.optimizer.step()
-            with torch.no_grad():
-                sums[0] += loss.detach() * len(labels)
-                sums[1] += _right(out, labels)
-                if self.penalty is not None and extra.requires_grad:
-                    sums[2] += extra.detach()
-                    penalized += 1
-        mine = sums.tolist()  # on a GPU this waits for the epoch to be done
+        self.sums.zero_()
+        shown, penalized = self.steps()
+        mine = self.sums.tolist()  # on a GPU this waits for the epoch to be done
         mine.append(time.process_time() - start[0])
         self.seconds["seconds"] += time.perf_counter() - start[1]
-        every = self.processes.sum(torch.tensor(mine, dtype=torch.float64, device=x.device))
+        every = self.processes.sum(torch.tensor(mine, dtype=torch.float64, device=self.x.device))
         if not bool(torch.isfinite(every).all()):
             raise DataError(
                 f"the loss is not finite in epoch {len(self.found) + 1}; take a smaller lr or penalty."
             )
         loss_sum, right, extra_sum, seconds = every.tolist()
         self.seconds["cpu seconds"] += seconds
-        shown = sum(sizes)
         return {
             "loss": loss_sum / shown,
             "penalty": extra_sum / self.processes.count / penalized if penalized else 0.0,
             "train accuracy": right / shown,
         }
 
-    def stopped(self, settings: Settings) -> bool:
+    def steps(self) -> tuple[int, int]:
+        """Do the updates of an epoch without waiting for the device; images shown, steps with a penalty."""
+        order = torch.tensor(list(RandomSampler(self.host, generator=self.shuffle)))
+        there = order.to(self.x.device, non_blocking=True)
+        penalized = first = 0
+        for size in _sizes(len(order), self.settings.batch):
+            part = self.processes.part(size)
+            own = slice(first + part.start, first + part.stop)
+            weight = 0.0 if self.penalty is None else self.penalty.next_weight()
+            drawn = self._draw(order[own], there[own]) if weight else None
+            # gradients are averaged over processes, whose parts may differ by one image
+            share = self.processes.count * (part.stop - part.start) / size
+            step = self.step if self.graphs is None else self.graphs.step
+            step(there[own], share, weight, drawn)
+            penalized += weight > 0
+            first += size
+        return first, penalized
+
+    def _draw(self, order: Tensor, there: Tensor) -> Draw:
+        """Draw for the penalty of a batch, from the images on the CPU where that will do."""
+        assert self.penalty is not None
+        if getattr(self.penalty.patches, "shape_only", False) and self.processes.count == 1:
+            # few different shapes for a GPU; on a CPU no image more than needed
+            multiple = 1 if self.x.device.type == "cpu" else 8
+            drawn = self.penalty.draw(self.shared, self.host[order], multiple=multiple)
+            return drawn.to(self.x.device)
+        return self.penalty.draw(self.shared, self._images(there))
+
+    def step(self, index: Tensor, share: float, weight: float | Tensor, drawn: Draw | None) -> None:
+        """Update once.
+
+        Args:
+            index: Numbers of the images, on the device.
+            share: Factor of the loss.
+            weight: That of the penalty.
+            drawn: What the penalty has drawn; ``None`` where there is none.
+        """
+        images, labels = self._images(index), self.y[index]
+        with _precision(self.settings):
+            if drawn is None or self.penalty is None:
+                out, extra = self.shared(images), None
+            else:
+                out, value = self.penalty.with_logits(self.shared, images, labels, drawn)
+                extra = weight * value
+            loss = _loss(out, labels)
+            total = loss * share if extra is None else loss * share + extra
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(total)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.sums[0] += loss.detach() * len(labels)
+            self.sums[1] += _right(out, labels)
+            if extra is not None:
+                self.sums[2] += extra.detach()
+
+    def _images(self, index: Tensor) -> Tensor:
+        return self._scaled(self.x[index])
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        images = as_input(x, _dtype(self.settings))
+        return images if self.scale is None else (images - self.scale[0]) / self.scale[1]
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """Share of right answers, in evaluation mode; every process looks at its part."""
+        self.net.eval()
+        right = torch.zeros((), dtype=torch.int64, device=x.device)
+        part = self.processes.part(len(y))
+        chunks = (torch.split(of[part], _EVALUATED) for of in (x, y))
+        for images, labels in zip(*chunks, strict=True):
+            with _precision(self.settings):
+                out = self.net(self._scaled(images))
+            right += _right(out, labels)
+        self.net.train()
+        return int(self.processes.sum(right)) / len(y)
+
+    def stopped(self) -> bool:
         """After the last epoch, or after enough good ones in a row."""
-        if len(self.found) >= settings.epochs:
+        if len(self.found) >= self.settings.epochs:
             self.found.stop_reason = "epochs"
             return True
-        if len(self.found) >= settings.stop_epochs:
-            last = self.found.last("train accuracy", settings.stop_epochs)
-            if (last >= settings.stop_above).all():
+        if len(self.found) >= self.settings.stop_epochs:
+            last = self.found.last("train accuracy", self.settings.stop_epochs)
+            if (last >= self.settings.stop_above).all():
                 self.found.stop_reason = "train accuracy"
                 return True
         return False
@@ -276,6 +370,7 @@ class _State:
             "epochs": len(self.found),
             **self.seconds,
             "processes": self.processes.count,
+            **({"resumed": self.resumed} if self.resumed else {}),
             "device": str(next(self.net.parameters()).device.type),
             "stopped by": self.found.stop_reason,
         }
@@ -284,7 +379,7 @@ class _State:
         """Rank 0 writes the state, with the random numbers of all."""
         states = self.processes.every(_random_state())
         held = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "about": json.dumps(about),
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -293,14 +388,17 @@ class _State:
             **states[0],
             "others": states[1:],
             "seconds": self.seconds,
+            "resumed": self.resumed,
+            "device": _device_name(self.x.device),
             "found": torch.frombuffer(bytearray(self.found.to_bytes()), dtype=torch.uint8),
         }
 
-        self.processes.from_first(lambda: save_whole(path, held))
+        portable = self.execution.portable
+        self.processes.from_first(lambda: write_state(path, held, portable=portable))
 
     def read(self, path: Path, about: dict[str, Any]) -> None:
         """Go on from the checkpoint that rank 0 has, if it has one."""
-        held = self.processes.from_first(lambda: _held(path, about) if path.exists() else None)
+        held = self.processes.from_first(lambda: read_state(path, about) if path.exists() else None)
         if held is None:
             return
         try:
@@ -314,19 +412,57 @@ class _State:
                 _set_random_state(states[self.processes.rank])
             self.seconds = dict(held["seconds"])
             self.found = Trajectory.from_bytes(held["found"].numpy().tobytes())
+            self.resumed = [
+                *held["resumed"],
+                {
+                    "epoch": len(self.found), "momentum": held.get("momentum", "exact"),
+                    "from": held["device"], "on": _device_name(self.x.device),
+                },
+            ]  # fmt: skip
         except Exception as error:  # the training ends here, so that nothing has to be put back
-            raise _no_checkpoint(path, error) from None
+            raise no_checkpoint(path, error) from None
 
 
-class _Parts:
-    """This process's part of every batch."""
+def check_graph(device: torch.device, processes: int) -> None:
+    """Raise an ``OptionError`` where steps cannot be CUDA graphs."""
+    if device.type != "cuda" or processes > 1:
+        raise OptionError(
+            f"locality: graph needs a CUDA device and one process, found {device} and {processes}.\n"
+            "  leave graph out"
+        )
 
-    def __init__(self, batches: Iterable[list[int]], processes: Processes) -> None:
-        self.batches, self.processes = batches, processes
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            yield batch[self.processes.part(len(batch))]
+class _Graphs:
+    """Steps as CUDA graphs, one for every kind of step; what changes is copied into tensors that stay."""
+
+    def __init__(self, state: _State) -> None:
+        check_graph(state.x.device, state.processes.count)
+        self.state, self.pool = state, torch.cuda.graph_pool_handle()
+        self.kinds: dict[tuple[int, ...], tuple[CapturedStep, list[Tensor]]] = {}
+
+    def step(self, index: Tensor, share: float, weight: float, drawn: Draw | None) -> None:
+        """Update once, as ``_State.step``."""
+        given = [index, torch.tensor(weight)]
+        if drawn is not None:
+            given += [drawn.pair] + ([] if drawn.samples is None else [drawn.samples])
+        kind = tuple(tensor.numel() for tensor in given)
+        if kind not in self.kinds:
+            self.kinds[kind] = self._kind(given, share, drawn)
+        captured, kept = self.kinds[kind]
+        for tensor, value in zip(kept, given, strict=True):
+            tensor.copy_(value, non_blocking=True)
+        captured()
+
+    def _kind(
+        self, given: list[Tensor], share: float, drawn: Draw | None
+    ) -> tuple[CapturedStep, list[Tensor]]:
+        device = self.state.x.device
+        index, weight, *rest = kept = [torch.empty_like(t, device=device) for t in given]
+        if drawn is not None:
+            samples = rest[1] if len(rest) > 1 else None
+            drawn = Draw(rest[0], samples, drawn.lengths)
+        step = functools.partial(self.state.step, index, share, weight, drawn)
+        return CapturedStep(step, device, self.pool), kept
 
 
 def _sizes(count: int, batch: int) -> list[int]:
@@ -378,30 +514,6 @@ def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
     return shared
 
 
-def _held(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of the same settings."""
-    away = f"  delete {path}, or choose another folder"
-    try:
-        held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if held["format"] != _FORMAT:
-            raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
-        before = json.loads(held["about"])
-        Trajectory.from_bytes(held["found"].numpy().tobytes())
-    except Exception as error:
-        raise _no_checkpoint(path, error) from None
-    if before != json.loads(json.dumps(about)):
-        raise OptionError(f"{path} is of a training with other settings.\n{away}")
-    return held
-
-
-def _no_checkpoint(path: Path, error: Exception) -> FileError:
-    said = " ".join(str(error).splitlines()[:1])
-    return FileError(
-        f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"
-        f"  delete {path}, or choose another folder"
-    )
-
-
 def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     return {"random": torch.get_rng_state(), "cuda": cuda}
@@ -417,8 +529,41 @@ def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images), torch.from_numpy(data.labels)
 
 
-def _images(x: Tensor, settings: Settings) -> Tensor:
-    return as_input(x, torch.float64 if settings.precision == "float64" else torch.float32)
+def _dtype(settings: Settings) -> torch.dtype:
+    return torch.float64 if settings.precision == "float64" else torch.float32
+
+
+def _standard(data: ImageSet) -> dict[str, list[float]]:
+    """Mean and standard deviation of every channel, of images as networks get them without."""
+    images = torch.from_numpy(data.images)
+    count = images[:, 0].numel()
+
+    def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(images.shape[1], dtype=torch.float64)
+        for some in torch.split(images, _EVALUATED):  # not all in double precision at once
+            total += function(as_input(some, torch.float64)).sum((0, 2, 3))
+        return total / count
+
+    mean = mean_of(lambda some: some)
+    deviation = mean_of(lambda some: (some - mean.view(-1, 1, 1)).square()).sqrt()
+    return {"mean": mean.tolist(), "deviation": deviation.clamp(min=1e-12).tolist()}
+
+
+def _scale(
+    inputs: dict[str, list[float]] | None, settings: Settings, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    if inputs is None:
+        return None
+    mean, deviation = (
+        torch.tensor(inputs[name], dtype=_dtype(settings), device=device).view(-1, 1, 1)
+        for name in ("mean", "deviation")
+    )
+    return mean, deviation
+
+
+def _device_name(device: torch.device) -> str:
+    """The device as a summary names it."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
 def _loss(out: Tensor, labels: Tensor) -> Tensor:
@@ -441,9 +586,12 @@ def _precision(settings: Settings) -> Any:
 
 
 @contextlib.contextmanager
-def _no_denormals() -> Iterator[None]:
+def _fast() -> Iterator[None]:
+    """Flush denormal numbers to zero on a CPU; let cuDNN try its algorithms on a GPU."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
+        torch.backends.cudnn.benchmark = before

@@ -1,4 +1,4 @@
-"""What one training of ``locality`` is made with: its settings, its arms, and the penalties of these."""
+"""What one training of ``locality`` is made with: its settings, its arms, and how it is carried out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tnreg.images import ImageSet
 from tnreg.patches import DifferingPatches, PatchSampler, PresetPatches, RandomPatches
 from tnreg.regularizers import InputGradientChange, InteractionEnergy
 
-__all__ = ["ARMS", "Settings", "penalty_of"]
+__all__ = ["ARMS", "Execution", "Settings", "penalty_of"]
 
 ARMS = ("plain", "weight-decay", "dropout", "igc", "interaction")
 
@@ -34,6 +34,10 @@ class Settings:
             "near", the upper and the lower half of one image; "random" squares, or squares where the
             images of a batch are "differing".
         patch_size: Side of random and differing squares.
+        statistics: What batch normalization uses inside penalties: its running statistics, "frozen", or
+            those of the "batch", as published.
+        standardize: Bring every channel of the training images to mean 0 and standard deviation 1, and the
+            test images by the same numbers.
         igc: Weight of the input gradient change.
         igc_every: A penalty only every so many steps.
         igc_warmup: Steps over which its weight grows.
@@ -62,6 +66,8 @@ class Settings:
     dropout: float = 0.5
     patches: Literal["images", "off", "near", "random", "differing"] = "images"
     patch_size: int = 2
+    statistics: Literal["frozen", "batch"] = "frozen"
+    standardize: bool = False
     igc: float = 2.0
     igc_every: int = 4
     igc_warmup: int = 0
@@ -75,6 +81,24 @@ class Settings:
     interaction_samples: int = 8
     device: str = "cpu"
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How trainings are carried out; what comes out is the same but for rounding.
+
+    Attributes:
+        checkpoint_seconds: Least time between two writings of the state; 0 for one after every epoch.
+        portable: Write states that travel to another machine: parts of at most 14 MiB, 56 MiB in all, with
+            the optimizer's momentum in bfloat16 or left out where it does not fit.
+        model_file: Write the trained network into the run folder.
+        graph: On a CUDA device, replay steps as CUDA graphs.
+    """
+
+    checkpoint_seconds: float = 0.0
+    portable: bool = False
+    model_file: bool = True
+    graph: bool = False
 
 
 def penalty_of(
@@ -95,6 +119,7 @@ def penalty_of(
     options: dict[str, Any] = {"weight": weight, "every": every, "warmup": warmup}
     options["until"] = until or None
     options["target"] = getattr(settings, f"{arm}_target") or None
+    options["statistics"] = settings.statistics
     if arm == "igc":
         return InputGradientChange(patches, **options)
     return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)

@@ -68,8 +68,26 @@ def _of_run(folder: Path, channels: int) -> Net:
         name = about["config"]["model"]
         if about["experiment"] != "locality_run":
             raise ValueError(f"a run of {about['experiment']!r}")
+        inputs = about.get("inputs")
     file = folder / "model.safetensors"
-    return _loaded(build(name, channels), _state(file), file)
+    net = _loaded(build(name, channels), _state(file), file)
+    return net if inputs is None else _Standardized(net, **inputs)
+
+
+class _Standardized(nn.Module):
+    """A network of standardized images that is given images as they are."""
+
+    def __init__(self, net: nn.Module, mean: list[float], deviation: list[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.mean, self.deviation = (
+            nn.Buffer(torch.tensor(x).view(-1, 1, 1)) for x in (mean, deviation)
+        )
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net((x - self.mean) / self.deviation)
+        return out
 
 
 def _state(file: Path) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ not computed again, so a sweep that was killed goes on when it is started again.
 tried again, then reported, and stops none of the others. At the end there are ``results.csv`` with one
 row a cell, ``config.json`` with the same rows, their means over seeds and what failed, and a picture.
 
-Dask does the scheduling, the retries and the communication (``pip install 'tnreg[scale]'``); with
-``workers=0`` the cells are computed in this process, one after another, without it.
+Dask does the scheduling, the retries and the communication (``pip install 'tnreg[scale]'``); where it is
+not installed processes on this machine are Python's own. With ``workers=0`` the cells are computed in this
+process, one after another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tnreg.errors import FileError, OptionError, check_integer
 from tnreg.experiments import sweep_figure
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.sweep_bar import Bar
-from tnreg.experiments.sweep_cell import Cell, Work, found
+from tnreg.experiments.sweep_cell import Cell, Unfinished, Work, found
 from tnreg.experiments.sweep_names import cell_name, named, plain, swept, varying
 from tnreg.experiments.sweep_tables import (
     About,
@@ -34,7 +35,7 @@ from tnreg.experiments.sweep_tables import (
 from tnreg.experiments.sweep_workers import ClusterLost, Done, Failed, results
 from tnreg.files import check_folder
 
-__all__ = ["Experiment", "Failed", "Result", "cell_name", "run"]
+__all__ = ["Experiment", "Failed", "Result", "Work", "cell_name", "run"]
 
 
 def _scalars(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +89,7 @@ class Result:
         folder: Where it is.
         rows: One for each cell that is done, in the order of the cells: its fields, then its results.
         failed: The cells that failed.
+        unfinished: Those whose time was over; the same call goes on with them.
         computed: Names of the cells that this call computed; the others were there.
         fields: Fields in every row.
         headline: The column that is drawn.
@@ -97,6 +99,7 @@ class Result:
     folder: Path
     rows: list[dict[str, Any]]
     failed: list[Failed]
+    unfinished: list[Failed]
     computed: list[str]
     fields: tuple[str, ...]
     headline: str
@@ -123,7 +126,7 @@ def run(
             workers by value; what they import must be installed there, tnreg included.
         cells: Settings of each, values for JSON.
         folder: Where run folders, table and picture go; on a cluster one that all its machines share.
-        workers: Processes of a Dask cluster on this machine, at most one for each missing cell; as many
+        workers: Processes on this machine, at most one for each missing cell; as many
             as there are processors for ``threads`` each if left out; 0 computes in this process.
         threads: Threads that torch uses in a cell; None leaves them as they are.
         scheduler: Address of the scheduler of a cluster that is there, ``tcp://...``, or the path of its
@@ -145,7 +148,8 @@ def run(
     as when a second value of it is added, names change and all cells are computed again; fields that
     will vary later are better in ``Experiment.fields`` from the start.
 
-    An ``OptionError`` of a cell is not tried again. A picture that cannot be drawn is a warning.
+    An ``OptionError`` of a cell is not tried again. A cell that raises ``Unfinished`` keeps its checkpoint
+    and is not tried again by this call. A picture that cannot be drawn is a warning.
     Processes are spawned unless ``workers`` is 0 or there is a ``scheduler``: a script of your own
     then needs ``if __name__ == "__main__":``.
 
@@ -192,14 +196,16 @@ class _State:
         self.missing = [cell for cell in cells if there[cell.name] is None]
         self.done = {name: one for name, one in there.items() if one is not None}
         self.failed: list[Failed] = []
+        self.unfinished: list[Failed] = []
         self.computed: list[str] = []
 
     def take(self, one: Done | Failed, what: Experiment) -> str:
         """Keep what became of a cell; a line that says it."""
         name = one.cell.name
         if isinstance(one, Failed):
-            self.failed.append(one)
-            return f"{name} failed"
+            over = isinstance(one.exception, Unfinished)
+            (self.unfinished if over else self.failed).append(one)
+            return f"{name} {'is not finished' if over else 'failed'}"
         self.done[name] = one.summary
         self.computed += [name] if one.computed else []
         return f"{name} {shown(what.row(one.cell.settings, one.summary), what.headline)}"
@@ -249,4 +255,6 @@ def _end(what: Experiment, place: Path, written: About, state: _State, parquet: 
             what.figure(place)
         except Exception as error:  # hours of computing are not lost for a picture
             warnings.warn(f"no picture of {place}: {type(error).__name__}: {error}", stacklevel=3)
-    return Result(place, rows, state.failed, state.computed, fields, headline, table)
+    return Result(
+        place, rows, state.failed, state.unfinished, state.computed, fields, headline, table
+    )

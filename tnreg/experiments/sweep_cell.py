@@ -22,18 +22,33 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from tnreg.errors import FileError, OptionError
+from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.experiments.folder import UNREADABLE, about_of, versions
 from tnreg.experiments.sweep_names import short_hash
 from tnreg.files import check_folder, folder_written_whole
 
-__all__ = ["Cell", "Work", "compute", "found"]
+__all__ = ["Cell", "Unfinished", "Work", "compute", "found"]
 
 Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 """``work(settings, folder, checkpoint)``: writes into an empty folder, returns results for JSON."""
 
 # A training uses the process's random state and its flag for denormal numbers.
 _ONE_AT_A_TIME = threading.RLock()
+
+
+class Unfinished(TnregError):
+    """The time of a computation is over; what it needs to go on is kept.
+
+    Attributes:
+        so_far: What it has reached, values for JSON.
+    """
+
+    def __init__(self, message: str, so_far: Mapping[str, Any]) -> None:
+        super().__init__(message, so_far)
+        self.so_far = dict(so_far)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,10 @@ class Cell:
 
     @property
     def checkpoint(self) -> Path:
-        """A file that stays when the computation is killed; other settings have another one."""
+        """A file that stays when the computation is killed; other settings have another one.
+
+        Further files of a computation begin with its name before ``.checkpoint``.
+        """
         return self.folder / f"{self.name}.{short_hash(self.settings)}.checkpoint"
 
     @property
@@ -176,8 +194,8 @@ def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, An
 
 
 def _remove_checkpoints(cell: Cell) -> None:
-    """That of the cell, and those of other settings that were left under its name."""
-    for left in cell.folder.glob(f"{glob.escape(cell.name)}.{'[0-9a-f]' * 8}.checkpoint"):
+    """Those of the cell, and those of other settings that were left under its name."""
+    for left in cell.folder.glob(f"{glob.escape(cell.name)}.{'[0-9a-f]' * 8}.*"):
         left.unlink(missing_ok=True)
 
 

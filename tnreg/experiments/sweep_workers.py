@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import importlib.util
 import logging
+import multiprocessing
 import os
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tnreg.errors import OptionError, TnregError
-from tnreg.experiments.sweep_cell import Cell, Work, compute
+from tnreg.experiments.sweep_cell import Cell, Unfinished, Work, compute
 
 __all__ = ["ClusterLost", "Done", "Failed", "results"]
 
@@ -36,7 +37,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A cell that failed as often as it was tried, with the last exception.
+    """A cell that failed as often as it was tried, or whose time was over, with the last exception.
 
     ``traceback`` is its text where the exception itself has none.
     """
@@ -82,10 +83,13 @@ def results(
         told(1, "")
         yield from (_here(cell, work, threads, retries) for cell in cells)
         return
+    most = min(workers or max(1, _processors() // (threads or 1)), len(cells))
+    if scheduler is None and importlib.util.find_spec("distributed") is None:
+        yield from _pool(cells, work, most, threads or 1, retries, told)
+        return
     distributed = _distributed()
     if scheduler is None:
-        most = workers or max(1, _processors() // (threads or 1))
-        connected = _local(distributed, min(most, len(cells)), threads or 1)
+        connected = _local(distributed, most, threads or 1)
     else:
         connected = _remote(distributed, scheduler)
     with connected as client:
@@ -97,9 +101,33 @@ def _here(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | F
         try:
             return Done(cell, *compute(cell, work, threads))
         except Exception as error:
-            if attempt == retries or isinstance(error, OptionError):
+            if attempt == retries or isinstance(error, OptionError | Unfinished):
                 return Failed(cell, error)
     raise AssertionError("not reached: there is at least one attempt")
+
+
+def _pool(
+    cells: list[Cell],
+    work: Work,
+    workers: int,
+    threads: int,
+    retries: int,
+    told: Callable[[int, str], None],
+) -> Iterator[Done | Failed]:
+    """Processes here without Dask: Python's own pool, which ends where one of them is killed."""
+    told(workers, "")
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn")
+    )
+    with pool:
+        jobs = {pool.submit(_here, cell, work, threads, retries): cell for cell in cells}
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                error = job.exception()
+                yield job.result() if error is None else Failed(jobs[job], error)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _on(
@@ -150,9 +178,9 @@ def _on(
 
 @dataclass(frozen=True)
 class _Refused:
-    """An ``OptionError`` of a cell as a value, for what Dask sees as an error it tries again."""
+    """An error that is not to be tried again, as a value: what Dask sees as an error it tries again."""
 
-    said: str
+    error: OptionError | Unfinished
     traceback: str
 
 
@@ -164,13 +192,13 @@ def _task(
 
     try:
         return compute(cell, cloudpickle.loads(function), threads)
-    except OptionError as error:
-        return _Refused(str(error), traceback.format_exc())
+    except (OptionError, Unfinished) as error:
+        return _Refused(error, traceback.format_exc())
 
 
 def _outcome(cell: Cell, value: tuple[dict[str, Any], bool] | _Refused) -> Done | Failed:
     if isinstance(value, _Refused):
-        return Failed(cell, OptionError(value.said), value.traceback)
+        return Failed(cell, value.error, value.traceback)
     return Done(cell, *value)
 
 
