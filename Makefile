@@ -11,7 +11,15 @@ LOWEST := .venv-lowest
 NEW_ENOUGH = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "tnreg needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 
-.PHONY: demo test test-lowest coverage docs figures figure-locality check format lint types bench clean
+# What needs a GPU, on a machine with torch and CUDA; GPU_FLAGS="--rehearse" tries it on the CPU. It goes on
+# with what is not complete.
+GPU_PYTHON ?= python3
+GPU_FLAGS ?=
+# What such a machine may lack, with what it is compared to; without torchTT, of which there is no wheel.
+GPU_WHEELS := tensornetwork graphviz==0.21 tyro docstring_parser==0.18.0 typeguard==4.6.1 \
+	cotengra==0.8.3 autoray==0.11.0 tensorkrowch==1.1.6
+
+.PHONY: demo test test-lowest coverage docs figures figure-locality check format lint types bench gpu gpu-wheels clean
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
@@ -93,6 +101,16 @@ bench: $(READY)
 	$(BIN)/python benchmarks/steps.py --out benchmarks/results/steps-cpu.json
 	$(BIN)/python benchmarks/dynamics.py --out benchmarks/results/dynamics-cpu.json
 
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(GPU_FLAGS)
+
+# For Python 3.12 on x86-64; gpu.py takes those that are not installed there.
+gpu-wheels:
+	rm -rf .wheels
+	$(PYTHON) -m pip download --disable-pip-version-check -q -c constraints.txt --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .wheels $(GPU_WHEELS)
+
 $(READY): pyproject.toml constraints.txt
 	$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
@@ -100,4 +118,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(LOWEST) .wheels runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -499,7 +499,7 @@ def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
     (ax,) = drawn[0].axes
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == [
-        "plain, statistics batch (2 seeds)", "input gradient change, statistics batch (1 seed)",
+        "plain (2 seeds)", "input gradient change, statistics batch (1 seed)",
         "input gradient change, statistics frozen (1 seed)", "published: plain", "published: λ = 9",
     ]  # fmt: skip
     lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}

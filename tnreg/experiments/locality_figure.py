@@ -126,7 +126,9 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         ax.plot(row["distance"], at, marker="o", ms=6, mfc="none", color="0.3", ls="")
         text = f" {_LABELS.get(row['arm'], row['arm'])}, epoch {row['epochs']}"
         ax.annotate(text, (row["distance"], at), fontsize=7, va="center")
+    published: set[int] = set()
     for arm, name, values in _PUBLISHED.get(config["set"], ()):
+        published |= values.keys()
         some_lines = [k for k, label in enumerate(lines) if label.startswith(_LABELS.get(arm, arm))]
         ax.errorbar(
             list(values), [mean for mean, _ in values.values()],
@@ -134,7 +136,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
             color=f"C{some_lines[0]}" if some_lines else "0.5", alpha=0.6, label=f"published: {name}",
         )  # fmt: skip
     ax.axhline(50, color="0.6", lw=0.8, ls=":")
-    ax.set_xticks(distances)
+    ax.set_xticks(sorted({*distances, *published}))
     pathfinder = config["set"] == "pathfinder"
     ax.set_xlabel("paddles of a path" if pathfinder else "distance between the images (pixels)")
     ax.set_ylabel("test accuracy (%)")
@@ -151,7 +153,7 @@ def going_on(folder: str | Path) -> list[dict[str, Any]]:
         named = re.match(r"(.+?)-(\d+)-seed-", path.name)
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        tested = [row for row in rows if row["test accuracy"] != "nan"]
+        tested = [row for row in rows if row["test accuracy"] not in ("", "nan")]
         if named and tested:
             out.append(
                 {
@@ -164,7 +166,8 @@ def going_on(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _label(row: dict[str, Any], fields: Sequence[str]) -> str:
-    more = [f"{name} {row[name]}" for name in fields if name not in ("arm", "distance", "seed")]
+    penalized = row["arm"] in ("igc", "interaction")
+    more = [f"{name} {row[name]}" for name in fields if name == "statistics" and penalized]
     return ", ".join([_LABELS.get(row["arm"], row["arm"]), *more])
 
 

@@ -100,7 +100,7 @@ def train(
 
     Returns:
         Accuracies of the last epoch, epochs, processes, and seconds of training, evaluation not
-        counted; processor seconds are those of all processes.
+        counted, of an epoch their median in this process; processor seconds are those of all processes.
 
     Raises:
         TnregError: Settings that do not fit each other, or a checkpoint of other settings.
@@ -241,6 +241,7 @@ class _State:
         self.shuffle = torch.Generator().manual_seed(seed)
         self.found = Trajectory()
         self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
+        self.took: list[float] = []  # seconds of every epoch in this process
         self.resumed: list[dict[str, Any]] = []
         self.settings = settings
         self.host, labels = _tensors(data)
@@ -260,7 +261,8 @@ class _State:
         shown, penalized = self.steps()
         mine = self.sums.tolist()  # on a GPU this waits for the epoch to be done
         mine.append(time.process_time() - start[0])
-        self.seconds["seconds"] += time.perf_counter() - start[1]
+        self.took.append(time.perf_counter() - start[1])
+        self.seconds["seconds"] += self.took[-1]
         every = self.processes.sum(torch.tensor(mine, dtype=torch.float64, device=self.x.device))
         if not bool(torch.isfinite(every).all()):
             raise DataError(
@@ -369,6 +371,7 @@ class _State:
             "test accuracy": tested,
             "epochs": len(self.found),
             **self.seconds,
+            "seconds an epoch": float(np.median(self.took)) if self.took else None,
             "processes": self.processes.count,
             **({"resumed": self.resumed} if self.resumed else {}),
             "device": str(next(self.net.parameters()).device.type),

@@ -1,0 +1,252 @@
+"""Hierarchical SVD, spectra and rounding by Gram matrices and by QR factorizations, and their kernels.
+
+Do the routes by squares earn their place on this device: more than 1.3 times as fast at spectra equal to
+1e-10? ``decompose`` of 16^6 and 32^5 to 1e-6 and 1e-4 (smooth, and hierarchical rank 8 with noise of 1e-9);
+``spectra`` and ``truncate`` of factored tensors (as in benchmarks/factored.py, order 64 at ranks 16 and 32,
+order 256 at rank 16); double precision. Beside: torchTT on the same device, if it is installed.
+
+Estimate for an H100, 45 s; launches 6 us, a wait 15 us, cuSOLVER per matrix (it loops over a batch beyond
+32 x 32): QR with its Q 0.15 ms, symmetric eigenvalues of n = 64 2 ms and of 512 30 ms, SVD of 64 4 ms and
+of 512 150 ms; all of them assumptions, which the table of kernels replaces.
+  decompose, 11 s: Gram products of 16^6 are memory, 1 ms; with eigh of 16 .. 256 some 30 ms a call, QR of
+    2^20 x 16 some 100 ms; 4 tensors x 2 tolerances x 3 ways x 7 calls x 65 ms.
+  factored, 14 s: spectra of 64/16 by squares are 482 launches, 32 waits and 7 batches of eigenvalues, 7 ms;
+    by QR 317 launches, 14 waits, QR of 126 nodes one by one, 25 ms, of 510 nodes 80 ms; truncate twice that:
+    6 tensors x 4 ways x 15 calls x 40 ms.
+  kernels, 8 s: 60 rows of at most 0.3 s; torchTT, 10 s: SVDs of 16 x 2^20 by cuSOLVER.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import factored
+import torch
+from torch import Tensor
+
+import tnreg
+from gpu_stages.bench import Bench
+from gpu_stages.launches import counted
+from tnreg import frames, gramians, hsvd, rounding
+from tnreg.convert import from_tensor_train
+
+ESTIMATE = 45.0
+RTOLS = (1e-6, 1e-4)
+
+
+@contextlib.contextmanager
+def by(way: str) -> Iterator[list[bool]]:
+    """Force a way; yields whether squares sufficed, one for each call of ``outside``.
+
+    Here alone, by exchanging private functions. Frames by QR: a Cholesky factorization that finds every
+    Gram matrix ill-conditioned. Values by QR: ``outside`` is asked for no squares. Vectors of
+    ``decompose``: by QR with a tolerance of 0, by Gram matrices with an infinite one (whether the error
+    stays within the real one is recorded). "as chosen" exchanges nothing that matters.
+    """
+    real, left, enough = frames.outside, hsvd._left_vectors, list[bool]()
+    by_qr = way in ("values by QR", "QR")
+    allowed = 0.0 if by_qr else math.inf if way == "Gram" else None
+
+    def outside(net: Any, found: Any, *, squares: bool, vectors: bool) -> Any:
+        result = real(net, found, squares=squares and not by_qr, vectors=vectors)
+        enough.append(result is not None and squares and not by_qr)
+        return result
+
+    def vectors_of(view: Tensor, given: float, exact: bool) -> Any:
+        return left(view, given if allowed is None else allowed, exact)
+
+    def ill_conditioned(gram: Tensor) -> tuple[Tensor, Tensor, float]:
+        return gram, gram, math.inf
+
+    with contextlib.ExitStack() as held:
+        for module in (gramians, rounding):
+            held.enter_context(patch.object(module, "outside", outside))
+        held.enter_context(patch.object(hsvd, "_left_vectors", vectors_of))
+        if way in ("frames by QR", "QR"):
+            held.enter_context(patch.object(frames, "_cholesky", ill_conditioned))
+        yield enough
+
+
+def run(bench: Bench) -> None:
+    """Dense tensors, factored tensors, kernels, torchTT."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pieces = {"decompose": dense, "factored": in_factors, "kernels": kernels, "torchTT": trains}
+    for name, piece in pieces.items():
+        rows: dict[str, Any] = {}
+        for key, row in piece(bench):
+            rows[key] = row
+            bench.add(**{name: rows}, summary=summary(bench.figures))
+            if bench.left() < 6:
+                bench.add(note=f"no time left after {name}, {key}")
+                return
+
+
+def quick(bench: Bench, call: Callable[[], Any], repeats: int = 3) -> float:
+    """Milliseconds, in at most some 0.3 s or three calls."""
+    once = bench.milliseconds(call, repeats=1, warmup=1)
+    return once if once > 150 else bench.milliseconds(call, repeats=repeats, warmup=1)
+
+
+def dense_tensors(bench: Bench) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of benchmarks/decompose.py, made on the device, and of order 5."""
+    for order, size in ((4, 4), (3, 8)) if bench.rehearse else ((6, 16), (5, 32)):
+        grid = torch.linspace(0, 1, size, dtype=torch.float64, device=bench.device)
+        axes = [
+            (k + 1) * grid.reshape([-1 if n == k else 1 for n in range(order)])
+            for k in range(order)
+        ]
+        yield f"smooth {size}^{order}", 1 / (1 + sum(axes))
+        model = tnreg.Factorization(
+            tnreg.ModeTree.binary(order), size, min(8, size), join="full", std=1.0, dtype=torch.float64,
+            device=bench.device, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        low = model.to_tensor().detach()
+        noise = torch.randn_like(low)
+        yield f"rank 8 {size}^{order}", low / low.norm() + 1e-9 * noise / noise.norm()
+
+
+def dense(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """``decompose`` by both ways and as chosen, with the errors reached and the largest bonds."""
+    for (name, x), rtol in itertools.product(dense_tensors(bench), RTOLS):
+        call = partial(tnreg.decompose, x, tnreg.ModeTree.binary(x.ndim), rtol=rtol)
+        row: dict[str, Any] = {}
+        exact: dict[Any, Tensor] = {}
+        for way in ("QR", "Gram", "as chosen"):
+            with by(way):
+                found = call()
+                values = tnreg.spectra(found.requires_grad_(False))
+                exact = exact or values
+                row[way] = {
+                    "milliseconds": quick(bench, call), "error": relative_error(found, x),
+                    "largest bond": max(found.network.bonds), "deviation": deviation(values, exact),
+                }  # fmt: skip
+        if rtol == RTOLS[0]:
+            single = partial(tnreg.decompose, x.float(), tnreg.ModeTree.binary(x.ndim), rtol=rtol)
+            row["as chosen, float32"] = quick(bench, single)
+        yield f"{name}, {rtol:g}", row
+
+
+def relative_error(found: tnreg.Factorization, x: Tensor) -> float:
+    """``‖found - x‖ / ‖x‖`` on the device."""
+    return float((found.to_tensor() - x).norm() / x.norm())
+
+
+def deviation(found: Mapping[Any, Tensor], exact: Mapping[Any, Tensor]) -> float:
+    """Largest difference of singular values that both have, by the largest of their node."""
+    pairs = ((found[node], values) for node, values in exact.items())
+    return max(float((a[: len(b)] - b[: len(a)]).abs().max() / b.max()) for a, b in pairs)
+
+
+def factored_tensor(
+    order: int, rank: int, decay: float, device: torch.device
+) -> tnreg.Factorization:
+    """Of a kind with those of benchmarks/factored.py: the j-th index of every bond scaled by decay^j."""
+    model = tnreg.Factorization(
+        tnreg.ModeTree.binary(order), factored.SIZE, rank, join="full", std=1.0, dtype=torch.float64,
+        device=device, generator=torch.Generator().manual_seed(order + rank),
+    )  # fmt: skip
+    scale = decay ** torch.arange(rank, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for stack, part in zip(model.stacks, model.network.stacks, strict=True):
+            if part.shape[0] == factored.SIZE:
+                stack /= math.sqrt(factored.SIZE)
+            else:
+                over = [1] * (len(part.shape) - 2)
+                stack *= scale.reshape(-1, 1, *over) * scale.reshape(-1, *over) / rank
+    return model.requires_grad_(False)
+
+
+def in_factors(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """``spectra`` and ``truncate`` by four ways, with deviations from all by QR."""
+    sizes = ((8, 4),) if bench.rehearse else factored.CASES
+    for (order, rank), (case, decay) in itertools.product(sizes, (("generic", 1.0), ("cut", 0.7))):
+        model = factored_tensor(order, rank, decay, bench.device)
+        spectra = partial(tnreg.spectra, model)
+        rounded = partial(tnreg.truncate, model, rtol=factored.RTOL)
+        row: dict[str, Any] = {}
+        exact: dict[Any, Tensor] = {}
+        for way in ("QR", "values by QR", "frames by QR", "Gram"):
+            with by(way) as enough:
+                found = spectra()
+                exact = exact or found
+                row[way] = {
+                    "spectra": quick(bench, spectra), "truncate": quick(bench, rounded),
+                    "squares sufficed": enough[0], "deviation": deviation(found, exact),
+                    "largest bond": max(rounded().network.bonds), "of a call": counted(spectra),
+                }  # fmt: skip
+        yield f"{case} {order}/{rank}", row
+
+
+def kernels(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """Milliseconds of factorizations of batches (k, n, n), and of a frame (k, n^2, n) by both ways."""
+
+    def by_gram(x: Tensor) -> Any:
+        return frames._cholesky(x.mT @ x)
+
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "cholesky": torch.linalg.cholesky_ex, "qr": torch.linalg.qr,
+        "eigh": torch.linalg.eigh, "eigvalsh": torch.linalg.eigvalsh, "svdvals": torch.linalg.svdvals,
+    }  # fmt: skip
+    for n in (8, 16) if bench.rehearse else (8, 16, 32, 64, 256, 512):
+        row: dict[str, float | str] = {}
+        for k, (name, call) in itertools.product((1, 64), calls.items()):
+            if k == 64 and 64 * float(row[f"{name} 1"]) > 1000:
+                row[f"{name} 64"] = "left out: longer than a second, if one by one"
+                continue
+            x = torch.randn(k, n, n, dtype=torch.float64, device=bench.device)
+            given = x if name in ("qr", "svdvals") else x @ x.mT + torch.eye(n).to(x)
+            row[f"{name} {k}"] = quick(bench, partial(call, given))
+        if n <= 32:
+            x = torch.randn(64, n * n, n, dtype=torch.float64, device=bench.device)
+            row["frame by QR 64"] = quick(bench, partial(torch.linalg.qr, x))
+            row["frame by Gram 64"] = quick(bench, partial(by_gram, x))
+        yield f"{n} x {n}", row
+
+
+def trains(bench: Bench) -> Iterator[tuple[str, Any]]:
+    """Tensor trains of tnreg and of torchTT."""
+    try:
+        import torchtt
+    except ImportError:
+        yield "torchTT", "not installed"
+        return
+    for order, rank in ((8, 4),) if bench.rehearse else factored.CASES:
+        cores = [torch.from_numpy(c).to(bench.device) for c in factored.train(order, rank, 0.7)]
+        ours, theirs = from_tensor_train(cores), torchtt.TT(cores)
+        yield (
+            f"round, cut {order}/{rank}",
+            {
+                "tnreg": quick(bench, partial(tnreg.truncate, ours, rtol=factored.RTOL)),
+                "torchTT": quick(bench, partial(theirs.round, factored.RTOL)),
+            },
+        )
+    for name, x in dense_tensors(bench):
+        tree = tnreg.ModeTree.caterpillar(x.ndim)
+        yield (
+            f"decompose {name}",
+            {
+                "tnreg": quick(bench, partial(tnreg.decompose, x, tree, rtol=RTOLS[0])),
+                "torchTT": quick(bench, partial(torchtt.TT, x, eps=RTOLS[0])),
+            },
+        )
+
+
+def summary(figures: dict[str, Any]) -> dict[str, Any]:
+    """QR / Gram of every case, and where Gram matrices earn their place."""
+    ratios = {}
+    for name, row in figures.get("decompose", {}).items():
+        ratio = row["QR"]["milliseconds"] / row["Gram"]["milliseconds"]
+        ratios[f"decompose {name}"] = ratio, row["Gram"]
+    for name, row in figures.get("factored", {}).items():
+        for what in ("spectra", "truncate"):
+            ratios[f"{what} {name}"] = row["QR"][what] / row["Gram"][what], row["Gram"]
+    return {
+        name: {"QR / Gram": ratio, "earns its place": ratio > 1.3 and row["deviation"] < 1e-10}
+        for name, (ratio, row) in ratios.items()
+    }

@@ -1,0 +1,540 @@
+"""The command for a GPU, rehearsed on the CPU: its stages, and that none of them costs another."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import tnreg
+from tnreg.experiments import locality, locality_run
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+
+# What a stage may do; every one leaves a line in a file beside its module.
+STAGES = {
+    "fine": 'bench.add(number=1.5, ok=True, nested={"a": 2})',
+    "raises": 'bench.add(number=2.5)\n    raise ValueError("nothing to measure")',
+    "crashes": "bench.add(number=3.5)\n    os._exit(3)",
+    "empty": "os._exit(4)",
+    "hangs": (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    asleep = subprocess.Popen(['sleep', '600'])\n"
+        "    bench.add(number=4.5, asleep=asleep.pid)\n"
+        "    time.sleep(600)"
+    ),
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The runner as a module, without the seconds that it grants to what is killed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    return module
+
+
+@pytest.fixture
+def stage(monkeypatch, gpu, tmp_path):
+    """A function that makes stages of the table above."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    def make(name, budget=300.0, body=None, **more):
+        (folder / f"stage_{name}.py").write_text(
+            "import os, signal, subprocess, time\nfrom pathlib import Path\n\n\n"
+            "def run(bench):\n"
+            "    with Path(__file__).with_suffix('.calls').open('a') as calls:\n"
+            "        print(bench.name, file=calls)\n"
+            f"    {body or STAGES[name]}\n"
+        )
+        return gpu.Stage(name, f"stage_{name}", budget, 1, f"a stage that {name}", **more)
+
+    return make
+
+
+@pytest.fixture
+def known(monkeypatch, gpu):
+    """The machine is known, so that no process has to look."""
+    told = {"device": "a processor", "torch": "2"}
+    monkeypatch.setattr(gpu, "_machine", lambda rehearse, environment: told)
+
+
+def calls_of(tmp_path, name):
+    file = tmp_path / "modules" / f"stage_{name}.calls"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def found_in(folder, name):
+    return json.loads((folder / f"gpu-{name}.json").read_text())
+
+
+def run(gpu, stages, out, *arguments):
+    return gpu.main(["--rehearse", "--out", str(out), *arguments], stages)
+
+
+def check_whole(found, name):
+    assert found["stage"] == name and found["complete"] is True and "error" not in found
+    assert found["rehearsal"] is True and found["torch"] == torch.__version__
+    assert found["figures"]
+
+
+def test_rehearsal_of_every_stage(gpu, tmp_path):
+    names = [stage.name for stage in gpu.STAGES]
+    call = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path / "out")]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in names:
+        check_whole(found_in(tmp_path / "out", name), name)
+
+
+def test_rehearsal_of_the_laws(tmp_path):
+    call = [sys.executable, str(SCRIPT), "--rehearse", "--only", "correct", "--out", "out"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    found = found_in(tmp_path / "out", "correct")
+    check_whole(found, "correct")
+    figures = found["figures"]
+    assert figures["ok"] is True and figures["failed"] == [] and figures["errors"] == {}
+    assert "ok True" in done.stdout and "complete" in done.stdout
+    for rows in figures["laws"].values():
+        assert "float32" in rows
+        assert all(0 <= row["deviation"] <= row["bound"] for row in rows.values())
+    assert figures["laws"]["dense tensor"]["float32"]["deviation"] > 0  # it is another precision
+    assert not any("error" in line for path in figures["host reads"].values() for line in path)
+    assert not any(figures["host reads"][path] for path in ("forward", "ConvNet", "dense tensor"))
+
+
+def test_every_stage_fails(gpu, stage, tmp_path, capsys):
+    """Three ways to fail and one that is killed; what follows them is run."""
+    out = tmp_path / "out"
+    table = [stage("raises"), stage("crashes"), stage("hangs", budget=0.5), stage("empty")]
+    assert run(gpu, table, out) == 1
+    found = {one.name: found_in(out, one.name) for one in table}
+    assert not any(one["complete"] for one in found.values())
+    assert found["raises"]["figures"] == {"number": 2.5}
+    assert found["raises"]["error"].splitlines()[-1] == "ValueError: nothing to measure"
+    assert found["crashes"]["figures"] == {"number": 3.5}
+    assert found["crashes"]["error"] == "exit code 3"
+    assert found["hangs"]["error"].startswith("killed after ")
+    assert found["empty"]["error"] == "exit code 4" and found["empty"]["figures"] == {}
+    assert all(one["torch"] == torch.__version__ for one in found.values())
+    text = capsys.readouterr().out
+    assert "ValueError: nothing to measure" in text
+    assert "not complete: raises, crashes, hangs, empty; the same command goes on" in text
+
+
+@pytest.mark.usefixtures("known")
+def test_killed_stage_keeps_its_figures(gpu, stage, tmp_path, monkeypatch):
+    """It ignores the request to end and has a process of its own: both are gone, the next stage is run."""
+    out = tmp_path / "out"
+
+    class Impatient(subprocess.Popen):
+        """Its budget is over as soon as the stage has figures, whatever the clock says."""
+
+        def wait(self, timeout=None):
+            if (
+                not any('"name": "hangs"' in str(part) for part in self.args)
+                or self.poll() is not None
+            ):
+                return super().wait(timeout)
+            while not (out / "gpu-hangs.json").exists():
+                time.sleep(0.02)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Impatient)
+    assert run(gpu, [stage("hangs"), stage("fine")], out) == 1
+    found = found_in(out, "hangs")
+    assert found["complete"] is False and found["error"] == "killed after 300 s"
+    assert found["figures"]["number"] == 4.5
+    assert gone(found["figures"]["asleep"])
+    check_whole(found_in(out, "fine"), "fine")
+    assert sorted(file.name for file in out.iterdir()) == ["gpu-fine.json", "gpu-hangs.json"]
+
+
+def gone(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return True
+    return state in "ZX"
+
+
+@pytest.mark.usefixtures("known")
+def test_goes_on_from_what_is_there(gpu, stage, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert run(gpu, [stage("fine"), stage("raises")], out) == 1
+    text = capsys.readouterr().out
+    assert "number 1.5, ok True, nested: a 2" in text
+
+    table = [stage("fine"), stage("raises", body="bench.add(number=9)")]
+    assert run(gpu, table, out) == 0
+    assert (calls_of(tmp_path, "fine"), calls_of(tmp_path, "raises")) == (1, 2)
+    found = found_in(out, "raises")
+    assert found["complete"] is True and found["figures"] == {"number": 9} and "error" not in found
+    assert "complete before, on " in capsys.readouterr().out
+
+    # in a folder of an earlier command, on another device
+    held = found_in(out, "fine")
+    (out / "gpu-fine.json").write_text(json.dumps({**held, "device": "another device"}))
+    assert run(gpu, table, other, "--before", str(out)) == 0
+    assert "complete before, on another device" in capsys.readouterr().out
+    assert not list(other.iterdir())
+    # figures of a GPU are not those of a rehearsal
+    (out / "gpu-fine.json").write_text(json.dumps({**held, "rehearsal": False}))
+    assert run(gpu, table[:1], other, "--before", str(out)) == 0
+    assert calls_of(tmp_path, "fine") == 2
+    assert run(gpu, table[:1], other, "--before", str(out), "--again") == 0
+    assert calls_of(tmp_path, "fine") == 3
+
+
+@pytest.mark.usefixtures("known")
+def test_crash_at_once_keeps_figures_of_an_earlier_try(gpu, stage, tmp_path):
+    out = tmp_path / "out"
+    assert run(gpu, [stage("crashes")], out) == 1
+    assert run(gpu, [stage("crashes", body="os._exit(5)")], out) == 1
+    found = found_in(out, "crashes")
+    assert found["error"] == "exit code 5; these are of an earlier try"
+    assert found["complete"] is False and found["figures"] == {"number": 3.5}
+
+
+@pytest.mark.usefixtures("known")
+def test_what_a_stage_is_given(gpu, stage, tmp_path):
+    """Its folder stays if something is in it, and it knows where earlier commands left theirs."""
+    body = (
+        "(bench.folder / 'state').write_text('1')\n"
+        "    bench.add(before=list(map(str, bench.before)), folder=str(bench.folder), left=bench.left())"
+    )
+    out = tmp_path / "out"
+    more = ["--before", str(tmp_path), "--budget", "200"]
+    assert run(gpu, [stage("fine", body=body)], out, *more) == 0
+    figures = found_in(out, "fine")["figures"]
+    assert figures["before"] == [str(out), str(tmp_path)]
+    assert figures["folder"] == str(out / "fine") and (out / "fine" / "state").exists()
+    assert 0 < figures["left"] < 200
+
+
+@pytest.mark.usefixtures("known")
+def test_not_begun_without_time(gpu, stage, tmp_path, capsys):
+    late = stage("fine", least=120)
+    assert gpu.main(["--out", str(tmp_path / "out"), "--budget", "60"], [late]) == 1
+    assert "left, it needs 120" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "gpu-fine.json").exists() and not calls_of(tmp_path, "fine")
+    assert run(gpu, [late], tmp_path / "out", "--budget", "60") == 0  # a rehearsal begins it
+
+
+@pytest.mark.usefixtures("known")
+def test_only_and_list(gpu, stage, tmp_path, capsys):
+    out = tmp_path / "out"
+    table = [stage("raises"), stage("fine"), stage("crashes")]
+    assert run(gpu, table, out, "--list") == 0
+    text = capsys.readouterr().out
+    assert "a stage that raises" in text and "complete" not in text and not out.exists()
+    assert run(gpu, table, out, "--only", "fine") == 0
+    assert [file.name for file in out.iterdir()] == ["gpu-fine.json"]
+    capsys.readouterr()
+    assert run(gpu, table, out, "--list", "--only", "fine, crashes") == 0
+    text = capsys.readouterr().out
+    assert "complete in" in text and "crashes" in text and "raises" not in text
+
+
+def test_stages_fit_into_one_command(gpu):
+    names = [stage.name for stage in gpu.STAGES]
+    assert len(set(names)) == len(names)
+    assert sum(stage.budget for stage in gpu.STAGES[:6]) <= 540
+    assert all(stage.estimate <= stage.budget for stage in gpu.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--only", "corect"], "--only: there is no stage 'corect'; there are correct, plans"),
+        (["--budget", "0"], "--budget must be a number of seconds > 0, found 0"),
+        (["--budget", "nan"], "--budget must be a number of seconds > 0, found nan"),
+        (["--budget", "soon"], "invalid float value: 'soon'"),
+        (["--before", "nowhere"], "--before: there is no folder nowhere"),
+        (["--out", str(SCRIPT)], "is a file"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_bad_arguments(gpu, capsys, arguments, told):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(arguments)
+    assert stop.value.code == 2
+    text = capsys.readouterr()
+    assert text.err.count("error:") == 1 and told in text.err and text.out == ""
+
+
+def test_rehearsal_keeps_figures_of_a_gpu(gpu, tmp_path, capsys):
+    (tmp_path / "gpu-plans.json").write_text('{"rehearsal": false, "complete": true}')
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", "--out", str(tmp_path)])
+    assert "would write over the figures" in capsys.readouterr().err
+
+
+def test_without_a_gpu(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr()
+    assert text.err.count("\n") == 1 and "torch sees no CUDA device here" in text.err
+    assert text.out == "" and not (tmp_path / "out").exists()
+
+
+def test_wheels_of_what_is_missing(gpu, tmp_path, monkeypatch):
+    """Unpacked if nothing of that name can be imported, and behind everything else."""
+    wheels, site = tmp_path / ".wheels", tmp_path / "site"
+    for folder in (wheels, site):
+        folder.mkdir()
+    for name in ("Certainly_missing", "tnreg", "numpy"):
+        with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"{name.lower()}/__init__.py", "here = True\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    environment = gpu._environment(site)
+    assert [file.name for file in site.iterdir()] == ["certainly_missing"]
+    assert environment["PYTHONPATH"].split(os.pathsep)[2:] == ["mine", str(site)]
+    call = [sys.executable, "-c", "import certainly_missing; print(certainly_missing.here)"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n"
+
+
+def test_what_is_missing_is_named(gpu, monkeypatch):
+    child = importlib.import_module("gpu_stages.child")
+    monkeypatch.setattr(child, "NEEDED", ("torch", "certainly_missing", "tyrannosaur"))
+    told = child.machine_of("cpu")["error"]
+    assert told.startswith("certainly_missing, tyrannosaur cannot be imported")
+    assert "make gpu-wheels" in told
+
+
+def test_wheels_are_those_of_the_tests():
+    """Nothing that is needed is left out, and versions are pinned, here or in constraints.txt."""
+    makefile = (ROOT / "Makefile").read_text()
+    wheels = makefile.split("GPU_WHEELS := ")[1].split("\n\n")[0].replace("\\\n", " ").split()
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert {"tensornetwork", "tyro"} < {wheel.split("==")[0] for wheel in wheels}
+    assert all("==" in wheel or f"\n{wheel}==" in pinned for wheel in wheels)
+    assert ".wheels/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+# Laws and reads
+
+
+@pytest.fixture
+def correct(gpu):
+    return importlib.import_module("gpu_stages.correct")
+
+
+def test_law_that_fails_costs_no_other(correct):
+    cases = [
+        correct.case_of("across", "full", torch.float64, torch.device("cpu"), k) for k in (0, 1)
+    ]
+    values = iter([0.5, 0.25])
+    assert correct.tried(lambda case: next(values), cases, 1.0)[0] == {
+        "deviation": 0.5, "bound": 1.0, "ok": True, "case": "across, full",
+    }  # fmt: skip
+    for wrong in (math.nan, math.inf, 2.0):
+        row, error = correct.tried(lambda case, wrong=wrong: wrong, cases, 1.0)
+        assert row["ok"] is False and error == ""
+    row, error = correct.tried(lambda case: 1 / 0, cases, 1.0)
+    assert row["ok"] is False and error.endswith("ZeroDivisionError: division by zero\n")
+    assert correct.tried(lambda case: None, cases, 1.0) == (None, "")
+
+
+def test_laws_see_a_wrong_device(correct):
+    """A model whose weights are off by a little more than rounding fails."""
+    case = correct.case_of("uneven", "mixed", torch.float64, torch.device("cpu"))
+    good = {law: correct.tried(f, [case], correct.bound_of(law, case.dtype))[0]
+            for law, f in correct.LAWS.items()}  # fmt: skip
+    assert all(row["ok"] for row in good.values())
+    with torch.no_grad():
+        case.model.stacks[0] += 1e-8
+    seen = {law for law, f in correct.LAWS.items()
+            if not correct.tried(f, [case], correct.bound_of(law, case.dtype))[0]["ok"]}  # fmt: skip
+    # ranks do not change by so little, and errors of what is cut are measured against its own input
+    assert seen >= set(good) - {"hierarchical ranks", "decompose: error over allowed",
+                                "truncate: error over allowed"}  # fmt: skip
+
+
+def test_host_reads_are_seen(gpu):
+    waiting = importlib.import_module("gpu_stages.waiting")
+    cpu = torch.device("cpu")
+    x = torch.arange(3.0)
+    for call, name in (
+        (lambda: float(x.sum()), "_local_scalar_dense.default"),
+        (lambda: bool((x > 1).any()), "_local_scalar_dense.default"),
+        (lambda: x.nonzero(), "nonzero.default"),
+        (lambda: x[x > 1], "index.Tensor"),
+        (lambda: torch.equal(x, x + 1), "equal.default"),
+        (lambda: x.unique(), "_unique2.default"),
+    ):
+        found = waiting.host_reads(cpu, call)
+        assert [line.split(" at ")[0] for line in found] == [name]
+    for call in (
+        lambda: x + 1,
+        lambda: x.to("cpu", torch.float64),
+        lambda: x[torch.tensor([0, 2])],
+    ):
+        assert waiting.host_reads(cpu, call) == {}
+    model = tnreg.Factorization(tnreg.ModeTree.binary(2), 3, 2, std=1.0)
+    (line,) = waiting.host_reads(cpu, model.norm)
+    assert line.startswith("_local_scalar_dense.default at tnreg/scaled.py:")
+    assert waiting.waits(cpu, lambda: x + 1) is None
+
+
+def test_copies_to_the_host_are_seen(gpu):
+    """The meta device has no numbers: what needs them fails, and is counted before."""
+    waiting = importlib.import_module("gpu_stages.waiting")
+    x, y = torch.empty(3, device="meta"), torch.empty(3)
+    with waiting.HostReads(x.device) as mode:
+        x + 1, x.double(), y.to("meta"), x.copy_(y)
+        assert not mode.found
+        for call in (
+            lambda: x.cpu(),
+            lambda: y.copy_(x),
+            lambda: float(x.sum()),
+            lambda: x.tolist(),
+        ):
+            with pytest.raises((NotImplementedError, RuntimeError)):
+                call()
+    assert sum(mode.found.values()) == 4
+
+
+def test_training_steps_read_nothing(gpu, correct):
+    """On a device without numbers: forward, loss, backward and update of all but penalties."""
+    waiting = importlib.import_module("gpu_stages.waiting")
+    for join in correct.JOINS:
+        model = correct.case_of("uneven", join, torch.float32, torch.device("meta")).model
+        net = tnreg.to_cnn(model)
+        x = [torch.empty(5, size, device="meta") for size in model.sizes]
+        update = tnreg.GroupRMSprop([*model.parameters(), *net.parameters()])
+
+        penalty = tnreg.LocalComponentPenalty() if join != "full" else tnreg.Factorization.to_tensor
+
+        def step(model=model, net=net, x=x, update=update, penalty=penalty):
+            update.zero_grad()
+            loss = (model(x) - net(x)).square() + model.to_tensor().square().mean()
+            (loss.mean() + penalty(model).sum()).backward()
+            update.step()
+
+        assert waiting.host_reads(torch.device("meta"), step) == {}
+
+
+@pytest.mark.parametrize("kind", ["InputGradientChange", "InteractionEnergy"])
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_penalties_drawn_on_the_cpu_read_nothing(gpu, correct, kind, statistics):
+    waiting = importlib.import_module("gpu_stages.waiting")
+    meta, on_host = torch.device("meta"), torch.ones(16, 1, 8, 8)
+    net = correct.net_with_kinks()
+    penalty = getattr(tnreg, kind)(tnreg.RandomPatches(2), statistics=statistics)
+    drawn = penalty.draw(net, on_host + torch.arange(16.0)[:, None, None, None])
+    net, drawn, images = net.to(meta), drawn.to(meta), on_host.to(meta)
+    y = torch.zeros(16, dtype=torch.int64, device=meta)
+
+    def step():
+        penalty.value(net, images, y, drawn).backward()
+
+    assert waiting.host_reads(meta, step) == {}
+
+
+# Figure 6
+
+
+@pytest.fixture
+def pathfinder(gpu):
+    return importlib.import_module("gpu_stages.pathfinder")
+
+
+def bench_in(out, *before):
+    bench = importlib.import_module("gpu_stages.bench")
+    folder = out / "pathfinder"
+    folder.mkdir(parents=True)
+    return bench.Bench(
+        "pathfinder", out / "gpu-pathfinder.json", torch.device("cpu"), True, math.inf, folder,
+        (out, *before),
+    )  # fmt: skip
+
+
+def ended_after(epochs, monkeypatch):
+    """A deadline, and a clock that passes it when so many epochs are done."""
+    clock, epoch = [0.0], locality_run._State.epoch
+
+    def counted(self):
+        row = epoch(self)
+        clock[0] += 3600.0 * (len(self.found) + 1 == epochs)
+        return row
+
+    monkeypatch.setattr(locality_run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(locality_run._State, "epoch", counted)
+    return 1800.0
+
+
+def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
+    """The state of the training that has cost most comes along, and the rows of all."""
+    first = bench_in(tmp_path / "first")
+    place = tmp_path / "there"
+    cells = {name: pathfinder.cell_of(first, name, 3, epochs=4) for name in ("plain", "igc")}
+    named = {
+        "plain-7": cells["plain"],
+        "igc-7": cells["igc"],
+        "plain-9": {**cells["plain"], "seed": 2},
+    }
+    for name, epochs in (("plain-7", 1), ("igc-7", 3), ("plain-9", 9)):
+        with monkeypatch.context() as patched:
+            deadline = ended_after(epochs, patched)
+            pathfinder.train_cells(place_of(place), [(name, named[name])], deadline)
+    rows = {name: pathfinder._look(place, name) for name in named}
+    assert {name: row["epochs"] for name, row in rows.items()} == {
+        "plain-7": 1, "igc-7": 3, "plain-9": 4,
+    }  # fmt: skip
+    assert [name for name in rows if pathfinder._finished(rows, name)] == ["plain-9"]
+    told = pathfinder._keep_state(first, place, rows)
+    assert told == "igc-7; left behind, to be begun again: plain-7"
+    kept = sorted(file.name for file in first.folder.iterdir())
+    assert len(kept) == 2 and all(name.startswith("igc-7.") for name in kept)
+    first.add(trainings=rows)
+
+    second, place = bench_in(tmp_path / "second", tmp_path / "first"), place_of(tmp_path / "here")
+    before = pathfinder._rows_of_before(second)
+    assert before == json.loads(json.dumps(rows))
+    pathfinder._take_states(second, place)
+    pathfinder.train_cells(place, [("igc-7", named["igc-7"])], math.inf)
+    row = pathfinder._look(place, "igc-7")
+    assert row["finished"] and row["epochs"] == 4 and row["resumed"][0]["epoch"] == 3
+    assert row["history"][:3] == before["igc-7"]["history"]
+    assert pathfinder._keep_state(second, place, {"igc-7": row}) == (
+        "none: nothing is begun and not finished"
+    )
+    pathfinder.draw({**before, "igc-7": row}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def place_of(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_settings_of_figure_6(pathfinder, tmp_path):
+    """The published ones, but for the precision; arms differ in what they are about alone."""
+    bench = dataclasses.replace(bench_in(tmp_path / "a"), rehearse=False)
+    published = dataclasses.asdict(locality.SETS["pathfinder"])
+    for arm, own in pathfinder.ARMS.items():
+        cell = pathfinder.cell_of(bench, arm, 7)
+        same = {k: v for k, v in published.items() if k in cell and k not in own}
+        assert {k: cell[k] for k in same} == {**same, "precision": "bfloat16"}
+        assert (cell["arm"], cell["distance"], cell["seed"]) == (own["arm"], 7, 1)
+    assert {arm for arm, _ in pathfinder.WANTED} == set(pathfinder.ARMS)
+    assert pathfinder.WANTED[:2] == (("plain", 7), ("igc", 7))
