@@ -15,11 +15,11 @@ NEW_ENOUGH = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
 # with what is not complete.
 GPU_PYTHON ?= python3
 GPU_FLAGS ?=
-# What such a machine may lack, with what it is compared to; without torchTT, of which there is no wheel.
+# What such a machine may lack, with what it is compared to.
 GPU_WHEELS := tensornetwork graphviz==0.21 tyro docstring_parser==0.18.0 typeguard==4.6.1 \
 	cotengra==0.8.3 autoray==0.11.0 tensorkrowch==1.1.6
 
-.PHONY: demo test test-lowest coverage docs figures figure-locality check format lint types bench gpu gpu-wheels clean
+.PHONY: demo test test-lowest coverage docs figures figure-locality check format lint types bench gpu gpu-wheels gpu-images clean
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
@@ -104,12 +104,19 @@ bench: $(READY)
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu $(GPU_FLAGS)
 
-# For Python 3.12 on x86-64; gpu.py takes those that are not installed there.
-gpu-wheels:
+# For Python 3.12 on x86-64; gpu.py takes those that are not installed there. torchTT has no wheel: one is
+# built here, without a compiler, so that its optional extension is left out.
+gpu-wheels: $(READY)
 	rm -rf .wheels
 	$(PYTHON) -m pip download --disable-pip-version-check -q -c constraints.txt --no-deps --only-binary=:all: \
 		--python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .wheels $(GPU_WHEELS)
+	CC=false CXX=false $(BIN)/python -m pip wheel --disable-pip-version-check -q --no-cache-dir --no-deps \
+		--no-build-isolation -w .wheels torchTT==0.5.0
+
+# The images of figure 6, some minutes of all processors; carried along they need not be made on the GPU's machine.
+gpu-images: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu_stages.pathfinder --sets runs/gpu
 
 $(READY): pyproject.toml constraints.txt
 	$(NEW_ENOUGH)
