@@ -60,7 +60,7 @@ STAGES = (
     Stage("plans", "gpu_stages.plans", 75, 45, "routes and plans: counted cost against time"),
     Stage("dynamics", "gpu_stages.dynamics", 60, 35, "a published training, as CUDA graphs and not"),
     Stage("decompose", "gpu_stages.decompose", 60, 55, "decomposition, spectra, rounding: QR or squares"),
-    Stage("regularizers", "gpu_stages.regularizers", 95, 70, "steps with a penalty over plain steps"),
+    Stage("regularizers", "gpu_stages.regularizers", 95, 85, "steps with a penalty over plain steps"),
     Stage("calibrate", "gpu_stages.pathfinder", 180, 140, "figure 6: seconds of every training", "calibrate"),
     Stage("pathfinder", "gpu_stages.pathfinder", 530, 530, "figure 6: the trainings, as far as time goes",
           least=120),

@@ -166,6 +166,17 @@ def test_killed_stage_keeps_its_figures(gpu, stage, tmp_path, monkeypatch):
     assert sorted(file.name for file in out.iterdir()) == ["gpu-fine.json", "gpu-hangs.json"]
 
 
+@pytest.mark.usefixtures("known")
+def test_every_stage_is_killed_by_its_budget(gpu, stage, tmp_path):
+    """The real ones, before they have figures; what comes after them is there."""
+    table = [dataclasses.replace(one, budget=0.2, estimate=0.1) for one in gpu.STAGES]
+    assert run(gpu, [*table, stage("fine")], tmp_path) == 1
+    for one in table:
+        found = found_in(tmp_path, one.name)
+        assert found["complete"] is False and found["error"] == "killed after 0 s"
+    check_whole(found_in(tmp_path, "fine"), "fine")
+
+
 def gone(process):
     try:
         state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -253,6 +264,9 @@ def test_only_and_list(gpu, stage, tmp_path, capsys):
 
 
 def test_stages_fit_into_one_command(gpu):
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for stage in gpu.STAGES[:6]:
+        assert f"| `{stage.name}` | {stage.budget} | {stage.estimate} |" in page
     names = [stage.name for stage in gpu.STAGES]
     assert len(set(names)) == len(names)
     assert sum(stage.budget for stage in gpu.STAGES[:6]) <= 540

@@ -85,7 +85,7 @@ def fit(
         graph: On a CUDA device, record the whole step as a CUDA graph after three ordinary ones and
             replay it, so that no launches are paid and nothing waits between rows. The loss must not
             wait for the device (``.item()``) nor change its shapes, and an optimizer of torch's own
-            needs ``capturable=True``. Not run on a GPU yet.
+            needs ``capturable=True`` if it has that argument.
 
     Returns:
         The trajectory. ``stop_reason`` is ``"steps"``, what ``stop`` said, ``"interrupted"`` after

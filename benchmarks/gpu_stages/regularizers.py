@@ -4,14 +4,15 @@ Epochs of ``tnreg run locality`` on Pathfinder images, without its evaluation: m
 to the plain step, images a second, and the most memory. Batches of 64 and 256, bfloat16 and float32 (with
 TF32 in convolutions, torch's default), step by step and as CUDA graphs, the plain network compiled as well.
 
-Estimate for an H100, 60 s: at 50 TFLOP/s in bfloat16 and half of that in float32, of the GFLOP an image of
-``GFLOP`` and by 6 us a launch, 4 epochs of 1,024 images for each of 40 rows are 30 s; 1.5 GB of images and
-the first calls of cuDNN some 10 s; compilation 20 s or more, and last.
+Estimate for an H100, 75 s: at 50 TFLOP/s in bfloat16 and half of that in float32, of the GFLOP an image of
+``GFLOP``, 3 epochs of 1,024 images for each of 40 rows are 44 s, of which launches (6 us) hide behind all but
+the plain ones; the search of cuDNN for algorithms some 10 s; compilation 20 s or more, and last.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ from tnreg.experiments.locality_run import Execution, Settings, _fast, _State
 from tnreg.parallel import Processes
 from tnreg.scheduled import Draw
 
-ESTIMATE = 60.0
+ESTIMATE = 75.0
 
 # Counted on the CPU, an image: forward and backward passes of the step.
 GFLOP = {
@@ -73,6 +74,9 @@ def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return call()
     except Exception as error:  # out of memory, or a capture that fails
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    finally:  # a state and its graphs hold each other, and gigabytes of the device
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def relate(block: dict[str, Any], name: str, way: str) -> None:
@@ -85,7 +89,7 @@ def relate(block: dict[str, Any], name: str, way: str) -> None:
 def measure(
     bench: Bench, data: images.ImageSet, row: str, way: str, batch: int, precision: Any
 ) -> dict[str, Any]:
-    """Steps of some epochs: two to warm up, two that count."""
+    """Steps of three epochs: two to warm up, one that counts."""
     arm, more = ROWS[row]
     published = locality.SETS["pathfinder"]
     settings = Settings(
@@ -112,18 +116,16 @@ def measure(
         bench.wait()
         warm = time.perf_counter() - began
         began = time.perf_counter()
-        epochs = 1 if bench.rehearse else 2
-        for _ in range(epochs):
-            shown, _ = state.steps()
+        shown, _ = state.steps()
         bench.wait()
         seconds = time.perf_counter() - began
     found = {
-        "milliseconds": round(1e3 * seconds * batch / (epochs * shown), 3),
-        "images a second": round(epochs * shown / seconds),
+        "milliseconds": round(1e3 * seconds * batch / shown, 3),
+        "images a second": round(shown / seconds),
         "seconds to warm up": round(warm, 2),
     }
     if not row.endswith("frozen"):  # there it hangs on how many samples change
-        found["TFLOP/s"] = round(GFLOP[row] * epochs * shown / seconds / 1e3, 2)
+        found["TFLOP/s"] = round(GFLOP[row] * shown / seconds / 1e3, 2)
     if bench.device.type == "cuda":
         found["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found
