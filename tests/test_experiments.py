@@ -165,5 +165,5 @@ def test_completion_refuses_bad_data(tmp_path):
 def test_what_is_no_result_is_refused_by_name(tmp_path, experiment, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(FileError, match="not a (convac run|finished sweep)"):
+    with pytest.raises(FileError, match="not a (convac run|finished sweep|sweep of locality)"):
         experiment.figure(tmp_path)

@@ -200,10 +200,13 @@ def _remove_checkpoints(cell: Cell) -> None:
 
 
 def _clear(cell: Cell) -> None:
-    """Remove half-written folders of attempts that were killed; the lock is held."""
+    """Remove half-written folders and files of attempts that were killed; the lock is held."""
     name = glob.escape(cell.name)
-    for pattern in (f".{name}.partial-*", f"..{name}.partial-*"):  # the second by work itself
+    files = f".{name}.{'[0-9a-f]' * 8}.*.partial-*"
+    for pattern in (f".{name}.partial-*", f"..{name}.partial-*", files):  # the second by work itself
         for left in cell.folder.glob(pattern):
+            if left.is_file():
+                left.unlink(missing_ok=True)
             shutil.rmtree(left, ignore_errors=True)
 
 
