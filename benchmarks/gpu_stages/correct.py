@@ -360,7 +360,7 @@ def run(bench: Bench) -> None:
     # convolutions take 10 bits of every number otherwise
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     bench.add(ok=False, failed=[])
-    look_at_reads_and_waits(bench)
+    noisy = look_at_reads_and_waits(bench)
     names = list(TREES)[1:3] if bench.rehearse else list(TREES)
     joins = JOINS[::3] if bench.rehearse else JOINS
     dtypes = (torch.float32, torch.complex128) if bench.rehearse else DTYPES
@@ -369,7 +369,8 @@ def run(bench: Bench) -> None:
         for dtype in dtypes
     }
     laws: dict[str, dict[str, Any]] = {}
-    failed: list[str] = []
+    # on the CPU, numbers may be read
+    failed: list[str] = noisy if bench.device.type == "cuda" else []
     errors: dict[str, str] = {}
     largest: dict[str, float] = {}
     for law, function in {**LAWS, **ONCE}.items():
@@ -414,8 +415,18 @@ def tried(law: Law, cases: list[Case], bound: float) -> tuple[dict[str, Any] | N
 # Reads and waits
 
 
-def look_at_reads_and_waits(bench: Bench) -> None:
-    """Host reads of every hot path and waits of every kind of step, each by line."""
+# What must not read from the device, nor wait for it; steps are added to these, but for a penalty that finds
+# on the device which samples a swap changes.
+QUIET = ("forward", "entries of a plan", "dense tensor", "ConvNet")
+
+
+def look_at_reads_and_waits(bench: Bench) -> list[str]:
+    """Look at host reads of every hot path and waits of every kind of step, each by line.
+
+    Returns:
+        Those that should read nothing, or not wait, and did.
+    """
+    noisy = []
     for what, made in (("host reads", hot_paths(bench)), ("waits", steps(bench))):
         look = host_reads if what == "host reads" else waits
         found: dict[str, Any] = {}
@@ -424,9 +435,11 @@ def look_at_reads_and_waits(bench: Bench) -> None:
                 found[name] = look(bench.device, call)
             except Exception:
                 found[name] = {f"error: {traceback.format_exc(limit=-3)}": 1}
+            quiet = name in QUIET or ("step" in name and name != "CNN step with gradient change")
+            if quiet and not name.startswith("fit") and found[name]:
+                noisy.append(f"{what}: {name}")
             bench.add(**{what: found})
-    # wanted: none but those that find on the device which samples a swap changes
-    bench.add(**{"steps that wait": [name for name, lines in found.items() if lines]})
+    return noisy
 
 
 def hot_paths(bench: Bench) -> dict[str, Callable[[], Any]]:
