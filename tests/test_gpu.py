@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -197,6 +198,7 @@ def test_goes_on_from_what_is_there(gpu, stage, tmp_path, capsys):
     assert (calls_of(tmp_path, "fine"), calls_of(tmp_path, "raises")) == (1, 2)
     found = found_in(out, "raises")
     assert found["complete"] is True and found["figures"] == {"number": 9} and "error" not in found
+    assert "figures of an earlier try" not in found
     assert "complete before, on " in capsys.readouterr().out
 
     # in a folder of an earlier command, on another device
@@ -216,6 +218,11 @@ def test_goes_on_from_what_is_there(gpu, stage, tmp_path, capsys):
 @pytest.mark.usefixtures("known")
 def test_crash_at_once_keeps_figures_of_an_earlier_try(gpu, stage, tmp_path):
     out = tmp_path / "out"
+    assert run(gpu, [stage("crashes")], out) == 1
+    assert run(gpu, [stage("crashes", body="bench.add(number=7)\n    os._exit(5)")], out) == 1
+    found = found_in(out, "crashes")
+    assert found["figures"] == {"number": 7}
+    assert found["figures of an earlier try"] == {"number": 3.5}
     assert run(gpu, [stage("crashes")], out) == 1
     assert run(gpu, [stage("crashes", body="os._exit(5)")], out) == 1
     found = found_in(out, "crashes")
@@ -523,7 +530,7 @@ def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
 
     second, place = bench_in(tmp_path / "second", tmp_path / "first"), place_of(tmp_path / "here")
     before = pathfinder._rows_of_before(second)
-    assert before == json.loads(json.dumps(rows))
+    assert before == json.loads(json.dumps(rows)) and before["plain-7"]["left behind"]
     pathfinder._take_states(second, place)
     pathfinder.train_cells(place, [("igc-7", named["igc-7"])], math.inf)
     row = pathfinder._look(place, "igc-7")
@@ -534,6 +541,49 @@ def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
     )
     pathfinder.draw({**before, "igc-7": row}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_training_that_does_not_end_costs_no_state(pathfinder, tmp_path, monkeypatch):
+    """It is killed before the stage is, and the state of another one that ended in time comes along."""
+    bench = dataclasses.replace(bench_in(tmp_path / "out"), rehearse=False)
+    started = []
+
+    def start(bench, place, cells, deadline):
+        ((name, _),) = cells
+        if name == "igc-7":  # one that has ended, its state written
+            (place / "igc-7.01234567.checkpoint").write_text("{}")
+            (place / "igc-7.01234567.history.csv").write_text("epoch,test accuracy\n1,0.5\n")
+        call = "pass" if name == "igc-7" else "import time; time.sleep(600)"
+        started.append(subprocess.Popen([sys.executable, "-c", call]))
+        return started[-1]
+
+    def cell_of(bench, arm, length, **more):
+        return {"arm": arm, "distance": length}
+
+    monkeypatch.setattr(pathfinder, "start", start)
+    monkeypatch.setattr(pathfinder, "cell_of", cell_of)
+    monkeypatch.setattr(pathfinder, "POLL", 0.05)
+    monkeypatch.setattr(pathfinder.locality, "_prepare", lambda *given: None)
+    # a clock that passes the deadline when the second training has ended
+    began = time.monotonic()
+
+    def clock():
+        ended = len(started) > 1 and started[1].poll() is not None
+        return began + (1000.0 if ended else 0.0)
+
+    monkeypatch.setattr(pathfinder.time, "monotonic", clock)
+    bench.deadline = began + 500
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        pathfinder.run(bench)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert (bench.folder / "igc-7.01234567.checkpoint").exists()
+    assert bench.figures["state kept"] == "igc-7" and bench.unfinished.startswith(
+        "the time is over"
+    )
+    assert bench.figures["trainings"]["igc-7"]["epochs"] == 1
 
 
 def place_of(folder):

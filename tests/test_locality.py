@@ -24,7 +24,7 @@ pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file
 
-from tnreg import DataError, FileError, OptionError, Trajectory, images
+from tnreg import DataError, FileError, OptionError, Trajectory, cuda_graph, images
 from tnreg.experiments import locality, locality_figure, locality_run, locality_state, nets, probed
 from tnreg.experiments.locality_run import Execution, Settings, train
 from tnreg.experiments.sweep_cell import Unfinished
@@ -237,6 +237,7 @@ def test_a_state_that_travels(limit, kept, pairs, tmp_path, monkeypatch):
     assert len(parts) > 2 and max(sizes) <= 150_000 and sum(sizes) <= limit
     for file in [*parts, there / "a.checkpoint"]:
         shutil.copy(file, here)
+    (here / "a.checkpoint.01234567.1-of-3").write_text("of a process that was killed")
     told = {"arm": "plain", "seed": 1, **dataclasses.asdict(QUICK)}
     before = torch.load(io.BytesIO(b"".join(p.read_bytes() for p in parts)), weights_only=True)
     state = locality_state.read_state(here / "a.checkpoint", told)
@@ -332,7 +333,7 @@ class Replayed:
 
     calls = 0
 
-    def __init__(self, step, device, pool):
+    def __init__(self, step, device, pool, side):
         self.step = step
 
     def __call__(self):
@@ -351,9 +352,10 @@ def test_steps_by_tensors_that_stay_are_the_same(arm, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="graph needs a CUDA device and one process, found cpu"):
         execution = Execution(graph=True)
         train(settings, arm, 1, data, data, tmp_path / "graph", execution=execution)
-    monkeypatch.setattr(locality_run, "CapturedStep", Replayed)
+    monkeypatch.setattr(cuda_graph, "CapturedStep", Replayed)
     monkeypatch.setattr(locality_run, "check_graph", lambda device, count: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(Replayed, "calls", 0)
     train(settings, arm, 1, data, data, tmp_path / "graph", execution=execution)
     assert Replayed.calls == 8

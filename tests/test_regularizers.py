@@ -723,6 +723,21 @@ def test_the_training_pass_is_the_first_pass(dropout, frozen, passes):
     assert all(m.training for m in nets[0].modules()) != frozen
 
 
+def test_the_training_pass_of_a_compiled_network_and_without_gradients():
+    net, (x, _) = network(norm=True).train(), batch(6)
+    penalty = InputGradientChange(PAIR, statistics="batch")
+    expected, value = copy.deepcopy(penalty).with_logits(copy.deepcopy(net), x)
+    compiled = torch.compile(net, backend="aot_eager")
+    logits, found = penalty.with_logits(compiled, x)
+    assert torch.allclose(logits, expected) and torch.allclose(found, value)
+    (logits.mean() + found).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    with torch.no_grad():
+        logits, found = penalty.with_logits(net, x)
+    assert not logits.requires_grad and not found.requires_grad
+    assert torch.allclose(found, value)
+
+
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
 def test_replaced_operations_in_half_precision(statistics, monkeypatch):
     """Under autocast the replacements give what torch's own operations give."""

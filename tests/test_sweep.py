@@ -361,8 +361,17 @@ def test_refuses_other_folders(tmp_path, monkeypatch):
         sweep_figure.figure(tmp_path)
 
 
+class Odd(Exception):
+    """An error that pickle cannot read back."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
 def ends_at_a_deadline(cell, folder, checkpoint):
-    """Even numbers need a second call; 3 cannot be computed, 5 ends its process."""
+    """Even numbers need a second call; 3 cannot be computed, 5 ends its process, 7 has an odd error."""
+    if cell["a"] == 7:
+        raise Odd(1, 2)
     if cell["a"] == 5:
         os._exit(1)
     if cell["a"] == 3:
@@ -392,6 +401,16 @@ def test_cells_whose_time_is_over(tmp_path, monkeypatch, kind):
     assert not list((tmp_path / "s").glob("*.checkpoint"))
     mine = {row["process"] == os.getpid() for row in second.rows}
     assert mine == {kind == "alone"}
+
+
+def test_an_error_that_cannot_be_sent(tmp_path, monkeypatch):
+    """It costs no other cell, and its traceback is there."""
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    cells = [{"a": a} for a in (7, 1, 9)]
+    found = sweep.run(ends_at_a_deadline, cells, tmp_path / "s", workers=2)
+    assert [row["y"] for row in found.rows] == [1, 9]
+    (failed,) = found.failed
+    assert failed.error == "RuntimeError: Odd: 1 and 2" and "raise Odd(1, 2)" in failed.traceback
 
 
 def test_a_process_that_dies_without_dask(tmp_path, monkeypatch):

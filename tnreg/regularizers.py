@@ -8,8 +8,9 @@ patches I and J does not split into a part for each: ``loss + penalty(net, x, y)
 direction of the gradient at I, before and after the pixels of J are swapped. ``InteractionEnergy`` asks
 the same of function values, needs first derivatives only, and is cheaper.
 
-The network's passes inside a penalty are not its training passes: dropout is off, running statistics
-are used (or, if asked, the batch's own) and never changed, and every module is left in the mode it had.
+The network's passes inside a penalty are not its training passes (but for ``with_logits``): dropout is off,
+running statistics are used (or, if asked, the batch's own) and never changed, and every module is left in
+the mode it had.
 
 Where several processes train one network, give a penalty the ``DistributedDataParallel`` module and the
 process's own part of the batch, as large as you like, one sample at the least. The penalty is then that of
@@ -163,11 +164,11 @@ class InputGradientChange(Scheduled):
         kept: list[Any] = []
 
         def training_pass(batch: Tensor) -> Any:
-            kept.append(net(batch))
+            kept.append(getattr(net, "_orig_mod", net)(batch))
             return kept[0]
 
         value = self._evaluate(net, x, y, drawn, training_pass)
-        return kept[0], value
+        return (kept[0] if torch.is_grad_enabled() else kept[0].detach()), value
 
     def _evaluate(
         self, net: Net, x: Tensor, y: Tensor | None, drawn: Draw | None, training_pass: Net | None

@@ -29,6 +29,7 @@ class Bench:
         deadline: ``time.monotonic()`` at which the stage is killed.
         folder: For what is too large for JSON, as states of trainings: ``OUT/NAME``; removed if empty.
         unfinished: Why the stage is not complete although it came to its end; the next command goes on.
+        earlier: Figures of an earlier try, kept in the file until the stage is complete.
         before: ``OUT``, then those of earlier commands; each may hold ``gpu-NAME.json`` and ``NAME/``.
     """
 
@@ -40,6 +41,7 @@ class Bench:
     folder: Path
     before: tuple[Path, ...] = ()
     unfinished: str = ""
+    earlier: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -58,6 +60,7 @@ class Bench:
             "stage": self.name, **machine(self.device), "rehearsal": self.rehearse,
             "complete": complete, **({"error": error} if error else {}),
             "seconds": round(time.monotonic() - self.started, 2), "figures": self.figures,
+            **({"figures of an earlier try": self.earlier} if self.earlier and not complete else {}),
         }  # fmt: skip
         beside = self.file.with_name(f".{self.file.name}")
         beside.write_text(json.dumps(held, indent=1, default=str) + "\n", encoding="utf-8")
@@ -90,6 +93,14 @@ class Bench:
         last.record()
         last.synchronize()
         return float(first.elapsed_time(last))
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """Return the figures, or the error: what comes after is measured all the same."""
+    try:
+        return call()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 @functools.lru_cache(maxsize=1)

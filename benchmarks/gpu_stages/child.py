@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import importlib.util
@@ -54,6 +55,8 @@ def run_stage(asked: Mapping[str, Any]) -> int:
     device = torch.device("cpu" if asked["rehearse"] else "cuda")
     before = tuple(map(Path, asked["before"]))
     bench = Bench(asked["name"], file, device, asked["rehearse"], asked["deadline"], folder, before)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        bench.earlier = json.loads(file.read_text(encoding="utf-8")).get("figures", {})
     try:
         getattr(importlib.import_module(asked["module"]), asked["function"])(bench)
     except BaseException:

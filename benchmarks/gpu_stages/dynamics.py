@@ -31,12 +31,11 @@ from typing import Any
 import torch
 
 import tnreg
-from gpu_stages.bench import Bench
+from gpu_stages.bench import Bench, attempt
 from gpu_stages.launches import counted, kernels
 from tnreg.experiments import dynamics
 from tnreg.rank import numerical_rank
 
-ESTIMATE = 26.0
 STEPS, DOCUMENTED = 36_000, 32_000
 REFERENCE = Path(__file__).parents[1] / "results" / "htf-reference-cpu.json"
 
@@ -66,14 +65,6 @@ def run(bench: Bench) -> None:
     if bench.device.type == "cuda":
         count["kernels"] = attempt(lambda: kernels(training.step))
     bench.add(step=count)
-
-
-def attempt(call: Callable[[], Any]) -> Any:
-    """The figures, or the error: what comes after is measured all the same."""
-    try:
-        return call()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def watched(config: dynamics.Config, seconds: float) -> dict[str, Any]:

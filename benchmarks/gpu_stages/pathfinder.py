@@ -13,12 +13,14 @@ another and 2 x 30 s at once; and all the time that there is.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,12 +34,11 @@ import torch
 
 from gpu_stages.bench import Bench
 from tnreg import InputGradientChange, RandomPatches
-from tnreg.experiments import locality
+from tnreg.experiments import locality, locality_figure
 from tnreg.experiments.locality_run import Execution
 from tnreg.experiments.nets import build
 from tnreg.experiments.sweep_cell import Cell, Unfinished, compute
-
-ESTIMATE_CALIBRATE, ESTIMATE_RUN = 130.0, 530.0
+from tnreg.plots import save_figure
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"arm": "plain"},
@@ -51,7 +52,8 @@ WANTED = (
     ("igc-frozen", 7), ("interaction", 7),
 )  # fmt: skip
 FIELDS = ("arm", "distance", "statistics", "seed")
-ENDS, POLL = 25.0, 3.0  # seconds to write the last state, and between two looks
+ENDS, LATE, POLL = 30.0, 12.0, 2.0  # seconds: to end in, to be killed in, between two looks
+MOST = 2  # trainings at once: of those that are not finished one state comes along
 
 
 def calibrate(bench: Bench) -> None:
@@ -64,25 +66,25 @@ def calibrate(bench: Bench) -> None:
         cells = {arm: cell_of(bench, arm, length, epochs=3) for arm in ARMS}
         locality._prepare([cells["plain"]], place, False)
         bench.add(**{"seconds for the images": round(time.monotonic() - began, 1)})
-        found = together(bench, place / "one", [list(cells.items())])
+        found = together(bench, place / "one", [list(cells.items())], "one after another")
         alone = {arm: row["seconds an epoch"] for arm, row in found.items() if row.get("finished")}
         fit = {arm: int(500 / seconds) for arm, seconds in alone.items()}
-        bench.add(**{"one after another": found, "epochs in 500 s": fit})
+        bench.add(**{"epochs in 500 s": fit})
         bench.add(**{"R on the device and on the CPU": penalties(bench, place, cells["igc"])})
         gains = {1: 1.0}
         for count in (2,) if bench.rehearse else (2, 3):
             if bench.left() < 45 and not bench.rehearse:
-                bench.unfinished = "no time left to run several at once"
+                bench.add(note=f"no time left for {count} at once")
                 return
             some = [[(arm, cells[arm])] for arm in list(ARMS)[:count]]
-            found = together(bench, place / str(count), some)
+            found = together(bench, place / str(count), some, f"{count} at once")
             gains[count] = sum(
                 alone.get(arm, 0.0) / row["seconds an epoch"]
                 for arm, row in found.items()
                 if row.get("finished")
             )
             best = max(gains, key=lambda n: gains[n])
-            bench.add(**{f"{count} at once": found, "gain by several": gains, "at once": best})
+            bench.add(**{"gain by several": gains, "at once": best})
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -117,6 +119,7 @@ def run(bench: Bench) -> None:
     """Train what is wanted and not there yet, the first ones first, until the time is over."""
     rows = _rows_of_before(bench)
     place = Path(tempfile.mkdtemp(prefix="tnreg-pathfinder-"))
+    signal.signal(signal.SIGTERM, _killed)  # the state that is there comes along all the same
     try:
         lengths = (3, 5) if bench.rehearse else (7, 9)
         wanted = WANTED[:4] if bench.rehearse else WANTED
@@ -125,89 +128,120 @@ def run(bench: Bench) -> None:
         }
         _take_sets(bench, place)
         _take_states(bench, place)
-        at_once = _at_once(bench)
+        at_once = min(_at_once(bench), MOST)
         bench.add(trainings=rows, **{"at once": at_once})
-        left = [(name, cell) for name, cell in cells.items() if not _finished(rows, name)]
-        _train(bench, place, left, rows, at_once)
-        open_ = [name for name in cells if not _finished(rows, name)]
-        if open_:
+        waiting = [(name, cell) for name, cell in cells.items() if not _finished(rows, name)]
+        try:
+            _train(bench, place, waiting, rows, at_once)
+        finally:
+            bench.add(trainings=rows, **{"state kept": _keep_state(bench, place, rows)})
+        if open_ := [name for name in cells if not _finished(rows, name)]:
             bench.unfinished = f"the time is over; not finished: {', '.join(open_)}"
-        bench.add(trainings=rows, **{"state kept": _keep_state(bench, place, rows)})
         draw(rows, bench.folder / "pathfinder.png")
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def _killed(*_: object) -> None:
+    raise TimeoutError("killed")
+
+
 def _train(
     bench: Bench,
     place: Path,
-    left: list[tuple[str, dict[str, Any]]],
+    waiting: list[tuple[str, dict[str, Any]]],
     rows: dict[str, Any],
     at_once: int,
 ) -> None:
     """Keep so many trainings going; look at their rows meanwhile."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     deadline = bench.deadline - ENDS
-    while running or (left and deadline - time.monotonic() > (0 if bench.rehearse else 60)):
-        enough = bench.rehearse or deadline - time.monotonic() > 60
-        while left and enough and len(running) < at_once:
-            name, cell = left.pop(0)
-            # sets are made once, by all processors
-            locality._prepare([cell], place, False)
-            running[name] = start(bench, place, [(name, cell)], deadline)
-        time.sleep(0.2 if bench.rehearse else POLL)
-        for name, process in list(running.items()):
-            rows[name] = {**rows.get(name, {}), **_look(place, name)}
-            if process.poll() is not None:
-                del running[name]
-                rows[name]["exit code"] = process.returncode
-        bench.add(trainings=rows)
-        if time.monotonic() > bench.deadline - 4:  # it did not end when it was to
-            for process in running.values():
-                process.kill()
+    try:
+        while True:
+            # one that is begun late beside another one would be thrown away
+            needed = 0 if bench.rehearse else 240 if running else 60
+            if waiting and len(running) < at_once and deadline - time.monotonic() > needed:
+                name, cell = waiting.pop(0)
+                if not list(place.glob(f"{name}.*.checkpoint")):
+                    rows[name] = {}  # of one whose state was left behind
+                locality._prepare([cell], place, False)  # its images, by all processors
+                running[name] = start(bench, place, [(name, cell)], deadline)
+                continue
+            if not running:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                next(iter(running.values())).wait(0.2 if bench.rehearse else POLL)
+            for name, process in list(running.items()):
+                code = process.poll()
+                rows[name] = {**rows.get(name, {}), **_look(place, name)}
+                if code is not None:
+                    del running[name]
+                    rows[name]["exit code"] = code
+            bench.add(trainings=rows)
+            if time.monotonic() > bench.deadline - LATE:
+                return  # they did not end when they were to
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
 
 
 def together(
-    bench: Bench, place: Path, some: list[list[tuple[str, dict[str, Any]]]]
+    bench: Bench, place: Path, some: list[list[tuple[str, dict[str, Any]]]], title: str
 ) -> dict[str, Any]:
     """Rows of trainings: every list in a process of its own, one after another, all lists at once."""
     place.mkdir()
     (place / "sets").symlink_to(place.parent / "sets")
     processes = [start(bench, place, one, bench.deadline - 5) for one in some]
-    for process in processes:
-        process.wait()
-    return {name: _look(place, name) for one in some for name, _ in one}
+    while True:
+        ended = all(process.poll() is not None for process in processes)
+        found = {name: _look(place, name) for one in some for name, _ in one}
+        bench.add(**{title: found})
+        if ended:
+            return found
+        time.sleep(0.2 if bench.rehearse else POLL)
 
 
 def start(
-    bench: Bench, place: Path, cells: list[tuple[str, dict[str, Any]]], deadline: float
+    bench: Bench,
+    place: Path,
+    cells: list[tuple[str, dict[str, Any]]],
+    deadline: float,
 ) -> subprocess.Popen[bytes]:
     """Start a process that trains cells one after another."""
-    asked = json.dumps({"place": str(place), "cells": cells, "deadline": deadline})
+    graph = bench.device.type == "cuda"
+    asked = {"place": str(place), "cells": cells, "deadline": deadline, "graph": graph}
     threads = max(1, (os.cpu_count() or 1) // 4)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen([sys.executable, "-m", __name__, asked], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, json.dumps(asked)], env=environment
+    )  # fmt: skip
 
 
-def train_cells(place: Path, cells: list[tuple[str, dict[str, Any]]], deadline: float) -> None:
-    """Train in this process, as ``tnreg run locality`` does."""
+def train_cells(
+    place: Path, cells: list[tuple[str, dict[str, Any]]], deadline: float, graph: bool = False
+) -> None:
+    """Train in this process, as ``tnreg run locality`` does.
+
+    After a capture that failed torch cannot be trusted with the memory of the device: the process begins
+    again as a new one, without graphs.
+    """
+    execution = Execution(graph=graph, portable=True, model_file=False, checkpoint_seconds=20.0)
+    work = partial(locality._work, execution=execution, deadline=deadline)
     for name, settings in cells:
-        for graph in (True, False) if settings["device"] == "cuda" else (False,):
-            execution = Execution(
-                graph=graph, portable=True, model_file=False, checkpoint_seconds=20.0
+        try:
+            compute(Cell(place, name, settings), work, None)
+        except Unfinished as over:
+            print(f"{name}: {over}", flush=True)
+        except Exception:
+            if not graph:
+                raise
+            traceback.print_exc()
+            print(f"{name}: goes on without CUDA graphs", flush=True)
+            asked = {"place": str(place), "cells": cells, "deadline": deadline, "graph": False}
+            os.execv(
+                sys.executable, [sys.executable, "-m", "gpu_stages.pathfinder", json.dumps(asked)]
             )
-            work = partial(locality._work, execution=execution, deadline=deadline)
-            try:
-                compute(Cell(place, name, settings), work, None)
-            except Unfinished as over:
-                print(f"{name}: {over}", flush=True)
-            except Exception:
-                if not graph:
-                    raise
-                traceback.print_exc()
-                print(f"{name}: goes on without CUDA graphs", flush=True)
-                continue
-            break
 
 
 def cell_of(bench: Bench, arm: str, length: int, **more: Any) -> dict[str, Any]:
@@ -226,49 +260,40 @@ def cell_of(bench: Bench, arm: str, length: int, **more: Any) -> dict[str, Any]:
 
 def draw(rows: dict[str, Any], png: Path) -> None:
     """Draw accuracies against the length of paths beside the published ones, from rows as they are."""
-    summaries = [
-        {"arm": ARMS[arm]["arm"], "distance": row["length"], "seed": 1, "epochs": row["epochs"],
-         "statistics": ARMS[arm].get("statistics", "batch"), "seconds": row["seconds"],
-         "test accuracy": row["test accuracy"]}
-        for name, row in rows.items()
-        for arm in [name.rpartition("-")[0]]
-        if row.get("finished")
-    ]  # fmt: skip
-    config = {"set": "pathfinder", "model": "resnet-18"}
-    about = {
-        "tnreg": "",
-        "experiment": "locality",
-        "summary": summaries,
-        "fields": FIELDS,
-        "config": config,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(about), encoding="utf-8")
-        for name, row in rows.items():
-            if row.get("history") and not row.get("finished"):
-                arm, _, length = name.rpartition("-")
-                file = Path(folder) / f"{arm}-{row.get('length', length)}-seed-1.history.csv"
-                with file.open("w", newline="", encoding="utf-8") as out:
-                    writer = csv.DictWriter(out, ["epoch", *list(row["history"][0])[1:]])
-                    writer.writeheader()
-                    writer.writerows(row["history"])
-        if summaries or list(Path(folder).glob("*.csv")):
-            locality.figure(folder, png)
+    done, begun = [], []
+    for name, row in rows.items():
+        arm, _, length = name.rpartition("-")
+        tested = [r for r in row.get("history", ()) if r["test accuracy"] is not None]
+        if row.get("finished"):
+            kinds = {"arm": ARMS[arm]["arm"], "statistics": ARMS[arm].get("statistics", "batch")}
+            done.append({"distance": row["length"], "seed": 1, **kinds, **row})
+        elif tested:
+            accuracy, epoch = tested[-1]["test accuracy"], tested[-1]["epoch"]
+            begun.append(
+                {"arm": arm, "distance": int(length), "epochs": epoch, "test accuracy": accuracy}
+            )
+    if done or begun:
+        config = {"set": "pathfinder", "model": "resnet-18"}
+        means = locality.table(done, FIELDS)
+        save_figure(locality_figure.picture(means, begun, FIELDS, config), png)
 
 
 def _look(place: Path, name: str) -> dict[str, Any]:
-    """What a training has reached: finished or not, rows, seconds an epoch."""
-    folder, out = place / name, dict[str, Any]()
-    histories = [folder / "history.csv", *place.glob(f"{name}.*.history.csv")]
-    file = next((path for path in histories if path.exists()), None)
-    if file is None:
-        return out
-    with file.open(newline="", encoding="utf-8") as text:
-        rows = [
-            {key: int(value) if key == "epoch" else _number(value) for key, value in row.items()}
-            for row in csv.DictReader(text)
-        ]
-    out |= {"epochs": len(rows), "history": rows}
+    """What a training has reached: rows, whether it is finished, seconds an epoch."""
+    folder = place / name
+    for file in (folder / "history.csv", *place.glob(f"{name}.*.history.csv")):
+        try:
+            text = file.read_text(encoding="utf-8")
+            break
+        except OSError:  # not there yet, or not any more
+            continue
+    else:
+        return {}
+    rows = [
+        {key: int(value) if key == "epoch" else _number(value) for key, value in row.items()}
+        for row in csv.DictReader(text.splitlines())
+    ]
+    out = {"epochs": len(rows), "history": rows}
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -292,16 +317,20 @@ def _finished(rows: dict[str, Any], name: str) -> bool:
 
 
 def _rows_of_before(bench: Bench) -> dict[str, Any]:
-    """Rows that earlier commands left; the further ones where there are several."""
+    """Rows that earlier commands left; of a training the finished ones, then those that can go on."""
+
+    def worth(row: dict[str, Any]) -> tuple[bool, bool, int]:
+        return bool(row.get("finished")), not row.get("left behind"), row.get("epochs", 0)
+
     found: dict[str, Any] = {}
-    for folder in reversed(bench.before):
+    for folder in bench.before:
         try:
             text = (folder / bench.file.name).read_text(encoding="utf-8")
             held_there = json.loads(text)
             if held_there["rehearsal"] != bench.rehearse:
                 continue
             for name, row in held_there["figures"]["trainings"].items():
-                if row.get("epochs", 0) >= found.get(name, {}).get("epochs", 0):
+                if name not in found or worth(row) > worth(found[name]):
                     found[name] = row
         except (OSError, ValueError, KeyError):
             continue
@@ -347,13 +376,15 @@ def _keep_state(bench: Bench, place: Path, rows: dict[str, Any]) -> str:
         return "none: nothing is begun and not finished"
 
     def cost(name: str) -> float:
-        return rows.get(name, {}).get("epochs", 0) * ("igc" in name or 0.25)
+        return rows.get(name, {}).get("epochs", 0) * (1.0 if "igc" in name else 0.25)
 
     name = max(lists, key=cost)
     for file in place.glob(f"{lists[name].name}*"):
         shutil.copy(file, bench.folder)
-    left = [other for other in lists if other != name]
-    return name + (f"; left behind, to be begun again: {', '.join(left)}" if left else "")
+    others = [other for other in lists if other != name]
+    for other in others:
+        rows[other]["left behind"] = True
+    return name + (f"; left behind, to be begun again: {', '.join(others)}" if others else "")
 
 
 def make_sets(place: Path) -> None:
@@ -372,4 +403,5 @@ if __name__ == "__main__":
         make_sets(Path(sys.argv[2]))
     else:
         given = json.loads(sys.argv[1])
-        train_cells(Path(given["place"]), [tuple(c) for c in given["cells"]], given["deadline"])
+        cells = [(name, cell) for name, cell in given["cells"]]
+        train_cells(Path(given["place"]), cells, given["deadline"], given["graph"])

@@ -31,7 +31,6 @@ from tnreg.memory import available
 from tnreg.network import Network
 from tnreg.tree import ModeTree
 
-ESTIMATE = 35.0
 FACTORS = (1, 1.5, 2.5, 5, 10)
 CONSTANTS = (8, 32, 128, 512)
 _MOST_FLOPS = {"cuda": 2e13, "cpu": 5e9}  # of a forward pass; beyond it a case is left out

@@ -1,33 +1,32 @@
 """What a training step with a regularizer costs over one without: ResNet-18, 150 x 150 pixels, one channel.
 
-Epochs of ``tnreg run locality`` on Pathfinder images, without its evaluation: milliseconds a step, its ratio
-to the plain step, images a second, and the most memory. Batches of 64 and 256, bfloat16 and float32 (with
-TF32 in convolutions, torch's default), step by step and as CUDA graphs, the plain network compiled as well.
+Steps of ``tnreg run locality`` on Pathfinder images: milliseconds, their ratio to the plain step, images a
+second, and the most memory. Batches of 64 and 256, bfloat16 and float32 (with TF32 in convolutions, torch's
+default), step by step and as CUDA graphs, two networks compiled as well. Every kind of step that is timed
+was called five times before: cuDNN has searched, graphs are recorded.
 
 Estimate for an H100, 75 s: at 50 TFLOP/s in bfloat16 and half of that in float32, of the GFLOP an image of
-``GFLOP``, 3 epochs of 1,024 images for each of 40 rows are 44 s, of which launches (6 us) hide behind all but
-the plain ones; the search of cuDNN for algorithms some 10 s; compilation 20 s or more, and last.
+``GFLOP``, 21 steps or more for each of 40 rows are 50 s, the search of cuDNN for algorithms some 10 s;
+compilation 20 s or more, and last.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from gpu_stages.bench import Bench
+from gpu_stages.bench import Bench, attempt
 from tnreg import images
 from tnreg.experiments import locality
 from tnreg.experiments.locality_run import Execution, Settings, _fast, _State
 from tnreg.parallel import Processes
 from tnreg.scheduled import Draw
-
-ESTIMATE = 75.0
 
 # Counted on the CPU, an image: forward and backward passes of the step.
 GFLOP = {
@@ -48,21 +47,23 @@ def run(bench: Bench) -> None:
     count, size = (24, 60) if bench.rehearse else (1024, 150)
     data = images.pathfinder(count, length=7, size=size, seed=3)
     batches = (8,) if bench.rehearse else (64, 256)
-    ways = ("eager",) if bench.device.type == "cpu" else ("graph", "eager")
+    ways = ("eager",) if bench.device.type == "cpu" else ("eager", "graph")
     found: dict[str, Any] = {}
-    for batch in batches:
-        for precision in ("bfloat16", "float32"):
-            block: dict[str, Any] = {}
-            for way in ways:
-                for row in ROWS:
-                    if bench.left() < 6:
-                        bench.add(note=f"no time left for {row}, {way}, and what follows")
-                        return
-                    name = f"{row}, {way}"
-                    block[name] = attempt(partial(measure, bench, data, row, way, batch, precision))
-                    relate(block, name, way)
-                    found[f"batch {batch}, {precision}"] = block
-                    bench.add(steps=found)
+    for batch, precision, way in itertools.product(batches, ("bfloat16", "float32"), ways):
+        block = found.setdefault(f"batch {batch}, {precision}", {})
+        for row in ROWS:
+            if bench.left() < 6:
+                bench.add(note=f"no time left for batch {batch}, {precision}, {row}, {way}")
+                return
+            name = f"{row}, {way}"
+            block[name] = attempt(partial(measure, bench, data, row, way, batch, precision))
+            clear(bench)
+            relate(block, name, way)
+            bench.add(steps=found)
+            if way == "graph" and "error" in block[name]:
+                # a capture that failed leaves torch's memory in a state that later rows would show
+                bench.add(note=f"{name}: a capture failed, what follows was not measured")
+                return
     # gradient change runs uncompiled: compiled graphs have no second derivative
     for row in ("plain", "interaction energy"):
         if bench.left() > 40 or bench.rehearse:
@@ -71,14 +72,10 @@ def run(bench: Bench) -> None:
             bench.add(steps=found)
 
 
-def attempt(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Figures, or the error: what comes after is measured all the same."""
-    try:
-        return call()
-    except Exception as error:  # out of memory, or a capture that fails
-        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    finally:  # a state and its graphs hold each other, and gigabytes of the device
-        gc.collect()
+def clear(bench: Bench) -> None:
+    """Free what a state and its graphs hold of each other, and of the device."""
+    gc.collect()
+    if bench.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -92,18 +89,17 @@ def relate(block: dict[str, Any], name: str, way: str) -> None:
 def measure(
     bench: Bench, data: images.ImageSet, row: str, way: str, batch: int, precision: Any
 ) -> dict[str, Any]:
-    """Steps of three epochs: two to warm up, one that counts."""
+    """Milliseconds of a step over some steps with draws of their own."""
     arm, more = ROWS[row]
     published = locality.SETS["pathfinder"]
-    settings = Settings(
-        **{f.name: getattr(published, f.name) for f in dataclasses.fields(Settings)}
-    )
+    names = [f.name for f in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(published, name) for name in names})
     settings = dataclasses.replace(
         settings, batch=batch, precision=precision, device=str(bench.device), **more
     )
     torch.manual_seed(0)
-    execution = Execution(graph=way == "graph")
     with _fast():
+        execution = Execution(graph=way == "graph")
         state = _State(settings, arm, 0, data, Processes(device=bench.device), execution)
         if row.endswith("all samples"):
             skip_nothing(state)
@@ -113,25 +109,37 @@ def measure(
         state.net.train()
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        for _ in range(1 if bench.rehearse else 2):
-            state.steps()
+        steps = [draw(state, batch) for _ in range(3 if bench.rehearse else 16)]
+        kinds = {None if d is None or d.samples is None else len(d.samples): (i, w, d)
+                 for i, w, d in steps}  # fmt: skip
+        for one in kinds.values():
+            for _ in range(1 if bench.rehearse else 5):
+                state.update(*one)
         bench.wait()
-        warm = time.perf_counter() - began
         began = time.perf_counter()
-        shown, _ = state.steps()
+        for one in steps:
+            draw(state, batch)  # its time counts, what it draws is not used
+            state.update(*one)
         bench.wait()
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began) / len(steps)
     found = {
-        "milliseconds": round(1e3 * seconds * batch / shown, 3),
-        "images a second": round(shown / seconds),
-        "seconds to warm up": round(warm, 2),
-    }
+        "milliseconds": round(1e3 * seconds, 3), "images a second": round(batch / seconds),
+        "kinds of steps": len(kinds),
+    }  # fmt: skip
     if not row.endswith("frozen"):  # there it hangs on how many samples change
-        found["TFLOP/s"] = round(GFLOP[row] * shown / seconds / 1e3, 2)
+        found["TFLOP/s"] = round(GFLOP[row] * batch / seconds / 1e3, 2)
     if bench.device.type == "cuda":
         found["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found
+
+
+def draw(state: _State, batch: int) -> tuple[torch.Tensor, float, Draw | None]:
+    """Random images, the weight of the penalty, and what it draws."""
+    order = torch.randperm(len(state.host))[:batch]
+    there = order.to(state.x.device, non_blocking=True)
+    if state.penalty is None:
+        return there, 0.0, None
+    return there, state.penalty.next_weight(), state._draw(order, there)
 
 
 def skip_nothing(state: _State) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from tnreg.experiments import sweep_figure
 from tnreg.experiments.folder import about_of, refused
 from tnreg.plots import save_figure
 
-__all__ = ["figure", "going_on", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["figure", "going_on", "picture", "table"]
 
 _LABELS = {
     "igc": "input gradient change",
@@ -87,8 +90,6 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     Raises:
         FileError: Not a sweep of locality, or nothing was trained yet.
     """
-    from matplotlib.figure import Figure
-
     place = Path(folder)
     with refused("a sweep of locality", place):
         about = about_of(place)
@@ -102,6 +103,25 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         means = table(rows, fields)
     if set(fields) > {"arm", "distance", "seed", "statistics"}:
         return sweep_figure.figure(place, png or place / "locality.png")
+    return save_figure(picture(means, begun, fields, config), png or place / "locality.png")
+
+
+def picture(
+    means: list[dict[str, Any]],
+    begun: list[dict[str, Any]],
+    fields: Sequence[str],
+    config: Mapping[str, Any],
+) -> Figure:
+    """Draw rows of ``table`` and of ``going_on`` beside the published values.
+
+    Args:
+        means: Trainings that are finished.
+        begun: Trainings that are not.
+        fields: Fields of the rows.
+        config: Names of ``set`` and ``model``.
+    """
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -143,7 +163,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     ax.set_title(f"{config['set']}, {config['model']}", fontsize=10)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8)
-    return save_figure(drawn, png or place / "locality.png")
+    return drawn
 
 
 def going_on(folder: str | Path) -> list[dict[str, Any]]:

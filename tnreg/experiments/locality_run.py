@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -34,7 +33,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from tnreg.cuda_graph import CapturedStep
+from tnreg.cuda_graph import CapturedSteps
 from tnreg.errors import DataError, OptionError, check_integer
 from tnreg.experiments.folder import versions
 from tnreg.experiments.locality_settings import ARMS, Execution, Settings, penalty_of
@@ -77,7 +76,8 @@ def train(
 ) -> dict[str, Any]:
     """Train, write the folder, and return its summary.
 
-    On a CPU the same settings give the same weights bit for bit, interrupted or not. Denormal numbers
+    On a CPU the same settings give the same weights bit for bit, interrupted or not, but where a state that
+    travels lost some of the momentum. Denormal numbers
     are flushed to zero while it runs; single steps of the penalties are ten times slower with them.
 
     Started by torchrun, or where torch.distributed has a group already, all its processes call this with
@@ -96,7 +96,8 @@ def train(
             ``FOLDER.checkpoint`` if left out.
         execution: How it is carried out.
         deadline: Reading of ``time.monotonic()`` before which the training ends, with its state written. No
-            epoch is begun that would not end in time if it takes as long as the longest so far.
+            epoch is begun that would end too late if it took half as long again as the longest so far; how
+            long the first one takes is not known.
 
     Returns:
         Accuracies of the last epoch, epochs, processes, and seconds of training, evaluation not
@@ -124,7 +125,10 @@ def train(
             with torch.random.fork_rng(devices=cuda), _fast():
                 torch.manual_seed(seed)
                 state = _State(settings, arm, seed, data, processes, execution)
-                return _train(state, test, place, told, saved, deadline)
+                try:
+                    return _train(state, test, place, told, saved, deadline)
+                finally:
+                    state.graphs = None  # they hold the state, and memory of the device
     except ProcessLost as lost:
         raise ProcessLost(f"{lost}\n  {saved}") from None
 
@@ -143,7 +147,8 @@ def _train(
     saved.epochs = saved.written = len(state.found)
     history = History(saved.path)
     test_x, test_y = (part.to(processes.device) for part in _tensors(test))
-    longest, at = 0.0, time.monotonic()
+    longest = state.seconds["seconds"] / max(len(state.found), 1)
+    at = time.monotonic()
     while not state.stopped():
         # of the longest epoch and half of it more, for the state and what else has to end
         late = time.monotonic() + 1.5 * longest >= deadline
@@ -251,7 +256,10 @@ class _State:
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         if execution.portable:
             check_travels(self.net)
-        self.graphs = _Graphs(self) if execution.graph else None
+        self.graphs: CapturedSteps | None = None
+        if execution.graph:
+            check_graph(processes.device, processes.count)
+            self.graphs = CapturedSteps(self._step_of_tensors, processes.device)
 
     def epoch(self) -> dict[str, float]:
         """Go once over the images: mean loss, mean penalty where there was one, train accuracy."""
@@ -288,8 +296,7 @@ class _State:
             drawn = self._draw(order[own], there[own]) if weight else None
             # gradients are averaged over processes, whose parts may differ by one image
             share = self.processes.count * (part.stop - part.start) / size
-            step = self.step if self.graphs is None else self.graphs.step
-            step(there[own], share, weight, drawn)
+            self.update(there[own], weight, drawn, share)
             penalized += weight > 0
             first += size
         return first, penalized
@@ -303,6 +310,25 @@ class _State:
             drawn = self.penalty.draw(self.shared, self.host[order], multiple=multiple)
             return drawn.to(self.x.device)
         return self.penalty.draw(self.shared, self._images(there))
+
+    def update(self, index: Tensor, weight: float, drawn: Draw | None, share: float = 1.0) -> None:
+        """Do one step, as a CUDA graph where that is asked for."""
+        if self.graphs is None:
+            self.step(index, share, weight, drawn)
+            return
+        more = () if drawn is None else (drawn.pair, drawn.samples)
+        changing = torch.tensor(weight, dtype=_dtype(self.settings))
+        self.graphs(index, changing, *(t for t in more if t is not None))
+
+    def _step_of_tensors(
+        self,
+        index: Tensor,
+        weight: Tensor,
+        pair: Tensor | None = None,
+        samples: Tensor | None = None,
+    ) -> None:
+        drawn = None if pair is None else Draw(pair, samples, (len(index),))
+        self.step(index, 1.0, weight, drawn)
 
     def step(self, index: Tensor, share: float, weight: float | Tensor, drawn: Draw | None) -> None:
         """Update once.
@@ -433,39 +459,6 @@ def check_graph(device: torch.device, processes: int) -> None:
             f"locality: graph needs a CUDA device and one process, found {device} and {processes}.\n"
             "  leave graph out"
         )
-
-
-class _Graphs:
-    """Steps as CUDA graphs, one for every kind of step; what changes is copied into tensors that stay."""
-
-    def __init__(self, state: _State) -> None:
-        check_graph(state.x.device, state.processes.count)
-        self.state, self.pool = state, torch.cuda.graph_pool_handle()
-        self.kinds: dict[tuple[int, ...], tuple[CapturedStep, list[Tensor]]] = {}
-
-    def step(self, index: Tensor, share: float, weight: float, drawn: Draw | None) -> None:
-        """Update once, as ``_State.step``."""
-        given = [index, torch.tensor(weight)]
-        if drawn is not None:
-            given += [drawn.pair] + ([] if drawn.samples is None else [drawn.samples])
-        kind = tuple(tensor.numel() for tensor in given)
-        if kind not in self.kinds:
-            self.kinds[kind] = self._kind(given, share, drawn)
-        captured, kept = self.kinds[kind]
-        for tensor, value in zip(kept, given, strict=True):
-            tensor.copy_(value, non_blocking=True)
-        captured()
-
-    def _kind(
-        self, given: list[Tensor], share: float, drawn: Draw | None
-    ) -> tuple[CapturedStep, list[Tensor]]:
-        device = self.state.x.device
-        index, weight, *rest = kept = [torch.empty_like(t, device=device) for t in given]
-        if drawn is not None:
-            samples = rest[1] if len(rest) > 1 else None
-            drawn = Draw(rest[0], samples, drawn.lengths)
-        step = functools.partial(self.state.step, index, share, weight, drawn)
-        return CapturedStep(step, device, self.pool), kept
 
 
 def _sizes(count: int, batch: int) -> list[int]:

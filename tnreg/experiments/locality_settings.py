@@ -85,12 +85,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Execution:
-    """How trainings are carried out; what comes out is the same but for rounding.
+    """How trainings are carried out; what comes out is the same but for rounding, and for momentum.
 
     Attributes:
         checkpoint_seconds: Least time between two writings of the state; 0 for one after every epoch.
-        portable: Write states that travel to another machine: parts of at most 14 MiB, 56 MiB in all, with
-            the optimizer's momentum in bfloat16 or left out where it does not fit.
+        portable: Write states that travel to another machine: parts of at most 14 MiB, 56 MiB in all. Where
+            the momentum of the optimizer does not fit it is kept in bfloat16 or left out, as for ResNet-18.
         model_file: Write the trained network into the run folder.
         graph: On a CUDA device, replay steps as CUDA graphs.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import csv
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -61,7 +62,6 @@ def write_state(path: Path, held: Mapping[str, Any], *, portable: bool) -> None:
         held: What ``torch.load`` reads with ``weights_only``; the optimizer's state under "optimizer".
         portable: Whether it is to travel.
     """
-    before = _parts(path)
     if not portable:
         save_whole(path, held)
     else:
@@ -73,8 +73,7 @@ def write_state(path: Path, held: Mapping[str, Any], *, portable: bool) -> None:
             write_whole(path.with_name(name), functools.partial(Path.write_bytes, data=piece))
         text = json.dumps({"format": _PARTS, "sha256": digest, "parts": names}, indent=1) + "\n"
         write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-    for part in set(before) - set(_parts(path)):
-        part.unlink(missing_ok=True)
+    _remove_parts(path, _parts(path))
 
 
 def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -109,9 +108,8 @@ def no_checkpoint(path: Path, error: Exception) -> FileError:
 
 def remove_state(path: Path) -> None:
     """Remove a state and its parts."""
-    for part in _parts(path):
-        part.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+    _remove_parts(path, [])
 
 
 class History:
@@ -172,6 +170,13 @@ def _parts(path: Path) -> list[Path]:
         return [path.with_name(Path(str(name)).name) for name in names]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def _remove_parts(path: Path, but: list[Path]) -> None:
+    """Remove the parts beside a list but for some; a process that was killed may have left others."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*-of-*"):
+        if part not in but:
+            part.unlink(missing_ok=True)
 
 
 def _small_enough(held: Mapping[str, Any]) -> bytes:

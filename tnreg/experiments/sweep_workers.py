@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import pickle
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,6 +107,19 @@ def _here(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | F
     raise AssertionError("not reached: there is at least one attempt")
 
 
+def _pooled(cell: Cell, work: Work, threads: int, retries: int) -> Done | Failed:
+    """One cell in a process of the pool; its error as something that reaches the other side."""
+    outcome = _here(cell, work, threads, retries)
+    if isinstance(outcome, Done):
+        return outcome
+    error, text = outcome.exception, "".join(traceback.format_exception(outcome.exception))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(outcome.error)
+    return Failed(cell, error, text)
+
+
 def _pool(
     cells: list[Cell],
     work: Work,
@@ -120,7 +134,7 @@ def _pool(
         workers, mp_context=multiprocessing.get_context("spawn")
     )
     with pool:
-        jobs = {pool.submit(_here, cell, work, threads, retries): cell for cell in cells}
+        jobs = {pool.submit(_pooled, cell, work, threads, retries): cell for cell in cells}
         try:
             for job in concurrent.futures.as_completed(jobs):
                 error = job.exception()
