@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from clock import deadline_after
 
 import tnreg
-from tnreg.experiments import locality, locality_run
+from tnreg.experiments import locality
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -489,20 +490,6 @@ def bench_in(out, *before):
     )  # fmt: skip
 
 
-def ended_after(epochs, monkeypatch):
-    """A deadline, and a clock that passes it when so many epochs are done."""
-    clock, epoch = [0.0], locality_run._State.epoch
-
-    def counted(self):
-        row = epoch(self)
-        clock[0] += 3600.0 * (len(self.found) + 1 == epochs)
-        return row
-
-    monkeypatch.setattr(locality_run.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(locality_run._State, "epoch", counted)
-    return 1800.0
-
-
 def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
     """The state of the training that has cost most comes along, and the rows of all."""
     first = bench_in(tmp_path / "first")
@@ -515,7 +502,7 @@ def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
     }
     for name, epochs in (("plain-7", 1), ("igc-7", 3), ("plain-9", 9)):
         with monkeypatch.context() as patched:
-            deadline = ended_after(epochs, patched)
+            deadline = deadline_after(epochs, patched)
             pathfinder.train_cells(place_of(place), [(name, named[name])], deadline)
     rows = {name: pathfinder._look(place, name) for name in named}
     assert {name: row["epochs"] for name, row in rows.items()} == {

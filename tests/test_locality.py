@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from clock import deadline_after
 
 matplotlib.use("Agg")
 pytest.importorskip("sklearn")
@@ -174,20 +175,6 @@ def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
         torch.set_num_threads(threads)
     whole, killed = (weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
-
-
-def deadline_after(epochs, monkeypatch):
-    """A clock that stands still, and jumps to an hour later when so many epochs are done."""
-    clock, epoch = [0.0], locality_run._State.epoch
-
-    def counted(self):
-        row = epoch(self)
-        clock[0] += 3600.0 * (len(self.found) + 1 == epochs)
-        return row
-
-    monkeypatch.setattr(locality_run.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(locality_run._State, "epoch", counted)
-    return 1800.0
 
 
 @pytest.mark.parametrize("portable", [False, True])
