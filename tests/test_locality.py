@@ -102,6 +102,23 @@ def test_every_arm(arm, pairs, tmp_path):
     assert [float(row["loss"]) for row in rows] == found["loss"].tolist()
 
 
+def test_all_arms_see_the_images_in_one_order(pairs, tmp_path, monkeypatch):
+    """Also those that draw random numbers in between."""
+    step, orders = locality_run._State.step, {}
+
+    def seen(self, index, *given):
+        orders.setdefault(arm, []).append(index.tolist())
+        step(self, index, *given)
+
+    monkeypatch.setattr(locality_run._State, "step", seen)
+    for arm in locality_run.ARMS:
+        train(QUICK, arm, 1, *pairs, tmp_path / arm)
+    assert all(order == orders["plain"] for order in orders.values())
+    flat = sum(orders["plain"], [])
+    assert [sorted(flat[i : i + 130]) for i in (0, 390)] == [list(range(130))] * 2
+    assert flat[:130] != flat[130:260]
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 

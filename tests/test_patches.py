@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from tnreg import patches
 from tnreg.errors import OptionError, ShapeError
 from tnreg.patches import (
     DifferingPatches,
@@ -174,6 +175,14 @@ def test_drawing_reads_nothing_from_the_device(kind):
         assert torch.equal(
             here._stream.generator.get_state(), sampler._stream.generator.get_state()
         )
+
+
+def test_places_without_weight_are_never_drawn():
+    """Not even by the smallest and the largest number that there are."""
+    weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0])
+    for number, place in ((0.0, 1), (0.66, 1), (0.67, 3), (1 - 2**-53, 3)):
+        drawn_place = patches._weighted(weights, torch.tensor(number, dtype=torch.float64))
+        assert drawn_place.tolist() == [place]
 
 
 def test_random_pairs_are_equally_likely_in_a_large_image():
