@@ -114,7 +114,7 @@ def test_all_arms_see_the_images_in_one_order(pairs, tmp_path, monkeypatch):
     for arm in locality_run.ARMS:
         train(QUICK, arm, 1, *pairs, tmp_path / arm)
     assert all(order == orders["plain"] for order in orders.values())
-    flat = sum(orders["plain"], [])
+    flat = [number for batch in orders["plain"] for number in batch]
     assert [sorted(flat[i : i + 130]) for i in (0, 390)] == [list(range(130))] * 2
     assert flat[:130] != flat[130:260]
 
