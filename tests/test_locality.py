@@ -278,6 +278,24 @@ def test_a_network_too_large_to_travel_is_refused_before_it_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_state_of_resnet_18_travels_without_momentum(tmp_path):
+    net = nets.ResNet18()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+    locality_state.write_state(tmp_path / "a.checkpoint", held, portable=True)
+    sizes = [part.stat().st_size for part in tmp_path.glob("a.checkpoint.*")]
+    assert len(sizes) == 4 and max(sizes) == 14 * 2**20 and 42 < sum(sizes) / 2**20 < 43
+    found = locality_state._read(tmp_path / "a.checkpoint")
+    assert found["momentum"] == "left out" and found["optimizer"]["state"] == {}
+    net.load_state_dict(found["net"])
+    locality_state.write_state(tmp_path / "a.checkpoint", held, portable=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.checkpoint"]
+    assert "momentum" not in locality_state._read(tmp_path / "a.checkpoint")
+
+
 def test_states_are_written_every_so_many_seconds(pairs, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
