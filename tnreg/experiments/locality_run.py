@@ -77,8 +77,8 @@ def train(
     """Train, write the folder, and return its summary.
 
     On a CPU the same settings give the same weights bit for bit, interrupted or not, but where a state that
-    travels lost some of the momentum. Denormal numbers
-    are flushed to zero while it runs; single steps of the penalties are ten times slower with them.
+    travels lost some of the momentum. Denormal numbers are flushed to zero while it runs; single steps of
+    the penalties are ten times slower with them.
 
     Started by torchrun, or where torch.distributed has a group already, all its processes call this with
     the same arguments and train together. A checkpoint may be resumed by another number of processes;
