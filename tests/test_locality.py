@@ -26,7 +26,15 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file
 
 from tnreg import DataError, FileError, OptionError, Trajectory, cuda_graph, images
-from tnreg.experiments import locality, locality_figure, locality_run, locality_state, nets, probed
+from tnreg.experiments import (
+    locality,
+    locality_figure,
+    locality_run,
+    locality_state,
+    nets,
+    probed,
+    sweep_figure,
+)
 from tnreg.experiments.locality_run import Execution, Settings, train
 from tnreg.experiments.sweep_cell import Unfinished
 from tnreg.parallel import Processes
@@ -528,6 +536,30 @@ def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
     ]  # fmt: skip
     lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
     assert lines["published: λ = 9"] == [98.42, 96.6, 91.64, 85.48]
+
+
+@pytest.mark.parametrize("more", [{"lr"}, {"lr", "statistics"}])
+def test_a_sweep_over_another_setting_is_drawn_as_any_other(more, tmp_path, monkeypatch):
+    """Values of lr must not be taken for seeds of one line."""
+    row = {
+        "arm": "plain",
+        "distance": 7,
+        "seed": 1,
+        "statistics": "batch",
+        "seconds": 1.0,
+        "epochs": 2,
+    }
+    rows = [{**row, "lr": lr, "test accuracy": lr} for lr in (0.1, 0.2)]
+    about = {
+        "tnreg": "0", "experiment": "locality", "summary": rows, "headline": "test accuracy",
+        "fields": ["arm", "distance", *sorted(more), "seed"], "config": {"set": "digits", "model": "m"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    drawn = []
+    monkeypatch.setattr(sweep_figure, "save_figure", lambda figure, path: drawn.append(figure))
+    locality.figure(tmp_path)
+    (line,) = drawn[0].axes[0].containers
+    assert line.lines[0].get_ydata().tolist() == [0.1, 0.2]
 
 
 def test_presets_are_the_published_settings():

@@ -17,6 +17,7 @@ from tnreg.files import write_whole
 from tnreg.trajectory import Trajectory
 
 __all__ = [
+    "no_checkpoint",
     "random_state",
     "read_checkpoint",
     "save_whole",
@@ -109,7 +110,7 @@ def read_checkpoint(
         if len(random) != 2:
             raise ValueError(f"{len(random)} random states, expected 2")
     except Exception as error:
-        raise _no_checkpoint(path, error) from None
+        raise no_checkpoint(path, error) from None
     now = json.loads(json.dumps(settings, default=str))
     differ = [
         f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
@@ -129,15 +130,22 @@ def read_checkpoint(
     except Exception as error:
         model.load_state_dict(old[0])
         optimizer.load_state_dict(old[1])
-        raise _no_checkpoint(path, error) from None
+        raise no_checkpoint(path, error) from None
     return run, random[0], random[1]
 
 
-def _no_checkpoint(path: Path, error: Exception) -> FileError:
+def no_checkpoint(path: Path, error: Exception, instead: str = "file") -> FileError:
+    """Return the error for a file that is no checkpoint.
+
+    Args:
+        path: The file.
+        error: Why it is none.
+        instead: What else the user may choose.
+    """
     said = " ".join(str(error).splitlines()[:1])
     return FileError(
         f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"
-        f"  delete {path}, or choose another file"
+        f"  delete {path}, or choose another {instead}"
     )
 
 

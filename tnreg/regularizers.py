@@ -293,7 +293,10 @@ class InteractionEnergy(Scheduled):
         self._stream = RandomStream(seed, "InteractionEnergy")
 
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
-        """Draw the k samples and the pair of boxes; see ``InputGradientChange.draw``."""
+        """Draw the k samples and the pair of boxes, of a batch or of a copy of it; all k are evaluated.
+
+        ``multiple`` is for ``InputGradientChange`` and has no effect here.
+        """
         net, processes = unwrapped(net)
         lengths = _lengths(x, processes, "InteractionEnergy")
         order = torch.randperm(sum(lengths), generator=self._stream.generator)

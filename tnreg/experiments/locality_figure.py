@@ -101,7 +101,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         if not rows and not begun:
             raise ValueError("no results yet")
         means = table(rows, fields)
-    if set(fields) > {"arm", "distance", "seed", "statistics"}:
+    if set(fields) - {"arm", "distance", "seed", "statistics"}:
         return sweep_figure.figure(place, png or place / "locality.png")
     return save_figure(picture(means, begun, fields, config), png or place / "locality.png")
 

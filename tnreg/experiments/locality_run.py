@@ -33,6 +33,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
+from tnreg.checkpoint import no_checkpoint
 from tnreg.cuda_graph import CapturedSteps
 from tnreg.errors import DataError, OptionError, check_integer
 from tnreg.experiments.folder import versions
@@ -41,7 +42,6 @@ from tnreg.experiments.locality_state import (
     FORMAT,
     History,
     check_travels,
-    no_checkpoint,
     read_state,
     remove_state,
     rows_of,
@@ -449,7 +449,7 @@ class _State:
                 },
             ]  # fmt: skip
         except Exception as error:  # the training ends here, so that nothing has to be put back
-            raise no_checkpoint(path, error) from None
+            raise no_checkpoint(path, error, "folder") from None
 
 
 def check_graph(device: torch.device, processes: int) -> None:

@@ -85,7 +85,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Execution:
-    """How trainings are carried out; what comes out is the same but for rounding, and for momentum.
+    """How trainings are carried out; what comes out is the same but for rounding.
+
+    A training that goes on from a portable state without its momentum is the exception.
 
     Attributes:
         checkpoint_seconds: Least time between two writings of the state; 0 for one after every epoch.

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnreg.checkpoint import save_whole
-from tnreg.errors import FileError, OptionError
+from tnreg.checkpoint import no_checkpoint, save_whole
+from tnreg.errors import OptionError
 from tnreg.files import write_whole
 from tnreg.trajectory import Trajectory
 
@@ -31,7 +31,6 @@ __all__ = [
     "FORMAT",
     "History",
     "check_travels",
-    "no_checkpoint",
     "read_state",
     "remove_state",
     "rows_of",
@@ -91,19 +90,10 @@ def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
         before = json.loads(held["about"])
         Trajectory.from_bytes(held["found"].numpy().tobytes())
     except Exception as error:
-        raise no_checkpoint(path, error) from None
+        raise no_checkpoint(path, error, "folder") from None
     if before != json.loads(json.dumps(about)):
         raise OptionError(f"{path} is of a training with other settings.\n{away}")
     return held
-
-
-def no_checkpoint(path: Path, error: Exception) -> FileError:
-    """Return the error for a file that is no state."""
-    said = " ".join(str(error).splitlines()[:1])
-    return FileError(
-        f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"
-        f"  delete {path}, or choose another folder"
-    )
 
 
 def remove_state(path: Path) -> None:

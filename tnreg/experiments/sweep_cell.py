@@ -202,16 +202,11 @@ def _remove_checkpoints(cell: Cell) -> None:
 def _clear(cell: Cell) -> None:
     """Remove half-written folders and files of attempts that were killed; the lock is held."""
     name = glob.escape(cell.name)
-    files = f".{name}.{'[0-9a-f]' * 8}.*.partial-*"
-    for pattern in (
-        f".{name}.partial-*",
-        f"..{name}.partial-*",
-        files,
-    ):  # the second by work itself
-        for left in cell.folder.glob(pattern):
-            if left.is_file():
-                left.unlink(missing_ok=True)
+    for folders in (f".{name}.partial-*", f"..{name}.partial-*"):  # the second by work itself
+        for left in cell.folder.glob(folders):
             shutil.rmtree(left, ignore_errors=True)
+    for left in cell.folder.glob(f".{name}.{'[0-9a-f]' * 8}.*.partial-*"):
+        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
