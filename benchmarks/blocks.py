@@ -81,12 +81,12 @@ def worker(path: Path, threads: int, held: int, memory: str) -> dict[str, Any]:
     import dask.array as da
 
     import tnreg
-    from tnreg.hsvd import distance
+    from tnreg.ranks.decompose import distance
 
     if held:
         resource.setrlimit(resource.RLIMIT_DATA, (held, held))
     told = Held()
-    logger = logging.getLogger("tnreg.blocks")
+    logger = logging.getLogger("tnreg.tensors.blocks")
     logger.addHandler(told)
     logger.setLevel(logging.INFO)
     array = da.from_zarr(str(path))

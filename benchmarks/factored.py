@@ -130,7 +130,7 @@ def _tnreg_train(order: int, rank: int, decay: float) -> tuple[Any, Any, Callabl
     import torch
 
     import tnreg
-    from tnreg.convert import from_tensor_train
+    from tnreg.convert.formats import from_tensor_train
 
     model = from_tensor_train([torch.from_numpy(core) for core in train(order, rank, decay)])
     _, rounded, check = _tnreg_calls(model, 0)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tnreg.images import distance_only_accuracy
-from tnreg.pathfinder import draw, scene
+from tnreg.images.scene import draw, scene
+from tnreg.images.sets import distance_only_accuracy
 
 LENGTHS = (3, 5, 7, 9)
 PUBLISHED = {3: 0.94, 5: 0.90, 7: 0.82, 9: 0.77}

@@ -32,8 +32,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tnreg import regularizers, second_order
-from tnreg.patches import PresetPatches, RandomPatches
+from tnreg.far import input_gradient as second_order
+from tnreg.far import regularizers
+from tnreg.far.patches import PresetPatches, RandomPatches
 
 Call = Callable[[], object]
 

@@ -68,8 +68,9 @@ def epochs(folder: Path) -> dict[str, Any]:
 
 def train(arm: str, place: Path) -> None:
     """One training; the first process prints the seconds of its epochs."""
-    from tnreg import images, parallel
-    from tnreg.experiments import locality_run
+    from tnreg import images
+    from tnreg.experiments.locality import train as locality_run
+    from tnreg.machine import processes as parallel
 
     torch.set_num_threads(1)
     times: list[float] = []

@@ -71,7 +71,7 @@ def training_step(predict: Callable[[], Tensor], values: Tensor, parameters: lis
     return step
 
 
-def task_step(task: tnreg.tasks.Completion, model: tnreg.Factorization) -> Call:
+def task_step(task: tnreg.training.tasks.Completion, model: tnreg.Factorization) -> Call:
     """The same step through the public interface."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
@@ -83,7 +83,9 @@ def task_step(task: tnreg.tasks.Completion, model: tnreg.Factorization) -> Call:
     return step
 
 
-def observed(sizes: tuple[int, ...], count: int, device: torch.device) -> tnreg.tasks.Completion:
+def observed(
+    sizes: tuple[int, ...], count: int, device: torch.device
+) -> tnreg.training.tasks.Completion:
     """Random entries of a random tensor."""
     target = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device)
     return tnreg.completion(target, count, seed=0)
@@ -94,7 +96,7 @@ def leaves(model: tnreg.Factorization) -> list[Tensor]:
     return [w.detach().clone().requires_grad_() for w in model.weights.values()]
 
 
-def flat_index(task: tnreg.tasks.Completion) -> Tensor:
+def flat_index(task: tnreg.training.tasks.Completion) -> Tensor:
     """Positions of the observed entries in the flattened tensor."""
     flat = torch.zeros_like(task.index[:, 0])
     for n, size in enumerate(task.sizes):
@@ -103,7 +105,7 @@ def flat_index(task: tnreg.tasks.Completion) -> Tensor:
 
 
 def htf_by_hand(
-    task: tnreg.tasks.Completion, model: tnreg.Factorization
+    task: tnreg.training.tasks.Completion, model: tnreg.Factorization
 ) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     """Hand-written predictions of the observed entries, each with parameters of its own."""
     flat = flat_index(task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnreg.experiments import locality_run
+from tnreg.experiments.locality import train as locality_run
 
 
 def deadline_after(epochs, monkeypatch):

@@ -25,13 +25,12 @@ from tnreg import (
     OptionError,
     ShapeError,
     SizeError,
-    blocks,
     decompose,
     hierarchical_rank,
-    passes,
     spectra,
 )
-from tnreg.hsvd import distance
+from tnreg.ranks.decompose import distance
+from tnreg.tensors import blocks, passes
 
 TREES = {
     "binary": (ModeTree.binary(4), (12, 11, 10, 9)),
@@ -372,7 +371,7 @@ def test_memory_is_kept_to():
             before = peak()
             model = tnreg.decompose(x, tree, rtol=1e-4, memory="32MiB")
             grown = peak() - before
-            apart, size = tnreg.hsvd.distance(x, model, memory="32MiB")
+            apart, size = tnreg.ranks.decompose.distance(x, model, memory="32MiB")
         print(x.nbytes, grown, apart / size)
     """
     done = subprocess.run(

@@ -14,7 +14,7 @@ import torch
 import zoo
 
 from tnreg import FileError, ModeTree, OptionError, Trajectory, completion, fit
-from tnreg.checkpoint import read_checkpoint
+from tnreg.training.checkpoint import read_checkpoint
 
 TREE = ModeTree.binary(4)
 
@@ -126,7 +126,7 @@ def test_a_verdict_stays(tmp_path):
 def test_written_at_intervals(tmp_path, monkeypatch):
     model, task = zoo.model_of(TREE, seed=0), completion(zoo.model_of(TREE, seed=9), 150)
     times = iter(range(0, 1000, 10))
-    fit_module = sys.modules["tnreg.fit"]  # the name in the package is the function
+    fit_module = sys.modules["tnreg.training.fit"]  # the name in the package is the function
     monkeypatch.setattr(fit_module.time, "monotonic", lambda: next(times))
     written = []
     monkeypatch.setattr(fit_module, "write_checkpoint", lambda *a: written.append(len(a[3])))
@@ -185,7 +185,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'ran'}",))
 
-    torch.save({"format": "tnreg.checkpoint/1", "run": Evil()}, tmp_path / "c")
+    torch.save({"format": "tnreg.training.checkpoint/1", "run": Evil()}, tmp_path / "c")
     model = zoo.model_of(TREE)
     with pytest.raises(FileError, match="not a checkpoint"):
         read_checkpoint(tmp_path / "c", model, torch.optim.SGD(model.parameters(), lr=1.0), {})

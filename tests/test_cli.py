@@ -36,10 +36,11 @@ from tnreg import (
 )
 from tnreg.cli.hints import hint
 from tnreg.cli.reply import Reply, plain
-from tnreg.experiments import convac, dynamics, locality
+from tnreg.experiments import convac, locality
+from tnreg.experiments.dynamics import train
 from tnreg.experiments.nets import build
-from tnreg.files import read_safetensors
-from tnreg.tree import read_tree, tree_from_json
+from tnreg.machine.files import read_safetensors
+from tnreg.trees.tree import read_tree, tree_from_json
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_an_interrupted_run_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dynamics, "fit", interrupted)
+    monkeypatch.setattr(train, "fit", interrupted)
     code, _, err = call(
         capsys, "run", "dynamics", "--model", "tiny", "--out", str(tmp_path / "run")
     )

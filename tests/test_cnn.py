@@ -21,7 +21,7 @@ from tnreg import (
     spectra,
     to_cnn,
 )
-from tnreg.pooling import pooled
+from tnreg.cnns.pooling import pooled
 
 ZOO = list(zoo.zoo())
 GRIDS = [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (3, 5), (6, 4), (7, 7)]

@@ -16,10 +16,10 @@ from tnreg import (
     ShapeError,
     SizeError,
     TnregError,
-    contraction,
     plan,
 )
-from tnreg.einsum import einsum
+from tnreg.networks import plan as contraction
+from tnreg.networks.einsum import einsum
 
 HTF = ModeTree.binary(4)
 
@@ -195,7 +195,9 @@ def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
     # there is some memory, but not enough
     monkeypatch.setattr(contraction, "available", lambda device: 20_000_000)
     monkeypatch.setattr(contraction, "NEVER_MIND", 0)
-    monkeypatch.setattr("tnreg.factorization.contract", None)  # nothing may be carried out
+    monkeypatch.setattr(
+        "tnreg.factorizations.factorization.contract", None
+    )  # nothing may be carried out
     for refused in (call, lambda: plan(model, memory=20_000_000, **options)):
         with pytest.raises(SizeError, match="would not fit into memory") as caught:
             refused()
@@ -237,7 +239,7 @@ def test_another_route_is_taken_where_memory_is_short(monkeypatch):
         seen.append(chosen)
         return carried_out(chosen, *rest)
 
-    monkeypatch.setattr("tnreg.factorization.contract", watched)
+    monkeypatch.setattr("tnreg.factorizations.factorization.contract", watched)
     model._entry_plans.clear()
     assert torch.allclose(model.entries(index), wanted)
     assert [p.route for p in seen] == [smallest.route]

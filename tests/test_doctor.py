@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tnreg
-from tnreg import doctor
+from tnreg.cli import examination as doctor
 from tnreg.cli import main
 from tnreg.errors import FileError
 

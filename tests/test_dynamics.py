@@ -22,13 +22,12 @@ from tnreg.dynamics import (
     component_drive,
     conservation_drift,
     constant_drive,
-    distance_bound,
-    keep_components,
     measured_rate,
     predicted_rate,
     predicted_singular_rate,
     rate_bounds,
 )
+from tnreg.factorizations.components import distance_bound, keep_components
 
 MODELS = [
     pytest.param(zoo.model_of(tree, join, root=root, dtype=dtype), id=f"{name}-{root}-{kind}")

@@ -30,9 +30,10 @@ from tnreg import (
     plots,
     spectra,
 )
-from tnreg.experiments import dynamics, init_scale
+from tnreg.experiments import dynamics
+from tnreg.experiments.dynamics import init_scale, train
+from tnreg.experiments.dynamics.init_scale import run as sweep
 from tnreg.experiments.folder import read_run
-from tnreg.experiments.init_scale import run as sweep
 
 PICTURES = ["dynamics.png", "rates.png", "spectra.png"]
 
@@ -77,7 +78,7 @@ def test_what_is_recorded_belongs_to_the_model(tiny):
 
 
 def test_a_large_tensor_is_observed_without_being_made_dense(monkeypatch, tmp_path, tiny):
-    monkeypatch.setattr(dynamics, "_SMALL", 0)
+    monkeypatch.setattr(train, "_SMALL", 0)
     dynamics.run(dynamics.tiny, tmp_path / "run", pictures=False)
     found, dense = read_run(tmp_path / "run").found, tiny[1].found
     for node, s in found["spectra"].items():
@@ -127,7 +128,7 @@ def test_published_settings():
         assert config.target_sizes == (size,) * order and config.std == std
         assert (config.samples, config.target_rank, config.lr) == (2048, 5, 1e-2)
         assert (config.every, config.stop_below, config.stop_checks) == (25, 5e-5, 100)
-        task, dense, _ = dynamics._task(config, None)
+        task, dense, _ = train._task(config, None)
         assert dense.norm().item() == pytest.approx(64) and len(task.values) == 2048
         ranks = hierarchical_rank(dense, ModeTree.star(order), rtol=1e-8)
         assert set(ranks.values()) == {5}
@@ -136,7 +137,7 @@ def test_published_settings():
 
 
 def test_stop_rule():
-    stop, found = dynamics._stays_below(1.0, 3), Trajectory()
+    stop, found = train._stays_below(1.0, 3), Trajectory()
     verdicts = []
     for step, loss in enumerate([0.5, 0.5, 0.5, 2.0, 0.5, 0.9, 0.5, 0.5, 0.5]):
         found.append(step, {"loss": loss})
@@ -276,7 +277,7 @@ def test_an_interrupted_run_leaves_its_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dynamics._Observations, "_off_tree", interrupted)
+        patch.setattr(train._Observations, "_off_tree", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dynamics.run(dynamics.tiny, tmp_path / "run")
     assert not (tmp_path / "run").exists()

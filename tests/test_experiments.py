@@ -18,7 +18,9 @@ from rich.console import Console
 matplotlib.use("Agg")
 
 from tnreg import DataError, FileError, ModeTree, OptionError, Trajectory, load
-from tnreg.experiments import completion, convac, demo, init_scale, locality, sweep_figure
+from tnreg.experiments import completion, convac, demo, locality
+from tnreg.experiments.dynamics import init_scale
+from tnreg.experiments.sweep import pictures as sweep_figure
 
 
 def test_completion(tmp_path):

@@ -23,7 +23,7 @@ from tnreg import (
     export_onnx,
     to_cnn,
 )
-from tnreg.export import example_inputs, export_pt2, export_state
+from tnreg.cnns.export import example_inputs, export_pt2, export_state
 
 
 def networks():
@@ -174,7 +174,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_a_file_with_other_values_is_not_written(tmp_path, monkeypatch):
-    import tnreg.export as export
+    import tnreg.cnns.export as export
 
     monkeypatch.setattr(export, "_TOLERANCE", -1.0)
     with pytest.raises(DataError, match="would give other values than the network"):

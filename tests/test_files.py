@@ -26,7 +26,7 @@ from tnreg import (
     load,
     load_tensor,
 )
-from tnreg.files import folder_written_whole, write_whole
+from tnreg.machine.files import folder_written_whole, write_whole
 
 
 def test_write_whole(tmp_path):

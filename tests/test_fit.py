@@ -23,7 +23,7 @@ from tnreg import (
     fit,
     hierarchical_rank,
 )
-from tnreg.cuda_graph import CapturedStep
+from tnreg.training.cuda_graph import CapturedStep
 
 TREE = ModeTree.binary(4)
 
@@ -255,7 +255,7 @@ def test_a_graph_makes_the_same_steps(monkeypatch):
     expected = fit(model, task.loss, steps=10, every=5, progress=False)
     model, task = start()
     fake = FakeCuda()
-    fake.install(monkeypatch, sys.modules["tnreg.fit"])
+    fake.install(monkeypatch, sys.modules["tnreg.training.fit"])
     found = fit(model, task.loss, steps=10, every=5, progress=False, graph=True)
     assert np.array_equal(found["loss"], expected["loss"])
     assert fake.events == ["wait"] * 6 + ["record"] + ["replay"] * 7

@@ -11,9 +11,9 @@ import zoo
 from hypothesis import given, settings
 
 from tnreg import Factorization, ModeTree, decompose, matricize, spectra, truncate
-from tnreg.frames import batches, frames, outside, scale_of
+from tnreg.ranks.frames import batches, frames, outside, scale_of
 
-gramians = sys.modules["tnreg.gramians"]
+gramians = sys.modules["tnreg.ranks.spectra"]
 DTYPES = [torch.float64, torch.complex128]
 
 
@@ -174,7 +174,7 @@ def test_what_does_not_fit_goes_node_by_node(monkeypatch):
     model = zoo.model_of(zoo.TREES["htf-4"], dtype=torch.float64)
     with torch.no_grad():
         expected = spectra(model)
-        monkeypatch.setattr(sys.modules["tnreg.frames"], "_MOST_NUMBERS", 1)
+        monkeypatch.setattr(sys.modules["tnreg.ranks.frames"], "_MOST_NUMBERS", 1)
         monkeypatch.setattr(gramians, "frames", None)  # not called
         for node, values in spectra(model).items():
             assert torch.allclose(

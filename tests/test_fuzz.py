@@ -38,11 +38,11 @@ from tnreg import (
     load_tree,
     open_tensor,
 )
-from tnreg.checkpoint import random_state, read_checkpoint, write_checkpoint
 from tnreg.cli import main
-from tnreg.experiments import locality_state
 from tnreg.experiments.folder import experiment_of, read_run
-from tnreg.tree import read_tree
+from tnreg.experiments.locality import state as locality_state
+from tnreg.training.checkpoint import random_state, read_checkpoint, write_checkpoint
+from tnreg.trees.tree import read_tree
 
 SETTINGS = {"seed": 1}
 quick = settings(

@@ -413,7 +413,7 @@ def test_host_reads_are_seen(gpu):
         assert waiting.host_reads(cpu, call) == {}
     model = tnreg.Factorization(tnreg.ModeTree.binary(2), 3, 2, std=1.0)
     (line,) = waiting.host_reads(cpu, model.norm)
-    assert line.startswith("_local_scalar_dense.default at tnreg/scaled.py:")
+    assert line.startswith("_local_scalar_dense.default at tnreg/networks/scaled.py:")
     assert waiting.waits(cpu, lambda: x + 1) is None
 
 
@@ -550,7 +550,7 @@ def test_a_training_that_does_not_end_costs_no_state(pathfinder, tmp_path, monke
     monkeypatch.setattr(pathfinder, "start", start)
     monkeypatch.setattr(pathfinder, "cell_of", cell_of)
     monkeypatch.setattr(pathfinder, "POLL", 0.05)
-    monkeypatch.setattr(pathfinder.locality, "_prepare", lambda *given: None)
+    monkeypatch.setattr(pathfinder.comparison, "_prepare", lambda *given: None)
     # a clock that passes the deadline when the second training has ended
     began = time.monotonic()
 

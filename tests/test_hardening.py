@@ -32,11 +32,11 @@ from tnreg import (
     load_tree,
     truncate,
 )
-from tnreg.checkpoint import random_state, read_checkpoint, write_checkpoint
 from tnreg.experiments import sweep
 from tnreg.experiments.completion import Config
 from tnreg.experiments.folder import read_run, write_run
-from tnreg.files import folder_written_whole
+from tnreg.machine.files import folder_written_whole
+from tnreg.training.checkpoint import random_state, read_checkpoint, write_checkpoint
 
 # What is saved comes in versions: everything in version 3 says 3, and large versions make larger files.
 
@@ -57,7 +57,14 @@ def run_of(version):
 
 def write_folder(path, version):
     with folder_written_whole(path) as beside:
-        write_run(beside, Config(seed=version), run_of(version), model_of(version), {"v": version})
+        write_run(
+            beside,
+            "completion",
+            Config(seed=version),
+            run_of(version),
+            model_of(version),
+            {"v": version},
+        )
 
 
 def checkpoint(path, version):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tnreg import DataError, FileError, OptionError, images
-from tnreg.pathfinder import draw, longest, scene, window
+from tnreg.images.scene import draw, longest, scene, window
 
 
 def scenes(length, size, matched, count=60):

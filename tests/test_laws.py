@@ -116,7 +116,7 @@ def test_entries_are_dense_random(model):
 @pytest.mark.parametrize("join", ["diagonal", "full", "mixed"])
 def test_every_route_to_entries(monkeypatch, route, name, join):
     """Each of the three routes by itself, whatever its cost."""
-    import tnreg.contraction as contraction
+    import tnreg.networks.plan as contraction
 
     tree = zoo.TREES[name]
     model = zoo.model_of(tree, zoo.joins_of(tree)[join])
@@ -162,7 +162,7 @@ def test_forward_is_inner_product_random(model):
 @pytest.mark.parametrize("model", ZOO)
 def test_both_routes_agree(monkeypatch, model, route):
     """The tree schedule and opt_einsum's path, each by itself, dense and on a batch."""
-    import tnreg.contraction as contraction
+    import tnreg.networks.plan as contraction
 
     monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
     contraction._plans.cache_clear()

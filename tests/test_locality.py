@@ -25,19 +25,18 @@ pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file
 
-from tnreg import DataError, FileError, OptionError, Trajectory, cuda_graph, images
-from tnreg.experiments import (
-    locality,
-    locality_figure,
-    locality_run,
-    locality_state,
-    nets,
-    probed,
-    sweep_figure,
-)
-from tnreg.experiments.locality_run import Execution, Settings, train
-from tnreg.experiments.sweep_cell import Unfinished
-from tnreg.parallel import Processes
+from tnreg import DataError, FileError, OptionError, Trajectory, images
+from tnreg.experiments import locality, nets, probed
+from tnreg.experiments.locality import comparison
+from tnreg.experiments.locality import pictures as locality_figure
+from tnreg.experiments.locality import state as locality_state
+from tnreg.experiments.locality import train as locality_run
+from tnreg.experiments.locality.settings import Execution, Settings
+from tnreg.experiments.locality.train import train
+from tnreg.experiments.sweep import pictures as sweep_figure
+from tnreg.experiments.sweep.cell import Unfinished
+from tnreg.machine.processes import Processes
+from tnreg.training import cuda_graph
 
 QUICK = Settings(epochs=4, test_every=2, igc_every=1, interaction_every=2, lr=0.02)
 
@@ -175,7 +174,8 @@ def test_interrupted_and_resumed_bit_for_bit(arm, pairs, tmp_path, monkeypatch):
 KILLED = """
 import sys, torch
 from tnreg import images
-from tnreg.experiments.locality_run import Settings, train
+from tnreg.experiments.locality.settings import Settings
+from tnreg.experiments.locality.train import train
 torch.set_num_threads(1)
 data = images.load(sys.argv[1] + ".npz")
 train(Settings(epochs=20), "interaction", 1, data, data, sys.argv[1])
@@ -598,4 +598,4 @@ def test_an_error_of_all_trainings_is_told_once():
         types.SimpleNamespace(error=e, cell=types.SimpleNamespace(name=f"{k}"))
         for k, e in enumerate("aaaaaab")
     ]
-    assert locality._by_error(failed) == {"a": "0, 1, 2, 3 and 2 more", "b": "6"}
+    assert comparison._by_error(failed) == {"a": "0, 1, 2, 3 and 2 more", "b": "6"}

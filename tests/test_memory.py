@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tnreg import OptionError, ShapeError, SizeError, memory
+from tnreg import OptionError, ShapeError, SizeError
+from tnreg.machine import memory
 
 
 def test_available():

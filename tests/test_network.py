@@ -8,7 +8,7 @@ import torch
 import zoo
 
 from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, network
-from tnreg.network import Network
+from tnreg.networks.network import Network
 
 TREE = ModeTree([[0, 1], [2, 3]])
 

@@ -118,7 +118,7 @@ def test_the_count_on_a_device_gives_the_same_steps(monkeypatch, tmp_path):
 
     expected, p = fresh()
     train(50, expected, p)
-    monkeypatch.setattr("tnreg.optim._on_host", lambda x: False)
+    monkeypatch.setattr("tnreg.training.optim._on_host", lambda x: False)
     optimizer, q = fresh()
     train(20, optimizer, q)
     held = optimizer.state[q]["square_average"]

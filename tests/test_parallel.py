@@ -26,11 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tnreg import Trajectory, images
 from tnreg.cli import main
 from tnreg.errors import OptionError, ShapeError, TnregError
-from tnreg.experiments import locality_run
-from tnreg.experiments.locality_run import Settings, train
-from tnreg.parallel import Processes, joined, started, unwrapped
-from tnreg.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
-from tnreg.regularizers import InputGradientChange, InteractionEnergy, _own_values
+from tnreg.experiments.locality import train as locality_run
+from tnreg.experiments.locality.settings import Settings
+from tnreg.experiments.locality.train import train
+from tnreg.far.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
+from tnreg.far.regularizers import InputGradientChange, InteractionEnergy, _own_values
+from tnreg.machine.processes import Processes, joined, started, unwrapped
 
 BOXES = [(0, 0, 3, 3), (4, 5, 7, 8), (0, 4, 3, 8)]
 

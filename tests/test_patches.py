@@ -8,9 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-from tnreg import patches
 from tnreg.errors import OptionError, ShapeError
-from tnreg.patches import (
+from tnreg.far import patches
+from tnreg.far.patches import (
     DifferingPatches,
     FixedPatches,
     PresetPatches,

@@ -16,7 +16,7 @@ from tnreg import plots
 from tnreg.errors import DataError, FileError, OptionError, ShapeError
 from tnreg.experiments.nets import build
 from tnreg.experiments.probed import network_of
-from tnreg.probe import LocalityProfile, locality_profile, separation_spectrum
+from tnreg.far.probe import LocalityProfile, locality_profile, separation_spectrum
 
 
 def samples(k, width, seed, dtype=torch.float64):

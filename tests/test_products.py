@@ -8,8 +8,9 @@ import pytest
 import torch
 import zoo
 
-from tnreg import Factorization, ModeTree, OptionError, ShapeError, decompose, products, truncate
+from tnreg import Factorization, ModeTree, OptionError, ShapeError, decompose, truncate
 from tnreg import algebra as al
+from tnreg.algebra import arithmetic, products
 
 ROUTES = ["computed", "estimated"]
 
@@ -24,7 +25,7 @@ def route(request, monkeypatch):
 
 @pytest.fixture
 def never_formed(monkeypatch):
-    monkeypatch.setattr(al, "_LARGEST_PRODUCT", 0)
+    monkeypatch.setattr(arithmetic, "_LARGEST_PRODUCT", 0)
 
 
 def dense(model):

@@ -11,9 +11,10 @@ from command import screen
 
 import tnreg
 from tnreg import images
-from tnreg.experiments import convac, locality
-from tnreg.experiments.sweep_bar import Bar
-from tnreg.progress import advancing, shown_progress, working
+from tnreg.experiments import convac
+from tnreg.experiments.locality import comparison
+from tnreg.experiments.sweep.bar import Bar
+from tnreg.machine.progress import advancing, shown_progress, working
 
 PACKAGE = Path(tnreg.__file__).parent
 
@@ -28,7 +29,7 @@ def on_pathfinder(folder):
     """The sets of one distance, as a sweep makes them before its first training."""
     cell = {"set": "pathfinder", "distance": 3, "size": 32, "train": 20, "test": 10}
     (folder / "sets").mkdir(parents=True)
-    locality._prepare([cell], folder, True)
+    comparison._prepare([cell], folder, True)
 
 
 def on_digits(folder):

@@ -22,7 +22,7 @@ from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
 import tnreg
-from tnreg.tree import read_tree_file
+from tnreg.trees.tree import read_tree_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -417,7 +417,7 @@ def test_wheel_holds_the_gallery(tmp_path):
     [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {
-        "tnreg/trees/htf-4.json",
+        "tnreg/trees/gallery/htf-4.json",
         "tnreg/py.typed",
         "tnreg/experiments/demo.py",
         "tnreg/cli/entry.py",

@@ -22,7 +22,7 @@ from tnreg import (
     matricize,
     spectra,
 )
-from tnreg.rank import dense_spectra
+from tnreg.ranks.dense import dense_spectra
 
 
 def brute_force_matrix(tensor, modes):

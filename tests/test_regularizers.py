@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from tnreg import second_order
 from tnreg.errors import DataError, OptionError, ShapeError, TnregError
-from tnreg.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
-from tnreg.regularizers import (
+from tnreg.far import input_gradient as second_order
+from tnreg.far.input_gradient import input_gradient
+from tnreg.far.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
+from tnreg.far.regularizers import (
     InputGradientChange,
     InteractionEnergy,
     crossed_values,
     evaluation,
     interaction_energy,
 )
-from tnreg.second_order import input_gradient
 
 PAIR = ((0, 0, 3, 3), (4, 5, 7, 8))
 BOTH = (InputGradientChange, InteractionEnergy)

@@ -11,7 +11,7 @@ import pytest
 import zoo
 
 from tnreg import Factorization, ModeTree, Trajectory, plan
-from tnreg.svg import MOST_NODES
+from tnreg.trees.drawing import MOST_NODES
 
 SVG = "{http://www.w3.org/2000/svg}"
 

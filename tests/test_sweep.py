@@ -28,8 +28,11 @@ from command import call
 matplotlib.use("Agg")
 
 from tnreg import FileError, OptionError, TnregError
-from tnreg.experiments import dynamics, init_scale, locality, sweep, sweep_figure, sweep_grid
-from tnreg.experiments.sweep_cell import Unfinished
+from tnreg.experiments import dynamics, locality, sweep
+from tnreg.experiments.dynamics import init_scale
+from tnreg.experiments.sweep import command as sweep_grid
+from tnreg.experiments.sweep import pictures as sweep_figure
+from tnreg.experiments.sweep.cell import Unfinished
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have the tests
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]

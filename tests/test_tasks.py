@@ -9,15 +9,7 @@ import pytest
 import torch
 import zoo
 
-from tnreg import (
-    DataError,
-    Factorization,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    completion,
-    sensing,
-)
+from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, sensing
 
 TREE = ModeTree.binary(4)
 

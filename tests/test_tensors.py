@@ -22,7 +22,7 @@ from tnreg import (
     load_tensor,
     open_tensor,
 )
-from tnreg.tensors import DATASETS
+from tnreg.tensors.loading import DATASETS
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import zoo
 from hypothesis import given, settings
 
 from tnreg import FileError, ModeTree, TreeError, gallery, load_tree
-from tnreg.tree import read_tree, tree_from_json, tree_to_json
+from tnreg.trees.tree import read_tree, tree_from_json, tree_to_json
 
 
 def test_grids_know_their_shape(tmp_path):

@@ -13,28 +13,31 @@ from tnreg.errors import (
     TnregError,
     TreeError,
 )
-from tnreg.tree import ModeTree, gallery, load_tree
-from tnreg.trajectory import Trajectory
-from tnreg.optim import GroupRMSprop
-from tnreg.network import Network, network
-from tnreg.rank import effective_rank, entanglement_entropy, matricize
-from tnreg.contraction import Plan, plan
-from tnreg.factorization import Factorization, load
-from tnreg.gramians import hierarchical_rank, spectra
-from tnreg.hsvd import decompose, truncate
-from tnreg.components import balance_
-from tnreg.tensors import load_tensor, open_tensor
-from tnreg.tasks import completion, sensing
-from tnreg.fit import fit
-from tnreg.cnn import from_cnn, to_cnn
-from tnreg.convnet import ConvNet
-from tnreg.convac import ConvAC, Representation
-from tnreg.export import export_onnx, export_pt2, export_state
-from tnreg.penalties import EffectiveRankPenalty, LocalComponentPenalty
-from tnreg.patches import DifferingPatches, PresetPatches, RandomPatches
-from tnreg.regularizers import InputGradientChange, InteractionEnergy
-from tnreg.grids import grid_tensor
-from tnreg.probe import LocalityProfile, locality_profile, separation_spectrum
+from tnreg.machine.versions import __version__ as __version__
+from tnreg.trees.tree import ModeTree, gallery, load_tree
+from tnreg.training.trajectory import Trajectory
+from tnreg.training.optim import GroupRMSprop
+from tnreg.networks.network import Network
+from tnreg.convert.nodes import network
+from tnreg.ranks.dense import effective_rank, entanglement_entropy
+from tnreg.tensors.arrays import matricize
+from tnreg.networks.plan import Plan, plan
+from tnreg.factorizations.factorization import Factorization, load
+from tnreg.ranks.spectra import hierarchical_rank, spectra
+from tnreg.ranks.decompose import decompose, truncate
+from tnreg.factorizations.components import balance_
+from tnreg.tensors.loading import load_tensor, open_tensor
+from tnreg.training.tasks import completion, sensing
+from tnreg.training.fit import fit
+from tnreg.cnns.cnn import from_cnn, to_cnn
+from tnreg.cnns.convnet import ConvNet
+from tnreg.cnns.classifier import ConvAC, Representation
+from tnreg.cnns.export import export_onnx, export_pt2, export_state
+from tnreg.cnns.penalties import EffectiveRankPenalty, LocalComponentPenalty
+from tnreg.far.patches import DifferingPatches, PresetPatches, RandomPatches
+from tnreg.far.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.far.grids import grid_tensor
+from tnreg.far.probe import LocalityProfile, locality_profile, separation_spectrum
 from tnreg import algebra, convert, dynamics, images, plots
 
 __all__ = [
@@ -57,5 +60,3 @@ __all__ = [
     "dynamics", "plots",
     "TnregError", "TreeError", "ShapeError", "SizeError", "DataError", "OptionError", "FileError",
 ]  # fmt: skip
-
-__version__ = "0.1.0"

@@ -20,10 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.components import detached_norms, distance_bound, drop_components, keep_components
 from tnreg.errors import OptionError, check_integer
-from tnreg.factorization import Factorization
-from tnreg.tree import Node
+from tnreg.factorizations.components import (
+    detached_norms,
+    distance_bound,
+    drop_components,
+    keep_components,
+)
+from tnreg.factorizations.factorization import Factorization
+from tnreg.trees.reading import Node
 
 __all__ = [
     "component_drive",

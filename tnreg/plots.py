@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tnreg.errors import OptionError
-from tnreg.files import write_whole
-from tnreg.trajectory import Trajectory
-from tnreg.tree import ModeTree, Node
+from tnreg.machine.files import write_whole
+from tnreg.training.trajectory import Trajectory
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import ModeTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from tnreg.convnet import ConvNet
-    from tnreg.factorization import Factorization
-    from tnreg.probe import LocalityProfile
+    from tnreg.cnns.convnet import ConvNet
+    from tnreg.factorizations.factorization import Factorization
+    from tnreg.far.probe import LocalityProfile
 
 __all__ = [
     "bars",

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import tnreg
 from gpu_stages.bench import Bench, relative
 from gpu_stages.waiting import host_reads, waits
-from tnreg import Factorization, ModeTree, contraction
+from tnreg import Factorization, ModeTree
+from tnreg.networks import plan as contraction
 
 TREES = {
     "htf-4": ModeTree.binary(4),

@@ -33,8 +33,10 @@ from torch import Tensor
 import tnreg
 from gpu_stages.bench import Bench
 from gpu_stages.launches import counted
-from tnreg import frames, gramians, hsvd, rounding
-from tnreg.convert import from_tensor_train
+from tnreg.convert.formats import from_tensor_train
+from tnreg.ranks import decompose as hsvd
+from tnreg.ranks import frames, rounding
+from tnreg.ranks import spectra as gramians
 
 RTOLS = (1e-6, 1e-4)
 

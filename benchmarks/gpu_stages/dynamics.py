@@ -34,7 +34,8 @@ import tnreg
 from gpu_stages.bench import Bench, attempt
 from gpu_stages.launches import counted, kernels
 from tnreg.experiments import dynamics
-from tnreg.rank import numerical_rank
+from tnreg.experiments.dynamics import train
+from tnreg.ranks.dense import numerical_rank
 
 STEPS, DOCUMENTED = 36_000, 32_000
 REFERENCE = Path(__file__).parents[1] / "results" / "htf-reference-cpu.json"
@@ -98,14 +99,14 @@ class Training:
 
     def __init__(self, config: dynamics.Config) -> None:
         self.config = config
-        self.task, _, _ = dynamics._task(config, None)
+        self.task, _, _ = train._task(config, None)
         self.model = tnreg.Factorization(
             tnreg.load_tree(config.tree), self.task.sizes, config.rank, std=config.std,
             dtype=getattr(torch, config.dtype), device=config.device,
             generator=torch.Generator().manual_seed(config.seed + 1_000_003),  # as dynamics.run
         )  # fmt: skip
         self.optimizer = tnreg.GroupRMSprop(self.model.parameters(), lr=config.lr)
-        seen = dynamics._Observations(config, self.task, self.optimizer, self.model)
+        seen = train._Observations(config, self.task, self.optimizer, self.model)
         self.observe = seen.functions
 
     def fit(self, *, watched: bool = True, seconds: float = float("inf")) -> tnreg.Trajectory:

@@ -34,10 +34,12 @@ import torch
 
 from gpu_stages.bench import Bench
 from tnreg import InputGradientChange, RandomPatches
-from tnreg.experiments import locality, locality_figure
-from tnreg.experiments.locality_run import Execution
+from tnreg.experiments import locality
+from tnreg.experiments.locality import comparison
+from tnreg.experiments.locality import pictures as locality_figure
+from tnreg.experiments.locality.settings import Execution
 from tnreg.experiments.nets import build
-from tnreg.experiments.sweep_cell import Cell, Unfinished, compute
+from tnreg.experiments.sweep.cell import Cell, Unfinished, compute
 from tnreg.plots import save_figure
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -64,7 +66,7 @@ def calibrate(bench: Bench) -> None:
         length = 3 if bench.rehearse else 7
         _take_sets(bench, place)
         cells = {arm: cell_of(bench, arm, length, epochs=3) for arm in ARMS}
-        locality._prepare([cells["plain"]], place, False)
+        comparison._prepare([cells["plain"]], place, False)
         bench.add(**{"seconds for the images": round(time.monotonic() - began, 1)})
         found = together(bench, place / "one", [list(cells.items())], "one after another")
         alone = {arm: row["seconds an epoch"] for arm, row in found.items() if row.get("finished")}
@@ -91,7 +93,7 @@ def calibrate(bench: Bench) -> None:
 
 def penalties(bench: Bench, place: Path, cell: dict[str, Any]) -> dict[str, Any]:
     """R of twelve pairs of patches on eight images by both statistics, and the largest difference."""
-    data = locality._images(locality.Training(**cell), place, "train")
+    data = comparison._images(locality.Training(**cell), place, "train")
     torch.manual_seed(0)
     net = build(cell["model"], 1).train()
     x = torch.from_numpy(data.images[:8]).float() / 255
@@ -164,7 +166,7 @@ def _train(
                 name, cell = waiting.pop(0)
                 if not list(place.glob(f"{name}.*.checkpoint")):
                     rows[name] = {}  # of one whose state was left behind
-                locality._prepare([cell], place, False)  # its images, by all processors
+                comparison._prepare([cell], place, False)  # its images, by all processors
                 running[name] = start(bench, place, [(name, cell)], deadline)
                 continue
             if not running:
@@ -227,7 +229,7 @@ def train_cells(
     again as a new one, without graphs.
     """
     execution = Execution(graph=graph, portable=True, model_file=False, checkpoint_seconds=20.0)
-    work = partial(locality._work, execution=execution, deadline=deadline)
+    work = partial(comparison._work, execution=execution, deadline=deadline)
     for name, settings in cells:
         try:
             compute(Cell(place, name, settings), work, None)
@@ -392,10 +394,10 @@ def make_sets(place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     for length in sorted({length for _, length in WANTED}):
         published = locality.SETS["pathfinder"]
-        names = [f.name for f in dataclasses.fields(locality.Images)]
+        names = [f.name for f in dataclasses.fields(comparison.Images)]
         shared = {name: getattr(published, name) for name in names}
         one = locality.Training(**{**shared, "distance": length, "arm": "plain", "seed": 1})
-        locality._prepare([dataclasses.asdict(one)], place, True)
+        comparison._prepare([dataclasses.asdict(one)], place, True)
 
 
 if __name__ == "__main__":

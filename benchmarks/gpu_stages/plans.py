@@ -25,11 +25,11 @@ from torch import Tensor
 
 from gpu_stages.bench import Bench
 from gpu_stages.launches import counted
-from tnreg.contraction import _FLOPS_PER_MOVE, Plan, _plans, _plans_of_entries, contract
-from tnreg.einsum import along
-from tnreg.memory import available
-from tnreg.network import Network
-from tnreg.tree import ModeTree
+from tnreg.machine.memory import available
+from tnreg.networks.einsum import along
+from tnreg.networks.network import Network
+from tnreg.networks.plan import _FLOPS_PER_MOVE, Plan, _plans, _plans_of_entries, contract
+from tnreg.trees.tree import ModeTree
 
 FACTORS = (1, 1.5, 2.5, 5, 10)
 CONSTANTS = (8, 32, 128, 512)

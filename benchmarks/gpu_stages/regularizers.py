@@ -24,9 +24,10 @@ import torch
 from gpu_stages.bench import Bench, attempt
 from tnreg import images
 from tnreg.experiments import locality
-from tnreg.experiments.locality_run import Execution, Settings, _fast, _State
-from tnreg.parallel import Processes
-from tnreg.scheduled import Draw
+from tnreg.experiments.locality.settings import Execution, Settings
+from tnreg.experiments.locality.train import _fast, _State
+from tnreg.far.scheduled import Draw
+from tnreg.machine.processes import Processes
 
 # Counted on the CPU, an image: forward and backward passes of the step.
 GFLOP = {

@@ -6,11 +6,9 @@ import dataclasses
 
 from rich.table import Table
 
+from tnreg.cli.examination import Health, examine
 from tnreg.cli.reply import Reply
-from tnreg.doctor import Health, examine
-from tnreg.memory import written
-
-__all__ = ["doctor"]
+from tnreg.machine.memory import written
 
 
 def doctor(*, json: bool = False) -> None:

@@ -20,10 +20,10 @@ from tnreg.cli.show import plot
 from tnreg.cli.shrink import decompose
 from tnreg.cli.train import TOGETHER, demo, fit, run, sweep
 from tnreg.errors import OptionError, TnregError
-from tnreg.experiments import convac, dynamics, init_scale, locality, sweep_kinds
-from tnreg.parallel import ProcessLost, is_first, started
-
-__all__ = ["main"]
+from tnreg.experiments import convac, dynamics, locality
+from tnreg.experiments.dynamics import init_scale
+from tnreg.experiments.sweep import kinds as sweep_kinds
+from tnreg.machine.processes import ProcessLost, is_first, started
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-__all__ = ["hint"]
-
 # What messages of the library say, and the option it is about: the first that the command has.
 _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"axes and the tree \d+ modes|mode sizes for a tree|pixels, the tree", ("tree", "trees")),

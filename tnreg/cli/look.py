@@ -8,22 +8,13 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from tnreg import (
-    ModeTree,
-    effective_rank,
-    entanglement_entropy,
-    gallery,
-    load_tree,
-    plots,
-    spectra,
-)
+from tnreg import ModeTree, effective_rank, entanglement_entropy, gallery, load_tree, plots, spectra
 from tnreg.cli.reply import Reply, check_place, new_axes
 from tnreg.cli.subject import subject_of
 from tnreg.errors import FileError
-from tnreg.rank import numerical_rank
-from tnreg.tree import Node, read_tree, read_tree_file, tree_to_json
-
-__all__ = ["rank", "tree"]
+from tnreg.ranks.dense import numerical_rank
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import read_tree, read_tree_file, tree_to_json
 
 
 def tree(

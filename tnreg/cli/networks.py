@@ -18,11 +18,9 @@ from tnreg import (
     to_cnn,
 )
 from tnreg.cli.reply import Reply, check_place, new_axes
-from tnreg.convac import is_classifier
+from tnreg.cnns.classifier import is_classifier
 from tnreg.errors import OptionError
 from tnreg.experiments.probed import images_of, network_of
-
-__all__ = ["export", "probe"]
 
 
 def export(

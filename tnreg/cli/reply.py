@@ -20,9 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnreg.errors import FileError
-from tnreg.progress import working
-
-__all__ = ["Reply", "check_place", "new_axes", "plain", "short"]
+from tnreg.machine.progress import working
 
 
 class Reply:
@@ -72,7 +70,7 @@ class Reply:
             def emit(self, record: logging.LogRecord) -> None:
                 say(record.getMessage())
 
-        logger, line = logging.getLogger("tnreg.blocks"), Line()
+        logger, line = logging.getLogger("tnreg.tensors.blocks"), Line()
         level = logger.level
         with working(text) as say:
             logger.addHandler(line)

@@ -8,19 +8,11 @@ from pathlib import Path
 from tnreg import Trajectory, plots
 from tnreg.cli.reply import Reply, check_place
 from tnreg.errors import OptionError
-from tnreg.experiments import (
-    completion,
-    convac,
-    demo,
-    dynamics,
-    init_scale,
-    locality,
-    sweep_figure,
-    sweep_kinds,
-)
+from tnreg.experiments import completion, convac, demo, dynamics, locality
+from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.folder import experiment_of
-
-__all__ = ["plot"]
+from tnreg.experiments.sweep import kinds as sweep_kinds
+from tnreg.experiments.sweep import pictures as sweep_figure
 
 # Experiments with a picture of their own; others leave one trajectory.
 _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {

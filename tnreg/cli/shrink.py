@@ -15,10 +15,8 @@ from tnreg import decompose as hierarchical_svd
 from tnreg.cli.reply import Reply, check_place
 from tnreg.cli.subject import Subject, subject_of
 from tnreg.errors import OptionError
-from tnreg.hsvd import distance
-from tnreg.tree import Node
-
-__all__ = ["decompose"]
+from tnreg.ranks.decompose import distance
+from tnreg.trees.reading import Node
 
 
 def decompose(

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from tnreg import ModeTree, load, load_tensor, open_tensor
-from tnreg.blocks import is_blocks
 from tnreg.errors import OptionError
-from tnreg.files import metadata_of
-from tnreg.memory import limit_of
-from tnreg.tensors import is_large_file
-from tnreg.tree import read_tree
-
-__all__ = ["Subject", "device_of", "subject_of"]
+from tnreg.machine.files import metadata_of
+from tnreg.machine.memory import limit_of
+from tnreg.tensors.blocks import is_blocks
+from tnreg.tensors.loading import is_large_file
+from tnreg.trees.tree import read_tree
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from tnreg.cli.reply import short
-from tnreg.experiments import dynamics, locality
-from tnreg.experiments import sweep as sweep_experiment
-
-__all__ = ["convac_tables", "dynamics_table", "init_scale_table", "locality_table", "sweep_table"]
+from tnreg.experiments import dynamics, locality, sweep
 
 
-def sweep_table(found: sweep_experiment.Result, name: str) -> Table:
+def sweep_table(found: sweep.Result, name: str) -> Table:
     """Means over seeds."""
     if found.fields == locality.EXPERIMENT.fields:
         return locality_table(found.table, name)

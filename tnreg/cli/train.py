@@ -22,12 +22,12 @@ from tnreg.cli.tables import (
     sweep_table,
 )
 from tnreg.errors import OptionError
-from tnreg.experiments import completion, convac, dynamics, init_scale, locality, sweep_kinds
+from tnreg.experiments import completion, convac, dynamics, locality
 from tnreg.experiments import demo as demo_experiment
-from tnreg.experiments import sweep as sweep_experiment
-from tnreg.parallel import is_first, started
-
-__all__ = ["TOGETHER", "demo", "fit", "run", "sweep"]
+from tnreg.experiments.dynamics import init_scale
+from tnreg.experiments.sweep import kinds as sweep_kinds
+from tnreg.experiments.sweep.experiment import run as run_cells
+from tnreg.machine.processes import is_first, started
 
 TOGETHER = "work together in `tnreg run locality` alone; give other commands without torchrun"
 _SETTINGS = completion.Settings()
@@ -181,7 +181,7 @@ def sweep(
             device_of(device)
     folder, reply = out or Path("runs") / f"sweep-{kind.name}", Reply(json)
     with _going_on(), reply.undisturbed():
-        found = sweep_experiment.run(
+        found = run_cells(
             kind.experiment, cells, folder, workers=workers, threads=threads, scheduler=scheduler,
             retries=retries, parquet=parquet, progress=reply.shows(progress),
         )  # fmt: skip

@@ -19,25 +19,14 @@ import torch
 
 from tnreg.errors import DataError, OptionError
 from tnreg.experiments.folder import write_run
-from tnreg.factorization import Factorization
-from tnreg.files import folder_written_whole
-from tnreg.fit import fit
+from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.files import folder_written_whole
 from tnreg.plots import save_figure, trajectory
-from tnreg.tasks import Completion, completion
-from tnreg.tensors import DenseTensor, load_tensor
-from tnreg.trajectory import Trajectory
-from tnreg.tree import ModeTree, read_tree
-
-__all__ = [
-    "Config",
-    "Settings",
-    "draw",
-    "figure",
-    "in_units",
-    "mean_error",
-    "run",
-    "scaled_task",
-]
+from tnreg.tensors.loading import DenseTensor, load_tensor
+from tnreg.training.fit import fit
+from tnreg.training.tasks import Completion, completion
+from tnreg.training.trajectory import Trajectory
+from tnreg.trees.tree import ModeTree, read_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +128,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
             "test error": task.test_error(model),
             "test error of the mean": mean_error(task),
         }
-        write_run(beside, config, found, in_units(model, scale), summary)
+        write_run(beside, "completion", config, found, in_units(model, scale), summary)
         save_figure(draw(found, found.names), beside / "training.png")
     return summary
 

@@ -23,20 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tnreg
 from tnreg import algebra, plots
-from tnreg.components import drop_components
-from tnreg.convac import ConvAC, Representation
-from tnreg.convnet import ConvNet
+from tnreg.cnns.classifier import ConvAC, Representation
+from tnreg.cnns.convnet import ConvNet
+from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments.folder import about_of, refused
-from tnreg.export import export_onnx
-from tnreg.files import folder_written_whole
+from tnreg.factorizations.components import drop_components
+from tnreg.machine.files import folder_written_whole
+from tnreg.machine.progress import advancing
+from tnreg.machine.versions import __version__
 from tnreg.plots import save_figure
-from tnreg.progress import advancing
-from tnreg.tree import ModeTree, read_tree
-
-__all__ = ["Config", "figure", "run", "tree_of"]
+from tnreg.ranks.decompose import truncate
+from tnreg.trees.tree import ModeTree, read_tree
 
 _SIDE = 8
 
@@ -140,7 +139,7 @@ def run(
             "seconds": time.perf_counter() - start,
         }
         about = {
-            "tnreg": tnreg.__version__,
+            "tnreg": __version__,
             "torch": torch.__version__,
             "experiment": "convac",
             "config": dataclasses.asdict(config),
@@ -242,7 +241,7 @@ def _shrunk(model: ConvAC, config: Config, split: _Split) -> list[dict[str, Any]
     norm = float(whole.norm().detach())
     out: list[dict[str, Any]] = []
     for rtol in config.rtols:
-        found = tnreg.truncate(whole, rtol=rtol)
+        found = truncate(whole, rtol=rtol)
         out.append({"how": "truncated", "asked": rtol, **_judged(model, whole, found, norm, split)})
     for share in config.thin:
         found = drop_components(whole, below=share)

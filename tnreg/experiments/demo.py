@@ -21,27 +21,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
-from tnreg.cnn import to_cnn
-from tnreg.convnet import ConvNet
+from tnreg.cnns.cnn import to_cnn
+from tnreg.cnns.convnet import ConvNet
+from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments.completion import in_units, mean_error, scaled_task
 from tnreg.experiments.folder import write_run
-from tnreg.export import export_onnx
-from tnreg.factorization import Factorization
-from tnreg.files import folder_written_whole
-from tnreg.fit import fit
-from tnreg.gramians import hierarchical_rank, spectra
-from tnreg.progress import working
-from tnreg.rank import effective_rank
-from tnreg.tasks import Completion
-from tnreg.tensors import DenseTensor, load_tensor
-from tnreg.trajectory import Trajectory
-from tnreg.tree import ModeTree, Node, load_tree
+from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.files import folder_written_whole
+from tnreg.machine.progress import working
+from tnreg.ranks.dense import effective_rank
+from tnreg.ranks.spectra import hierarchical_rank, spectra
+from tnreg.tensors.loading import DenseTensor, load_tensor
+from tnreg.training.fit import fit
+from tnreg.training.tasks import Completion
+from tnreg.training.trajectory import Trajectory
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import ModeTree, load_tree
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = ["Config", "figure", "run"]
 
 _PICTURES = {
     "demo.png": "The tree, its components emerging one after another, and the error on unseen entries.",
@@ -117,7 +116,7 @@ def run(
             "seconds": time.perf_counter() - start,
         }
         final = in_units(found.model, found.scale)
-        write_run(beside, config, found.run, final, summary)
+        write_run(beside, "demo", config, found.run, final, summary)
         found.compared.save(beside / "trajectory-cp.npz")
         net = to_cnn(final)
         tell("the learned factorization as a convolutional network, layer by layer:")

@@ -5,29 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import tnreg
 from tnreg.errors import FileError
-from tnreg.factorization import Factorization
-from tnreg.trajectory import Trajectory
-
-__all__ = [
-    "UNREADABLE",
-    "Run",
-    "about_of",
-    "experiment_of",
-    "read_run",
-    "refused",
-    "versions",
-    "write_run",
-]
+from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.versions import versions
+from tnreg.training.trajectory import Trajectory
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a ``config.json`` raises that is missing, no JSON, or other than expected."""
@@ -53,29 +39,25 @@ class Run:
 
 
 def write_run(
-    folder: Path, config: Any, found: Trajectory, model: Factorization, summary: dict[str, Any]
+    folder: Path,
+    experiment: str,
+    config: Any,
+    found: Trajectory,
+    model: Factorization,
+    summary: dict[str, Any],
 ) -> None:
     """Write what every run folder holds: config.json, trajectory.npz, model.safetensors."""
     found.save(folder / "trajectory.npz")
     model.save(folder / "model.safetensors")
     about = {
         **versions(),
-        "experiment": type(config).__module__.rpartition(".")[2],
+        "experiment": experiment,
         "config": dataclasses.asdict(config),
         "summary": summary,
     }
     (folder / "config.json").write_text(
         json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed, for ``config.json``."""
-    return {
-        "tnreg": tnreg.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def about_of(folder: str | Path) -> dict[str, Any]:

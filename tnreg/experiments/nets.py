@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from tnreg.errors import OptionError
 
-__all__ = ["ResNet18", "SmallCNN", "as_input", "build"]
-
 
 class SmallCNN(nn.Module):
     """Five convolutions, global average pooling, one logit.

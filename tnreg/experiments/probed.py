@@ -11,16 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tnreg import images
-from tnreg.cnn import to_cnn
-from tnreg.convac import ConvAC, is_classifier
+from tnreg.cnns.classifier import ConvAC, is_classifier
+from tnreg.cnns.cnn import to_cnn
+from tnreg.cnns.export import load_pt2
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError
 from tnreg.experiments.folder import about_of, refused
 from tnreg.experiments.nets import as_input, build
-from tnreg.export import load_pt2
-from tnreg.factorization import load
-from tnreg.tensors import load_tensor
-
-__all__ = ["images_of", "network_of"]
+from tnreg.factorizations.factorization import load
+from tnreg.tensors.loading import load_tensor
 
 Net = Callable[[Tensor], Tensor]
 

@@ -1,0 +1,26 @@
+"""Arithmetic of factorizations along one tree: results are factorizations again, nothing is densified.
+
+Sums add bonds, entrywise products multiply them; ``truncate`` brings them down again. Every function
+leaves its arguments alone; a result is a new model with weights of its own, not connected to theirs by
+autograd.
+"""
+
+from tnreg.algebra.arithmetic import add, hadamard, linear_combination, scale, subtract
+from tnreg.algebra.joins import diagonal_joins, full_joins, reroot
+from tnreg.algebra.modes import contract_modes, marginal, mode_product, permute_modes, select
+
+__all__ = [
+    "add",
+    "contract_modes",
+    "diagonal_joins",
+    "full_joins",
+    "hadamard",
+    "linear_combination",
+    "marginal",
+    "mode_product",
+    "permute_modes",
+    "reroot",
+    "scale",
+    "select",
+    "subtract",
+]

@@ -1,0 +1,367 @@
+"""Image classifiers whose network is a tree: a representation of patches, then a ``ConvNet``.
+
+The representation layer applies M template functions f_1..f_M to every patch (Cohen, Sharir and Shashua
+2016, arXiv:1509.05009); the convolutional arithmetic circuit above it has one root vector per class, so
+that the scores of an image with patches x_0..x_{N-1} are ``<f(x_0) ⊗ ... ⊗ f(x_{N-1}), W_c>``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tnreg.cnns.cnn import from_cnn, to_cnn
+from tnreg.cnns.convnet import ConvNet
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError, check_integer
+from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.files import is_file, metadata_of, read_safetensors, write_whole
+from tnreg.networks.network import Network
+from tnreg.ranks.decompose import truncate
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import tree_from_json, tree_to_json
+
+_FORMAT = "tnreg.cnns.classifier/1"
+_METADATA = "tnreg-convac"  # where a file holds the tree and all settings
+_KINDS = ("affine", "gaussian", "bins", "sine")
+
+
+@final
+class Representation(nn.Module):
+    """Template functions of every patch of an image: ``(B, C, H, W)`` to ``(B, M, H', W')``.
+
+    Args:
+        templates: How many, M.
+        kind: ``"affine"``: ``relu(<w_m, x> + b_m)``; ``"gaussian"``: ``exp(-|x - mean_m|² / 2 width_m²)``;
+            ``"bins"``: which of M equal intervals of ``[low, high]`` the mean of the patch lies in, one-hot
+            (what lies outside counts to the outer ones); ``"sine"``: ``sqrt(binomial(M-1, m)) cos^(M-1-m)
+            sin^m`` of ``pi/2 (mean - low) / (high - low)`` (Stoudenmire and Schwab 2016, arXiv:1605.05775).
+        patch: Height and width of a patch; patches do not overlap.
+        channels: Channels of the image.
+        low: Smallest value of a pixel; for the initial templates as well.
+        high: Largest value of a pixel.
+        trained: Whether affine and Gaussian templates are trained or stay as they were drawn.
+        dtype: Type of the weights.
+        device: Any torch device.
+        generator: Draws the templates.
+
+    Raises:
+        OptionError: An unknown kind, or numbers that make no sense.
+
+    Example:
+        >>> image = torch.tensor([[[[0.0, 0.4], [0.6, 1.0]]]])
+        >>> Representation(2, kind="bins")(image)[0, 1]
+        tensor([[0., 0.],
+                [1., 1.]])
+    """
+
+    def __init__(
+        self,
+        templates: int,
+        *,
+        kind: str = "affine",
+        patch: tuple[int, int] = (1, 1),
+        channels: int = 1,
+        low: float = 0.0,
+        high: float = 1.0,
+        trained: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.templates = check_integer(templates, 1, "templates")
+        if kind not in _KINDS:
+            raise OptionError(f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}.")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise OptionError(
+                f"low and high must be finite with low < high, found {low} and {high}."
+            )
+        try:
+            rows, columns = patch
+        except (TypeError, ValueError):
+            raise OptionError(f"patch must be (height, width), found {patch!r}.") from None
+        self.patch = (
+            check_integer(rows, 1, "height of a patch"),
+            check_integer(columns, 1, "width of a patch"),
+        )
+        self.kind, self.low, self.high, self.trained = kind, float(low), float(high), bool(trained)
+        self.channels = check_integer(channels, 1, "channels")
+        size = self.channels * self.patch[0] * self.patch[1]
+        dtype = dtype or torch.get_default_dtype()
+
+        def drawn(*shape: int) -> Tensor:
+            place = generator.device if generator is not None else device
+            values = torch.randn(shape, generator=generator, dtype=dtype, device=place)
+            return values.to(device or values.device)
+
+        if kind == "affine":
+            self.weight = nn.Parameter(drawn(templates, size) * math.sqrt(2 / size))
+            self.bias = nn.Parameter(torch.ones_like(self.weight[:, 0].detach()))
+        elif kind == "gaussian":
+            middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+            steps = torch.linspace(-1, 1, templates, dtype=dtype, device=device).unsqueeze(1)
+            means = middle + half * (steps if templates > 1 else steps * 0).expand(-1, size)
+            if size > 1:  # several pixels: templates of random contrast around their mean
+                means = means + half / 2 * drawn(templates, size)
+            self.means = nn.Parameter(means.clone())
+            width = (self.high - self.low) / max(templates - 1, 1) * math.sqrt(size)
+            self.log_widths = nn.Parameter(torch.full_like(means[:, 0], math.log(width)))
+        for parameter in self.parameters():
+            parameter.requires_grad_(self.trained)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Values of all templates at every patch, ``(B, M, H / patch height, W / patch width)``.
+
+        Raises:
+            ShapeError: Another number of channels, or an image that patches do not fill.
+            DataError: Images of another dtype than the templates, or of integers.
+        """
+        rows, columns = self.patch
+        fits = images.ndim == 4 and images.shape[1] == self.channels
+        if not fits or images.shape[2] % rows or images.shape[3] % columns:
+            raise ShapeError(
+                "images do not fit the patches.\n"
+                f"  found:    {tuple(images.shape)}\n"
+                f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})"
+            )
+        weight = next(self.parameters(), images)
+        if not images.is_floating_point() or images.dtype != weight.dtype:
+            wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
+            raise DataError(f"images have dtype {images.dtype}; write images.to({wanted}).")
+        if self.kind == "affine":
+            filters = self.weight.reshape(-1, self.channels, rows, columns)
+            return nn.functional.conv2d(images, filters, self.bias, stride=self.patch).relu()
+        if self.kind == "gaussian":
+            b, c, height, width = images.shape
+            cut = images.reshape(b, c, height // rows, rows, width // columns, columns)
+            vectors = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).unsqueeze(3)  # (B, H', W', 1, size)
+            squares = (vectors - self.means).square().sum(-1) * torch.exp(-2 * self.log_widths)
+            return torch.exp(-squares / 2).permute(0, 3, 1, 2)
+        mean = images.mean(1, keepdim=True)
+        if self.patch != (1, 1):
+            mean = nn.functional.avg_pool2d(mean, self.patch)
+        share = ((mean - self.low) / (self.high - self.low)).clamp(0, 1)
+        index = torch.arange(self.templates, device=images.device).reshape(1, -1, 1, 1)
+        if self.kind == "bins":
+            chosen = (share * self.templates).floor().clamp_max(self.templates - 1)
+            return (chosen == index).to(images.dtype)
+        last = self.templates - 1
+        root = [math.sqrt(math.comb(last, m)) for m in range(self.templates)]
+        angle = math.pi / 2 * share
+        factors = [
+            root[m] * torch.cos(angle) ** (last - m) * torch.sin(angle) ** m
+            for m in range(last + 1)
+        ]
+        return torch.cat(factors, 1)
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments that make a representation of the same shape."""
+        names = ("templates", "kind", "patch", "channels", "low", "high", "trained")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        """Shown by ``print``."""
+        fixed = "" if self.trained or self.kind in ("bins", "sine") else ", fixed"
+        return f"{self.templates} {self.kind} templates of {self.patch[0]}x{self.patch[1]} patches{fixed}"
+
+
+@final
+class ConvAC(nn.Module):
+    """Convolutional arithmetic circuit classifier: representation of patches, then the network of a tree.
+
+    Args:
+        representation: Template functions; its M are the channels of the network's inputs.
+        net: A network with one output per class.
+        scores: ``"normalized"``: scores of a sample are divided by their root mean square and multiplied
+            by ``temperature``, which keeps every decision and lets any number of patches be trained with
+            cross entropy; ``"plain"``: as they are.
+        temperature: Root mean square of normalized scores.
+
+    Raises:
+        ShapeError: Templates that are not the channels of the network's inputs.
+        OptionError: A network without several outputs, or unknown scores.
+
+    Example:
+        >>> from tnreg import ModeTree
+        >>> tree = ModeTree.grid((4, 4))
+        >>> model = ConvAC(Representation(3), ConvNet(tree, 3, 8, outputs=10))
+        >>> model(torch.rand(5, 1, 4, 4)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        representation: Representation,
+        net: ConvNet,
+        *,
+        scores: str = "normalized",
+        temperature: float = 5.0,
+    ) -> None:
+        super().__init__()
+        if net.outputs is None:
+            raise OptionError("a classifier needs a net with outputs=number of classes.")
+        if set(net.sizes) != {representation.templates}:
+            raise ShapeError(
+                f"{representation.templates} templates do not fit input channels {set(net.sizes)}."
+            )
+        if scores not in ("normalized", "plain"):
+            raise OptionError(f"unknown scores {scores!r}; write 'normalized' or 'plain'.")
+        self.representation, self.net = representation, net
+        self.scores, self.temperature = scores, float(temperature)
+
+    @torch.no_grad()
+    def start_averaging_(
+        self, *, std: float = 1.0, generator: torch.Generator | None = None
+    ) -> ConvAC:
+        """Initial filters that average what they read, each entry ``(1 + std N(0, 1)) / inputs``.
+
+        Products of averages stay in reach of each other however many there are; from filters around
+        zero deep products hardly train.
+        """
+        for conv in self.net.convs.values():
+            weight: Any = conv.weight
+            inputs = weight.shape[1] if self.net.share else math.prod(weight.shape[1:-1])
+            noise = torch.randn(
+                weight.shape, generator=generator, dtype=weight.dtype,
+                device=generator.device if generator is not None else weight.device,
+            )  # fmt: skip
+            weight.copy_((1 + std * noise.to(weight.device)) / inputs)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores ``(B, classes)`` of images ``(B, C, H, W)``."""
+        features = self.representation(images)
+        if self.scores == "plain":
+            found: Tensor = self.net(features)
+            return found
+        values, _ = self.net.scaled_values(features)
+        # the scale of a sample cancels; the largest value first, so that squares stay in range
+        largest = values.detach().abs().amax(1, keepdim=True)
+        values = values / torch.where(largest > 0, largest, torch.ones_like(largest))
+        size = (
+            values.square().mean(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        )
+        return self.temperature * values / size
+
+    def factorization(self) -> Factorization:
+        """The classifier's tensor ``(M, ..., M, classes)``: the classes are the last mode, below the root."""
+        return from_cnn(self.net)
+
+    def with_factorization(self, model: Factorization) -> ConvAC:
+        """A classifier with a copy of this representation and the network of another tensor.
+
+        Args:
+            model: As ``factorization`` gives it, e.g. truncated; the classes are its last mode.
+        """
+        representation = Representation(**self.representation.settings())
+        sample = next(self.net.parameters())
+        representation.load_state_dict(self.representation.state_dict())
+        net = to_cnn(model, classes=True, shape=self.net.shape).to(sample.dtype)
+        return ConvAC(
+            representation.to(sample), net, scores=self.scores, temperature=self.temperature
+        ).to(sample.device)
+
+    def truncated(
+        self, *, ranks: int | Mapping[Node, int] | None = None, rtol: float | None = None
+    ) -> ConvAC:
+        """The classifier of lower hierarchical rank: its tensor rounded by ``tnreg.truncate``.
+
+        Joins become full: product pooling of all pairs of channels, of which fewer are left.
+
+        Args:
+            ranks: Largest number of channels: one integer, or ``{node: integer}``.
+            rtol: Relative error of the tensor of all classes together (Frobenius norm).
+        """
+        found = truncate(self.factorization(), ranks=ranks, rtol=rtol)
+        return self.with_factorization(found)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, tree and settings to a safetensors file, whole or not at all."""
+        network = self.net.network
+        about = {
+            "format": _FORMAT,
+            **tree_to_json(network.tree),
+            "sizes": network.sizes,
+            "bonds": network.bonds,
+            "joins": network.joins,
+            "root": "ones" if network.root_ones else "trained",
+            "outputs": self.net.outputs,
+            "share": self.net.share,
+            "scaled": self.net.scaled,
+            "image": self.net.shape,
+            "representation": self.representation.settings(),
+            "scores": self.scores,
+            "temperature": self.temperature,
+            "dtype": str(self.net.dtype).removeprefix("torch."),
+        }
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise DataError(f"not saved: {broken[0]} has NaN or infinite entries.")
+        text = {_METADATA: json.dumps(about)}
+        write_whole(path, lambda beside: safetensors.torch.save_file(state, beside, metadata=text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ConvAC:
+        """Read what ``save`` wrote. Nothing in the file is executed.
+
+        Raises:
+            FileError: No such file, or something else.
+        """
+        file_path = Path(path)
+        if not is_file(file_path):
+            raise FileError(f"no such model file: {file_path}")
+        expected = "  expected: a safetensors file that ConvAC.save wrote"
+        try:
+            metadata, state = read_safetensors(file_path)
+            about = json.loads(metadata[_METADATA])
+            tree = tree_from_json(about)
+            network = Network.build(
+                tree,
+                about["sizes"],
+                dict(zip(tree.nodes[:-1], about["bonds"][:-1], strict=True)),
+                join={n: j for n, j in zip(tree.nodes, about["joins"], strict=True) if j != "leaf"},
+                root=about["root"],
+            )
+            dtype, outputs = getattr(torch, about["dtype"]), about["outputs"]
+            others = {v.dtype for v in state.values() if v.is_floating_point() or v.is_complex()}
+            if others != {dtype}:
+                raise ValueError(f"numbers of {sorted(map(str, others))} in a file of {dtype}")
+            largest = max(math.prod(network.shape(p)) for p in network.weighted)
+            if largest > sum(value.numel() for value in state.values()):  # no room is made for it
+                raise ValueError(
+                    f"a weight of {largest} entries by its sizes and bonds, fewer there"
+                )
+            weights = {
+                tree.nodes[p]: torch.zeros(network.shape(p), dtype=dtype) for p in network.weighted
+            }
+            if tree.root in weights:
+                weights[tree.root] = weights[tree.root].unsqueeze(-1).expand(*[-1] * weights[tree.root].ndim,
+                                                                             outputs)  # fmt: skip
+            net = ConvNet.holding(
+                network, weights, outputs=outputs, share=about["share"], scaled=about["scaled"],
+                shape=about["image"] and tuple(about["image"]),
+            )  # fmt: skip
+            settings = {**about["representation"], "patch": tuple(about["representation"]["patch"])}
+            model = cls(
+                Representation(**settings, dtype=dtype), net,
+                scores=about["scores"], temperature=about["temperature"],
+            )  # fmt: skip
+            model.load_state_dict(state)
+        except Exception as error:
+            said = str(error) if isinstance(error, TnregError) else repr(error)
+            raise FileError(f"not a classifier: {file_path}\n  {said}\n{expected}") from None
+        return model
+
+
+def is_classifier(path: Path) -> bool:
+    """Whether a file says that it is what ``ConvAC.save`` wrote; whether it is whole, ``load`` tells."""
+    return _METADATA in metadata_of(path)

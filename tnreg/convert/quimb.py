@@ -1,0 +1,116 @@
+"""To and from quimb."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from tnreg.convert.wiring import Part, SummedBond, modes_in_order, named_part, read_wiring
+from tnreg.errors import OptionError
+from tnreg.factorizations.factorization import Factorization
+from tnreg.tensors.arrays import array_of
+
+
+def to_quimb(model: Factorization) -> Any:
+    """The factorization as a ``quimb.tensor.TensorNetwork``.
+
+    Outer indices are ``"mode <n>"``. Under a full join the bond above a node is ``"bond <node>"``; a
+    diagonal join is one index that all its tensors share, ``"bond <node> inside"`` after the node that
+    joins, ``"ones <root>"`` under a root of ones. Every tensor is tagged with its node, with ``leaf``,
+    ``full`` or ``diagonal``, and the root with ``root``. Indices shared by three tensors need to be told
+    what stays: ``net.contract(output_inds=[f"mode {n}" for n in range(order)])``.
+
+    The tensors are the model's own weights, so gradients flow through; for numpy write
+    ``net.apply_to_arrays(lambda x: x.detach().numpy())``. A matrix product state is
+    ``quimb.tensor.MatrixProductState(cores, shape="lpr")`` with the cores of ``to_tensor_train``.
+
+    Raises:
+        OptionError: quimb is missing.
+    """
+    quimb = _quimb()
+    net, tree = model.network, model.tree
+    top = len(tree.nodes) - 1
+
+    def name(index: int) -> str:
+        if index < tree.order:
+            return f"mode {index}"
+        below = tree.nodes[index - tree.order]
+        above = tree.parent(below)
+        if net.joins[tree.position(above)] == "full":
+            return f"bond {below}"
+        return f"ones {above}" if net.root_ones and above == tree.root else f"bond {above} inside"
+
+    tensors = []
+    for i, (node, weight) in enumerate(model.weights.items()):
+        tags = [str(node), net.joins[i], *(["root"] if i == top else [])]
+        tensors.append(quimb.Tensor(weight, [name(j) for j in net.indices(i)], tags))
+    if net.root_ones and len(tree.links[top]) == 1:  # else its bond would be an outer index
+        child = tree.links[top][0]
+        ones = torch.ones(net.bonds[child], dtype=model.dtype, device=model.device)
+        tensors.append(quimb.Tensor(ones, [f"ones {tree.root}"], ["ones"]))
+    return quimb.TensorNetwork(tensors)
+
+
+def from_quimb(
+    net: Any, *, modes: Sequence[str] | None = None, root: str | None = None
+) -> Factorization:
+    """A ``quimb.tensor.TensorNetwork`` that is a tree, as a factorization: see ``from_nodes``.
+
+    What ``to_quimb(model)`` made gives the same model again, bit for bit. Indices that three tensors or
+    more share become diagonal joins. A ``MatrixProductState`` with open ends is a tensor train.
+
+    Args:
+        net: The network; its ``exponent`` is multiplied in.
+        modes: Outer indices in the order of the modes. If left out they must be named by one word and
+            the numbers from 0: ``mode 0, mode 1``, or ``k0, k1`` as in a matrix product state.
+        root: A tag that only the root has; if left out as in ``from_nodes``.
+
+    Raises:
+        TreeError: The network has a loop or is not connected, or no tensor, or several, have that tag.
+        ShapeError: Outer indices whose modes are not known.
+        OptionError: Not a network of quimb.
+    """
+    if not hasattr(net, "tensors") or not hasattr(net, "exponent"):
+        raise OptionError(f"from_quimb: expected a TensorNetwork, found {type(net).__name__}.")
+    tags = [list(t.tags) for t in net.tensors]
+    parts = [
+        Part(t[0] if t else "", array_of(x.data, None, f"tensor {t}"), list(x.inds))
+        for t, x in zip(tags, net.tensors, strict=True)
+    ]
+    if net.exponent:
+        share = 10.0 ** (float(net.exponent) / max(len(parts), 1))
+        for part in parts:
+            part.tensor = part.tensor * share
+    indices = Counter(j for part in parts for j in part.indices)
+    outer = [j for j, times in indices.items() if times == 1 or j in (modes or ())]
+    order = modes_in_order("from_quimb", outer, outer, modes)
+    ours = root is None and all({"leaf", "full", "diagonal", "ones"} & set(t) for t in tags)
+    top: Any = None
+    if root is not None:
+        top = named_part("from_quimb", root, tags)
+    elif ours:
+        roots = [i for i, t in enumerate(tags) if "root" in t]
+        ones = [j for j in indices if str(j).startswith("ones ")]
+        top = (
+            roots[0]
+            if roots
+            else SummedBond(ones[0], ones[0].removeprefix("ones "))
+            if ones
+            else None
+        )
+        for part, t in zip(parts, tags, strict=True):
+            part.name = "" if "ones" in t and isinstance(top, SummedBond) else part.name
+    inside = {i for i, t in enumerate(tags) if "diagonal" in t}
+    return read_wiring("from_quimb", parts, order, {}, top, inside, ours and top is not None)
+
+
+def _quimb() -> Any:
+    try:
+        import quimb.tensor
+    except ImportError:
+        raise OptionError("quimb is missing: pip install 'tnreg[quimb]'") from None
+    return quimb.tensor

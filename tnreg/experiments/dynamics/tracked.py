@@ -1,0 +1,89 @@
+"""Components followed along a training, with the rates of their growth: measured and predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tnreg.errors import OptionError
+from tnreg.training.trajectory import Trajectory
+from tnreg.trees.reading import Node
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """The components of one node that are largest at the end, followed along the training.
+
+    Attributes:
+        steps: Updates done at every row, ``(rows,)``.
+        norms: ``(rows, k)``; NaN where one was not yet among the recorded ones.
+        measured: Change of the norm by flow time from the row before to the row after, for all rows
+            but the first and the last, ``(rows - 2, k)``. Two intervals, because gradient descent at
+            the edge of stability jumps to and fro with every step.
+        predicted: Mean over the same flow time of the rates that theory predicts, ``(rows - 2, k)``;
+            NaN if they were not recorded.
+    """
+
+    steps: Array
+    norms: Array
+    measured: Array
+    predicted: Array
+
+    def jumps(self, share: float = 0.01) -> list[list[int]]:
+        """``[first step above 10 %, first step above 90 %]`` of its last norm, for every component.
+
+        Components that end below ``share`` of the largest are left out.
+        """
+        last, out = self.norms[-1], []
+        for k in np.flatnonzero(last > share * last.max()):
+            rise = [
+                np.argmax(np.nan_to_num(self.norms[:, k]) > part * last[k]) for part in (0.1, 0.9)
+            ]
+            out.append([int(self.steps[row]) for row in rise])
+        return out
+
+    def rate_error(self) -> float | None:
+        """Median of ``|measured - predicted| / |predicted|`` while components rise from 10 to 90 %."""
+        last = self.norms[-1]
+        rising = (self.norms > 0.1 * last) & (self.norms < 0.9 * last) & (last > 0.01 * last.max())
+        inside = rising[1:-1] & np.isfinite(self.predicted) & (self.predicted != 0)
+        if not inside.any():
+            return None
+        ratio = self.measured[inside] / self.predicted[inside]
+        return float(np.median(np.abs(ratio - 1)))
+
+
+def tracks(found: Trajectory, node: Node | None = None) -> Tracks:
+    """Follow the components that are largest at the end; at the root if no node is named.
+
+    Raises:
+        OptionError: No components were recorded, or none at this node.
+    """
+    if "components" not in found:
+        raise OptionError("no components were recorded: the model has full joins only.")
+    recorded, ids = found["components"], found["component ids"]
+    node = list(recorded)[-1] if node is None else node
+    if node not in recorded:
+        raise OptionError(f"no node {node!r}; there is {', '.join(map(str, recorded))}.")
+    same = ids[node][:, :, None] == ids[node][-1]  # row, recorded one, final one
+    place, known = same.argmax(1), same.any(1)
+
+    def follow(values: Array) -> Array:
+        taken = np.take_along_axis(values.astype(float), place, 1)
+        return np.where(known, taken, np.nan)
+
+    norms = follow(recorded[node])
+    passed = np.diff(found["flow time"])[:, None]
+    around = passed[1:] + passed[:-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        measured = (norms[2:] - norms[:-2]) / around
+        predicted = np.full_like(measured, np.nan)
+        if "predicted rate" in found:
+            rates = follow(found["predicted rate"][node])
+            grown = passed * (rates[1:] + rates[:-1]) / 2
+            predicted = (grown[1:] + grown[:-1]) / around
+    return Tracks(found.steps, norms, measured, predicted)

@@ -1,0 +1,146 @@
+"""What one training of ``locality`` is made with: its settings, its arms, and how it is carried out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tnreg.errors import OptionError
+from tnreg.far.patches import DifferingPatches, PatchSampler, PresetPatches, RandomPatches
+from tnreg.far.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.images.sets import ImageSet
+
+ARMS = ("plain", "weight-decay", "dropout", "igc", "interaction")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one training, whatever its arm, its images and its seed.
+
+    Attributes:
+        model: "small-cnn", "resnet-18", or an import path such as torchvision.models:resnet18.
+        epochs: Passes over the training images, at most.
+        stop_above: Stop when the train accuracy, counted while training, is at least this ...
+        stop_epochs: ... in so many epochs in a row.
+        lr: Learning rate of SGD.
+        momentum: Its momentum.
+        batch: Images of a step.
+        test_every: Epochs from one row of the history with a test accuracy to the next.
+        weight_decay: That of the arm weight-decay.
+        dropout: Share of features that the arm dropout drops before the last layer.
+        patches: Where penalties look: the two boxes of a pair; "off", boxes that touch neither image;
+            "near", the upper and the lower half of one image; "random" squares, or squares where the
+            images of a batch are "differing".
+        patch_size: Side of random and differing squares.
+        statistics: What batch normalization uses inside penalties: its running statistics, "frozen", or
+            those of the "batch", as published.
+        standardize: Bring every channel of the training images to mean 0 and standard deviation 1, and the
+            test images by the same numbers.
+        igc: Weight of the input gradient change.
+        igc_every: A penalty only every so many steps.
+        igc_warmup: Steps over which its weight grows.
+        igc_until: Steps after which there is no penalty; 0 for none.
+        igc_target: Value that is low enough: only what is above it counts; 0 for none.
+        interaction: Weight of the interaction energy.
+        interaction_every: As above.
+        interaction_warmup: As above.
+        interaction_until: As above.
+        interaction_target: As above.
+        interaction_samples: Images whose patches are crossed.
+        device: Torch device.
+        precision: "bfloat16" computes the network in that precision (autocast); "float64" holds and
+            computes everything in double precision.
+    """
+
+    model: str = "small-cnn"
+    epochs: int = 60
+    stop_above: float = 0.998
+    stop_epochs: int = 3
+    lr: float = 0.05
+    momentum: float = 0.9
+    batch: int = 64
+    test_every: int = 10
+    weight_decay: float = 1e-3
+    dropout: float = 0.5
+    patches: Literal["images", "off", "near", "random", "differing"] = "images"
+    patch_size: int = 2
+    statistics: Literal["frozen", "batch"] = "frozen"
+    standardize: bool = False
+    igc: float = 2.0
+    igc_every: int = 4
+    igc_warmup: int = 0
+    igc_until: int = 0
+    igc_target: float = 0.0
+    interaction: float = 0.3
+    interaction_every: int = 1
+    interaction_warmup: int = 0
+    interaction_until: int = 300
+    interaction_target: float = 0.6
+    interaction_samples: int = 8
+    device: str = "cpu"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How trainings are carried out; what comes out is the same but for rounding.
+
+    A training that goes on from a portable state without its momentum is the exception.
+
+    Attributes:
+        checkpoint_seconds: Least time between two writings of the state; 0 for one after every epoch.
+        portable: Write states that travel to another machine: parts of at most 14 MiB, 56 MiB in all. Where
+            the momentum of the optimizer does not fit it is kept in bfloat16 or left out, as for ResNet-18.
+        model_file: Write the trained network into the run folder.
+        graph: On a CUDA device, replay steps as CUDA graphs.
+    """
+
+    checkpoint_seconds: float = 0.0
+    portable: bool = False
+    model_file: bool = True
+    graph: bool = False
+
+
+def penalty_of(
+    settings: Settings, arm: str, seed: int, data: ImageSet
+) -> InputGradientChange | InteractionEnergy | None:
+    """The penalty that an arm adds, looking where ``settings.patches`` says; ``None`` for arms without one.
+
+    Raises:
+        OptionError: Patches that these images do not have.
+    """
+    if arm not in ("igc", "interaction"):
+        return None
+    patches = _patches(settings, seed, data)
+    weight, every, warmup, until = (
+        getattr(settings, name)
+        for name in (arm, *(f"{arm}_{k}" for k in ("every", "warmup", "until")))
+    )
+    options: dict[str, Any] = {"weight": weight, "every": every, "warmup": warmup}
+    options["until"] = until or None
+    options["target"] = getattr(settings, f"{arm}_target") or None
+    options["statistics"] = settings.statistics
+    if arm == "igc":
+        return InputGradientChange(patches, **options)
+    return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)
+
+
+def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:
+    kind = settings.patches
+    if kind == "random":
+        return RandomPatches(settings.patch_size, seed=seed)
+    if kind == "differing":
+        return DifferingPatches(settings.patch_size, seed=seed)
+    if not data.boxes:
+        raise OptionError(
+            f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or 'differing'."
+        )
+    if kind == "images":
+        return PresetPatches(data.boxes, seed=seed)
+    if kind == "off":
+        return PresetPatches(data.control_boxes, seed=seed)
+    if kind == "near":
+        top, left, bottom, right = data.boxes[0]
+        middle = (top + bottom) // 2
+        return PresetPatches([(top, left, middle, right), (middle, left, bottom, right)], seed=seed)
+    raise OptionError(f"no patches {kind!r}; there is images, off, near, random, differing.")

@@ -1,0 +1,18 @@
+"""Sweeps: one function over many settings, on this machine's processors or on a Dask cluster.
+
+Every cell of a sweep is a run folder inside the sweep's folder and is written whole. What is there is
+not computed again, so a sweep that was killed goes on when it is started again. A cell that fails is
+tried again, then reported, and stops none of the others. At the end there are ``results.csv`` with one
+row a cell, ``config.json`` with the same rows, their means over seeds and what failed, and a picture.
+
+Dask does the scheduling, the retries and the communication (``pip install 'tnreg[scale]'``); where it is
+not installed processes on this machine are Python's own. With ``workers=0`` the cells are computed in this
+process, one after another.
+"""
+
+from tnreg.experiments.sweep.cell import Work
+from tnreg.experiments.sweep.experiment import Experiment, Result, run
+from tnreg.experiments.sweep.names import cell_name
+from tnreg.experiments.sweep.workers import Failed
+
+__all__ = ["Experiment", "Failed", "Result", "Work", "cell_name", "run"]

@@ -1,0 +1,1 @@
+"""The weights of a network as a trainable module."""

@@ -1,0 +1,580 @@
+"""Tensor factorizations over a mode tree, as one ``nn.Module``.
+
+With diagonal joins (Razin, Maman and Cohen 2022, arXiv:2201.11729) node v holds
+``W_v`` of shape ``(R_v, R_above)`` and its tensors are
+``W^(v, r) = Σ_r' W_v[r', r] ⊗_c W^(c, r')``; with full joins every child has an index of its own.
+Which classical model it is depends on the tree alone: a star is CP or Tucker, a caterpillar of full
+joins the tensor train, a binary tree hierarchical Tucker, a chain deep matrix factorization.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
+from tnreg.machine.files import is_file, read_safetensors, write_whole
+from tnreg.networks.inner import inner_products
+from tnreg.networks.network import Network
+from tnreg.networks.plan import Plan, contract, plan, within_memory
+from tnreg.networks.scaled import column_norms, unscaled
+from tnreg.tensors.arrays import check_features
+from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
+
+_FORMAT = "tnreg.factorizations.factorization/1"
+
+
+@final
+class Factorization(nn.Module):
+    """A tensor of shape ``sizes``, factorized along a mode tree.
+
+    Its entry ``W[d_0, ..., d_{N-1}]`` is computed from the leaves to the root, with the weight ``W_v`` of
+    every node v and its children ``c_1, .., c_k``:
+
+        leaf of mode n:  φ_n[s] = W_n[d_n, s]
+        diagonal join:   φ_v[s] = Σ_r W_v[r, s] φ_c1[r] .. φ_ck[r]
+        full join:       φ_v[s] = Σ_{r_1, .., r_k} W_v[r_1, .., r_k, s] φ_c1[r_1] .. φ_ck[r_k]
+
+    and the root, which has no s, gives the entry.
+
+    Args:
+        tree: The mode tree, or what ``ModeTree`` takes.
+        sizes: Size of every mode (one integer if all are equal).
+        ranks: Size of the bond above every non-root node: one integer, or ``{node: integer}``.
+            Siblings under a diagonal join share their bond and need equal ranks.
+        join: ``"diagonal"``, ``"full"``, or ``{interior node: either}`` (nodes left out: diagonal).
+        root: ``"trained"``, or ``"ones"`` to fix the weight of a diagonal root to ones (CP without
+            weights, matrix factorization); a fixed root is no entry of ``weights``.
+        std: Standard deviation of the normal initial weights; small values give the incremental
+            learning of the theory.
+        dtype: float32, float64, complex64 or complex128; torch's default if left out.
+        device: Any torch device.
+        generator: For reproducible weights, the same on every device.
+
+    Attributes:
+        error_bound: Set by ``decompose`` and ``truncate``: bound on the Frobenius distance to what was
+            decomposed. ``None`` otherwise.
+
+    Raises:
+        TreeError, ShapeError, OptionError: Arguments that do not fit the tree.
+
+    Example:
+        >>> model = Factorization(ModeTree([[0, 1], [2, 3]]), (2, 3, 5, 7), 4)
+        >>> model.to_tensor().shape, model.weights[(0, 1)].shape
+        (torch.Size([2, 3, 5, 7]), torch.Size([4, 4]))
+    """
+
+    def __init__(
+        self,
+        tree: ModeTree,
+        sizes: Sequence[int] | int,
+        ranks: int | Mapping[Node, int],
+        *,
+        join: str | Mapping[Node, str] = "diagonal",
+        root: str = "trained",
+        std: float = 1e-2,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+        dtype = dtype or torch.get_default_dtype()
+        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+            raise OptionError(f"dtype must be a floating or complex torch.dtype, found {dtype!r}.")
+        if not isinstance(std, int | float) or not (math.isfinite(std) and std >= 0):
+            raise OptionError(f"std must be a finite number >= 0, found {std!r}.")
+        self.network = Network.build(tree, sizes, ranks, join=join, root=root)
+        # Weights of equal nodes live in one parameter, so that a level is one batched call.
+        self.stacks = nn.ParameterList(
+            _initial((len(stack.positions), *stack.shape), std, dtype, device, generator)
+            for stack in self.network.stacks
+        )
+        self._entry_plans: list[tuple[Tensor, Plan]] = []
+        self.error_bound: float | None = None
+
+    @classmethod
+    def from_weights(
+        cls,
+        tree: ModeTree,
+        weights: Mapping[Node, Tensor],
+        *,
+        join: str | Mapping[Node, str] = "full",
+    ) -> Factorization:
+        """A factorization that holds copies of these weights; sizes and ranks are read off them.
+
+        Args:
+            tree: The mode tree.
+            weights: ``{node: weight}`` of all nodes, shaped as ``weights`` says; a diagonal root
+                that is left out is fixed to ones.
+            join: As for the class.
+
+        Raises:
+            ShapeError, OptionError: Weights that do not fit the tree or each other.
+        """
+        top = tree.root
+        missing = [node for node in tree.nodes if node not in weights and node != top]
+        if missing:
+            raise ShapeError(f"from_weights: there is no weight for node {missing[0]!r}.")
+        flat = [n for n in tree.nodes[:-1] if torch.as_tensor(weights[n]).ndim < 2]
+        if flat:
+            raise ShapeError(
+                f"the weight of node {flat[0]!r} needs two axes or more, with the bond above it last.\n"
+                f"  found: shape {tuple(torch.as_tensor(weights[flat[0]]).shape)}"
+            )
+        given = {node: torch.as_tensor(weight) for node, weight in weights.items()}
+        sample = given[tree.nodes[0]]
+        dtype = sample.dtype
+        for weight in given.values():
+            dtype = torch.promote_types(dtype, weight.dtype)
+        model = cls(
+            tree,
+            [given[mode].shape[0] for mode in tree.leaves],
+            {node: given[node].shape[-1] for node in tree.nodes[:-1]},
+            join=join,
+            root="trained" if top in given else "ones",
+            std=0.0,
+            dtype=dtype,
+            device=sample.device,
+        )
+        model.load_weights(given)
+        return model
+
+    @classmethod
+    def holding(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
+        """A factorization that takes these weights over as they are: no copy, no check.
+
+        Args:
+            network: The network.
+            stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
+        """
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.network = network
+        model.stacks = nn.ParameterList(nn.Parameter(stack) for stack in stacks)
+        model._entry_plans = []
+        model.error_bound = None
+        return model
+
+    @classmethod
+    def viewing(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
+        """A factorization that computes with these tensors and has no parameters of its own.
+
+        Gradients of what it computes flow to where the tensors come from.
+
+        Args:
+            network: The network.
+            stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
+        """
+        model = cls.holding(network, [])
+        del model.stacks
+        object.__setattr__(model, "stacks", list(stacks))
+        return model
+
+    @property
+    def tree(self) -> ModeTree:
+        """The mode tree."""
+        return self.network.tree
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Size of every mode."""
+        return self.network.sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        dtype: torch.dtype = self.stacks[0].dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        device: torch.device = self.stacks[0].device
+        return device
+
+    @property
+    def weights(self) -> dict[Node, Tensor]:
+        """``{node: weight}`` in the order of ``tree.nodes``: differentiable views of the parameters.
+
+        Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
+        ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has
+        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views: what is
+        computed from them differentiates back to the parameters; gradients by node are ``gradients``.
+        """
+        return self._by_node([stack.unbind(0) for stack in self.stacks])
+
+    @property
+    def gradients(self) -> dict[Node, Tensor]:
+        """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it."""
+        return self._by_node(
+            [(torch.zeros_like(s) if s.grad is None else s.grad).unbind(0) for s in self.stacks]
+        )
+
+    def _by_node(self, parts: Sequence[Sequence[Tensor]]) -> dict[Node, Tensor]:
+        slots = self.network.slots
+        return {self.tree.nodes[p]: parts[slots[p][0]][slots[p][1]] for p in self.network.weighted}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[Node, Tensor]) -> None:
+        """Copy weights in; nodes that are not named keep theirs.
+
+        Raises:
+            TreeError: A node that the tree does not have.
+            ShapeError: A weight of another shape; nothing is copied then.
+            DataError: NaN or infinite weights, or complex ones for a real model.
+        """
+        checked = []
+        for node, weight in weights.items():
+            position = self.tree.position(node)
+            if position not in self.network.slots:
+                raise OptionError("the root's weight is fixed to ones (root='ones'); leave it out.")
+            value = torch.as_tensor(weight)
+            shape = self.network.shape(position)
+            if tuple(value.shape) != shape:
+                raise ShapeError(
+                    f"the weight of node {node!r} has another shape.\n"
+                    f"  found:    {tuple(value.shape)}\n  expected: {shape}"
+                )
+            if value.is_complex() and not self.dtype.is_complex:
+                raise DataError(f"a complex weight at node {node!r} for a model of {self.dtype}.")
+            value = value.to(self.dtype)
+            if not torch.isfinite(value).all():
+                raise DataError(
+                    f"the weight of node {node!r} has NaN or infinite entries, or too large ones for "
+                    f"{self.dtype}."
+                )
+            checked.append((self.network.slots[position], value))
+        for (stack, slot), value in checked:
+            self.stacks[stack][slot].copy_(value)
+
+    def to_tensor(self) -> Tensor:
+        """The dense tensor, shape ``sizes``; axis n is mode n.
+
+        Raises:
+            SizeError: It would not fit into the memory available; nothing was allocated.
+        """
+        return self._contracted(plan(self))
+
+    def entries(self, index: Tensor | Plan) -> Tensor:
+        """Entries of the tensor at multi-indices, without the dense tensor where that is cheaper.
+
+        Args:
+            index: int64 ``(B, N)``, counted from 0; or ``tnreg.plan(model, index=index)``, which
+                has checked and planned it already. The last few indices are planned once.
+
+        Returns:
+            Shape ``(B,)``.
+
+        Raises:
+            ShapeError, DataError: Wrong shape or dtype, no rows, or an index out of range.
+            SizeError: Intermediates would not fit into the memory available.
+        """
+        if isinstance(index, Plan):
+            if index.kind != "entries" or index.network != self.network:
+                raise OptionError(
+                    f"a plan of {index.kind} for another network cannot give the entries of this model.\n"
+                    "  write tnreg.plan(model, index=index)"
+                )
+            return self._contracted(index)
+        return self._contracted(self._entry_plan(index))
+
+    def _contracted(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+        stacks = list(self.stacks)
+        return contract(within_memory(chosen, stacks), stacks, inputs)
+
+    def _entry_plan(self, index: Tensor) -> Plan:
+        if isinstance(index, Tensor):
+            index = index.to(self.device)
+            for known, chosen in self._entry_plans:
+                # compared by value: an index that was changed in place must not meet its old plan
+                same_kind = known.dtype == index.dtype and known.device == index.device
+                if same_kind and torch.equal(known, index):
+                    return chosen
+        chosen = within_memory(plan(self, index=index), list(self.stacks), index)
+        self._entry_plans = [(index.detach().clone(), chosen), *self._entry_plans[:3]]
+        return chosen
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        """Inner product of the tensor with rank-one tensors: ``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>``.
+
+        One-hot features read entries, Gaussian ones are rank-one sensing, images in patches make it
+        a convolutional network (Cohen, Sharir and Shashua 2016). Nothing is conjugated.
+
+        Args:
+            features: ``(B, N, D)`` if all modes have size D, or N tensors ``(B, D_n)``.
+
+        Returns:
+            Shape ``(B,)``.
+
+        Raises:
+            ShapeError: Sizes that do not fit the modes.
+            DataError: No samples, or another dtype than the weights.
+            SizeError: Intermediates would not fit into the memory available.
+        """
+        if not isinstance(features, Tensor | Sequence):
+            features = torch.as_tensor(features)
+        parts = check_features(features, self.sizes, self.dtype)
+        batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
+        inputs = features if isinstance(features, Tensor) else parts
+        return self._contracted(plan(self, batch=batch), inputs)
+
+    # Norms
+
+    def log_norm(self) -> Tensor:
+        """Natural logarithm of the tensor's Frobenius norm; ``-inf`` for zero. Never overflows."""
+        value, log = self._scaled_inner(self)
+        return 0.5 * (value.real.clamp_min(0).log() + log)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of the tensor, without forming it; differentiable except at zero.
+
+        Intermediate results are rescaled at every node, so that only a norm which itself leaves the
+        range of the dtype overflows. Cost: linear in the number of nodes.
+        """
+        value, log = self._scaled_inner(self)
+        return unscaled(value.real.clamp_min(0).sqrt(), log / 2)
+
+    def inner(self, other: Factorization) -> Tensor:
+        """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
+
+        Args:
+            other: A factorization over the same tree and sizes; ranks and joins may differ.
+
+        Returns:
+            Scalar tensor; complex if either is.
+
+        Raises:
+            ShapeError: Another tree or other sizes.
+        """
+        if not isinstance(other, Factorization):
+            raise OptionError(
+                f"inner products are with another Factorization, found {type(other).__name__}.\n"
+                "  for a dense tensor: (model.to_tensor().conj() * tensor).sum()"
+            )
+        if self.tree != other.tree or self.sizes != other.sizes:
+            raise ShapeError(
+                "inner products need the same tree and sizes.\n"
+                f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
+            )
+        value, log = self._scaled_inner(other)
+        return unscaled(value, log)
+
+    def _scaled_inner(self, other: Factorization) -> tuple[Tensor, Tensor]:
+        """``(x, log)`` with ``<self, other> = x exp(log)``."""
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        sides = [[w.to(dtype) for w in model.weights.values()] for model in (self, other)]
+        return inner_products((self.network, other.network), sides)
+
+    # Local components
+
+    def component_norms_at(self, node: Node) -> Tensor:
+        """``(K_v, R_v)``: norms of the vectors of the local components of one diagonal join.
+
+        The local component (v, r) holds column r of every child's weight and row r of the node's
+        own (if it has one); K_v counts them. Rows: the children in order, then the node.
+        """
+        i = self.tree.position(node)
+        if self.network.joins[i] != "diagonal":
+            raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
+        slots = self.network.slots
+        parts = [self.stacks[slots[c][0]][slots[c][1]].flatten(0, -2) for c in self.tree.links[i]]
+        if i in slots:
+            own = self.stacks[slots[i][0]][slots[i][1]]
+            parts.append(own.unsqueeze(0) if own.ndim == 1 else own.transpose(0, 1))
+        return torch.stack([column_norms(part) for part in parts])
+
+    def component_norms(self) -> dict[Node, Tensor]:
+        """``{diagonal join: (K_v, R_v)}``: ``component_norms_at`` every node that has one."""
+        kinds = zip(self.tree.nodes, self.network.joins, strict=True)
+        return {node: self.component_norms_at(node) for node, kind in kinds if kind == "diagonal"}
+
+    def local_components(self) -> dict[Node, Tensor]:
+        """``{diagonal join v: (R_v,)}``: norm of every local component, the product of its vectors' norms.
+
+        ``σ(v, r) = ‖W_v[r, :]‖ ‖W_c1[:, r]‖ .. ‖W_ck[:, r]‖``, c_1, .., c_k the children of v; a root of ones
+        has no first factor. Definition 5 of Razin, Maman and Cohen (2022). Few large ones at every node
+        mean a tensor near low hierarchical rank. Nodes with a full join have none.
+        """
+        return {node: norms.prod(0) for node, norms in self.component_norms().items()}
+
+    def unbalancedness(self) -> Tensor:
+        """Largest ``| ‖w‖² - ‖w'‖² |`` over vectors w, w' of one local component; 0 without any.
+
+        Gradient flow from any weights conserves every such difference.
+        """
+        found = [
+            (norms**2).amax(0) - (norms**2).amin(0) for norms in self.component_norms().values()
+        ]
+        zero = torch.zeros((), dtype=self.stacks[0].real.dtype, device=self.device)
+        return torch.stack([zero, *(part.max() for part in found)]).max()
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and tree to a safetensors file, whole or not at all; read it with ``load``."""
+        about = {
+            "format": _FORMAT,
+            **tree_to_json(self.tree),
+            "sizes": self.sizes,
+            "joins": self.network.joins,
+            "root": "ones" if self.network.root_ones else "trained",
+            "bonds": self.network.bonds,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        broken = [node for node, w in self.weights.items() if not torch.isfinite(w.detach()).all()]
+        if broken:
+            raise DataError(
+                f"not saved: the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}."
+            )
+        tensors = {}
+        for position, weight in zip(self.network.weighted, self.weights.values(), strict=True):
+            value = weight.detach().cpu()
+            # complex numbers as pairs: not every reader of the format knows complex types
+            tensors[f"weight.{position}"] = (
+                torch.view_as_real(value) if value.is_complex() else value
+            ).clone()
+        text = {"tnreg": json.dumps(about)}
+        write_whole(
+            path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=text)
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        sizes = self.sizes if len(self.sizes) <= 16 else f"({len(self.sizes)} modes)"
+        root = ", root of ones" if self.network.root_ones else ""
+        joins, weights = self._in_words()
+        bonds = _span(self.network.bonds[:-1])
+        return f"{self.tree!r}, sizes={sizes},\n{joins} joins{root}, bonds {bonds}, {weights}"
+
+    def _in_words(self) -> tuple[str, str]:
+        """Which joins there are, and how many weights of which type."""
+        joins = sorted({kind for kind in self.network.joins if kind != "leaf"})
+        count = sum(stack.numel() for stack in self.stacks)
+        return " and ".join(joins), f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tree with sizes of modes and bonds; as text beyond 60 nodes."""
+        tree = self.tree
+        if len(tree.nodes) > MOST_NODES:
+            return as_text(repr(self))
+        sizes = dict(zip(tree.leaves, self.sizes, strict=True))
+        labels = [f"{v}: size {sizes[v]}" if v in sizes else v for v in tree.nodes]
+        bonds = dict(enumerate(self.network.bonds[:-1]))
+        joins, weights = self._in_words()
+        caption = f"sizes {self.sizes}, {joins} joins, {weights}"
+        return tree_svg(tree.links, labels, edges=bonds, caption=caption)
+
+    def __repr__(self) -> str:
+        return f"Factorization(\n  {self.extra_repr()}\n)".replace("),\n", "),\n  ")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factorization:
+        # plans are values and may be shared; their index tensors need no copy
+        copy = Factorization.holding(self.network, [s.detach().clone() for s in self.stacks])
+        memo[id(self)] = copy
+        copy._entry_plans = list(self._entry_plans)
+        copy.error_bound = self.error_bound
+        for ours, theirs in zip(copy.stacks, self.stacks, strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+            ours.grad = None if theirs.grad is None else theirs.grad.clone()
+        copy.train(self.training)
+        return copy
+
+
+def load(
+    path: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> Factorization:
+    """Read a factorization that ``save`` wrote. Nothing in the file is executed.
+
+    Raises:
+        FileError: No such file, truncated, of another kind (a pickle, say), or inconsistent.
+    """
+    file_path = Path(path)
+    if not is_file(file_path):
+        raise FileError(f"no such model file: {file_path}")
+    expected = "  expected: a safetensors file that Factorization.save wrote"
+    try:
+        metadata, tensors = read_safetensors(file_path)
+        about = metadata.get("tnreg")
+    except Exception as error:
+        raise FileError(f"not a safetensors file: {file_path}\n  {error}\n{expected}") from None
+    if about is None:
+        raise FileError(f"a safetensors file without a tnreg tree: {file_path}\n{expected}")
+    try:
+        content = json.loads(about)
+        if content["format"] != _FORMAT:
+            raise FileError(
+                f"format {content['format']!r} is not known; this version reads {_FORMAT!r}"
+            )
+        tree = tree_from_json(content)
+        names = tree.nodes
+        dtype = getattr(torch, content["dtype"])
+        given: dict[str, Any] = {
+            "ranks": dict(zip(names[:-1], content["bonds"][:-1], strict=True)),
+            "join": {n: j for n, j in zip(names, content["joins"], strict=True) if j != "leaf"},
+            "root": content["root"],
+        }
+        _check_stored(Network.build(tree, content["sizes"], **given), tensors, dtype)
+        model = Factorization(tree, content["sizes"], **given, std=0.0, dtype=dtype, device=device)
+        weighted = {f"weight.{p}": names[p] for p in model.network.weighted}
+        model.load_weights(
+            {
+                weighted[key]: torch.view_as_complex(value) if dtype.is_complex else value
+                for key, value in tensors.items()
+            }
+        )
+    except (
+        TnregError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
+        raise FileError(f"not a factorization: {file_path}\n  {error}\n{expected}") from None
+    return model
+
+
+def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Whether a file's tensors are those of a network, before room is made for them."""
+    last = (2,) if dtype.is_complex else ()
+    shapes = {f"weight.{p}": (*network.shape(p), *last) for p in network.weighted}
+    if set(shapes) != set(tensors):
+        raise FileError(f"weights {sorted(set(shapes) ^ set(tensors))[:4]} missing or not expected")
+    for key, value in tensors.items():
+        if tuple(value.shape) != shapes[key] or value.dtype != dtype.to_real():
+            raise FileError(
+                f"{key} has another shape or dtype: {tuple(value.shape)} {value.dtype}, "
+                f"expected {shapes[key]} {dtype.to_real()}"
+            )
+
+
+def _initial(
+    shape: tuple[int, ...],
+    std: float,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if generator is None:
+        return std * torch.randn(shape, dtype=dtype, device=device)
+    # drawn where the generator lives, so that a CPU generator gives the same weights on every device
+    drawn = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
+    return (std * drawn).to(device or drawn.device)
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"

@@ -1,0 +1,1 @@
+"""Regularizers and probes for long-range dependencies in any network."""

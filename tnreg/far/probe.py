@@ -1,0 +1,251 @@
+"""What any trained model ties together: separation spectra, and interaction against patch distance.
+
+The separation rank of a function with respect to a set of inputs is the rank of its matricization with
+that set as rows (Razin, Maman and Cohen 2022, arXiv:2201.11729). Evaluated at samples it is the rank of
+the matrix ``[f(a_i, b_j)]``, a lower bound for any model at all, and the singular values say how much
+each term carries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, box_mask, check_images
+from tnreg.far.regularizers import evaluation, interaction_energy, logits_of
+from tnreg.machine.progress import advancing
+from tnreg.ranks.dense import effective_rank
+
+
+@torch.no_grad()
+def separation_spectrum(
+    f: Callable[[Any, Any], Any], inside: Any, outside: Any, *, batch: int = 1024
+) -> Tensor:
+    """Singular values of ``[f(a_i, b_j)]``: what a region of the input shares with the rest.
+
+    Their number above rounding bounds the separation rank of f from below; ``effective_rank`` of them
+    is a softer measure.
+
+    Args:
+        f: Takes a batch of values of the region and a batch, equally long, of values of the rest, and
+            gives one number for each pair: shape ``(B,)`` or ``(B, 1)``, real or complex, a tensor or
+            an array. If it gives one number for a whole batch it is called again pair by pair, with
+            batches of one. A network is used in the mode it is in; call ``net.eval()`` first.
+        inside: The samples a_i, shape ``(k, ...)``.
+        outside: The samples b_j, shape ``(l, ...)``.
+        batch: Most pairs in one call.
+
+    Returns:
+        Shape ``(min(k, l),)``, descending.
+
+    Raises:
+        ShapeError: No samples, or f does not give one number for each pair.
+        DataError: A value of f is NaN or infinite.
+
+    Cost: ``k * l`` evaluations of f.
+
+    Example:
+        >>> a, b = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [3.0]])
+        >>> s = separation_spectrum(lambda a, b: (a + b)[:, 0], a, b)  # a sum has separation rank 2
+        >>> (s > 1e-6).tolist()
+        [True, True, False]
+    """
+    batch = check_integer(batch, 1, "separation_spectrum: batch")
+    a, b = (_stacked(x, name) for x, name in ((inside, "inside"), (outside, "outside")))
+    rows = torch.arange(len(a)).repeat_interleave(len(b))
+    columns = torch.arange(len(b)).repeat(len(a))
+    found: list[Tensor] = []
+    at, step = 0, batch
+    while at < len(rows):
+        i, j = rows[at : at + step], columns[at : at + step]
+        values = torch.as_tensor(f(a[i.to(a.device)], b[j.to(b.device)]))
+        if values.numel() == 1 < len(i):
+            step = 1
+            continue
+        if values.shape not in ((len(i),), (len(i), 1)) and not values.numel() == len(i) == 1:
+            raise ShapeError(
+                f"separation_spectrum: f must give {len(i)} numbers for {len(i)} pairs, shape "
+                f"({len(i)},) or ({len(i)}, 1), found shape {tuple(values.shape)}."
+            )
+        found.append(values.reshape(-1))
+        at += len(i)
+    matrix = torch.cat(found).reshape(len(a), len(b))
+    if not matrix.is_floating_point() and not matrix.is_complex():
+        matrix = matrix.double()
+    elif matrix.dtype in (torch.float16, torch.bfloat16):
+        matrix = matrix.float()
+    if not bool(
+        torch.isfinite(torch.view_as_real(matrix) if matrix.is_complex() else matrix).all()
+    ):
+        raise DataError("separation_spectrum: f gave NaN or infinite values.")
+    spectrum: Tensor = torch.linalg.svdvals(matrix)
+    return spectrum
+
+
+@dataclass(frozen=True)
+class LocalityProfile:
+    """How strongly a model ties two patches together, by the distance between them.
+
+    Attributes:
+        distances: Gap between the patches in pixels, shape ``(n,)``.
+        interaction: Share of the variance over both patches that neither explains alone, in [0, 1], for
+            every pair of patches: shape ``(n, pairs)``.
+        effective_rank: Effective rank of the interaction, ``M°``: shape ``(n, pairs)``, 0 where there is
+            none.
+        spectra: Singular values of ``M°``, descending, in units of the model: ``(n, pairs, samples)``.
+        size: Side of the patches in pixels.
+    """
+
+    distances: np.ndarray[Any, Any]
+    interaction: np.ndarray[Any, Any]
+    effective_rank: np.ndarray[Any, Any]
+    spectra: np.ndarray[Any, Any]
+    size: int
+
+    @property
+    def standard_error(self) -> np.ndarray[Any, Any]:
+        """Standard error of the mean interaction at every distance, ``(n,)``; NaN of a single pair."""
+        pairs = self.interaction.shape[1]
+        if pairs == 1:
+            return np.full(len(self.interaction), math.nan)
+        found: np.ndarray[Any, Any] = self.interaction.std(axis=1, ddof=1) / math.sqrt(pairs)
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{'distance':>8}  interaction        effective rank"]
+        columns = (self.distances, self.interaction, self.standard_error, self.effective_rank)
+        for distance, share, error, rank in zip(*columns, strict=True):
+            lines.append(f"{distance:8}  {share.mean():.4f} ± {error:.4f}    {rank.mean():.2f}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def locality_profile(
+    net: Callable[[Tensor], Tensor],
+    data: Any,
+    *,
+    distances: Sequence[int] | None = None,
+    size: int | None = None,
+    samples: int = 8,
+    pairs: int = 32,
+    where: str = "differing",
+    seed: int = 0,
+    progress: bool = False,
+) -> LocalityProfile:
+    """Interaction of two patches in a trained model against the distance between them.
+
+    For every pair of patches (I, J) one image of the data is the background, k others give values to I
+    and to J: ``M[i, j]`` is the model's value with I from sample i and J from sample j, and ``M°`` is M
+    without its row and column means. The share of ``|M°|²`` in ``|M - mean|²`` is the interaction; 0 is a
+    model that adds up what it sees in I and in J, or sees neither.
+
+    Args:
+        net: Takes ``(B, ..., H, W)``, gives ``(B,)``, ``(B, 1)`` or ``(B, C)``; with several logits the
+            shares are of all of them together. Used in evaluation mode and left in the mode it was in.
+        data: Images, shape ``(N, ..., H, W)``, a tensor or an array, or batches of them (a ``DataLoader``;
+            of tuples the first entry is taken), read as far as needed.
+        distances: Gaps in pixels; nine between 0 and the largest if left out.
+        size: Side of the patches; an eighth of the image's shorter side if left out.
+        samples: k.
+        pairs: How many pairs of patches for each distance.
+        where: ``"differing"``: places where images differ, see ``DifferingPatches``; ``"anywhere"``.
+        seed: Same seed and data: the same patches and images, so that two models can be compared.
+        progress: Show a progress bar.
+
+    Raises:
+        ShapeError: Too few images, or a distance that does not fit into them.
+        OptionError: An argument out of range.
+
+    Cost: ``len(distances) * pairs`` evaluations of k² images.
+    """
+    samples = check_integer(samples, 2, "locality_profile: samples")
+    pairs = check_integer(pairs, 1, "locality_profile: pairs")
+    if where not in ("differing", "anywhere"):
+        raise OptionError(
+            f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}."
+        )
+    images = check_images(_images(data, 2048), "locality_profile", samples + 1)
+    height, width = images.shape[-2:]
+    if size is None:
+        size = max(1, min(height, width) // 8)
+    if distances is None:
+        largest = max(max(height, width) - 2 * size, 0)
+        distances = sorted({round(largest * i / 8) for i in range(9)})
+    kind = DifferingPatches if where == "differing" else RandomPatches
+    shares, ranks, spectra = [], [], []
+    with advancing("pairs of patches", len(distances) * pairs, progress) as advance:
+        for distance in distances:
+            sampler = kind(size, distance, exact=True, seed=seed)
+            generator = RandomStream(seed, "locality_profile").generator
+            for _ in range(pairs):
+                drawn = torch.randperm(len(images), generator=generator)
+                chosen = images[drawn[: samples + 1].to(images.device)]
+                with evaluation(net):
+                    values = _crossed(net, chosen[0], chosen[1:], sampler.draw(chosen[1:]))
+                shares.append(1 - interaction_energy(values))
+                centred = values - values.mean(0, keepdim=True)
+                centred = centred - centred.mean(1, keepdim=True)
+                s = torch.linalg.svdvals(centred.flatten(1).double())
+                spectra.append(s)
+                # what is left of a sum after rounding is no interaction
+                noise = torch.finfo(values.dtype).eps * values.abs().max() * samples
+                ranks.append(effective_rank(torch.where(s > noise, s, 0.0)))
+                advance(1)
+    shape = (len(distances), pairs)
+    return LocalityProfile(
+        distances=np.array(distances),
+        interaction=torch.stack(shares).reshape(shape).cpu().numpy(),
+        effective_rank=torch.stack(ranks).reshape(shape).cpu().numpy(),
+        spectra=torch.stack(spectra).reshape(*shape, -1).cpu().numpy(),
+        size=size,
+    )
+
+
+def _crossed(net: Any, background: Tensor, images: Tensor, boxes: Tensor) -> Tensor:
+    """The model with I from every image and J from every image: shape ``(k, k, C)``."""
+    inside, other = (box_mask(box, *images.shape[-2:]) for box in boxes)
+    grid = torch.where(inside, images[:, None], torch.where(other, images, background))
+    k = len(images)
+    values = logits_of(net(grid.flatten(0, 1)), k * k)
+    if not bool(torch.isfinite(values).all()):
+        raise DataError("locality_profile: the model gave NaN or infinite values.")
+    values = values if values.dtype == torch.float64 else values.float()
+    return values.reshape(k, k, -1)
+
+
+def _stacked(x: Any, name: str) -> Tensor:
+    if isinstance(x, list | tuple):
+        x = torch.stack([torch.as_tensor(part) for part in x]) if len(x) else torch.zeros(0)
+    found: Tensor = torch.as_tensor(x)
+    if found.ndim == 0 or len(found) == 0:
+        raise ShapeError(
+            f"separation_spectrum: {name} must hold one sample or more along its first axis, found "
+            f"shape {tuple(found.shape)}."
+        )
+    return found
+
+
+def _images(data: Any, most: int) -> Tensor:
+    if isinstance(data, Tensor | np.ndarray):
+        return torch.as_tensor(data)
+    if not isinstance(data, Iterable):
+        raise ShapeError(
+            "locality_profile: data must be images (N, ..., H, W) or batches of them, found "
+            f"{type(data).__name__}."
+        )
+    found: list[Tensor] = []
+    for batch in data:
+        part = torch.as_tensor(batch[0] if isinstance(batch, list | tuple) else batch)
+        found.append(part)
+        if sum(len(x) for x in found) >= most:
+            break
+    if not found:
+        raise ShapeError("locality_profile: data holds no batch.")
+    return torch.cat(found)

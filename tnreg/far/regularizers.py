@@ -1,0 +1,584 @@
+"""One term for the loss of any network that makes it use dependencies between distant pixels.
+
+A convolutional network trained as usual learns local dependencies first and often only them: its
+separation rank between far patches stays low. Both terms here are low where the network's value at
+patches I and J does not split into a part for each: ``loss + penalty(net, x, y)`` asks for interaction.
+
+``InputGradientChange`` is the published one (Razin, Maman and Cohen 2022, arXiv:2201.11729): the
+direction of the gradient at I, before and after the pixels of J are swapped. ``InteractionEnergy`` asks
+the same of function values, needs first derivatives only, and is cheaper.
+
+The network's passes inside a penalty are not its training passes (but for ``with_logits``): dropout is off,
+running statistics are used (or, if asked, the batch's own) and never changed, and every module is left in
+the mode it had.
+
+Where several processes train one network, give a penalty the ``DistributedDataParallel`` module and the
+process's own part of the batch, as large as you like, one sample at the least. The penalty is then that of
+the whole batch, the parts one after another in the order of the ranks: every process gets its value, and
+the gradients that ``DistributedDataParallel`` averages are those of one process with the whole batch. All
+processes call it at the same time, and its result goes into the same backward pass as their loss. The
+module inside the wrapper gives the penalty of the process's part alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.far.input_gradient import input_gradient
+from tnreg.far.patches import PatchSampler, RandomStream, as_sampler, box_mask, check_images
+from tnreg.far.scheduled import Draw, Net, Scheduled, zero
+from tnreg.machine.processes import Processes, unwrapped
+
+_STATISTICS = ("frozen", "batch")
+
+
+class InputGradientChange(Scheduled):
+    """How little the gradient at patch I turns when the pixels of patch J are swapped; minimise it.
+
+    ``R = mean_b |<g_b, h_b>| / (|g_b| |h_b|)``, in [0, 1], where g is the gradient of sample b's logit
+    with respect to its pixels in I, and h the same after its pixels in J were taken from the sample
+    before it in the batch (the first one's from the last). R is 1 for functions that are separable or
+    additive over I and the rest; a zero gradient, at which no turn can be seen, counts as 1 and has no
+    gradient. Source: Razin, Maman and Cohen (2022), arXiv:2201.11729.
+
+    Args:
+        patches: A pair of boxes ``(I, J)``, each ``(top, left, bottom, right)`` with bottom and right
+            exclusive, or a sampler: ``RandomPatches``, ``PresetPatches``, ``DifferingPatches``.
+        weight: Factor λ of the result. 0 gives a zero at once: nothing is evaluated or drawn.
+        every: Only every so many calls give a penalty, the first one included; the others give a zero
+            without a graph. λ is not rescaled. With gradient accumulation every micro-batch is a call.
+        warmup: The weight grows linearly over so many calls.
+        until: After so many calls there is no penalty any more.
+        target: Value of R that is low enough: the result is ``weight * max(R - target, 0)``. Without one
+            a large weight keeps pushing R down when the network already ties the patches together, at the
+            expense of what it should learn.
+        statistics: What normalization layers use inside the penalty: ``"frozen"``, their running
+            statistics, so that R cannot be lowered through the statistics of the batch, or ``"batch"``.
+            Layers that keep no running statistics use the batch's in either case.
+
+    Calling it:
+        ``penalty(net, x, y=None)`` with images ``x`` of shape ``(B, ..., H, W)``, B >= 2; ``net(x)``
+        of shape ``(B,)``, ``(B, 1)`` or ``(B, C)``, and for the last one the true classes ``y``, int64
+        of shape ``(B,)``. Returns the scalar ``weight * R``. Under ``torch.no_grad`` only the value.
+
+    Raises:
+        OptionError: An argument out of range, or ``y`` missing where the network has several logits.
+        ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
+
+    In several processes (see the module): the first sample of a process takes its pixels from the last
+    one of the process before it, which is all that is sent beside some numbers; a sampler that looks at
+    pixels has the whole batch sent. ``statistics="batch"`` is then refused where there is batch
+    normalization, as are its layers without running statistics.
+
+    Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
+    takes some 4 times that without (``benchmarks/regularizer.py``). A compiled network is run
+    uncompiled, as compiled graphs have no second derivative. With frozen statistics only the samples
+    that the swap changes are evaluated: for the others R is 1 and its gradient zero. On sparse images
+    that is most of the cost.
+
+    A training loop of your own can do the parts one by one: ``next_weight``, ``draw``, then ``value`` or
+    ``with_logits``.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
+        >>> penalty = InputGradientChange(patches=((0, 0, 2, 2), (2, 2, 4, 4)))
+        >>> x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> round(penalty(net, x).item(), 4)  # a linear function has no interaction at all
+        1.0
+    """
+
+    def __init__(
+        self,
+        patches: Any,
+        *,
+        weight: float = 1.0,
+        every: int = 1,
+        warmup: int = 0,
+        until: int | None = None,
+        target: float | None = None,
+        statistics: str = "frozen",
+    ) -> None:
+        super().__init__(weight, every, warmup, until, target)
+        self.patches = as_sampler(patches, "InputGradientChange")
+        self.statistics = _check_statistics(statistics, "InputGradientChange")
+
+    def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
+        """Draw the pair of boxes, and find the samples that the swap changes.
+
+        Args:
+            net: As for a call.
+            x: The batch. Where it is on a GPU, finding the samples waits for it; a copy on the CPU, of
+                any dtype, gives the same answer at once.
+            multiple: Unchanged samples are added until their number is a multiple of this: fewer
+                shapes, the same value.
+
+        Returns:
+            For ``value`` or ``with_logits``, on the device of ``x``.
+        """
+        net, processes = unwrapped(net)
+        lengths = _lengths(x, processes, "InputGradientChange")
+        pair = _pair(self.patches, x, lengths, processes)
+        skips = self.statistics == "frozen" and processes.count == 1 and _is_samplewise(net)
+        return Draw(pair, _changed(x, pair[1], multiple) if skips else None, lengths)
+
+    def value(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> Tensor:
+        """R of this batch, or what is above the target; without the weight.
+
+        Args:
+            net: As for a call.
+            x: The batch.
+            y: Its true classes.
+            drawn: From ``draw``; drawn here if left out.
+        """
+        return self._evaluate(net, x, y, drawn, None)
+
+    def with_logits(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the network gives in its training pass, and ``value`` after it.
+
+        With ``statistics="batch"`` the first of the penalty's two passes is the training pass, unless the
+        network has dropout, or frozen normalization layers: then one forward and one backward pass are
+        saved. Other layers are taken to do the same in training mode as in evaluation mode.
+        """
+        if self.statistics != "batch" or not _trains_as_evaluated(net):
+            return net(x), self.value(net, x, y, drawn)
+        kept: list[Any] = []
+
+        def training_pass(batch: Tensor) -> Any:
+            kept.append(getattr(net, "_orig_mod", net)(batch))
+            return kept[0]
+
+        value = self._evaluate(net, x, y, drawn, training_pass)
+        return (kept[0] if torch.is_grad_enabled() else kept[0].detach()), value
+
+    def _evaluate(
+        self, net: Net, x: Tensor, y: Tensor | None, drawn: Draw | None, training_pass: Net | None
+    ) -> Tensor:
+        drawn = self.draw(net, x) if drawn is None else drawn
+        net, processes = unwrapped(net)
+        net = getattr(net, "_orig_mod", net)
+        _check_normalization(net, self.statistics, processes, "InputGradientChange")
+        check_images(x, "InputGradientChange", least=0)
+        height, width = x.shape[-2:]
+        mask = box_mask(drawn.pair[1], height, width)
+        other, count = torch.where(mask, _before(x, processes), x), len(x)
+        if drawn.samples is not None and len(drawn.samples) < count:
+            if not len(drawn.samples):
+                return self._beyond(torch.ones_like(zero(x)))
+            if isinstance(y, Tensor) and len(y) == count:
+                y = y[drawn.samples]
+            x, other = x[drawn.samples], other[drawn.samples]
+        differentiable = torch.is_grad_enabled()
+
+        def gradient(pass_: Net, batch: Tensor) -> Tensor:
+            return input_gradient(
+                lambda images: _true_logit(pass_(images), y, len(images)), batch,
+                differentiable=differentiable,
+            )  # fmt: skip
+
+        if training_pass is not None:
+            before = gradient(training_pass, x)
+        with evaluation(net, self.statistics):
+            if training_pass is None:
+                before = gradient(net, x)
+            after = gradient(net, other)
+        mask = box_mask(drawn.pair[0], height, width)
+        seen = gradient_change(before * mask, after * mask)
+        part = (seen * len(x) + (count - len(x))) / sum(drawn.lengths)
+        value = processes.shared(processes.sum(part), part)
+        return self._beyond(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Calls so far and the sampler's random stream: a resumed training draws what it would have."""
+        return {"calls": self.calls, "patches": self.patches.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        _check_state(state, {"calls", "patches"}, "InputGradientChange")
+        self.calls = state["calls"]
+        self.patches.load_state_dict(state["patches"])
+
+
+class InteractionEnergy(Scheduled):
+    """One minus the share of the network's variance that interaction of patch J with the rest explains.
+
+    k samples of the batch are drawn without repetition. ``M[i, j]`` is the network's value at sample i
+    with its pixels in J taken from sample j, and ``M° = M - row means - column means + mean``:
+
+        E = 1 - |M°|² / (|M - mean|² + eps), in [0, 1].
+
+    It is 1 for functions that are additive over J and the rest, and for constant ones. M is a sampled
+    matricization of the function, so E is a differentiable probe of its separation rank (functional
+    analysis of variance). A product ``g(x_J) h(rest)`` counts as interaction here, and as none under
+    ``InputGradientChange``. I is part of the pair for the sampler's sake and is not used.
+
+    With several logits, every sample drawn gives the whole matrix of the logit of its own class, and the
+    energies are summed before the division.
+
+    Args:
+        patches: As in ``InputGradientChange``.
+        samples: k; if the batch is smaller, its size.
+        weight: As there.
+        every: As there.
+        warmup: As there.
+        until: As there.
+        target: As there.
+        statistics: As there.
+        eps: Absolute part of eps, in squared units of the network's value, for the mean over M; to it
+            comes the rounding error of M, so that a function that is constant but for rounding gives 1.
+        seed: Of the random stream that draws the samples.
+
+    Calling it:
+        As ``InputGradientChange``: ``penalty(net, x, y=None)`` gives the scalar ``weight * E``.
+
+    Raises:
+        OptionError: An argument out of range, or ``y`` missing where the network has several logits.
+        ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
+
+    In several processes (see the module): the k samples are of the whole batch, every process evaluates
+    its share of M, and the images drawn and M are sent. Batch normalization as in
+    ``InputGradientChange``.
+
+    Cost: one forward and backward pass of ``k²`` images. ``net`` may be compiled; ``interaction_energy``
+    of a matrix compiles as a whole.
+
+    Example:
+        >>> product = lambda x: x[..., 0, 0] * x[..., 0, 3] + x[..., 0, 0] + x[..., 0, 3]
+        >>> x = torch.tensor([[[1.0, 0, 0, 1]], [[-1.0, 0, 0, -1]]])
+        >>> penalty = InteractionEnergy(patches=((0, 0, 1, 1), (0, 3, 1, 4)))
+        >>> round(penalty(product, x).item(), 4)  # three terms of variance 1, one of them interaction
+        0.6667
+    """
+
+    def __init__(
+        self,
+        patches: Any,
+        samples: int = 8,
+        *,
+        weight: float = 1.0,
+        every: int = 1,
+        warmup: int = 0,
+        until: int | None = None,
+        target: float | None = None,
+        statistics: str = "frozen",
+        eps: float = 1e-12,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(weight, every, warmup, until, target)
+        self.patches = as_sampler(patches, "InteractionEnergy")
+        self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
+        self.statistics = _check_statistics(statistics, "InteractionEnergy")
+        if not eps >= 0:
+            raise OptionError(f"InteractionEnergy: eps must be >= 0, found {eps!r}.")
+        self.eps = float(eps)
+        self._stream = RandomStream(seed, "InteractionEnergy")
+
+    def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
+        """Draw the k samples and the pair of boxes, of a batch or of a copy of it; all k are evaluated.
+
+        ``multiple`` is for ``InputGradientChange`` and has no effect here.
+        """
+        net, processes = unwrapped(net)
+        lengths = _lengths(x, processes, "InteractionEnergy")
+        order = torch.randperm(sum(lengths), generator=self._stream.generator)
+        samples = processes.first(order[: self.samples].to(x.device, non_blocking=True))
+        # where these differ, for samplers that look
+        images = x if _looks_at_shape(self.patches) else processes.rows(x, samples, lengths)
+        return Draw(processes.first(self.patches.draw(images)), samples, lengths)
+
+    def value(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> Tensor:
+        """E of this batch, or what is above the target; see ``InputGradientChange.value``."""
+        drawn = self.draw(net, x) if drawn is None else drawn
+        net, processes = unwrapped(net)
+        _check_normalization(net, self.statistics, processes, "InteractionEnergy")
+        check_images(x, "InteractionEnergy", least=0)
+        samples, lengths = drawn.samples, drawn.lengths
+        assert samples is not None
+        images = processes.rows(x, samples, lengths)
+        with evaluation(net, self.statistics):
+            values = _own_values(net, images, drawn.pair[1], processes)
+        if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
+            classes = _check_classes(y, len(x), values.shape[-1])
+            values = values.index_select(-1, processes.rows(classes, samples, lengths))
+        energy = interaction_energy(_all_values(values, len(images), processes), self.eps)
+        return self._beyond(processes.shared(energy, energy))
+
+    def with_logits(
+        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the network gives in its training pass, and ``value``."""
+        return net(x), self.value(net, x, y, drawn)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Calls so far and the random streams: a resumed training draws what it would have."""
+        return {
+            "calls": self.calls,
+            "patches": self.patches.state_dict(),
+            "samples": self._stream.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        _check_state(state, {"calls", "patches", "samples"}, "InteractionEnergy")
+        self.calls = state["calls"]
+        self.patches.load_state_dict(state["patches"])
+        self._stream.load_state_dict(state["samples"])
+
+
+def gradient_change(before: Tensor, after: Tensor) -> Tensor:
+    """Mean over the batch of the absolute cosine of two gradients; a zero vector counts as 1.
+
+    Args:
+        before: Shape ``(B, ...)``.
+        after: The same.
+
+    Returns:
+        Scalar in [0, 1], computed in at least float32.
+    """
+    g, h = _unit(before), _unit(after)
+    seen = (g != 0).any(1) & (h != 0).any(1)
+    cosine = (g * h).sum(1).abs().clamp(max=1)
+    return torch.where(seen, cosine, torch.ones_like(cosine)).mean()
+
+
+def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
+    """One minus the share of the variance of a matrix that its rows and columns do not explain.
+
+    Args:
+        values: Shape ``(k, l)``, or ``(k, l, C)`` for C matrices whose energies are summed.
+        eps: Added to the mean square of ``M - mean``.
+
+    Returns:
+        Scalar in [0, 1], differentiable, computed in at least float32; 1 for a constant matrix.
+    """
+    rounding = torch.finfo(values.dtype).eps
+    values = values if values.dtype == torch.float64 else values.float()
+    whole = values - values.mean((0, 1), keepdim=True)
+    parts = whole - whole.mean(0, keepdim=True) - whole.mean(1, keepdim=True)
+    floor = eps + rounding**2 * values.detach().square().mean()
+    return 1 - parts.square().mean() / (whole.square().mean() + floor)
+
+
+def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor:
+    """The network at every image of ``rest`` with the box taken from every image of ``patch``.
+
+    Args:
+        net: Takes ``(k * l, ..., H, W)``, gives ``(k * l,)`` or ``(k * l, C)``.
+        rest: Shape ``(k, ..., H, W)``.
+        patch: Shape ``(l, ..., H, W)``.
+        box: ``(top, left, bottom, right)``, shape ``(4,)``.
+
+    Returns:
+        Shape ``(k, l, C)``; C is 1 for a network with one logit.
+    """
+    mask = box_mask(box, *rest.shape[-2:])
+    images = torch.where(mask, patch, rest[:, None])
+    out = net(images.flatten(0, 1))
+    return logits_of(out, len(rest) * len(patch)).reshape(len(rest), len(patch), -1)
+
+
+@contextmanager
+def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
+    """Every module in evaluation mode, and in its own mode again afterwards, errors included.
+
+    Args:
+        net: A module, or any other callable, which is left alone.
+        statistics: ``"frozen"``, or ``"batch"``: normalization layers use the statistics of the batch.
+            Either way no running statistic changes.
+    """
+    modules = list(net.modules()) if isinstance(net, nn.Module) else []
+    trained = [m.training for m in modules]
+    keeping = []
+    try:
+        for m in modules:
+            m.training = False
+            if statistics == "batch" and isinstance(m, nn.modules.batchnorm._NormBase):
+                if m.track_running_stats:
+                    keeping.append(m)
+                m.training, m.track_running_stats = True, False
+        yield
+    finally:
+        for m, mode in zip(modules, trained, strict=True):
+            m.training = mode
+        for m in keeping:
+            m.track_running_stats = True
+
+
+def _lengths(x: Tensor, processes: Processes, what: str) -> tuple[int, ...]:
+    """Images of every process; a process alone needs two, several need one each."""
+    if processes.count == 1:
+        return (len(check_images(x, what, floating=False)),)
+    lengths = processes.lengths(len(check_images(x, what, least=0, floating=False)))
+    if not all(lengths):
+        raise ShapeError(
+            f"{what}: every process needs one image or more of each batch, found {lengths} on ranks "
+            f"0..{processes.count - 1}."
+        )
+    return tuple(lengths)
+
+
+def _pair(sampler: PatchSampler, x: Tensor, lengths: Sequence[int], processes: Processes) -> Tensor:
+    """The pair that rank 0 draws; all draw, so that their streams stay alike."""
+    seen = x if _looks_at_shape(sampler) else processes.whole(x, lengths)
+    return processes.first(sampler.draw(seen))
+
+
+def _looks_at_shape(sampler: PatchSampler) -> bool:
+    """Whether a sampler looks at the shape of a batch alone."""
+    return bool(getattr(sampler, "shape_only", False))
+
+
+def _changed(x: Tensor, box: Tensor, multiple: int) -> Tensor:
+    """Numbers of the samples that differ in the box from the one before, then some others."""
+    top, left, bottom, right = box.tolist()
+    pixels = x[..., top:bottom, left:right]
+    differs = (pixels != pixels.roll(1, 0)).flatten(1).any(1)
+    order = torch.argsort(differs.logical_not().to(torch.uint8), stable=True)
+    count = -(-int(differs.sum()) // multiple) * multiple
+    return order[:count]
+
+
+def _is_samplewise(net: Any) -> bool:
+    """Whether the value at a sample hangs on no other sample, where statistics are frozen."""
+    return isinstance(net, nn.Module) and not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+        for m in net.modules()
+    )
+
+
+def _trains_as_evaluated(net: Any) -> bool:
+    """Whether the training pass is the one that ``evaluation(net, "batch")`` makes."""
+    return (
+        isinstance(net, nn.Module)
+        and unwrapped(net)[1].count == 1
+        and not any(
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0)
+            or (isinstance(m, nn.modules.batchnorm._NormBase) and not m.training)
+            for m in net.modules()
+        )
+    )
+
+
+def _before(x: Tensor, processes: Processes) -> Tensor:
+    """For every sample the one before it in the whole batch, for the first one the last."""
+    if processes.count == 1:
+        return x.roll(1, 0)
+    return torch.cat([processes.previous(x[-1:]), x[:-1]])
+
+
+def _own_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:
+    """This process's part of the k × k crossed values, row by row, one at the least; ``(n, C)``."""
+    k = len(images)
+    if processes.count == 1:
+        return crossed_values(net, images, images, box).flatten(0, 1)
+    part = processes.part(k * k)
+    # a process without a part evaluates one image, so that it has a graph as the others have
+    pairs = torch.arange(part.start, max(part.stop, part.start + 1), device=images.device) % k**2
+    mask = box_mask(box, *images.shape[-2:])
+    crossed = torch.where(mask, images[pairs % k], images[pairs // k])
+    return logits_of(net(crossed), len(pairs))
+
+
+def _all_values(own: Tensor, k: int, processes: Processes) -> Tensor:
+    """The values of all processes, shape ``(k, k, C)``, with the graph of this one's."""
+    if processes.count > 1:
+        part = processes.part(k * k)
+        own = own[: part.stop - part.start]
+        found = processes.whole(own, processes.parts(k * k))
+        own = torch.cat([found[: part.start], own, found[part.stop :]])
+    return own.reshape(k, k, -1)
+
+
+def _check_normalization(net: Any, statistics: str, processes: Processes, what: str) -> None:
+    """Statistics of a batch of which every process has a part would be another penalty."""
+    if processes.count == 1:
+        return
+    for name, m in net.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
+            statistics == "batch" or m.running_mean is None
+        ):
+            raise OptionError(
+                f"{what}: {name or 'the network'} would normalize by the statistics of one process's "
+                "part of the batch; in several processes give it running statistics and write "
+                "statistics='frozen'."
+            )
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one; zero rows stay zero and have no gradient."""
+    x = x.flatten(1)
+    x = x if x.dtype == torch.float64 else x.float()
+    largest = x.detach().abs().amax(1, keepdim=True)  # squares of small numbers would vanish
+    x = x / torch.where(largest > 0, largest, 1.0)
+    square = x.square().sum(1, keepdim=True)
+    return x / torch.where(square > 0, square, 1.0).sqrt()
+
+
+def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
+    logits = logits_of(out, batch)
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    classes = _check_classes(y, batch, logits.shape[1])
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def logits_of(out: Any, batch: int) -> Tensor:
+    """What a network gave for a batch as logits of shape ``(batch, C)``, or one clear error."""
+    if (
+        not isinstance(out, Tensor)
+        or out.ndim not in (1, 2)
+        or len(out) != batch
+        or not out.numel()
+    ):
+        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ShapeError(
+            f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C) for {batch} "
+            f"images, found {found}."
+        )
+    return out.reshape(batch, -1)
+
+
+def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
+    if y is None:
+        raise OptionError(
+            f"the network has {count} logits and the penalty is on that of the true class: "
+            "write penalty(net, x, y)."
+        )
+    if (
+        not isinstance(y, Tensor)
+        or y.shape != (batch,)
+        or y.dtype not in (torch.int64, torch.int32)
+    ):
+        found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ShapeError(f"y must hold {batch} class numbers, int64 ({batch},), found {found}.")
+    # on a GPU looking at the values would wait for it; torch reports them there
+    if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
+        raise DataError(
+            f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
+            f"{count} logits."
+        )
+    return y.long()
+
+
+def _check_statistics(statistics: str, what: str) -> str:
+    if statistics not in _STATISTICS:
+        raise OptionError(f"{what}: statistics must be 'frozen' or 'batch', found {statistics!r}.")
+    return statistics
+
+
+def _check_state(state: dict[str, Any], keys: set[str], what: str) -> None:
+    if set(state) != keys:
+        raise OptionError(
+            f"{what}: not a state of it; found the keys {sorted(state)}, expected {sorted(keys)}."
+        )

@@ -1,0 +1,478 @@
+"""Image sets whose label hangs on pixels far apart: Pathfinder, and pairs of images (IsSameClass).
+
+Every image is drawn from a seed sequence of its own, made of the seed, the split and its number: the
+same call gives the same images with any number of worker processes, and image 7 of ten is image 7 of ten
+thousand. ``split="train"`` and ``split="test"`` of one seed share no image.
+
+Pathfinder is described in ``tnreg.images.scene``. An IsSameClass image shows two small images ``distance``
+pixels apart; the label says whether they are of one class (Razin, Maman and Cohen (2022),
+arXiv:2201.11729). Files are read without pickle's power to run code.
+
+Example:
+    >>> from tnreg import images
+    >>> found = images.pathfinder(8, length=3, size=32, matched=True, seed=1)
+    >>> found.images.shape, found.images.dtype, found.labels.tolist()
+    ((8, 1, 32, 32), dtype('uint8'), [0, 1, 1, 1, 0, 0, 1, 0])
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tnreg.errors import DataError, FileError, OptionError, check_integer
+from tnreg.far.patches import Box
+from tnreg.images.scene import draw, longest, scene
+from tnreg.machine.files import write_whole
+from tnreg.machine.progress import advancing
+from tnreg.machine.versions import __version__
+
+Array = np.ndarray[Any, Any]
+
+_FORMAT = "tnreg.images/1"
+_SPLITS = {"train": 0, "test": 1}
+_CHUNK = 25  # images that a worker makes at a time
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels, and how they were made.
+
+    Attributes:
+        images: ``(N, channels, height, width)``; uint8 from 0 to 255, or float32 as it is.
+        labels: ``(N,)`` int64, 0 or 1.
+        boxes: Where the two images of a pair stand, as ``(top, left, bottom, right)``, bottom and right
+            exclusive; empty for Pathfinder.
+        distances: Pixels between the two discs, ``(N,)``; empty for pairs.
+        config: What the set was made with; JSON can write it.
+    """
+
+    images: Array
+    labels: Array
+    boxes: tuple[Box, ...]
+    distances: Array
+    config: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        settings = ", ".join(
+            f"{k}={v}" for k, v in self.config.items() if k not in ("tnreg", "set")
+        )
+        return f"<{self.config.get('set')}: {len(self)} images {shape}; {settings}>"
+
+    @property
+    def control_boxes(self) -> tuple[Box, ...]:
+        """Two boxes of the size of ``boxes`` that touch neither image.
+
+        Above the images where there is room, else between them or at both sides.
+
+        Raises:
+            OptionError: No boxes to begin with, or no room.
+        """
+        if not self.boxes:
+            raise OptionError("control boxes: this set has no boxes; pairs have (is_same_class).")
+        (top, left, bottom, inner), (_, far, _, right) = self.boxes
+        size, width = inner - left, self.images.shape[-1]
+        if top >= bottom - top:
+            rows = (0, bottom - top)
+            return tuple((rows[0], a, rows[1], a + size) for a in (left, far))
+        for first, last in ((inner, far - size), (0, width - size)):
+            fits = last - first >= size and (last >= right or first == inner)
+            if fits and (first != 0 or left >= size):
+                return (top, first, bottom, first + size), (top, last, bottom, last + size)
+        raise OptionError(
+            f"control boxes: no room for two boxes of {size} pixels beside {self.boxes} on "
+            f"{self.images.shape[-2]} x {width} pixels; choose a smaller or a larger distance."
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write an ``.npz`` file, whole or not at all; ``load`` reads it."""
+        about = json.dumps({"format": _FORMAT, "config": self.config})
+
+        def write(beside: Path) -> None:
+            with open(beside, "wb") as file:
+                np.savez_compressed(
+                    file, allow_pickle=False, images=self.images, labels=self.labels,
+                    boxes=np.array(self.boxes, dtype=np.int64).reshape(-1, 4),
+                    distances=self.distances, about=np.array(about),
+                )  # fmt: skip
+
+        return write_whole(path, write)
+
+    def sheet(self, path: str | os.PathLike[str], *, rows: int = 4, columns: int = 8) -> Path:
+        """Write a PNG of the first images: label 0 in the upper rows, label 1 in the lower ones.
+
+        Small images are enlarged to some 128 pixels.
+        """
+        from matplotlib.image import imsave
+
+        half = max(check_integer(rows, 1, "sheet: rows") // 2, 1)
+        columns = check_integer(columns, 1, "sheet: columns")
+        large = max(1, 128 // max(self.images.shape[-2:]))
+        lines = []
+        for label in (0, 1):
+            picked = self.images[np.flatnonzero(self.labels == label)[: half * columns]]
+            shown = np.zeros((half * columns, *self.images.shape[1:]), dtype=np.float32)
+            shown[: len(picked)] = _visible(picked)
+            shown = shown.repeat(large, 2).repeat(large, 3)
+            shown = np.pad(shown, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
+            lines += [np.concatenate(list(line), -1) for line in np.split(shown, half)]
+        whole = np.concatenate(lines, 1).transpose(1, 2, 0)
+        whole = np.clip(whole if whole.shape[-1] == 3 else whole[..., :1].repeat(3, -1), 0, 1)
+        return write_whole(path, lambda beside: imsave(beside, whole, format="png"))
+
+
+def pathfinder(
+    count: int,
+    *,
+    length: int = 9,
+    size: int = 150,
+    matched: bool = False,
+    split: Literal["train", "test"] = "train",
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+) -> ImageSet:
+    """Draw a Pathfinder set, white on black; the label says whether one path joins both discs.
+
+    Args:
+        count: How many images.
+        length: Paddles of each path; published are 3, 5, 7 and 9.
+        size: Height and width in pixels, 32 to 300; published is 150.
+        matched: Negatives have discs as far apart as positives; otherwise as published, where the
+            distance alone tells most labels.
+        split: Train or test images of this seed.
+        seed: Seed of the set.
+        workers: Processes; as many as there are processors if left out. The images do not depend on it.
+        progress: Show a progress bar.
+
+    Returns:
+        Images ``(count, 1, size, size)`` uint8. ``config`` has the share of labels that the distance
+        alone tells, see ``distance_only_accuracy``.
+
+    Raises:
+        OptionError: An argument out of its range.
+
+    Cost: some 5 to 25 ms of processor time an image.
+    """
+    count = check_integer(count, 1, "pathfinder: count")
+    length = check_integer(length, 2, "pathfinder: length")
+    size = check_integer(size, 32, "pathfinder: size")
+    if size > 300:
+        raise OptionError(f"pathfinder: size is 32 to 300 pixels, found {size}.")
+    if length > longest(size):
+        raise OptionError(
+            f"pathfinder: paths of {length} paddles have no room on {size} pixels; "
+            f"at most {longest(size)}."
+        )
+    key = (check_integer(seed, 0, "pathfinder: seed"), _split(split))
+    job = _Pathfinder(length, size, bool(matched), key)
+    parts = list(_made(job, count, workers, progress))
+    labels = np.array([label for _, some, _ in parts for label in some], dtype=np.int64)
+    distances = np.concatenate([part for _, _, part in parts])
+    config = {
+        "tnreg": __version__, "set": "pathfinder", "count": count, "length": length,
+        "size": size, "matched": bool(matched), "split": split, "seed": int(seed),
+        "distance-only accuracy": distance_only_accuracy(distances, labels),
+    }  # fmt: skip
+    return ImageSet(np.concatenate([part for part, _, _ in parts]), labels, (), distances, config)
+
+
+def is_same_class(
+    count: int,
+    *,
+    distance: int,
+    source: str = "digits",
+    split: Literal["train", "test"] = "train",
+    seed: int = 0,
+    noise: float | None = None,
+    canvas: tuple[int, int] | None = None,
+) -> ImageSet:
+    """Pairs of small images on one canvas, in the middle and ``distance`` pixels apart.
+
+    Half of the pairs are of one class. The first image is drawn from all of its split, the second
+    from the others of the same class, or from the other classes.
+
+    Args:
+        count: How many pairs.
+        distance: Pixels between the two.
+        source: "digits": the 8x8 digits of scikit-learn, from -0.3 to 0.7, two thirds of them for
+            training, on a canvas of 8x40. Or the folder ``cifar-10-batches-py`` (or the folder it is
+            in) of the CIFAR-10 archive for Python, unpacked: 32x32 pixels in colour, on 224x224.
+        split: Train or test pairs.
+        seed: Draws the split of the digits, the pairs and the noise.
+        noise: Standard deviation of noise on the pixels of the digits, drawn once for every pair; 0.2 if
+            left out (without it a plain network solves the longest distance). Digits only.
+        canvas: Height and width in pixels, if others.
+
+    Returns:
+        Images ``(count, 1, 8, 40)`` float32 for digits, ``(count, 3, 224, 224)`` uint8 for CIFAR-10:
+        0.15 MB a pair. The canvas is 0. ``boxes`` has the two places.
+
+    Raises:
+        OptionError: An argument out of its range, or scikit-learn is missing.
+        FileError: No such folder, or files that are not those of CIFAR-10.
+    """
+    count = check_integer(count, 2, "is_same_class: count")
+    distance = check_integer(distance, 0, "is_same_class: distance")
+    number = check_integer(seed, 0, "is_same_class: seed")
+    part = _split(split)
+    digits = source == "digits"
+    if noise is not None and not digits:
+        raise OptionError("is_same_class: noise is for the digits only; leave it out for CIFAR-10.")
+    spread = (0.2 if noise is None else noise) if digits else 0.0
+    if not 0 <= spread < np.inf:
+        raise OptionError(f"is_same_class: noise must be >= 0 and finite, found {noise!r}.")
+    small, classes = _digits(number, part) if digits else _cifar(source, split)
+    side = small.shape[-1]
+    height, width = canvas or ((8, 40) if digits else (224, 224))
+    room = width - 2 * side
+    if distance > room or height < side:
+        raise OptionError(
+            f"is_same_class: two images of {side}x{side} pixels, {distance} apart, do not fit on "
+            f"{height}x{width}.\n  distance: at most {max(room, 0)} there"
+        )
+    first, second, labels = _partners(np.random.default_rng([number, part, 1]), classes, count)
+    top, left = (height - side) // 2, (room - distance) // 2
+    boxes = tuple((top, x, top + side, x + side) for x in (left, left + side + distance))
+    images = np.zeros((count, small.shape[1], height, width), dtype=small.dtype)
+    rng = np.random.default_rng([number, part, 2])
+    for (y, x, bottom, right), which in zip(boxes, (first, second), strict=True):
+        shown = small[which]
+        if spread:
+            shown = shown + rng.normal(0, spread, shown.shape).astype(shown.dtype)
+        images[:, :, y:bottom, x:right] = shown
+    config = {
+        "tnreg": __version__, "set": "is_same_class", "count": count, "distance": distance,
+        "source": "digits" if digits else "cifar-10", "split": split, "seed": number,
+        "noise": float(spread), "canvas": [height, width],
+    }  # fmt: skip
+    return ImageSet(images, labels, boxes, np.empty(0), config)
+
+
+def distance_only_accuracy(
+    distances: Array, labels: Array, *, neighbours: int = 25, folds: int = 5
+) -> float | None:
+    """Share of labels that the distance between the discs tells, with nothing else seen.
+
+    A vote of the ``neighbours`` nearest distances, in cross-validation: fold i is every ``folds``-th
+    image from the i-th on. Some 0.5 is what a set should give.
+
+    Args:
+        distances: One number an image, ``(N,)``.
+        labels: 0 or 1, ``(N,)``.
+        neighbours: How many vote; odd.
+        folds: Parts of the set, each tested on the others.
+
+    Returns:
+        The share, or ``None`` for fewer images than the vote needs.
+    """
+    distances, labels = np.asarray(distances, dtype=float), np.asarray(labels)
+    if len(distances) != len(labels):
+        raise DataError(f"{len(distances)} distances, but {len(labels)} labels.")
+    fold = np.arange(len(labels)) % folds
+    if len(labels) - len(labels) // folds < 2 * neighbours:
+        return None
+    right = 0
+    for one in range(folds):
+        order = distances[fold != one].argsort(kind="stable")
+        known, votes = distances[fold != one][order], labels[fold != one][order]
+        asked = distances[fold == one]
+        # the nearest on a line are neighbours in order: some of those before and after
+        low = np.searchsorted(known, asked) - neighbours
+        near = np.clip(low, 0, len(known) - 2 * neighbours)[:, None] + np.arange(2 * neighbours)
+        closest = np.abs(known[near] - asked[:, None]).argpartition(neighbours - 1, 1)[
+            :, :neighbours
+        ]
+        share = votes[np.take_along_axis(near, closest, 1)].mean(1)
+        right += int(((share > 0.5) == labels[fold == one]).sum())
+    return right / len(labels)
+
+
+def load(path: str | os.PathLike[str]) -> ImageSet:
+    """Read a set that ``ImageSet.save`` wrote.
+
+    Raises:
+        FileError: There is no such file, or it is not an image set.
+    """
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            if about["format"] != _FORMAT:
+                raise ValueError(f"format {about['format']!r}, this version reads {_FORMAT!r}")
+            boxes = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in file["boxes"])
+            found = ImageSet(
+                file["images"], file["labels"], boxes, file["distances"], about["config"]
+            )
+            if found.images.ndim != 4 or found.labels.shape != (len(found.images),):
+                raise ValueError(f"images {found.images.shape}, labels {found.labels.shape}")
+            if found.labels.dtype.kind not in "iu" or found.images.dtype.kind not in "uf":
+                raise ValueError(f"images {found.images.dtype}, labels {found.labels.dtype}")
+            if not isinstance(found.config, dict):
+                raise TypeError(f"its config is a {type(found.config).__name__}, not an object")
+            return found
+    except FileNotFoundError:
+        raise FileError(f"no such image set: {path}") from None
+    except Exception as error:
+        raise FileError(
+            f"not an image set: {path}\n  {type(error).__name__}: {error}\n"
+            "  expected: an .npz file that ImageSet.save wrote"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Pathfinder:
+    """What a worker needs to draw images: called with the numbers of some."""
+
+    length: int
+    size: int
+    matched: bool
+    key: tuple[int, int]
+
+    def __call__(self, numbers: range) -> tuple[Array, list[int], Array]:
+        images = np.empty((len(numbers), 1, self.size, self.size), dtype=np.uint8)
+        labels, distances = [], np.empty(len(numbers))
+        for i, number in enumerate(numbers):
+            rng = np.random.default_rng(np.random.SeedSequence([*self.key, number]))
+            shown = scene(rng, self.length, self.size, matched=self.matched)
+            images[i, 0] = draw(shown, self.size)
+            labels.append(shown.label)
+            distances[i] = shown.distance * self.size
+        return images, labels, distances
+
+
+def _made(job: _Pathfinder, count: int, workers: int | None, progress: bool) -> Iterator[Any]:
+    """Results of all chunks in order."""
+    chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    text = f"images, paths of {job.length} paddles"
+    asked = os.cpu_count() or 1 if workers is None else check_integer(workers, 1, "workers")
+    used = min(asked, len(chunks))
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if used > 1:
+            pool = stack.enter_context(_pool(used))
+        advance = stack.enter_context(advancing(text, count, progress))
+        results: Iterator[Any] = map(job, chunks) if pool is None else pool.map(job, chunks)
+        for chunk, made in zip(chunks, results, strict=True):
+            advance(len(chunk))
+            yield made
+
+
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    # Workers run numpy alone, so that forking is safe beside torch's threads; it also lets a script of
+    # two lines do without `if __name__ == "__main__"`.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        pool.submit(int).result()  # the processes start here, before a progress bar has a thread
+    return pool
+
+
+def _split(split: str) -> int:
+    if split not in _SPLITS:
+        raise OptionError(f"split must be 'train' or 'test', found {split!r}.")
+    return _SPLITS[split]
+
+
+def _digits(seed: int, part: int) -> tuple[Array, Array]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise OptionError(
+            "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"
+        ) from None
+    values, classes = load_digits(return_X_y=True)
+    small = (values / 16 - 0.3).astype(np.float32).reshape(-1, 1, 8, 8)
+    order = np.random.default_rng([seed, 0]).permutation(len(small))
+    cut = 2 * len(small) // 3
+    picked = order[:cut] if part == 0 else order[cut:]
+    return small[picked], classes[picked]
+
+
+def _cifar(source: str, split: str) -> tuple[Array, Array]:
+    folder = Path(source)
+    if (folder / "cifar-10-batches-py").is_dir():
+        folder = folder / "cifar-10-batches-py"
+    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    values, classes = [], []
+    for name in names:
+        path = folder / name
+        try:
+            held = _Arrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+            data, labels = np.asarray(held[b"data"]), held[b"labels"]
+            if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
+                raise ValueError(f"data {data.shape} {data.dtype} beside {len(labels)} labels")
+        except FileNotFoundError:
+            raise FileError(
+                f"no such file: {path}\n"
+                "  source is 'digits', or the folder cifar-10-batches-py of the CIFAR-10 archive for "
+                "Python (cifar-10-python.tar.gz), unpacked"
+            ) from None
+        except Exception as error:
+            raise FileError(
+                f"not a batch of CIFAR-10: {path}\n  {type(error).__name__}: {error}"
+            ) from None
+        values.append(data.reshape(-1, 3, 32, 32))
+        classes.append(np.asarray(labels))
+    return np.concatenate(values), np.concatenate(classes)
+
+
+class _Arrays(pickle.Unpickler):
+    """Unpickler of dicts, lists, numbers, bytes and numpy arrays; anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return _latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not needed for images")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _partners(rng: np.random.Generator, classes: Array, count: int) -> tuple[Array, Array, Array]:
+    """Numbers of the first and the second images, and the labels, half of them 1."""
+    labels = rng.permutation(np.arange(count) % 2).astype(np.int64)
+    first = rng.integers(len(classes), size=count)
+    second = np.empty(count, dtype=np.int64)
+    everyone = np.arange(len(classes))
+    for one in np.unique(classes):
+        same, other = everyone[classes == one], everyone[classes != one]
+        for i in np.flatnonzero(classes[first] == one):
+            among = same[same != first[i]] if labels[i] else other
+            if not len(among):
+                raise DataError(f"class {one} has too few images to make pairs.")
+            second[i] = rng.choice(among)
+    return first, second, labels
+
+
+def _visible(images: Array) -> Array:
+    if images.dtype == np.uint8:
+        out: Array = images.astype(np.float32) / 255
+        return out
+    low, high = (images.min(), images.max()) if images.size else (0.0, 1.0)
+    out = (images - low) / max(high - low, 1e-9)
+    return out

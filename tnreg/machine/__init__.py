@@ -1,0 +1,1 @@
+"""Disk, memory, terminal and other processes."""

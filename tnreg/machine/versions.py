@@ -1,0 +1,12 @@
+"""Versions of what computes."""
+
+import platform
+
+import torch
+
+__version__ = "0.1.0"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of tnreg, torch and Python, for files that record how they were made."""
+    return {"tnreg": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,249 @@
+"""The tensor network of a factorization, without its numbers: which indices every weight has.
+
+Every edge of the tree is an index. The edge below a leaf is its mode; the edge above a node is its
+bond. Under a *full* join every child keeps a bond of its own; a *diagonal* join ties the bonds of
+its children into one index that all of them and the node's weight share (a hyperedge).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tnreg.errors import OptionError, ShapeError
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import ModeTree
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Weights of equal shape at equal height, kept as one tensor ``(len(positions), *shape)``."""
+
+    positions: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Nodes and their indices, indices and their sizes.
+
+    Tuples are in the order of ``tree.nodes``. Equal networks compare and hash equal, so that plans
+    can be cached by them. Build one with ``Network.build``, which checks its arguments.
+
+    Attributes:
+        tree: The mode tree.
+        sizes: Size of every mode.
+        bonds: Size of the bond above every node; 1 at the root, which has none.
+        joins: ``"leaf"``, ``"diagonal"`` or ``"full"`` for every node.
+        root_ones: Whether the root's weight is fixed to ones and so not part of the network.
+    """
+
+    tree: ModeTree
+    sizes: tuple[int, ...]
+    bonds: tuple[int, ...]
+    joins: tuple[str, ...]
+    root_ones: bool
+
+    @classmethod
+    def build(
+        cls,
+        tree: ModeTree,
+        sizes: Sequence[int] | int,
+        ranks: int | Mapping[Node, int],
+        *,
+        join: str | Mapping[Node, str] = "diagonal",
+        root: str = "trained",
+    ) -> Network:
+        """Check sizes, ranks and joins against the tree.
+
+        Raises:
+            ShapeError: A size is missing, not a positive integer, or siblings under a diagonal join
+                have different bonds.
+            OptionError: An unknown join or root.
+        """
+        checked = _check_sizes(tree, sizes)
+        joins = _check_joins(tree, join)
+        if root not in ("trained", "ones"):
+            raise OptionError(f"unknown root {root!r}; write root='trained' or root='ones'.")
+        if root == "ones" and joins[-1] != "diagonal":
+            raise OptionError(
+                "root='ones' needs a diagonal join at the root; with a full join the root's weight is "
+                "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}"
+            )
+        bonds = _check_ranks(tree, ranks)
+        for i, below in enumerate(tree.links):
+            if joins[i] == "diagonal" and len({bonds[c] for c in below}) > 1:
+                found = {tree.nodes[c]: bonds[c] for c in below}
+                raise ShapeError(
+                    f"the children of node {tree.nodes[i]!r} have different ranks under a diagonal join.\n"
+                    f"  found:    {found}\n"
+                    "  expected: one rank for all of them, as they share the bond; or join='full' there"
+                )
+        return cls(tree, checked, bonds, joins, root == "ones")
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        return (self.tree, self.sizes, self.bonds, self.joins, self.root_ones)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Network) and self._hash == other._hash and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def named_bonds(self) -> dict[Node, int]:
+        """``{non-root node: size of the bond above it}``, as ``build`` takes them."""
+        return dict(zip(self.tree.nodes[:-1], self.bonds[:-1], strict=True))
+
+    @property
+    def named_joins(self) -> dict[Node, str]:
+        """``{interior node: "diagonal" or "full"}``, as ``build`` takes them."""
+        pairs = zip(self.tree.nodes, self.joins, strict=True)
+        return {node: join for node, join in pairs if join != "leaf"}
+
+    @cached_property
+    def weighted(self) -> tuple[int, ...]:
+        """Positions of the nodes that have a weight: all, or all but the root if it is fixed to ones."""
+        return tuple(range(len(self.tree.nodes) - self.root_ones))
+
+    def shape(self, position: int) -> tuple[int, ...]:
+        """Shape of the weight at a position of ``tree.nodes``."""
+        above = () if position == len(self.tree.nodes) - 1 else (self.bonds[position],)
+        return tuple(self.index_size(i) for i in self.inner(position)) + above
+
+    def inner(self, position: int) -> tuple[int, ...]:
+        """Indices of a node's weight on the side of its children: its mode at a leaf."""
+        below = self.tree.links[position]
+        if not below:
+            return (self.tree.nodes[position],)  # type: ignore[return-value]
+        if self.joins[position] == "diagonal":
+            return (self.tree.order + below[0],)
+        return tuple(self.tree.order + c for c in below)
+
+    @cached_property
+    def above(self) -> tuple[int | None, ...]:
+        """Index above every node: equal for siblings under a diagonal join; ``None`` at the root."""
+        out: list[int | None] = [None] * len(self.tree.nodes)
+        for i, below in enumerate(self.tree.links):
+            for c in below:
+                out[c] = self.tree.order + (below[0] if self.joins[i] == "diagonal" else c)
+        return tuple(out)
+
+    def indices(self, position: int) -> tuple[int, ...]:
+        """All indices of a node's weight, in the order of its axes."""
+        above = self.above[position]
+        return self.inner(position) + (() if above is None else (above,))
+
+    def index_size(self, index: int) -> int:
+        """Size of an index: modes are ``0..N-1``, bonds follow."""
+        order = self.tree.order
+        return self.sizes[index] if index < order else self.bonds[index - order]
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Weights grouped by height, join and shape: what one batched call can handle together."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i in self.weighted:
+            key = (self.tree.heights[i], self.joins[i], len(self.tree.links[i]), self.shape(i))
+            groups.setdefault(key, []).append(i)
+        return tuple(Stack(tuple(members), key[-1]) for key, members in groups.items())
+
+    @cached_property
+    def slots(self) -> dict[int, tuple[int, int]]:
+        """Position -> (which stack, which slot of it)."""
+        return {
+            p: (s, k) for s, stack in enumerate(self.stacks) for k, p in enumerate(stack.positions)
+        }
+
+    def __str__(self) -> str:
+        lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]
+        for i in self.weighted:
+            axes = ", ".join(self._axis(index) for index in self.indices(i))
+            lines.append(f"  {self.tree.nodes[i]!s}: {self.joins[i]} [{axes}]")
+        return "\n".join(lines)
+
+    def _axis(self, index: int) -> str:
+        order = self.tree.order
+        if index < order:
+            return f"mode {index}: {self.sizes[index]}"
+        return f"bond {index - order}: {self.index_size(index)}"
+
+
+def _check_sizes(tree: ModeTree, sizes: Sequence[int] | int) -> tuple[int, ...]:
+    if _is_size(sizes):
+        return (int(sizes),) * tree.order  # type: ignore[arg-type]
+    try:
+        found: tuple[Any, ...] = tuple(sizes)  # type: ignore[arg-type]
+    except TypeError:
+        found = (sizes,)
+    if len(found) != tree.order:
+        raise ShapeError(
+            f"{len(found)} mode sizes for a tree over {tree.order} modes.\n"
+            f"  found:    {found}\n  expected: one size for each of the modes 0..{tree.order - 1}"
+        )
+    for mode, size in enumerate(found):
+        if not _is_size(size):
+            raise ShapeError(f"the size of mode {mode} must be a positive integer, found {size!r}.")
+    return tuple(int(size) for size in found)
+
+
+def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:
+    if not isinstance(join, str | Mapping):
+        raise OptionError(
+            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}."
+        )
+    given = {node: join for node in tree.interior} if isinstance(join, str) else dict(join)
+    for node, kind in given.items():
+        if kind not in ("diagonal", "full"):
+            raise OptionError(
+                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'."
+            )
+        if not tree.links[tree.position(node)]:
+            raise OptionError(
+                f"node {node!r} is a leaf and joins nothing; name interior nodes only."
+            )
+    return tuple(
+        given.get(name, "diagonal") if below else "leaf"
+        for name, below in zip(tree.nodes, tree.links, strict=True)
+    )
+
+
+def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, ...]:
+    names = tree.nodes[:-1]
+    if not isinstance(ranks, Mapping):
+        if not _is_size(ranks):
+            raise ShapeError(
+                f"ranks must be a positive integer or {{non-root node: rank}}, found {ranks!r}."
+            )
+        return (int(ranks),) * len(names) + (1,)
+    for node in ranks:
+        if tree.position(node) == len(names):
+            raise ShapeError(f"the root {node!r} has no bond above it; leave it out of ranks.")
+        if not _is_size(ranks[node]):
+            raise ShapeError(
+                f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}."
+            )
+    missing = [name for name in names if name not in ranks]
+    if missing:
+        raise ShapeError(
+            f"ranks lack the bond above {len(missing)} of {len(names)} non-root nodes: {missing[:8]}.\n"
+            "  give one integer for all of them, or every non-root node its own"
+        )
+    return (*(int(ranks[name]) for name in names), 1)
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:  # no integer; an array of several numbers lands here as well
+        return False

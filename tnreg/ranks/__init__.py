@@ -1,0 +1,1 @@
+"""Spectra and ranks of tensors and factorizations, decomposition and rounding."""

@@ -1,0 +1,241 @@
+"""Arrays of any kind as finite torch tensors, with their checks; products along one axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from tnreg.errors import DataError, ShapeError
+from tnreg.trees.tree import ModeTree
+
+# Numbers in the products of one call, before they are summed.
+_CHUNK = 2**19
+
+
+def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int) -> Tensor:
+    """Matrix of a tensor with the given modes as rows and the other modes as columns.
+
+    Rows and columns run through their modes in ascending order, last index fastest. A view where
+    possible; differentiable.
+
+    Args:
+        tensor: Shape ``(D_0, ..., D_{N-1})``.
+        modes: Modes of the rows, in any order; a proper or improper subset of ``0..N-1``.
+
+    Returns:
+        Shape ``(product of D_n over modes, product over the others)``.
+
+    Raises:
+        ShapeError: A mode is out of range or named twice.
+
+    Example:
+        >>> matricize(torch.zeros(2, 3, 5), (0, 2)).shape
+        torch.Size([10, 3])
+    """
+    tensor = as_tensor(tensor)
+    rows = sorted(modes) if isinstance(modes, Iterable) else [modes]
+    if len(set(rows)) < len(rows) or any(not 0 <= m < tensor.ndim for m in rows):
+        raise ShapeError(
+            f"matricize: modes must be distinct and within 0..{tensor.ndim - 1}, found {modes}."
+        )
+    columns = [m for m in range(tensor.ndim) if m not in rows]
+    height = math.prod(tensor.shape[m] for m in rows)
+    return tensor.permute(rows + columns).reshape(height, -1)
+
+
+def as_tensor(values: Any) -> Tensor:
+    """Numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, DLPack, lists."""
+    if isinstance(values, Tensor):
+        return values.to_dense() if values.layout != torch.strided else values
+    try:
+        if hasattr(values, "__dlpack__") and not hasattr(values, "__array__"):
+            return torch.utils.dlpack.from_dlpack(values)
+        array = np.asarray(values)
+        native = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"not a tensor of numbers: {type(values).__name__}.\n  {error}\n"
+            "  a file or a named tensor is read by tnreg.load_tensor(...).values"
+        ) from None
+
+
+def check_dense(tensor: Any, tree: ModeTree, *, sizes: Sequence[int] | None = None) -> Tensor:
+    """The tensor as a finite floating-point torch tensor of ``tree.order`` axes, or one clear error."""
+    tensor = as_tensor(tensor)
+    if tensor.ndim != tree.order:
+        raise ShapeError(
+            f"the tensor has {tensor.ndim} axes and the tree {tree.order} modes.\n"
+            f"  found:    shape {tuple(tensor.shape)}\n"
+            f"  expected: one axis for each of the modes 0..{tree.order - 1}"
+        )
+    if sizes is not None and tuple(tensor.shape) != tuple(sizes):
+        raise ShapeError(
+            f"the tensor has other sizes than expected.\n"
+            f"  found:    {tuple(tensor.shape)}\n  expected: {tuple(sizes)}"
+        )
+    return check_numbers(tensor)
+
+
+def check_numbers(tensor: Tensor) -> Tensor:
+    """Refuse integer, empty, NaN and infinite data."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise DataError(
+            f"the tensor has dtype {tensor.dtype}; ranks and factorizations need real or complex numbers.\n"
+            "  write tensor.to(torch.float64)"
+        )
+    if tensor.numel() == 0:
+        raise DataError(f"the tensor is empty: shape {tuple(tensor.shape)}.")
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        nan = int(torch.isnan(tensor).sum())
+        raise DataError(
+            f"the tensor has {bad} entries that are not finite ({nan} NaN, {bad - nan} infinite) "
+            f"of {tensor.numel()}.\n"
+            "  if NaN marks missing entries: completion(tensor, samples, missing='nan')"
+        )
+    return tensor
+
+
+def ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
+    """``(core, log2)``: the tensor is ``core * 2**log2`` with its axes in the order of the tree's leaves.
+
+    In double precision, on a scale whose squares stay in range.
+    """
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    core = x.detach().permute(tree.leaf_order)
+    core = core.to(wide if x.device.type != "mps" else x.dtype).contiguous()
+    largest = float(largest_of(core))
+    if squares_fit(largest):
+        return core, 0
+    log2 = math.frexp(largest)[1] - 1
+    return times_power_of_two(core, -log2), log2
+
+
+def times_power_of_two(x: Any, exponent: int) -> Any:
+    """``x * 2**exponent`` of a number or a tensor, also where the power itself leaves the range."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half)
+
+
+def squares_fit(largest: float) -> bool:
+    """Whether squares of numbers up to this, and their sums, stay in the range of doubles with all digits."""
+    return largest == 0 or 1e-100 < largest < 1e100
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """Largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
+    parts = torch.view_as_real(x) if x.is_complex() else x
+    low, high = torch.aminmax(parts)
+    return torch.maximum(-low, high)
+
+
+def axis_gram(view: Tensor) -> Tensor:
+    """``Σ_ac v[a, i, c] conj(v[a, j, c])`` of a view ``(before, rows, behind)``, without moving axes."""
+    before, rows, behind = view.shape
+    if behind == 1:
+        flat = view.reshape(before, rows)
+        return flat.mT @ flat.conj()
+    if before == 1:
+        flat = view.reshape(rows, behind)
+        return flat @ flat.mH
+    chunk = max(1, _CHUNK // rows**2)
+    if before <= chunk:
+        return torch.bmm(view, view.mH).sum(0)
+    gram = view.new_zeros(rows, rows)
+    for part in torch.split(view, chunk):
+        gram += torch.bmm(part, part.mH).sum(0)
+    return gram
+
+
+def axis_product(view: Tensor, basis: Tensor) -> Tensor:
+    """``Σ_i conj(basis[i, r]) v[a, i, c]``: ``(before, r, behind)``."""
+    before, rows, behind = view.shape
+    if behind == 1:
+        return (view.reshape(before, rows) @ basis.conj()).unsqueeze(2)
+    return torch.matmul(basis.mH, view)
+
+
+def check_index(index: Tensor, mode_sizes: Sequence[int]) -> Tensor:
+    """Refuse an index that is not an int64 tensor ``(B, N)`` within the mode sizes."""
+    order = len(mode_sizes)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        found = f"dtype {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
+        raise DataError(
+            f"an index must be an int64 tensor of shape (B, {order}), found {found}.\n"
+            "  write torch.as_tensor(index, dtype=torch.int64)"
+        )
+    if index.ndim != 2 or index.shape[1] != order:
+        raise ShapeError(
+            f"an index has one row per entry and one column per mode.\n"
+            f"  found:    shape {tuple(index.shape)}\n  expected: (B, {order})"
+        )
+    if index.shape[0] == 0:
+        raise DataError("an empty batch: the index has no rows; give at least one entry.")
+    sizes = torch.tensor(mode_sizes, device=index.device)
+    wrong = ((index < 0) | (index >= sizes)).nonzero()
+    if len(wrong):
+        row, mode = wrong[0].tolist()
+        raise DataError(
+            f"index out of range: {len(wrong)} of {index.numel()} values.\n"
+            f"  first: row {row} has {int(index[row, mode])} at mode {mode}, "
+            f"whose size is {mode_sizes[mode]}\n"
+            f"  expected: 0 <= index < {mode_sizes[mode]}, counted from 0"
+        )
+    return index
+
+
+def check_features(
+    features: Tensor | Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """Refuse features that do not fit the modes, no samples, or another dtype than the weights'.
+
+    Returns:
+        The tensors as they came: one ``(B, N, D)``, or N of ``(B, D_n)``.
+    """
+    if isinstance(features, Tensor):
+        found, parts = [tuple(features.shape)], [features]
+        fits = features.ndim == 3 and all((features.shape[2],) == (d,) for d in sizes)
+        fits = fits and features.shape[1] == len(sizes)
+    else:
+        parts = [torch.as_tensor(part) for part in features]
+        found = [tuple(part.shape) for part in parts]
+        fits = len(parts) == len(sizes) and all(
+            part.ndim == 2 and part.shape == (parts[0].shape[0], size)
+            for part, size in zip(parts, sizes, strict=True)
+        )
+    if not fits:
+        whole = f"(B, {len(sizes)}, {sizes[0]}) or " if len(set(sizes)) == 1 else ""
+        raise ShapeError(
+            "features do not fit the modes.\n"
+            f"  found:    {found[0] if isinstance(features, Tensor) else found}\n"
+            f"  expected: {whole}{len(sizes)} tensors (B, D_n) with D = {sizes}"
+        )
+    if parts[0].shape[0] == 0:
+        raise DataError("an empty batch: give at least one sample.")
+    wrong = [part.dtype for part in parts if part.dtype != dtype]
+    if wrong:
+        raise DataError(
+            f"features have dtype {wrong[0]}, the weights {dtype}; write features.to(model.dtype)."
+        )
+    return parts
+
+
+def array_of(values: Any, axes: int | None, what: str) -> Tensor:
+    """Read an array of ``axes`` axes (any number if ``None``); ``what`` names it in errors."""
+    if not isinstance(values, Tensor | np.ndarray) and hasattr(values, "__dlpack__"):
+        try:
+            values = torch.utils.dlpack.from_dlpack(values)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            if not hasattr(values, "__array__"):
+                raise DataError(f"{what} cannot be read by DLPack: {error}.") from None
+    found = as_tensor(np.asarray(values) if isinstance(values, list | tuple) else values).detach()
+    if axes is not None and found.ndim != axes:
+        raise ShapeError(f"{what} needs {axes} axes, found shape {tuple(found.shape)}.")
+    return found

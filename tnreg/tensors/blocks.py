@@ -1,0 +1,515 @@
+"""Tensors larger than memory, read block by block: a Dask array over zarr, HDF5 or anything else.
+
+``compress`` reads the tensor once for every mode (small modes of a subtree together) and once more:
+
+1. For a node, a part of the tensor that is complete in the modes below it gives a part of the Gram
+   matrix of its matricization, or of its triangular factor (tall and skinny QR; Demmel, Grigori,
+   Hoemmen and Langou 2012), where squares would lose digits. The parts are added up, and give the node's
+   orthonormal basis.
+2. Where the core that is left would not fit into memory, nodes further up follow in the same way, in the
+   coordinates of the nodes below them.
+3. The core is what remains of the tensor in all bases.
+
+Everything after that is done in memory, on a tensor of the size of the core. How the parts are read, and
+what runs them, is in ``passes``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnreg.errors import DataError, OptionError, ShapeError, SizeError
+from tnreg.machine.memory import available, limit_of, written
+from tnreg.tensors.arrays import squares_fit
+from tnreg.tensors.passes import (
+    Core,
+    Distance,
+    Look,
+    Rows,
+    Source,
+    bytes_read,
+    dask_client,
+    norms_of,
+    run_parts,
+    slabs_of,
+    tasks_at_a_time,
+)
+from tnreg.trees.tree import ModeTree
+
+log = logging.getLogger(__name__)
+
+# Modes of a subtree are handled as one while together they have no more rows than this.
+_ROWS = 256
+
+# A pass that reads the tensor more often than this is warned about.
+_OFTEN = 20
+
+# Bytes of a block, where the caller has not said.
+_BLOCK = 2**23
+
+# Singular values up to this many times eps of the largest are zero to rounding.
+_ZERO = 16
+
+# Share of the tolerance that the first nodes may use. They count noise once each, although what one of
+# them cuts off is not there for the others; what they did not need is known once the core is.
+_SHARE = 0.9
+
+# A tensor that takes no more than this share of the memory allowed is read whole.
+_WHOLE_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A tensor as a core in orthonormal bases of some nodes.
+
+    Attributes:
+        core: One axis for every node of ``front``, in double precision.
+        front: Positions in ``tree.nodes``, in the order of the tree's leaves; every leaf is one of them
+            or below one of them.
+        bases: By position: ``(sizes of the modes below in the order of the tree's leaves.., rank)`` for
+            the first nodes that were handled, ``(sizes of the children's axes.., rank)`` for nodes
+            above those. Leaves that were left as they are have none.
+        split: Those of the first nodes that are no leaves; nodes below them have no basis here.
+        total: Square of the norm of the tensor.
+        lost: Square of what was cut off, or a little more.
+        log2: The core is that of the tensor times ``2**-log2``, and so are ``total`` and ``lost``.
+    """
+
+    core: Tensor
+    front: tuple[int, ...]
+    bases: dict[int, Tensor]
+    split: tuple[int, ...]
+    total: float
+    lost: float
+    log2: int
+
+
+def is_blocks(x: Any) -> bool:
+    """Whether this is an array that is read block by block: of dask, zarr or h5py."""
+    kind = type(x).__module__.partition(".")[0]
+    return kind in ("dask", "zarr", "h5py") and hasattr(x, "shape") and hasattr(x, "chunks")
+
+
+def as_blocks(x: Any) -> Any:
+    """The Dask array.
+
+    Raises:
+        OptionError: Dask is not installed.
+        DataError, ShapeError: Blocks of unknown size, or no real or complex numbers.
+    """
+    try:
+        import dask.array
+    except ImportError:
+        raise OptionError(
+            "tensors on disk are read with Dask, which is not installed; pip install 'tnreg[scale]'"
+        ) from None
+    array = x
+    if not isinstance(x, dask.array.Array):
+        array = dask.array.from_array(x, chunks=_chunks(x))  # type: ignore[no-untyped-call]
+    if any(math.isnan(n) for n in array.shape):
+        raise ShapeError("blocks of unknown size; write array.compute_chunk_sizes() first.")
+    if array.dtype.newbyteorder("=").name not in ("float32", "float64", "complex64", "complex128"):
+        raise DataError(
+            f"the tensor has dtype {array.dtype}; it must be float32, float64, complex64 or complex128.\n"
+            "  write array.astype('float64'), which is done block by block"
+        )
+    if isinstance(array._meta, np.ma.MaskedArray):
+        raise DataError(
+            "the tensor is masked, and ranks need all entries; write dask.array.ma.filled(array, 0)."
+        )
+    array = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
+    if 0 in array.shape:
+        raise DataError(f"the tensor is empty: shape {array.shape}.")
+    if dask_client() is not None and any(
+        type(part).__name__ == "Future" for part in dict(array.__dask_graph__()).values()
+    ):
+        raise OptionError(
+            "the tensor is in the cluster's memory (persist); tasks here read their own part of it.\n"
+            "  give the array as it is on disk, without persist()"
+        )
+    return array
+
+
+def memory_of(memory: int | str | None) -> int:
+    """What arrays may take, in bytes: as given, or a quarter of what is available."""
+    given = limit_of(memory, "tensors read block by block")
+    if given is None:
+        free = available()
+        given = 2**30 if free is None else max(free // 4, 1)
+    return given
+
+
+def whole(array: Any, memory: int) -> Tensor | None:
+    """The tensor itself if it is small, else ``None``."""
+    if array.nbytes * _WHOLE_SHARE > memory:
+        return None
+    return torch.from_numpy(np.ascontiguousarray(array.compute()).reshape(array.shape))
+
+
+def compress(
+    array: Any,
+    tree: ModeTree,
+    limits: Mapping[int, int],
+    share: float | None,
+    memory: int,
+) -> Compressed:
+    """Read a tensor a few times and reduce it to a core that fits into memory.
+
+    Args:
+        array: From ``as_blocks``.
+        tree: Mode tree over its axes.
+        limits: Largest ranks by position.
+        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+        memory: Bytes that arrays may take.
+
+    Raises:
+        ShapeError: Another order than the tree's.
+        DataError: NaN or infinite entries.
+        SizeError: The core does not get small enough.
+
+    Cost: one reading of the tensor and ``2 rows`` flops per entry for every mode, more for QR; one
+    reading more for the core. Each pass is logged (``logging``, level INFO, ``tnreg.tensors.blocks``).
+    """
+    if array.ndim != tree.order:
+        raise ShapeError(
+            f"the tensor has {array.ndim} axes and the tree {tree.order} modes.\n"
+            f"  found:    shape {array.shape}\n"
+            f"  expected: one axis for each of the modes 0..{tree.order - 1}"
+        )
+    return _Compression(array, tree, limits, share, memory).run()
+
+
+def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
+    """Norms of ``array - other`` and of ``array``, in one reading, at any scale.
+
+    Args:
+        array: From ``as_blocks``.
+        rows_of: Gives the other tensor's entries for a list of slices, one for each mode; it is called
+            in the tasks.
+        memory: Bytes that arrays may take.
+    """
+    source = Source(array, tuple(range(array.ndim)))
+    workers, beside = tasks_at_a_time()
+    slabs = slabs_of(array, (), memory // (6 * beside))
+    return norms_of(run_parts(source, Distance(rows_of), slabs, workers))
+
+
+def _chunks(x: Any) -> Any:
+    """Blocks of some 8 MiB, made of whole blocks as they are stored."""
+    from dask.array.core import normalize_chunks
+
+    stored = x.chunks if isinstance(x.chunks, tuple) else None
+    return normalize_chunks(  # type: ignore[no-untyped-call]
+        "auto", tuple(x.shape), limit=_BLOCK, dtype=x.dtype, previous_chunks=stored
+    )
+
+
+class _Compression:
+    """The passes over the tensor, one node after another."""
+
+    def __init__(
+        self,
+        array: Any,
+        tree: ModeTree,
+        limits: Mapping[int, int],
+        share: float | None,
+        memory: int,
+    ) -> None:
+        order = tree.leaf_order
+        self.source, self.tree = Source(array, order), tree
+        self.limits, self.memory = limits, memory
+        self.exact, self.share = share is None, share or 0.0
+        self.workers, self.beside = tasks_at_a_time()
+        shape = array.shape
+        self.modes = [tuple(sorted(tree.modes_below(node), key=order.index)) for node in tree.nodes]
+        self.rows = [math.prod(shape[m] for m in modes) for modes in self.modes]
+        self.numel = math.prod(shape)
+        # every task holds three such matrices: its sum, what is added, and the new sum
+        self.most_rows = math.isqrt(memory // (6 * max(self.beside, 2) * self._item()))
+        self.front = _first_nodes(tree, self.rows, min(_ROWS, self.most_rows))
+        self.size = {i: self.rows[i] for i in self.front}  # of the axis that the core has for it
+        self.bases: dict[int, Tensor] = {}
+        self.whole_bases: dict[int, Tensor] = {}  # (sizes of modes.., rank), for the core
+        self.total = self.lost = 0.0
+        self.warned = False
+        self.split = tuple(i for i in self.front if tree.links[i])
+        inside = {c for i in self.front for c in positions_below(tree, i)}
+        # the second child of a binary root has the rank of its sibling and need not discard anything
+        self.spenders = len(tree.nodes) - 1 - len(inside) - (len(tree.links[-1]) == 2)
+
+    def run(self) -> Compressed:
+        first = [i for i in self.front if self.rows[i] <= self.most_rows]
+        if first:
+            self._reduce_first(first)
+        else:
+            slabs = slabs_of(self.source.array, (), self._budget(0))
+            self._tell("a first look", slabs, 0)
+            self._scale(*run_parts(self.source, Look(), slabs, self.workers))
+        while self._core_bytes() > self._core_limit():
+            above = self._next()
+            if above is None:
+                raise self._too_large()
+            self._reduce(above)
+        core = self._core()
+        kept = float(torch.linalg.vector_norm(core)) ** 2
+        # projections take away no more than the difference, which is known to rounding
+        rounding = 64 * torch.finfo(torch.float64).eps * self.total
+        self.lost = min(self.lost, max(self.total - kept, 0.0) + rounding)
+        if not self.total:
+            self.total = kept
+        return Compressed(
+            core, tuple(self.front), self.bases, self.split, self.total, self.lost, self.source.log2
+        )
+
+    def _reduce_first(self, nodes: list[int]) -> None:
+        """A pass for each of these nodes, then all cuts together: the smallest values first."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for i in nodes:
+            part = (_SHARE * self.share) ** 2 / max(self.spenders, 1)
+            found[i] = self._left_vectors(i, [self.rows[i]], [None], self.rows[i], part)
+            if not self.total:
+                self.total = float(found[i][1].sum())
+        ascending, places = torch.cat([squares for _, squares in found.values()]).sort(stable=True)
+        count = int((ascending.cumsum(0) <= (_SHARE * self.share) ** 2 * self.total).sum())
+        cut = torch.zeros_like(ascending, dtype=torch.bool)
+        cut[places[:count]] = True  # by number: equal values are not all cut because one of them is
+        cuts = torch.split(cut, [len(squares) for _, squares in found.values()])
+        kept = {
+            i: self._kept(i, squares, len(squares) - int(here.sum()))
+            for (i, (_, squares)), here in zip(found.items(), cuts, strict=True)
+        }
+        self.size |= kept
+        for i, (left, squares) in found.items():
+            self.lost += float(squares[kept[i] :].sum())
+            if not self.tree.links[i] and kept[i] == self.rows[i]:
+                continue  # nothing gained: the mode stays as it is
+            self.bases[i] = left[:, : kept[i]].reshape(*self._sizes(i), -1)
+            self.whole_bases[i] = self.bases[i]
+        self.spenders -= len(nodes)
+
+    def _kept(self, i: int, squares: Tensor, kept: int) -> int:
+        """How many singular values to keep: what the tolerance asks for, or all that are not zero."""
+        if self.exact:  # rounding of the entries gives no more than eps of the largest value
+            eps = float(np.finfo(self.source.array.dtype).eps)
+            kept = int((squares > (_ZERO * eps) ** 2 * squares[0]).sum())
+        return max(1, min(kept, self.limits.get(i, kept)))
+
+    def _reduce(self, i: int) -> None:
+        """A pass for a node above the front, which takes the place of its children there."""
+        below = list(self.tree.links[i])
+        rows = math.prod(self.size[c] for c in below)
+        if rows > self.most_rows:
+            raise self._too_large()
+        for c in below:
+            if c not in self.bases:  # a mode that was left as it is
+                self.bases[c] = self._eye(self.size[c])
+        if len(below) == 1:
+            self._pass_on(i, below[0])
+            return
+        allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
+        lengths, bases = [self.rows[c] for c in below], [self._flat(c) for c in below]
+        part = allowed / self.total if self.total else 0.0
+        left, squares = self._left_vectors(i, lengths, bases, rows, part)
+        fits = int((squares.flip(0).cumsum(0) <= allowed).sum())
+        kept = self._kept(i, squares, len(squares) - fits)
+        if (
+            8 * self.rows[i] * kept * self._item() > self.memory
+        ):  # its basis over all modes below it
+            raise self._too_large()
+        self.lost += float(squares[kept:].sum())
+        self.spenders -= 1
+        k = self.front.index(below[0])
+        self.front[k : k + len(below)] = [i]
+        self.bases[i] = left[:, :kept].reshape(*(self.size[c] for c in below), kept)
+        self.size[i] = kept
+        self.whole_bases[i] = self._whole_basis(i)
+        for c in below:
+            self.whole_bases.pop(c, None)
+
+    def _pass_on(self, i: int, child: int) -> None:
+        """A node with one child has its matricization; no pass is needed."""
+        size = self.size[child]
+        self.bases[i] = self._eye(size)
+        if child in self.whole_bases:
+            self.whole_bases[i] = self.whole_bases.pop(child)
+        self.front[self.front.index(child)] = i
+        self.size[i] = size
+        self.spenders -= 1
+
+    def _left_vectors(
+        self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, part: float
+    ) -> tuple[Tensor, Tensor]:
+        """Left singular vectors of a node and squared singular values, rounded up as in ``hsvd``.
+
+        Args:
+            i: The node.
+            lengths: Rows of its children, or its own.
+            bases: Their bases.
+            rows: Rows in these.
+            part: Share of the square of the norm that may be cut off here.
+        """
+        eps = torch.finfo(torch.float64).eps
+        hidden = 2 * eps / math.sqrt(rows)
+        if not self.exact and part > 8 * rows * hidden:
+            gram = self._pass(i, lengths, bases, rows, squares=True)
+            trace = float(gram.diagonal().real.sum())
+            squares, vectors = torch.linalg.eigh(gram)
+            return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden * trace
+        triangle = self._pass(i, lengths, bases, rows, squares=False)
+        left, values, _ = torch.linalg.svd(triangle.mH, full_matrices=len(triangle) < rows)
+        if len(values) < rows:  # fewer columns than rows
+            values = torch.cat([values, values.new_zeros(rows - len(values))])
+        return left, (values + (0 if self.exact else 4 * eps * values[0])).square()
+
+    def _pass(
+        self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, *, squares: bool
+    ) -> Tensor:
+        """Gram matrix or triangular factor of a node, on a scale whose squares stay in range."""
+        modes = self.modes[i]
+        first = self.source.order.index(modes[0])
+        work = Rows(first, len(modes), lengths, bases, squares)
+        slabs = slabs_of(self.source.array, modes, self._budget(3 * rows**2 * self._item()))
+        if squares:
+            kind = "Gram matrix"
+            flops = 2 * rows * self.numel // self.rows[i] * rows
+        else:
+            kind, flops = "QR", 4 * rows**2 * (self.numel // self.rows[i])
+        self._tell(f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", slabs, flops)
+        found, largest, bad = run_parts(self.source, work, slabs, self.workers)
+        if self._scale(largest, bad):
+            return self._pass(i, lengths, bases, rows, squares=squares)
+        result: Tensor = found
+        return result
+
+    def _scale(self, largest: float, bad: int) -> bool:
+        """Whether the tensor has to be read again on a scale, which is then set."""
+        if bad:
+            raise DataError(
+                f"the tensor has entries that are not finite, {bad} of {self.numel} or more."
+            )
+        if self.source.log2 or squares_fit(largest):
+            return False
+        self.source.log2 = math.frexp(largest)[1]
+        return True
+
+    def _budget(self, held: int) -> int:
+        """Bytes of a part, of which a task holds some five copies, beside what it holds in any case."""
+        return max(self.memory // self.beside - held, 5) // 5
+
+    def _core(self) -> Tensor:
+        bases = [self.whole_bases.get(i) for i in self.front]
+        shape = tuple(self.size[i] for i in self.front)
+        work = Core([self.modes[i] for i in self.front], bases, shape)
+        slabs = slabs_of(self.source.array, (), self._budget(self.memory // (2 * self.beside)))
+        ranks = [self.size[i] for i in self.front if i in self.whole_bases]
+        self._tell(f"core of shape {shape}", slabs, 2 * min(ranks, default=0) * self.numel)
+        core: Tensor = run_parts(self.source, work, slabs, self.workers)
+        return core
+
+    def _next(self) -> int | None:
+        """The node above the front with the fewest rows whose children are all in it."""
+        top = len(self.tree.nodes) - 1
+        found = [
+            (math.prod(self.size[c] for c in below), i)
+            for i, below in enumerate(self.tree.links[:top])
+            if below and all(c in self.front for c in below)
+        ]
+        return min(found)[1] if found else None
+
+    def _flat(self, i: int) -> Tensor | None:
+        basis = self.whole_bases.get(i)
+        return None if basis is None else basis.reshape(self.rows[i], -1)
+
+    def _whole_basis(self, i: int) -> Tensor:
+        """A node's basis over the modes below it."""
+        basis = self.bases[i]
+        for k, c in enumerate(self.tree.links[i]):
+            inner = self._flat(c)
+            if inner is not None:
+                basis = torch.tensordot(inner, basis.movedim(k, 0), dims=1).movedim(0, k)
+        return basis.reshape(*self._sizes(i), -1)
+
+    def _eye(self, size: int) -> Tensor:
+        return torch.eye(size, dtype=torch.complex128 if self._item() == 16 else torch.float64)
+
+    def _sizes(self, i: int) -> list[int]:
+        return [self.source.array.shape[m] for m in self.modes[i]]
+
+    def _item(self) -> int:
+        return 16 if self.source.array.dtype.kind == "c" else 8
+
+    def _core_bytes(self) -> int:
+        return int(math.prod(self.size[i] for i in self.front) * self._item())
+
+    def _core_limit(self) -> int:
+        return self.memory // (2 * (self.beside + 1))
+
+    def _too_large(self) -> SizeError:
+        shape = tuple(self.size[i] for i in self.front)
+        asked = "no tolerance" if self.exact else f"a tolerance of {self.share:.3g}"
+        long = [m for m, size in enumerate(self.source.array.shape) if size > self.most_rows]
+        looked = ""
+        if long:
+            size = max(self.source.array.shape[m] for m in long)
+            needed = 6 * max(self.beside, 2) * self._item() * size**2
+            looked = (
+                f"  modes {', '.join(map(str, long))} are longer than {self.most_rows} and were not looked "
+                f"at, which takes memory={written(needed)} with {self.beside} tasks at a time\n"
+            )
+        return SizeError(
+            f"with {asked} the tensor reduces to a core of shape {shape}, which does not fit into memory.\n"
+            f"{looked}"
+            f"  needed: {self._core_bytes():,} bytes ({written(self._core_bytes())}), several times\n"
+            f"  allowed (memory=): {self.memory:,} bytes ({written(self.memory)}), of which a core may take "
+            f"{written(self._core_limit())}\n"
+            "  give a larger rtol, smaller ranks, more memory, or a tree whose lower nodes have small ranks; "
+            "for spectra take decompose(x, tree, rtol=...) first"
+        )
+
+    def _tell(self, what: str, slabs: Sequence[tuple[slice, ...]], flops: int) -> None:
+        array = self.source.array
+        reads = bytes_read(array, slabs)
+        times = reads / array.nbytes
+        log.info(
+            "%s: %d parts, %s read (%.2f times the tensor), %.3g flops",
+            what, len(slabs), written(reads), times, flops,
+        )  # fmt: skip
+        if times > _OFTEN and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{what}: with memory={written(self.memory)} and blocks of {array.chunksize} the tensor is "
+                f"read {times:.0f} times in one pass; give more memory, or store it in smaller blocks.",
+                stacklevel=2,
+            )
+
+
+def _first_nodes(tree: ModeTree, rows: Sequence[int], most: int) -> list[int]:
+    """The highest nodes with few rows, single modes elsewhere; in the order of the tree's leaves."""
+    found: list[int] = []
+    waiting = list(reversed(tree.links[-1]))
+    while waiting:
+        i = waiting.pop()
+        if rows[i] <= most or not tree.links[i]:
+            found.append(i)
+        else:
+            waiting.extend(reversed(tree.links[i]))
+    return found
+
+
+def positions_below(tree: ModeTree, i: int) -> list[int]:
+    """Positions of all nodes below a node."""
+    found, waiting = [], list(tree.links[i])
+    while waiting:
+        c = waiting.pop()
+        found.append(c)
+        waiting.extend(tree.links[c])
+    return found

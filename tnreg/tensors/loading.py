@@ -1,0 +1,289 @@
+"""Real tensors: files of one's own, in memory or on disk, and measured ones from ``tensorly``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnreg.errors import DataError, FileError, OptionError, TnregError
+from tnreg.machine.files import is_file, is_there, read_safetensors
+from tnreg.tensors.arrays import as_tensor
+from tnreg.tensors.blocks import as_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class DenseTensor:
+    """A dense tensor with what is known about it.
+
+    Attributes:
+        name: Short name, for titles.
+        values: The numbers; NaN where an entry was not measured.
+        modes: What each mode is, ``"mode n"`` if nothing is known.
+        source: Where it comes from.
+    """
+
+    name: str
+    values: Tensor
+    modes: tuple[str, ...]
+    source: str
+
+    @property
+    def missing(self) -> int:
+        """Number of entries that are NaN."""
+        return int(torch.isnan(self.values).sum())
+
+
+# name -> (function of tensorly.datasets, what the modes are, description)
+_LOADERS = {
+    "kinetic": (
+        "load_kinetic",
+        ("measurement", "emission", "excitation", "time"),
+        "fluorescence 64x12x10x60, 1,754 entries missing; Nikolajsen et al. 2003",
+    ),
+    "il2": (
+        "load_IL2data",
+        ("ligand", "time", "dose", "cell"),
+        "IL-2 responses 13x4x12x8, 192 entries missing; Orcutt-Jahns et al. 2021",
+    ),
+    "covid19": (
+        "load_covid19_serology",
+        ("sample", "antigen", "receptor"),
+        "COVID-19 serology 438x6x11; Zohar et al. 2020",
+    ),
+    "indian-pines": (
+        "load_indian_pines",
+        ("row", "column", "band"),
+        "hyperspectral image 145x145x200; Baumgardner et al. 2015",
+    ),
+}
+DATASETS: Mapping[str, str] = {name: about for name, (_, _, about) in _LOADERS.items()}
+
+
+def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
+    """Read a real tensor by name, or a file.
+
+    Args:
+        source: One of ``DATASETS`` (needs the extra ``tnreg[data]``), or the path of a ``.npy``,
+            ``.npz``, ``.safetensors`` or ``.pt`` file. A file with several arrays needs the name of
+            one after a colon, ``"run.npz:target"``. Nothing in a file is executed.
+
+    Returns:
+        The tensor, its entries that were not measured NaN, in the dtype of the file.
+
+    Raises:
+        FileError: No such name or file, or a file that is not what it says.
+        DataError: Integer entries, or none.
+        OptionError: The extra is not installed.
+    """
+    text = os.fspath(source)
+    if text in DATASETS:
+        return _load_dataset(text)
+    name, _, key = text.partition(":") if not is_file(text) else (text, "", "")
+    path = Path(name)
+    if not is_file(path):
+        raise FileError(
+            f"no such tensor: {text}\n"
+            f"  by name: {', '.join(DATASETS)}\n"
+            "  or the path of a .npy, .npz, .safetensors or .pt file"
+        )
+    if path.suffix not in _READERS:
+        raise FileError(
+            f"cannot tell what {path} is from its ending {path.suffix!r}.\n"
+            f"  expected: one of {', '.join(_READERS)}"
+        )
+    try:
+        arrays = _READERS[path.suffix](path)
+    except Exception as error:
+        reason = (
+            "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
+        )
+        raise FileError(
+            f"not a readable {path.suffix} file of numbers: {path}\n  {reason or type(error).__name__}"
+        ) from None
+    if key and key not in arrays:
+        raise FileError(f"no array {key!r} in {path}; it holds: {', '.join(arrays) or 'none'}")
+    if not key and len(arrays) != 1:
+        listed = ", ".join(arrays) or "none"
+        raise FileError(
+            f"{path} holds {len(arrays)} arrays: {listed}\n  name one of them: {path}:NAME"
+        )
+    values = arrays[key or next(iter(arrays))]
+    if not (values.is_floating_point() or values.is_complex()):
+        raise DataError(
+            f"{path} has dtype {values.dtype}; real or complex numbers are needed.\n"
+            "  convert it first, e.g. numpy.save(path, array.astype(float))"
+        )
+    if not values.numel():
+        raise DataError(f"{path} holds an empty tensor of shape {tuple(values.shape)}.")
+    modes = tuple(f"mode {n}" for n in range(values.ndim))
+    return DenseTensor(path.stem, values, modes, str(path))
+
+
+def is_large_file(source: str | os.PathLike[str]) -> bool:
+    """Whether this names a file or folder that is made for reading in parts: zarr or HDF5."""
+    name, _, _ = os.fspath(source).partition(":")
+    return Path(name).suffix in (".zarr", ".h5", ".hdf5") and is_there(name)
+
+
+def open_tensor(source: str | os.PathLike[str]) -> Any:
+    """A tensor on disk as a Dask array, which ``spectra``, ``decompose`` and others read block by block.
+
+    Args:
+        source: A ``.zarr`` folder, a ``.h5`` or ``.hdf5`` file, or a ``.npy`` file. Where there are several
+            arrays the name of one comes after a colon, ``"run.h5:fields/u"``.
+
+    Returns:
+        A ``dask.array.Array``; its blocks are some 8 MiB and made of whole blocks as they are stored. It
+        can be sent to the workers of a cluster that see the same path.
+
+    Raises:
+        FileError: No such file, or none of these, or an array of that name is not there.
+        OptionError: The extra ``tnreg[scale]`` is not installed.
+    """
+    text = os.fspath(source)
+    name, _, key = text.partition(":") if not is_there(text) else (text, "", "")
+    path = Path(name)
+    if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not is_there(path):
+        raise FileError(
+            f"no such tensor on disk: {text}\n"
+            "  expected: the path of a .zarr folder, or of a .h5, .hdf5 or .npy file; with several arrays "
+            "PATH:NAME"
+        )
+    try:
+        return as_blocks(_Stored(path, key))
+    except ImportError as error:
+        raise OptionError(
+            f"reading {path.suffix} needs {error.name}, which is not installed; pip install 'tnreg[scale]'"
+        ) from None
+    except FileError:
+        raise
+    except TnregError as error:
+        raise type(error)(f"{error}\n  file: {path}") from None
+    except Exception as error:
+        reason = (
+            "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
+        )
+        raise FileError(f"not a readable {path.suffix} tensor: {path}\n  {reason}") from None
+
+
+class _Stored:
+    """An array in a file, opened where it is read: it can be sent to other processes."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path.absolute(), key
+        with self._opened() as array:
+            self.shape, self.dtype = tuple(array.shape), array.dtype
+            self.chunks = getattr(array, "chunks", None)
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, part: Any) -> np.ndarray[Any, Any]:
+        with self._opened() as array:
+            return np.require(array[part], requirements="W")  # torch warns of arrays that are not
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        if self.path.suffix == ".npy":
+            if self.key:
+                raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
+            yield np.load(self.path, mmap_mode="r", allow_pickle=False)
+        elif self.path.suffix == ".zarr":
+            import zarr
+
+            yield self._one_of(zarr.open(str(self.path), mode="r"), zarr.Array)
+        else:
+            import h5py
+
+            with h5py.File(self.path, "r") as file:
+                yield self._one_of(file, h5py.Dataset)
+
+    def _one_of(self, group: Any, kind: Any) -> Any:
+        if isinstance(group, kind) and not self.key:
+            return group
+        if isinstance(group, kind):
+            raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
+        names = _arrays_in(group, kind)
+        if self.key and self.key in names:
+            return group[self.key]
+        if not self.key and len(names) == 1:
+            return group[names[0]]
+        listed = ", ".join(names) or "none"
+        asked = (
+            f"no array {self.key!r} in {self.path}"
+            if self.key
+            else f"{self.path} holds {len(names)}"
+        )
+        raise FileError(f"{asked}; arrays there: {listed}\n  name one of them: {self.path}:NAME")
+
+
+def _arrays_in(group: Any, kind: Any, before: str = "") -> list[str]:
+    found = []
+    for name in group:
+        one = group[name]
+        if isinstance(one, kind):
+            found.append(before + name)
+        elif hasattr(one, "keys"):
+            found += _arrays_in(one, kind, f"{before}{name}/")
+    return found
+
+
+def _load_dataset(name: str) -> DenseTensor:
+    try:
+        import tensorly.datasets
+    except ImportError:
+        raise OptionError(
+            f"the tensor {name!r} is part of tensorly, which is not installed; pip install 'tnreg[data]'"
+        ) from None
+    loader, modes, about = _LOADERS[name]
+    bunch = getattr(tensorly.datasets, loader)()
+    values = np.array(bunch["tensor"], dtype=np.float64)
+    if "missing_values_position" in bunch:  # the wheel has zeros there and a mask beside
+        values[np.asarray(bunch["missing_values_position"], dtype=bool)] = np.nan
+    return DenseTensor(name, torch.from_numpy(values), modes, about)
+
+
+def _read_npy(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as raw:
+        return {path.stem: as_tensor(np.load(raw, allow_pickle=False))}
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a zip archive")
+    # opened here: numpy leaves a file open that it cannot read
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        return {key: as_tensor(file[key]) for key in file.files}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path)[1]
+
+
+def _read_pt(path: Path) -> dict[str, Tensor]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, Tensor):
+        return {path.stem: as_tensor(content)}
+    if isinstance(content, dict):
+        return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    raise ValueError(f"it holds a {type(content).__name__}, not a tensor or a dict of tensors")
+
+
+def _is_pickle(error: Exception) -> bool:
+    return isinstance(error, pickle.UnpicklingError) or "pickle" in str(error).lower()
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pt": _read_pt,
+}

@@ -1,0 +1,310 @@
+"""Passes over a tensor larger than memory: its parts, the work on each of them, and how Dask runs them.
+
+A part is complete in some modes. ``Work`` on a part gives a contribution, and contributions are put together.
+Dask runs the parts in threads of this process, or on the workers of a cluster if a ``distributed.Client`` is
+there. A part is read inside the task that uses it, so that no more than one part for each thread is in memory
+at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnreg.tensors.arrays import axis_gram, axis_product, largest_of, times_power_of_two
+
+
+class Source:
+    """The array in the order of the tree's leaves, on a scale; a class that Dask does not look into.
+
+    Args:
+        array: From ``blocks.as_blocks``.
+        order: Modes in the order of the tree's leaves.
+        log2: Entries are read times ``2**-log2``.
+    """
+
+    def __init__(self, array: Any, order: tuple[int, ...], log2: int = 0) -> None:
+        self.array, self.order, self.log2 = array, order, log2
+
+    def read(self, slab: tuple[slice, ...]) -> Tensor:
+        """A part, in double precision; slices are by mode."""
+        part = self.array[slab].compute(scheduler="synchronous")
+        kind = np.complex128 if self.array.dtype.kind == "c" else np.float64
+        values = torch.from_numpy(np.ascontiguousarray(part, dtype=kind)).permute(self.order)
+        if self.log2:
+            values = times_power_of_two(values, -self.log2)
+        return values
+
+
+class Work:
+    """What is done with every part; workers of a cluster get it by pickle."""
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> Any:
+        """The contribution of one part, in the order of the tree's leaves; slices are by mode."""
+        raise NotImplementedError
+
+    def joined(self, one: Any, other: Any) -> Any:
+        """Two contributions put together; neither is changed, as tasks may be asked for theirs again."""
+        raise NotImplementedError
+
+    def onto(self, sum: Any, part: Tensor, slab: tuple[slice, ...]) -> Any:
+        """That of one more part added to a sum of its own, which may be changed."""
+        return self.joined(sum, self.of(part, slab))
+
+
+class Rows(Work):
+    """Gram matrix or triangular factor of a node, the largest entry, and how many entries are not finite.
+
+    Args:
+        first: Axes of the part in front of the node's modes.
+        lengths: Rows of the children (of the node itself, if it is one of the first).
+        bases: Their bases, ``None`` where they were left as they are.
+        squares: Gram matrix or triangular factor.
+    """
+
+    def __init__(
+        self, first: int, count: int, lengths: list[int], bases: list[Tensor | None], squares: bool
+    ) -> None:
+        self.first, self.end, self.squares = first, first + count, squares
+        self.lengths, self.bases = lengths, bases
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[Tensor, float, int]:
+        """Of a part that is complete in the node's modes."""
+        largest = float(largest_of(part))
+        if not math.isfinite(largest):
+            return part.new_zeros(0, 0), 0.0, int((~torch.isfinite(part)).sum())
+        before = math.prod(part.shape[: self.first])
+        behind = math.prod(part.shape[self.end :])
+        view = _in_bases(part, [before, *self.lengths, behind], [None, *self.bases, None])
+        view = view.reshape(before, -1, behind)
+        if self.squares:
+            return axis_gram(view), largest, 0
+        return _triangle(view.permute(1, 0, 2).reshape(view.shape[1], -1).mH), largest, 0
+
+    def joined(self, one: Any, other: Any) -> tuple[Tensor, float, int]:
+        """Sums of Gram matrices, or the triangular factor of two below each other."""
+        bad = one[2] + other[2]
+        if bad:
+            return one[0], 0.0, bad
+        both = one[0] + other[0] if self.squares else _triangle(torch.cat([one[0], other[0]]))
+        return both, max(one[1], other[1]), 0
+
+
+class Core(Work):
+    """The tensor in the bases of the front nodes.
+
+    Args:
+        modes: Modes of every node, in the order of the tree's leaves.
+        bases: ``(sizes of these.., rank)``, ``None`` for a mode that was left as it is.
+        shape: Of the core.
+    """
+
+    def __init__(
+        self, modes: list[tuple[int, ...]], bases: list[Tensor | None], shape: tuple[int, ...]
+    ) -> None:
+        self.modes, self.bases, self.shape = modes, bases, shape
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
+        """The part in the bases, where it belongs in the core."""
+        return self.onto(part.new_zeros(self.shape), part, slab)
+
+    def onto(self, sum: Tensor, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
+        """The part in the bases added where it belongs."""
+        lengths: list[int] = []
+        bases: list[Tensor | None] = []
+        places: list[slice] = []
+        for modes, basis in zip(self.modes, self.bases, strict=True):
+            here = tuple(slab[m] for m in modes)
+            lengths.append(math.prod(s.stop - s.start for s in here))
+            bases.append(None if basis is None else basis[here].reshape(lengths[-1], -1))
+            places.append(here[0] if basis is None else slice(None))
+        sum[tuple(places)] += _in_bases(part, lengths, bases)
+        return sum
+
+    def joined(self, one: Tensor, other: Tensor) -> Tensor:
+        """Their sum."""
+        return one + other
+
+
+class Distance(Work):
+    """Squares of the norms of the difference to another tensor and of the tensor, see ``squared_norms``."""
+
+    def __init__(self, rows_of: Any) -> None:
+        self.rows_of = rows_of
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[int, float, float]:
+        """See ``squared_norms``."""
+        return squared_norms(part, self.rows_of(slab))
+
+    def joined(self, one: Any, other: Any) -> tuple[int, float, float]:
+        """Sums of squares on the larger of two scales."""
+        parts = [p for p in (one, other) if p[1] or p[2]] or [one]
+        log2 = max(p[0] for p in parts)
+        scales = [2.0 ** max(2 * (p[0] - log2), -2000) if p[0] < log2 else 1.0 for p in parts]
+        first, second = (sum(p[k] * s for p, s in zip(parts, scales, strict=True)) for k in (1, 2))
+        return log2, first, second
+
+
+class Look(Work):
+    """The largest entry and how many are not finite, where no other pass tells."""
+
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[float, int]:
+        """Largest entry of the part."""
+        largest = float(largest_of(part))
+        bad = 0 if math.isfinite(largest) else int((~torch.isfinite(part)).sum())
+        return (0.0 if bad else largest), bad
+
+    def joined(self, one: Any, other: Any) -> tuple[float, int]:
+        """The larger one."""
+        return max(one[0], other[0]), one[1] + other[1]
+
+
+def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | None]) -> Tensor:
+    """Coordinates of some axes in bases ``(length, rank)``, those that shrink most first."""
+    shape = list(lengths)
+    given = [(basis.shape[1] / len(basis), k) for k, basis in enumerate(bases) if basis is not None]
+    for _, k in sorted(given):
+        basis = bases[k]
+        assert basis is not None
+        view = values.reshape(math.prod(shape[:k]), shape[k], -1)
+        values, shape[k] = axis_product(view, basis), basis.shape[1]
+    return values.reshape(shape)
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    triangle: Tensor = torch.linalg.qr(matrix, mode="r")[1]
+    return triangle
+
+
+def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
+    """``(log2, |x - y|² / 4**log2, |x|² / 4**log2)``: squares that stay in range."""
+    rest = x - y
+    largest = max(float(largest_of(x)), float(largest_of(rest)))
+    log2 = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    norms = [torch.linalg.vector_norm(times_power_of_two(v, -log2)) for v in (rest, x)]
+    return log2, float(norms[0]) ** 2, float(norms[1]) ** 2
+
+
+def norms_of(found: tuple[int, float, float]) -> tuple[float, float]:
+    """Both norms; infinite if they leave the range of doubles."""
+    log2, *squares = found
+    one, other = (times_power_of_two(math.sqrt(square), log2) for square in squares)
+    return one, other
+
+
+def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[slice, ...]]:
+    """Parts that cover the array, complete in some modes, along the borders of blocks where they fit.
+
+    Args:
+        array: The Dask array.
+        whole_modes: Modes that every part holds in full.
+        budget: Bytes of one part in double precision.
+    """
+    most = max(budget // (16 if array.dtype.kind == "c" else 8), 1)
+    steps: list[list[int]] = []  # lengths along every mode
+    for mode, lengths in enumerate(array.chunks):
+        steps.append([array.shape[mode]] if mode in whole_modes else list(lengths))
+
+    def numbers() -> int:
+        return math.prod(max(part) for part in steps)
+
+    free = [mode for mode in range(array.ndim) if mode not in whole_modes]
+    while numbers() > most and any(max(steps[m]) > 1 for m in free):
+        longest = max(free, key=lambda m: max(steps[m]))
+        steps[longest] = [h for n in steps[longest] for h in ((n + 1) // 2, n // 2) if h]
+    for mode in reversed(free):  # blocks that lie next to each other
+        while len(steps[mode]) > 1:
+            pairs = [sum(steps[mode][k : k + 2]) for k in range(0, len(steps[mode]), 2)]
+            before, steps[mode] = steps[mode], pairs
+            if numbers() > most:
+                steps[mode] = before
+                break
+    ranges = []
+    for lengths in steps:
+        ends = list(itertools.accumulate(lengths))
+        ranges.append([slice(end - n, end) for end, n in zip(ends, lengths, strict=True)])
+    return list(itertools.product(*ranges))
+
+
+def bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
+    """Bytes of all blocks that the parts touch; a block counts every time."""
+    borders = [np.cumsum([0, *lengths]) for lengths in array.chunks]
+    known: dict[tuple[int, int, int], int] = {}
+
+    def touched(mode: int, part: slice) -> int:
+        key = (mode, part.start, part.stop)
+        if key not in known:
+            edges = borders[mode]
+            first = np.searchsorted(edges, part.start, side="right") - 1
+            known[key] = int(edges[np.searchsorted(edges, part.stop)] - edges[first])
+        return known[key]
+
+    count = sum(math.prod(touched(m, part) for m, part in enumerate(slab)) for slab in slabs)
+    return int(count * array.dtype.itemsize)
+
+
+def tasks_at_a_time() -> tuple[int, int]:
+    """How many tasks Dask runs at a time, and how many of them in one process."""
+    import dask
+    from dask.base import get_scheduler
+
+    get = get_scheduler()  # type: ignore[no-untyped-call]
+    client = dask_client()
+    if client is not None:
+        threads = client.nthreads().values()
+        return max(sum(threads), 1), max(threads, default=1)
+    name = getattr(get, "__module__", "dask.threaded")
+    if name.startswith("dask.local"):  # one after another
+        return 1, 1
+    count = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
+    return count, 1 if "multiprocessing" in name else count
+
+
+def dask_client() -> Any:
+    """The client of distributed that Dask uses, if there is one."""
+    from dask.base import get_scheduler
+
+    client = getattr(get_scheduler(), "__self__", None)  # type: ignore[no-untyped-call]
+    return client if hasattr(client, "nthreads") else None
+
+
+def run_parts(source: Source, work: Work, slabs: Sequence[tuple[slice, ...]], workers: int) -> Any:
+    """All parts worked on, by Dask, and put together."""
+    from dask.base import compute
+    from dask.delayed import delayed
+
+    count = min(len(slabs), workers)  # each holds one sum
+    shared = delayed((source, work), traverse=False, pure=False)
+    task = delayed(_some, pure=False)
+    join = delayed(_both, pure=False)
+    parts = [task(shared, list(slabs[k::count])) for k in range(count)]
+    while len(parts) > 1:
+        parts = [
+            join(shared, *parts[k : k + 2]) if k + 1 < len(parts) else parts[k]
+            for k in range(0, len(parts), 2)
+        ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))  # threads of Dask and of torch would fight
+    try:
+        return compute(parts[0])[0]  # type: ignore[no-untyped-call]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _some(shared: tuple[Source, Work], slabs: Sequence[tuple[slice, ...]]) -> Any:
+    source, work = shared
+    out = None
+    for slab in slabs:
+        part = source.read(slab)
+        out = work.of(part, slab) if out is None else work.onto(out, part, slab)
+    return out
+
+
+def _both(shared: tuple[Source, Work], one: Any, other: Any) -> Any:
+    return shared[1].joined(one, other)

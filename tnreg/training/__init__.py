@@ -1,0 +1,1 @@
+"""Tasks, the training loop, its records and checkpoints."""

@@ -1,0 +1,339 @@
+"""What a factorization is trained on: observed entries (completion) or rank-one measurements (sensing)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from opt_einsum.parser import get_symbol
+from torch import Tensor, nn
+
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.factorizations.factorization import Factorization
+from tnreg.networks.einsum import einsum
+from tnreg.networks.network import Network
+from tnreg.networks.plan import Plan, plan
+from tnreg.tensors.arrays import as_tensor, check_index, check_numbers
+from tnreg.trees.tree import ModeTree
+
+
+class Completion:
+    """Observed entries of a tensor, and unseen ones to test on.
+
+    Attributes:
+        sizes: Mode sizes.
+        index: Indices of the observed entries, ``(B, N)`` int64.
+        values: Observed entries, ``(B,)``.
+        test_index: Indices of unseen entries; ``None`` if nothing is known of them.
+        test_values: Unseen entries, or ``None``.
+    """
+
+    def __init__(
+        self,
+        index: Tensor,
+        values: Tensor,
+        sizes: Sequence[int],
+        test_index: Tensor | None = None,
+        test_values: Tensor | None = None,
+    ) -> None:
+        self.sizes = Network.build(ModeTree.star(_length(sizes)), sizes, 1).sizes
+        self.index, self.values = _check_entries(index, values, self.sizes)
+        self.test_index: Tensor | None = None
+        self.test_values: Tensor | None = None
+        if (test_index is None) != (test_values is None):
+            raise OptionError("completion: give test_index and test_values together, or neither.")
+        if test_index is not None and test_values is not None:
+            self.test_index, self.test_values = _check_entries(test_index, test_values, self.sizes)
+        self._plans: dict[tuple[Network, torch.device, bool], Plan] = {}
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """``1/B Σ_b |W[index_b] - values_b|²`` over the observed entries: scalar, differentiable."""
+        return _mean_square(self._predict(model, seen=True) - self.values)
+
+    @torch.no_grad()
+    def test_error(self, model: nn.Module) -> float:
+        """``‖W - W*‖ / ‖W*‖`` over the unseen entries; 1.0 is what predicting zero gives.
+
+        If all of them are zero, it is 0.0 or infinite.
+
+        Raises:
+            OptionError: No unseen entries are known.
+        """
+        if self.test_values is None:
+            raise OptionError(
+                "test_error: no unseen entries are known to this task.\n"
+                "  give completion(index=, values=, sizes=, test_index=, test_values=),\n"
+                "  or a target to sample from"
+            )
+        return relative_error(self._predict(model, seen=False), self.test_values)
+
+    @torch.no_grad()
+    def train_error(self, model: nn.Module) -> float:
+        """``‖W - W*‖ / ‖W*‖`` over the observed entries."""
+        return relative_error(self._predict(model, seen=True), self.values)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Completion:
+        """The same task on another device or in another dtype."""
+        tested = self.test_index is not None and self.test_values is not None
+        return Completion(
+            self.index.to(device),
+            self.values.to(device, dtype),
+            self.sizes,
+            self.test_index.to(device) if tested else None,  # type: ignore[union-attr]
+            self.test_values.to(device, dtype) if tested else None,  # type: ignore[union-attr]
+        )
+
+    def _predict(self, model: nn.Module, *, seen: bool) -> Tensor:
+        index = self.index if seen else self.test_index
+        assert index is not None
+        if not isinstance(model, Factorization):
+            return model.entries(index)  # type: ignore[operator, no-any-return]
+        _check_model(model, self.sizes)
+        if model.device.type != self.values.device.type:
+            raise OptionError(
+                f"the model is on {model.device}, the task on {self.values.device}; "
+                "write task.to(model.device)."
+            )
+        key = (model.network, model.device, seen)
+        if key not in self._plans:  # checked and planned once, not at every step
+            self._plans[key] = plan(model.network, index=index.to(model.device))
+        return model.entries(self._plans[key])
+
+    def __repr__(self) -> str:
+        unseen = 0 if self.test_values is None else len(self.test_values)
+        return f"<Completion of {self.sizes}: {len(self.values)} entries observed, {unseen} unseen>"
+
+
+class Sensing:
+    """Inner products of a tensor with random rank-one tensors.
+
+    Attributes:
+        features: For every mode n the factors ``(B, D_n)`` of the measurements.
+        values: The measurements ``(B,)``.
+        target: The dense tensor, to test against.
+    """
+
+    def __init__(
+        self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None
+    ) -> None:
+        self.features, self.values, self.target = tuple(features), values, target
+        self.sizes = tuple(part.shape[1] for part in self.features)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """``1/B Σ_b |<x_b0 ⊗ .. ⊗ x_bN-1, W> - values_b|²``: scalar, differentiable."""
+        if isinstance(model, Factorization):
+            _check_model(model, self.sizes)
+        return _mean_square(model(self.features) - self.values)
+
+    @torch.no_grad()
+    def test_error(self, model: nn.Module) -> float:
+        """``‖W - W*‖ / ‖W*‖`` over all entries, none of which was seen by itself."""
+        if self.target is None:
+            raise OptionError("test_error: this task does not know its target tensor.")
+        return relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def train_error(self, model: nn.Module) -> float:
+        """``‖y - y*‖ / ‖y*‖`` over the measurements."""
+        return relative_error(model(self.features), self.values)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Sensing:
+        """The same task on another device or in another dtype."""
+        target = None if self.target is None else self.target.to(device, dtype)
+        return Sensing(
+            [part.to(device, dtype) for part in self.features],
+            self.values.to(device, dtype),
+            target,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Sensing of {self.sizes}: {len(self.values)} rank-one measurements>"
+
+
+def completion(
+    target: Any = None,
+    samples: int | float | None = None,
+    seed: int = 0,
+    *,
+    missing: str | None = None,
+    index: Tensor | None = None,
+    values: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    test_index: Tensor | None = None,
+    test_values: Tensor | None = None,
+) -> Completion:
+    """Tensor completion: ``completion(target, samples)``, or entries of your own by their index.
+
+    Args:
+        target: Dense tensor, or a ``Factorization`` that stands for one.
+        samples: How many entries are observed, uniformly without replacement; a float in (0, 1) is
+            the observed share. The rest is the test set.
+        seed: Chooses the entries, the same ones on every device.
+        missing: ``"nan"`` says that NaN in the target marks entries that were never measured: they
+            are neither observed nor tested. Without it NaN is refused.
+        index: Observed multi-indices ``(B, N)``, int64.
+        values: Their values ``(B,)``.
+        sizes: Mode sizes.
+        test_index: Unseen multi-indices to test on, if there are any.
+        test_values: Their values.
+
+    Raises:
+        DataError: NaN without ``missing="nan"``, infinite or integer data, an index out of range,
+            nothing to observe.
+        ShapeError, OptionError: Shapes or arguments that do not fit each other.
+
+    Example:
+        >>> task = completion(torch.eye(4, dtype=torch.float64), 8, seed=0)
+        >>> task
+        <Completion of (4, 4): 8 entries observed, 8 unseen>
+    """
+    own = index is not None or values is not None or sizes is not None
+    if own:
+        if (
+            target is not None
+            or samples is not None
+            or index is None
+            or values is None
+            or sizes is None
+        ):
+            raise OptionError(
+                "completion: give either target and samples, or index=, values= and sizes=."
+            )
+        if seed != 0 or missing is not None:
+            raise OptionError("completion: seed and missing are for a target to sample from.")
+        return Completion(index, values, sizes, test_index, test_values)
+    if test_index is not None or test_values is not None:
+        raise OptionError("completion: a target brings its own test entries; leave test_index out.")
+    dense = _target(target, "completion", missing)
+    known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
+    count = _count(samples, len(known), "completion")
+    order = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
+    multi = torch.stack(torch.unravel_index(order, dense.shape), 1).to(dense.device)
+    picked = dense.reshape(-1)[order.to(dense.device)]
+    rest = (multi[count:], picked[count:]) if count < len(order) else (None, None)
+    return Completion(multi[:count], picked[:count], dense.shape, *rest)
+
+
+def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
+    """Rank-one sensing: inner products of the target with random Gaussian rank-one tensors.
+
+    The factors of a measurement are normal with variance ``(Π D_n)^{-1/N}``, so that a measurement
+    tensor has norm 1 on average.
+
+    Args:
+        target: Dense tensor, or a ``Factorization``.
+        samples: Number of measurements.
+        seed: Draws the measurements, the same ones on every device.
+
+    Raises:
+        DataError: NaN, infinite or integer data, or no measurements.
+    """
+    dense = _target(target, "sensing", None)
+    samples = check_integer(samples, 1, "sensing: samples", DataError)
+    generator = torch.Generator().manual_seed(seed)
+    scale = math.exp(-math.log(dense.numel()) / (2 * dense.ndim))
+    features = [
+        (scale * torch.randn(samples, size, generator=generator, dtype=torch.float64)).to(dense)
+        for size in dense.shape
+    ]
+    # leaf by leaf, as a star of full joins with the target as its core
+    words = [get_symbol(0) + get_symbol(n + 1) for n in range(dense.ndim)]
+    core = "".join(get_symbol(n + 1) for n in range(dense.ndim))
+    operands = [*features, dense]
+    call = einsum(
+        f"{','.join([*words, core])}->{get_symbol(0)}", *(tuple(o.shape) for o in operands)
+    )
+    values = call(operands)
+    return Sensing(features, values, dense)
+
+
+def _target(target: Any, who: str, missing: str | None) -> Tensor:
+    if missing not in (None, "nan"):
+        raise OptionError(
+            f"{who}: unknown missing={missing!r}; write missing='nan' or leave it out."
+        )
+    if target is None:
+        raise OptionError(f"{who}: a target tensor is missing.")
+    with torch.no_grad():
+        dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
+    dense = dense.detach()
+    if dense.ndim == 0:
+        raise ShapeError(f"{who}: the target is a single number; it needs at least one mode.")
+    nan = int(torch.isnan(dense).sum()) if dense.numel() else 0
+    if nan and missing is None and (dense.is_floating_point() or dense.is_complex()):
+        raise DataError(
+            f"{who}: the target has {nan} NaN entries of {dense.numel()}.\n"
+            "  if they mark entries that were not measured: missing='nan'"
+            + ("" if who == "completion" else "; sensing needs all entries")
+        )
+    check_numbers(torch.where(torch.isnan(dense), torch.zeros_like(dense), dense))
+    if nan == dense.numel():
+        raise DataError(f"{who}: all {nan} entries of the target are NaN.")
+    return dense
+
+
+def _count(samples: int | float | None, known: int, who: str) -> int:
+    if (
+        not isinstance(samples, bool)
+        and isinstance(samples, float | np.floating)
+        and 0 < samples < 1
+    ):
+        return max(1, round(float(samples) * known))
+    try:
+        count = 0 if isinstance(samples, bool) else operator.index(samples)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if not 1 <= count <= known:
+        raise DataError(
+            f"{who}: samples must be an integer from 1 to {known} (the known entries) or a share "
+            f"in (0, 1), found {samples!r}."
+        )
+    return count
+
+
+def _length(sizes: Sequence[int]) -> int:
+    try:
+        length = len(sizes)
+    except TypeError:
+        length = 0
+    if length == 0:
+        raise ShapeError(f"completion: sizes must be one integer for each mode, found {sizes!r}.")
+    return length
+
+
+def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    index, values = check_index(torch.as_tensor(index), sizes), torch.as_tensor(values)
+    if values.shape != (index.shape[0],):
+        raise ShapeError(
+            f"completion: {tuple(values.shape)} values for {index.shape[0]} rows of the index.\n"
+            f"  expected: ({index.shape[0]},)"
+        )
+    return index, check_numbers(values)
+
+
+def _check_model(model: Factorization, sizes: tuple[int, ...]) -> None:
+    if model.sizes != sizes:
+        raise ShapeError(
+            f"the model has other mode sizes than the task.\n  model: {model.sizes}\n  task:  {sizes}"
+        )
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return (
+        difference.abs().square().mean() if difference.is_complex() else difference.square().mean()
+    )
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """``‖found - wanted‖ / ‖wanted‖``; 0.0 or infinite if nothing but zeros is wanted."""
+    norm = torch.linalg.vector_norm(wanted)
+    error = torch.linalg.vector_norm(found - wanted)
+    return float(error / norm) if norm > 0 else (math.inf if error > 0 else 0.0)

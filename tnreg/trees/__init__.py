@@ -1,0 +1,1 @@
+"""Mode trees: how they are read, named and drawn."""

@@ -1,0 +1,217 @@
+"""What a tree is given as, checked: nested lists or a networkx graph, read into names and links.
+
+``names`` holds every node, children before parents; ``links`` for each of them the positions of its
+children, none at a leaf. ``ModeTree`` is made of these two.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import networkx as nx
+
+from tnreg.errors import TreeError
+
+Node = Hashable
+
+# Names of one-child nodes nest, and Python compares nested tuples by recursion.
+LONGEST_CHAIN = 400
+
+
+def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
+    """Names and links of nested sequences of mode numbers; interior nodes get their usual names.
+
+    Raises:
+        TreeError: Not nested sequences, an empty one, one that contains itself, or modes other than 0..N-1.
+    """
+    leaves: list[Any] = []
+    links: list[list[int]] = []
+    names: list[Any] = []
+    if not isinstance(structure, list | tuple):
+        raise TreeError(
+            f"not a mode tree: {in_a_line(structure)} ({type(structure).__name__}).\n"
+            "  expected: nested lists of mode numbers, e.g. ModeTree([[0, 1], [2, 3]]),\n"
+            "            or a networkx.DiGraph with edges parent -> child"
+        )
+    # Depth first without recursion: a caterpillar over a thousand modes nests a thousand lists.
+    path: list[tuple[Any, Iterator[Any], list[int]]] = [(structure, iter(structure), [])]
+    above, done = {id(structure)}, dict[int, Any]()
+    while path:
+        held, rest, below = path[-1]
+        for item in rest:
+            if isinstance(item, list | tuple):
+                if id(item) in above:
+                    raise TreeError("not a mode tree: a list contains itself.")
+                if (
+                    id(item) in done
+                ):  # its leaves come a second time; lists of lists of it would never end
+                    leaves.append(done[id(item)][1])
+                    _check_leaves(leaves, graph=False)
+                path.append((item, iter(item), []))
+                above.add(id(item))
+                break
+            leaves.append(item)
+            names.append(item)
+            links.append([])
+            below.append(len(links) - 1)
+        else:
+            path.pop()
+            if not below:
+                raise TreeError(
+                    "not a mode tree: it is empty or has an interior node without children, [].\n"
+                    "  write every leaf as its mode number, e.g. ModeTree([[0, 1], [2, 3]])"
+                )
+            above.discard(id(held))
+            done[id(held)] = held, leaves[-1]
+            links.append(below)
+            names.append(None)
+            if path:
+                path[-1][2].append(len(links) - 1)
+    modes = _check_leaves(leaves, graph=False)
+    fixed = iter(modes)
+    names = [None if below else next(fixed) for below in links]
+    return tuple(usual_names(links, names)), tuple(map(tuple, links))
+
+
+def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
+    """Names and links of a graph with edges parent -> child; interior nodes keep their names.
+
+    Raises:
+        TreeError: Not a tree hanging from one root, or leaves other than the modes 0..N-1.
+    """
+    if not graph.is_directed():
+        raise TreeError(
+            "not a mode tree: the graph is undirected, so it has no root.\n"
+            "  direct its edges from parent to child, e.g. networkx.bfs_tree(graph, root)"
+        )
+    if graph.number_of_nodes() == 0:
+        raise TreeError("not a mode tree: the graph is empty.")
+    roots = [node for node, degree in graph.in_degree() if degree == 0]
+    many = [node for node, degree in graph.in_degree() if degree > 1]
+    if many:
+        raise TreeError(
+            f"not a mode tree: node {many[0]!r} has more than one parent.\n"
+            f"  its parents: {list(graph.predecessors(many[0]))}\n"
+            "  edges point from parent to child and every node but the root has one parent"
+        )
+    if not roots:
+        cycle = [edge[0] for edge in nx.find_cycle(graph)]
+        raise TreeError(
+            f"not a mode tree: no root, every node has a parent; there is a cycle {cycle}."
+        )
+    if len(roots) > 1:
+        raise TreeError(
+            f"not a mode tree: it has {len(roots)} roots, {roots[:8]}.\n"
+            "  join them under one node, e.g. graph.add_edges_from([('root', r) for r in roots])"
+        )
+    root = roots[0]
+    reached = {root, *nx.descendants(graph, root)}
+    if len(reached) < graph.number_of_nodes():
+        lost = [node for node in graph if node not in reached]
+        raise TreeError(
+            f"not a mode tree: {lost[:8]} cannot be reached from the root {root!r} (a cycle of their own)."
+        )
+    if graph.out_degree(root) == 0:
+        raise TreeError(
+            f"not a mode tree: the graph has the single node {root!r}; a root needs children.\n"
+            "  for one mode write ModeTree([0])"
+        )
+    order = list(nx.dfs_postorder_nodes(graph, root))
+    for node in order:
+        if graph.out_degree(node) and _is_int(node):
+            raise TreeError(
+                f"not a mode tree: the interior node {node!r} is named like a mode.\n"
+                f"  its children: {list(graph.successors(node))}\n"
+                "  integers are leaves; give interior nodes other names, e.g. a string or the tuple of modes"
+            )
+    modes = iter(_check_leaves([node for node in order if graph.out_degree(node) == 0], graph=True))
+    position = {node: i for i, node in enumerate(order)}
+    links = tuple(tuple(position[c] for c in graph.successors(node)) for node in order)
+    names = tuple(node if graph.out_degree(node) else next(modes) for node in order)
+    return names, links
+
+
+def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
+    shown = f"[{', '.join(map(in_a_line, leaves[:20]))}]"
+    shown += f" and {len(leaves) - 20} more" if len(leaves) > 20 else ""
+    tail = f"\n  leaves found:    {shown}\n  leaves expected: 0..N-1, each once"
+    for leaf in leaves:
+        if not _is_int(leaf):
+            hint = ""
+            name = in_a_line(leaf)
+            if graph:
+                tail += " (interior nodes may have any name)"
+                hint = (
+                    f"\n  if {name} is an interior node it lacks its children, "
+                    f"e.g. graph.add_edges_from([({name}, 0), ({name}, 1)])"
+                )
+            raise TreeError(f"not a mode tree: leaf {name} is not a mode number.{tail}{hint}")
+    modes = [operator.index(leaf) for leaf in leaves]
+    seen: set[int] = set()
+    for mode in modes:
+        if mode in seen:
+            raise TreeError(f"not a mode tree: mode {mode} appears twice.{tail}")
+        seen.add(mode)
+    missing = [mode for mode in range(len(modes)) if mode not in seen]
+    if missing:
+        raise TreeError(
+            f"not a mode tree: mode {missing[0]} is missing among {len(modes)} leaves.{tail}, "
+            f"here 0..{len(modes) - 1}"
+        )
+    return modes
+
+
+def _is_int(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and operator.index(value) is not None
+    except (TypeError, ValueError):  # arrays have an index as well, if they are one number
+        return False
+
+
+def in_a_line(value: Any) -> str:
+    """What a value looks like, in a line; a dict may nest deeper than Python can write it."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 400 else f"{text[:400]}.."
+
+
+def usual_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> list[Node]:
+    """Names that nested lists give: modes below, or (child,) for a node with one child."""
+    modes: list[tuple[int, ...]] = []
+    out: list[Node] = []
+    chained: list[int] = []  # one-child nodes in a row
+    for i, below in enumerate(links):
+        if not below:
+            chained.append(0)
+            out.append(names[i])
+            modes.append((names[i],))  # type: ignore[arg-type]
+            continue
+        modes.append(
+            modes[below[0]]
+            if len(below) == 1
+            else tuple(sorted(m for c in below for m in modes[c]))
+        )
+        chained.append(1 + chained[below[0]] if len(below) == 1 else 0)
+        if chained[-1] > LONGEST_CHAIN:
+            raise TreeError(
+                f"not a mode tree: more than {LONGEST_CHAIN} nodes with one child in a row; their "
+                "names nest one in another."
+            )
+        out.append((out[below[0]],) if len(below) == 1 else modes[-1])
+    return out
+
+
+def check_links(links: list[list[int]]) -> None:
+    """Whether links as a file gave them point down: every child stands before its parent and has no other."""
+    seen: set[int] = set()
+    for i, below in enumerate(links):
+        for c in below:
+            if type(c) is not int or not 0 <= c < i or c in seen:
+                raise ValueError(
+                    f"node {i} has the child {c!r}: not a node before it without a parent"
+                )
+            seen.add(c)
