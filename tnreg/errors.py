@@ -1,4 +1,4 @@
-"""The errors that tnreg raises for bad input.
+"""Errors that tnreg raises for bad input.
 
 All of them are ``TnregError``, which is a ``ValueError``: catching either one catches all. A
 message says what is wrong and where, what was found against what was expected, and what to write
@@ -10,7 +10,17 @@ from typing import Any
 
 
 class TnregError(ValueError):
-    """Base of every error that tnreg raises on purpose."""
+    """Base of every error that tnreg raises on purpose.
+
+    Attributes:
+        argument: Name of the argument of a public function that the error is about, e.g. ``"rtol"``, in one
+            word; ``None`` if there is none. The command line names the option from it. It survives
+            pickling, so errors bring it along from other processes.
+    """
+
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class TreeError(TnregError):
@@ -38,18 +48,22 @@ class FileError(TnregError):
 
 
 def check_integer(value: Any, least: int, what: str, error: type[TnregError] = OptionError) -> int:
-    """The value as an ``int``, numpy's integers included, or one clear error.
+    """Return the value as an ``int``, numpy's integers included.
 
     Args:
-        value: What was given.
+        value: What to check.
         least: Smallest value allowed.
-        what: Whose argument it is, for the message.
+        what: What the message calls it; the last word is the argument's name, e.g. ``"fit: steps"``.
         error: Kind of error to raise.
+
+    Raises:
+        TnregError: Of that kind, if the value is no integer or too small.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least:
-        raise error(f"{what} must be an integer >= {least}, found {value!r}.")
+        message = f"{what} must be an integer >= {least}, found {value!r}."
+        raise error(message, argument=what.rpartition(" ")[2])
     return number
