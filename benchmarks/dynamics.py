@@ -105,14 +105,17 @@ def main() -> None:
     for name in rows:
         if name.startswith("fit"):
             times[name] /= FIT_STEPS
-    machine = machine_name(device, arguments.threads)
+    report(times, machine_name(device, arguments.threads), arguments.out)
+
+
+def report(times: dict[str, float], machine: str, path: Path | None) -> None:
+    """Print the times, and write them as JSON if there is a path."""
     print(machine)
     for name, milliseconds in times.items():
         ratio = milliseconds / times["step: tnreg"]
         print(f"  {name:44s} {milliseconds:9.3f} ms   {ratio:6.2f} x step")
-    if arguments.out:
-        found_here = {"machine": machine, "milliseconds": times}
-        arguments.out.write_text(json.dumps(found_here, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps({"machine": machine, "milliseconds": times}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
