@@ -18,8 +18,8 @@ class TnregError(ValueError):
             pickling, so errors bring it along from other processes.
     """
 
-    def __init__(self, message: str, *, argument: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, *message: object, argument: str | None = None) -> None:
+        super().__init__(*message)
         self.argument = argument
 
 
