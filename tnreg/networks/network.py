@@ -64,7 +64,7 @@ class Network:
                 have different bonds.
             OptionError: An unknown join or root.
         """
-        checked = _check_sizes(tree, sizes)
+        checked = check_sizes(sizes, tree.order)
         joins = _check_joins(tree, join)
         if root not in ("trained", "ones"):
             raise OptionError(f"unknown root {root!r}; write root='trained' or root='ones'.")
@@ -179,22 +179,27 @@ class Network:
         return f"bond {index - order}: {self.index_size(index)}"
 
 
-def _check_sizes(tree: ModeTree, sizes: Sequence[int] | int) -> tuple[int, ...]:
+def check_sizes(sizes: Sequence[int] | int, order: int) -> tuple[int, ...]:
+    """Return the mode sizes, one for each of ``order`` modes; an integer is the size of all of them."""
     if _is_size(sizes):
-        return (int(sizes),) * tree.order  # type: ignore[arg-type]
+        return (int(sizes),) * order  # type: ignore[arg-type]
     try:
-        found: tuple[Any, ...] = tuple(sizes)  # type: ignore[arg-type]
+        listed: tuple[Any, ...] = tuple(sizes)  # type: ignore[arg-type]
     except TypeError:
-        found = (sizes,)
-    if len(found) != tree.order:
+        listed = (sizes,)
+    if len(listed) != order:
         raise ShapeError(
-            f"{len(found)} mode sizes for a tree over {tree.order} modes.\n"
-            f"  found:    {found}\n  expected: one size for each of the modes 0..{tree.order - 1}"
+            f"{len(listed)} mode sizes for a tree over {order} modes.\n"
+            f"  found:    {listed}\n  expected: one size for each of the modes 0..{order - 1}",
+            argument="sizes",
         )
-    for mode, size in enumerate(found):
+    for mode, size in enumerate(listed):
         if not _is_size(size):
-            raise ShapeError(f"the size of mode {mode} must be a positive integer, found {size!r}.")
-    return tuple(int(size) for size in found)
+            raise ShapeError(
+                f"the size of mode {mode} must be a positive integer, found {size!r}.",
+                argument="sizes",
+            )
+    return tuple(int(size) for size in listed)
 
 
 def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:

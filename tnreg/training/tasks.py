@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.einsum import einsum
-from tnreg.networks.network import Network
+from tnreg.networks.network import Network, check_sizes
 from tnreg.networks.plan import Plan, plan
 from tnreg.tensors.arrays import as_tensor, check_index, check_numbers
-from tnreg.trees.tree import ModeTree
 
 
 class Completion:
@@ -40,7 +39,7 @@ class Completion:
         test_index: Tensor | None = None,
         test_values: Tensor | None = None,
     ) -> None:
-        self.sizes = Network.build(ModeTree.star(_length(sizes)), sizes, 1).sizes
+        self.sizes = check_sizes(sizes, _length(sizes))
         self.index, self.values = _check_entries(index, values, self.sizes)
         self.test_index: Tensor | None = None
         self.test_values: Tensor | None = None
