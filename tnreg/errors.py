@@ -5,7 +5,9 @@ message says what is wrong and where, what was found against what was expected, 
 instead.
 """
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -67,3 +69,13 @@ def check_integer(value: Any, least: int, what: str, error: type[TnregError] = O
         message = f"{what} must be an integer >= {least}, found {value!r}."
         raise error(message, argument=what.rpartition(" ")[2])
     return number
+
+
+@contextlib.contextmanager
+def blame(argument: str) -> Iterator[None]:
+    """Say that the errors of this block, or of the function that this decorates, are about an argument."""
+    try:
+        yield
+    except TnregError as error:
+        error.argument = argument
+        raise

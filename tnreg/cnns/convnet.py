@@ -97,7 +97,8 @@ class ConvNet(nn.Module):
             check_integer(outputs, 1, "outputs")
             if root == "ones":
                 raise OptionError(
-                    "several outputs need a root of their own: leave out root='ones'."
+                    "several outputs need a root of their own: leave out root='ones'.",
+                    argument="root",
                 )
         weights = {node: w.detach() for node, w in drawn.weights.items()}
         if outputs is not None:
@@ -530,5 +531,6 @@ def _check_shared(conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group
             f"share=True: the nodes of height {tree.heights[position]} differ in their {how}, "
             f"first {tree.nodes[position]!r}.\n"
             "  share needs equal sizes, ranks and joins at all nodes of a height, and to_cnn equal "
-            "weights; or leave it out"
+            "weights; or leave it out",
+            argument="share",
         )

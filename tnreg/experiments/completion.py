@@ -88,7 +88,10 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
     tensor = load_tensor(config.tensor)
     tree = ModeTree.binary(tensor.values.ndim) if config.tree is None else read_tree(config.tree)
     if not 0 < config.observed < 1:
-        raise OptionError(f"observed must be a share between 0 and 1, found {config.observed!r}.")
+        raise OptionError(
+            f"observed must be a share between 0 and 1, found {config.observed!r}.",
+            argument="observed",
+        )
     task, scale = scaled_task(
         tensor, config.observed, config.seed, config.missing, config.dtype, config.device
     )

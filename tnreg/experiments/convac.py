@@ -162,7 +162,8 @@ def tree_of(name: str, seed: int = 0) -> ModeTree:
         tree = read_tree(name)
         if tree.order != _SIDE**2:
             raise OptionError(
-                f"the digits have {_SIDE**2} pixels, the tree {name!r} {tree.order} modes."
+                f"the digits have {_SIDE**2} pixels, the tree {name!r} {tree.order} modes.",
+                argument="trees",
             )
         return tree
     level: list[list[Any]] = [[int(p) for p in row] for row in pixels]

@@ -98,9 +98,11 @@ def _state(file: Path) -> dict[str, Tensor]:
         if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
             raise ValueError(f"a {type(found).__name__}, not a dict of tensors")
     except FileNotFoundError:
-        raise FileError(f"no such file of weights: {file}") from None
+        raise FileError(f"no such file of weights: {file}", argument="weights") from None
     except Exception as error:
-        raise FileError(f"not a state dict: {file}\n  {type(error).__name__}: {error}") from None
+        raise FileError(
+            f"not a state dict: {file}\n  {type(error).__name__}: {error}", argument="weights"
+        ) from None
     return found
 
 
@@ -108,7 +110,9 @@ def _loaded(net: nn.Module, state: dict[str, Tensor], file: Path) -> nn.Module:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise FileError(f"{file} does not fit the network.\n  {error}") from None
+        raise FileError(
+            f"{file} does not fit the network.\n  {error}", argument="weights"
+        ) from None
     return net.eval()
 
 

@@ -91,9 +91,12 @@ class Factorization(nn.Module):
         tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
         dtype = dtype or torch.get_default_dtype()
         if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
-            raise OptionError(f"dtype must be a floating or complex torch.dtype, found {dtype!r}.")
+            raise OptionError(
+                f"dtype must be a floating or complex torch.dtype, found {dtype!r}.",
+                argument="dtype",
+            )
         if not isinstance(std, int | float) or not (math.isfinite(std) and std >= 0):
-            raise OptionError(f"std must be a finite number >= 0, found {std!r}.")
+            raise OptionError(f"std must be a finite number >= 0, found {std!r}.", argument="std")
         self.network = Network.build(tree, sizes, ranks, join=join, root=root)
         # Weights of equal nodes live in one parameter, so that a level is one batched call.
         self.stacks = nn.ParameterList(

@@ -245,7 +245,8 @@ def is_same_class(
     if distance > room or height < side:
         raise OptionError(
             f"is_same_class: two images of {side}x{side} pixels, {distance} apart, do not fit on "
-            f"{height}x{width}.\n  distance: at most {max(room, 0)} there"
+            f"{height}x{width}.\n  distance: at most {max(room, 0)} there",
+            argument="distance",
         )
     first, second, labels = _partners(np.random.default_rng([number, part, 1]), classes, count)
     top, left = (height - side) // 2, (room - distance) // 2

@@ -67,11 +67,14 @@ class Network:
         checked = check_sizes(sizes, tree.order)
         joins = _check_joins(tree, join)
         if root not in ("trained", "ones"):
-            raise OptionError(f"unknown root {root!r}; write root='trained' or root='ones'.")
+            raise OptionError(
+                f"unknown root {root!r}; write root='trained' or root='ones'.", argument="root"
+            )
         if root == "ones" and joins[-1] != "diagonal":
             raise OptionError(
                 "root='ones' needs a diagonal join at the root; with a full join the root's weight is "
-                "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}"
+                "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}",
+                argument="root",
             )
         bonds = _check_ranks(tree, ranks)
         for i, below in enumerate(tree.links):
@@ -205,13 +208,15 @@ def check_sizes(sizes: Sequence[int] | int, order: int) -> tuple[int, ...]:
 def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:
     if not isinstance(join, str | Mapping):
         raise OptionError(
-            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}."
+            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}.",
+            argument="join",
         )
     given = {node: join for node in tree.interior} if isinstance(join, str) else dict(join)
     for node, kind in given.items():
         if kind not in ("diagonal", "full"):
             raise OptionError(
-                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'."
+                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'.",
+                argument="join",
             )
         if not tree.links[tree.position(node)]:
             raise OptionError(
@@ -228,7 +233,8 @@ def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, 
     if not isinstance(ranks, Mapping):
         if not _is_size(ranks):
             raise ShapeError(
-                f"ranks must be a positive integer or {{non-root node: rank}}, found {ranks!r}."
+                f"ranks must be a positive integer or {{non-root node: rank}}, found {ranks!r}.",
+                argument="ranks",
             )
         return (int(ranks),) * len(names) + (1,)
     for node in ranks:
@@ -236,7 +242,8 @@ def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, 
             raise ShapeError(f"the root {node!r} has no bond above it; leave it out of ranks.")
         if not _is_size(ranks[node]):
             raise ShapeError(
-                f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}."
+                f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}.",
+                argument="ranks",
             )
     missing = [name for name in names if name not in ranks]
     if missing:

@@ -156,7 +156,7 @@ def _svd_of_axis(view: Tensor, *, last: bool) -> tuple[Tensor, Tensor | None]:
 def numerical_rank(s: Tensor, rtol: float) -> int:
     """Count of singular values ``> rtol * s_max``."""
     if not 0 <= rtol < 1:
-        raise OptionError(f"rtol must be in [0, 1), found {rtol!r}.")
+        raise OptionError(f"rtol must be in [0, 1), found {rtol!r}.", argument="rtol")
     return int((s > rtol * s[0]).sum()) if len(s) else 0
 
 

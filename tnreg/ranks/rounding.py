@@ -326,7 +326,9 @@ def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[in
         except TypeError:
             value = 0
         if value < 1:
-            raise OptionError(f"ranks: node {node!r} needs a positive integer, found {rank!r}.")
+            raise OptionError(
+                f"ranks: node {node!r} needs a positive integer, found {rank!r}.", argument="ranks"
+            )
         out[position] = value
     return out
 
@@ -340,5 +342,5 @@ def share_of(rtol: float | None) -> float | None:
         or not isinstance(rtol, int | float | np.floating)
         or not 0 <= rtol < 1
     ):
-        raise OptionError(f"rtol must be a number in [0, 1), found {rtol!r}.")
+        raise OptionError(f"rtol must be a number in [0, 1), found {rtol!r}.", argument="rtol")
     return max(float(rtol) - 16 * torch.finfo(torch.float64).eps, 0.0)

@@ -73,7 +73,8 @@ def check_dense(tensor: Any, tree: ModeTree, *, sizes: Sequence[int] | None = No
         raise ShapeError(
             f"the tensor has {tensor.ndim} axes and the tree {tree.order} modes.\n"
             f"  found:    shape {tuple(tensor.shape)}\n"
-            f"  expected: one axis for each of the modes 0..{tree.order - 1}"
+            f"  expected: one axis for each of the modes 0..{tree.order - 1}",
+            argument="tree",
         )
     if sizes is not None and tuple(tensor.shape) != tuple(sizes):
         raise ShapeError(
@@ -98,7 +99,8 @@ def check_numbers(tensor: Tensor) -> Tensor:
         raise DataError(
             f"the tensor has {bad} entries that are not finite ({nan} NaN, {bad - nan} infinite) "
             f"of {tensor.numel()}.\n"
-            "  if NaN marks missing entries: completion(tensor, samples, missing='nan')"
+            "  if NaN marks missing entries: completion(tensor, samples, missing='nan')",
+            argument="missing",
         )
     return tensor
 

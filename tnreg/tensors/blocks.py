@@ -183,7 +183,8 @@ def compress(
         raise ShapeError(
             f"the tensor has {array.ndim} axes and the tree {tree.order} modes.\n"
             f"  found:    shape {array.shape}\n"
-            f"  expected: one axis for each of the modes 0..{tree.order - 1}"
+            f"  expected: one axis for each of the modes 0..{tree.order - 1}",
+            argument="tree",
         )
     return _Compression(array, tree, limits, share, memory).run()
 
@@ -472,7 +473,8 @@ class _Compression:
             f"  allowed (memory=): {self.memory:,} bytes ({written(self.memory)}), of which a core may take "
             f"{written(self._core_limit())}\n"
             "  give a larger rtol, smaller ranks, more memory, or a tree whose lower nodes have small ranks; "
-            "for spectra take decompose(x, tree, rtol=...) first"
+            "for spectra take decompose(x, tree, rtol=...) first",
+            argument="memory",
         )
 
     def _tell(self, what: str, slabs: Sequence[tuple[slice, ...]], flops: int) -> None:

@@ -318,10 +318,11 @@ def _optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimize
     make = _OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
     if not callable(make):
         raise OptionError(
-            f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}."
+            f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}.",
+            argument="optimizer",
         )
     if not isinstance(lr, int | float) or not (math.isfinite(lr) and lr >= 0):
-        raise OptionError(f"fit: lr must be a finite number >= 0, found {lr!r}.")
+        raise OptionError(f"fit: lr must be a finite number >= 0, found {lr!r}.", argument="lr")
     made = make(model.parameters(), lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise OptionError(

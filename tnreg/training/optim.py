@@ -36,7 +36,7 @@ class GroupRMSprop(torch.optim.Optimizer):
         self, params: Iterable[Any], lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-6
     ) -> None:
         if not lr >= 0:
-            raise OptionError(f"GroupRMSprop: lr must be >= 0, found {lr!r}.")
+            raise OptionError(f"GroupRMSprop: lr must be >= 0, found {lr!r}.", argument="lr")
         if not 0 <= alpha < 1:
             raise OptionError(f"GroupRMSprop: alpha must be in [0, 1), found {alpha!r}.")
         if not eps >= 0:

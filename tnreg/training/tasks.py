@@ -257,7 +257,8 @@ def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
 def _target(target: Any, who: str, missing: str | None) -> Tensor:
     if missing not in (None, "nan"):
         raise OptionError(
-            f"{who}: unknown missing={missing!r}; write missing='nan' or leave it out."
+            f"{who}: unknown missing={missing!r}; write missing='nan' or leave it out.",
+            argument="missing",
         )
     if target is None:
         raise OptionError(f"{who}: a target tensor is missing.")
@@ -271,7 +272,8 @@ def _target(target: Any, who: str, missing: str | None) -> Tensor:
         raise DataError(
             f"{who}: the target has {nan} NaN entries of {dense.numel()}.\n"
             "  if they mark entries that were not measured: missing='nan'"
-            + ("" if who == "completion" else "; sensing needs all entries")
+            + ("" if who == "completion" else "; sensing needs all entries"),
+            argument="missing",
         )
     check_numbers(torch.where(torch.isnan(dense), torch.zeros_like(dense), dense))
     if nan == dense.numel():
@@ -293,7 +295,8 @@ def _count(samples: int | float | None, known: int, who: str) -> int:
     if not 1 <= count <= known:
         raise DataError(
             f"{who}: samples must be an integer from 1 to {known} (the known entries) or a share "
-            f"in (0, 1), found {samples!r}."
+            f"in (0, 1), found {samples!r}.",
+            argument="samples",
         )
     return count
 

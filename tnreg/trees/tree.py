@@ -16,7 +16,7 @@ from typing import Any
 
 import networkx as nx
 
-from tnreg.errors import FileError, TreeError, check_integer
+from tnreg.errors import FileError, TreeError, blame, check_integer
 from tnreg.machine.files import is_file, write_whole
 from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
 from tnreg.trees.reading import (
@@ -352,6 +352,7 @@ def load_tree(source: str | os.PathLike[str]) -> ModeTree:
         raise TreeError(f"{error}\n  file: {source}") from None
 
 
+@blame("tree")
 def read_tree(text: str) -> ModeTree:
     """A tree from one argument: nested lists as text, ``"[[0, 1], [2, 3]]"``, or what ``load_tree`` takes."""
     if not text.lstrip().startswith("["):

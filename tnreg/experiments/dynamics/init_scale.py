@@ -65,7 +65,7 @@ def run(
         OptionError: No scales or no seeds, or a run that is there was made with other settings.
     """
     if not config.stds or not config.seeds:
-        raise OptionError("init-scale: give at least one std and one seed.")
+        raise OptionError("init-scale: give at least one std and one seed.", argument="stds")
     start = dynamics.MODELS[config.model] if base is None else base
     place = check_folder(folder) if not _is_sweep(Path(folder)) else Path(folder)
     rows = []
@@ -103,7 +103,8 @@ def _result(config: dynamics.Config, cell: Path, progress: bool) -> dict[str, An
         wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         if there.config != wanted:
             raise OptionError(
-                f"{cell} was made with other settings; delete it, or choose another folder."
+                f"{cell} was made with other settings; delete it, or choose another folder.",
+                argument="folder",
             )
         summary = there.summary
     else:

@@ -148,7 +148,9 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
     """
     check_integer(config.workers, 1, "locality: workers")
     if not config.until >= 0:
-        raise OptionError(f"locality: until must be seconds >= 0, found {config.until!r}.")
+        raise OptionError(
+            f"locality: until must be seconds >= 0, found {config.until!r}.", argument="until"
+        )
     with joined(config.device) as processes:
         work = functools.partial(
             _work, execution=config.execution,
@@ -170,7 +172,9 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
 def cells(config: Config) -> list[dict[str, Any]]:
     """Settings of every training: all arms of a distance, all distances of a seed."""
     if not (config.arms and config.distances and config.seeds):
-        raise OptionError("locality: give at least one arm, one distance and one seed.")
+        raise OptionError(
+            "locality: give at least one arm, one distance and one seed.", argument="arms"
+        )
     for name in ("arms", "distances", "seeds"):
         given = getattr(config, name)
         if len(set(given)) < len(given):

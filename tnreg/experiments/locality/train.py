@@ -455,7 +455,8 @@ def check_graph(device: torch.device, processes: int) -> None:
     if device.type != "cuda" or processes > 1:
         raise OptionError(
             f"locality: graph needs a CUDA device and one process, found {device} and {processes}.\n"
-            "  leave graph out"
+            "  leave graph out",
+            argument="graph",
         )
 
 
@@ -476,7 +477,8 @@ def _check_batches(count: int, batch: int, processes: int) -> None:
     instead = f"take e.g. batch {found}" if found else f"take {count} processes or fewer"
     raise OptionError(
         f"locality: {count} images in batches of {batch} leave {_sizes(count, batch)[-1:] or 'none'} "
-        f"for a last batch of {processes} processes, and each needs an image of it; {instead}."
+        f"for a last batch of {processes} processes, and each needs an image of it; {instead}.",
+        argument="batch",
     )
 
 

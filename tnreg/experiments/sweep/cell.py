@@ -100,12 +100,14 @@ def found(cell: Cell) -> dict[str, Any] | None:
     except UNREADABLE as error:
         raise FileError(
             f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
-            "  delete it, or choose another folder"
+            "  delete it, or choose another folder",
+            argument="folder",
         ) from None
     if differ:
         raise OptionError(
             f"{place} was made with other settings; delete it, or choose another folder.\n"
-            + "\n".join(differ)
+            + "\n".join(differ),
+            argument="folder",
         )
     return summary
 

@@ -157,7 +157,10 @@ def run(
     _check(workers, threads, scheduler, retries, parquet)
     place = check_folder(folder)
     if experiment_of(place) not in ("", what.title):
-        raise OptionError(f"{place} is a run of {experiment_of(place)!r}; choose another folder.")
+        raise OptionError(
+            f"{place} is a run of {experiment_of(place)!r}; choose another folder.",
+            argument="folder",
+        )
     all_settings = [plain(cell) for cell in cells]
     fields = varying(all_settings, what.fields)
     written = About(what.title, fields, {} if about is None else about, swept(all_settings))
@@ -217,7 +220,9 @@ def _check(
             check_integer(value, least, f"sweep: {name}")
     check_integer(retries, 0, "sweep: retries")
     if scheduler is not None and workers is not None:
-        raise OptionError("sweep: workers are those of the scheduler; give one of the two.")
+        raise OptionError(
+            "sweep: workers are those of the scheduler; give one of the two.", argument="workers"
+        )
     if parquet:
         load_pyarrow()
 

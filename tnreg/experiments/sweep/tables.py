@@ -133,7 +133,8 @@ def load_pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise OptionError(
-            "parquet needs pyarrow: pip install pyarrow; results.csv holds the same rows."
+            "parquet needs pyarrow: pip install pyarrow; results.csv holds the same rows.",
+            argument="parquet",
         ) from None
     return pyarrow, pyarrow.parquet
 

@@ -272,7 +272,8 @@ def _distributed() -> Any:
     except ImportError:
         raise OptionError(
             "a sweep on several processes needs Dask: pip install 'tnreg[scale]'\n"
-            "  or compute in this process, one cell after another: workers=0"
+            "  or compute in this process, one cell after another: workers=0",
+            argument="workers",
         ) from None
     return distributed
 
