@@ -114,7 +114,7 @@ def test_differing_patches_are_where_samples_differ():
 def test_differing_patches_in_proportion():
     """One place changes two of four samples, one all four: 1 to 2."""
     x = torch.zeros(4, 1, 1, 9)
-    x[0, 0, 0, 0] = 1.0  # swaps change sample 0 and its successor
+    x[0, 0, 0, 0] = 1.0  # swaps change sample 0 and the one that takes its pixels
     x[0, 0, 0, 8] = x[2, 0, 0, 8] = 1.0
     found = Counter(j[1] for _, j in drawn(DifferingPatches(1, seed=4), x, 900))
     assert set(found) == {0, 8} and found[8] / found[0] == pytest.approx(2, rel=0.3)

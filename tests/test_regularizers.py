@@ -79,7 +79,7 @@ def plain_change(net, x, y, pair):
     cosines = []
     for i in range(len(x)):
         other = x[i].clone()
-        other[..., top:bottom, left:right] = x[i - 1][..., top:bottom, left:right]
+        other[..., top:bottom, left:right] = x[(i + 1) % len(x)][..., top:bottom, left:right]
         gradients = []
         for image in (x[i], other):
             image = image.clone().requires_grad_()
@@ -660,7 +660,7 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_samples_that_the_swap_does_not_change_are_not_evaluated(classes):
-    """One pixel of sample 3 stands out: 3 and the one after it change."""
+    """One pixel of sample 3 stands out: 3 and the one before it, which takes its pixels, change."""
     net = Counted(network(norm=True, classes=classes))
     x, y = batch(6)
     top, left, bottom, right = PAIR[1]
@@ -668,10 +668,10 @@ def test_samples_that_the_swap_does_not_change_are_not_evaluated(classes):
     x[3, :, top, left] = 1.0
     penalty = InputGradientChange(PAIR)
     drawn = penalty.draw(net, x)
-    assert sorted(drawn.samples.tolist()) == [3, 4]
+    assert sorted(drawn.samples.tolist()) == [2, 3]
     whole = dataclasses.replace(drawn, samples=None)
     padded = penalty.draw(net, x, multiple=4)
-    assert len(padded.samples) == 4 and {3, 4} < set(padded.samples.tolist())
+    assert len(padded.samples) == 4 and {2, 3} < set(padded.samples.tolist())
     # a copy of the batch in other numbers says the same
     assert torch.equal(penalty.draw(net, (9 * x).to(torch.int8)).samples, drawn.samples)
     expected = penalty.value(net, x, y, whole)

@@ -200,7 +200,7 @@ class DifferingPatches:
 
     In sparse images most small patches hold the same background in every sample, and a swap of
     background for background teaches nothing. J is drawn with probability proportional to the number of
-    samples that the swap with the sample before changes by more than ``threshold`` somewhere in J; then
+    samples that the swap with the next sample changes by more than ``threshold`` somewhere in J; then
     I, among the places that ``distance`` allows, proportional to the number of samples that are not
     constant (up to ``threshold``) inside I. Where all these numbers are zero the draw is uniform.
 
@@ -241,7 +241,7 @@ class DifferingPatches:
         shape, options = tuple(x.shape[-2:]), (self.size, self.distance, self.exact)
         places = _Places(shape, x.device, *options, "DifferingPatches")
         images = x.detach().reshape(len(x), -1, *x.shape[-2:]).float()
-        swapped = (images - images.roll(1, 0)).abs().amax(1)
+        swapped = (images - images.roll(-1, 0)).abs().amax(1)
         side = self.size
         changed = (max_pool2d(swapped, side, 1) > self.threshold).sum(0)
         spread = max_pool2d(images, side, 1) + max_pool2d(-images, side, 1)

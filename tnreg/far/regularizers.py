@@ -42,8 +42,8 @@ class InputGradientChange(Scheduled):
     """How little the gradient at patch I turns when the pixels of patch J are swapped; minimise it.
 
     ``R = mean_b |<g_b, h_b>| / (|g_b| |h_b|)``, in [0, 1], where g is the gradient of sample b's logit
-    with respect to its pixels in I, and h the same after its pixels in J were taken from the sample
-    before it in the batch (the first one's from the last). R is 1 for functions that are separable or
+    with respect to its pixels in I, and h the same after its pixels in J were taken from the next
+    sample of the batch (the last one's from the first). R is 1 for functions that are separable or
     additive over I and the rest; a zero gradient, at which no turn can be seen, counts as 1 and has no
     gradient. Source: Razin, Maman and Cohen (2022), arXiv:2201.11729.
 
@@ -71,8 +71,8 @@ class InputGradientChange(Scheduled):
         OptionError: An argument out of range, or ``y`` missing where the network has several logits.
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
 
-    In several processes (see the module): the first sample of a process takes its pixels from the last
-    one of the process before it, which is all that is sent beside some numbers; a sampler that looks at
+    In several processes (see the module): the last sample of a process takes its pixels from the first
+    one of the next process, which is all that is sent beside some numbers; a sampler that looks at
     pixels has the whole batch sent. ``statistics="batch"`` is then refused where there is batch
     normalization, as are its layers without running statistics.
 
@@ -170,7 +170,7 @@ class InputGradientChange(Scheduled):
         check_images(x, "InputGradientChange", least=0)
         height, width = x.shape[-2:]
         mask = box_mask(drawn.pair[1], height, width)
-        other, count = torch.where(mask, _before(x, processes), x), len(x)
+        other, count = torch.where(mask, _next(x, processes), x), len(x)
         if drawn.samples is not None and len(drawn.samples) < count:
             if not len(drawn.samples):
                 return self._beyond(torch.ones_like(zero(x)))
@@ -440,10 +440,10 @@ def _looks_at_shape(sampler: PatchSampler) -> bool:
 
 
 def _changed(x: Tensor, box: Tensor, multiple: int) -> Tensor:
-    """Numbers of the samples that differ in the box from the one before, then some others."""
+    """Numbers of the samples that differ in the box from the next one, then some others."""
     top, left, bottom, right = box.tolist()
     pixels = x[..., top:bottom, left:right]
-    differs = (pixels != pixels.roll(1, 0)).flatten(1).any(1)
+    differs = (pixels != pixels.roll(-1, 0)).flatten(1).any(1)
     order = torch.argsort(differs.logical_not().to(torch.uint8), stable=True)
     count = -(-int(differs.sum()) // multiple) * multiple
     return order[:count]
@@ -470,11 +470,11 @@ def _trains_as_evaluated(net: Any) -> bool:
     )
 
 
-def _before(x: Tensor, processes: Processes) -> Tensor:
-    """For every sample the one before it in the whole batch, for the first one the last."""
+def _next(x: Tensor, processes: Processes) -> Tensor:
+    """For every sample the next one of the whole batch, for the last one the first."""
     if processes.count == 1:
-        return x.roll(1, 0)
-    return torch.cat([processes.previous(x[-1:]), x[:-1]])
+        return x.roll(-1, 0)
+    return torch.cat([x[1:], processes.next(x[:1])])
 
 
 def _own_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:

@@ -86,15 +86,15 @@ class Processes:
         dist.broadcast(found, self._number(0), group=self.group)
         return found
 
-    def previous(self, x: Tensor) -> Tensor:
-        """The tensor of the rank before, rank 0 having that of the last; all have one shape."""
+    def next(self, x: Tensor) -> Tensor:
+        """Return the tensor of the next rank, the last one that of rank 0; all have one shape."""
         if self.count == 1:
             return x
         sent = x.detach().contiguous()
         found = torch.empty_like(sent)
         after, before = ((self.rank + step) % self.count for step in (1, -1))
-        sending = dist.P2POp(dist.isend, sent, self._number(after), self.group)
-        receiving = dist.P2POp(dist.irecv, found, self._number(before), self.group)
+        sending = dist.P2POp(dist.isend, sent, self._number(before), self.group)
+        receiving = dist.P2POp(dist.irecv, found, self._number(after), self.group)
         for work in dist.batch_isend_irecv([sending, receiving]):
             work.wait()
         return found
