@@ -41,6 +41,16 @@ def test_structure():
 
 @given(zoo.trees())
 @settings(max_examples=80, deadline=None)
+def test_cuts(tree):
+    """Every node but the root lies below one edge; a binary root's children are its two ends."""
+    assert sorted(i for cut in tree.cuts for i in cut) == list(range(len(tree.nodes) - 1))
+    pairs = [cut for cut in tree.cuts if len(cut) > 1]
+    assert pairs == [links for links in tree.links[-1:] if len(links) == 2]
+    assert list(tree.cuts) == sorted(tree.cuts, key=max)
+
+
+@given(zoo.trees())
+@settings(max_examples=80, deadline=None)
 def test_children_come_before_parents(tree):
     seen = set()
     for node in tree.nodes:

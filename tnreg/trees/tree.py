@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,21 @@ class ModeTree:
     def heights(self) -> tuple[int, ...]:
         """For every node of ``nodes``, the longest way down to a leaf; 0 at leaves."""
         return self._heights
+
+    @cached_property
+    def cuts(self) -> tuple[tuple[int, ...], ...]:
+        """Edges of the tree without its root, children before parents.
+
+        Cutting an edge splits the modes in two, so that every edge has one matricization (up to its
+        transpose) and one rank.
+
+        Returns:
+            For every edge the positions in ``nodes`` of the nodes just below it: ``(i,)``, or both children
+            ``(i, j)`` of a binary root, which are the two ends of one edge; that edge comes last.
+        """
+        pair = self._links[-1] if len(self._links[-1]) == 2 else ()
+        edges = [(i,) for i in range(len(self._links) - 1) if i not in pair]
+        return (*edges, pair) if pair else tuple(edges)
 
     @property
     def graph(self) -> nx.DiGraph[Any]:
