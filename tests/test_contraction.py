@@ -98,8 +98,8 @@ def test_route_by_counted_cost():
 
 def test_equal_nodes_are_one_call():
     joins = plan(Factorization(ModeTree.binary(16), 8, 16, join="full"), batch=1024).joins
-    assert [len(join.nodes) for join in joins] == [16, 8, 4, 2, 1]
-    assert all(join.split is not None for join in joins[1:])
+    assert [len(join.level.positions) for join in joins] == [16, 8, 4, 2, 1]
+    assert all(join.level.block is not None for join in joins[1:])
 
 
 def test_entries_plan_is_for_its_own_network():

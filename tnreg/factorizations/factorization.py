@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
 from tnreg.machine.files import is_file, read_safetensors, write_whole
-from tnreg.networks.inner import inner_products
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
-from tnreg.networks.scaled import column_norms, unscaled
-from tnreg.tensors.arrays import check_features
+from tnreg.networks.scaled import column_norms, inner_products
+from tnreg.tensors.arrays import Scaled, check_features
 from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
@@ -336,8 +335,8 @@ class Factorization(nn.Module):
 
     def log_norm(self) -> Tensor:
         """Natural logarithm of the tensor's Frobenius norm; ``-inf`` for zero. Never overflows."""
-        value, log = self._scaled_inner(self)
-        return 0.5 * (value.real.clamp_min(0).log() + log)
+        square, log2 = self._scaled_inner(self)
+        return 0.5 * (square.real.clamp_min(0).log() + log2 * math.log(2))
 
     def norm(self) -> Tensor:
         """Frobenius norm of the tensor, without forming it; differentiable except at zero.
@@ -345,8 +344,8 @@ class Factorization(nn.Module):
         Intermediate results are rescaled at every node, so that only a norm which itself leaves the
         range of the dtype overflows. Cost: linear in the number of nodes.
         """
-        value, log = self._scaled_inner(self)
-        return unscaled(value.real.clamp_min(0).sqrt(), log / 2)
+        square, log2 = self._scaled_inner(self)
+        return Scaled(square.real.clamp_min(0).sqrt(), log2 / 2).value()
 
     def inner(self, other: Factorization) -> Tensor:
         """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
@@ -370,11 +369,9 @@ class Factorization(nn.Module):
                 "inner products need the same tree and sizes.\n"
                 f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
             )
-        value, log = self._scaled_inner(other)
-        return unscaled(value, log)
+        return self._scaled_inner(other).value()
 
-    def _scaled_inner(self, other: Factorization) -> tuple[Tensor, Tensor]:
-        """``(x, log)`` with ``<self, other> = x exp(log)``."""
+    def _scaled_inner(self, other: Factorization) -> Scaled:
         dtype = torch.promote_types(self.dtype, other.dtype)
         sides = [[w.to(dtype) for w in model.weights.values()] for model in (self, other)]
         return inner_products((self.network, other.network), sides)

@@ -8,10 +8,13 @@ its children into one index that all of them and the node's weight share (a hype
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.trees.reading import Node
@@ -19,11 +22,93 @@ from tnreg.trees.tree import ModeTree
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Weights of equal shape at equal height, kept as one tensor ``(len(positions), *shape)``."""
+class Places:
+    """For every node of a level a slot of a stacked tensor.
+
+    Attributes:
+        pairs: ``(stack, slot)`` for every node.
+        span: The stack and its slots as a slice, if they are evenly spaced slots of one stack.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    span: tuple[int, slice] | None
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]]) -> Places:
+        """Find the span of these pairs."""
+        stack, first = pairs[0]
+        step = pairs[1][1] - first if len(pairs) > 1 else 1
+        even = step > 0 and all(p == (stack, first + k * step) for k, p in enumerate(pairs))
+        span = (stack, slice(first, pairs[-1][1] + 1, step)) if even else None
+        return cls(tuple(pairs), span)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Equal nodes, which one batched call can handle: of equal height, join, arity and shape.
+
+    Attributes:
+        positions: The nodes' positions in ``tree.nodes``, ascending.
+        join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
+        shape: Shape of the weight of each of them.
+        weight: Where the weights are among the model's ``stacks``; ``None`` at a root of ones.
+        children: For every child where its result is: which level, counted from the leaves, and which
+            slot of it.
+        block: The level whose slots are the children of the first node, then those of the second, and so
+            on, if there is one and a node has several children.
+    """
 
     positions: tuple[int, ...]
+    join: str
     shape: tuple[int, ...]
+    weight: Places | None
+    children: tuple[Places, ...]
+    block: int | None
+
+
+class Stacked:
+    """Tensors ``(slots, ...)`` such as weights or results of levels, from which slots are picked.
+
+    Slots that no slice reaches are unbound once for all picks: one backward instead of a full-size
+    gradient for each. With gradients that holds for every pick but a whole tensor.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self.tensors = list(tensors)
+        self._slots: dict[int, Sequence[Tensor]] = {}
+
+    def append(self, tensor: Tensor) -> None:
+        """Add the result of the next level, ``(nodes, ...)``."""
+        self.tensors.append(tensor)
+
+    def append_single(self, tensor: Tensor) -> None:
+        """Add the result of a level of one node, without the axis of nodes."""
+        self._slots[len(self.tensors)] = (tensor,)
+        self.tensors.append(tensor.unsqueeze(0))
+
+    def slot(self, stack: int, slot: int) -> Tensor:
+        """Return one slot, without the axis of slots."""
+        if stack not in self._slots:
+            self._slots[stack] = self.tensors[stack].unbind(0)
+        return self._slots[stack][slot]
+
+    def pick(self, places: Places) -> Tensor:
+        """Return one slot for every node, ``(nodes, ...)``: a view where possible."""
+        if places.span is not None:
+            stack, slots = places.span
+            tensor = self.tensors[stack]
+            if len(places.pairs) == len(tensor):
+                return tensor
+            if not (tensor.requires_grad and torch.is_grad_enabled()):
+                return tensor[slots]
+        return torch.stack([self.slot(*pair) for pair in places.pairs])
+
+    def children(self, level: Level) -> list[Tensor]:
+        """Return for every child of a level's nodes its results, ``(nodes, ...)``."""
+        if level.block is None:
+            return [self.pick(child) for child in level.children]
+        block = self.tensors[level.block]
+        return list(block.reshape(len(level.positions), -1, *block.shape[1:]).unbind(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +200,9 @@ class Network:
         return {node: join for node, join in pairs if join != "leaf"}
 
     @cached_property
-    def weighted(self) -> tuple[int, ...]:
+    def weighted(self) -> range:
         """Positions of the nodes that have a weight: all, or all but the root if it is fixed to ones."""
-        return tuple(range(len(self.tree.nodes) - self.root_ones))
+        return range(len(self.tree.nodes) - self.root_ones)
 
     def shape(self, position: int) -> tuple[int, ...]:
         """Shape of the weight at a position of ``tree.nodes``."""
@@ -153,20 +238,59 @@ class Network:
         return self.sizes[index] if index < order else self.bonds[index - order]
 
     @cached_property
-    def stacks(self) -> tuple[Stack, ...]:
-        """Weights grouped by height, join and shape: what one batched call can handle together."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for i in self.weighted:
-            key = (self.tree.heights[i], self.joins[i], len(self.tree.links[i]), self.shape(i))
-            groups.setdefault(key, []).append(i)
-        return tuple(Stack(tuple(members), key[-1]) for key, members in groups.items())
+    def levels(self) -> tuple[Level, ...]:
+        """All nodes in groups of equal ones, the leaves first, the root last."""
+        return self.split_levels()
+
+    @cached_property
+    def stacks(self) -> tuple[Level, ...]:
+        """The levels that have weights, in the order of the model's parameters: by their first node."""
+        weighted = [level for level in self.levels if level.weight is not None]
+        return tuple(sorted(weighted, key=lambda level: level.positions[0]))
 
     @cached_property
     def slots(self) -> dict[int, tuple[int, int]]:
         """Position -> (which stack, which slot of it)."""
-        return {
-            p: (s, k) for s, stack in enumerate(self.stacks) for k, p in enumerate(stack.positions)
-        }
+        groups = self._equal_nodes()
+        return {p: (s, k) for s, members in enumerate(groups) for k, p in enumerate(members)
+                if p in self.weighted}  # fmt: skip
+
+    def split_levels(self, kinds: Sequence[Hashable] | None = None) -> tuple[Level, ...]:
+        """Group nodes that are equal and of one kind, the leaves first, the root last.
+
+        Args:
+            kinds: What else equal nodes agree in, for every position.
+        """
+        tree, levels = self.tree, list[Level]()
+        places: dict[int, tuple[int, int]] = {}  # position -> (which level, which slot of it)
+        groups = self._equal_nodes(kinds)
+        for positions in sorted(groups, key=lambda group: (tree.heights[group[0]], group[0])):
+            below = [[places[c] for c in tree.links[i]] for i in positions]
+            block = None
+            if len(below[0]) > 1:
+                flat, first = [place for pairs in below for place in pairs], below[0][0][0]
+                if flat == [(first, slot) for slot in range(len(levels[first].positions))]:
+                    block = first
+            weight = None
+            if positions[0] in self.slots:
+                weight = Places.of([self.slots[i] for i in positions])
+            children = tuple(Places.of(pairs) for pairs in zip(*below, strict=True))
+            first = positions[0]
+            levels.append(
+                Level(
+                    tuple(positions), self.joins[first], self.shape(first), weight, children, block
+                )
+            )
+            places |= {p: (len(levels) - 1, slot) for slot, p in enumerate(positions)}
+        return tuple(levels)
+
+    def _equal_nodes(self, kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
+        """Positions of equal nodes, in the order of the first of each group."""
+        groups: dict[Hashable, list[int]] = {}
+        for i, below in enumerate(self.tree.links):
+            key = (self.tree.heights[i], self.joins[i], len(below), self.shape(i))
+            groups.setdefault((key, kinds and kinds[i]), []).append(i)
+        return list(groups.values())
 
     def __str__(self) -> str:
         lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]

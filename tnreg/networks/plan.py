@@ -98,8 +98,9 @@ class Plan:
         ]
         names = self.network.tree.nodes
         for join in self.joins:
-            who = ", ".join(str(names[i]) for i in join.nodes[:4])
-            who += f" and {len(join.nodes) - 4} more" if len(join.nodes) > 4 else ""
+            nodes = join.level.positions
+            who = ", ".join(str(names[i]) for i in nodes[:4])
+            who += f" and {len(nodes) - 4} more" if len(nodes) > 4 else ""
             if join.einsum is None:
                 how = "the weight itself" if join.gathers[0] is None else "rows of the weight"
                 lines.append(f"  {who}: {how}, {join.rows} rows")

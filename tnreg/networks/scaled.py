@@ -1,100 +1,98 @@
-"""Matrices with a logarithmic scale per column, for products that leave the range of the dtype.
+"""Products on scales: matrices whose columns have binary scales of their own, and what is made of them.
 
-A tensor of order 1024 multiplies a thousand weights. What is kept is a matrix ``m`` of moderate size
-and a vector of logarithms ``logs``; they stand for ``m * exp(logs)``, column by column. One scale per
-column rather than one for all, because two columns may drift apart below one node and meet again above
-it. Scales are constants to autograd: they cancel in every result.
+A tensor of order 1024 multiplies a thousand weights. A matrix is kept as a ``Scaled`` of moderate numbers
+and one binary logarithm for each column; not one for all, because two columns may drift apart below
+one node and meet again above it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
 from tnreg.networks.einsum import einsum
+from tnreg.networks.network import Network
+from tnreg.tensors.arrays import Scaled, power_below
 
 
-def columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide the slices along the last axis by their largest magnitude: ``(x, logs)``."""
-    largest = _positive(_largest(x.flatten(0, -2)))
-    return x / largest, largest.log()
+def scale_columns(x: Tensor) -> Scaled:
+    """Divide the slices along the last axis by the powers of two below their largest magnitudes."""
+    log2 = power_below(_largest(x.flatten(0, -2)))
+    return Scaled(x * torch.exp2(-log2), log2)
 
 
-def absorbed(weight: Tensor, logs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Multiply a weight by ``exp(logs[i])`` along axis i, then scale its columns.
+def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
+    """Multiply a weight by ``2**logs[i]`` along axis i, then scale its columns.
 
     Args:
         weight: Shape ``(R_1, ..., R_k, R)``.
-        logs: For each of the first k axes its logarithms, or ``None``.
+        logs: For each of the first k axes its binary logarithms, or ``None``.
 
     Returns:
-        The weight with columns of largest magnitude 1 (or 0), and their logarithms ``(R,)``.
+        The weight with columns of largest magnitude about 1 (or 0), and their logarithms ``(R,)``.
     """
     total = torch.zeros((), dtype=weight.real.dtype, device=weight.device)
-    for axis, log in enumerate(logs):
-        if log is not None:
-            total = total + log.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
+    for axis, log2 in enumerate(logs):
+        if log2 is not None:
+            total = total + log2.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
     high, low = total.max(), total.min()
-    if bool(high - low < 0.2 * math.log(torch.finfo(total.dtype).max)):
+    if bool(high - low < _moderate(total.dtype)):
         # the usual case: no product of a column's entries can leave the range
-        weight, first = columns(weight)
+        weight, first = scale_columns(weight)
         if total.ndim == 0:
-            return weight, first + total
-        weight, second = columns(weight * (total - high).exp())
-        return weight, first + second + high
-    size = weight.detach().abs().log() + total  # -inf at zeros
-    top = size.flatten(0, -2).amax(0)
+            return Scaled(weight, first + total)
+        weight, second = scale_columns(weight * torch.exp2(total - high))
+        return Scaled(weight, first + second + high)
+    size = weight.detach().abs().log2() + total  # -inf at zeros
+    top = size.flatten(0, -2).amax(0).floor()
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
-    # |weight| * exp(total - top) <= 1, but the exponential alone may overflow: in halves
-    half = ((total - top) / 2).exp()
-    scaled = weight * half * half
-    return torch.where(weight == 0, torch.zeros_like(weight), scaled), top
+    # |weight| * 2**(total - top) < 2, but the power alone may overflow
+    return Scaled(Scaled(weight, total - top).value(), top)
 
 
-def times(matrix: Tensor, logs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``(matrix * exp(logs)) @ weight``, its columns scaled: ``(matrix, logs)``.
+def multiply(rows: Scaled, weight: Tensor) -> Scaled:
+    """Multiply a scaled matrix by a weight: ``rows @ weight``.
 
     Args:
-        matrix: ``(rows, R)``, columns of largest magnitude 1 or 0; few rows beside those of the weight.
-        logs: ``(R,)``.
+        rows: ``(rows, R)``, columns of largest magnitude about 1 or 0; few rows beside those of the weight.
         weight: ``(R, S)``.
     """
-    high, low = logs.max(), logs.min()
-    quarter = 0.2 * math.log(torch.finfo(logs.dtype).max)
+    matrix, log2 = rows
+    high, low = log2.max(), log2.min()
     # one number per column, so that a large weight is neither copied nor read twice
-    largest = _positive(_largest(weight))
-    spread = torch.stack([high - low, largest.log().abs().max()])
-    if bool((spread < quarter).all()):  # the usual case: no product can leave the range
-        matrix, more = columns((matrix * (logs - high).exp()) @ weight)
-        return matrix, more + high
-    weight, more = absorbed(weight, [logs])
-    matrix, rest = columns(matrix @ weight)
-    return matrix, more + rest
+    largest = power_below(_largest(weight)).abs().max()
+    if bool(torch.maximum(high - low, largest) < _moderate(log2.dtype)):  # the usual case
+        matrix, more = scale_columns((matrix * torch.exp2(log2 - high)) @ weight)
+        return Scaled(matrix, more + high)
+    weight, more = absorb(weight, [log2])
+    matrix, rest = scale_columns(matrix @ weight)
+    return Scaled(matrix, more + rest)
 
 
-def full_rows(below: Sequence[tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """All combinations of the children's rows, through the weight of a full join: ``(rows, R_above)``.
+def combine_rows(below: Sequence[Scaled], weight: Tensor) -> Scaled:
+    """Multiply all combinations of the children's rows by the weight of a full join.
 
     Args:
-        below: For every child a matrix ``(rows, bond)`` and the logarithms of its columns' scales.
+        below: For every child a matrix ``(rows, bond)`` with a scale for each column.
         weight: ``(R_c1, ..., R_ck, R_above)``.
 
     Returns:
-        The matrix with columns of largest magnitude 1 or 0, and their logarithms.
+        A matrix ``(product of rows, R_above)``, columns of largest magnitude about 1 or 0.
     """
-    weight, logs = absorbed(weight, [log for _, log in below])
+    weight, log2 = absorb(weight, [child.log2 for child in below])
     symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
     bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
     terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
     equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
-    operands = [*(matrix for matrix, _ in below), weight]
-    whole = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
-    whole, more = columns(whole.flatten(0, -2))
-    return whole, logs + more
+    operands = [*(child.x for child in below), weight]
+    product = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
+    matrix, more = scale_columns(product.flatten(0, -2))
+    return Scaled(matrix, log2 + more)
 
 
 def column_norms(matrix: Tensor) -> Tensor:
@@ -112,12 +110,80 @@ def column_norms(matrix: Tensor) -> Tensor:
         if squares is None:  # squares of floats fit into doubles
             squares = matrix.double().square().sum(0)
     else:
-        largest = matrix.detach().abs().amax(0)
-        scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        scale = torch.exp2(power_below(matrix.detach().abs().amax(0)))
         squares = (matrix / scale).double().square().sum(0)
     alive = squares > 0  # the root has no gradient at zero; the norm has a subgradient, 0
     norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
     return (norms * scale).to(matrix.dtype)
+
+
+class _Gram(NamedTuple):
+    """Inner products ``x * 2**rows * 2**columns`` of a node's tensors, ``(R_above, other's R_above)``."""
+
+    x: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tensor]]) -> Scaled:
+    """Inner product of two factorizations over one tree, without either dense tensor.
+
+    Args:
+        networks: Two networks over the same tree and sizes.
+        weights: For each of them its weights in the order of ``network.weighted``, of one dtype. The
+            first are conjugated.
+
+    Returns:
+        A scalar.
+    """
+    links = networks[0].tree.links
+    grams: list[_Gram] = []
+    for i, below in enumerate(links):
+        children = [grams[c] for c in below]
+        diagonal = [network.joins[i] == "diagonal" for network in networks]
+        if all(diagonal):
+            children = [_product(children)]
+        operands, logs, words = [child.x for child in children], [], []
+        symbols = [
+            # a diagonal join has one index below it; at a leaf both networks meet in the mode
+            [get_symbol(2 + (side if below else 0) + (0 if diagonal[side] else 2 * k))
+             for k in range(max(len(children), 1))]
+            for side in range(2)
+        ]  # fmt: skip
+        for side in range(2):
+            if i == len(weights[side]):  # a root of ones
+                weight = children[0].x.new_ones(children[0].x.shape[side], 1)
+            else:
+                weight = weights[side][i]
+                weight = weight.unsqueeze(-1) if i == len(links) - 1 else weight
+            inside = [child[1 + side] for child in children]
+            inside = [torch.stack(inside).sum(0)] if diagonal[side] else inside
+            weight, log2 = absorb(weight, inside)
+            operands.append(weight if side else weight.conj())
+            logs.append(log2)
+            words.append("".join(dict.fromkeys(symbols[side])) + get_symbol(side))
+        pairs = [one + other for one, other in zip(*symbols, strict=True)] if below else []
+        equation = f"{','.join([*pairs, *words])}->{get_symbol(0)}{get_symbol(1)}"
+        gram = _equilibrate(einsum(equation, *(tuple(o.shape) for o in operands))(operands))
+        grams.append(_Gram(gram.x, logs[0] + gram.rows, logs[1] + gram.columns))
+    gram = grams[-1]
+    return Scaled(gram.x[0, 0], gram.rows[0] + gram.columns[0])
+
+
+def _product(grams: Sequence[_Gram]) -> _Gram:
+    """Entrywise product of scaled matrices, rescaled after each factor."""
+    x, rows, columns = grams[0]
+    for gram in grams[1:]:
+        x, by_row, by_column = _equilibrate(x * gram.x)
+        rows, columns = rows + gram.rows + by_row, columns + gram.columns + by_column
+    return _Gram(x, rows, columns)
+
+
+def _equilibrate(x: Tensor) -> _Gram:
+    """Divide rows, then columns of a matrix by the powers of two below their largest magnitudes."""
+    rows = power_below(x.detach().abs().amax(1))
+    x, columns = scale_columns(x * torch.exp2(-rows).unsqueeze(1))
+    return _Gram(x, rows, columns)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -126,21 +192,6 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(0) if x.is_complex() else torch.maximum(x.amax(0), -x.amin(0))
 
 
-def equilibrated(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide rows, then columns of a matrix by their largest magnitudes: ``(x, row logs, column logs)``."""
-    rows = _positive(x.detach().abs().amax(1))
-    x = x / rows.unsqueeze(1)
-    x, logs = columns(x)
-    return x, rows.log(), logs
-
-
-def unscaled(value: Tensor, log: Tensor) -> Tensor:
-    """``value * exp(log)``: infinite only if the result is, and zeros stay zeros."""
-    if value.is_complex():
-        return torch.complex(unscaled(value.real, log), unscaled(value.imag, log))
-    half = (log / 2).exp()  # exp(log) alone may overflow where the product does not
-    return torch.where(value == 0, torch.zeros_like(value), value * half * half)
-
-
-def _positive(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, torch.ones_like(x))
+def _moderate(dtype: torch.dtype) -> float:
+    """Binary logarithm of scales that no product of a few moderate numbers takes out of the range."""
+    return 0.2 * math.log2(torch.finfo(dtype).max)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from tnreg.networks.network import Network
-from tnreg.networks.scaled import columns, full_rows, times
+from tnreg.networks.scaled import combine_rows, multiply, scale_columns
+from tnreg.tensors.arrays import Scaled
 
 # A triangular factor (columns about 1) may come from a Gram matrix if the squares of its inverse are below
 # this on average over its columns: frames are then orthonormal to some 1e-14.
@@ -298,19 +299,19 @@ def _joined_with_care(
         factors, sizes = [_tied(factors)], [torch.stack(sizes).sum(0)]
     done = []
     for n in range(len(batch.nodes)):
-        given = [(f[n], logs[n] * math.log(2)) for f, logs in zip(factors, sizes, strict=True)]
+        given = [Scaled(f[n], logs[n]) for f, logs in zip(factors, sizes, strict=True)]
         if weight is None:
-            matrix, log = columns(given[0][0])
+            matrix, log = scale_columns(given[0][0])
             done.append((matrix, log + given[0][1]))
         elif batch.kind == "leaf":
-            done.append(columns(weight[n]))
+            done.append(scale_columns(weight[n]))
         elif batch.kind == "diagonal":
-            done.append(times(*given[0], weight[n]))
+            done.append(multiply(given[0], weight[n]))
         else:
             turned = weight[n].permute(*reversed(range(len(given))), len(given))
-            done.append(full_rows(given[::-1], turned))
+            done.append(combine_rows(given[::-1], turned))
     rows = torch.stack([matrix for matrix, _ in done])
-    logs = torch.stack([log for _, log in done]) / math.log(2)
+    logs = torch.stack([log for _, log in done])
     return rows.reshape(len(rows), *batch.shape, -1), logs
 
 

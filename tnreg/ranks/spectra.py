@@ -23,11 +23,11 @@ from torch import Tensor
 
 from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
-from tnreg.networks.scaled import absorbed, columns, full_rows, times, unscaled
+from tnreg.networks.scaled import absorb, combine_rows, multiply, scale_columns
 from tnreg.ranks.decompose import decompose
 from tnreg.ranks.dense import dense_spectra, numerical_rank, scaled_spectra
 from tnreg.ranks.frames import batches, frames, frames_fit, outside, scale_of
-from tnreg.tensors.arrays import check_dense
+from tnreg.tensors.arrays import Scaled, check_dense
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -79,7 +79,7 @@ def spectra(
         real = x.stacks[0].real.dtype
         found: dict[int, Tensor] = {}
         for positions, values, log in _factored_spectra(x):
-            scaled = unscaled(values, log).to(real).unbind(0)
+            scaled = Scaled(values, log).value().to(real).unbind(0)
             found |= zip(positions, scaled, strict=True)
         return {node: found[i] for i, node in enumerate(x.tree.nodes[:-1])}
     tree = _check_tree(tree)
@@ -206,7 +206,7 @@ def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:
 
 @dataclass(frozen=True)
 class _Factor:
-    """A triangular factor ``matrix * exp(logs)``, column by column."""
+    """A triangular factor ``matrix * 2**logs``, column by column."""
 
     matrix: Tensor
     logs: Tensor
@@ -229,7 +229,7 @@ def _factored_spectra(model: Factorization) -> _Spectra:
             parts = outside(net, found, squares=False, vectors=False)
         assert parts is not None
         size, power = scale_of(found)
-        log = power * math.log(2)
+        log = power
         return [
             (batch.nodes, part.values * size, log)
             for batch, part in zip(batches(net), parts, strict=False)
@@ -249,7 +249,7 @@ def _one_by_one(model: Factorization) -> _Spectra:
     up: list[_Factor] = []
     for i, below in enumerate(tree.links[:-1]):
         if not below:
-            up.append(_triangle(*absorbed(weights[i], [None])))
+            up.append(_triangle(*absorb(weights[i], [None])))
         else:
             up.append(_joined(net.joins[i], [up[c] for c in below], weights[i]))
 
@@ -277,7 +277,7 @@ def _between(inside: _Factor, outside: list[_Factor]) -> tuple[Tensor, Tensor]:
     logs = torch.stack([inside.logs, *(part.logs for part in outside)]).sum(0)
     scale = logs.max()
     *short, last = sorted((part.matrix for part in outside), key=len)
-    rows = inside.matrix * (logs - scale).exp()
+    rows = inside.matrix * torch.exp2(logs - scale)
     for part in short:  # the largest part is multiplied last: no combination of it is ever formed
         rows = (rows.unsqueeze(1) * part.unsqueeze(0)).flatten(0, 1)
     product = (rows @ last.mT).reshape(len(inside.matrix), -1)
@@ -288,8 +288,10 @@ def _joined(kind: str, below: list[_Factor], weight: Tensor) -> _Factor:
     """Rows of all children combined, through the node's weight: ``(rows, R_above)``."""
     if kind == "diagonal":
         product = _khatri_rao(below)
-        return _triangle(*times(product.matrix, product.logs, weight))
-    return _triangle(*full_rows([(factor.matrix, factor.logs) for factor in below], weight))
+        return _triangle(*multiply(Scaled(product.matrix, product.logs), weight))
+    return _triangle(
+        *combine_rows([Scaled(factor.matrix, factor.logs) for factor in below], weight)
+    )
 
 
 def _outside_all(
@@ -298,7 +300,7 @@ def _outside_all(
     """For every child what is outside it, as matrices whose row combinations are meant."""
     [top] = above
     if kind == "diagonal":
-        rest = _Factor(*times(top.matrix, top.logs, weight.mT))
+        rest = _Factor(*multiply(Scaled(top.matrix, top.logs), weight.mT))
         # products of the siblings in front, and behind: each child needs both
         before, behind = [list[_Factor]()], [list[_Factor]()]
         for front, back in zip(below[:-1], below[:0:-1], strict=True):
@@ -338,7 +340,7 @@ def _triangle(matrix: Tensor, logs: Tensor) -> _Factor:
         # Only the Gram matrix of a factor matters, and to first order that of Q'A with a fixed Q is that
         # of A: gradients need no derivative of the factorization, which low rank would make infinite.
         basis = torch.linalg.qr(matrix.detach())[0]
-        short, more = columns(basis.mH @ matrix)
+        short, more = scale_columns(basis.mH @ matrix)
     else:
-        short, more = columns(torch.linalg.qr(matrix, mode="r")[1])
+        short, more = scale_columns(torch.linalg.qr(matrix, mode="r")[1])
     return _Factor(short, logs + more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,49 @@ from tnreg.trees.tree import ModeTree
 
 # Numbers in the products of one call, before they are summed.
 _CHUNK = 2**19
+
+
+class Scaled(NamedTuple):
+    """The tensor ``x * 2**log2``, for numbers that leave the range of the dtype.
+
+    Scales are whole numbers wherever possible, so that they are exact, and constants to autograd:
+    what is multilinear does not depend on them.
+
+    Attributes:
+        x: Numbers of moderate size.
+        log2: One binary logarithm, or several that broadcast against ``x``: ``(R,)`` for the columns of
+            a matrix.
+    """
+
+    x: Tensor
+    log2: Tensor
+
+    def value(self) -> Tensor:
+        """Return the tensor without a scale: infinite only if the result is, and zeros stay zeros."""
+        x, log2 = self
+        if x.is_complex():
+            return torch.complex(Scaled(x.real, log2).value(), Scaled(x.imag, log2).value())
+        # the power alone may overflow where the product does not
+        half = (log2 / 2).floor()
+        value = x * torch.exp2(half) * torch.exp2(log2 - half)
+        return torch.where(x == 0, torch.zeros_like(value), value)
+
+
+def rescale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Scaled:
+    """Divide by the power of two below the largest magnitude along ``dim`` (of all numbers if ``None``).
+
+    Zeros keep their scale.
+    """
+    size = x.detach().abs()
+    size = size.amax() if dim is None else size.amax(dim, keepdim=True)
+    log2 = power_below(size)
+    return Scaled(x * torch.exp2(-log2), log2)
+
+
+def power_below(size: Tensor) -> Tensor:
+    """Exponents of the powers of two below these magnitudes, 0 for zeros, within what can be inverted."""
+    reach = math.log2(torch.finfo(size.dtype).max) - 2
+    return (size + (size == 0)).log2().floor().clamp(-reach, reach)
 
 
 def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int) -> Tensor:
