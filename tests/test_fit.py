@@ -246,7 +246,7 @@ class FakeCuda:
             fake.captured = CapturedStep(step, torch.device("cpu"))
             return fake.captured
 
-        monkeypatch.setattr(module, "_captured", captured)
+        monkeypatch.setattr(module, "_captured_step", captured)
 
 
 def test_a_graph_makes_the_same_steps(monkeypatch):

@@ -22,25 +22,25 @@ RandomState = list[torch.Tensor]
 
 
 def random_state() -> RandomState:
-    """State of torch's generators, the CPU's first."""
+    """Return the state of torch's generators, the CPU's first."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return [torch.get_rng_state(), *cuda]
 
 
 def set_random_state(state: RandomState) -> None:
-    """Put back what ``random_state`` gave."""
+    """Put back what ``random_state`` returned."""
     torch.set_rng_state(state[0])
     if len(state) > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state[1:])
 
 
-def save_whole(path: Path, held: Mapping[str, Any]) -> None:
-    """``torch.save``, whole or not at all.
+def save_whole(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a file for ``torch.load``, whole or not at all.
 
     It is put together in memory: on a full disk torch's own writer does not say what is wrong.
     """
     raw = io.BytesIO()
-    torch.save(held, raw)
+    torch.save(state, raw)
     write_whole(path, lambda beside: beside.write_bytes(raw.getbuffer()))
 
 
@@ -54,23 +54,17 @@ def write_checkpoint(
 ) -> None:
     """Write parameters, optimizer state, random state and trajectory, whole or not at all.
 
-    Args:
-        path: Replaced if it is there.
-        model: The model at the step of the last row of ``run``.
-        optimizer: Its optimizer.
-        run: What was recorded.
-        settings: What has to be the same when the training goes on; JSON can write it.
-        before: Random state before the loss of that row was computed.
+    ``settings`` must be the same when the training goes on; ``before`` is the random state before the
+    loss of the last row was computed.
     """
-    held = {
+    save_whole(path, {
         "format": _FORMAT,
         "settings": json.dumps(settings, default=str),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": [before, random_state()],
         "run": torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8),
-    }
-    save_whole(path, held)
+    })  # fmt: skip
 
 
 def read_checkpoint(
@@ -81,58 +75,51 @@ def read_checkpoint(
     Nothing in the file is executed.
 
     Returns:
-        What was recorded, and the random states before the loss of the last row and after that row.
+        The recorded rows, and the random states before the loss of the last row and after that row.
 
     Raises:
         FileError: Not a checkpoint; nothing was changed.
         OptionError: A checkpoint of another training; nothing was changed.
     """
-    away = f"  delete {path}, or choose another file"
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        if held["format"] != _FORMAT:
-            raise ValueError(f"format {held['format']!r}, this version reads {_FORMAT!r}")
-        run = Trajectory.from_bytes(held["run"].numpy().tobytes())
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != _FORMAT:
+            raise ValueError(f"format {state['format']!r}, this version reads {_FORMAT!r}")
+        run = Trajectory.from_bytes(state["run"].numpy().tobytes())
         if not len(run):
             raise ValueError("its trajectory is empty")
-        before = dict(json.loads(held["settings"]))
-        there = _shapes(held["model"])
-        random = [_checked(state) for state in held["random"]]
-        if len(random) != 2:
-            raise ValueError(f"{len(random)} random states, expected 2")
+        there, shapes_there = dict(json.loads(state["settings"])), _shapes(state["model"])
+        before, after = map(_check_random, state["random"])
     except Exception as error:
         raise no_checkpoint(path, error) from None
-    now = json.loads(json.dumps(settings, default=str))
+    here, shapes = json.loads(json.dumps(settings, default=str)), _shapes(model.state_dict())
     differ = [
-        f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
+        f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
     ]
+    other = ""
     if differ:
-        lines = "\n".join(differ)
-        raise OptionError(f"{path} is of a training with other settings.\n{lines}\n{away}")
-    ours = _shapes(model.state_dict())
-    if ours != there:
-        raise OptionError(f"{path} is of another model.\n  there: {there}\n  now:   {ours}\n{away}")
+        other = "\n".join([f"{path} is of a training with other settings.", *differ])
+    elif shapes != shapes_there:
+        other = f"{path} is of another model.\n  there: {shapes_there}\n  now:   {shapes}"
+    if other:
+        raise OptionError(
+            f"{other}\n  delete {path}, or choose another file", argument="checkpoint"
+        )
     old = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     try:
-        model.load_state_dict(held["model"])
-        optimizer.load_state_dict(held["optimizer"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
         model.load_state_dict(old[0])
         optimizer.load_state_dict(old[1])
         raise no_checkpoint(path, error) from None
-    return run, random[0], random[1]
+    return run, before, after
 
 
 def no_checkpoint(path: Path, error: Exception, instead: str = "file") -> FileError:
-    """Return the error for a file that is no checkpoint.
-
-    Args:
-        path: The file.
-        error: Why it is none.
-        instead: What else the user may choose.
-    """
+    """Return the error for a file that is no checkpoint; ``instead`` is what else may be chosen."""
     said = " ".join(str(error).splitlines()[:1])
     return FileError(
         f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"
@@ -140,8 +127,8 @@ def no_checkpoint(path: Path, error: Exception, instead: str = "file") -> FileEr
     )
 
 
-def _checked(state: Any) -> RandomState:
-    """A random state, if it is one: the CPU's is tried on a generator of its own."""
+def _check_random(state: Any) -> RandomState:
+    """Return a random state if it is one; the CPU's is tried on a generator of its own."""
     if not isinstance(state, list) or not all(isinstance(s, torch.Tensor) for s in state):
         raise ValueError("a random state that is no list of tensors")
     torch.Generator().set_state(state[0])

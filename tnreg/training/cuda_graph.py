@@ -14,14 +14,12 @@ from torch import Tensor
 class CapturedStep:
     """A step without arguments, recorded after three ordinary ones have warmed it up.
 
-    The step must not wait for the device, and must read what changes from one call to the next from
-    tensors that stay in place.
-
     Args:
-        step: What is done; gradients that it leaves are lost at the next replay.
+        step: Must not wait for the device, and must read what changes from call to call from tensors
+            that stay in place; gradients that it leaves are lost at the next replay.
         device: The CUDA device.
-        pool: Memory that steps share which never run at the same time and leave nothing to each other, from
-            ``torch.cuda.graph_pool_handle()``.
+        pool: Memory shared with steps that never run at the same time and leave nothing to each other,
+            from ``torch.cuda.graph_pool_handle()``.
         side: Stream of the ordinary steps; one of its own if left out.
     """
 
@@ -56,13 +54,13 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         # an older graph that the garbage collector destroyed meanwhile would invalidate this one
         gc.collect()
-        collects = gc.isenabled()
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
                 self.step()
         finally:
-            if collects:
+            if was_enabled:
                 gc.enable()
         return graph
 
@@ -86,8 +84,8 @@ class CapturedSteps:
         shapes = tuple(value.shape for value in values)
         if shapes not in self.recorded:
             places = [torch.empty_like(value, device=self.device) for value in values]
-            step = CapturedStep(partial(self.step, *places), self.device, self.pool, self.side)
-            self.recorded[shapes] = step, places
+            captured = CapturedStep(partial(self.step, *places), self.device, self.pool, self.side)
+            self.recorded[shapes] = captured, places
         step, places = self.recorded[shapes]
         for place, value in zip(places, values, strict=True):
             place.copy_(value, non_blocking=True)

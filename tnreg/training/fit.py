@@ -61,35 +61,35 @@ def fit(
         loss: Called with the model, returns a real scalar, e.g. ``task.loss``.
         steps: Number of updates.
         optimizer: ``"group-rmsprop"`` (one step size for all parameters, the optimizer of the
-            theory), ``"sgd"``, ``"adam"``, ``"lbfgs"``, a ``torch.optim.Optimizer`` that you made,
-            or its class.
-        lr: Learning rate, for all but a ready-made optimizer.
+            theory), ``"sgd"``, ``"adam"``, ``"lbfgs"``, a ``torch.optim.Optimizer`` of your own, or
+            its class.
+        lr: Learning rate; not used with an optimizer of your own.
         observe: ``{name: f(model)}``; numbers, tensors, or dicts of them. The loss is always
             recorded.
         every: Updates between rows.
         stop: Called with the trajectory after each row; ends the training when it returns ``True``
             or a reason.
         progress: Show a progress bar with the loss, on a terminal or in a notebook.
-        checkpoint: A file for the state of the training, written whole at a row every
-            ``checkpoint_seconds`` and at the end. If it is there at the start, the training goes on
-            from it and ends as one that was never interrupted, to the last bit on one machine; a
-            finished one is returned as it was, or goes on if ``steps`` are more now (its last row draws
-            random numbers of its own if ``observe`` does, or a loss with L-BFGS). Give a new
+        checkpoint: File for the state of the training, written whole at a row every
+            ``checkpoint_seconds`` and at the end. If it exists at the start, the training resumes and
+            ends as if it had never been interrupted, to the last bit on one machine. A finished
+            training is returned as it was, or continues if ``steps`` are more now (its last row then
+            draws random numbers of its own if ``observe`` does, or a loss with L-BFGS). Pass a new
             model as before: the file holds its parameters, the optimizer, torch's random state and
-            the trajectory, but not the loss and no generators of your own.
+            the trajectory, but neither the loss nor generators of your own.
         checkpoint_seconds: Least time between two writings.
         settings: What identifies the training, e.g. its config; a checkpoint with other settings is
             refused.
         graph: On a CUDA device, record the whole step as a CUDA graph after three ordinary ones and
-            replay it, so that no launches are paid and nothing waits between rows. The loss must not
-            wait for the device (``.item()``) nor change its shapes, and an optimizer of torch's own
-            needs ``capturable=True`` if it has that argument.
+            replay it: no launch costs, and no waiting between rows. The loss must not wait for the
+            device (``.item()``) nor change its shapes, and an optimizer of torch's own needs
+            ``capturable=True`` if it has that argument.
 
     Returns:
-        The trajectory. ``stop_reason`` is ``"steps"``, what ``stop`` said, ``"interrupted"`` after
-        Ctrl-C (what was recorded is kept), or tells that the loss is not finite any more (looked at
-        in every step on the CPU, at every row on other devices, where looking waits for the
-        device).
+        The trajectory. Its ``stop_reason`` is ``"steps"``, what ``stop`` returned, ``"interrupted"``
+        after Ctrl-C (recorded rows are kept), or says that the loss is no longer finite (checked at
+        every step on the CPU; at every row on other devices, where reading the loss would wait for
+        the device).
 
     Raises:
         OptionError: Unknown optimizer, numbers out of range, or the checkpoint of another training.
@@ -99,8 +99,73 @@ def fit(
     every = check_integer(every, 1, "fit: every")
     watched = dict(observe or {})
     _check_functions(watched, stop)
-    update = _optimizer(optimizer, model, lr)
-    closed = _needs_closure(update)
+    update = _make_optimizer(optimizer, model, lr)
+    update_alone = _update_alone(model, loss, update, graph)
+    saved = _Checkpoint(checkpoint, checkpoint_seconds, model, update, {
+        **(settings or {}), "optimizer": _describe(update), "every": every,
+        "observed": ["loss", *watched],
+    })  # fmt: skip
+    run = saved.read(steps)
+    if run.stop_reason:
+        return run
+    last = int(run.steps[-1]) if len(run) else -1  # step of the last row that was read
+    first = max(last, 0)
+
+    def is_row(step: int) -> bool:  # a row to resume from need not be due any more
+        return step % every == 0 or step in (first, steps)
+
+    def record(step: int, value: float) -> str:
+        """Add a row if there is one to add; return a reason to stop, or an empty string."""
+        new = is_row(step) and step > last
+        if new:
+            with torch.no_grad():
+                row = {name: function(model) for name, function in watched.items()}
+            run.append(step, {"loss": value, **row})
+            show(step, value)
+        if not math.isfinite(value):
+            return (
+                f"the loss became {value} at step {step} of {steps}; "
+                "try a smaller lr or smaller initial weights"
+            )
+        if new and stop is not None and (verdict := stop(run)):
+            return verdict if isinstance(verdict, str) else "stop"
+        if new and step < steps:
+            saved.write(run)
+        return "steps" if step == steps else ""
+
+    update.zero_grad(set_to_none=True)
+    with _progress_bar(steps, progress) as show:
+        try:
+            for step in range(first, steps + 1):
+                value: Tensor | None = None
+                if is_row(step):
+                    value = saved.loss_at_row(loss, run)
+                elif update_alone is None:
+                    value = loss(model)
+                if value is not None and (is_row(step) or value.device.type == "cpu"):
+                    run.stop_reason = record(step, float(value.detach()))
+                    if run.stop_reason:
+                        break
+                if update_alone is None:
+                    assert value is not None
+                    value.backward()  # type: ignore[no-untyped-call]
+                    update.step()
+                    # free memory before the next loss is computed
+                    value = None
+                    update.zero_grad(set_to_none=True)
+                else:
+                    value = None  # a captured step must not reuse its graph
+                    update_alone()
+            saved.write(run, at_once=True)
+        except KeyboardInterrupt:
+            run.stop_reason = "interrupted"
+    return run
+
+
+def _update_alone(
+    model: nn.Module, loss: Callable[[Any], Tensor], update: torch.optim.Optimizer, graph: bool
+) -> Callable[[], Any] | None:
+    """Return an update that evaluates the loss itself; ``None`` if one goes on from a loss at hand."""
 
     def evaluate() -> Tensor:
         update.zero_grad(set_to_none=True)
@@ -108,99 +173,28 @@ def fit(
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    # an update that does not go on from a loss that was looked at
-    own_step: Callable[[], Any] | None = partial(update.step, evaluate) if closed else None
+    closure = inspect.signature(type(update).step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
     if graph:
-        own_step = _captured(lambda: (evaluate(), update.step()), model, closed)
-    saved = _Saved(checkpoint, checkpoint_seconds, model, update, {
-        **(settings or {}), "optimizer": _described(update), "every": every,
-        "observed": ["loss", *watched],
-    })  # fmt: skip
-    run = saved.read(steps)
-    if run.stop_reason:
-        return run
-    first = int(run.steps[-1]) if len(run) else 0
-
-    update.zero_grad(set_to_none=True)
-    with _progress_bar(steps, progress) as show:
-        record = _Record(run, saved, model, watched, stop, show, steps)
-        try:
-            for step in range(first, steps + 1):
-                due = step % every == 0 or step == steps
-                # a row that it goes on from need not be due any more
-                looked_at = due or step == first
-                if looked_at:
-                    saved.before_row()
-                # an ordinary update goes on from this very loss, other kinds evaluate their own
-                value = loss(model) if looked_at or own_step is None else None
-                if step == first:
-                    _check_loss(value)
-                if value is not None and (looked_at or value.device.type == "cpu"):
-                    run.stop_reason = record.look(step, float(value.detach()), due)
-                    if run.stop_reason:
-                        break
-                if step == steps:
-                    run.stop_reason = "steps"
-                elif own_step is not None:
-                    value = None  # its graph would be the one that a captured step goes on from
-                    own_step()
-                else:
-                    assert value is not None
-                    value.backward()  # type: ignore[no-untyped-call]
-                    update.step()
-                    # memory that would still be held while the next loss is computed
-                    value = None
-                    update.zero_grad(set_to_none=True)
-            saved.write(run, at_once=True)
-        except KeyboardInterrupt:
-            run.stop_reason = "interrupted"
-    return run
+        return _captured_step(lambda: (evaluate(), update.step()), model, needs_closure)
+    return partial(update.step, evaluate) if needs_closure else None
 
 
-class _Record:
-    """Rows as they are due, and reasons to stop."""
-
-    def __init__(
-        self,
-        run: Trajectory,
-        saved: _Saved,
-        model: nn.Module,
-        watched: Mapping[str, Callable[[Any], Any]],
-        stop: Callable[[Trajectory], bool | str] | None,
-        show: Callable[[int, float], None],
-        steps: int,
-    ) -> None:
-        self.run, self.saved, self.model, self.watched = run, saved, model, watched
-        self.stop, self.show, self.steps = stop, show, steps
-        self.resumed = len(run) > 0  # the row at which a training goes on is there already
-
-    def look(self, step: int, found: float, due: bool) -> str:
-        """The loss before an update; why to stop, or nothing."""
-        resumed, self.resumed = self.resumed, False
-        if resumed:
-            self.saved.go_on(found, float(self.run.last("loss")[0]), step)
-        elif due:
-            with torch.no_grad():
-                row = {name: function(self.model) for name, function in self.watched.items()}
-            self.run.append(step, {"loss": found, **row})
-            self.show(step, found)
-        if not math.isfinite(found):
-            return (
-                f"the loss became {found} at step {step} of {self.steps}; "
-                "try a smaller lr or smaller initial weights"
-            )
-        if not due or resumed:
-            return ""
-        verdict = self.stop(self.run) if self.stop is not None else False
-        if verdict:
-            return verdict if isinstance(verdict, str) else "stop"
-        if step < self.steps:
-            self.saved.write(self.run)
-        return ""
+def _captured_step(step: Callable[[], Any], model: nn.Module, needs_closure: bool) -> CapturedStep:
+    device = next(model.parameters()).device
+    if device.type != "cuda" or needs_closure:
+        closed = "an optimizer that evaluates the loss itself"
+        found = closed if needs_closure else f"a model on {device}"
+        raise OptionError(
+            f"fit: graph=True needs a CUDA device and an ordinary optimizer, found {found}.\n"
+            "  leave graph out",
+            argument="graph",
+        )
+    return CapturedStep(step, device)
 
 
-class _Saved:
-    """The checkpoint of one training; does nothing without a path."""
+class _Checkpoint:
+    """The checkpoint of one training, and the random states at its last row; nothing without a path."""
 
     def __init__(
         self,
@@ -214,17 +208,11 @@ class _Saved:
         self.seconds, self.settings = seconds, settings
         self.model, self.update = model, update
         self.written = time.monotonic()
-        self.before: RandomState = []
-        self.after: RandomState = []
-
-    def before_row(self) -> None:
-        """At a row that was read the random state is put back; at others it is kept for the file."""
-        if self.after:
-            set_random_state(self.before)
-        elif self.path is not None:
-            self.before = random_state()
+        self.before: RandomState = []  # before the loss of the last row was computed
+        self.after: RandomState = []  # after that row; empty unless it was read and comes next
 
     def read(self, steps: int) -> Trajectory:
+        """Return the recorded rows; the model and the optimizer are as they were at the last one."""
         if self.path is None or not self.path.exists():
             return Trajectory()
         run, self.before, self.after = read_checkpoint(
@@ -234,44 +222,43 @@ class _Saved:
         if last > steps:
             raise OptionError(
                 f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}.\n"
-                f"  give steps >= {last}, or delete the file"
+                f"  give steps >= {last}, or delete the file",
+                argument="steps",
             )
         if run.stop_reason == "steps" and last < steps:
             run.stop_reason = ""
         return run
 
     def write(self, run: Trajectory, *, at_once: bool = False) -> None:
+        """Write the file if it is time."""
         if self.path is None or not (at_once or time.monotonic() - self.written >= self.seconds):
             return
         write_checkpoint(self.path, self.model, self.update, run, self.settings, self.before)
         self.written = time.monotonic()
 
-    def go_on(self, found: float, recorded: float, step: int) -> None:
-        """After the loss of a row that was read: is it the same one?"""
+    def loss_at_row(self, loss: Callable[[Any], Tensor], run: Trajectory) -> Tensor:
+        """Return the loss; at a row that was read, with its random numbers, and checked against it."""
+        if not self.after:
+            self.before = random_state() if self.path is not None else []
+            return _check_loss(loss(self.model))
+        set_random_state(self.before)
+        value = _check_loss(loss(self.model))
         set_random_state(self.after)
         self.after = []
+        found, recorded = float(value.detach()), float(run.last("loss")[0])
         if not math.isclose(found, recorded, rel_tol=1e-3):
             raise OptionError(
                 f"fit: the checkpoint {self.path} is of another training.\n"
-                f"  loss recorded at step {step}: {recorded:.6g}\n"
+                f"  loss recorded at step {run.steps[-1]}: {recorded:.6g}\n"
                 f"  loss found there now: {found:.6g}\n"
-                "  other data, or another loss; delete the file, or choose another one"
+                "  other data, or another loss; delete the file, or choose another one",
+                argument="checkpoint",
             )
+        return value
 
 
-def _captured(step: Callable[[], Any], model: nn.Module, closed: bool) -> CapturedStep:
-    device = next(model.parameters()).device
-    if device.type != "cuda" or closed:
-        what = "an optimizer that evaluates the loss itself" if closed else f"a model on {device}"
-        raise OptionError(
-            f"fit: graph=True needs a CUDA device and an ordinary optimizer, found {what}.\n"
-            "  leave graph out"
-        )
-    return CapturedStep(step, device)
-
-
-def _described(update: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's kind and numbers, as far as they can be compared."""
+def _describe(update: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's kind and numbers, as far as they can be compared."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in update.param_groups]
     return {"kind": type(update).__name__, "groups": groups}
 
@@ -279,43 +266,44 @@ def _described(update: torch.optim.Optimizer) -> dict[str, Any]:
 def _check_functions(watched: Mapping[str, Any], stop: Any) -> None:
     if "loss" in watched:
         raise OptionError(
-            "fit: the name 'loss' is taken by the training loss; call it something else."
+            "fit: the name 'loss' is taken by the training loss; call it something else.",
+            argument="observe",
         )
     for name, function in [*watched.items(), *([("stop", stop)] if stop is not None else [])]:
         if not callable(function):
-            raise OptionError(f"fit: {name!r} must be a function, found {function!r}.")
+            raise OptionError(
+                f"fit: {name!r} must be a function, found {function!r}.",
+                argument="observe" if name in watched else "stop",
+            )
     if not torch.is_grad_enabled():
         raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
 
 
-def _check_loss(value: Any) -> None:
-    if (
-        isinstance(value, Tensor)
-        and value.numel() == 1
-        and value.is_floating_point()
-        and value.requires_grad
-    ):
-        return
+def _check_loss(value: Any) -> Tensor:
     found = type(value).__name__
     if isinstance(value, Tensor):
+        if value.numel() == 1 and value.is_floating_point() and value.requires_grad:
+            return value
         found = (
             f"shape {tuple(value.shape)}, dtype {value.dtype}, requires_grad={value.requires_grad}"
         )
     raise OptionError(
         "fit: loss(model) must return a real scalar tensor that depends on the model's parameters.\n"
-        f"  found: {found}"
+        f"  found: {found}",
+        argument="loss",
     )
 
 
-def _optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def _make_optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if isinstance(chosen, torch.optim.Optimizer):
         return chosen
-    if isinstance(chosen, str) and chosen not in _OPTIMIZERS:
+    make = _OPTIMIZERS.get(chosen) if isinstance(chosen, str) else chosen
+    if make is None and isinstance(chosen, str):
         raise OptionError(
             f"fit: unknown optimizer {chosen!r}; write one of {', '.join(_OPTIMIZERS)}, "
-            "or give a torch.optim.Optimizer."
+            "or give a torch.optim.Optimizer.",
+            argument="optimizer",
         )
-    make = _OPTIMIZERS[chosen] if isinstance(chosen, str) else chosen
     if not callable(make):
         raise OptionError(
             f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}.",
@@ -323,17 +311,13 @@ def _optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimize
         )
     if not isinstance(lr, int | float) or not (math.isfinite(lr) and lr >= 0):
         raise OptionError(f"fit: lr must be a finite number >= 0, found {lr!r}.", argument="lr")
-    made = make(model.parameters(), lr=lr)
-    if not isinstance(made, torch.optim.Optimizer):
+    update = make(model.parameters(), lr=lr)
+    if not isinstance(update, torch.optim.Optimizer):
         raise OptionError(
-            f"fit: optimizer gave a {type(made).__name__}, not a torch.optim.Optimizer."
+            f"fit: optimizer gave a {type(update).__name__}, not a torch.optim.Optimizer.",
+            argument="optimizer",
         )
-    return made
-
-
-def _needs_closure(update: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(type(update).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    return update
 
 
 @contextlib.contextmanager
@@ -341,23 +325,12 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
     if not wanted:
         yield lambda step, loss: None
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
     columns = (
-        TextColumn("fit"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3g}"),
-    )
+        "fit", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn(),
+        "left", progress.TimeRemainingColumn(), "loss {task.fields[loss]:.3g}",
+    )  # fmt: skip
     # drawn from here, not from a thread of its own that would compete with the training
     with shown_progress(*columns, auto_refresh=False) as bar:
         task = bar.add_task("fit", total=steps, loss=float("nan"))

@@ -26,7 +26,7 @@ class GroupRMSprop(torch.optim.Optimizer):
         params: Parameters or parameter groups; a group may have its own ``lr``.
         lr: Step length, roughly the distance moved per step by all parameters together.
         alpha: Decay of the running average, in ``[0, 1)``.
-        eps: Added to the root; it rules the step while gradients are smaller than it.
+        eps: Added to the root; dominates the denominator while gradients are smaller.
 
     Raises:
         OptionError: ``lr`` or ``eps`` is negative, or ``alpha`` not in ``[0, 1)``.
@@ -35,33 +35,36 @@ class GroupRMSprop(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-6
     ) -> None:
-        if not lr >= 0:
-            raise OptionError(f"GroupRMSprop: lr must be >= 0, found {lr!r}.", argument="lr")
-        if not 0 <= alpha < 1:
-            raise OptionError(f"GroupRMSprop: alpha must be in [0, 1), found {alpha!r}.")
-        if not eps >= 0:
-            raise OptionError(f"GroupRMSprop: eps must be >= 0, found {eps!r}.")
+        for name, value, valid, expected in (
+            ("lr", lr, lr >= 0, ">= 0"),
+            ("alpha", alpha, 0 <= alpha < 1, "in [0, 1)"),
+            ("eps", eps, eps >= 0, ">= 0"),
+        ):
+            if not valid:
+                message = f"GroupRMSprop: {name} must be {expected}, found {value!r}."
+                raise OptionError(message, argument=name)
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
-        first = self.param_groups[0]
-        if any((g["alpha"], g["eps"]) != (first["alpha"], first["eps"]) for g in self.param_groups):
+        if len({(group["alpha"], group["eps"]) for group in self.param_groups}) > 1:
             raise OptionError(
-                "GroupRMSprop: alpha and eps are shared by all groups; only lr may differ."
+                "GroupRMSprop: alpha and eps are shared by all groups; only lr may differ.",
+                argument="params",
             )
 
     @property
     def step_size(self) -> float:
         """Factor of the gradient in the last step of the first group; 0.0 before the first step."""
-        shared = self.state.get(self.param_groups[0]["params"][0], {})
-        return float(self.param_groups[0]["lr"] * shared["scale"]) if "scale" in shared else 0.0
+        return float(self.param_groups[0]["lr"] * self._last("scale"))
 
     @property
     def flow_time(self) -> float:
         """Sum of the step sizes so far: the time of the gradient flow that the first group follows."""
-        shared = self.state.get(self.param_groups[0]["params"][0], {})
-        return float(shared["elapsed"]) if "elapsed" in shared else 0.0
+        return float(self._last("elapsed"))
+
+    def _last(self, name: str) -> Any:
+        return self.state.get(self.param_groups[0]["params"][0], {}).get(name, 0.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy the state of another optimizer in; the two share nothing afterwards."""
+        """Copy the state of another optimizer; the two share nothing afterwards."""
         super().load_state_dict(copy.deepcopy(state_dict))
 
     @torch.no_grad()
@@ -75,17 +78,29 @@ class GroupRMSprop(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        moved = [
+            (p, p.grad, group["lr"])
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ]
-        if not gradients:
+        if not moved:
             return loss
-        alpha, eps = self.param_groups[0]["alpha"], self.param_groups[0]["eps"]
-        # State lives at the first parameter, where torch saves and loads it like any other.
-        shared = self.state[self.param_groups[0]["params"][0]]
-        square = torch.stack([_square(g) for g in gradients]).sum()
-        on_host = _on_host(square)
-        host: float | None
+        square = torch.stack([_square(gradient) for _, gradient, _ in moved]).sum()
+        scale = self._next_scale(square)
+        for p, gradient, lr in moved:
+            if isinstance(scale, float):
+                p.add_(gradient, alpha=-lr * scale)
+            else:  # stay on the device: reading the scale would wait for it
+                p.addcmul_(gradient, scale.to(p.dtype), value=-lr)
+        return loss
+
+    def _next_scale(self, square: Tensor) -> float | Tensor:
+        """Add a squared gradient to the average; return ``1 / (root + eps)``, a float on the CPU."""
+        group, on_host = self.param_groups[0], _on_host(square)
+        alpha = group["alpha"]
+        # state lives at the first parameter, where torch saves and loads it like any other
+        shared = self.state[group["params"][0]]
         if not shared:
             shared["step"] = 0 if on_host else torch.zeros_like(square)
             shared["square_average"], shared["scale"] = square * 0, square * 0
@@ -94,25 +109,15 @@ class GroupRMSprop(torch.optim.Optimizer):
             shared["step"] = shared["step"].to(square.device)  # read from a file, it is on the host
         shared["step"] += 1
         average = shared["square_average"] * alpha + square * (1 - alpha)
-        scale = 1 / ((average / _correction(alpha, shared["step"])).sqrt() + eps)
+        scale = 1 / ((average / _correction(alpha, shared["step"])).sqrt() + group["eps"])
         if on_host:
             shared["square_average"], shared["scale"] = average, scale
-            host = float(scale)
-            shared["elapsed"] += self.param_groups[0]["lr"] * host
         else:  # in place, and counted on the device: a captured CUDA graph replays exactly this
             shared["square_average"].copy_(average)
             shared["scale"].copy_(scale)
-            shared["elapsed"] += self.param_groups[0]["lr"] * scale
-            host = None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if host is not None:
-                    p.add_(p.grad, alpha=-group["lr"] * host)
-                else:  # stay on the device: reading the scale would wait for it
-                    p.addcmul_(p.grad, scale.to(p.dtype), value=-group["lr"])
-        return loss
+        result = float(scale) if on_host else scale
+        shared["elapsed"] += group["lr"] * result
+        return result
 
 
 def _on_host(x: Tensor) -> bool:
@@ -120,7 +125,7 @@ def _on_host(x: Tensor) -> bool:
 
 
 def _correction(alpha: float, step: int | Tensor) -> float | Tensor:
-    """``1 - alpha**step``, exact in floats as well."""
+    """Return ``1 - alpha**step``, exact in floats as well."""
     log = math.log(alpha) if alpha > 0 else -math.inf
     return -torch.expm1(step * log) if isinstance(step, Tensor) else -math.expm1(step * log)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ class Completion:
         sizes: Mode sizes.
         index: Indices of the observed entries, ``(B, N)`` int64.
         values: Observed entries, ``(B,)``.
-        test_index: Indices of unseen entries; ``None`` if nothing is known of them.
+        test_index: Indices of unseen entries; ``None`` if none are known.
         test_values: Unseen entries, or ``None``.
     """
 
@@ -39,23 +38,32 @@ class Completion:
         test_index: Tensor | None = None,
         test_values: Tensor | None = None,
     ) -> None:
-        self.sizes = check_sizes(sizes, _length(sizes))
+        listed = tuple(sizes) if np.iterable(sizes) else ()
+        if not listed:
+            raise ShapeError(
+                f"completion: sizes must be one integer for each mode, found {sizes!r}.",
+                argument="sizes",
+            )
+        self.sizes = check_sizes(listed, len(listed))
         self.index, self.values = _check_entries(index, values, self.sizes)
         self.test_index: Tensor | None = None
         self.test_values: Tensor | None = None
         if (test_index is None) != (test_values is None):
-            raise OptionError("completion: give test_index and test_values together, or neither.")
+            raise OptionError(
+                "completion: give test_index and test_values together, or neither.",
+                argument="test_index",
+            )
         if test_index is not None and test_values is not None:
             self.test_index, self.test_values = _check_entries(test_index, test_values, self.sizes)
         self._plans: dict[tuple[Network, torch.device, bool], Plan] = {}
 
     def loss(self, model: nn.Module) -> Tensor:
-        """``1/B Σ_b |W[index_b] - values_b|²`` over the observed entries: scalar, differentiable."""
-        return _mean_square(self._predict(model, seen=True) - self.values)
+        """Return ``1/B Σ_b |W[index_b] - values_b|²`` over the observed entries; scalar, differentiable."""
+        return _mean_square(self._predict(model) - self.values)
 
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
-        """``‖W - W*‖ / ‖W*‖`` over the unseen entries; 1.0 is what predicting zero gives.
+        """Return ``‖W - W*‖ / ‖W*‖`` over the unseen entries; predicting zero gives 1.0.
 
         If all of them are zero, it is 0.0 or infinite.
 
@@ -68,28 +76,28 @@ class Completion:
                 "  give completion(index=, values=, sizes=, test_index=, test_values=),\n"
                 "  or a target to sample from"
             )
-        return relative_error(self._predict(model, seen=False), self.test_values)
+        return relative_error(self._predict(model, unseen=True), self.test_values)
 
     @torch.no_grad()
     def train_error(self, model: nn.Module) -> float:
-        """``‖W - W*‖ / ‖W*‖`` over the observed entries."""
-        return relative_error(self._predict(model, seen=True), self.values)
+        """Return ``‖W - W*‖ / ‖W*‖`` over the observed entries."""
+        return relative_error(self._predict(model), self.values)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Completion:
-        """The same task on another device or in another dtype."""
-        tested = self.test_index is not None and self.test_values is not None
+        """Return the same task on another device or in another dtype."""
+        test_index, test_values = self.test_index, self.test_values
         return Completion(
             self.index.to(device),
             self.values.to(device, dtype),
             self.sizes,
-            self.test_index.to(device) if tested else None,  # type: ignore[union-attr]
-            self.test_values.to(device, dtype) if tested else None,  # type: ignore[union-attr]
+            None if test_index is None else test_index.to(device),
+            None if test_values is None else test_values.to(device, dtype),
         )
 
-    def _predict(self, model: nn.Module, *, seen: bool) -> Tensor:
-        index = self.index if seen else self.test_index
+    def _predict(self, model: nn.Module, *, unseen: bool = False) -> Tensor:
+        index = self.test_index if unseen else self.index
         assert index is not None
         if not isinstance(model, Factorization):
             return model.entries(index)  # type: ignore[operator, no-any-return]
@@ -99,7 +107,7 @@ class Completion:
                 f"the model is on {model.device}, the task on {self.values.device}; "
                 "write task.to(model.device)."
             )
-        key = (model.network, model.device, seen)
+        key = (model.network, model.device, unseen)
         if key not in self._plans:  # checked and planned once, not at every step
             self._plans[key] = plan(model.network, index=index.to(model.device))
         return model.entries(self._plans[key])
@@ -125,32 +133,30 @@ class Sensing:
         self.sizes = tuple(part.shape[1] for part in self.features)
 
     def loss(self, model: nn.Module) -> Tensor:
-        """``1/B Σ_b |<x_b0 ⊗ .. ⊗ x_bN-1, W> - values_b|²``: scalar, differentiable."""
+        """Return ``1/B Σ_b |<x_b0 ⊗ .. ⊗ x_bN-1, W> - values_b|²``: scalar, differentiable."""
         if isinstance(model, Factorization):
             _check_model(model, self.sizes)
         return _mean_square(model(self.features) - self.values)
 
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
-        """``‖W - W*‖ / ‖W*‖`` over all entries, none of which was seen by itself."""
+        """Return ``‖W - W*‖ / ‖W*‖`` over all entries, of which only projections were observed."""
         if self.target is None:
             raise OptionError("test_error: this task does not know its target tensor.")
         return relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
 
     @torch.no_grad()
     def train_error(self, model: nn.Module) -> float:
-        """``‖y - y*‖ / ‖y*‖`` over the measurements."""
+        """Return ``‖y - y*‖ / ‖y*‖`` over the measurements."""
         return relative_error(model(self.features), self.values)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Sensing:
-        """The same task on another device or in another dtype."""
-        target = None if self.target is None else self.target.to(device, dtype)
+        """Return the same task on another device or in another dtype."""
+        *features, values = (part.to(device, dtype) for part in (*self.features, self.values))
         return Sensing(
-            [part.to(device, dtype) for part in self.features],
-            self.values.to(device, dtype),
-            target,
+            features, values, None if self.target is None else self.target.to(device, dtype)
         )
 
     def __repr__(self) -> str:
@@ -169,20 +175,23 @@ def completion(
     test_index: Tensor | None = None,
     test_values: Tensor | None = None,
 ) -> Completion:
-    """Tensor completion: ``completion(target, samples)``, or entries of your own by their index.
+    """Complete a tensor from some of its entries: drawn from a target, or your own by their index.
 
     Args:
         target: Dense tensor, or a ``Factorization`` that stands for one.
-        samples: How many entries are observed, uniformly without replacement; a float in (0, 1) is
-            the observed share. The rest is the test set.
+        samples: Number of observed entries, drawn uniformly without replacement; a float in (0, 1) is
+            their share. The other entries are the test set.
         seed: Chooses the entries, the same ones on every device.
-        missing: ``"nan"`` says that NaN in the target marks entries that were never measured: they
-            are neither observed nor tested. Without it NaN is refused.
+        missing: ``"nan"`` if NaN in the target marks entries that were never measured: they are neither
+            observed nor tested. Otherwise NaN is refused.
         index: Observed multi-indices ``(B, N)``, int64.
         values: Their values ``(B,)``.
         sizes: Mode sizes.
         test_index: Unseen multi-indices to test on, if there are any.
         test_values: Their values.
+
+    Returns:
+        The task; ``task.loss`` is what ``fit`` minimises.
 
     Raises:
         DataError: NaN without ``missing="nan"``, infinite or integer data, an index out of range,
@@ -194,15 +203,9 @@ def completion(
         >>> task
         <Completion of (4, 4): 8 entries observed, 8 unseen>
     """
-    own = index is not None or values is not None or sizes is not None
-    if own:
-        if (
-            target is not None
-            or samples is not None
-            or index is None
-            or values is None
-            or sizes is None
-        ):
+    if not (index is None and values is None and sizes is None):
+        drawn = target is not None or samples is not None
+        if drawn or index is None or values is None or sizes is None:
             raise OptionError(
                 "completion: give either target and samples, or index=, values= and sizes=."
             )
@@ -210,19 +213,27 @@ def completion(
             raise OptionError("completion: seed and missing are for a target to sample from.")
         return Completion(index, values, sizes, test_index, test_values)
     if test_index is not None or test_values is not None:
-        raise OptionError("completion: a target brings its own test entries; leave test_index out.")
-    dense = _target(target, "completion", missing)
+        raise OptionError(
+            "completion: a target brings its own test entries; leave test_index out.",
+            argument="test_index",
+        )
+    if missing not in (None, "nan"):
+        raise OptionError(
+            f"completion: unknown missing={missing!r}; write missing='nan' or leave it out.",
+            argument="missing",
+        )
+    dense = _check_target(target, "completion", may_miss=missing is not None)
     known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
-    count = _count(samples, len(known), "completion")
+    count = _count_samples(samples, len(known))
     order = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
-    multi = torch.stack(torch.unravel_index(order, dense.shape), 1).to(dense.device)
-    picked = dense.reshape(-1)[order.to(dense.device)]
-    rest = (multi[count:], picked[count:]) if count < len(order) else (None, None)
-    return Completion(multi[:count], picked[:count], dense.shape, *rest)
+    rows = torch.stack(torch.unravel_index(order, dense.shape), 1).to(dense.device)
+    entries = dense.reshape(-1)[order.to(dense.device)]
+    rest = (rows[count:], entries[count:]) if count < len(order) else (None, None)
+    return Completion(rows[:count], entries[:count], dense.shape, *rest)
 
 
 def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
-    """Rank-one sensing: inner products of the target with random Gaussian rank-one tensors.
+    """Measure a target's inner products with random Gaussian rank-one tensors.
 
     The factors of a measurement are normal with variance ``(Π D_n)^{-1/N}``, so that a measurement
     tensor has norm 1 on average.
@@ -235,7 +246,7 @@ def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
     Raises:
         DataError: NaN, infinite or integer data, or no measurements.
     """
-    dense = _target(target, "sensing", None)
+    dense = _check_target(target, "sensing")
     samples = check_integer(samples, 1, "sensing: samples", DataError)
     generator = torch.Generator().manual_seed(seed)
     scale = math.exp(-math.log(dense.numel()) / (2 * dense.ndim))
@@ -243,72 +254,53 @@ def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
         (scale * torch.randn(samples, size, generator=generator, dtype=torch.float64)).to(dense)
         for size in dense.shape
     ]
-    # leaf by leaf, as a star of full joins with the target as its core
-    words = [get_symbol(0) + get_symbol(n + 1) for n in range(dense.ndim)]
-    core = "".join(get_symbol(n + 1) for n in range(dense.ndim))
+    batch, *modes = (get_symbol(n) for n in range(dense.ndim + 1))
+    words = [*(batch + mode for mode in modes), "".join(modes)]
     operands = [*features, dense]
-    call = einsum(
-        f"{','.join([*words, core])}->{get_symbol(0)}", *(tuple(o.shape) for o in operands)
-    )
-    values = call(operands)
-    return Sensing(features, values, dense)
+    call = einsum(f"{','.join(words)}->{batch}", *(tuple(o.shape) for o in operands))
+    return Sensing(features, call(operands), dense)
 
 
-def _target(target: Any, who: str, missing: str | None) -> Tensor:
-    if missing not in (None, "nan"):
-        raise OptionError(
-            f"{who}: unknown missing={missing!r}; write missing='nan' or leave it out.",
-            argument="missing",
-        )
+def _check_target(target: Any, who: str, *, may_miss: bool = False) -> Tensor:
+    """Return the target as a dense tensor, finite but for NaN where entries may be missing."""
     if target is None:
-        raise OptionError(f"{who}: a target tensor is missing.")
+        raise OptionError(f"{who}: a target tensor is missing.", argument="target")
     with torch.no_grad():
         dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
     dense = dense.detach()
     if dense.ndim == 0:
-        raise ShapeError(f"{who}: the target is a single number; it needs at least one mode.")
-    nan = int(torch.isnan(dense).sum()) if dense.numel() else 0
-    if nan and missing is None and (dense.is_floating_point() or dense.is_complex()):
+        raise ShapeError(
+            f"{who}: the target is a single number; it needs at least one mode.", argument="target"
+        )
+    unknown = torch.isnan(dense)
+    nan = int(unknown.sum())
+    if nan and not may_miss:
         raise DataError(
             f"{who}: the target has {nan} NaN entries of {dense.numel()}.\n"
             "  if they mark entries that were not measured: missing='nan'"
             + ("" if who == "completion" else "; sensing needs all entries"),
             argument="missing",
         )
-    check_numbers(torch.where(torch.isnan(dense), torch.zeros_like(dense), dense))
+    check_numbers(torch.where(unknown, torch.zeros_like(dense), dense))
     if nan == dense.numel():
-        raise DataError(f"{who}: all {nan} entries of the target are NaN.")
+        raise DataError(f"{who}: all {nan} entries of the target are NaN.", argument="target")
     return dense
 
 
-def _count(samples: int | float | None, known: int, who: str) -> int:
-    if (
-        not isinstance(samples, bool)
-        and isinstance(samples, float | np.floating)
-        and 0 < samples < 1
-    ):
+def _count_samples(samples: int | float | None, known: int) -> int:
+    if isinstance(samples, float | np.floating) and 0 < samples < 1:
         return max(1, round(float(samples) * known))
     try:
-        count = 0 if isinstance(samples, bool) else operator.index(samples)  # type: ignore[arg-type]
-    except TypeError:
+        count = check_integer(samples, 1, "samples")
+    except OptionError:
         count = 0
     if not 1 <= count <= known:
         raise DataError(
-            f"{who}: samples must be an integer from 1 to {known} (the known entries) or a share "
+            f"completion: samples must be an integer from 1 to {known} (the known entries) or a share "
             f"in (0, 1), found {samples!r}.",
             argument="samples",
         )
     return count
-
-
-def _length(sizes: Sequence[int]) -> int:
-    try:
-        length = len(sizes)
-    except TypeError:
-        length = 0
-    if length == 0:
-        raise ShapeError(f"completion: sizes must be one integer for each mode, found {sizes!r}.")
-    return length
 
 
 def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -316,7 +308,8 @@ def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tup
     if values.shape != (index.shape[0],):
         raise ShapeError(
             f"completion: {tuple(values.shape)} values for {index.shape[0]} rows of the index.\n"
-            f"  expected: ({index.shape[0]},)"
+            f"  expected: ({index.shape[0]},)",
+            argument="values",
         )
     return index, check_numbers(values)
 
@@ -334,8 +327,8 @@ def _mean_square(difference: Tensor) -> Tensor:
     )
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """``‖found - wanted‖ / ‖wanted‖``; 0.0 or infinite if nothing but zeros is wanted."""
-    norm = torch.linalg.vector_norm(wanted)
-    error = torch.linalg.vector_norm(found - wanted)
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    """Return ``‖x - expected‖ / ‖expected‖``; 0.0 or infinite if ``expected`` is zero."""
+    norm = torch.linalg.vector_norm(expected)
+    error = torch.linalg.vector_norm(x - expected)
     return float(error / norm) if norm > 0 else (math.inf if error > 0 else 0.0)

@@ -8,7 +8,6 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -57,15 +56,19 @@ class Trajectory:
         return self.last(name, max(len(self), 1))
 
     def last(self, name: str, rows: int = 1) -> Any:
-        """The last ``rows`` rows of one name (fewer if there are not so many), shaped as in ``run[name]``.
+        """Return the last ``rows`` rows of one name, or all if there are fewer, shaped as in ``run[name]``.
 
         For stop functions: it does not read all the rows before.
         """
         if name not in self._rows:
             raise OptionError(
-                f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}."
+                f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}.",
+                argument="name",
             )
-        return _stacked(self._rows[name][-check_integer(rows, 1, "last: rows") :])
+        values = self._rows[name][-check_integer(rows, 1, "last: rows") :]
+        if values and isinstance(values[0], dict):
+            return {key: np.stack([row[key] for row in values]) for key in values[0]}
+        return np.stack(values) if values else np.empty(0)
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one row. Every row must have the same names and shapes; nothing is added otherwise.
@@ -75,16 +78,15 @@ class Trajectory:
             DataError: A value that is no number, tensor or dict of them.
         """
         row = {name: _freeze(name, value) for name, value in values.items()}
-        if self._steps:
-            for name in {**row, **self._rows}:
-                now = _form(row.get(name))
-                before = _form(self._rows[name][-1]) if name in self._rows else None
-                if now != before:
-                    raise ShapeError(
-                        f"the observation {name!r} changed its form at step {step}.\n"
-                        f"  before: {before}\n  now:    {now}\n"
-                        "  an observation returns the same shapes (and keys) every time"
-                    )
+        for name in {**row, **self._rows} if self._steps else ():
+            now, before = _form(row.get(name)), _form(self._rows.get(name, [None])[-1])
+            if now != before:
+                raise ShapeError(
+                    f"the observation {name!r} changed its form at step {step}.\n"
+                    f"  before: {before}\n  now:    {now}\n"
+                    "  an observation returns the same shapes (and keys) every time",
+                    argument="values",
+                )
         for name, value in row.items():
             self._rows.setdefault(name, []).append(value)
         self._steps.append(int(step))
@@ -93,19 +95,17 @@ class Trajectory:
         """Write an ``.npz`` file, whole or not at all.
 
         Its arrays are ``steps``, every recorded name, and ``name/key`` for every key of a dict (a
-        number is appended where two would be called alike); ``about`` holds which is which.
+        number is appended where two would have the same title); ``about`` maps names to arrays.
         """
-        write_whole(path, lambda beside: self._write(beside, zipfile.ZIP_DEFLATED))
+        data = self._to_bytes(zipfile.ZIP_DEFLATED)
+        write_whole(path, lambda beside: beside.write_bytes(data))
 
     def to_bytes(self) -> bytes:
-        """What ``save`` writes, not compressed."""
-        held = io.BytesIO()
-        self._write(held, zipfile.ZIP_STORED)
-        return held.getvalue()
+        """Return what ``save`` writes, not compressed."""
+        return self._to_bytes(zipfile.ZIP_STORED)
 
-    def _write(self, to: Path | io.BytesIO, compression: int) -> None:
+    def _to_bytes(self, compression: int) -> bytes:
         arrays: dict[str, Array] = {"steps": self.steps}
-        names: dict[str, Any] = {}
 
         def put(title: str, array: Array) -> str:
             unique, count = title, 1
@@ -115,6 +115,7 @@ class Trajectory:
             arrays[unique] = array
             return unique
 
+        names: dict[str, Any] = {}
         for name in self._rows:
             value = self[name]
             if isinstance(value, dict):
@@ -123,19 +124,20 @@ class Trajectory:
                 ]
             else:
                 names[name] = put(name, value)
-        about = json.dumps({"stop_reason": self.stop_reason, "names": names})
-        arrays["about"] = np.array(about)
+        arrays["about"] = np.array(json.dumps({"stop_reason": self.stop_reason, "names": names}))
 
         # numpy's savez takes names as keyword arguments, of which some are its own
-        with zipfile.ZipFile(to, "w", compression) as file:
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w", compression) as file:
             for title, array in arrays.items():
                 with file.open(f"{title}.npy", "w", force_zip64=True) as raw:
                     np.lib.format.write_array(raw, np.asanyarray(array), allow_pickle=False)
+        return data.getvalue()
 
     @classmethod
-    def from_bytes(cls, held: bytes) -> Trajectory:
-        """Read what ``to_bytes`` gave."""
-        return cls._read(io.BytesIO(held))
+    def from_bytes(cls, data: bytes) -> Trajectory:
+        """Read what ``to_bytes`` returned."""
+        return cls._read(io.BytesIO(data))
 
     @classmethod
     def _read(cls, raw: BinaryIO) -> Trajectory:
@@ -145,19 +147,19 @@ class Trajectory:
             run.stop_reason = str(about["stop_reason"])
             run._steps = [int(step) for step in file["steps"]]
 
-            def rows(title: str) -> Array:
+            def column(title: str) -> Array:
                 array: Array = file[title]
                 if len(array) != len(run):
                     raise ValueError(f"{len(array)} rows of {title!r} for {len(run)} steps")
                 return array
 
-            for name, stored in about["names"].items():
-                if isinstance(stored, str):
-                    run._rows[name] = list(rows(stored))
+            for name, titles in about["names"].items():
+                if isinstance(titles, str):
+                    run._rows[name] = list(column(titles))
                     continue
-                columns = {_read_key(key): rows(title) for key, title in stored}
+                columns = {_read_key(key): column(title) for key, title in titles}
                 run._rows[name] = [
-                    {key: column[i] for key, column in columns.items()} for i in range(len(run))
+                    {key: values[i] for key, values in columns.items()} for i in range(len(run))
                 ]
         return run
 
@@ -173,23 +175,18 @@ class Trajectory:
             with open(path, "rb") as raw:
                 return cls._read(raw)
         except FileNotFoundError:
-            raise FileError(f"no such trajectory file: {path}") from None
+            raise FileError(f"no such trajectory file: {path}", argument="path") from None
         except Exception as error:
             raise FileError(
                 f"not a trajectory file: {path}\n  {type(error).__name__}: {error}\n"
-                "  expected: an .npz file that Trajectory.save wrote"
+                "  expected: an .npz file that Trajectory.save wrote",
+                argument="path",
             ) from None
 
     def __repr__(self) -> str:
         last = f", last step {self._steps[-1]}" if self._steps else ""
         names, state = ", ".join(self._rows), self.stop_reason or "running"
         return f"<Trajectory of {len(self)} rows{last}: {names}; {state}>"
-
-
-def _stacked(rows: list[Any]) -> Any:
-    if rows and isinstance(rows[0], dict):
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    return np.stack(rows) if rows else np.empty(0)
 
 
 def _freeze(name: str, value: Any) -> Any:
@@ -203,9 +200,9 @@ def _freeze_array(name: str, value: Any) -> Array:
         value = value.detach().resolve_conj().resolve_neg().cpu()
         if value.dtype == torch.bfloat16:
             value = value.float()  # numpy has no such type
-        # a copy: on the CPU .numpy() alone would go on changing with the weights
-        copied: Array = value.numpy().copy()
-        return copied
+        value = (
+            value.numpy()
+        )  # on the CPU it would go on changing with the weights, if not copied below
     try:
         array = np.array(value)
     except ValueError:
@@ -213,17 +210,16 @@ def _freeze_array(name: str, value: Any) -> Array:
     if array.dtype.kind not in "biufcU":
         raise DataError(
             f"the observation {name!r} is a {type(value).__name__}, which cannot be recorded.\n"
-            "  return a number, a tensor, or a dict of them"
+            "  return a number, a tensor, or a dict of them",
+            argument="values",
         )
     return array
 
 
 def _form(value: Any) -> Any:
-    return (
-        {k: v.shape for k, v in value.items()}
-        if isinstance(value, dict)
-        else getattr(value, "shape", None)
-    )
+    if isinstance(value, dict):
+        return {key: part.shape for key, part in value.items()}
+    return getattr(value, "shape", None)
 
 
 def _read_key(text: str) -> Any:
