@@ -12,7 +12,16 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, decompose, truncate
+from tnreg import (
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    SizeError,
+    TreeError,
+    decompose,
+    truncate,
+)
 from tnreg import algebra as al
 
 DTYPES = [torch.float64, torch.complex128]
@@ -363,97 +372,102 @@ def test_a_sum_that_cancels():
         al.linear_combination([], rtol=1e-3)
 
 
-def bonds_by_node(model):
-    return dict(zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True))
+def decaying(tree, size, rank, seed, dtype=torch.float64):
+    """Singular values that fall by a half from one to the next, all of the bond in use."""
+    model = Factorization(tree, size, rank, join="full", std=1.0, dtype=dtype,
+                          generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    falling = 0.5 ** torch.arange(rank)
+    weights = {v: w if v == tree.root else w * falling for v, w in model.weights.items()}
+    return Factorization.from_weights(tree, weights, join="full")
 
 
-@pytest.mark.parametrize("name", ["matrix", "cp-4", "one-child", "across", "mixed-arity", "named"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32, torch.complex64], ids=str)
-def test_cp_of_the_cores_finds_the_diagonal_joins(name, dtype):
-    """What had diagonal joins of these bonds gets them back, or less; the error is what the bound says."""
-    model = zoo.model_of(zoo.TREES[name], dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float64)
-    exact, eps = dense(model).to(wide), torch.finfo(dtype).eps
-    found = al.diagonal_joins(al.full_joins(model), ranks=bonds_by_node(model))
-    pairs = zip(found.network.bonds, model.network.bonds, strict=True)
-    assert found.dtype == dtype and all(ours <= theirs for ours, theirs in pairs)
-    assert set(found.network.joins) == {"leaf", "diagonal"}
-    size = torch.linalg.vector_norm(exact).item()
-    rounding = 50 * eps * size  # of the dense tensors
-    error = torch.linalg.vector_norm(dense(found).to(wide) - exact).item()
-    assert error <= 1e-10 * size + rounding and found.error_bound <= 1e-10 * size + rounding
+def relative_error(found, one, other):
+    """At any order: the norm of the difference to the exact product, by squares."""
+    exact = al.hadamard(one, other)
+    return math.exp((al.subtract(exact, found).log_norm() - exact.log_norm()).item())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, {0: 2, 1: 2}, {(0, 1): 2}])
+@pytest.mark.parametrize("name", zoo.TREES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cp_of_the_cores_measures_what_it_loses(ranks, dtype):
-    """The bound is the error itself, not an estimate, whatever the search has found."""
-    model = zoo.model_of(ModeTree.binary(4), "full", dtype=dtype, sizes=(4, 5, 4, 3))
-    found = al.diagonal_joins(model, ranks=ranks, tries=2, steps=8)
-    error = torch.linalg.vector_norm(dense(found) - dense(model)).item()
-    assert error == pytest.approx(found.error_bound, rel=1e-8)
-    limits = ranks if isinstance(ranks, dict) else dict.fromkeys(model.tree.nodes[:-1], ranks)
-    assert all(bonds_by_node(found)[node] <= limit for node, limit in limits.items())
-    again = al.diagonal_joins(model, ranks=ranks, tries=2, steps=8)
-    assert torch.equal(dense(again), dense(found))
-    if ranks == 1:
-        assert error > 0.1 * dense(model).norm()
-
-
-def test_cp_of_many_cores():
-    """Every one of sixty cores is found, as two axes of each have independent factors."""
-    model = Factorization(ModeTree.binary(64), 4, 3, std=1.0, dtype=torch.float64,
-                          generator=torch.Generator().manual_seed(0))  # fmt: skip
-    found = al.diagonal_joins(al.full_joins(model), ranks=3, tries=2)
-    assert found.error_bound <= 1e-10 * model.norm().item()
-
-
-def test_cp_of_a_matrix_is_the_best_one():
-    model = zoo.model_of(ModeTree([0, 1]), {(0, 1): "full"}, sizes=(6, 7))
-    wide = al.full_joins(
-        al.add(al.add(model, zoo.model_of(model.tree, "full", sizes=(6, 7), seed=1)), model)
-    )
-    values = torch.linalg.svdvals(dense(wide))
-    found = al.diagonal_joins(wide, ranks=2)
-    assert found.error_bound == pytest.approx(values[2:].square().sum().sqrt().item(), rel=1e-9)
-
-
-@pytest.mark.parametrize("power", [-200, 200])
-def test_cp_of_the_cores_at_any_scale(power):
-    model = al.scale(
-        al.scale(zoo.model_of(ModeTree.star(3)), 10.0 ** (power / 2)), 10.0 ** (power / 2)
-    )
-    found = al.diagonal_joins(al.full_joins(model), ranks=2)
-    exact = dense(model) / 10.0**power
-    assert torch.allclose(dense(found) / 10.0**power, exact, rtol=1e-9, atol=1e-11)
-    assert found.error_bound <= 1e-10 * 10.0**power
-    zero = al.diagonal_joins(al.full_joins(al.scale(model, 0.0)), ranks=1)
-    assert torch.equal(dense(zero), torch.zeros(2, 3, 5).double()) and zero.error_bound == 0
-
-
-def test_diagonal_joins_within_the_ranks_stay_what_they_are():
-    model = zoo.model_of(ModeTree.binary(4), root="ones")
-    found = al.diagonal_joins(model, ranks=4)
-    assert torch.equal(dense(found), dense(model)) and found.network == model.network
-    assert found.error_bound == 0
+def test_rounded_products_keep_the_tolerance(name, dtype):
+    models = every(name, dtype)
+    for one, other in zip(models, [*models[1:], models[0]], strict=True):
+        exact = dense(one) * dense(other)
+        size = torch.linalg.vector_norm(exact)
+        for rtol in (1e-10, 1e-2):
+            found = al.hadamard(one, other, rtol=rtol)
+            error = torch.linalg.vector_norm(dense(found) - exact)
+            assert error <= rtol * size and error <= found.error_bound * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ranks": 0}, "needs a positive integer, found 0"),
-        ({"ranks": {(0, 1, 2, 3): 2}}, "has no bond above it"),
-        ({"ranks": {0: 1, 1: 2}}, r"(?s)children of node \(0, 1\) share their bond.*\[1, 2\]"),
-        ({"ranks": 1, "tries": 0}, "tries must be an integer >= 1"),
-        ({"ranks": 1, "steps": 0.5}, "steps must be an integer >= 1"),
-    ],
+    "tree", [ModeTree.binary(8), ModeTree.caterpillar(8)], ids=["binary", "train"]
 )
-def test_cp_of_the_cores_refuses(options, message):
-    with pytest.raises(OptionError, match=message):
-        al.diagonal_joins(zoo.model_of(ModeTree.binary(4), "full"), **options)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_products_of_wide_bonds(tree, dtype):
+    """Bonds of a product beyond the size of its modes; the result is hardly larger than the best one."""
+    one, other = (decaying(tree, 4, 8, seed, dtype) for seed in (0, 1))
+    exact = dense(one) * dense(other)
+    size = torch.linalg.vector_norm(exact)
+    for rtol in (1e-1, 1e-3, 1e-8):
+        found = al.hadamard(one, other, rtol=rtol)
+        error = torch.linalg.vector_norm(dense(found) - exact)
+        assert error <= rtol * size and error <= found.error_bound <= 1.01 * rtol * size
+        best = truncate(decompose(exact, tree, rtol=1e-10), rtol=rtol)
+        assert sum(found.network.bonds) <= 1.3 * sum(best.network.bonds)
+    found, best = al.hadamard(one, other, ranks=8), truncate(decompose(exact, tree), ranks=8)
+    error, least = (torch.linalg.vector_norm(dense(m) - exact) for m in (found, best))
+    assert max(found.network.bonds) == 8 and least <= found.error_bound <= 2 * least
+    assert error <= 1.2 * least
+    assert max(al.hadamard(one, other, ranks=8, rtol=1e-8).network.bonds) == 8
+    assert max(al.hadamard(one, other, ranks={tree.interior[0]: 2}, rtol=1e-2).network.bonds) > 2
 
 
-def test_cp_of_a_large_core_is_refused():
-    wide = Factorization(ModeTree.star(3), 50, 50, join="full", std=1.0, dtype=torch.float64)
-    with pytest.raises(OptionError, match="the search at node .0, 1, 2. has 6000 unknowns"):
-        al.diagonal_joins(wide, ranks=40)
+@pytest.mark.parametrize(("order", "rank", "power"), [(64, 5, 0), (1024, 2, -200), (1024, 2, 200)])
+def test_rounded_products_of_any_order_and_scale(order, rank, power):
+    one, other = (decaying(ModeTree.binary(order), 2, rank, seed) for seed in (0, 1))
+    one = al.scale(al.scale(one, 10.0 ** (power / 2)), 10.0 ** (power / 2))
+    found = al.hadamard(one, other, rtol=1e-3)
+    assert all(bool(torch.isfinite(w).all()) for w in found.weights.values())
+    assert relative_error(found, one, other) <= 1e-3
+
+
+def test_rounded_products_of_columns_of_far_apart_scales():
+    """Scales of 1e150 and 1e-150 that meet again above."""
+    one = zoo.model_of(ModeTree.binary(4), "full")
+    weights = {v: w.detach().clone() for v, w in one.weights.items()}
+    weights[0][:, 0] *= 1e150
+    weights[(0, 1)][0] /= 1e150
+    found = al.hadamard(Factorization.from_weights(one.tree, weights), one, rtol=1e-8)
+    exact = dense(one) ** 2
+    assert torch.linalg.vector_norm(dense(found) - exact) <= 1e-8 * torch.linalg.vector_norm(exact)
+
+
+def test_products_that_vanish():
+    tree = ModeTree.binary(4)
+    left, right = (
+        decompose(torch.zeros(4, 4, 4, 4).double().index_fill(0, torch.tensor(rows), 1.0), tree)
+        for rows in ([0, 1], [2, 3])
+    )
+    for one, other in ((left, right), (left, al.scale(left, 0.0))):
+        assert dense(al.hadamard(one, other, rtol=1e-3)).norm() <= 1e-14 * left.norm() ** 2
+
+
+def test_dtypes_of_rounded_products():
+    tree = ModeTree.binary(4)
+    one = decaying(tree, 4, 5, 0, torch.float32)
+    for dtype in (torch.float32, torch.complex128):
+        assert al.hadamard(one, decaying(tree, 4, 5, 1, dtype), rtol=1e-3).dtype == dtype
+
+
+def test_rounded_products_refuse(monkeypatch):
+    one = zoo.model_of(ModeTree.star(4))
+    with pytest.raises(ShapeError, match="same tree"):
+        al.hadamard(one, zoo.model_of(ModeTree.binary(4)), rtol=1e-3)
+    with pytest.raises(OptionError, match="rtol must be a number in"):
+        al.hadamard(one, one, rtol=2.0)
+    wide = Factorization(ModeTree.binary(8), 2, 100, join="full", dtype=torch.float64)
+    monkeypatch.setattr("tnreg.algebra.arithmetic.available", lambda device: 10**9)
+    for options in ({}, {"ranks": 3}):
+        with pytest.raises(SizeError, match=r"(?s)the exact product would not .* available on cpu"):
+            al.hadamard(wide, wide, **options)

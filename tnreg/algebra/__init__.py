@@ -1,8 +1,8 @@
-"""Arithmetic of factorizations along one tree: results are factorizations again, nothing is densified.
+"""Arithmetic of factorizations along one tree; results are factorizations, nothing is made dense.
 
 Sums add bonds, entrywise products multiply them; ``truncate`` brings them down again. Every function
-leaves its arguments alone; a result is a new model with weights of its own, not connected to theirs by
-autograd.
+leaves its arguments alone. A result is a new model with weights of its own, which autograd does not
+connect to theirs.
 """
 
 from tnreg.algebra.arithmetic import add, hadamard, linear_combination, scale, subtract

@@ -1,9 +1,4 @@
-"""Arithmetic of factorizations along one tree: results are factorizations again, nothing is densified.
-
-Sums add bonds, entrywise products multiply them; ``truncate`` brings them down again. Every function
-leaves its arguments alone; a result is a new model with weights of its own, not connected to theirs by
-autograd.
-"""
+"""Sums, multiples and entrywise products."""
 
 from __future__ import annotations
 
@@ -13,20 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tnreg.algebra.products import rounded_product
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.assembly import spread, weights_of
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import NEVER_MIND, available, does_not_fit
 from tnreg.ranks.decompose import truncate
 from tnreg.trees.reading import Node
 
-# Weights of an entrywise product that is formed before it is rounded: faster up to about here (full
-# joins of bonds 12 and 12 at order 16 take the same time either way), in some 500 MB.
-_LARGEST_PRODUCT = 2**24
-
 
 def add(one: Factorization, other: Factorization) -> Factorization:
-    """``one + other``, entry by entry; bonds are the sums of theirs.
+    """Add entry by entry: ``one + other``, whose bonds are the sums of theirs.
 
     Args:
         one: A factorization.
@@ -36,32 +27,20 @@ def add(one: Factorization, other: Factorization) -> Factorization:
     Raises:
         ShapeError: Another tree or other sizes.
     """
-    pairs, joins = _paired(one, other)
+    pairs, joins = _pair_weights(one, other)
     weights: dict[Node, Tensor] = {}
-    for i, (a, b) in enumerate(pairs):
-        node = one.tree.nodes[i]
-        if a is None or b is None:  # both roots are of ones, and so is the result's
-            continue
-        # a leaf's mode is common to both; all other axes are blocks beside each other
-        common = not one.tree.links[i]
-        shape = [
-            n if common and axis == 0 else n + m
-            for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
-        ]
-        whole = a.new_zeros(shape)
-        first = tuple(slice(0, n) for n in a.shape)
-        second = tuple(
-            slice(0, m) if common and axis == 0 else slice(n, n + m)
-            for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
-        )
-        whole[first] += a
-        whole[second] += b
-        weights[node] = whole
+    for node, (a, b) in pairs.items():
+        modes = _mode_axes(one, node)  # all other axes hold the two blocks one after the other
+        sizes = list(enumerate(zip(a.shape, b.shape, strict=True)))
+        block = a.new_zeros([n if axis in modes else n + m for axis, (n, m) in sizes])
+        block[tuple(slice(n) for n in a.shape)] = a
+        block[tuple(slice(0 if axis in modes else n, None) for axis, (n, _) in sizes)] = b
+        weights[node] = block
     return Factorization.from_weights(one.tree, weights, join=joins)
 
 
 def subtract(one: Factorization, other: Factorization) -> Factorization:
-    """``one - other``, entry by entry; see ``add``."""
+    """Subtract entry by entry: ``one - other``; see ``add``."""
     return add(one, scale(other, -1.0))
 
 
@@ -72,12 +51,12 @@ def linear_combination(
     rtol: float,
     ranks: int | Mapping[Node, int] | None = None,
 ) -> Factorization:
-    """``sum_k c_k models[k]``, rounded on the way: bonds never hold more than a rounded sum and one term.
+    """Return ``sum_k c_k models[k]``, rounded as it grows: bonds never exceed a rounded sum and one term.
 
     Args:
         models: Factorizations over one tree and sizes.
         coefficients: One number for each; ones if left out.
-        rtol: ``‖S - found‖ <= rtol ‖S‖`` for the exact sum S, unless ``ranks`` cut further.
+        rtol: ``‖S - result‖ <= rtol ‖S‖`` for the exact sum S, unless ``ranks`` cut further.
         ranks: Largest bond of the result: one integer, or ``{node: integer}``.
 
     Returns:
@@ -87,67 +66,60 @@ def linear_combination(
         OptionError: No models, another number of coefficients, or ``rtol`` outside ``[0, 1)``.
         ShapeError: Another tree or other sizes.
 
-    Cost: an inner product for every pair of models, which tells the norm of the sum, and one rounding per
-    model. If the terms cancel to less than 1e-7 of their size that norm is lost in rounding: nothing is
-    then cut on the way but what is zero to rounding.
+    Cost: an inner product for every pair of models, which give the norm of the sum, and one rounding per
+    model. If the terms cancel to less than 1e-7 of their size, that norm is lost in rounding: partial
+    sums then lose only what is zero to rounding.
     """
-    terms = list(models)
-    factors = [1.0] * len(terms) if coefficients is None else list(coefficients)
-    if not terms or len(factors) != len(terms):
+    models = list(models)
+    factors = [1.0] * len(models) if coefficients is None else list(coefficients)
+    if not models or len(factors) != len(models):
         raise OptionError(
             "linear_combination needs models and as many coefficients, "
-            f"found {len(terms)} and {len(factors)}."
+            f"found {len(models)} and {len(factors)}."
         )
-    scaled = [
+    terms = [
         model if factor == 1 else scale(model, factor)
-        for model, factor in zip(terms, factors, strict=True)
+        for model, factor in zip(models, factors, strict=True)
     ]
-    for model in scaled:
-        _paired(scaled[0], model)
-    # what may be lost in all, as a number; half of it in equal parts on the way
-    allowed = rtol * _least_norm_of_sum(scaled)
-    part = allowed / 2 / max(len(scaled) - 2, 1)
-    total, lost = scaled[0], 0.0
-    for k, model in enumerate(scaled[1:], 1):
-        total = add(total, model)
-        if k < len(scaled) - 1:
-            size = total.norm().item()
-            share = part / size if 0 < size < math.inf else 0.0
-            total = truncate(total, rtol=min(share, 0.5) if share > 0 else None)
+    for term in terms:
+        _check_pair(terms[0], term)
+    # half of the error allowed is spent on the partial sums, in equal parts
+    step = rtol * _least_norm_of_sum(terms) / 2 / max(len(terms) - 2, 1)
+    total, lost = terms[0], 0.0
+    for k, term in enumerate(terms[1:], 1):
+        total = add(total, term)
+        if k < len(terms) - 1:
+            norm = total.norm().item()
+            share = min(step / norm, 0.5) if 0 < norm < math.inf else 0.0
+            total = truncate(total, rtol=share or None)
             lost += total.error_bound or 0.0
-    size = total.norm().item()
-    left = rtol
-    if lost > 0 and 0 < size < math.inf:
-        # of the exact sum, which is at least as large as this
-        left = max(rtol * (size - lost) - lost, 0.0) / size
-    found = truncate(total, rtol=left, ranks=ranks)
-    found.error_bound = (found.error_bound or 0.0) + lost
-    return found
+    norm = total.norm().item()
+    if lost > 0 and 0 < norm < math.inf:  # the exact sum has a norm of at least norm - lost
+        rtol = max(rtol * (norm - lost) - lost, 0.0) / norm
+    result = truncate(total, rtol=rtol, ranks=ranks)
+    result.error_bound = (result.error_bound or 0.0) + lost
+    return result
 
 
 def _least_norm_of_sum(models: Sequence[Factorization]) -> float:
-    """A lower bound of the norm of a sum, from inner products; 0 if rounding leaves none."""
-    square = rounding = 0.0
+    """Bound the norm of a sum from below by inner products; 0 if rounding hides it."""
+    square = magnitude = 0.0
     with torch.no_grad():
         for i, one in enumerate(models):
             for j, other in enumerate(models[: i + 1]):
                 value = complex(one.inner(other)).real * (1 if i == j else 2)
-                square, rounding = square + value, rounding + abs(value)
+                square, magnitude = square + value, magnitude + abs(value)
     eps = max(torch.finfo(model.dtype).eps for model in models)
-    least = square - 64 * len(models[0].tree.nodes) * eps * rounding
+    least = square - 64 * len(models[0].tree.nodes) * eps * magnitude
     return math.sqrt(least) if 0 < least < math.inf else 0.0
 
 
 def scale(model: Factorization, factor: float | complex) -> Factorization:
-    """The tensor times a number; a root of ones gets a weight if needed, as no leaf is changed."""
+    """Multiply the tensor by a number, in the root's weight; a root of ones becomes a weight."""
     with torch.no_grad():
-        weights, joins = weights_of(model, ones=False), model.network.named_joins
-        if isinstance(factor, complex):
-            dtype = torch.promote_types(model.dtype, torch.complex64)
-            weights = {node: w.to(dtype) for node, w in weights.items()}
-        root = model.tree.root
+        weights, root = weights_of(model, ones=False), model.tree.root
         weights[root] = weights[root] * factor
-        return Factorization.from_weights(model.tree, weights, join=joins)
+        return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
 
 
 def hadamard(
@@ -156,65 +128,94 @@ def hadamard(
     *,
     rtol: float | None = None,
     ranks: int | Mapping[Node, int] | None = None,
-    seed: int = 0,
 ) -> Factorization:
-    """``one * other``, entry by entry.
+    """Multiply entry by entry: ``one * other``.
 
-    Without ``rtol`` and ``ranks`` exact, and bonds are the products of theirs. With them the product is
-    rounded, and where it would have more than 2**24 weights never formed: it is projected on what
-    random tensors show of it, more and more of them until the error is small enough, and rounded then.
+    Without ``rtol`` and ``ranks`` exact, and bonds are the products of theirs. With either, the exact
+    product is formed and rounded by ``truncate``.
 
     Args:
         one: A factorization.
         other: Another over the same tree and sizes.
-        rtol: ``‖P - found‖ <= rtol ‖P‖`` for the exact product P, unless ``ranks`` cut further. From
-            1e-6 on, and if the norm of P can be computed in some seconds (bonds up to
-            about 16 and 16 at full binary joins and order 8, 12 and 12 at order 64; hundreds at diagonal
-            joins and in tensor trains), the error is computed
-            and so guaranteed. Elsewhere it is estimated with 16 random tensors, with a reserve of 3.
+        rtol: ``‖P - result‖ <= rtol ‖P‖`` for the exact product P, unless ``ranks`` cut further.
         ranks: Largest bond: one integer, or ``{node: integer}``.
-        seed: Draws the random tensors.
 
     Returns:
-        A factorization; where it is rounded, with full joins. Its ``error_bound`` bounds the error; it
-        is ``None`` where the error is estimated, or not looked at for want of ``rtol``.
+        A factorization; where it is rounded, with full joins, and its ``error_bound`` bounds the error.
 
     Raises:
         ShapeError: Another tree or other sizes.
-        OptionError: ``rtol`` outside ``[0, 1)``, ranks that are no positive integers, or a result too
-            large for memory.
+        SizeError: The exact product would not fit into the memory available.
+        OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
 
-    Cost: rounded, with bonds R of both and k of the result, ``O(k**2 R**4)`` flops per binary node.
+    Cost: a binary full join of bonds R in both has ``R**6`` entries in the product (1.3e8 bytes at bonds
+    16 and 16, 8.6e9 at 32 and 32), and rounding takes ``O(R**8)`` flops there.
     """
-    pairs, joins = _paired(one, other)
-    if rtol is not None or ranks is not None:
-        if _product_size(one, other) > _LARGEST_PRODUCT:
-            return rounded_product(one, other, rtol=rtol, ranks=ranks, seed=seed)
-        return truncate(hadamard(one, other), rtol=rtol, ranks=ranks)
+    pairs, joins = _pair_weights(one, other)
+    modes = {node: _mode_axes(one, node) for node in pairs}
+    exact = rtol is None and ranks is None
+    if not exact:
+        _absorb_wide_leaves(one, pairs, joins, modes)
+    shapes = {
+        node: [
+            n if axis in modes[node] else n * m
+            for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
+        ]
+        for node, (a, b) in pairs.items()
+    }
+    _check_memory(pairs[0][0], sum(map(math.prod, shapes.values())), exact)
     weights: dict[Node, Tensor] = {}
-    for i, (a, b) in enumerate(pairs):
-        if a is None or b is None:
-            continue
-        if not one.tree.links[i]:  # rows belong to the mode: Kronecker products of the rows
-            weights[one.tree.nodes[i]] = (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1)
-        else:
-            weights[one.tree.nodes[i]] = torch.kron(a, b)
-    return Factorization.from_weights(one.tree, weights, join=joins)
+    for node, (a, b) in pairs.items():
+        for axis in reversed(range(a.ndim)):  # mode axes stay aligned, all others are crossed
+            a = a.unsqueeze(axis + 1)
+            b = b.unsqueeze(axis + (axis in modes[node]))
+        weights[node] = (a * b).reshape(shapes[node])
+    product = Factorization.from_weights(one.tree, weights, join=joins)
+    del weights  # the product holds copies
+    return product if exact else truncate(product, rtol=rtol, ranks=ranks)
 
 
-def _product_size(one: Factorization, other: Factorization) -> int:
-    """How many weights the exact product has."""
-    links, total = one.tree.links, 0
-    pairs = zip(one.weights.values(), other.weights.values(), strict=False)
-    for below, (a, b) in zip(links, pairs, strict=False):
-        total += a.numel() * b.numel() // (1 if below else a.shape[0])  # the mode is common
-    return total
+def _absorb_wide_leaves(
+    model: Factorization,
+    pairs: dict[Node, tuple[Tensor, Tensor]],
+    joins: Mapping[Node, str],
+    modes: dict[Node, set[int]],
+) -> None:
+    """Multiply leaves into full joins above where a product of bonds would exceed the mode's size."""
+    for node, (a, b) in pairs.items():
+        children = model.tree.children(node) if joins.get(node) == "full" else ()
+        for axis, child in enumerate(children):
+            left, right = pairs[child]
+            if _mode_axes(model, child) and left.shape[1] * right.shape[1] > len(left):
+                a, b = (
+                    torch.tensordot(w, leaf, ([axis], [1])).movedim(-1, axis)
+                    for w, leaf in ((a, left), (b, right))
+                )
+                pairs[child] = torch.eye(len(left)).to(left), left.new_ones(len(left), 1)
+                modes[node].add(axis)
+        pairs[node] = a, b
 
 
-def _paired(
-    one: Factorization, other: Factorization
-) -> tuple[list[tuple[Tensor | None, Tensor | None]], dict[Node, str]]:
-    """Weights of both by node, of one dtype and with the same joins; ``None`` for a root of ones."""
+def _check_memory(sample: Tensor, numbers: int, exact: bool) -> None:
+    """Raise SizeError if a product of so many weights would not fit; rounding works in double."""
+    kind = sample.dtype if exact else torch.promote_types(sample.dtype, torch.float64)
+    needed = (2 if exact else 5) * numbers * kind.itemsize
+    limit = available(sample.device) if needed > NEVER_MIND else None
+    if limit is not None and needed > limit:
+        raise does_not_fit(
+            "hadamard: the exact product", needed, limit,
+            "truncate the factors first, or use a tree with fewer children per node",
+            note=f", {numbers:.3g} weights and copies of them", device=str(sample.device),
+        )  # fmt: skip
+
+
+def _mode_axes(model: Factorization, node: Node) -> set[int]:
+    """Return which axes of a weight are modes: the first one of a leaf's."""
+    return set() if model.tree.children(node) else {0}
+
+
+def _check_pair(one: Factorization, other: Factorization) -> None:
+    """Raise an error unless both are factorizations over the same tree and sizes."""
     for model in (one, other):
         if not isinstance(model, Factorization):
             raise OptionError(f"expected a Factorization, found {type(model).__name__}.")
@@ -223,18 +224,26 @@ def _paired(
             "both factorizations need the same tree and sizes.\n"
             f"  found: {one.tree!r} {one.sizes}\n  and:   {other.tree!r} {other.sizes}"
         )
-    tree, dtype = one.tree, torch.promote_types(one.dtype, other.dtype)
+
+
+def _pair_weights(
+    one: Factorization, other: Factorization
+) -> tuple[dict[Node, tuple[Tensor, Tensor]], dict[Node, str]]:
+    """Weights of both by node, in one dtype and with equal joins; and those joins.
+
+    The root is left out if it is of ones in both.
+    """
+    _check_pair(one, other)
+    dtype = torch.promote_types(one.dtype, other.dtype)
     ones = one.network.root_ones and other.network.root_ones
-    kinds = [model.network.named_joins for model in (one, other)]
-    joins = {
-        v: "diagonal" if kinds[0][v] == kinds[1][v] == "diagonal" else "full" for v in tree.interior
-    }
-    sides: list[dict[Node, Tensor]] = []
+    kinds = one.network.named_joins, other.network.named_joins
+    joins = {node: kind if kinds[1][node] == kind else "full" for node, kind in kinds[0].items()}
+    sides = []
     with torch.no_grad():
-        for model, kind in zip((one, other), kinds, strict=True):
-            weights = weights_of(model, ones=ones)
-            for v in tree.interior:
-                if kind[v] == "diagonal" and joins[v] == "full":
-                    weights[v] = spread(weights[v], len(tree.children(v)))
-            sides.append({node: w.to(dtype) for node, w in weights.items()})
-    return [(sides[0].get(v), sides[1].get(v)) for v in tree.nodes], joins
+        for model, own in zip((one, other), kinds, strict=True):
+            weights = {node: w.to(dtype) for node, w in weights_of(model, ones=ones).items()}
+            for node, join in own.items():
+                if join != joins[node]:
+                    weights[node] = spread(weights[node], len(model.tree.children(node)))
+            sides.append(weights)
+    return {node: (a, sides[1][node]) for node, a in sides[0].items()}, joins

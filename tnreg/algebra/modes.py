@@ -27,26 +27,18 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
         TreeError: No such mode.
         ShapeError: A matrix of another shape.
     """
-    with torch.no_grad():
-        weights = dict(model.weights)
-        for mode, given in matrices.items():
-            _check_mode(model, mode)
-            matrix = check_numbers(as_tensor(given)).to(model.device)
-            if matrix.ndim != 2 or matrix.shape[1] != model.sizes[mode]:
-                raise ShapeError(
-                    f"mode_product: the matrix of mode {mode} does not fit.\n"
-                    f"  found:    {tuple(matrix.shape)}\n  expected: (any, {model.sizes[mode]})"
-                )
-            dtype = torch.promote_types(matrix.dtype, model.dtype)
-            weights[mode] = matrix.to(dtype) @ weights[mode].to(dtype)
-        return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+    weights = weights_of(model)
+    for mode, matrix in _check_arrays(model, matrices, "mode_product: the matrix", 2).items():
+        dtype = torch.promote_types(matrix.dtype, model.dtype)
+        weights[mode] = matrix.to(dtype) @ weights[mode].to(dtype)
+    return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
 
 
 def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factorization | Tensor:
     """Contract modes with vectors: ``W'[..] = sum_i v[i] W[.., i, ..]``; nothing is conjugated.
 
-    The modes that are left keep their order and are numbered anew. Nodes that lose all but one child
-    this way disappear with their weight multiplied into that child.
+    The remaining modes keep their order and are renumbered from 0. A node that loses all but one child
+    is removed, with its weight multiplied into that child.
 
     Args:
         model: A factorization.
@@ -60,17 +52,7 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
         ShapeError: A vector of another length.
     """
     with torch.no_grad():
-        checked: dict[int, Tensor] = {}
-        for mode, given in vectors.items():
-            _check_mode(model, mode)
-            vector = check_numbers(as_tensor(given)).to(model.device)
-            if vector.shape != (model.sizes[mode],):
-                raise ShapeError(
-                    f"contract_modes: the vector of mode {mode} does not fit.\n"
-                    f"  found:    {tuple(vector.shape)}\n  expected: ({model.sizes[mode]},)"
-                )
-            checked[mode] = vector
-        return contracted(model, checked)
+        return contracted(model, _check_arrays(model, vectors, "contract_modes: the vector", 1))
 
 
 def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization | Tensor:
@@ -79,54 +61,49 @@ def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization 
     Raises:
         TreeError: No such mode; negative ones do not count from the end.
     """
-    chosen = list(modes) if isinstance(modes, Iterable) else [modes]
-    for mode in chosen:
+    summed = list(modes) if isinstance(modes, Iterable) else [modes]
+    for mode in summed:
         _check_mode(model, mode)
-    ones = {mode: torch.ones(model.sizes[mode], dtype=model.dtype) for mode in chosen}
+    ones = {mode: torch.ones(model.sizes[mode], dtype=model.dtype) for mode in summed}
     return contract_modes(model, ones)
 
 
 def select(model: Factorization, key: Any) -> Factorization | Tensor:
-    """``W[key]`` as for arrays: an integer takes a mode away, a slice shortens it.
+    """Index as arrays do, ``W[key]``: an integer removes a mode, a slice shortens it.
 
     Args:
         model: A factorization.
         key: An integer (Python's, numpy's, torch's; negative ones count from the end), a slice (with
-            steps of either sign; bounds beyond the end are cut) or ``...``, or a tuple of them; what is
-            left out stays whole.
+            steps of either sign; bounds beyond the end are cut) or ``...``, or a tuple of them; modes
+            that are left out stay whole.
 
     Returns:
-        A factorization of the modes that are left, or a 0-dimensional tensor if none is.
+        A factorization of the remaining modes, or a 0-dimensional tensor if there is none.
 
     Raises:
         OptionError: Something else as a key (``None``, booleans, lists and arrays of indices, which
-            arrays know as well), a step of 0, or too many of them.
+            arrays accept as well), a step of 0, or too many of them.
         ShapeError: An integer out of range, or a slice of nothing.
     """
-    with torch.no_grad():
-        weights = dict(model.weights)
-        vectors: dict[int, Tensor] = {}
-        for mode, item in enumerate(_full_key(key, model.tree.order)):
-            size = model.sizes[mode]
-            if isinstance(item, slice):
-                try:
-                    rows = list(range(*item.indices(size)))
-                except (TypeError, ValueError) as error:
-                    raise OptionError(
-                        f"select: {item} of mode {mode} is no slice: {error}."
-                    ) from None
-                if not rows:
-                    raise ShapeError(f"select: {item} takes nothing of mode {mode}, size {size}.")
-                weights[mode] = weights[mode][rows]
-            else:
-                if not -size <= item < size:
-                    raise ShapeError(
-                        f"select: index {item} is out of range for mode {mode}, size {size}."
-                    )
-                vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
-                vectors[mode][item] = 1
-        shorter = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
-        return contracted(shorter, vectors) if vectors else shorter
+    weights = weights_of(model)
+    vectors: dict[int, Tensor] = {}
+    for mode, item in enumerate(_full_key(key, model.tree.order)):
+        size = model.sizes[mode]
+        if isinstance(item, slice):
+            try:
+                rows = list(range(*item.indices(size)))
+            except (TypeError, ValueError) as error:
+                raise OptionError(f"select: {item} of mode {mode} is no slice: {error}.") from None
+            if not rows:
+                raise ShapeError(f"select: {item} takes nothing of mode {mode}, size {size}.")
+            weights[mode] = weights[mode][rows]
+        elif -size <= item < size:
+            vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
+            vectors[mode][item] = 1
+        else:
+            raise ShapeError(f"select: index {item} is out of range for mode {mode}, size {size}.")
+    shorter = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+    return contract_modes(shorter, vectors) if vectors else shorter
 
 
 def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
@@ -137,21 +114,20 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     Raises:
         OptionError: ``order`` does not hold every mode once.
     """
-    new = list(order)
-    if sorted(new) != list(model.tree.leaves):
+    tree, order = model.tree, list(order)
+    if sorted(order) != list(tree.leaves):
         raise OptionError(
-            f"permute_modes: order must hold each of 0..{model.tree.order - 1} once, found {order!r}."
+            f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}."
         )
-    tree = model.tree
-    names = {tree.position(mode): n for n, mode in enumerate(new)}
-    with torch.no_grad():
-        links = {i: below for i, below in enumerate(tree.links) if below}
-        held = {tree.position(node): weight for node, weight in weights_of(model).items()}
-        kinds = {tree.position(node): kind for node, kind in model.network.named_joins.items()}
-        return assembled(len(tree.nodes) - 1, links, held, kinds, names)[0]
+    links = {i: below for i, below in enumerate(tree.links) if below}
+    weights = {tree.position(node): weight for node, weight in weights_of(model).items()}
+    joins = {tree.position(node): join for node, join in model.network.named_joins.items()}
+    modes = {tree.position(mode): n for n, mode in enumerate(order)}
+    return assembled(len(tree.nodes) - 1, links, weights, joins, modes)[0]
 
 
 def _check_mode(model: Factorization, mode: Any) -> None:
+    """Raise an error unless the model has this mode."""
     try:
         known = not isinstance(mode, bool) and 0 <= index(mode) < model.tree.order
     except TypeError:
@@ -160,29 +136,43 @@ def _check_mode(model: Factorization, mode: Any) -> None:
         raise TreeError(f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}.")
 
 
+def _check_arrays(
+    model: Factorization, arrays: Mapping[int, Any], what: str, axes: int
+) -> dict[int, Tensor]:
+    """Return finite tensors of that many axes whose last one fits the mode, or raise an error."""
+    tensors: dict[int, Tensor] = {}
+    for mode, array in arrays.items():
+        _check_mode(model, mode)
+        tensor, size = check_numbers(as_tensor(array)).to(model.device), model.sizes[mode]
+        if tensor.ndim != axes or tensor.shape[-1] != size:
+            raise ShapeError(
+                f"{what} of mode {mode} does not fit.\n  found:    {tuple(tensor.shape)}\n"
+                f"  expected: {f'(any, {size})' if axes == 2 else (size,)}"
+            )
+        tensors[mode] = tensor
+    return tensors
+
+
 def _full_key(key: Any, order: int) -> list[int | slice]:
-    """One integer or slice for every mode."""
+    """Return one integer or slice for every mode."""
     items = list(key) if isinstance(key, tuple) else [key]
     dots = [k for k, item in enumerate(items) if isinstance(item, EllipsisType)]
-    if len(dots) > 1 or len(items) - len(dots) > order:
+    missing = order - (len(items) - len(dots))
+    if len(dots) > 1 or missing < 0:
         raise OptionError(f"select: {key!r} is for other than {order} modes.")
     at = dots[0] if dots else len(items)
-    missing = order - (len(items) - len(dots))
-    items = [*items[:at], *[slice(None)] * missing, *items[at + len(dots) :]]
-    out: list[int | slice] = []
-    for item in items:
+    items[at : at + len(dots)] = [slice(None)] * missing
+    for k, item in enumerate(items):
         if isinstance(item, slice):
-            out.append(item)
             continue
         try:
             # a boolean is an integer to Python, but not to arrays
-            number = None if "bool" in str(getattr(item, "dtype", type(item))) else index(item)
+            if "bool" in str(getattr(item, "dtype", type(item))):
+                raise TypeError
+            items[k] = index(item)
         except TypeError:
-            number = None
-        if number is None:
             raise OptionError(
                 f"select: a key is an integer, a slice or '...' for each mode, found {item!r}.\n"
                 "  for some rows of a mode write algebra.mode_product(model, {mode: rows of the identity})"
-            )
-        out.append(number)
-    return out
+            ) from None
+    return items
