@@ -29,7 +29,7 @@ from tnreg.factorizations.components import balance_
 from tnreg.tensors.loading import load_tensor, open_tensor
 from tnreg.training.tasks import completion, sensing
 from tnreg.training.fit import fit
-from tnreg.cnns.cnn import from_cnn, to_cnn
+from tnreg.cnns.convnet import from_cnn, to_cnn
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.classifier import ConvAC, Representation
 from tnreg.cnns.export import export_onnx, export_pt2, export_state

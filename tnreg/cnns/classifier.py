@@ -18,8 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.cnns.cnn import from_cnn, to_cnn
-from tnreg.cnns.convnet import ConvNet
+from tnreg.cnns.convnet import ConvNet, from_cnn, to_cnn
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError, check_integer
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import is_file, metadata_of, read_safetensors, write_whole

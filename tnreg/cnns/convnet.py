@@ -1,32 +1,43 @@
-"""Networks of 1x1 convolutions and product pooling along a mode tree, as one ``nn.Module``.
+"""Networks of 1x1 convolutions and product pooling along a mode tree: what factorizations are.
 
-Every leaf's weight is a 1x1 convolution at its position, every interior node multiplies the channels of its
-children and convolves the result, the root is linear: a convolutional arithmetic circuit (Cohen, Sharir and
-Shashua 2016, arXiv:1509.05009).
+``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>``, computed from the leaves to the root, is a convolutional arithmetic
+circuit (Cohen, Sharir and Shashua 2016, arXiv:1509.05009; Razin, Maman and Cohen 2022,
+arXiv:2201.11729): every leaf's weight is a 1x1 convolution at its position, every interior node
+multiplies the channels of its children and convolves the product, and the root is linear. A star is a
+shallow network, a binary tree a deep one.
+
+| tree | network |
+|---|---|
+| nodes of one height | one layer |
+| bond above a node | channels of its convolution |
+| local component (v, r) | pooled channel r at v: filter r of every child, and what v reads from it |
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, final
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from tnreg.cnns.convnet_text import layer_lines
-from tnreg.cnns.pooling import Group, LocalConv, groups_of, pooled, rescaled, taken_over
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.cnns.pooling import FACTORS, LocalConv, pool, scaled_product, which_rescale
+from tnreg.errors import OptionError, check_integer
 from tnreg.factorizations.factorization import Factorization
-from tnreg.networks.network import Network
-from tnreg.trees.grid import Maps, grid_of, maps_of
+from tnreg.networks.network import Level, Network, Stacked
+from tnreg.tensors.arrays import Scaled, check_features, power_below, rescale
+from tnreg.trees.grid import grid_of, maps_of
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 # Networks of more modes than this multiply on scales, unless told otherwise.
 _UNSCALED_MODES = 8
+
+# Longer descriptions of a network are cut in the middle.
+_LINES = 59
 
 
 @final
@@ -89,30 +100,31 @@ class ConvNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        drawn = Factorization(
+        model = Factorization(
             tree, sizes, ranks, join=join, root=root, std=std, dtype=dtype, device=device,
             generator=generator,
         )  # fmt: skip
+        weights = {node: w.detach() for node, w in model.weights.items()}
         if outputs is not None:
             check_integer(outputs, 1, "outputs")
             if root == "ones":
                 raise OptionError(
                     "several outputs need a root of their own: leave out root='ones'.",
-                    argument="root",
+                    argument="outputs",
                 )
-        weights = {node: w.detach() for node, w in drawn.weights.items()}
-        if outputs is not None:
-            last = weights[drawn.tree.root]
-            whole = (*last.shape, outputs)
-            place = generator.device if generator is not None else last.device
-            more = torch.randn(whole, dtype=last.dtype, device=place, generator=generator)
-            weights[drawn.tree.root] = (std * more).to(last.device)
+            last = weights[model.tree.root]
+            noise = torch.randn(
+                (*last.shape, outputs), dtype=last.dtype, generator=generator,
+                device=generator.device if generator is not None else last.device,
+            )  # fmt: skip
+            weights[model.tree.root] = (std * noise).to(last.device)
         if share:
             first: dict[int, Tensor] = {}
-            for i, node in enumerate(drawn.tree.nodes[: len(drawn.network.weighted)]):
-                one = first.setdefault(drawn.tree.heights[i], weights[node])
-                weights[node] = one if one.shape == weights[node].shape else weights[node]
-        self._assemble(drawn.network, weights, outputs, share, scaled, shape)
+            for height, (node, weight) in zip(model.tree.heights, weights.items(), strict=False):
+                filters = first.setdefault(height, weight)
+                if filters.shape == weight.shape:  # else an error below
+                    weights[node] = filters
+        self._assemble(model.network, weights, outputs, share, scaled, shape)
 
     @classmethod
     def holding(
@@ -125,7 +137,7 @@ class ConvNet(nn.Module):
         scaled: bool | None = None,
         shape: tuple[int, int] | None = None,
     ) -> ConvNet:
-        """A network with copies of these weights, shaped as ``weights`` says.
+        """Return a network with copies of these weights, shaped as ``weights`` says.
 
         Raises:
             OptionError: ``share`` with weights that differ between nodes of a layer.
@@ -144,56 +156,50 @@ class ConvNet(nn.Module):
         scaled: bool | None,
         shape: tuple[int, int] | None,
     ) -> None:
-        tree = network.tree
+        tree = network.tree if shape is None else ModeTree(network.tree, shape=shape)
+        grid = grid_of(tree)
         self.network, self.outputs, self.share = network, outputs, share
         self.scaled = tree.order > _UNSCALED_MODES if scaled is None else bool(scaled)
-        self._groups = groups_of(network)
-        self._names = self._named()
-        grid = grid_of(tree if shape is None else ModeTree(tree, shape=shape))
-        self.shape = shape or tree.shape or (None if grid is None else grid.shape)
-        if self.shape is not None and math.prod(self.shape) != tree.order:
-            raise ShapeError(f"shape {self.shape} is not of {tree.order} positions.")
+        self.shape = tree.shape or (None if grid is None else grid.shape)
         self._windows = None if grid is None else grid.windows
-        plain = len(set(network.sizes)) == 1 and len(self._groups) == tree.heights[-1] + 1
-        self._maps = grid or maps_of(tree) if share and plain else None
-        self._cut = sorted({g for group in self._groups for child in group.picks for g, _ in child})
-        self._nodes_at: list[list[int]] = [[] for _ in range(tree.heights[-1] + 1)]
-        for i, height in enumerate(tree.heights):
-            self._nodes_at[height].append(i)
-        self.convs = nn.ModuleDict()
-        for g, group in enumerate(self._groups):
-            if group.positions[0] not in network.slots:
-                continue  # a root of ones sums
-            held = [weights[tree.nodes[p]].detach() for p in group.positions]
-            name = self._names[g]
-            if group.positions[-1] == len(tree.nodes) - 1 and outputs is None:
-                held = [held[0].unsqueeze(-1)]
-            if not share:
-                self.convs[name] = LocalConv(torch.stack(held))
-            elif name in self.convs:
-                _check_shared(self.convs[name], held, tree, group)
-            else:
-                self.convs[name] = _shared_conv(held, tree, group)
-        self._leaves = {
-            g: [int(tree.nodes[p]) for p in group.positions]  # type: ignore[call-overload]
-            for g, group in enumerate(self._groups)
-            if group.join == "leaf"
-        }
-        # on the device, so that putting inputs in order does not wait for the host at every call
-        for g, modes in self._leaves.items():
-            order = None if modes == list(tree.leaves) else torch.tensor(modes, device=self.device)
-            self.register_buffer(f"_order{g}", order, persistent=False)
+        self._levels, self._rescales = network.levels, which_rescale(network)
+        self._names = self._name_levels()
+        one_level_a_layer = len(self._levels) == self.depth and len(set(network.sizes)) == 1
+        self._maps = grid or maps_of(tree) if share and one_level_a_layer else None
+        self.convs = self._convolutions(weights)
+        for g, level in enumerate(self._levels):
+            if level.join == "leaf":
+                modes = self._modes(level)
+                # on the device, so that no call has to wait for the host
+                order = torch.tensor(modes, device=self.device)
+                in_order = modes == list(tree.leaves)
+                self.register_buffer(f"_order{g}", None if in_order else order, persistent=False)
 
-    def _named(self) -> list[str]:
-        """Keys of the groups' convolutions in ``convs``: one a group, or one a layer if they are shared."""
-        heights = [self.tree.heights[group.positions[0]] for group in self._groups]
-        many, met = Counter(heights), Counter[int]()
-        names = []
+    def _name_levels(self) -> list[str]:
+        """Return the levels' keys in ``convs``: one a level, or one a layer if filters are shared."""
+        heights = [self.tree.heights[level.positions[0]] for level in self._levels]
+        levels_at, named, names = Counter(heights), Counter[int](), []
         for height in heights:
-            alone = self.share or many[height] == 1
-            names.append(f"layer{height}" if alone else f"layer{height}_{met[height]}")
-            met[height] += 1
+            single = self.share or levels_at[height] == 1
+            names.append(f"layer{height}" if single else f"layer{height}_{named[height]}")
+            named[height] += 1
         return names
+
+    def _modes(self, level: Level) -> list[int]:
+        """Return the modes of a level of leaves."""
+        return [int(self.tree.nodes[p]) for p in level.positions]  # type: ignore[call-overload]
+
+    def _convolutions(self, weights: Mapping[Node, Tensor]) -> nn.ModuleDict:
+        convs, nodes_at = nn.ModuleDict(), dict[str, list[Node]]()
+        for name, _, nodes in self.layers():
+            nodes_at.setdefault(name, []).extend(nodes)
+        for name, members in nodes_at.items():
+            filters = [weights[node].detach() for node in members]
+            if members[-1] == self.tree.root and self.outputs is None:
+                filters[-1] = filters[-1].unsqueeze(-1)
+            shared = self.share and _shared_conv(filters, members, self.layer_of(members[0]))
+            convs[name] = shared or LocalConv(torch.stack(filters))
+        return convs
 
     # What it is
 
@@ -220,28 +226,28 @@ class ConvNet(nn.Module):
     @property
     def depth(self) -> int:
         """Number of layers; layer 0 convolves the inputs."""
-        return len(self._nodes_at)
+        return self.tree.heights[-1] + 1
 
     def layer_of(self, node: Node) -> int:
-        """Number of the layer that holds a node: its height in the tree."""
+        """Return the number of the layer that holds a node: its height in the tree."""
         return self.tree.heights[self.tree.position(node)]
 
     def nodes_of(self, layer: int) -> tuple[Node, ...]:
-        """Nodes of a layer, in the order of ``tree.nodes``.
+        """Return the nodes of a layer, in the order of ``tree.nodes``.
 
         Raises:
             OptionError: No such layer.
         """
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.depth:
-            raise OptionError(f"layers are 0..{self.depth - 1}, found {layer!r}.")
-        return tuple(self.tree.nodes[i] for i in self._nodes_at[layer])
+        if type(layer) is not int or layer not in range(self.depth):
+            raise OptionError(f"layers are 0..{self.depth - 1}, found {layer!r}.", argument="layer")
+        heights = zip(self.tree.nodes, self.tree.heights, strict=True)
+        return tuple(node for node, height in heights if height == layer)
 
     def layers(self) -> Iterator[tuple[str, str, tuple[Node, ...]]]:
-        """Every convolution: its name in ``convs``, its join, and the nodes it stands at, leaves first."""
-        for g, group in enumerate(self._groups):
-            if group.positions[0] in self.network.slots:
-                nodes = tuple(self.tree.nodes[p] for p in group.positions)
-                yield self._names[g], group.join, nodes
+        """Yield every convolution, leaves first: its name in ``convs``, its join, and its nodes."""
+        for name, level in zip(self._names, self._levels, strict=True):
+            if level.weight is not None:
+                yield name, level.join, tuple(self.tree.nodes[p] for p in level.positions)
 
     @property
     def weights(self) -> dict[Node, Tensor]:
@@ -250,7 +256,7 @@ class ConvNet(nn.Module):
         The root has an axis of outputs more if there are several. With shared filters all nodes of a
         layer give the same ones.
         """
-        return self._by_node(lambda conv: cast(Tensor, conv.weight))
+        return self._by_node(lambda weight: weight)
 
     @property
     def gradients(self) -> dict[Node, Tensor]:
@@ -258,29 +264,21 @@ class ConvNet(nn.Module):
 
         With shared filters every node of a layer gives the gradient of the filters, the sum over nodes.
         """
+        return self._by_node(lambda w: torch.zeros_like(w) if w.grad is None else w.grad)
 
-        def gradient(conv: nn.Module) -> Tensor:
-            weight = cast(Tensor, conv.weight)
-            return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-        return self._by_node(gradient)
-
-    def _by_node(self, read: Any) -> dict[Node, Tensor]:
-        found: dict[int, Tensor] = {}
-        for g, group in enumerate(self._groups):
-            if group.positions[0] not in self.network.slots:
-                continue
-            value = read(self.convs[self._names[g]])
-            for k, p in enumerate(group.positions):
-                shape = self.network.shape(p)
-                if p == len(self.tree.nodes) - 1 and self.outputs is not None:
+    def _by_node(self, read: Callable[[Tensor], Tensor]) -> dict[Node, Tensor]:
+        filters: dict[Node, Tensor] = {}
+        for name, _, nodes in self.layers():
+            values = read(cast(Tensor, self.convs[name].weight))
+            for k, node in enumerate(nodes):
+                shape = self.network.shape(self.tree.position(node))
+                if node == self.tree.root and self.outputs is not None:
                     shape = (*shape, self.outputs)
-                one = value.flatten(1).mT if self.share else value[k]
-                found[p] = one.reshape(shape)
-        return {self.tree.nodes[p]: found[p] for p in sorted(found)}
+                filters[node] = (values.flatten(1).mT if self.share else values[k]).reshape(shape)
+        return {node: filters[node] for node in self.tree.nodes if node in filters}
 
     def as_factorization(self) -> Factorization:
-        """The factorization with these very weights: gradients of what it computes flow to the network.
+        """Return the factorization with these very weights: its gradients flow to the network.
 
         It has no parameters of its own. Several outputs are a further mode N, a leaf below the root.
         """
@@ -293,14 +291,14 @@ class ConvNet(nn.Module):
             else:
                 unit = torch.eye(self.outputs, dtype=last.dtype, device=last.device)
                 weights[self.tree.order], weights[root] = unit, last
-        by_position = [weights[network.tree.nodes[p]] for p in network.weighted]
-        stacks = [torch.stack([by_position[p] for p in s.positions]) for s in network.stacks]
+        nodes = network.tree.nodes
+        stacks = [torch.stack([weights[nodes[p]] for p in s.positions]) for s in network.stacks]
         return Factorization.viewing(network, stacks)
 
     # What it does
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Values of the network.
+        """Return the values of the network.
 
         Args:
             x: Channels first: ``(B, D, N)``, or ``(B, D, H, W)`` with ``H * W = N`` and position
@@ -324,160 +322,97 @@ class ConvNet(nn.Module):
         return value * torch.exp2(half) * torch.exp2(log - half)
 
     def scaled_values(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``(values, log)`` with ``forward(x) = values * 2^log``: also where that leaves the dtype's range.
+        """Return ``(values, log)``, ``forward(x) = values * 2^log``, also beyond the dtype's range.
 
         Returns:
             Values as ``forward``, and ``(B,)`` binary logarithms, constant to autograd, or ``None`` if the
             network does not multiply on scales.
         """
         logs: list[Tensor] = []
-        if self._maps is not None:
-            value = self._through_maps(self._as_maps(x, logs), self._maps, logs)
-        else:
-            value = self._through_blocks(self._as_blocks(x, logs), logs)
+        through = self._through_blocks if self._maps is None else self._through_maps
+        values = through(self._check(x), logs)
         # every scale of every node divides the whole once, as f is linear in each node's values
         total = sum(logs[1:], logs[0]) if self.scaled else None
-        return (value if self.outputs is not None else value[:, 0]), total
+        return (values if self.outputs is not None else values[:, 0]), total
 
-    def _through_blocks(self, inputs: Mapping[int, Tensor], logs: list[Tensor]) -> Tensor:
-        blocks: list[Tensor] = []
-        rows: dict[int, Sequence[Tensor]] = {}
-        for g, group in enumerate(self._groups):
-            wide = None
-            if group.join == "leaf":
-                x = inputs[g]
+    def _check(self, x: Any) -> Tensor | list[Tensor]:
+        """Return the inputs as ``(B, D, N)``, or as N tensors ``(B, D_n)``."""
+        order, size = self.tree.order, self.sizes[0]
+        layouts: list[tuple[int, ...]] = [(size, order)]
+        if self.shape is not None:
+            layouts.append((size, *self.shape))
+        elif isinstance(x, Tensor) and x.ndim == 4 and math.prod(x.shape[2:]) == order:
+            layouts.append((size, *x.shape[2:]))
+        parts = check_features(x, self.sizes, self.dtype, layouts=layouts, name="x", owner="net")
+        return parts[0].flatten(2) if isinstance(x, Tensor) else parts
+
+    def _through_blocks(self, x: Tensor | list[Tensor], logs: list[Tensor]) -> Tensor:
+        """Return ``(B, outputs)``; values are ``(positions, B, channels)`` on the way."""
+        if isinstance(x, Tensor):
+            x = self._rescale(x, 1, logs).permute(2, 0, 1)
+        values = Stacked()
+        for g, level in enumerate(self._levels):
+            if level.join != "leaf":
+                parts = values.children(level)
+            elif isinstance(x, Tensor):
+                order = getattr(self, f"_order{g}")
+                parts = [x.contiguous() if order is None else x[order]]
             else:
-                parts = group.children(blocks, rows)
-                x, wide = pooled(parts, group.join, scaled=self.scaled)
-            if wide is not None:
-                logs.append(wide.sum((0, 2)))
-            if self.scaled and group.even:
-                x, log = rescaled(x)
-                logs.append(log.sum((0, 2)))
-            x = self._convolved(g, x, logs)
-            blocks.append(x)
-            if g in self._cut:
-                rows[g] = x.unbind(0)
-        return blocks[-1][0]
+                block = torch.stack([x[mode] for mode in self._modes(level)])
+                parts = [self._rescale(block, 2, logs)]
+            values.append(self._convolve(g, parts, 2, logs))
+        return values.tensors[-1][0]
 
-    def _convolved(self, g: int, x: Tensor, logs: list[Tensor]) -> Tensor:
-        if self._groups[g].positions[0] not in self.network.slots:
-            return x.sum(-1, keepdim=True)
+    def _through_maps(self, x: Tensor | list[Tensor], logs: list[Tensor]) -> Tensor:
+        """Return ``(B, outputs)`` of an ordinary 2-D network, ``(B, channels, H, W)`` all the way."""
+        assert self._maps is not None
+        x = self._rescale(x if isinstance(x, Tensor) else torch.stack(x, 2), 1, logs)
+        if self._maps.order is not None:
+            x = x.index_select(2, cast(Tensor, self._order0))
+        x = x.reshape(*x.shape[:2], *self._maps.shape)
+        x = self._convolve(0, [x], 1, logs)
+        for g, (rows, columns) in enumerate(self._maps.windows, 1):
+            b, c, height, width = x.shape
+            cut = x.reshape(b, c, height // rows, rows, width // columns, columns)
+            parts = [part for row in cut.unbind(-3) for part in row.unbind(-1)]
+            x = self._convolve(g, parts, 1, logs)
+        return x.flatten(1)
+
+    def _convolve(self, g: int, parts: Sequence[Tensor], dim: int, logs: list[Tensor]) -> Tensor:
+        """Pool the children of a level's nodes and convolve; scales that are divided out join ``logs``.
+
+        Args:
+            g: Number of the level.
+            parts: Values of each child, or the inputs of leaves.
+            dim: Axis of the channels; the axis before it is that of the batch.
+            logs: Binary logarithms: ``(B,)``, or scalars.
+        """
+        level = self._levels[g]
+        if self.scaled and level.join == "diagonal" and len(parts) > FACTORS:
+            x = _keep_scale(scaled_product(parts, dim), dim, logs)
+        else:
+            x = pool(parts, level.join, dim)
+        if self._rescales[g]:
+            x = self._rescale(x, dim, logs)
+        if level.weight is None:  # a root of ones
+            return x.sum(dim, keepdim=True)
         conv = self.convs[self._names[g]]
-        if isinstance(conv, LocalConv):
-            if not self.scaled:
-                return cast(Tensor, conv(x))
+        if self.scaled and isinstance(conv, LocalConv):
             x, log = conv.scaled(x)
             logs.append(log)
             return x
         if self.scaled:
-            x, log = taken_over(x, cast(Tensor, conv.weight))
-            logs.append(len(x) * log)
-        flat = x.flatten(0, 1)
-        out = conv(flat.reshape(*flat.shape, 1, 1))
-        return cast(Tensor, out.reshape(*x.shape[:2], -1))
+            # what filters of any size make of x is then as moderate as x was
+            sizes = cast(Tensor, conv.weight).detach().abs()
+            log = power_below(sizes.flatten().amax(0))  # ONNX has no amax without an axis
+            x = x * torch.exp2(-log)
+            logs.append(len(level.positions) * log)
+        if isinstance(conv, LocalConv) or x.ndim == 4:
+            return cast(Tensor, conv(x))
+        return cast(Tensor, conv(x.flatten(0, 1)[..., None, None])).reshape(*x.shape[:2], -1)
 
-    def _through_maps(self, x: Tensor, maps: Maps, logs: list[Tensor]) -> Tensor:
-        """An ordinary 2-D network: ``(B, channels, height, width)`` all the way."""
-        for layer, group in enumerate(self._groups):
-            name, wide = f"layer{layer}", None
-            if layer:
-                rows, columns = maps.windows[layer - 1]
-                b, c, height, width = x.shape
-                cut = x.reshape(b, c, height // rows, rows, width // columns, columns)
-                parts = [part for row in cut.unbind(-3) for part in row.unbind(-1)]
-                x, wide = pooled(parts, group.join, dim=-3, scaled=self.scaled)
-            if wide is not None:
-                logs.append(wide.sum((1, 2, 3)))
-            if self.scaled and group.even:
-                x, log = rescaled(x, -3)
-                logs.append(log.sum((1, 2, 3)))
-            if name not in self.convs:
-                return x.sum(1)[:, 0]
-            conv = self.convs[name]
-            if self.scaled:
-                x, log = taken_over(x, cast(Tensor, conv.weight))
-                logs.append(x.shape[2] * x.shape[3] * log)
-            x = conv(x)
-        return x.flatten(1)
-
-    def _as_maps(self, x: Tensor | Sequence[Tensor], logs: list[Tensor]) -> Tensor:
-        assert self._maps is not None
-        if not isinstance(x, Tensor):
-            x = torch.stack(self._parts(x), 2)
-        self._check(x)
-        if self.scaled:
-            x, log = rescaled(x, 1)
-            logs.append(log.flatten(1).sum(1))
-        if self._maps.order is not None:
-            x = x.flatten(2).index_select(2, cast(Tensor, self._order0))
-        return x.reshape(*x.shape[:2], *self._maps.shape)
-
-    def _as_blocks(self, x: Tensor | Sequence[Tensor], logs: list[Tensor]) -> dict[int, Tensor]:
-        """For every group of leaves its inputs ``(positions, B, channels)``."""
-        if isinstance(x, Tensor):
-            self._check(x)
-            x = x.flatten(2)
-            if self.scaled:
-                x, log = rescaled(x, 1)
-                logs.append(log.sum((1, 2)))
-            whole = x.permute(2, 0, 1)
-            orders = {g: getattr(self, f"_order{g}") for g in self._leaves}
-            return {g: whole.contiguous() if o is None else whole[o] for g, o in orders.items()}
-        parts = self._parts(x)
-        out = {}
-        for g, modes in self._leaves.items():
-            block = torch.stack([parts[mode] for mode in modes])
-            if self.scaled:
-                block, log = rescaled(block)
-                logs.append(log.sum((0, 2)))
-            out[g] = block
-        return out
-
-    def _parts(self, x: Any) -> list[Tensor]:
-        """N tensors ``(B, D_n)``."""
-        if not isinstance(x, Sequence):
-            raise self._misfit(type(x).__name__)
-        parts = [torch.as_tensor(part) for part in x]
-        fits = len(parts) == self.tree.order and all(
-            part.ndim == 2 and part.shape == (parts[0].shape[0], size)
-            for part, size in zip(parts, self.sizes, strict=True)
-        )
-        if not fits:
-            raise self._misfit([tuple(part.shape) for part in parts])
-        for part in parts:
-            self._check_numbers(part)
-        return parts
-
-    def _check(self, x: Tensor) -> None:
-        fits = x.ndim in (3, 4) and all(x.shape[1] == size for size in self.sizes)
-        fits = fits and math.prod(x.shape[2:]) == self.tree.order
-        if fits and x.ndim == 4 and self.shape is not None:
-            fits = tuple(x.shape[2:]) == self.shape
-        if not fits:
-            raise self._misfit(tuple(x.shape))
-        self._check_numbers(x)
-
-    def _check_numbers(self, x: Tensor) -> None:
-        if x.shape[0] == 0:
-            raise DataError("an empty batch: give at least one sample.")
-        if x.dtype != self.dtype:
-            raise DataError(
-                f"inputs have dtype {x.dtype}, the weights {self.dtype}; write x.to(net.dtype)."
-            )
-
-    def _misfit(self, found: Any) -> ShapeError:
-        n, sizes = self.tree.order, self.sizes
-        shown = str(sizes) if n <= 16 else f"({', '.join(map(str, sizes[:8]))}, ...)"
-        wanted = f"{n} tensors (B, D_n) with D = {shown}"
-        if isinstance(found, list) and len(found) > 16:
-            found = f"{len(found)} tensors, {found[0]} first"
-        if len(set(sizes)) == 1:
-            image = f" or (B, {sizes[0]}, {self.shape[0]}, {self.shape[1]})" if self.shape else ""
-            wanted = f"(B, {sizes[0]}, {n}){image} or {wanted}"
-        return ShapeError(
-            f"inputs do not fit the positions.\n  found:    {found}\n  expected: {wanted}"
-        )
+    def _rescale(self, x: Tensor, dim: int, logs: list[Tensor]) -> Tensor:
+        return _keep_scale(rescale(x, dim), dim, logs) if self.scaled else x
 
     # How it reads
 
@@ -485,52 +420,176 @@ class ConvNet(nn.Module):
         count = sum(p.numel() for p in self.parameters())
         kind = "shared filters" if self.share else "locally connected"
         head = f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("
-        lines = layer_lines(
-            self.network,
-            self._groups,
-            outputs=self.outputs,
-            share=self.share,
-            windows=self._windows,
-        )
+        lines = [line for layer in range(self.depth) for line in self._describe_layer(layer)]
+        if len(lines) > _LINES:
+            more = f"  ... {len(lines) - _LINES + 1} more lines ..."
+            lines = [*lines[: _LINES - 8], more, *lines[-7:]]
         return "\n".join([head, *lines, ")"])
+
+    def _describe_layer(self, layer: int) -> list[str]:
+        """Return one line or two for every level of the layer, and one for the nodes that wait."""
+        heights, lines = self.tree.heights, list[str]()
+        for level in self._levels:
+            if heights[level.positions[0]] == layer:
+                lines += self._describe_level(level, layer)
+        waiting = sum(
+            heights[c] < layer < heights[i]
+            for i, below in enumerate(self.tree.links)
+            for c in below
+        )
+        if waiting:
+            lines.append(f"{'identity':25s} {waiting} {_nodes(waiting)} waiting")
+        return [f"  layer {layer}  {line}" for line in lines]
+
+    def _describe_level(self, level: Level, layer: int) -> list[str]:
+        first, count = level.positions[0], len(level.positions)
+        where, lines = f"{count} {_nodes(count)}", list[str]()
+        channels = math.prod(self.network.index_size(i) for i in self.network.inner(first))
+        if level.join != "leaf":
+            over = f"over {len(level.children)}"
+            if self._windows is not None:
+                over = "x".join(map(str, self._windows[layer - 1]))
+            pairs = "" if level.join == "diagonal" else ", all pairs,"
+            lines.append(f"{f'product pooling{pairs} {over}':25s} {where}, {channels} channels")
+        if level.weight is None:
+            return [*lines, f"{'sum':25s} {where}, {channels} -> 1"]
+        names = ", ".join(str(self.tree.nodes[p]) for p in level.positions[:4])
+        names = f"   at {names}" if count <= 4 and len(names) <= 40 else ""
+        kind, above = "1x1 convolution" + (", shared" if self.share else ""), level.shape[-1]
+        if first == len(self.tree.nodes) - 1:
+            kind, above = "linear", self.outputs or 1
+        return [*lines, f"{kind:25s} {where}, {channels} -> {above}{names}"]
+
+
+def _keep_scale(scaled: Scaled, dim: int, logs: list[Tensor]) -> Tensor:
+    """Return the numbers; add their logarithms to ``logs``, summed for every sample (axis ``dim - 1``)."""
+    log2 = scaled.log2
+    logs.append(log2.sum([axis for axis in range(log2.ndim) if axis != dim - 1]))
+    return scaled.x
+
+
+def _nodes(count: int) -> str:
+    return "node" if count == 1 else "nodes"
+
+
+def _shared_conv(filters: Sequence[Tensor], nodes: Sequence[Node], layer: int) -> nn.Conv2d:
+    """Return one convolution for all these nodes, or refuse filters that are not equal."""
+    flat = [weight.flatten(0, -2) for weight in filters]
+    first = flat[0]
+    for node, weight in zip(nodes, flat, strict=True):
+        if weight.shape != first.shape or not torch.equal(weight, first):
+            how = "channels" if weight.shape != first.shape else "weights"
+            raise OptionError(
+                f"share=True: the nodes of height {layer} differ in their {how}, first {node!r}.\n"
+                "  share needs equal sizes, ranks and joins at all nodes of a height, and to_cnn equal "
+                "weights; or leave it out",
+                argument="share",
+            )
+    below, above = first.shape
+    conv = nn.Conv2d(below, above, 1, bias=False, dtype=first.dtype, device=first.device)
+    with torch.no_grad():
+        conv.weight.copy_(first.mT[:, :, None, None])
+    return conv
+
+
+def to_cnn(
+    model: Factorization,
+    *,
+    share: bool = False,
+    classes: bool = False,
+    scaled: bool | None = None,
+    shape: tuple[int, int] | None = None,
+) -> ConvNet:
+    """Return the convolutional network of a factorization: ``to_cnn(model)(x) == model(features)``.
+
+    Args:
+        model: Any tree, joins and root.
+        share: One ``nn.Conv2d`` per layer; the model must have equal weights at all nodes of a height.
+        classes: The last mode, a leaf below the root, is not an input: its indices are the outputs. Interior
+            nodes keep their names, the root too.
+        scaled: See ``ConvNet``.
+        shape: ``(height, width)`` of the images, where the tree does not know it.
+
+    Returns:
+        A ``ConvNet`` with copies of the weights. It takes channels first: ``(B, D, N)`` or
+        ``(B, D, H, W)``, or N tensors ``(B, D_n)``.
+
+    Raises:
+        OptionError: ``share`` with weights that differ, or ``classes`` without such a leaf.
+
+    Example:
+        >>> model = Factorization(ModeTree.binary(4), 3, 5, std=1.0)
+        >>> x = torch.randn(7, 3, 4)
+        >>> torch.allclose(to_cnn(model)(x), model(x.mT), rtol=1e-4)
+        True
+    """
+    if not isinstance(model, Factorization):
+        raise OptionError(
+            f"to_cnn takes a Factorization, found {type(model).__name__}.", argument="model"
+        )
+    network, outputs = model.network, None
+    weights = {node: w.detach() for node, w in model.weights.items()}
+    if classes:
+        network, weights = _without_classes(network, weights)
+        outputs = model.sizes[-1]
+    return ConvNet.holding(
+        network, weights, outputs=outputs, share=share, scaled=scaled, shape=shape
+    )
+
+
+def from_cnn(net: ConvNet) -> Factorization:
+    """Return the factorization of a network of ``to_cnn`` or ``ConvNet``, with copies of its weights.
+
+    Several outputs become a further mode N, a leaf below the root. Shared filters become equal weights.
+
+    Raises:
+        OptionError: Another kind of network.
+    """
+    if not isinstance(net, ConvNet):
+        raise OptionError(
+            f"from_cnn takes a ConvNet, as to_cnn makes them, found {type(net).__name__}.\n"
+            "  of any network: tnreg.grid_tensor(net, templates, tree) is its tensor on few patches",
+            argument="net",
+        )
+    with torch.no_grad():
+        view = net.as_factorization()
+        return Factorization.holding(view.network, [s.detach().clone() for s in view.stacks])
 
 
 def _with_classes(network: Network, outputs: int) -> Network:
-    """The network with a leaf of classes below the root; a diagonal root is of ones then."""
+    """Return the network with a leaf of classes below the root; a diagonal root is of ones then."""
     tree = network.tree
     graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
     graph.add_edge(tree.root, tree.order)
-    wider = ModeTree(graph)
     diagonal = network.joins[-1] == "diagonal"
     bonds = network.named_bonds
     bonds[tree.order] = bonds[tree.children(tree.root)[0]] if diagonal else outputs
     root = "ones" if diagonal else "trained"
-    return Network.build(
-        wider, (*network.sizes, outputs), bonds, join=network.named_joins, root=root
-    )
+    sizes = (*network.sizes, outputs)
+    return Network.build(ModeTree(graph), sizes, bonds, join=network.named_joins, root=root)
 
 
-def _shared_conv(held: Sequence[Tensor], tree: ModeTree, group: Group) -> nn.Conv2d:
-    weight = held[0].flatten(0, -2)
-    given, made = weight.shape
-    conv = nn.Conv2d(given, made, 1, bias=False, dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
-        conv.weight.copy_(weight.mT[:, :, None, None])
-    _check_shared(conv, held, tree, group)
-    return conv
-
-
-def _check_shared(conv: nn.Module, held: Sequence[Tensor], tree: ModeTree, group: Group) -> None:
-    shared = cast(Tensor, conv.weight).detach()[:, :, 0, 0].mT
-    for position, weight in zip(group.positions, held, strict=True):
-        flat = weight.flatten(0, -2)
-        if flat.shape == shared.shape and torch.equal(flat, shared):
-            continue
-        how = "channels" if flat.shape != shared.shape else "weights"
+def _without_classes(
+    network: Network, weights: dict[Node, Tensor]
+) -> tuple[Network, dict[Node, Tensor]]:
+    """Return the network without the leaf of the last mode; its weight goes into the root's."""
+    tree, last = network.tree, network.tree.order - 1
+    if tree.order < 2 or tree.parent(last) != tree.root or len(tree.children(tree.root)) < 2:
         raise OptionError(
-            f"share=True: the nodes of height {tree.heights[position]} differ in their {how}, "
-            f"first {tree.nodes[position]!r}.\n"
-            "  share needs equal sizes, ranks and joins at all nodes of a height, and to_cnn equal "
-            "weights; or leave it out",
-            argument="share",
+            f"classes=True: the last mode, {last}, must be a leaf below the root beside other children.\n"
+            f"  found: {tree!r}",
+            argument="classes",
         )
+    graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
+    graph.remove_node(last)
+    leaf = weights.pop(last)
+    if network.joins[-1] == "diagonal":
+        root = weights.get(tree.root)
+        weights[tree.root] = leaf.mT if root is None else root.unsqueeze(-1) * leaf.mT
+    else:
+        axis = tree.children(tree.root).index(last)
+        weights[tree.root] = torch.tensordot(weights[tree.root], leaf, ([axis], [1]))
+    bonds = network.named_bonds
+    bonds.pop(last)
+    sizes, joins = network.sizes[:-1], network.named_joins
+    return Network.build(ModeTree(graph), sizes, bonds, join=joins), weights

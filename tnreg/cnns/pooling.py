@@ -11,157 +11,80 @@ matrix product, and siblings are next to each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tnreg.networks.network import Network
+from tnreg.tensors.arrays import Scaled, power_below, rescale
 
-# As many moderate factors may meet without a scale of their own.
-_FACTORS = 4
+FACTORS = 4
+"""As many moderate factors may meet without a scale of their own."""
 
 # Factors with magnitudes in [1, 2) that are multiplied before their product is scaled.
 _SCALED_FACTORS = 64
 
 
-@dataclass(frozen=True)
-class Group:
-    """Equal nodes of one height, and where the values of their children are.
+def which_rescale(network: Network) -> list[bool]:
+    """Return for every level whether what its nodes pool is scaled.
 
-    Attributes:
-        positions: Positions in ``tree.nodes``.
-        join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
-        block: The earlier group whose slots are the children of these nodes, in order, if there is one.
-        picks: Otherwise, for each child, ``(group, slot)`` per node.
-        even: Whether the pooled values are to be scaled: more than four convolved inputs have been
-            multiplied below since that was done last (so never more than some sixteen are), or eight
-            convolutions have followed each other.
+    It is where more than four convolved inputs have been multiplied since that was done last below (so
+    never more than some sixteen are), or eight convolutions have followed each other.
     """
-
-    positions: tuple[int, ...]
-    join: str
-    block: int | None
-    picks: tuple[tuple[tuple[int, int], ...], ...]
-    even: bool
-
-    def children(
-        self, blocks: Sequence[Tensor], rows: Mapping[int, Sequence[Tensor]]
-    ) -> list[Tensor]:
-        """For each child the values ``(nodes, B, channels)``.
-
-        Args:
-            blocks: Values of the earlier groups.
-            rows: The same, cut into nodes where some group needs it.
-        """
-        if self.block is not None:
-            whole = blocks[self.block]
-            count = len(self.positions)
-            return list(whole.reshape(count, -1, *whole.shape[1:]).unbind(1))
-        return [torch.stack([rows[g][slot] for g, slot in child]) for child in self.picks]
+    factors, steps, rescales = dict[int, int](), dict[int, int](), list[bool]()
+    for level in network.levels:
+        below = [network.tree.links[p] for p in level.positions]
+        product = max(1, *(sum(factors[c] for c in children) for children in below))
+        chain = 1 + max((steps[c] for children in below for c in children), default=0)
+        rescales.append(product > FACTORS or chain > 2 * FACTORS)
+        factors |= dict.fromkeys(level.positions, 1 if rescales[-1] else product)
+        steps |= dict.fromkeys(level.positions, 0 if rescales[-1] else chain)
+    return rescales
 
 
-def groups_of(net: Network) -> tuple[Group, ...]:
-    """The nodes of a network in groups that one batched call can handle, leaves first, the root last."""
-    tree = net.tree
-    members = [stack.positions for stack in net.stacks]
-    if net.root_ones:
-        members.append((len(tree.nodes) - 1,))
-    order = sorted(range(len(members)), key=lambda s: (tree.heights[members[s][0]], s))
-    slot: dict[int, tuple[int, int]] = {}
-    factors: dict[int, int] = {}
-    steps: dict[int, int] = {}
-    out: list[Group] = []
-    for s in order:
-        positions = members[s]
-        below = [tree.links[p] for p in positions]
-        places = [[slot[c] for c in children] for children in below]
-        picks = tuple(zip(*places, strict=True)) if below[0] else ()
-        flat = [place for children in places for place in children]
-        block = None
-        if flat:
-            first = flat[0][0]
-            whole = [(first, k) for k in range(len(out[first].positions))]
-            block = first if flat == whole else None
-        multiplied = max(
-            (sum(factors[c] for c in children) for children in below if children), default=1
-        )
-        taken = 1 + max((steps[c] for children in below for c in children), default=0)
-        even = multiplied > _FACTORS or taken > 2 * _FACTORS
-        factors |= dict.fromkeys(positions, 1 if even else multiplied)
-        steps |= dict.fromkeys(positions, 0 if even else taken)
-        picks = () if block is not None else picks
-        out.append(Group(positions, net.joins[positions[0]], block, picks, even))
-        slot |= {p: (len(out) - 1, k) for k, p in enumerate(positions)}
-    return tuple(out)
-
-
-def pooled(
-    parts: Sequence[Tensor], join: str, *, dim: int = -1, scaled: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Product over siblings, and what it has to be multiplied with.
+def pool(parts: Sequence[Tensor], join: str, dim: int = -1) -> Tensor:
+    """Multiply siblings.
 
     Args:
         parts: For each child its channels along ``dim``, all of one shape but for ``dim``.
         join: ``"diagonal"``: channel by channel; ``"full"``: all products of one channel of each child,
             the channel of the last child running fastest.
         dim: Axis of the channels.
-        scaled: Under a diagonal join of more than four children, scale every factor by a power of two,
-            channel by channel, so that a product of any number of factors stays in the dtype's range.
-
-    Returns:
-        The product, and binary logarithms of its scale (channels of size 1), or ``None`` for no scale.
     """
-    if scaled and join == "diagonal" and len(parts) > _FACTORS:
-        return _wide_product(parts, dim)
-    out = parts[0]
+    product, dim = parts[0], dim % parts[0].ndim
     for part in parts[1:]:
         if join == "full":
-            out = (out.unsqueeze(dim) * part.unsqueeze(dim - 1)).flatten(dim - 1, dim)
+            product = (product.unsqueeze(dim + 1) * part.unsqueeze(dim)).flatten(dim, dim + 1)
         else:
-            out = out * part
-    return out, None
+            product = product * part
+    return product
 
 
-def _wide_product(parts: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    out, logs = _even(parts[0], parts[0].detach().abs())
+def scaled_product(parts: Sequence[Tensor], dim: int = -1) -> Scaled:
+    """Multiply any number of siblings channel by channel, within the dtype's range.
+
+    Every channel of every factor is scaled by a power of two; the product has one scale for all channels.
+    """
+    product, log2 = _scale_each(parts[0])
     for k, part in enumerate(parts[1:], 1):
-        one, log = _even(part, part.detach().abs())
-        out, logs = out * one, logs + log
+        factor, more = _scale_each(part)
+        product, log2 = product * factor, log2 + more
         if k % _SCALED_FACTORS == 0:
-            out, log = _even(out, out.detach().abs())
-            logs = logs + log
+            product, more = _scale_each(product)
+            log2 = log2 + more
     # only now do channels meet: what is far below the largest of them is lost in rounding anyway
-    dead = -torch.finfo(logs.dtype).max
-    top = torch.where(out.detach() == 0, dead, logs).amax(dim, keepdim=True)
-    top = torch.where(top == dead, logs.amax(dim, keepdim=True), top)
-    reach = math.log2(torch.finfo(logs.dtype).max) / 2
-    return out * torch.exp2((logs - top).clamp_max(reach)), top
+    dead = -torch.finfo(log2.dtype).max
+    top = torch.where(product.detach() == 0, dead, log2).amax(dim, keepdim=True)
+    top = torch.where(top == dead, log2.amax(dim, keepdim=True), top)
+    reach = math.log2(torch.finfo(log2.dtype).max) / 2
+    return Scaled(product * torch.exp2((log2 - top).clamp_max(reach)), top)
 
 
-def rescaled(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Divide by the power of two below the largest magnitude along ``dim``: ``(x, binary logarithms)``.
-
-    The scale is constant to autograd: what is multilinear does not depend on it.
-    """
-    return _even(x, x.detach().abs().amax(dim, keepdim=True))
-
-
-def taken_over(x: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide ``x`` by the power of two below the filters' largest magnitude, and its binary logarithm.
-
-    What those filters make of ``x`` is then as moderate as ``x`` was.
-    """
-    return _even(x, filters.detach().abs().flatten().amax(0))
-
-
-def _even(x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    log = (size + (size == 0)).log2().floor()  # zeros keep their scale
-    # within what the dtype can invert
-    reach = math.log2(torch.finfo(size.dtype).max) - 2
-    log = log.clamp(-reach, reach)
-    return x * torch.exp2(-log), log
+def _scale_each(x: Tensor) -> Scaled:
+    """Give every number a scale of its own."""
+    log2 = power_below(x.detach().abs())
+    return Scaled(x * torch.exp2(-log2), log2)
 
 
 class LocalConv(nn.Module):
@@ -176,16 +99,15 @@ class LocalConv(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(positions, B, channels in)`` to ``(positions, B, channels out)``."""
+        """Convolve ``(positions, B, channels in)`` to ``(positions, B, channels out)``."""
         return torch.bmm(x, self.weight.flatten(1, -2))
 
-    def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` with filters scaled to about 1, and the binary logarithm of what they lack in all."""
-        weight = self.weight.flatten(1, -2)
-        even, log = _even(weight, weight.detach().abs().amax((1, 2), keepdim=True))
-        return torch.bmm(x, even), log.sum()
+    def scaled(self, x: Tensor) -> Scaled:
+        """Convolve with filters of magnitude 1; the logarithm is the sum over positions."""
+        filters = rescale(self.weight.flatten(1, -2), (1, 2))
+        return Scaled(torch.bmm(x, filters.x), filters.log2.sum())
 
     def extra_repr(self) -> str:
-        """Shown by ``print``."""
+        """Describe the filters for ``print``."""
         count, *inner, out = self.weight.shape
         return f"{math.prod(inner)}, {out}, kernel_size=1, positions={count}"

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
-from tnreg.cnns.cnn import to_cnn
-from tnreg.cnns.convnet import ConvNet
+from tnreg.cnns.convnet import ConvNet, to_cnn
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments.completion import in_units, mean_error, scaled_task

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tnreg import images
 from tnreg.cnns.classifier import ConvAC, is_classifier
-from tnreg.cnns.cnn import to_cnn
+from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import load_pt2
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError
 from tnreg.experiments.folder import about_of, refused

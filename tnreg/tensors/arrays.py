@@ -237,39 +237,66 @@ def check_index(index: Tensor, mode_sizes: Sequence[int]) -> Tensor:
 
 
 def check_features(
-    features: Tensor | Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
-) -> Sequence[Tensor]:
-    """Refuse features that do not fit the modes, no samples, or another dtype than the weights'.
+    features: Tensor | Sequence[Tensor],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    layouts: Sequence[tuple[int, ...]] | None = None,
+    name: str = "features",
+    owner: str = "model",
+) -> list[Tensor]:
+    """Refuse features that do not fit the modes, empty batches, and other dtypes than the weights'.
+
+    Args:
+        features: N tensors ``(B, D_n)``; or one tensor, if all modes have one size.
+        sizes: Size of every mode.
+        dtype: Type of the weights.
+        layouts: Shapes that one tensor may have behind the batch; ``(N, D)`` if left out.
+        name: Argument that the features are.
+        owner: What the message calls the owner of the weights.
 
     Returns:
-        The tensors as they came: one ``(B, N, D)``, or N of ``(B, D_n)``.
+        A list of the tensors as they came.
     """
+    order = len(sizes)
+    if len(set(sizes)) > 1:
+        layouts = []
+    elif layouts is None:
+        layouts = [(order, sizes[0])]
     if isinstance(features, Tensor):
-        found, parts = [tuple(features.shape)], [features]
-        fits = features.ndim == 3 and all((features.shape[2],) == (d,) for d in sizes)
-        fits = fits and features.shape[1] == len(sizes)
-    else:
+        parts, fits = [features], features.ndim > 0 and tuple(features.shape[1:]) in layouts
+    elif isinstance(features, Sequence):
         parts = [torch.as_tensor(part) for part in features]
-        found = [tuple(part.shape) for part in parts]
-        fits = len(parts) == len(sizes) and all(
+        fits = len(parts) == order and all(
             part.ndim == 2 and part.shape == (parts[0].shape[0], size)
             for part, size in zip(parts, sizes, strict=True)
         )
+    else:
+        parts, fits = [], False
     if not fits:
-        whole = f"(B, {len(sizes)}, {sizes[0]}) or " if len(set(sizes)) == 1 else ""
+        found = str(tuple(features.shape)) if isinstance(features, Tensor) else _shapes(parts)
+        whole = "".join(f"(B, {', '.join(map(str, layout))}) or " for layout in layouts)
+        each = str(tuple(sizes)) if order <= 16 else f"({', '.join(map(str, sizes[:8]))}, ...)"
         raise ShapeError(
             "features do not fit the modes.\n"
-            f"  found:    {found[0] if isinstance(features, Tensor) else found}\n"
-            f"  expected: {whole}{len(sizes)} tensors (B, D_n) with D = {sizes}"
+            f"  found:    {found if parts else type(features).__name__}\n"
+            f"  expected: {whole}{order} tensors (B, D_n) with D = {each}",
+            argument=name,
         )
     if parts[0].shape[0] == 0:
-        raise DataError("an empty batch: give at least one sample.")
+        raise DataError("an empty batch: give at least one sample.", argument=name)
     wrong = [part.dtype for part in parts if part.dtype != dtype]
     if wrong:
         raise DataError(
-            f"features have dtype {wrong[0]}, the weights {dtype}; write features.to(model.dtype)."
+            f"features have dtype {wrong[0]}, the weights {dtype}; write {name}.to({owner}.dtype).",
+            argument=name,
         )
     return parts
+
+
+def _shapes(parts: Sequence[Tensor]) -> str:
+    shapes = [tuple(part.shape) for part in parts]
+    return str(shapes) if len(parts) <= 16 else f"{len(parts)} tensors, {shapes[0]} first"
 
 
 def array_of(values: Any, axes: int | None, what: str) -> Tensor:
