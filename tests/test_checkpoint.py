@@ -185,7 +185,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'ran'}",))
 
-    torch.save({"format": "tnreg.training.checkpoint/1", "run": Evil()}, tmp_path / "c")
+    torch.save({"format": "tnreg.checkpoint/1", "run": Evil()}, tmp_path / "c")
     model = zoo.model_of(TREE)
     with pytest.raises(FileError, match="not a checkpoint"):
         read_checkpoint(tmp_path / "c", model, torch.optim.SGD(model.parameters(), lr=1.0), {})

@@ -27,7 +27,7 @@ from tnreg.ranks.decompose import truncate
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import tree_from_json, tree_to_json
 
-_FORMAT = "tnreg.cnns.classifier/1"
+_FORMAT = "tnreg.convac/1"
 _METADATA = "tnreg-convac"  # where a file holds the tree and all settings
 _KINDS = ("affine", "gaussian", "bins", "sine")
 

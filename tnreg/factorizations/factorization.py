@@ -30,7 +30,7 @@ from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
 
-_FORMAT = "tnreg.factorizations.factorization/1"
+_FORMAT = "tnreg.factorization/1"
 
 
 @final

@@ -16,7 +16,7 @@ from tnreg.errors import FileError, OptionError
 from tnreg.machine.files import write_whole
 from tnreg.training.trajectory import Trajectory
 
-_FORMAT = "tnreg.training.checkpoint/1"
+_FORMAT = "tnreg.checkpoint/1"
 
 RandomState = list[torch.Tensor]
 
