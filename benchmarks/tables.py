@@ -1,0 +1,246 @@
+"""Tables of README and docs, made from ``benchmarks/results/*.json``, and the page of the gallery.
+
+``python benchmarks/tables.py`` writes them anew, each from the line that begins as its header does to the
+next empty line. A new table starts as such a line in its page and an entry in ``PAGES``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tnreg
+from tnreg.trees.tree import read_tree_file
+
+ROOT = Path(__file__).parent.parent
+
+PUBLISHED = {  # figures 1, 2 and 4 of the paper
+    "mf": ("36.5 32.2 28.3 23.3 20.2 \\| ≈ 0", "0.1–0.4, 1.1–1.5, 2.3–2.9, 2.9–3.3, 4.4–4.8"),
+    "cp": ("37.2 36.2 24.2 21.7 17.4 \\| ≈ 0", "0.1–0.5, 1.2–1.6, 2.3–2.7, 4.7–5.0, 6.1–6.4"),
+    "htf": ("9.46 4.76 2.53 1.48 0.86 \\| ≈ 0", "first 10.2; 13.2, 15.7, 20, 30"),
+}
+STEPS = {
+    "htf": "HTF 8⁴, widths 512, 2,048 entries: training step",
+    "cp": "CP 16³, 256 components, 2,048 entries: training step",
+    "matrix": "matrix 64×64, depth 3, 2,048 entries: training step",
+    "full": "full joins, 16 sites, dim 8, bond 16, batch 1,024",
+}
+Rows = Iterator[Iterable[Any]]
+
+
+def main() -> None:
+    """Write the gallery page and every table."""
+    (ROOT / "trees" / "README.md").write_text(gallery_page(), encoding="utf-8")
+    for page, start, table in tables():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        text, count = re.subn(
+            rf"(?sm)^{re.escape(start)}.*?(?=\n\n|\n?\Z)", lambda _, t=table: t, text, count=1
+        )
+        if not count:
+            raise SystemExit(f"{page} has no line that begins with {start!r}")
+        (ROOT / page).write_text(text, encoding="utf-8")
+
+
+def tables() -> Iterator[tuple[str, str, str]]:
+    """Yield page, start of the header, and table."""
+    for page, start, table in PAGES:
+        header, *rows = table()
+        lines = [header, ["---"] * len(header), *rows]
+        text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+        text[1] = text[1].replace(" ", "")
+        assert text[0].startswith(start), start
+        yield page, start, "\n".join(text)
+
+
+def gallery_page() -> str:
+    """Return the page of the gallery, with every tree as text."""
+    lines = [
+        "# Gallery",
+        "",
+        "One JSON file a tree: nested lists of mode numbers, with optional mode names and sizes.",
+        '`tnreg.load_tree("htf-4")` reads one by its name; `tnreg tree NAME --png FILE` draws it.',
+        'A file of your own needs the key `tree` only: `{"tree": [[0, 1], [2, 3]]}`.',
+    ]
+    for name in tnreg.gallery():
+        content, tree = read_tree_file(name), tnreg.load_tree(name)
+        modes = dict(enumerate(content.get("modes", ())))
+        text = tree.text(
+            label=lambda node, m=modes: f"{node} {m[node]}" if node in m else str(node)
+        )
+        about = content["about"][0].upper() + content["about"][1:]
+        lines += ["", f"## {name}", "", f"{about}.", "", "```text", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _results(name: str, key: str = "results") -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())[key]
+
+
+def _steps() -> Rows:
+    yield "work", "against", "tnreg", "other", "other / tnreg"
+    for block, times in _results("steps-cpu", "milliseconds").items():
+        for peer, other in times.items():
+            if not peer.startswith("tnreg"):
+                backward = peer.endswith("backward")
+                ours = next(
+                    time
+                    for name, time in times.items()
+                    if name.startswith("tnreg") and name.endswith("backward") == backward
+                )
+                yield STEPS[block], peer, f"{ours:.2f} ms", f"{other:.2f} ms", f"{other / ours:.2f}"
+
+
+def _dynamics() -> Rows:
+    yield "run", "components \\| next", "jumps", "ranks (target)", "test error", "steps"
+    for model, (components, jumps) in PUBLISHED.items():
+        yield f"{model.upper()}, published", components, jumps, "| |"  # three empty cells
+        for run in (r for r in _results("dynamics-runs", "runs") if r["model"] == model):
+            largest = run["components"]
+            alive = [c for c in largest if c > 0.01 * largest[0]]
+            ranks, target = (" ".join(map(str, run[k].values())) for k in ("ranks", "target ranks"))
+            yield (
+                f"{model.upper()}, seed {run['seed']}",
+                " ".join(f"{c:.3g}" for c in alive) + f" \\| {largest[len(alive)]:.1g}",
+                ", ".join(f"{a / 1000:.1f}–{b / 1000:.1f}" for a, b in run["jumps"]),
+                f"{ranks} ({target})",
+                f"{run['test error']:.2g}",
+                f"{run['steps']:,}",
+            )
+
+
+def _cost() -> Rows:
+    yield "what", "ms", "of a step"
+    times = _results("dynamics-cpu", "milliseconds")
+    for name, time in times.items():
+        yield name, f"{time:.2f}", f"{time / times['step: tnreg']:.2f}"
+
+
+def _decompose() -> Rows:
+    yield "tensor", "library", "seconds", "of the first", "error"
+    for tensor, rows in _results("decompose-cpu").items():
+        first = next(iter(rows.values()))["seconds"]
+        for library, row in rows.items():
+            seconds = row["seconds"]
+            yield (tensor, f"{library} {row['version']}", f"{seconds:.2f}", f"{seconds / first:.1f}",
+                   f"{row['error']:.1e}")  # fmt: skip
+
+
+def _factored() -> Rows:
+    yield "order/rank", "library", "ms", "of tnreg", "error", "largest bond"
+    for case, rows in _results("factored-cpu").items():
+        for library, row in rows.items():
+            ours = rows["tnreg, tensor train" if library == "torchTT" else "tnreg"]["seconds"]
+            reached = (f"{row['error']:.1e}", row["rank"]) if "error" in row else ("|",)
+            yield (case, f"{library} {row['version']}", f"{1e3 * row['seconds']:.0f}",
+                   f"{row['seconds'] / ours:.1f}", *reached)  # fmt: skip
+
+
+def _spectra() -> Rows:
+    yield "dense tensor", "tnreg, ms", "one svdvals per node, ms", "ratio", "difference"
+    for case, rows in _results("spectra-cpu").items():
+        ours, plain = (rows[way]["seconds"] for way in ("tnreg", "svdvals per node"))
+        yield (case, f"{1e3 * ours:.1f}", f"{1e3 * plain:.1f}", f"{plain / ours:.1f}",
+               f"{rows['svdvals per node']['difference']:.0e}")  # fmt: skip
+
+
+def _real() -> Rows:
+    yield "tensor, asked", "library", "reached", "numbers", "to 1", "ms"
+    for case, rows in _results("real-cpu").items():
+        for row in rows.values():
+            yield (case, row["label"], f"{row['error']:.4f}", f"{row['numbers']:,}",
+                   f"{row['of'] / row['numbers']:.0f}", f"{1e3 * row['seconds']:.0f}")  # fmt: skip
+
+
+def _convac() -> Rows:
+    yield "classifier", "test accuracy, %", "training, %", "weights", "equal in onnxruntime"
+    summary = _results("convac-cpu", "summary")
+    for name, (mean, spread) in summary["mean and spread"].items():
+        rows = [row for row in summary["accuracy"] if row["model"] == name]
+        equal = rows[0].get("equal decisions in onnxruntime")
+        train = sum(row["train"] for row in rows) / len(rows)
+        yield (name, f"{100 * mean:.1f} ± {100 * spread:.1f}", f"{100 * train:.1f}",
+               f"{rows[0]['weights']:,}", "" if equal is None else f"{100 * equal:.0f} %")  # fmt: skip
+
+
+def _truncated() -> Rows:
+    yield "tree", "how", "asked", "error", "bound", "test accuracy, %", "weights", "largest bond"
+    for r in _results("convac-cpu", "summary")["smaller"]:
+        yield (r["model"], r["how"], f"{r['asked']:g}", f"{r['error']:.3f}", f"{r['bound']:.3g}",
+               f"{100 * r['test']:.1f}", f"{r['weights']:,}", r["largest bond"])  # fmt: skip
+
+
+def _cnn() -> Rows:
+    yield "network", "ms", "hand-written", "ratio"
+    for block, times in _results("cnn-cpu", "milliseconds").items():
+        other = times.pop("hand-written")
+        for name, time in times.items():
+            network = block if name == "tnreg" else f"{block}, without scales"
+            yield network, f"{time:.2f}", f"{other:.2f}", f"{time / other:.2f}"
+
+
+def _locality() -> Rows:
+    yield "arm", "distance", "test accuracy, %", "epochs", "seconds", "of plain", "per epoch"
+    for r in _results("locality-cpu", "table"):
+        accuracy = f"{100 * r['test accuracy']:.1f} ± {100 * r['deviation']:.1f}"
+        yield (r["arm"], r["distance"], accuracy, f"{r['epochs']:.0f}", f"{r['seconds']:.1f}",
+               f"{r['cost']:.2f}", f"{r['cost an epoch']:.2f}")  # fmt: skip
+
+
+def _regularizer() -> Rows:
+    yield "net", "step", "ms", "over plain", "over plain, memory kept"
+    results = _results("regularizer-cpu")
+    for net, rows in results["memory returned"].items():
+        for step, row in rows.items():
+            kept = results["memory kept"][net][step]["over plain"]
+            yield net, step, f"{row['milliseconds']:.1f}", f"{row['over plain']:.2f}", f"{kept:.2f}"
+
+
+def _blocks() -> Rows:
+    runs = {name: row for name, row in _results("blocks-cpu").items() if "passes" in row}
+    yield "pass", *(f"{name}, s" for name in runs)
+    for passes in zip(*(row["passes"] for row in runs.values()), strict=True):
+        what, _, counted = passes[0]["what"].partition(": ")
+        flops = counted.rpartition(", ")[2]
+        yield f"{what}, {flops}", *(f"{p['seconds']:.1f}" for p in passes)
+    yield "whole", *(f"{row['seconds']:.1f}" for row in runs.values())
+    peaks = (f"{row['peak bytes'] / 2**30:.2f}" for row in runs.values())
+    yield "largest resident set, GiB", *peaks
+    yield "error (asked 1e-3)", *(f"{row['error']:.2e}" for row in runs.values())
+
+
+def _sweeps() -> Rows:
+    yield "twelve cells", "without work, s", "smallest trainings, s"
+    for where, row in _results("scale-cpu")["sweeps"].items():
+        yield where, f"{row['nothing']:.2f}", f"{row['tiny']:.1f}"
+
+
+def _epochs() -> Rows:
+    yield "arm", "one process, s", "two processes, s"
+    for arm, row in _results("scale-cpu")["epochs"].items():
+        yield arm, f"{row['1']['epoch']:.2f}", f"{row['2']['epoch']:.2f}"
+
+
+PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header begins, table
+    ("README.md", "| work | against ", _steps),
+    ("docs/dynamics.md", "| run | ", _dynamics),
+    ("docs/dynamics.md", "| what | ms ", _cost),
+    ("docs/decompose.md", "| tensor | ", _decompose),
+    ("docs/decompose.md", "| order/rank | ", _factored),
+    ("docs/decompose.md", "| dense tensor | ", _spectra),
+    ("docs/decompose.md", "| tensor, asked | ", _real),
+    ("docs/cnn.md", "| classifier | ", _convac),
+    ("docs/cnn.md", "| tree | how ", _truncated),
+    ("docs/cnn.md", "| network | ms ", _cnn),
+    ("docs/seeing_far.md", "| arm | distance ", _locality),
+    ("docs/seeing_far.md", "| net | step ", _regularizer),
+    ("docs/past_one_machine.md", "| pass | ", _blocks),
+    ("docs/past_one_machine.md", "| twelve cells | ", _sweeps),
+    ("docs/past_one_machine.md", "| arm | one process", _epochs),
+]
+
+
+if __name__ == "__main__":
+    main()
