@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -20,6 +19,7 @@ from command import call, screen
 from tnreg import (
     ConvAC,
     ConvNet,
+    DataError,
     Factorization,
     ModeTree,
     Representation,
@@ -34,10 +34,9 @@ from tnreg import (
     locality_profile,
     spectra,
 )
-from tnreg.cli.hints import hint
-from tnreg.cli.reply import Reply, plain
-from tnreg.experiments import convac, locality
-from tnreg.experiments.dynamics import train
+from tnreg.cli.output import Reply, plain
+from tnreg.experiments import completion, convac, locality
+from tnreg.experiments.dynamics import init_scale, train
 from tnreg.experiments.nets import build
 from tnreg.machine.files import read_safetensors
 from tnreg.trees.tree import read_tree, tree_from_json
@@ -698,15 +697,26 @@ def test_options_that_would_be_ignored_are_refused(capsys, tmp_path):
         assert code == 1 and not out and words[-1 if words[-1].startswith("--") else -2] in err, err
 
 
-def test_errors_of_a_command_name_only_its_options():
-    message = "ranks must be a positive integer or {non-root node: rank}, found 0."
-    assert hint(message, {"rank", "tree"}).endswith("\n  option: --rank")
-    assert hint(message, {"rank", "ranks"}).endswith("\n  option: --ranks")
-    assert hint(message, {"png"}) == hint(message, ()) == message
-    alone = "compute in this process, one cell after another: workers=0"
-    assert hint(alone, {"workers"}).endswith("\n  option: --workers")
-    told = "rtol must be in [0, 1), found 2.0; change --rtol"
-    assert hint(told, {"rtol"}) == told
+@pytest.mark.parametrize(
+    ("command", "argument", "option"),
+    [
+        ("fit covid19", "tree", "--tree"), ("fit covid19", "ranks", "--rank"),
+        ("fit covid19", "folder", "--out"), ("fit covid19", "png", None), ("fit covid19", None, None),
+        ("run init-scale", "std", "--stds"), ("run init-scale", "rank", None),
+    ],
+)  # fmt: skip
+def test_the_option_that_an_error_is_about(capsys, monkeypatch, command, argument, option):
+    """Only options that the command has; an error that names its option stays as it is."""
+    for text in ("not so", f"not so; change {option}"):
+
+        def fail(*arguments, text=text, **options):
+            raise DataError(text, argument=argument)
+
+        for module in (completion, init_scale):
+            monkeypatch.setattr(module, "run", fail)
+        code, _, err = call(capsys, *command.split())
+        more = f"\n  option: {option}" if option and text == "not so" else ""
+        assert code == 1 and err == f"tnreg: DataError: {text}{more}\n"
 
 
 def test_a_process_count_without_a_rank_is_told(capsys, monkeypatch):
@@ -775,7 +785,6 @@ def test_completion(capsys, tmp_path, shell):
 
 
 def test_completion_for_tcsh_says_what_it_needs(capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for words in (["--tyro-print-completion", "tcsh"], ["--tyro-print-completion=tcsh"]):
-        code, _, err = call(capsys, *words)
-        assert code == 1 and "pip install shtab" in err
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, _, err = call(capsys, "--tyro-print-completion", "tcsh")
+    assert code == 1 and "pip install shtab" in err

@@ -36,24 +36,14 @@ def test_limits_refused(wrong):
         memory.limit_of(wrong, "x")
 
 
-def test_control_groups(tmp_path, monkeypatch):
-    """The smallest rest of the group and those around it counts."""
-    (tmp_path / "job" / "step").mkdir(parents=True)
-    for name, limit, used in ((".", "max", 5), ("job", "1000", 400), ("job/step", "900", 450)):
-        place = tmp_path / name
-        (place / "memory.max").write_text(f"{limit}\n")
-        (place / "memory.current").write_text(f"{used}\n")
-    group = tmp_path / "cgroup"
-    group.write_text("0::/job/step\n")
-    monkeypatch.setattr(memory, "_GROUPS", (group, tmp_path))
-    assert memory._of_group() == 450
-    (tmp_path / "job" / "memory.current").write_text("990\n")
-    assert memory._of_group() == 10
-    assert memory.available() == 10
-    (tmp_path / "job" / "memory.stat").write_text("anon 5\ninactive_file 300\n")
-    assert memory._of_group() == 310  # files that were read are given up when room is needed
-    group.write_text("")
-    assert memory._of_group() is None
+def test_limit_of_a_container(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_LIMIT", limit)
+    whole = memory.available()
+    for text, expected in (("1000\n", 1000), ("max\n", None), (f"{2**60}\n", None)):
+        limit.write_text(text)
+        free = memory.available()
+        assert free == expected if expected else abs(free - whole) < whole / 2
 
 
 def test_message():
@@ -67,5 +57,6 @@ def test_message():
         "  take smaller ranks",
     ]
     assert isinstance(error, SizeError) and isinstance(error, ShapeError)
+    assert error.argument == "memory"
     elsewhere = memory.does_not_fit("a core", 5, 4, "take less", note=", twice", device="cuda:0")
     assert "5 bytes (5 bytes), twice\n  available on cuda:0: 4 bytes" in str(elsewhere)

@@ -1,55 +1,69 @@
-"""The command that looks at the installation: ``doctor``."""
+"""The command ``doctor``, which looks at the installation."""
 
-from __future__ import annotations
+import platform
+from importlib import metadata
+from typing import Any
 
-import dataclasses
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-from rich.table import Table
-
-from tnreg.cli.examination import Health, examine
-from tnreg.cli.reply import Reply
-from tnreg.machine.memory import written
+from tnreg.cli.output import Reply, table_of
+from tnreg.errors import FileError
+from tnreg.machine.memory import available, written
 
 
 def doctor(*, json: bool = False) -> None:
-    """Versions, optional parts and devices: what works here, and how to install what does not.
+    """List the packages that tnreg and its extras need, and the devices that torch sees.
 
-    Exit code 1 if something that tnreg always needs is missing or too old.
+    Exit code 1 if a package that tnreg always needs is missing or too old.
 
     Args:
-        json: Print one JSON document in place of the tables.
+        json: Print one JSON document instead of the table.
     """
     reply = Reply(json)
     with reply.working("looking at packages and devices ..."):
-        found = examine()
-    reply.text(f"tnreg {found.tnreg}, Python {found.python}, {found.platform}")
-    reply.table(_packages(found))
-    for extra in found.extras:
-        if not extra.works:
-            reply.text(f"{extra.purpose or extra.name}: {extra.install}")
-    reply.table(_devices(found))
-    for line in found.broken:
-        reply.text(f"to be repaired: {line}")
-    reply.document({**dataclasses.asdict(found), "works": not found.broken})
-    if found.broken:
+        packages, version = _packages(), metadata.version("tnreg")
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = {"cpu": available("cpu")} | {name: available(name) for name in names}
+    head = {"tnreg": version, "python": platform.python_version(), "platform": platform.platform()}
+    reply.text("tnreg {tnreg}, Python {python}, {platform}".format_map(head))
+    reply.table(table_of(packages, {key: f"{{{key}}}" for key in packages[0]}, len(packages[0])))
+    bad = [row for row in packages if row["state"] != "ok"]
+    for extra in sorted({row["for"] for row in bad} - {"tnreg"}):
+        reply.text(f"for {extra}: pip install 'tnreg[{extra}]'")
+    for name, free in devices.items():
+        reply.text(f"{name}: {'unknown memory' if free is None else written(free)} free")
+    problems = [
+        "{name} is {state}; pip install '{name}{needed}'".format_map(row)
+        for row in bad if row["for"] == "tnreg"
+    ]  # fmt: skip
+    for line in problems:
+        reply.text(f"problem: {line}")
+    works = {"devices": devices, "problems": problems, "works": not problems}
+    reply.document({**head, "packages": packages, **works})
+    if problems:
         raise SystemExit(1)
 
 
-def _packages(found: Health) -> Table:
-    table = Table("package", "here", "needed", "state", "for")
-    rows = [(one, "tnreg") for one in found.packages]
-    rows += [(one, extra.purpose or extra.name) for extra in found.extras for one in extra.packages]
-    for one, purpose in rows:
-        least = f">= {one.least}" if one.least else ""
-        table.add_row(one.name, one.found or "", least, one.state, purpose)
-    return table
-
-
-def _devices(found: Health) -> Table:
-    table = Table("device", "name")
-    for head in ("memory", "free"):
-        table.add_column(head, justify="right")
-    for one in found.devices:
-        sizes = ("" if size is None else written(size) for size in (one.memory, one.free))
-        table.add_row(one.device, one.name, *sizes)
-    return table
+def _packages() -> list[dict[str, Any]]:
+    """Return what tnreg and its extras need, and which versions are installed."""
+    try:
+        about, needs = metadata.metadata("tnreg"), metadata.requires("tnreg") or []
+    except metadata.PackageNotFoundError:
+        raise FileError("tnreg is not installed.\n  in its folder: pip install -e .") from None
+    rows = []
+    for need in map(Requirement, needs):
+        extras = ("", *about.get_all("Provides-Extra", []))
+        fits = (e for e in extras if need.marker is None or need.marker.evaluate({"extra": e}))
+        extra = next(fits, "all")
+        if extra in ("all", "dev") or need.name == "tnreg":
+            continue
+        try:
+            version = metadata.version(need.name)
+            state = "ok" if Version(version).base_version in need.specifier else "too old"
+        except metadata.PackageNotFoundError:
+            version, state = "", "missing"
+        rows.append({"name": need.name, "installed": version, "needed": str(need.specifier),
+                     "state": state, "for": extra or "tnreg"})  # fmt: skip
+    return rows

@@ -1,4 +1,4 @@
-"""Tables of what experiments found."""
+"""Tables of the results of experiments."""
 
 from __future__ import annotations
 
@@ -7,83 +7,83 @@ from typing import Any
 
 from rich.table import Table
 
-from tnreg.cli.reply import short
-from tnreg.experiments import dynamics, locality, sweep
+from tnreg.cli.output import short, table_of
+from tnreg.experiments import locality, sweep
 
 
-def sweep_table(found: sweep.Result, name: str) -> Table:
-    """Means over seeds."""
-    if found.fields == locality.EXPERIMENT.fields:
-        return locality_table(found.table, name)
-    by = [field for field in found.fields if field != "seed"]
-    out = Table(*by, title=name, title_justify="left")
-    for head in ("seeds", found.headline):
-        out.add_column(head, justify="right")
-    for row in found.table:
-        spread = "" if math.isnan(row["deviation"]) else f" ± {row['deviation']:.2g}"
-        value = f"{row[found.headline]:.4g}{spread}"
-        out.add_row(*(short(row[field]) for field in by), str(row["seeds"]), value)
-    return out
+def sweep_table(result: sweep.Result, name: str) -> Table:
+    """Return means over seeds."""
+    if result.fields == locality.EXPERIMENT.fields:
+        return locality_table(result.table, name)
+    fields = [field for field in result.fields if field != "seed"]
+    rows = [
+        {**{field: short(row[field]) for field in fields}, "seeds": row["seeds"],
+         result.headline: _mean(row[result.headline], row["deviation"], ".4g", ".2g")}
+        for row in result.table
+    ]  # fmt: skip
+    columns = {name: f"{{{name}}}" for name in (*fields, "seeds", result.headline)}
+    return table_of(rows, columns, len(fields), title=name)
+
+
+def locality_table(means: list[dict[str, Any]], title: str) -> Table:
+    """Return accuracies against the distance, and what they cost."""
+    rows = []
+    for row in means:
+        accuracy = _mean(100 * row["test accuracy"], 100 * row["deviation"], ".1f", ".1f")
+        costs = {
+            key: "" if math.isnan(row[key]) else f"{row[key]:.2f}"
+            for key in ("cost", "cost an epoch")
+        }
+        rows.append({**row, **costs, "accuracy": accuracy})
+    columns = {
+        "arm": "{arm}", "distance": "{distance}", "accuracy": "{accuracy}", "epochs": "{epochs:.0f}",
+        "seconds": "{seconds:.1f}", "x plain": "{cost}", "an epoch": "{cost an epoch}",
+    }  # fmt: skip
+    return table_of(rows, columns, title=f"{title}: test accuracy (%) of the last epoch")
+
+
+def unfinished_table(trainings: list[dict[str, Any]]) -> Table:
+    """Return the trainings that the same command continues."""
+    rows = [{**row, "accuracy": 100 * row["test accuracy"]} for row in trainings]
+    columns = {"training": "{name}", "epochs": "{epochs}", "test accuracy": "{accuracy:.1f}"}
+    title = "the time is over; the same command goes on with these, and with those not begun"
+    return table_of(rows, columns, len(columns), title=title)
 
 
 def convac_tables(summary: dict[str, Any]) -> list[Table]:
-    """Accuracies, and what is left of them when the classifiers are made smaller."""
-    first = Table(
-        "",
-        title="digits, test accuracy: mean and standard deviation over seeds",
-        title_justify="left",
-    )
-    for head in ("test", "train", "weights", "seconds", "equal in onnx"):
-        first.add_column(head, justify="right")
-    for name, (mean, spread) in summary["mean and spread"].items():
+    """Return the accuracies of classifiers, and those after the classifiers are made smaller."""
+    means = []
+    for name, (mean, deviation) in summary["mean and spread"].items():
         rows = [row for row in summary["accuracy"] if row["model"] == name]
         equal = [row[key] for row in rows for key in row if key.startswith("equal")]
-        first.add_row(
-            name,
-            f"{100 * mean:.1f} ± {100 * spread:.1f} %",
-            f"{100 * sum(row['train'] for row in rows) / len(rows):.1f} %",
-            str(rows[0]["weights"]),
-            f"{sum(row['seconds'] for row in rows) / len(rows):.1f}",
-            f"{100 * equal[0]:.0f} %" if equal else "",
+        means.append(
+            {
+                "name": name,
+                "test": f"{100 * mean:.1f} ± {100 * deviation:.1f} %",
+                "train": f"{100 * sum(row['train'] for row in rows) / len(rows):.1f} %",
+                "weights": rows[0]["weights"],
+                "seconds": f"{sum(row['seconds'] for row in rows) / len(rows):.1f}",
+                "equal in onnx": f"{100 * equal[0]:.0f} %" if equal else "",
+            }
         )
-    second = Table("", "how", title="first seed, shrunk", title_justify="left")
-    for head in ("asked", "error", "bound", "test", "weights", "largest bond"):
-        second.add_column(head, justify="right")
-    for row in summary["smaller"]:
-        figures = [f"{row[key]:.3g}" for key in ("asked", "error", "bound")]
-        figures += [f"{100 * row['test']:.1f} %", str(row["weights"]), str(row["largest bond"])]
-        second.add_row(row["model"], row["how"], *figures)
-    return [first, second]
+    heads = {"": "{name}"}
+    heads |= {key: f"{{{key}}}" for key in ("test", "train", "weights", "seconds", "equal in onnx")}
+    columns = {
+        "": "{model}", "how": "{how}", "asked": "{asked:.3g}", "error": "{error:.3g}",
+        "bound": "{bound:.3g}", "test": "{accuracy:.1f} %", "weights": "{weights}",
+        "largest bond": "{largest bond}",
+    }  # fmt: skip
+    smaller = [{**row, "accuracy": 100 * row["test"]} for row in summary["smaller"]]
+    title = "digits, test accuracy: mean and standard deviation over seeds"
+    return [
+        table_of(means, heads, title=title),
+        table_of(smaller, columns, left=2, title="first seed, shrunk"),
+    ]
 
 
-def locality_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Accuracies against the distance, and what they cost."""
-    out = Table("arm", title=f"{title}: test accuracy (%) of the last epoch", title_justify="left")
-    for head in ("distance", "accuracy", "epochs", "seconds", "x plain", "an epoch"):
-        out.add_column(head, justify="right")
-    for row in rows:
-        spread = "" if math.isnan(row["deviation"]) else f" ± {100 * row['deviation']:.1f}"
-        figures = [f"{100 * row['test accuracy']:.1f}{spread}", f"{row['epochs']:.0f}"]
-        figures += [f"{row['seconds']:.1f}"]
-        figures += [
-            "" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in ("cost", "cost an epoch")
-        ]
-        out.add_row(row["arm"], str(row["distance"]), *figures)
-    return out
-
-
-def going_on_table(begun: list[dict[str, Any]]) -> Table:
-    """Trainings that the same command goes on with."""
-    title = "the time is over; the same command goes on with these, and with those not begun"
-    out = Table("training", "epochs", "test accuracy", title=title, title_justify="left")
-    for row in begun:
-        out.add_row(row["name"], str(row["epochs"]), f"{100 * row['test accuracy']:.1f}")
-    return out
-
-
-def dynamics_table(summary: dict[str, Any], config: dynamics.Config) -> Table:
-    """What one training found."""
-    table = Table("", "", title=f"{config.model}, seed {config.seed}", show_header=False)
+def summary_table(summary: dict[str, Any], title: str) -> Table:
+    """Return what one training found, a line for each value."""
+    table = Table("", "", title=title, show_header=False)
     for key, value in summary.items():
         if key == "components":
             value = "\n".join(f"{v}: {' '.join(f'{c:.3g}' for c in c)}" for v, c in value.items())
@@ -100,8 +100,13 @@ def dynamics_table(summary: dict[str, Any], config: dynamics.Config) -> Table:
 
 
 def init_scale_table(rows: list[dict[str, Any]], model: str) -> Table:
-    """Trainings from several initial scales."""
-    out = Table(*rows[0], title=f"{model} from several initial scales")
+    """Return the results of trainings from several initial scales."""
+    table = Table(*rows[0], title=f"{model} from several initial scales")
     for row in rows:
-        out.add_row(*(short(value) for value in row.values()))
-    return out
+        table.add_row(*map(short, row.values()))
+    return table
+
+
+def _mean(mean: float, deviation: float, form: str, form_of_deviation: str) -> str:
+    spread = "" if math.isnan(deviation) else f" ± {deviation:{form_of_deviation}}"
+    return f"{mean:{form}}{spread}"

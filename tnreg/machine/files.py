@@ -1,6 +1,6 @@
-"""Files and folders read at once and written whole: beside first, then renamed into place.
+"""Read files at once; write files and folders whole: under another name, then renamed.
 
-Whatever happens to the process in between, the old content or the new one is there, never a half.
+If the process dies in between, the old content or the new one is there, never a part of it.
 """
 
 from __future__ import annotations
@@ -21,46 +21,48 @@ from torch import Tensor
 
 from tnreg.errors import FileError
 
-# What the disk says when it cannot hold what is written; such errors come without a file's name.
+# What a disk that cannot hold the data reports; such errors come without a file's name.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
-# Bytes of a safetensors file before its tensors, at most; the format's own limit.
-_LONGEST_HEAD = 100_000_000
-
-
-def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file of this name is there; False as well for a name that no file can have.
-
-    Raises:
-        FileError: It may not be looked at.
-    """
-    return is_there(path) and not Path(path).is_dir()
+_LONGEST_HEAD = (
+    100_000_000  # bytes of a safetensors file before its tensors; the format's own limit
+)
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder of this name is there; see ``is_file``."""
+    """Return whether a file or folder exists; False as well for a name that no file can have.
+
+    Raises:
+        FileError: Permission denied.
+    """
     try:
-        return Path(path).exists()
-    except (OSError, ValueError) as error:
-        if isinstance(error, PermissionError):
-            raise FileError(f"cannot read {path}: {error.strerror}") from None
+        os.stat(path)
+    except PermissionError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, ValueError):
         return False
+    return True
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file exists that is no folder; see ``is_there``."""
+    return is_there(path) and not os.path.isdir(path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, read at once.
+    """Return metadata and tensors of a safetensors file, read at once.
 
-    safetensors' own reader opens a file by its name a second time, and would mix two files where another
-    process replaces it in between.
+    The reader of safetensors opens a file twice by its name, and would mix two files if another process
+    replaces it in between.
     """
     data = path.read_bytes()
-    tensors = dict(sorted(safetensors.torch.load(data).items()))  # its own order is any
+    tensors = dict(sorted(safetensors.torch.load(data).items()))  # load returns them in any order
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, from its head alone; empty for any other file, or none."""
+    """Return the metadata of a safetensors file, reading its head alone; empty for any other file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -71,135 +73,103 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> Path:
-    """Call ``write`` with a temporary path beside ``path``, then rename what it wrote to ``path``.
+    """Call ``write`` with a temporary path, rename what it wrote to ``path``, and return that path.
 
     Raises:
         FileError: The folder is missing or cannot be written; nothing was changed.
     """
-    target = _absolute(path)
-    beside = _beside(target)
+    target, partial = _names(path)
     try:
-        if not target.parent.is_dir():
-            raise FileError(f"cannot write {target}: there is no folder {target.parent}")
-        write(beside)
-        beside.chmod(0o666 & ~_mask())  # some writers make files that nobody else may read
-        os.replace(beside, target)
-    except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"cannot write {target}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        with _writing(target):
+            if not target.parent.is_dir():
+                raise FileError(f"cannot write {target}: there is no folder {target.parent}")
+            partial.touch()
+            mode = partial.stat().st_mode
+            write(partial)
+            partial.chmod(mode)  # safetensors writes files that only their owner may read
+            os.replace(partial, target)
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     return target
 
 
-def _mask() -> int:
-    """The process's mask of permissions, which can be read only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 def check_folder(path: str | os.PathLike[str]) -> Path:
-    """The absolute path, if a run folder may be written there.
+    """Return the absolute path of a run folder that is to be written.
 
     Raises:
         FileError: ``path`` is a file, or a folder that holds something else than a run of tnreg.
     """
-    target = _absolute(path)
+    target, _ = _names(path)
+    with _writing(target):
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return target
     try:
-        free = not target.exists() or _may_replace(target)
-    except OSError as error:
-        raise FileError(f"cannot write {target}: {error.strerror or error}") from None
-    if not free:
-        raise FileError(
-            f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
-            "  choose another folder, or remove it first"
-        )
-    return target
+        if "tnreg" in json.loads((target / "config.json").read_text(encoding="utf-8")):
+            return target
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    raise FileError(
+        f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
+        "  choose another folder, or remove it first",
+        argument="folder",
+    )
 
 
 @contextlib.contextmanager
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` that takes its place when the block ends without error.
+    """Yield a temporary folder that is renamed to ``path`` when the block ends without an error.
 
-    A run folder that tnreg wrote before, or an empty one, is replaced; of two that are written to one path
-    at the same time the later one stays. On an error nothing changes.
+    An empty folder, or a run folder that tnreg wrote before, is replaced. An error changes nothing.
 
     Raises:
         FileError: ``path`` is a file, or a folder that holds something else, or cannot be written.
     """
-    target = check_folder(path)
-    beside = _beside(target)
+    check_folder(path)
+    target, partial = _names(path)
+    with _writing(target):
+        partial.mkdir(parents=True)
     try:
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise FileError(f"cannot write {target}: {error.strerror or error}") from None
-    try:
-        yield beside
-        _take_place(beside, target)
-    except FileError as error:  # of a file in the folder: the user knows it by its later name
-        raise FileError(str(error).replace(str(beside), str(target))) from None
-    except OSError as error:
-        if error.errno in _DISK or str(error.filename or "").startswith(str(beside)):
-            raise FileError(f"cannot write {target}: {error.strerror or error}") from None
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _take_place(beside: Path, target: Path) -> None:
-    """Rename a folder to a path where there may be one already, and where another process may do the same."""
-    for _ in range(100):
-        if target.exists() and not _may_replace(target):
-            continue  # put there meanwhile by somebody, or just being replaced by another process
-        old = _beside(target, "old")
+        yield partial
+        check_folder(target)  # again: another program may have put something there
+        _, old = _names(path)
         with contextlib.suppress(FileNotFoundError):
             os.replace(target, old)
-        try:
-            os.replace(beside, target)
-        except OSError as error:
-            if old.exists() and not target.exists():
-                os.replace(old, target)
-            shutil.rmtree(old, ignore_errors=True)
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-            return
-    check_folder(target)
-    raise FileError(f"cannot write {target}: other processes write there all the time")
+        os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except FileError as error:  # about a file in the temporary folder: name the final one
+        message = str(error).replace(str(partial), str(target))
+        raise FileError(message, argument=error.argument) from None
+    except OSError as error:
+        if error.errno not in _DISK and not str(error.filename).startswith(str(partial)):
+            raise  # about something else than what was to be written
+        with _writing(target):
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _may_replace(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn errors of the disk into one that names the file or folder to be written."""
     try:
-        return "tnreg" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"cannot write {target}: {reason}") from None
 
 
-def _absolute(path: str | os.PathLike[str]) -> Path:
+def _names(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the absolute path, and one beside it that no other process or thread uses."""
     if not os.fspath(path):
         raise FileError("cannot write: the path is empty.")
     try:
-        os.fsencode(path)
-        if "\0" in os.fspath(path):
-            raise ValueError("embedded null character")
+        with contextlib.suppress(OSError):
+            os.stat(path)
     except ValueError as error:
         raise FileError(
             f"cannot write {os.fspath(path)!r}: no file can have that name, {error}"
         ) from None
-    return Path(
-        os.path.abspath(path)
-    )  # "." and ".." have no name that another one could stand beside
-
-
-def _beside(target: Path, kind: str = "partial") -> Path:
-    # Two that write to one path keep out of each other's way: processes, threads of one, and processes of
-    # the same number on two machines that share the folder.
-    return target.with_name(f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+    target = Path(os.path.abspath(path))
+    name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    return target, target.with_name(name)

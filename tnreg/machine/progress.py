@@ -1,6 +1,6 @@
-"""Progress bars and lines: on standard error, and only where they are seen, on a terminal or in a notebook.
+"""Progress bars and status lines on standard error, shown only on a terminal or in a notebook.
 
-Standard output is for answers, which may go to a pipe or be JSON; a log is no place for bars either.
+Standard output is for answers, which may go to a pipe or be JSON; bars would also spoil a log.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ if TYPE_CHECKING:
 
 
 def shown_progress(*columns: str | ProgressColumn, **options: Any) -> Any:
-    """A ``rich.progress.Progress`` with these columns; nothing is drawn where nobody sees it.
+    """Return a ``rich.progress.Progress`` that draws nothing where nobody would see it.
 
     Args:
-        columns: Its own if left out.
+        columns: Its columns; those of rich if left out.
         options: Its other arguments.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    seen = console.is_terminal or console.is_jupyter
-    return Progress(*columns, console=console, disable=not seen, **options)
+    visible = console.is_terminal or console.is_jupyter
+    return Progress(*columns, console=console, disable=not visible, **options)
 
 
 @contextlib.contextmanager
 def advancing(text: str, total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar that is gone when the work is done; yields what advances it by so many.
+    """Show a progress bar while the block runs; yield a function that advances it by a number.
 
     Args:
         text: What is counted.
         total: How many there are.
-        wanted: Otherwise nothing is drawn, nor rich loaded.
+        wanted: If False, nothing is drawn and rich is not loaded.
     """
     if not wanted:
-        yield lambda done: None
+        yield lambda count: None
         return
-    with shown_progress(transient=True) as shown:
-        task = shown.add_task(text, total=total)
-        yield lambda done: shown.advance(task, done)
+    with shown_progress(transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 @contextlib.contextmanager
 def working(text: str, wanted: bool = True) -> Iterator[Callable[[str], None]]:
-    """A line in this block, for work that is not counted; yields what changes it.
+    """Show a status line while the block runs; yield a function that changes its text.
 
     Args:
-        text: What is done.
-        wanted: Otherwise nothing is drawn, nor rich loaded.
+        text: What is being done.
+        wanted: If False, nothing is drawn and rich is not loaded.
     """
     if not wanted:
         yield lambda text: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(text) as shown:
-        shown.update(spinner="dots")  # drawn now, not only a moment later
-        yield shown.update
+    with Console(stderr=True).status(text) as line:
+        line.update(spinner="dots")  # draws at once, not a moment later
+        yield line.update

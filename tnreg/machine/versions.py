@@ -1,4 +1,4 @@
-"""Versions of what computes."""
+"""Version of tnreg, and of what it computes with."""
 
 import platform
 

@@ -1,4 +1,4 @@
-"""Commands about networks: ``export``, ``probe``."""
+"""The commands ``export`` and ``probe``, which are about networks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from tnreg import (
     plots,
     to_cnn,
 )
-from tnreg.cli.reply import Reply, check_place, new_axes
+from tnreg.cli.output import Reply
 from tnreg.cnns.classifier import is_classifier
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, blame
 from tnreg.experiments.probed import images_of, network_of
+
+_FORMATS: dict[str, tuple[str, Any]] = {
+    "onnx": (".onnx", export_onnx),
+    "pt2": (".pt2", export_pt2),
+    "state": (".network.safetensors", export_state),
+}
 
 
 def export(
@@ -32,18 +38,17 @@ def export(
     share: bool = False,
     classes: bool = False,
 ) -> None:
-    """Write the convolutional network that a saved model is, for programs that do not know tnreg.
+    """Write a saved model as a convolutional network, for programs without tnreg.
 
     Args:
         model: A .safetensors file: a factorization that tnreg saved, or a classifier of `run convac`.
         format: ONNX, a torch.export program, or plain weights as safetensors with layers in the metadata.
         out: The file; beside the model with the format's ending if left out.
-        share: One convolution per layer, if the factorization's weights are equal at the nodes of a height.
-        classes: The factorization's last mode are the outputs.
+        share: One convolution per layer, if the factorization's weights are equal at all nodes of a height.
+        classes: The factorization's last mode is the outputs.
     """
-    reply = Reply()
-    check_place(out, "--out")
-    found: ConvNet | ConvAC
+    reply = Reply(out=out)
+    net: ConvNet | ConvAC
     with reply.working(f"reading {model} ..."):
         if is_classifier(model):
             if share or classes:
@@ -51,15 +56,14 @@ def export(
                     f"--share and --classes are for factorizations; {model} is a classifier, whose network "
                     "knows both."
                 )
-            found = ConvAC.load(model)
+            net = ConvAC.load(model)
         else:
-            found = to_cnn(load(model), share=share, classes=classes)
-    endings = {"onnx": ".onnx", "pt2": ".pt2", "state": ".network.safetensors"}
-    target = out or model.with_suffix(endings[format])
-    writers: dict[str, Any] = {"onnx": export_onnx, "pt2": export_pt2, "state": export_state}
-    reply.text(found)
+            net = to_cnn(load(model), share=share, classes=classes)
+    ending, write = _FORMATS[format]
+    target = out or model.with_suffix(ending)
+    reply.text(net)
     with reply.working(f"writing {format} ..."):
-        writers[format](found, target)
+        write(net, target)
     checked = "" if format == "state" else ", values checked on fresh inputs"
     reply.note(f"wrote {target}{checked}")
 
@@ -79,63 +83,58 @@ def probe(
     png: Path | None = None,
     json: bool = False,
 ) -> None:
-    """What trained networks tie together: interaction of two patches against the distance between them.
+    """Measure which patches trained networks tie together: interaction against distance.
 
     Args:
         models: Run folders of single trainings of locality, .pt2 files of torch.export, .safetensors models
-            of tnreg; or the name or import path of one network, then with weights.
+            of tnreg; or the name or import path of one network, together with weights.
         data: An image set of tnreg.images (.npz), a file with images (N, C, H, W), or digits:24 for pairs of
             digits that far apart.
         weights: State dict of the network, .safetensors or .pt.
-        distances: Pixels between the patches; nine up to the largest if left out.
+        distances: Pixels between the patches; nine distances up to the largest if left out.
         size: Side of the patches in pixels; an eighth of the image's shorter side if left out.
         samples: Images whose patches are crossed.
         pairs: Pairs of patches for each distance.
-        anywhere: Patches anywhere, not where images differ.
+        anywhere: Patches anywhere, not only where images differ.
         seed: Draws patches and images; the same for all models.
         png: Draw all models into this file.
-        json: Print one JSON document in place of the tables.
+        json: Print one JSON document instead of the tables.
     """
     if not models or (weights is not None and len(models) > 1):
         raise OptionError("probe: name one model or more; with --weights exactly one.")
-    reply = Reply(json)
-    check_place(png, "--png")
-    with reply.working("reading images ..."):
-        pictures = images_of(data)
-    found = {}
+    reply = Reply(json, png=png)
+    with reply.working("reading images ..."), blame("data"):
+        images = images_of(data)
+    profiles = {}
     for name in models:
         try:
             with reply.undisturbed():
                 with reply.working(f"reading {name} ..."):
-                    net = network_of(name, pictures.shape[1], weights=weights)
-                found[name] = locality_profile(
-                    net, pictures, distances=distances or None, size=size, samples=samples, pairs=pairs,
+                    net = network_of(name, images.shape[1], weights=weights)
+                profiles[name] = locality_profile(
+                    net, images, distances=distances or None, size=size, samples=samples, pairs=pairs,
                     where="anywhere" if anywhere else "differing", seed=seed, progress=reply.shows(),
                 )  # fmt: skip
         except (RuntimeError, AssertionError) as error:
             raise OptionError(
-                f"{name} does not take images of shape {tuple(pictures.shape[1:])}.\n"
+                f"{name} does not take images of shape {tuple(images.shape[1:])}.\n"
                 f"  {str(error).splitlines()[0]}"
             ) from None
-        reply.text(f"{name}, patches of {found[name].size}x{found[name].size} pixels")
-        reply.text(found[name])
-    if png is not None:
-        with reply.working("drawing ..."):
-            plots.save_figure(plots.locality_profile(found, new_axes()).figure, png)
-        reply.note(f"wrote {png}")
-    reply.document({"data": data, "models": [_profile(*one) for one in found.items()]})
+        patch = f"{profiles[name].size}x{profiles[name].size}"
+        reply.text(f"{name}, patches of {patch} pixels")
+        reply.text(profiles[name])
+    reply.picture(lambda axes: plots.locality_profile(profiles, axes))
+    reply.document({"data": data, "models": [_means(*item) for item in profiles.items()]})
 
 
-def _profile(name: str, found: LocalityProfile) -> dict[str, Any]:
-    """One model's table: means over the pairs of patches, and the standard error."""
-    columns = (found.distances, found.interaction, found.standard_error, found.effective_rank)
+def _means(name: str, profile: LocalityProfile) -> dict[str, Any]:
+    """Return means over the pairs of patches, and their standard errors, for JSON."""
     rows = [
-        {
-            "distance": distance,
-            "interaction": share.mean(),
-            "standard error": error,
-            "effective rank": rank.mean(),
-        }
-        for distance, share, error, rank in zip(*columns, strict=True)
-    ]
-    return {"model": name, "size": found.size, "distances": rows}
+        {"distance": distance, "interaction": share.mean(), "standard error": error,
+         "effective rank": rank.mean()}
+        for distance, share, error, rank in zip(
+            profile.distances, profile.interaction, profile.standard_error, profile.effective_rank,
+            strict=True,
+        )
+    ]  # fmt: skip
+    return {"model": name, "size": profile.size, "distances": rows}

@@ -1,4 +1,4 @@
-"""The command that draws what a run recorded: ``plot``."""
+"""The command ``plot``, which draws what a run recorded."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tnreg import Trajectory, plots
-from tnreg.cli.reply import Reply, check_place
+from tnreg.cli.output import Reply
 from tnreg.errors import OptionError
 from tnreg.experiments import completion, convac, demo, dynamics, locality
 from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.sweep import kinds as sweep_kinds
-from tnreg.experiments.sweep import pictures as sweep_figure
+from tnreg.experiments.sweep import pictures as sweep_pictures
 
-# Experiments with a picture of their own; others leave one trajectory.
+# Experiments with a picture of their own; the others record one trajectory.
 _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
     "init_scale": init_scale.figure,
     "convac": convac.figure,
     "locality": locality.figure,
-    "sweep": sweep_figure.figure,
-    sweep_kinds.DYNAMICS.title: sweep_figure.figure,
+    "sweep": sweep_pictures.figure,
+    sweep_kinds.DYNAMICS.title: sweep_pictures.figure,
 }
 
 
@@ -39,44 +39,41 @@ def plot(
             folder are drawn again.
         names: What to draw, one panel each.
         linear: Linear instead of logarithmic vertical axes.
-        png: Where to write the picture; if left out the experiment's own pictures in its folder,
+        png: Where to write the picture; if left out, the experiment's own pictures in its folder,
             training.png beside a trajectory, panels.png beside several runs.
     """
-    reply = Reply()
-    check_place(png, "--png")
+    reply = Reply(png=png)
     if not runs:
         raise OptionError("plot: give a run folder.")
     with reply.working("drawing ..."):
-        target, about = _drawn(runs, names, linear, png)
+        picture, about = _draw(runs, names, linear, png)
     if about:
         reply.note(about)
-    reply.note(f"wrote {target}")
+    reply.note(f"wrote {picture}")
 
 
-def _drawn(
+def _draw(
     runs: tuple[Path, ...], names: tuple[str, ...], linear: bool, png: Path | None
 ) -> tuple[Path, str]:
-    """Where the picture is, and what a trajectory has."""
+    """Return the path of the picture, and what a trajectory holds."""
     first = runs[0]
     kind = experiment_of(first)
     several = len(runs) > 1
-    if (names or linear) and (several or kind in _PICTURES):
+    panels_chosen = bool(names) or linear
+    if panels_chosen and (several or kind in _PICTURES):
         what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
         raise OptionError(
             f"plot: --names and --linear choose panels of one trajectory; {what} has a picture of its own."
         )
-    plain = not names and not linear
-    if several or (kind == "dynamics" and png is not None and plain):
-        target = png or first.parent / "panels.png"
-        return plots.save_figure(dynamics.panels(runs), target), ""
+    if several or (kind == "dynamics" and png is not None and not panels_chosen):
+        return plots.save_figure(dynamics.panels(runs), png or first.parent / "panels.png"), ""
     if kind in _PICTURES:
         return _PICTURES[kind](first, png), ""
-    if kind == "dynamics" and plain:
+    if kind == "dynamics" and not panels_chosen:
         return dynamics.figure(first), ""
-    if kind == "demo" and plain:
+    if kind == "demo" and not panels_chosen:
         return demo.figure(first, png), ""
     file = first / "trajectory.npz" if first.is_dir() else first
-    found = Trajectory.load(file)
-    target = png or file.with_name("training.png")
-    drawn = completion.draw(found, names or found.names, log=not linear)
-    return plots.save_figure(drawn, target), f"{found!r}"
+    run = Trajectory.load(file)
+    figure = completion.draw(run, names or run.names, log=not linear)
+    return plots.save_figure(figure, png or file.with_name("training.png")), repr(run)

@@ -1,0 +1,140 @@
+"""The command ``decompose``, which makes a tensor or a model smaller."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tnreg import Factorization, algebra, plots, spectra, truncate
+from tnreg import decompose as hierarchical_svd
+from tnreg.cli.inputs import Input, read_input
+from tnreg.cli.output import Reply, table_of
+from tnreg.errors import OptionError
+from tnreg.ranks.decompose import distance
+from tnreg.tensors.blocks import is_blocks
+from tnreg.trees.reading import Node
+
+
+def decompose(
+    file: str,
+    /,
+    *,
+    tree: str | None = None,
+    rtol: float = 1e-3,
+    ranks: int | None = None,
+    randomized: bool = False,
+    missing: Literal["nan"] | None = None,
+    memory: str | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+    png: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Hierarchical SVD of a tensor along a tree, or rounding of a saved model, to a relative error.
+
+    Args:
+        file: A .npy, .npz, .safetensors or .pt file, a model that tnreg saved, or kinetic, il2, covid19,
+            indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
+        tree: Gallery name, JSON file or nested lists; if left out, a binary tree (a model's own
+            tree for a model).
+        rtol: Largest relative error; only a limit on ranks can make it larger.
+        ranks: Largest bond.
+        randomized: First approximate the columns of large nodes by products with random vectors.
+        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
+            others here.
+        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a
+            quarter of what is available.
+        device: Any torch device, e.g. cuda.
+        out: Save the factorization into this file.
+        png: Draw singular values and the tree with its ranks and error budget into this file.
+        json: Print one JSON document instead of the table.
+    """
+    reply = Reply(json, out, png)
+    with reply.working("decomposing ..."):
+        source = read_input(file, tree, missing, memory, device)
+        start = time.perf_counter()
+        if source.tree is not None:
+            model = hierarchical_svd(
+                source.x, source.tree, rtol=rtol, ranks=ranks, randomized=randomized, memory=memory
+            )  # fmt: skip
+        elif randomized:
+            raise OptionError(
+                "--randomized is for tensors; a saved model is rounded without its dense tensor.\n"
+                "  leave it out, or give --tree to decompose the dense tensor along another tree"
+            )
+        else:
+            model = truncate(source.x, rtol=rtol, ranks=ranks)
+        seconds = time.perf_counter() - start
+    with torch.no_grad(), reply.working("singular values and error ..."):
+        # on disk only those that were kept: the others would take another pass for each node
+        on_disk = is_blocks(source.x)
+        values = spectra(model) if on_disk else spectra(source.x, source.tree)
+        error, norm = _error_and_norm(source, model, memory)
+    rows = [_row(node, s, model, norm, on_disk) for node, s in values.items()]
+    weights = sum(p.numel() for p in model.parameters())
+    before = math.prod(source.sizes)
+    if source.tree is None:
+        before = sum(p.numel() for p in source.x.parameters())
+    errors = {
+        "asked": rtol,
+        "bound": (model.error_bound or 0.0) / norm if norm > 0 else 0.0,
+        "reached": error / norm if norm > 0 else 0.0,
+    }
+    columns = {key: f"{{{key}}}" for key in rows[0]}
+    shown = [{key: _in_table(value) for key, value in row.items()} for row in rows]
+    title = f"{source.name} {model.sizes}, {seconds:.2f} s"
+    reply.table(table_of(shown, columns, title=title))
+    if not json:
+        ratio = f"{before / weights:.4g} to 1"
+        reply.note(f"numbers: {weights} of {before} ({ratio})")
+        text = "relative error: asked {asked:g}, bound {bound:.4g}, reached {reached:.4g}"
+        reply.note(text.format_map(errors))
+    if out is not None:
+        model.save(out)
+        reply.note(f"wrote {out}")
+    reply.picture(lambda axes: plots.decomposition(values, model, axes), panels=2)
+    reply.document(
+        {
+            "tensor": source.name, "sizes": model.sizes, "seconds": seconds, "nodes": rows,
+            "numbers": weights, "numbers before": before, "relative error": errors,
+            "written": [str(path) for path in (out, png) if path is not None],
+        }
+    )  # fmt: skip
+
+
+def _error_and_norm(source: Input, model: Factorization, memory: str | None) -> tuple[float, float]:
+    """Return the distance between input and result, and the norm of the input."""
+    if source.tree is not None:
+        return distance(source.x, model, memory=memory)
+    # norm of the rounded difference: inner products would lose what is below 1e-8 of the norm
+    rest = truncate(algebra.subtract(model, source.x))
+    return rest.norm().item(), source.x.norm().item()
+
+
+def _row(
+    node: Node, s: torch.Tensor, model: Factorization, norm: float, on_disk: bool
+) -> dict[str, Any]:
+    """Return how many singular values a node has, and what was cut off of them."""
+    bond = model.network.bonds[model.tree.position(node)]
+    if on_disk:
+        rows = math.prod(model.sizes[m] for m in model.tree.modes_below(node))
+        count = min(rows, math.prod(model.sizes) // rows)
+        return {"node": str(node), "singular values": count, "rank": bond}
+    rest = s[bond:].double()
+    cut = bool(len(rest)) and norm > 0
+    return {
+        "node": str(node), "singular values": len(s), "rank": bond,
+        "largest cut": float(rest[0]) / norm if cut else 0.0,
+        "error of the cut": float(rest.norm()) / norm if cut else 0.0,
+    }  # fmt: skip
+
+
+def _in_table(value: Any) -> str:
+    """Return a count, or a relative error in two digits."""
+    if isinstance(value, float):
+        return f"{value:.2e}" if value else "0"
+    return str(value)

@@ -1,0 +1,143 @@
+"""What a command prints: tables and notes on standard output, or with ``--json`` one JSON document.
+
+While a command works, a status line or a progress bar is shown on standard error, if that is a terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tnreg import plots
+from tnreg.errors import FileError
+from tnreg.machine.progress import working
+from tnreg.tensors.blocks import log as log_of_passes
+
+
+class Reply:
+    """Prints the parts of an answer.
+
+    Args:
+        json: Whether standard output holds one JSON document and nothing else.
+        out: File that the command is to write, option ``--out``.
+        png: Picture that the command is to write, option ``--png``.
+
+    Raises:
+        FileError: One of the files could not be written, which is checked before any work.
+    """
+
+    def __init__(
+        self, json: bool = False, out: Path | None = None, png: Path | None = None
+    ) -> None:
+        for option, path in (("--out", out), ("--png", png)):
+            if path is not None and path.is_dir():
+                raise FileError(f"{option}: {path} is a folder; give the path of a file.")
+            if path is not None and not path.parent.is_dir():
+                raise FileError(f"{option}: cannot write {path}: there is no folder {path.parent}")
+        self.json, self._png = json, png
+        self.console = Console(stderr=json)
+        self._errors = Console(stderr=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table, unless a JSON document replaces it."""
+        if not self.json:
+            self.console.print(table)
+
+    def text(self, text: Any) -> None:
+        """Print lines without colours or wrapping, unless a JSON document replaces them."""
+        if not self.json:
+            print(text)
+
+    def note(self, text: str) -> None:
+        """Print a remark beside the answer, such as which file was written, without breaking paths."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def document(self, value: Any) -> None:
+        """Print the answer as JSON, if that was asked for; see ``plain``."""
+        if self.json:
+            print(json_format.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+    def picture(self, draw: Callable[[Any], Any], panels: int = 1) -> None:
+        """Write the picture, if there is to be one; ``draw`` fills the axes that it is given."""
+        if self._png is None:
+            return
+        from matplotlib.figure import Figure
+
+        with self.working("drawing ..."):
+            figure = Figure(figsize=(2 + 5 * panels, 4.5), layout="constrained")
+            draw(figure.subplots(1, panels))
+            plots.save_figure(figure, self._png)
+        self.note(f"wrote {self._png}")
+
+    def shows(self, progress: bool = True) -> bool:
+        """Return whether to show a progress bar: one is wanted and standard error is a terminal."""
+        return progress and self._errors.is_terminal
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[Any]:
+        """Keep what other people's code prints in this block out of the JSON document."""
+        return contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Show a status line in this block; it names the passes over a tensor on disk as they begin."""
+        level = log_of_passes.level
+        with working(text) as say:
+            line = logging.Handler()
+            line.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+            log_of_passes.addHandler(line)
+            log_of_passes.setLevel(logging.INFO)
+            try:
+                yield
+            finally:
+                log_of_passes.removeHandler(line)
+                log_of_passes.setLevel(level)
+
+
+def table_of(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], left: int = 1, **options: Any
+) -> Table:
+    """Return a table of rows.
+
+    Args:
+        rows: Values by name.
+        columns: ``{heading: format of a row's values}``, e.g. ``{"error": "{error:.2g}"}``.
+        left: How many columns are aligned to the left; the others hold numbers.
+        options: Other arguments of ``rich.table.Table``, e.g. ``title``.
+    """
+    table = Table(**{"title_justify": "left", **options})
+    for i, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if i < left else "right")
+    for row in rows:
+        table.add_row(*(text.format_map(row) for text in columns.values()))
+    return table
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: keys and nodes as text, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray | torch.Tensor | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, set | frozenset):
+        return [plain(v) for v in sorted(value)]
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int) or value is None else str(value)
+
+
+def short(value: Any) -> str:
+    """Return a value as text for a cell of a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""The commands ``run`` and ``sweep``, which train experiments.
+
+Each is made for the presets that the command line names, as these give the other options their defaults.
+"""
+
+import contextlib
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.table import Table
+from tyro.conf import subcommand
+
+from tnreg.cli import tables
+from tnreg.cli.inputs import check_device
+from tnreg.cli.output import Reply
+from tnreg.errors import OptionError
+from tnreg.experiments import convac, dynamics, locality
+from tnreg.experiments.dynamics import init_scale
+from tnreg.experiments.sweep import kinds as sweep_kinds
+from tnreg.experiments.sweep.experiment import run as run_cells
+from tnreg.machine.processes import is_first, started
+
+TOGETHER = "work together in `tnreg run locality` alone; give other commands without torchrun"
+
+
+def make_run(model: str, image_set: str) -> Callable[..., None]:
+    """Return the command ``run`` with the defaults of these presets of dynamics and of locality."""
+    watched = dynamics.MODELS.get(model, dynamics.htf)
+    far = locality.SETS.get(image_set, locality.SETS["digits"])
+    experiments: Any = _one_of(
+        ("dynamics", watched, "One training, watched."),
+        ("init-scale", init_scale.Config(), "Trainings from several initial scales."),
+        ("convac", convac.Config(), "Digits by networks of three trees, then shrunk."),
+        ("locality", far, "Regularizers that make networks see far."),
+    )
+
+    def run(
+        experiment: experiments,
+        *,
+        out: Path | None = None,
+        progress: bool = True,
+        json: bool = False,
+    ) -> None:
+        """Run an experiment of the paper, or the same on a tree and a target of your own.
+
+        Writes a run folder; a run of dynamics, init-scale or locality that was killed or interrupted goes on
+        when the same command is given. Several processes train locality together: torchrun --nproc-per-node 2
+        -m tnreg run locality.
+
+        Args:
+            experiment: What to run.
+            out: Folder of the run, runs/MODEL-SEED or runs/EXPERIMENT if left out; one that tnreg wrote
+                before is replaced, any other is refused.
+            progress: Show a progress bar.
+            json: Print one JSON document instead of the table.
+        """
+        if started() > 1 and not isinstance(experiment, locality.Config):
+            raise OptionError(f"torchrun started {started()} processes, which {TOGETHER}.")
+        check_device(experiment.device)
+        reply = Reply(json)
+        with _may_be_repeated(), reply.undisturbed():
+            folder, results, answer = _run(experiment, out, reply.shows(progress))
+        if not is_first():
+            return
+        for table in results:
+            reply.table(table)
+        reply.note(f"wrote {folder}")
+        reply.document({"folder": folder, **answer})
+
+    return run
+
+
+def make_sweep(model: str, image_set: str) -> Callable[..., None]:
+    """Return the command ``sweep``; its default lists are those of the presets, as for ``run``."""
+    choices = []
+    for kind in sweep_kinds.KINDS.values():
+        named = model if kind.cell is dynamics.Config else image_set
+        default = sweep_kinds.preset(kind, named.split(",")[0])
+        choices.append((kind.name, sweep_kinds.options(kind)(**default), kind.about))
+    experiments: Any = _one_of(*choices)
+
+    def sweep(
+        experiment: experiments,
+        *,
+        out: Path | None = None,
+        workers: int | None = None,
+        threads: int = 1,
+        scheduler: str | None = None,
+        retries: int = 1,
+        parquet: bool = False,
+        progress: bool = True,
+        json: bool = False,
+    ) -> None:
+        """Run an experiment over lists of settings, on this machine's processors or on a Dask cluster.
+
+        Every setting takes a list: plain,igc are two values, 0:5 the integers 0 to 4, 0:20:5 every fifth of 0
+        to 19. Every combination is a run folder in the sweep's folder; what is there is not computed again,
+        so the same command continues a sweep that was killed or interrupted, and repeats what failed.
+
+        Args:
+            experiment: What to run.
+            out: Folder of the sweep, runs/sweep-EXPERIMENT if left out.
+            workers: Processes here; as many as there are processors if left out; 0 computes in this one.
+            threads: Threads of each process.
+            scheduler: Address of a running Dask cluster, tcp://HOST:PORT, or its scheduler file, instead of
+                processes here. Its workers write into the same folder, and are started with --nthreads 1.
+            retries: How often a run that failed is tried again before it is reported.
+            parquet: Write results.parquet beside results.csv.
+            progress: Show a progress bar.
+            json: Print one JSON document instead of the table.
+        """
+        kind, cells = sweep_kinds.cells(experiment)
+        if scheduler is None:
+            for device in dict.fromkeys(cell["device"] for cell in cells):
+                check_device(device)
+        folder, reply = out or Path("runs") / f"sweep-{kind.name}", Reply(json)
+        with _may_be_repeated(), reply.undisturbed():
+            result = run_cells(
+                kind.experiment, cells, folder, workers=workers, threads=threads, scheduler=scheduler,
+                retries=retries, parquet=parquet, progress=reply.shows(progress),
+            )  # fmt: skip
+        reply.table(tables.sweep_table(result, kind.name))
+        reply.note(f"{len(result.rows)} runs, {len(result.computed)} of them now")
+        reply.note(f"wrote {folder}")
+        failed = {run.cell.name: str(run.error) for run in result.failed}
+        reply.document(
+            {
+                "experiment": kind.name, "folder": folder, "rows": result.rows, "means": result.table,
+                "computed": result.computed, "failed": failed,
+            }
+        )  # fmt: skip
+        if failed:
+            print(f"tnreg: {len(failed)} of {len(cells)} runs failed:", file=sys.stderr)
+            for name, error in failed.items():
+                print(f"  {name}: {error}", file=sys.stderr)
+            print("  the same command tries them again", file=sys.stderr)
+            raise SystemExit(1)
+
+    return sweep
+
+
+def _one_of(*choices: tuple[str, Any, str]) -> Any:
+    """Return the type of one of several experiments, from names, defaults and descriptions."""
+    kinds = [
+        Annotated[type(default), subcommand(name, default=default, description=about)]
+        for name, default, about in choices
+    ]
+    return functools.reduce(operator.or_, kinds)
+
+
+def _run(config: Any, out: Path | None, progress: bool) -> tuple[Path, list[Table], dict[str, Any]]:
+    """Run an experiment; return its folder, tables of the results, and the results for JSON."""
+    runs = Path("runs")
+    if isinstance(config, convac.Config):
+        folder = out or runs / "convac"
+        summary = convac.run(config, folder, progress=progress)
+        return folder, tables.convac_tables(summary), {"experiment": "convac", **summary}
+    if isinstance(config, init_scale.Config):
+        folder = out or runs / f"init-scale-{config.model}"
+        rows = init_scale.run(config, folder, progress=progress)
+        table = tables.init_scale_table(rows, config.model)
+        return folder, [table], {"experiment": "init-scale", "rows": rows}
+    if isinstance(config, locality.Config):
+        folder = out or runs / f"locality-{config.set}"
+        rows = locality.run(config, folder, progress=progress)
+        means, begun = locality.table(rows), locality.going_on(folder)
+        title = f"{config.set}, {config.model}, {len(config.seeds)} seeds"
+        answer = {"experiment": "locality", "rows": rows, "means": means, "going on": begun}
+        unfinished = len(rows) < len(locality.cells(config))
+        more = [tables.unfinished_table(begun)] if unfinished else []
+        return folder, [tables.locality_table(means, title), *more], answer
+    folder = out or runs / f"{config.model}-{config.seed}"
+    summary = dynamics.run(config, folder, progress=progress)
+    table = tables.summary_table(summary, f"{config.model}, seed {config.seed}")
+    return folder, [table], {"experiment": "dynamics", **summary}
+
+
+@contextlib.contextmanager
+def _may_be_repeated() -> Iterator[None]:
+    """Say after Ctrl-C that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_first():
+            message = "tnreg: interrupted; the same command goes on where this one stopped"
+            print(message, file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,126 @@
+"""The commands ``tree`` and ``rank``, which look at trees and at tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tnreg import ModeTree, effective_rank, entanglement_entropy, gallery, load_tree, plots, spectra
+from tnreg.cli.inputs import read_input
+from tnreg.cli.output import Reply, table_of
+from tnreg.errors import FileError
+from tnreg.ranks.dense import numerical_rank
+from tnreg.trees.reading import Node
+from tnreg.trees.tree import read_tree, read_tree_file, tree_to_json
+
+
+def tree(
+    source: str,
+    /,
+    *,
+    ascii: bool = False,
+    sizes: bool = False,
+    png: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Draw a mode tree.
+
+    Args:
+        source: A gallery name (htf-4), a JSON file, or nested lists ("[[0,1],[2,3]]"); "list" lists
+            the gallery.
+        ascii: Draw with plain characters only.
+        sizes: Show mode names and sizes, if the file has them.
+        png: Also draw a picture into this file.
+        json: Print one JSON document instead of the drawing or the list.
+    """
+    reply = Reply(json, png=png)
+    if source == "list":
+        _list_gallery(reply)
+        return
+    shape = read_tree(source)
+    about = {} if source.lstrip().startswith("[") else read_tree_file(source)
+    labels = _mode_labels(source, shape, about) if sizes else {}
+    reply.text(shape.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
+    reply.text(f"order {shape.order}, {len(shape.nodes)} nodes, height {shape.heights[-1]}")
+    reply.picture(lambda axes: plots.tree(shape, axes, labels=labels))
+    nodes = [
+        {"node": str(node), "parent": None if above is None else str(above),
+         "modes": shape.modes_below(node)}
+        for node, above in ((node, shape.parent(node)) for node in shape.nodes)
+    ]  # fmt: skip
+    extras = {key: about[key] for key in ("about", "modes", "sizes") if key in about}
+    numbers = {"order": shape.order, "height": shape.heights[-1]}
+    reply.document({**numbers, "nodes": nodes, **tree_to_json(shape), **extras})
+
+
+def rank(
+    file: str,
+    /,
+    *,
+    tree: str | None = None,
+    rtol: float = 1e-3,
+    missing: Literal["nan"] | None = None,
+    memory: str | None = None,
+    device: str = "cpu",
+    png: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Print the hierarchical ranks, effective ranks and entropies of a tensor along a tree.
+
+    Args:
+        file: A .npy, .npz, .safetensors or .pt file, a model that `tnreg fit` saved, or kinetic,
+            il2, covid19, indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
+        tree: Gallery name, JSON file or nested lists; if left out, a binary tree (a model's own
+            tree for a model).
+        rtol: A singular value counts if it is above rtol times the largest of its node.
+        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
+            others here.
+        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a
+            quarter of what is available.
+        device: Any torch device, e.g. cuda.
+        png: Draw the singular values into this file.
+        json: Print one JSON document instead of the table.
+    """
+    reply = Reply(json, png=png)
+    with torch.no_grad(), reply.working("singular values ..."):
+        tensor = read_input(file, tree, missing, memory, device)
+        values = spectra(tensor.x, tensor.tree, memory=memory)
+        rows = [
+            {"node": str(node), "singular values": len(s), "rank": numerical_rank(s, rtol),
+             "effective rank": float(effective_rank(s)), "entropy": float(entanglement_entropy(s)),
+             "largest": float(s[0])}
+            for node, s in values.items()
+        ]  # fmt: skip
+    columns = {
+        "node": "{node}", "singular values": "{singular values}", f"rank (rtol {rtol:g})": "{rank}",
+        "effective rank": "{effective rank:.2f}", "entropy": "{entropy:.3f}", "largest": "{largest:.4g}",
+    }  # fmt: skip
+    title = f"{tensor.name} {tensor.sizes}"
+    reply.table(table_of(rows, columns, title=title, title_justify="center"))
+    reply.picture(lambda axes: plots.spectra(values, axes))
+    reply.document({"tensor": tensor.name, "sizes": tensor.sizes, "rtol": rtol, "nodes": rows})
+
+
+def _list_gallery(reply: Reply) -> None:
+    rows = []
+    for name in gallery():
+        shape, about = load_tree(name), read_tree_file(name).get("about", "")
+        rows.append({"name": name, "order": shape.order, "nodes": len(shape.nodes), "about": about})
+    reply.table(table_of(rows, {key: f"{{{key}}}" for key in rows[0]}, left=len(rows[0])))
+    reply.document(rows)
+
+
+def _mode_labels(source: str, tree: ModeTree, about: dict[str, Any]) -> dict[Node, str]:
+    """Return ``{mode: number, name and size}``, as far as the file has them."""
+    names, counts = (about.get(key) or [""] * tree.order for key in ("modes", "sizes"))
+    if not all(isinstance(part, list) and len(part) == tree.order for part in (names, counts)):
+        raise FileError(
+            f"{source}: 'modes' and 'sizes' need one entry for each of {tree.order} modes."
+        )
+    labels: dict[Node, str] = {}
+    for mode in tree.leaves:
+        size = f"size {counts[mode]}" if counts[mode] else ""
+        labels[mode] = " ".join(part for part in (str(mode), str(names[mode]), size) if part)
+    return labels
