@@ -71,9 +71,9 @@ def test_a_package_that_is_missing(capsys, install):
 def test_devices(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("tnreg.cli.doctor.available", {"cpu": 5, "cuda:0": None}.get)
-    code, out, _ = call(capsys, "doctor")
+    _, out, _ = call(capsys, "doctor")
     assert "cpu: 5 bytes free\ncuda:0: unknown memory free" in out
-    code, out, err = call(capsys, "doctor", "--json")
+    _, out, err = call(capsys, "doctor", "--json")
     assert json.loads(out)["devices"] == {"cpu": 5, "cuda:0": None} and not err
 
 
