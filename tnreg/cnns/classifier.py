@@ -7,25 +7,22 @@ that the scores of an image with patches x_0..x_{N-1} are ``<f(x_0) ⊗ ... ⊗ 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from tnreg.cnns.convnet import ConvNet, from_cnn, to_cnn
-from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorizations.factorization import Factorization
-from tnreg.machine.files import is_file, metadata_of, read_safetensors, write_whole
+from tnreg.machine.files import metadata_of, read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.ranks.decompose import truncate
 from tnreg.trees.reading import Node
-from tnreg.trees.tree import tree_from_json, tree_to_json
 
 _FORMAT = "tnreg.convac/1"
 _METADATA = "tnreg-convac"  # where a file holds the tree and all settings
@@ -250,6 +247,10 @@ class ConvAC(nn.Module):
         )
         return self.temperature * values / size
 
+    def as_factorization(self) -> Factorization:
+        """Return the factorization with the network's weights: its gradients flow to them."""
+        return self.net.as_factorization()
+
     def factorization(self) -> Factorization:
         """The classifier's tensor ``(M, ..., M, classes)``: the classes are the last mode, below the root."""
         return from_cnn(self.net)
@@ -284,29 +285,23 @@ class ConvAC(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, tree and settings to a safetensors file, whole or not at all."""
-        network = self.net.network
+        net, state = self.net, self.state_dict()
         about = {
             "format": _FORMAT,
-            **tree_to_json(network.tree),
-            "sizes": network.sizes,
-            "bonds": network.bonds,
-            "joins": network.joins,
-            "root": "ones" if network.root_ones else "trained",
-            "outputs": self.net.outputs,
-            "share": self.net.share,
-            "scaled": self.net.scaled,
-            "image": self.net.shape,
+            **net.network.to_json(),
+            "outputs": net.outputs,
+            "share": net.share,
+            "scaled": net.scaled,
+            "image": net.shape,
             "representation": self.representation.settings(),
             "scores": self.scores,
             "temperature": self.temperature,
-            "dtype": str(self.net.dtype).removeprefix("torch."),
+            "dtype": str(net.dtype).removeprefix("torch."),
         }
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
         if broken:
             raise DataError(f"not saved: {broken[0]} has NaN or infinite entries.")
-        text = {_METADATA: json.dumps(about)}
-        write_whole(path, lambda beside: safetensors.torch.save_file(state, beside, metadata=text))
+        write_safetensors(path, state, _METADATA, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConvAC:
@@ -315,52 +310,30 @@ class ConvAC(nn.Module):
         Raises:
             FileError: No such file, or something else.
         """
-        file_path = Path(path)
-        if not is_file(file_path):
-            raise FileError(f"no such model file: {file_path}")
-        expected = "  expected: a safetensors file that ConvAC.save wrote"
-        try:
-            metadata, state = read_safetensors(file_path)
-            about = json.loads(metadata[_METADATA])
-            tree = tree_from_json(about)
-            network = Network.build(
-                tree,
-                about["sizes"],
-                dict(zip(tree.nodes[:-1], about["bonds"][:-1], strict=True)),
-                join={n: j for n, j in zip(tree.nodes, about["joins"], strict=True) if j != "leaf"},
-                root=about["root"],
-            )
-            dtype, outputs = getattr(torch, about["dtype"]), about["outputs"]
-            others = {v.dtype for v in state.values() if v.is_floating_point() or v.is_complex()}
-            if others != {dtype}:
-                raise ValueError(f"numbers of {sorted(map(str, others))} in a file of {dtype}")
-            largest = max(math.prod(network.shape(p)) for p in network.weighted)
-            if largest > sum(value.numel() for value in state.values()):  # no room is made for it
-                raise ValueError(
-                    f"a weight of {largest} entries by its sizes and bonds, fewer there"
-                )
-            weights = {
-                tree.nodes[p]: torch.zeros(network.shape(p), dtype=dtype) for p in network.weighted
-            }
-            if tree.root in weights:
-                weights[tree.root] = weights[tree.root].unsqueeze(-1).expand(*[-1] * weights[tree.root].ndim,
-                                                                             outputs)  # fmt: skip
-            net = ConvNet.holding(
-                network, weights, outputs=outputs, share=about["share"], scaled=about["scaled"],
-                shape=about["image"] and tuple(about["image"]),
-            )  # fmt: skip
-            settings = {**about["representation"], "patch": tuple(about["representation"]["patch"])}
-            model = cls(
-                Representation(**settings, dtype=dtype), net,
-                scores=about["scores"], temperature=about["temperature"],
-            )  # fmt: skip
-            model.load_state_dict(state)
-        except Exception as error:
-            said = str(error) if isinstance(error, TnregError) else repr(error)
-            raise FileError(f"not a classifier: {file_path}\n  {said}\n{expected}") from None
-        return model
+        return read_model(path, _METADATA, "classifier of ConvAC.save", _from_file)
+
+
+def _from_file(about: Any, state: dict[str, Tensor]) -> ConvAC:
+    network, dtype = Network.from_json(about), getattr(torch, about["dtype"])
+    dtypes = {value.dtype for value in state.values()}
+    if dtypes != {dtype}:
+        raise ValueError(f"numbers of {sorted(map(str, dtypes))} in a file of {dtype}")
+    nodes = network.tree.nodes
+    shapes = {nodes[p]: network.shape(p) for p in network.weighted}
+    shapes[nodes[-1]] = (*shapes[nodes[-1]], about["outputs"])
+    largest = max(map(math.prod, shapes.values()))
+    if largest > sum(value.numel() for value in state.values()):  # no room is made for it
+        raise ValueError(f"a weight of {largest} entries by its sizes and bonds, fewer there")
+    net = ConvNet.holding(
+        network, {node: torch.zeros(shape, dtype=dtype) for node, shape in shapes.items()},
+        outputs=about["outputs"], share=about["share"], scaled=about["scaled"], shape=about["image"],
+    )  # fmt: skip
+    representation = Representation(**about["representation"], dtype=dtype)
+    model = ConvAC(representation, net, scores=about["scores"], temperature=about["temperature"])
+    model.load_state_dict(state)
+    return model
 
 
 def is_classifier(path: Path) -> bool:
-    """Whether a file says that it is what ``ConvAC.save`` wrote; whether it is whole, ``load`` tells."""
+    """Return whether a file says that ``ConvAC.save`` wrote it; whether it is whole, ``load`` tells."""
     return _METADATA in metadata_of(path)

@@ -1,9 +1,8 @@
-"""Networks on their way out: ONNX, ``torch.export`` and plain weights, to be read without tnreg."""
+"""Networks written as ONNX, ``torch.export`` programs and plain weights, to be read without tnreg."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -12,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from tnreg.cnns.classifier import ConvAC
 from tnreg.cnns.convnet import ConvNet
-from tnreg.errors import DataError, OptionError
-from tnreg.machine.files import write_whole
+from tnreg.errors import DataError, OptionError, blame
+from tnreg.machine.files import write_safetensors, write_whole
 
 # Largest difference to the exported file's values in float32, relative to the largest of them.
 _TOLERANCE = 1e-4
@@ -56,31 +54,38 @@ def export_onnx(
             import onnxruntime
     except ImportError as error:
         raise OptionError(f"{error.name} is missing: pip install 'tnreg[onnx]'") from None
-    single, inputs = _prepared(net, example)
+    if any(p.is_complex() for p in net.parameters()):
+        raise OptionError(
+            "ONNX has no complex numbers; export_pt2 writes complex networks.", argument="net"
+        )
+    module, inputs = _prepare(net, example, torch.float32)
     names = ["x"] if isinstance(inputs, Tensor) else [f"x{n}" for n in range(len(inputs))]
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # of the exporter's own making
-        program = _traced(
-            torch.onnx.export,
-            single, (inputs,), dynamo=True, dynamic_shapes=(_dynamic(inputs),), verbose=False,
-            input_names=names, output_names=["y"], external_data=False,
-        )  # fmt: skip
-    assert program is not None
+    logged = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # users cannot act on what the exporter says
+        logging.disable(logging.WARNING)
+        try:
+            program = _trace(
+                torch.onnx.export, module, inputs, dynamo=True, verbose=False, input_names=names,
+                output_names=["y"], external_data=False,
+            )  # fmt: skip
+        finally:
+            logging.disable(logged)
 
-    def write(beside: Path) -> None:
-        program.save(str(beside), external_data=False)
-        if not check:
-            return
+    def values(file: Path, fresh: Any) -> Tensor:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(
-            beside.read_bytes(), options, providers=["CPUExecutionProvider"]
+            file.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
-        fresh = _fresh(single, inputs)
         parts = [fresh] if isinstance(fresh, Tensor) else fresh
-        given = {i.name: p.numpy() for i, p in zip(session.get_inputs(), parts, strict=True)}
-        [found] = session.run(None, given)
-        _compare(single, fresh, torch.from_numpy(found), path)
+        feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), parts, strict=True)}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    def write(file: Path) -> None:
+        program.save(str(file), external_data=False)
+        if check:
+            _compare(module, inputs, lambda fresh: values(file, fresh), path)
 
     return write_whole(path, write)
 
@@ -101,35 +106,34 @@ def export_pt2(
         DataError: The loaded program gives other values.
         FileError: The file cannot be written.
     """
-    single, inputs = _prepared(net, example, single=False)
-    program = _traced(torch.export.export, single, (inputs,), dynamic_shapes=(_dynamic(inputs),))
+    module, inputs = _prepare(net, example)
+    program = _trace(torch.export.export, module, inputs)
 
-    def write(beside: Path) -> None:
-        whole = beside.with_name(beside.name + ".pt2")  # torch insists on the ending
+    def write(file: Path) -> None:
+        renamed = file.with_name(file.name + ".pt2")  # torch insists on the ending
         try:
-            torch.export.save(program, whole)
-            os.replace(whole, beside)
+            torch.export.save(program, renamed)
+            os.replace(renamed, file)
         finally:
-            whole.unlink(missing_ok=True)
+            renamed.unlink(missing_ok=True)
         if check:
-            with beside.open("rb") as file:
-                loaded = load_pt2(file)
-            fresh = _fresh(single, inputs)
-            _compare(single, fresh, loaded(fresh).detach(), path)
+            with file.open("rb") as stream:
+                loaded = load_pt2(stream)
+            _compare(module, inputs, lambda fresh: loaded(fresh).detach(), path)
 
     return write_whole(path, write)
 
 
 def load_pt2(file: Path | IO[bytes]) -> nn.Module:
-    """The network in a file of ``torch.export``; what torch 2.9 warns of there is nobody's to mend."""
+    """Return the network in a file of ``torch.export``, without a warning that users cannot act on."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.9
         loaded: nn.Module = torch.export.load(file).module()
     return loaded
 
 
 def export_state(net: ConvNet | ConvAC, path: str | os.PathLike[str]) -> Path:
-    """Write the weights of a network as safetensors, with its layers as JSON in the metadata.
+    """Write plain weights as safetensors, and what they belong to as JSON under "network" in the metadata.
 
     Every layer of the JSON names its weights, nodes, join and channels: enough to build the network
     elsewhere. A locally connected layer's weights are ``(positions, channels in, channels out)``, a shared
@@ -139,9 +143,8 @@ def export_state(net: ConvNet | ConvAC, path: str | os.PathLike[str]) -> Path:
         OptionError: Another kind of module.
         FileError: The file cannot be written.
     """
-    _known(net)
-    inner = net.net if isinstance(net, ConvAC) else net
-    prefix = "net.convs." if isinstance(net, ConvAC) else "convs."
+    inner = _conv_net(net)
+    prefix = "convs." if inner is net else "net.convs."
     layers = [
         {"weight": f"{prefix}{name}.weight", "layer": inner.layer_of(nodes[0]), "join": join,
          "nodes": [str(node) for node in nodes],
@@ -152,26 +155,20 @@ def export_state(net: ConvNet | ConvAC, path: str | os.PathLike[str]) -> Path:
     if isinstance(net, ConvAC):
         about |= {"representation": net.representation.settings(), "scores": net.scores,
                   "temperature": net.temperature}  # fmt: skip
-    state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    text = {"network": json.dumps(about)}
-    return write_whole(
-        path, lambda beside: safetensors.torch.save_file(state, beside, metadata=text)
-    )
+    return write_safetensors(path, net.state_dict(), "network", about)
 
 
 def example_inputs(net: ConvNet | ConvAC, batch: int = 2) -> Any:
-    """Normal random inputs of the right shape: a tensor, or N tensors for unequal sizes.
+    """Return normal random inputs of the right shape: a tensor, or N tensors for unequal sizes.
 
     Raises:
-        OptionError: A classifier whose images have a shape that is not known.
+        OptionError: Another kind of module, or a classifier whose images have a shape that is not known.
     """
-    random = torch.Generator().manual_seed(batch)
+    inner, random = _conv_net(net), torch.Generator().manual_seed(batch)
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=random).to(net_dtype).to(inner.device)
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=random).to(inner.dtype).to(inner.device)
 
-    inner = net.net if isinstance(net, ConvAC) else net
-    net_dtype = inner.dtype
     if isinstance(net, ConvAC):
         if inner.shape is None:
             raise OptionError(
@@ -179,41 +176,54 @@ def example_inputs(net: ConvNet | ConvAC, batch: int = 2) -> Any:
                 "give example=images, or make the network with ConvNet(..., shape=(height, width))"
             )
         rows, columns = net.representation.patch
-        return drawn(net.representation.channels, rows * inner.shape[0], columns * inner.shape[1])
+        return draw(net.representation.channels, rows * inner.shape[0], columns * inner.shape[1])
     if len(set(inner.sizes)) > 1:
-        return [drawn(size) for size in inner.sizes]
-    return drawn(inner.sizes[0], *(inner.shape or (inner.tree.order,)))
+        return [draw(size) for size in inner.sizes]
+    return draw(inner.sizes[0], *(inner.shape or (inner.tree.order,)))
 
 
-def _prepared(net: nn.Module, example: Any, *, single: bool = True) -> tuple[nn.Module, Any]:
-    """A copy on the CPU (in float32), not training, and inputs for it."""
-    if example is None:
-        _known(net)
-        example = example_inputs(net)  # type: ignore[arg-type]
-    parts = [example] if isinstance(example, Tensor) else list(example)
+@blame("net")
+def _conv_net(net: Any) -> ConvNet:
+    """Return the network, or that of a classifier."""
+    if not isinstance(net, ConvNet | ConvAC):
+        raise OptionError(
+            f"found {type(net).__name__}; give a ConvNet (tnreg.to_cnn(model)) or a ConvAC, or, for "
+            "another module, example=inputs"
+        )
+    return net.net if isinstance(net, ConvAC) else net
+
+
+def _each(change: Callable[[Tensor], Any], inputs: Any) -> Any:
+    return change(inputs) if isinstance(inputs, Tensor) else [change(x) for x in inputs]
+
+
+@blame("example")
+def _prepare(
+    net: nn.Module, example: Any, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any]:
+    """Return a copy on the CPU, not training, and inputs for it; both in ``dtype`` if it is given."""
+    inputs = example_inputs(net) if example is None else example  # type: ignore[arg-type]
+    parts = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not parts or any(not isinstance(p, Tensor) or p.ndim < 1 or len(p) < 2 for p in parts):
         raise OptionError("example must be a tensor, or a list of tensors, of two samples or more.")
-    if single and any(p.is_complex() for p in net.parameters()):
-        raise OptionError("ONNX has no complex numbers; export_pt2 writes complex networks.")
-    module = copy.deepcopy(net).cpu().eval()
-    ready = [p.detach().cpu() for p in parts]
-    if single:
-        module, ready = module.float(), [p.float() if p.is_floating_point() else p for p in ready]
-    inputs = ready[0] if isinstance(example, Tensor) else ready
+    module = copy.deepcopy(net).cpu().eval().to(dtype)
+    inputs = _each(lambda x: x.detach().cpu().to(dtype if x.is_floating_point() else None), inputs)
     try:
         with torch.no_grad():
             module(inputs)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise OptionError(
-            f"the network does not take the example of shapes {[tuple(p.shape) for p in ready]}.\n"
+            f"the network does not take the example of shapes {[tuple(p.shape) for p in parts]}.\n"
             f"  {str(error).splitlines()[0]}"
         ) from None
     return module, inputs
 
 
-def _traced(exporter: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _trace(exporter: Callable[..., Any], module: nn.Module, inputs: Any, **options: Any) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    shapes = (_each(lambda _: {0: batch}, inputs),)
     try:
-        return exporter(*arguments, **options)
+        return exporter(module, (inputs,), dynamic_shapes=shapes, **options)
     except Exception as error:  # whatever the exporters of torch raise, in many versions
         raise OptionError(
             f"torch {torch.__version__} cannot export this network with a dynamic batch: "
@@ -222,61 +232,41 @@ def _traced(exporter: Callable[..., Any], *arguments: Any, **options: Any) -> An
         ) from error
 
 
-def _known(net: Any) -> None:
-    if not isinstance(net, ConvNet | ConvAC):
-        raise OptionError(
-            f"found {type(net).__name__}; give a ConvNet (tnreg.to_cnn(model)) or a ConvAC, or, for "
-            "another module, example=inputs"
-        )
-
-
-def _dynamic(inputs: Any) -> Any:
-    batch = torch.export.Dim("batch", min=1)
-    return {0: batch} if isinstance(inputs, Tensor) else [{0: batch} for _ in inputs]
-
-
 def _fresh(module: nn.Module, inputs: Any) -> Any:
-    """Other inputs of the same kind, with one sample more; of a size that keeps values in range."""
+    """Return random inputs of the same kind, one sample more, of a size that keeps values in range."""
     random = torch.Generator().manual_seed(1)
 
-    def other(x: Tensor) -> Tensor:
-        more = torch.randn((len(x) + 1, *x.shape[1:]), generator=random)
-        return (more * x.detach().float().std() if not x.is_complex() else more).to(x.dtype)
+    def draw(x: Tensor) -> Tensor:
+        noise = torch.randn((len(x) + 1, *x.shape[1:]), generator=random)
+        return (noise if x.is_complex() else noise * x.float().std()).to(x.dtype)
 
-    found = [other(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+    fresh = _each(draw, inputs)
     if isinstance(module, ConvNet):
         with torch.no_grad():
-            values, log = module.scaled_values(found[0] if isinstance(inputs, Tensor) else found)
+            values, log = module.scaled_values(fresh)
         if log is not None:
             sizes = (values.abs().reshape(len(log), -1).amax(1) + 1e-30).log2() + log
             factor = 2.0 ** float(-sizes.median() / module.tree.order)
-            found = [factor * x for x in found]
-    return found[0] if isinstance(inputs, Tensor) else found
+            fresh = _each(lambda x: factor * x, fresh)
+    return fresh
 
 
-def _compare(module: nn.Module, fresh: Any, found: Tensor, path: Any) -> None:
+def _compare(
+    module: nn.Module, inputs: Any, values: Callable[[Any], Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Refuse a file that gives other values than the module on inputs that were not used to trace it."""
+    fresh = _fresh(module, inputs)
     with torch.no_grad():
-        wanted = module(fresh)
-    difference = float((found - wanted).abs().max())
-    scale = float(wanted.abs().max())
+        expected = module(fresh)
+    difference = float((values(fresh) - expected).abs().max())
+    scale = float(expected.abs().max())
     if not 0 < scale < math.inf:
         raise DataError(
-            f"not written: the network's values leave the range of {wanted.dtype} on random inputs, so that "
-            f"{path} cannot be checked; check=False writes it all the same."
+            f"not written: the network's values leave the range of {expected.dtype} on random inputs, so "
+            f"that {path} cannot be checked; check=False writes it all the same."
         )
     if not difference <= _TOLERANCE * scale:
         raise DataError(
             f"not written: {path} would give other values than the network.\n"
             f"  largest difference {difference:.3g} where values reach {scale:.3g}"
         )
-
-
-class _quiet:
-    """The exporter's log messages go nowhere."""
-
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._before)

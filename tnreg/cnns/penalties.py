@@ -16,15 +16,20 @@ from torch import Tensor
 
 from tnreg.cnns.classifier import ConvAC
 from tnreg.cnns.convnet import ConvNet
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, blame
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.dense import effective_rank, entanglement_entropy
-from tnreg.ranks.spectra import spectra
+from tnreg.ranks.spectra import factorization_of, spectra
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 Model = Factorization | ConvNet | ConvAC
 Weights = Mapping[Node, float] | Mapping[int, float]
+
+_MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "effective_rank": effective_rank,
+    "entropy": entanglement_entropy,
+}
 
 
 class LocalComponentPenalty:
@@ -58,25 +63,24 @@ class LocalComponentPenalty:
         weights: Weights | None = None,
         eps: float = 1e-12,
     ) -> None:
-        if p is not None:
-            p = _positive(p, "p must be a number > 0, or None for 2/K")
-        self.eps = _positive(eps, "eps must be a number > 0")
-        self.p, self.promote = p, bool(promote)
-        self.weights = _checked(weights, "LocalComponentPenalty")
+        self.p = p if p is None else _check_positive(p, "p", "a number > 0, or None for 2/K")
+        self.eps, self.promote = _check_positive(eps, "eps", "a number > 0"), bool(promote)
+        self.weights = _check_weights(weights, self)
 
     def __call__(self, model: Model) -> Tensor:
-        """The penalty, a scalar tensor to be added to a loss.
+        """Return the penalty, a scalar tensor to be added to a loss.
 
         Raises:
             OptionError: No diagonal join, a weight for a node without one, or another kind of model.
         """
-        seen = _seen(model)
-        norms = seen.component_norms()
+        view = _factorization_of(model)
+        norms = view.component_norms()
         if not norms:
-            raise OptionError("LocalComponentPenalty: full joins have no local components.")
-        factors = _by_node(self.weights, seen.tree, list(norms), "LocalComponentPenalty")
-        total = torch.zeros((), dtype=seen.stacks[0].real.dtype, device=seen.device)
-        for node, factor in factors.items():
+            raise OptionError(
+                "LocalComponentPenalty: full joins have no local components.", argument="model"
+            )
+        total = torch.zeros((), dtype=view.stacks[0].real.dtype, device=view.device)
+        for node, factor in _factors(self, view.tree, norms).items():
             vectors = norms[node]
             power = 2 / len(vectors) if self.p is None else self.p
             # logarithms: a product of 64 norms may leave the range where its power does not
@@ -113,29 +117,25 @@ class EffectiveRankPenalty:
         promote: bool = False,
         weights: Weights | None = None,
     ) -> None:
-        measures: dict[str, Callable[[Tensor], Tensor]] = {
-            "effective_rank": effective_rank,
-            "entropy": entanglement_entropy,
-        }
-        if kind not in measures:
-            raise OptionError(f"unknown kind {kind!r}; write 'effective_rank' or 'entropy'.")
+        if kind not in _MEASURES:
+            raise OptionError(
+                f"unknown kind {kind!r}; write 'effective_rank' or 'entropy'.", argument="kind"
+            )
         self.kind, self.promote = kind, bool(promote)
-        self.weights = _checked(weights, "EffectiveRankPenalty")
-        self._measure = measures[kind]
+        self.weights = _check_weights(weights, self)
 
     def __call__(self, model: Model) -> Tensor:
-        """The penalty, a scalar tensor to be added to a loss.
+        """Return the penalty, a scalar tensor to be added to a loss.
 
         Raises:
             OptionError: A weight for a node that the tree does not have, or another kind of model.
         """
-        seen = _seen(model)
-        found = spectra(seen)
-        factors = _by_node(self.weights, seen.tree, list(found), "EffectiveRankPenalty")
+        view = _factorization_of(model)
+        values = spectra(view)
         # zero, but with a graph: a zero tensor has no gradient of its own
-        total: Tensor = 0 * seen.stacks[0].real.sum()
-        for node, factor in factors.items():
-            total = total + factor * self._measure(found[node])
+        total: Tensor = 0 * view.stacks[0].real.sum()
+        for node, factor in _factors(self, view.tree, values).items():
+            total = total + factor * _MEASURES[self.kind](values[node])
         return -total if self.promote else total
 
     def __repr__(self) -> str:
@@ -144,30 +144,30 @@ class EffectiveRankPenalty:
         )
 
 
-def _seen(model: Any) -> Factorization:
-    if isinstance(model, ConvAC):
-        model = model.net
-    if isinstance(model, ConvNet):
-        return model.as_factorization()
-    if isinstance(model, Factorization):
-        return model
-    raise OptionError(
-        f"this penalty is on a Factorization, a ConvNet or a ConvAC, found {type(model).__name__}.\n"
-        "  for any network: tnreg.InputGradientChange, tnreg.InteractionEnergy"
-    )
+def _factorization_of(model: Any) -> Factorization:
+    view = factorization_of(model)
+    if not isinstance(view, Factorization):
+        raise OptionError(
+            f"this penalty is on a Factorization, a ConvNet or a ConvAC, found {type(model).__name__}.\n"
+            "  for any network: tnreg.InputGradientChange, tnreg.InteractionEnergy",
+            argument="model",
+        )
+    return view
 
 
-def _positive(value: Any, what: str) -> float:
+def _check_positive(value: Any, name: str, expected: str) -> float:
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0 < number < math.inf:
-        raise OptionError(f"{what}, found {value!r}.")
+        raise OptionError(f"{name} must be {expected}, found {value!r}.", argument=name)
     return number
 
 
-def _checked(weights: Any, who: str) -> Weights | None:
+@blame("weights")
+def _check_weights(weights: Any, penalty: Any) -> Weights | None:
+    who = type(penalty).__name__
     if weights is None:
         return None
     if not isinstance(weights, Mapping):
@@ -180,23 +180,21 @@ def _checked(weights: Any, who: str) -> Weights | None:
     return dict(weights)
 
 
-def _by_node(
-    weights: Weights | None, tree: ModeTree, nodes: list[Node], who: str
-) -> dict[Node, float]:
-    """``{node: factor}`` of the nodes that count."""
+@blame("weights")
+def _factors(penalty: Any, tree: ModeTree, values: Mapping[Node, Tensor]) -> dict[Node, float]:
+    """Return ``{node: factor}`` of those nodes of ``values`` that count."""
+    weights: Mapping[Any, float] | None = penalty.weights
     if weights is None:
-        return dict.fromkeys(nodes, 1.0)
-    height = {node: tree.heights[tree.position(node)] for node in nodes}
-    given: Mapping[Any, float] = weights
-    if all(isinstance(key, int) and not isinstance(key, bool) for key in weights):
-        wrong = [key for key in weights if key not in height.values()]
-        found = {node: float(given[h]) for node, h in height.items() if h in given}
-    else:
-        wrong = [key for key in weights if key not in height]
-        found = {node: float(given[node]) for node in nodes if node in given}
+        return dict.fromkeys(values, 1.0)
+    heights = {node: tree.heights[tree.position(node)] for node in values}
+    by_height = all(isinstance(key, int) and not isinstance(key, bool) for key in weights)
+    keys: Mapping[Node, Any] = heights if by_height else {node: node for node in values}
+    known = set(keys.values())
+    wrong = [key for key in weights if key not in known]
     if wrong:
+        nodes = ", ".join(map(repr, list(values)[-6:]))
         raise OptionError(
-            f"{who}: nothing to weigh at {wrong[0]!r}.\n"
-            f"  nodes: {', '.join(map(repr, nodes[-6:]))}; or only heights, {sorted(set(height.values()))}"
+            f"{type(penalty).__name__}: nothing to weigh at {wrong[0]!r}.\n"
+            f"  nodes: {nodes}; or only heights, {sorted(set(heights.values()))}"
         )
-    return found
+    return {node: float(weights[key]) for node, key in keys.items() if key in weights}

@@ -9,26 +9,23 @@ joins the tensor train, a binary tree hierarchical Tucker, a chain deep matrix f
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, final
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import DataError, FileError, OptionError, ShapeError, TnregError
-from tnreg.machine.files import is_file, read_safetensors, write_whole
+from tnreg.errors import DataError, FileError, OptionError, ShapeError
+from tnreg.machine.files import read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
 from tnreg.networks.scaled import column_norms, inner_products
 from tnreg.tensors.arrays import Scaled, check_features
 from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
 from tnreg.trees.reading import Node
-from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
+from tnreg.trees.tree import ModeTree
 
 _FORMAT = "tnreg.factorization/1"
 
@@ -423,31 +420,19 @@ class Factorization(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and tree to a safetensors file, whole or not at all; read it with ``load``."""
-        about = {
-            "format": _FORMAT,
-            **tree_to_json(self.tree),
-            "sizes": self.sizes,
-            "joins": self.network.joins,
-            "root": "ones" if self.network.root_ones else "trained",
-            "bonds": self.network.bonds,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
         broken = [node for node, w in self.weights.items() if not torch.isfinite(w.detach()).all()]
         if broken:
             raise DataError(
                 f"not saved: the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}."
             )
-        tensors = {}
-        for position, weight in zip(self.network.weighted, self.weights.values(), strict=True):
-            value = weight.detach().cpu()
-            # complex numbers as pairs: not every reader of the format knows complex types
-            tensors[f"weight.{position}"] = (
-                torch.view_as_real(value) if value.is_complex() else value
-            ).clone()
-        text = {"tnreg": json.dumps(about)}
-        write_whole(
-            path, lambda beside: safetensors.torch.save_file(tensors, beside, metadata=text)
-        )
+        # complex numbers as pairs: not every reader of the format knows complex types
+        tensors = {
+            f"weight.{p}": torch.view_as_real(w) if w.is_complex() else w
+            for p, w in zip(self.network.weighted, self.weights.values(), strict=True)
+        }
+        dtype = str(self.dtype).removeprefix("torch.")
+        about = {"format": _FORMAT, **self.network.to_json(), "dtype": dtype}
+        write_safetensors(path, tensors, "tnreg", about)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -499,51 +484,24 @@ def load(
     Raises:
         FileError: No such file, truncated, of another kind (a pickle, say), or inconsistent.
     """
-    file_path = Path(path)
-    if not is_file(file_path):
-        raise FileError(f"no such model file: {file_path}")
-    expected = "  expected: a safetensors file that Factorization.save wrote"
-    try:
-        metadata, tensors = read_safetensors(file_path)
-        about = metadata.get("tnreg")
-    except Exception as error:
-        raise FileError(f"not a safetensors file: {file_path}\n  {error}\n{expected}") from None
-    if about is None:
-        raise FileError(f"a safetensors file without a tnreg tree: {file_path}\n{expected}")
-    try:
-        content = json.loads(about)
-        if content["format"] != _FORMAT:
+
+    def build(about: Any, tensors: dict[str, Tensor]) -> Factorization:
+        if about["format"] != _FORMAT:
             raise FileError(
-                f"format {content['format']!r} is not known; this version reads {_FORMAT!r}"
+                f"format {about['format']!r} is not known; this version reads {_FORMAT!r}"
             )
-        tree = tree_from_json(content)
-        names = tree.nodes
-        dtype = getattr(torch, content["dtype"])
-        given: dict[str, Any] = {
-            "ranks": dict(zip(names[:-1], content["bonds"][:-1], strict=True)),
-            "join": {n: j for n, j in zip(names, content["joins"], strict=True) if j != "leaf"},
-            "root": content["root"],
-        }
-        _check_stored(Network.build(tree, content["sizes"], **given), tensors, dtype)
-        model = Factorization(tree, content["sizes"], **given, std=0.0, dtype=dtype, device=device)
-        weighted = {f"weight.{p}": names[p] for p in model.network.weighted}
-        model.load_weights(
-            {
-                weighted[key]: torch.view_as_complex(value) if dtype.is_complex else value
-                for key, value in tensors.items()
-            }
-        )
-    except (
-        TnregError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
-        raise FileError(f"not a factorization: {file_path}\n  {error}\n{expected}") from None
-    return model
+        network, dtype = Network.from_json(about), getattr(torch, about["dtype"])
+        _check_stored(network, tensors, dtype)
+        shapes = [(len(level.positions), *level.shape) for level in network.stacks]
+        stacks = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        model = Factorization.holding(network, stacks)
+        weights = {network.tree.nodes[p]: tensors[f"weight.{p}"] for p in network.weighted}
+        if dtype.is_complex:
+            weights = {node: torch.view_as_complex(pairs) for node, pairs in weights.items()}
+        model.load_weights(weights)
+        return model
+
+    return read_model(path, "tnreg", "factorization of Factorization.save", build)
 
 
 def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

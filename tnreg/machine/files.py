@@ -11,15 +11,17 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tnreg.errors import FileError
+from tnreg.errors import FileError, TnregError
+
+Model = TypeVar("Model")
 
 # What a disk that cannot hold the data reports; such errors come without a file's name.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -59,6 +61,56 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     tensors = dict(sorted(safetensors.torch.load(data).items()))  # load returns them in any order
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], key: str, about: Any
+) -> Path:
+    """Write tensors, and ``about`` as JSON under ``key`` in the metadata, whole or not at all.
+
+    Raises:
+        FileError: The folder is missing or cannot be written; nothing was changed.
+    """
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    text = {key: json.dumps(about)}
+    return write_whole(path, lambda file: safetensors.torch.save_file(copies, file, metadata=text))
+
+
+def read_model(
+    path: str | os.PathLike[str],
+    key: str,
+    kind: str,
+    build: Callable[[Any, dict[str, Tensor]], Model],
+) -> Model:
+    """Return what ``build`` makes of the JSON and the tensors of a file of ``write_safetensors``.
+
+    Nothing in the file is executed.
+
+    Args:
+        path: The file.
+        key: Where its metadata hold the JSON.
+        kind: Name of what it holds and of what writes it: ``"classifier of ConvAC.save"``.
+        build: Whatever it raises says that the file is not of that kind.
+
+    Raises:
+        FileError: No such file, truncated, of another kind (a pickle, say), or inconsistent.
+    """
+    file, (name, writer) = Path(path), kind.split(" of ")
+    if not is_file(file):
+        raise FileError(f"no such model file: {file}")
+    try:
+        try:
+            metadata, tensors = read_safetensors(file)
+        except Exception as error:
+            raise FileError(f"not a safetensors file: {error}") from None
+        if key not in metadata:
+            raise FileError("a safetensors file without a tnreg tree")
+        return build(json.loads(metadata[key]), tensors)
+    except Exception as error:
+        detail = str(error) if isinstance(error, TnregError) else repr(error)
+        raise FileError(
+            f"not a {name}: {file}\n  {detail}\n  expected: a safetensors file that {writer} wrote"
+        ) from None
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.trees.reading import Node
-from tnreg.trees.tree import ModeTree
+from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,21 @@ class Network:
                     "  expected: one rank for all of them, as they share the bond; or join='full' there"
                 )
         return cls(tree, checked, bonds, joins, root == "ones")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the network as plain JSON values; the inverse of ``from_json``."""
+        root = "ones" if self.root_ones else "trained"
+        about = {"sizes": self.sizes, "bonds": self.bonds, "joins": self.joins, "root": root}
+        return {**tree_to_json(self.tree), **about}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Network:
+        """Rebuild a network from what ``to_json`` gave; whatever it raises, the content is another."""
+        tree = tree_from_json(content)
+        bonds = dict(zip(tree.nodes[:-1], content["bonds"][:-1], strict=True))
+        joins = zip(tree.nodes, content["joins"], strict=True)
+        join = {node: kind for node, kind in joins if kind != "leaf"}
+        return cls.build(tree, content["sizes"], bonds, join=join, root=content["root"])
 
     @cached_property
     def _key(self) -> tuple[Any, ...]:

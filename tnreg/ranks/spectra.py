@@ -73,7 +73,7 @@ def spectra(
         >>> spectra(torch.einsum("ac,bd->abcd", pair, pair), tree)[0]
         tensor([1.7321, 1.7321, 1.7321])
     """
-    x = _seen(x)
+    x = factorization_of(x)
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         real = x.stacks[0].real.dtype
@@ -145,7 +145,7 @@ def hierarchical_rank(
         9
     """
     out: dict[Node, int] = {}
-    x = _seen(x)
+    x = factorization_of(x)
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         sizes, limit = x.sizes, torch.finfo(x.dtype).eps
@@ -180,8 +180,8 @@ def hierarchical_rank(
     return out
 
 
-def _seen(x: Any) -> Any:
-    """The factorization that a network of ``to_cnn`` is, or ``x`` itself."""
+def factorization_of(x: Any) -> Any:
+    """Return the factorization that a network is, or ``x`` itself."""
     return x.as_factorization() if hasattr(x, "as_factorization") else x
 
 
