@@ -125,101 +125,68 @@ def along(
 
 
 def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
-    """The torch calls of one step: a broadcast product or a matrix product, views elsewhere.
+    """Make the torch call of one step: a product with broadcast, a matrix product, or ``torch.einsum``.
 
-    ``torch.einsum`` gives the same numbers; on small tensors it spends more time on views of its
-    own than on arithmetic, and it sends single products through batched kernels.
+    On small tensors ``torch.einsum`` spends more time on views of its own than on arithmetic: with it a
+    training step along the same path takes up to twice as long.
     """
-    if len(parts) == 2 and all(s in parts[1] or s in result for s in parts[0]):
-        left, right = parts
-        if all(s in left or s in result for s in right):
-            summed = [s for s in left if s not in result]
-            return (
-                _matrix_product(left, right, result, size)
-                if summed
-                else _broadcast_product(left, right, result, size)
-            )
+    terms = "".join(parts)
+    if len(parts) == 2 and all(s in result or terms.count(s) == 2 for s in terms):
+        return _product(parts, result, size)
     # torch reads a-z and A-Z only; a single step of a long network needs few of them
-    table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys("".join(parts)))}
-    equation = "->".join(
-        "".join(table.get(s, s) for s in side) for side in (",".join(parts), result)
-    )
-    return partial(torch.einsum, equation)
+    table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys(terms))}
+    *inputs, output = ("".join(table[s] for s in term) for term in (*parts, result))
+    return partial(torch.einsum, f"{','.join(inputs)}->{output}")
 
 
-def _broadcast_product(
-    left: str, right: str, result: str, size: Mapping[str, int]
-) -> Callable[..., Tensor]:
-    def aligned(term: str) -> Callable[[Tensor], Tensor]:
-        shape = [size[s] if s in term else 1 for s in result]
-        return _brought(term, [s for s in result if s in term], shape, size)
-
-    first, second = aligned(left), aligned(right)
-    return lambda a, b: first(a) * second(b)
-
-
-def _matrix_product(
-    left: str, right: str, result: str, size: Mapping[str, int]
-) -> Callable[..., Tensor]:
-    only = [s for s in result if (s in left) != (s in right)]
-    swap = bool(only) and only[0] in right
-    if swap:  # the factor whose axes come first in the result goes left
-        left, right = right, left
-    batch = [s for s in result if s in left and s in right]
-    summed = [s for s in left if s not in result]
-    rows, columns = ([s for s in result if s in term and s not in batch] for term in (left, right))
+def _product(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
+    summed = [s for s in parts[0] if s not in result]
+    if not summed:
+        first, second = (
+            _view(term, [s for s in result if s in term], [size[s] if s in term else 1 for s in result], size)
+            for term in parts
+        )  # fmt: skip
+        return lambda a, b: first(a) * second(b)
+    batch = [s for s in result if s in parts[0] and s in parts[1]]
+    rows, columns = ([s for s in result if s in term and s not in batch] for term in parts)
+    # the factor whose axes come first in the result goes left
+    swap = bool(columns) and (not rows or result.index(columns[0]) < result.index(rows[0]))
+    left, right = parts
+    if swap:
+        left, right, rows, columns = right, left, columns, rows
     count, inner, height, width = (
-        math.prod(size[s] for s in part) for part in (batch, summed, rows, columns)
+        math.prod(size[s] for s in axes) for axes in (batch, summed, rows, columns)
     )
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if count == 1 else torch.bmm
+    stack = [] if count == 1 else [count]
+    shapes = [*stack, height, inner], [*stack, inner, width], [*stack, height, width]
+    if height == width == 1 < count:
+        product, shapes = _dots, ([count, inner], [count, inner], [count])
+    first = _view(left, [*batch, *rows, *summed], shapes[0], size)
+    second = _view(right, [*batch, *summed, *columns], shapes[1], size)
+    axes = [*batch, *rows, *columns]
+    wide, order = [size[s] for s in axes], [axes.index(s) for s in result]
 
-    if height == width == 1 and count > 1:  # dot products, one per batch entry
-        flat = [count, inner]
-        first = _brought(left, [*batch, *rows, *summed], flat, size)
-        second = _brought(right, [*batch, *columns, *summed], flat, size)
-        last = _spread([*batch, *rows, *columns], result, [count], size)
-        return _swapped(swap, lambda a, b: last((first(a) * second(b)).sum(1)))
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        x = product(first(b), second(a)) if swap else product(first(a), second(b))
+        x = x if wide == shapes[2] else x.reshape(wide)
+        return x if axes == [*result] else x.permute(order)
 
-    def factor(
-        term: str, outer: list[str], length: int, *, outer_first: bool
-    ) -> Callable[[Tensor], Tensor]:
-        # as the axes lie in memory, then transposed: a reshape of transposed axes would copy
-        lies_outer_first = not outer or term.index(outer[0]) < term.index(summed[0])
-        axes = [*batch, *outer, *summed] if lies_outer_first else [*batch, *summed, *outer]
-        flat = [length, inner] if lies_outer_first else [inner, length]
-        view = _brought(term, axes, flat if count == 1 else [count, *flat], size)
-        return view if lies_outer_first == outer_first else lambda x: view(x).mT
-
-    first = factor(left, rows, height, outer_first=True)
-    second = factor(right, columns, width, outer_first=False)
-    product = torch.mm if count == 1 else torch.bmm
-    flat = [height, width] if count == 1 else [count, height, width]
-    last = _spread([*batch, *rows, *columns], result, flat, size)
-    return _swapped(swap, lambda a, b: last(product(first(a), second(b))))
+    return call
 
 
-def _swapped(swap: bool, call: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return (lambda a, b: call(b, a)) if swap else call
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1)
 
 
-def _brought(
-    term: str, axes: Sequence[str], shape: list[int], size: Mapping[str, int]
+def _view(
+    term: str, axes: list[str], shape: list[int], size: Mapping[str, int]
 ) -> Callable[[Tensor], Tensor]:
-    """Axes of a term brought in an order, then reshaped; views that change nothing are left out."""
+    """Make a call that permutes the axes of a term, then reshapes, where that changes anything."""
     order = [term.index(s) for s in axes]
-    if order != sorted(order):
-        return lambda x: x.permute(order).reshape(shape)
-    return _same if [size[s] for s in term] == shape else lambda x: x.reshape(shape)
-
-
-def _spread(
-    axes: Sequence[str], result: str, shape: list[int], size: Mapping[str, int]
-) -> Callable[[Tensor], Tensor]:
-    """The inverse: a tensor of this shape given the sizes of its axes, then brought in order."""
-    order = [list(axes).index(s) for s in result]
-    wide = [size[s] for s in axes]
-    if order != sorted(order):
-        return lambda x: x.reshape(wide).permute(order)
-    return _same if wide == shape else lambda x: x.reshape(wide)
+    if order == sorted(order):
+        return _same if [size[s] for s in axes] == shape else lambda x: x.reshape(shape)
+    return lambda x: x.permute(order).reshape(shape)
 
 
 def _same(x: Tensor) -> Tensor:

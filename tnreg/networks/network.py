@@ -82,9 +82,9 @@ class Stacked:
         self.tensors.append(tensor)
 
     def append_single(self, tensor: Tensor) -> None:
-        """Add the result of a level of one node, without the axis of nodes."""
+        """Add the result of a level of one node without the axis of nodes; only ``slot`` returns it."""
         self._slots[len(self.tensors)] = (tensor,)
-        self.tensors.append(tensor.unsqueeze(0))
+        self.tensors.append(tensor)
 
     def slot(self, stack: int, slot: int) -> Tensor:
         """Return one slot, without the axis of slots."""

@@ -23,7 +23,7 @@ from tnreg.tensors.arrays import Scaled, power_below
 def scale_columns(x: Tensor) -> Scaled:
     """Divide the slices along the last axis by the powers of two below their largest magnitudes."""
     log2 = power_below(_largest(x.flatten(0, -2)))
-    return Scaled(x * torch.exp2(-log2), log2)
+    return Scaled(x / torch.exp2(log2), log2)
 
 
 def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
@@ -182,7 +182,7 @@ def _product(grams: Sequence[_Gram]) -> _Gram:
 def _equilibrate(x: Tensor) -> _Gram:
     """Divide rows, then columns of a matrix by the powers of two below their largest magnitudes."""
     rows = power_below(x.detach().abs().amax(1))
-    x, columns = scale_columns(x * torch.exp2(-rows).unsqueeze(1))
+    x, columns = scale_columns(x / torch.exp2(rows).unsqueeze(1))
     return _Gram(x, rows, columns)
 
 

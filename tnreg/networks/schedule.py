@@ -212,12 +212,13 @@ def run(
             if gather is not None:
                 operands[k] = _gather(operands[k], gather)
         result = operands[0] if join.einsum is None else join.einsum(operands)
+        if join.einsum is not None and join is not joins[-1] and result.ndim != 3 - single:
+            # several row axes become one
+            result = result.reshape(*result.shape[: 1 - single], join.rows, -1)
         if single:
-            if result.ndim > 2 and join is not joins[-1]:
-                result = result.reshape(join.rows, -1)  # several row axes become one
             results.append_single(result)
         else:
-            results.append(result.reshape(len(level.positions), join.rows, -1))
+            results.append(result)
     return result
 
 

@@ -52,7 +52,7 @@ def rescale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Scaled:
     size = x.detach().abs()
     size = size.amax() if dim is None else size.amax(dim, keepdim=True)
     log2 = power_below(size)
-    return Scaled(x * torch.exp2(-log2), log2)
+    return Scaled(x / torch.exp2(log2), log2)
 
 
 def power_below(size: Tensor) -> Tensor:
