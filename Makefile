@@ -19,7 +19,7 @@ GPU_FLAGS ?=
 GPU_WHEELS := tensornetwork graphviz==0.21 tyro docstring_parser==0.18.0 typeguard==4.6.1 \
 	cotengra==0.8.3 autoray==0.11.0 tensorkrowch==1.1.6
 
-.PHONY: demo test test-lowest coverage docs figures figure-locality check format lint types bench gpu gpu-wheels gpu-images clean
+.PHONY: demo test quick test-lowest coverage docs figures figure-locality check format lint types bench gpu gpu-wheels gpu-images clean
 
 SEEDS := 1 2 3
 DYNAMICS := $(foreach model,mf cp htf,$(foreach seed,$(SEEDS),runs/$(model)-$(seed)))
@@ -30,6 +30,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST)
+
+# Without the tests marked slow: processes, exporters, examples, experiments.
+quick: $(READY)
+	$(PYTEST) -m "not slow"
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/mkdocs/mkdocs.yml

@@ -1,4 +1,4 @@
-"""Tables of README and docs, made from ``benchmarks/results/*.json``, and the page of the gallery.
+"""Tables of the docs, made from ``benchmarks/results/*.json``, and the page of the gallery.
 
 ``python benchmarks/tables.py`` writes them anew, each from the line that begins as its header does to the
 next empty line. A new table starts as such a line in its page and an entry in ``PAGES``.
@@ -224,7 +224,7 @@ def _epochs() -> Rows:
 
 
 PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header begins, table
-    ("README.md", "| work | against ", _steps),
+    ("docs/speed.md", "| work | against ", _steps),
     ("docs/dynamics.md", "| run | ", _dynamics),
     ("docs/dynamics.md", "| what | ms ", _cost),
     ("docs/decompose.md", "| tensor | ", _decompose),
