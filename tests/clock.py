@@ -11,7 +11,7 @@ def deadline_after(epochs, monkeypatch):
 
     def counted(self):
         row = epoch(self)
-        clock[0] += 3600.0 * (len(self.found) + 1 == epochs)
+        clock[0] += 3600.0 * (len(self.rows) + 1 == epochs)
         return row
 
     monkeypatch.setattr(locality_run.time, "monotonic", lambda: clock[0])

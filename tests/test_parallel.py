@@ -30,7 +30,7 @@ from tnreg.experiments.locality import train as locality_run
 from tnreg.experiments.locality.settings import Settings
 from tnreg.experiments.locality.train import train
 from tnreg.far.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
-from tnreg.far.regularizers import InputGradientChange, InteractionEnergy, _own_values
+from tnreg.far.regularizers import InputGradientChange, InteractionEnergy, _all_crossed_values
 from tnreg.machine.processes import Processes, joined, started, unwrapped
 
 BOXES = [(0, 0, 3, 3), (4, 5, 7, 8), (0, 4, 3, 8)]
@@ -53,7 +53,7 @@ def torchrun(count, *words, check=True):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **options) as running:
         try:
-            out, error = running.communicate(timeout=120)
+            out, error = running.communicate(timeout=1200)
         except subprocess.TimeoutExpired:
             running.terminate()  # not killed: it ends its processes first
             pytest.fail(f"they wait for each other: {running.communicate()}")
@@ -229,24 +229,17 @@ def test_penalties_refuse_alike(penalized, count):
         assert normalized.startswith(kind) and "statistics of one process's part" in normalized
 
 
-def test_parts_are_contiguous_and_as_equal_as_can_be():
-    for total, count in ((10, 3), (2, 5), (0, 2), (64, 1)):
-        parts = [Processes(rank, count).part(total) for rank in range(count)]
-        assert [i for part in parts for i in range(total)[part]] == list(range(total))
-        sizes = [part.stop - part.start for part in parts]
-        assert sizes == Processes(0, count).parts(total) == sorted(sizes, reverse=True)
-        assert sizes[0] - sizes[-1] <= 1
-
-
-def test_a_process_without_a_share_of_the_energy_has_a_graph():
+def test_a_process_without_a_share_of_the_energy_has_a_graph(monkeypatch):
     """Else DistributedDataParallel would wait for its gradients for ever."""
     net, (x, _) = net_of(1), batch(2)
-    mask = torch.tensor(PAIR[1])
-    every = [_own_values(net, x, mask, Processes(rank, 6)) for rank in range(6)]
-    assert [len(values) for values in every] == [1] * 6
-    assert all(values.requires_grad for values in every)
-    alone = _own_values(net, x, mask, Processes())
-    assert torch.allclose(torch.cat(every[:4]), alone)
+    box = torch.tensor(PAIR[1])
+    own = []
+    monkeypatch.setattr(Processes, "gather", lambda self, v: own.append(v) or [v] * self.count)
+    values = [_all_crossed_values(net, x, box, Processes(rank, 6)) for rank in range(6)]
+    assert [len(v) for v in own] == [1] * 6
+    assert all(v.requires_grad and v.shape == (2, 2, 1) for v in values)
+    alone = _all_crossed_values(net, x, box, Processes())
+    assert torch.allclose(torch.cat(own[:4]).flatten(), alone.flatten())
 
 
 # 130 images in batches of 33 and 31: four steps an epoch, with unequal parts for two processes
@@ -281,7 +274,7 @@ def trainings(folder):
         epoch = locality_run._State.epoch
 
         def until_two(self, *given):
-            if len(self.found) == 2:
+            if len(self.rows) == 2:
                 raise Cut
             return epoch(self, *given)
 
@@ -391,18 +384,16 @@ def test_a_last_batch_that_is_too_small():
 
 
 def ended(folder):
-    """The command; amid epoch 4 process 1 is killed, while 0 waits for it and 2 is busy on its own."""
+    """The command; amid epoch 4 process 1 is killed, while the others wait for it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's may come before they have spoken
     step, done = locality_run._State.step, []
 
     def cut(self, *given):
         done.append(1)
         kept = next(Path(folder).glob(f"{LONG_NAME}.*.checkpoint"), Path())
         again = len(done) % len(locality_run._sizes(len(self.host), self.settings.batch)) == 2
-        if again and kept.is_file() and len(trajectory_of(kept)) == 3:
-            if os.environ["RANK"] == "1":
-                os.kill(os.getpid(), signal.SIGKILL)
-            while os.environ["RANK"] == "2":
-                torch.ones(200, 200) @ torch.ones(200, 200)
+        if os.environ["RANK"] == "1" and again and kept.is_file() and len(trajectory_of(kept)) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(self, *given)
 
     locality_run._State.step = cut
@@ -420,9 +411,8 @@ def test_a_killed_process(trained, tmp_path):
     assert done.returncode == 1
     (kept,) = folder.glob(f"{LONG_NAME}.*.checkpoint")
     lines = done.stderr.splitlines()
-    said = [i for i, line in enumerate(lines) if line.startswith("tnreg: ProcessLost: another ")]
+    said = [line for line in lines if line.startswith("tnreg: ProcessLost: another ")]
     assert len(said) == 2
-    assert "torchrun stopped this one" in "".join(lines[i] for i in said)  # the busy one
     saved = f"  the state after epoch 3 is in {kept}; the same command goes on from there"
     assert lines.count(saved) == 2
     assert len(trajectory_of(kept)) == 3 and len(torch.load(kept)["others"]) == 2

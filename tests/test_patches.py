@@ -172,16 +172,14 @@ def test_drawing_reads_nothing_from_the_device(kind):
     if kind is not DifferingPatches:  # the same boxes as on the CPU
         here, there = kind(THREE if kind is PresetPatches else 1), torch.zeros(2, 1, 5, 5)
         drawn(here, there, 1)
-        assert torch.equal(
-            here._stream.generator.get_state(), sampler._stream.generator.get_state()
-        )
+        assert torch.equal(here.generator.get_state(), sampler.generator.get_state())
 
 
 def test_places_without_weight_are_never_drawn():
     """Not even by the smallest and the largest number that there are."""
     weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0])
     for number, place in ((0.0, 1), (0.66, 1), (0.67, 3), (1 - 2**-53, 3)):
-        drawn_place = patches._weighted(weights, torch.tensor(number, dtype=torch.float64))
+        drawn_place = patches._choose(weights, torch.tensor(number, dtype=torch.float64))
         assert drawn_place.tolist() == [place]
 
 

@@ -106,7 +106,7 @@ def measure(
             skip_nothing(state)
         if way == "compiled":
             backend = "aot_eager" if bench.rehearse else "inductor"
-            state.shared = torch.compile(state.net, backend=backend)
+            state.wrapped = torch.compile(state.net, backend=backend)
         state.net.train()
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -26,167 +26,153 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
 
 
-def input_gradient(
-    value: Callable[[Tensor], Tensor], x: Tensor, *, differentiable: bool, cheap: bool = True
-) -> Tensor:
-    """``∇_x Σ_b value(x)_b``, which has a graph of its own if asked.
+def input_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, differentiable: bool) -> Tensor:
+    """Return ``∇_x Σ_b value(x)_b``, which has a graph of its own if asked.
 
     Args:
         value: Function of a batch, e.g. one logit of a network, shape ``(B,)``.
         x: The batch; taken as a constant, its own history is not seen.
         differentiable: Whether the gradient is to be differentiated with respect to parameters.
-        cheap: Replace operations as the module says; else torch's own are used throughout.
 
     Returns:
         The gradient, of the shape of ``x``; zeros where the value does not depend on it.
     """
     x = x.detach().requires_grad_()
-    state = _Pass()
+    mode = _Replaced()
     with torch.enable_grad():
         with contextlib.ExitStack() as stack:
-            if differentiable:  # fused attention has no second derivative
+            if differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if differentiable and cheap:
-                stack.enter_context(_Replaced(state))
+                stack.enter_context(mode)
             total = value(x).sum()
         if not total.requires_grad:
             return torch.zeros_like(x)
-        state.inner = True
+        mode.backward = True
         try:
             (gradient,) = torch.autograd.grad(
                 total, x, create_graph=differentiable, materialize_grads=True
             )
         finally:
-            state.inner = False
+            mode.backward = False
     return gradient
 
 
-class _Pass:
-    """Whether the inner backward pass runs, which asks for the gradient of the input alone.
+class _Replaced(TorchFunctionMode):
+    """Replace calls of the functions at the end of this file, where the replacement is the same thing.
 
-    An attribute and not a context variable: on a GPU the backward pass runs in a thread of its own.
+    Attributes:
+        backward: Whether the inner backward pass runs, which asks for the gradient of the input alone. It is
+            not a context variable: on a GPU the backward pass runs in a thread of its own.
     """
 
-    inner = False
-
-
-class _Replaced(TorchFunctionMode):
-    """Calls of the functions below get a replacement, where it is the same thing."""
-
-    def __init__(self, state: _Pass) -> None:
-        super().__init__()
-        self.state = state
+    backward = False
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         replacement = _REPLACEMENTS.get(func)
-        if replacement is not None:
-            found = replacement(self.state, *args, **kwargs)
-            if found is not None:
-                return found
-        return func(*args, **kwargs)
+        result = None if replacement is None else replacement(self, *args, **kwargs)
+        return func(*args, **kwargs) if result is None else result
 
 
-class _ReLU(torch.autograd.Function):
+class _ReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         if inplace:
             ctx.mark_dirty(x)
-            out = x.relu_()
-        else:
-            out = torch.relu(x)
-        ctx.save_for_backward(out)
-        return out
+        result = x.relu_() if inplace else torch.relu(x)
+        ctx.save_for_backward(result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (out,) = ctx.saved_tensors
-        return _aten.threshold_backward(grad, out.detach(), 0), None
+        (result,) = ctx.saved_tensors
+        return _aten.threshold_backward(grad, result.detach(), 0), None
 
 
-def _relu(state: _Pass, input: Tensor, inplace: bool = False) -> Tensor | None:
-    return _ReLU.apply(input, inplace) if _plain(input) else None  # type: ignore[no-untyped-call]
-
-
-def _relu_in_place(state: _Pass, input: Tensor) -> Tensor | None:
-    return _relu(state, input, True)
-
-
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, state: _Pass, x: Tensor, weight: Tensor, bias: Tensor | None, options: Any
-    ) -> Tensor:
+        ctx: Any, mode: _Replaced, x: Tensor, weight: Tensor, bias: Any, options: Any
+    ) -> Any:
         ctx.save_for_backward(x, weight)
-        ctx.state, ctx.options, ctx.biased = state, options, bias is not None
-        stride, padding, dilation, groups = options
-        out: Tensor = _aten.convolution(
-            x, weight, bias, stride, padding, dilation, False, [0], groups
-        )
-        return out
+        ctx.mode, ctx.options, ctx.has_bias = mode, options, bias is not None
+        return _aten.convolution(x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        if ctx.state.inner:
-            gradient = None
-            if ctx.needs_input_grad[1]:
-                gradient = _ConvolutionInput.apply(grad, weight, x.detach(), ctx.options)  # type: ignore[no-untyped-call]
+        to_x, to_weight = ctx.needs_input_grad[1:3]
+        if ctx.mode.backward:
+            gradient = (
+                _input_of_convolution(grad, weight, x.detach(), ctx.options) if to_x else None
+            )
             return None, gradient, None, None, None
-        needed = [bool(n) for n in ctx.needs_input_grad[1:3]] + [ctx.biased]
-        found = _backward_of_convolution(grad, x, weight, ctx.options, needed)
-        return None, *found, None
+        wanted = [to_x, to_weight, ctx.has_bias]
+        size = [len(weight)]
+        return None, *_aten.convolution_backward(grad, x, weight, size, *ctx.options, wanted), None
 
 
-class _ConvolutionInput(torch.autograd.Function):
+class _ConvolutionInput(Function):
     """The gradient of a convolution's input: linear in the incoming gradient and in the weight."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, options: Any) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, options: Any) -> Any:
         ctx.save_for_backward(grad, weight)
-        ctx.options = options
-        found: Tensor = _backward_of_convolution(grad, x, weight, options, [True, False, False])[0]
-        return found
+        ctx.options, wanted = options, [True, False, False]
+        return _aten.convolution_backward(grad, x, weight, [len(weight)], *options, wanted)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, direction: Tensor) -> Any:
         grad, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.options
         to_grad = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_grad = _aten.convolution(
-                direction, weight, None, stride, padding, dilation, False, [0], groups
-            )
+            to_grad = _aten.convolution(direction, weight, None, *ctx.options)
         if ctx.needs_input_grad[1]:
-            needed = [False, True, False]
-            to_weight = _backward_of_convolution(grad, direction, weight, ctx.options, needed)[1]
+            wanted = [False, True, False]
+            to_weight = _aten.convolution_backward(
+                grad, direction, weight, [len(weight)], *ctx.options, wanted
+            )[1]
         return to_grad, to_weight, None, None
 
 
-def _backward_of_convolution(
-    grad: Tensor, x: Tensor, weight: Tensor, options: Any, needed: list[bool]
-) -> Any:
-    stride, padding, dilation, groups = options
-    return _aten.convolution_backward(
-        grad, x, weight, [len(weight)], stride, padding, dilation, False, [0], groups, needed
-    )
+class _MaxPool(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: Any) -> Any:
+        result, index = _aten.max_pool2d_with_indices(x, *options)
+        ctx.save_for_backward(x, index)
+        ctx.options = options
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, index = ctx.saved_tensors
+        return _aten.max_pool2d_with_indices_backward(grad, x.detach(), *ctx.options, index), None
+
+
+_rectify: Any = _ReLU.apply
+_convolve: Any = _Convolution.apply
+_input_of_convolution: Any = _ConvolutionInput.apply
+_pool: Any = _MaxPool.apply
+
+# Each takes the mode and the arguments of what it replaces, and gives None where it cannot do that.
+
+
+def _relu(mode: _Replaced, input: Tensor, inplace: bool = False) -> Any:
+    return _rectify(input, inplace) if _is_plain(input) else None
 
 
 def _convolution(
-    state: _Pass,
+    mode: _Replaced,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -194,24 +180,24 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Tensor | None:
+) -> Any:
     axes = weight.ndim - 2
     input, weight, bias = _autocast(input), _autocast(weight), _autocast(bias)
-    if input.ndim != axes + 2 or not _plain(input, weight, bias):
+    if input.ndim != axes + 2 or not _is_plain(input, weight, bias):
         return None
-    steps = _listed(dilation, axes)
+    steps = _as_list(dilation, axes)
     if isinstance(padding, str):
         reach = [d * (size - 1) for d, size in zip(steps, weight.shape[2:], strict=True)]
         if padding != "same" or any(n % 2 for n in reach):
             return None
         padding = [n // 2 for n in reach]
-    options = (_listed(stride, axes), _listed(padding, axes), steps, groups)
-    found: Tensor = _Convolution.apply(state, input, weight, bias, options)  # type: ignore[no-untyped-call]
-    return found
+    # in the order of torch.ops.aten: not transposed, no output padding
+    options = (_as_list(stride, axes), _as_list(padding, axes), steps, False, [0], groups)
+    return _convolve(mode, input, weight, bias, options)
 
 
 def _batch_norm(
-    state: _Pass,
+    mode: _Replaced,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -224,7 +210,7 @@ def _batch_norm(
     if training or running_mean is None or running_var is None:
         return None
     # as torch's own: half precision is taken between layers, not for the statistics
-    if not (_plain(input) and _plain(running_mean, running_var, weight, bias)):
+    if not (_is_plain(input) and _is_plain(running_mean, running_var, weight, bias)):
         return None
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
@@ -235,24 +221,8 @@ def _batch_norm(
     return torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(input.dtype)
 
 
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, options: Any) -> Tensor:
-        out, index = _aten.max_pool2d_with_indices(x, *options)
-        ctx.save_for_backward(x, index)
-        ctx.options = options
-        kept: Tensor = out
-        return kept
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, index = ctx.saved_tensors
-        found = _aten.max_pool2d_with_indices_backward(grad, x.detach(), *ctx.options, index)
-        return found, None
-
-
 def _max_pool(
-    state: _Pass,
+    mode: _Replaced,
     input: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -260,27 +230,25 @@ def _max_pool(
     dilation: Any = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
-) -> Tensor | None:
-    if return_indices or not _plain(input):
+) -> Any:
+    if return_indices or not _is_plain(input):
         return None
-    size = _listed(kernel_size, 2)
-    step = size if stride is None else _listed(stride, 2)
-    options = (size, step, _listed(padding, 2), _listed(dilation, 2), bool(ceil_mode))
-    found: Tensor = _MaxPool.apply(input, options)  # type: ignore[no-untyped-call]
-    return found
+    stride = kernel_size if stride is None else stride
+    numbers = (_as_list(n, 2) for n in (kernel_size, stride, padding, dilation))
+    return _pool(input, (*numbers, bool(ceil_mode)))
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Real floats of one dtype, where the replacements are the same thing."""
-    given = [t for t in tensors if t is not None]
-    first = given[0]
-    return first.is_floating_point() and all(
-        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == first.dtype for t in given
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether all are real floats of one dtype, where the replacements are the same thing."""
+    present = [t for t in tensors if t is not None]
+    dtype = present[0].dtype
+    return dtype.is_floating_point and all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype for t in present
     )
 
 
 def _autocast(x: Any) -> Any:
-    """A convolution's argument as autocast casts it."""
+    """Cast an argument of a convolution as autocast does."""
     if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
         return x
     kind = x.device.type
@@ -288,20 +256,15 @@ def _autocast(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype(kind)) if cast else x
 
 
-def _listed(number: Any, axes: int) -> list[int]:
-    given = [number] if isinstance(number, int) else list(number)
-    return given * axes if len(given) == 1 else given
+def _as_list(number: Any, axes: int) -> list[int]:
+    numbers = [number] if isinstance(number, int) else list(number)
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
-_REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
-    F.relu: _relu,
-    torch.relu: _relu,
-    Tensor.relu: _relu,
-    torch.relu_: _relu_in_place,
-    Tensor.relu_: _relu_in_place,
-    torch.conv1d: _convolution,
-    torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), lambda mode, input: _relu(mode, input, True)),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
     F.batch_norm: _batch_norm,
     F.max_pool2d: _max_pool,
 }

@@ -16,6 +16,7 @@ boxes that touch, at a corner too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -35,13 +36,13 @@ class PatchSampler(Protocol):
     """
 
     def draw(self, x: Tensor) -> Tensor:
-        """The next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``.
+        """Return the next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``.
 
         A sampler that looks at the shape alone takes a batch on any device.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next pairs depend on."""
+        """Return what the next pairs depend on."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
@@ -50,25 +51,22 @@ class PatchSampler(Protocol):
 class RandomStream:
     """A seeded generator of random numbers on the CPU, saved and restored."""
 
-    def __init__(self, seed: int, what: str) -> None:
-        self.seed = check_integer(seed, 0, f"{what}: seed")
-        self.what = what
+    def __init__(self, seed: int, name: str) -> None:
+        self.seed = check_integer(seed, 0, f"{name}: seed")
+        self.name = name
         self.generator = torch.Generator().manual_seed(self.seed)
 
-    def numbers(self, count: int) -> Tensor:
-        """So many uniform numbers in [0, 1), in double precision."""
-        return torch.rand(count, generator=self.generator, dtype=torch.float64)
-
     def state_dict(self) -> dict[str, Any]:
-        """Seed and state."""
+        """Return seed and state of the random stream."""
         return {"seed": self.seed, "state": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         if set(state) != {"seed", "state"}:
             raise OptionError(
-                f"{self.what}: not the state of its random stream; found the keys {sorted(state)}, "
-                "expected seed and state."
+                f"{self.name}: not the state of its random stream; found the keys {sorted(state)}, "
+                "expected seed and state.",
+                argument="state",
             )
         self.seed = state["seed"]
         self.generator.set_state(state["state"].cpu())  # a checkpoint may be mapped to a GPU
@@ -88,29 +86,30 @@ class FixedPatches:
     shape_only: ClassVar[bool] = True
 
     def __init__(self, pair: Sequence[Sequence[int]]) -> None:
-        self.boxes = _check_boxes(pair, "a pair of patches")
+        self.boxes = _check_boxes(pair, "a pair of patches", "patches")
         if len(self.boxes) != 2:
             raise OptionError(
                 f"a pair of patches has two boxes, found {len(self.boxes)}; for more write "
-                "PresetPatches([box, box, ...])."
+                "PresetPatches([box, box, ...]).",
+                argument="patches",
             )
         self._pair = torch.tensor(self.boxes)
 
     def draw(self, x: Tensor) -> Tensor:
-        """The pair."""
+        """Return the pair."""
         _check_inside(self.boxes, x)
         self._pair = self._pair.to(x.device)
         return self._pair
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: no pair depends on the one before."""
+        """Return nothing: no pair depends on the one before."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Load nothing."""
 
 
-class PresetPatches:
+class PresetPatches(RandomStream):
     """An ordered pair of two of the given boxes, all such pairs equally likely.
 
     Args:
@@ -130,28 +129,36 @@ class PresetPatches:
     shape_only: ClassVar[bool] = True
 
     def __init__(self, boxes: Sequence[Sequence[int]], *, seed: int = 0) -> None:
-        self.boxes = _check_boxes(boxes, "PresetPatches")
+        super().__init__(seed, "PresetPatches")
+        self.boxes = _check_boxes(boxes, "PresetPatches", "boxes")
         if len(self.boxes) < 2:
-            raise OptionError(f"PresetPatches needs two boxes or more, found {len(self.boxes)}.")
+            raise OptionError(
+                f"PresetPatches needs two boxes or more, found {len(self.boxes)}.", argument="boxes"
+            )
         self._boxes = torch.tensor(self.boxes)
-        self._stream = RandomStream(seed, "PresetPatches")
 
     def draw(self, x: Tensor) -> Tensor:
-        """The next ordered pair."""
+        """Return the next ordered pair."""
         _check_inside(self.boxes, x)
-        kept = torch.randperm(len(self.boxes), generator=self._stream.generator)[:2]
-        return self._boxes[kept].to(x.device, non_blocking=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The random stream."""
-        return self._stream.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._stream.load_state_dict(state)
+        two = torch.randperm(len(self.boxes), generator=self.generator)[:2]
+        return self._boxes[two].to(x.device, non_blocking=True)
 
 
-class RandomPatches:
+class _Squares(RandomStream):
+    """Two squares of one size, at least or exactly so far apart."""
+
+    def __init__(self, size: int, distance: int, exact: bool, seed: int) -> None:
+        super().__init__(seed, type(self).__name__)
+        self.size = check_integer(size, 1, f"{self.name}: size")
+        self.distance = check_integer(distance, 0, f"{self.name}: distance")
+        self.exact = exact
+
+    def _numbers(self) -> Tensor:
+        """Return two uniform numbers in [0, 1), in double precision."""
+        return torch.rand(2, generator=self.generator, dtype=torch.float64)
+
+
+class RandomPatches(_Squares):
     """Two squares anywhere in the image, all allowed ordered pairs equally likely.
 
     ``RandomPatches(2)`` is the published choice: 2×2 pixels, not overlapping.
@@ -172,30 +179,17 @@ class RandomPatches:
     def __init__(
         self, size: int = 2, distance: int = 0, *, exact: bool = False, seed: int = 0
     ) -> None:
-        self.size = check_integer(size, 1, "RandomPatches: size")
-        self.distance = check_integer(distance, 0, "RandomPatches: distance")
-        self.exact = exact
-        self._stream = RandomStream(seed, "RandomPatches")
+        super().__init__(size, distance, exact, seed)
 
     def draw(self, x: Tensor) -> Tensor:
-        """The next ordered pair."""
-        shape, options = tuple(x.shape[-2:]), (self.size, self.distance, self.exact)
-        places = _Places(shape, torch.device("cpu"), *options, "RandomPatches")
-        numbers = self._stream.numbers(2)
-        first = _weighted(places.partners(), numbers[0])
-        second = _weighted(places.allowed(first), numbers[1])
+        """Return the next ordered pair."""
+        places, numbers = _Places(self, x, "cpu"), self._numbers()
+        first = _choose(places.partners(), numbers[0])
+        second = _choose(places.allowed(first), numbers[1])
         return places.boxes(first, second).to(x.device, non_blocking=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The random stream."""
-        return self._stream.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._stream.load_state_dict(state)
-
-
-class DifferingPatches:
+class DifferingPatches(_Squares):
     """Two squares where the samples of the batch differ, so that swapping pixels changes something.
 
     In sparse images most small patches hold the same background in every sample, and a swap of
@@ -229,39 +223,30 @@ class DifferingPatches:
         threshold: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.size = check_integer(size, 1, "DifferingPatches: size")
-        self.distance = check_integer(distance, 0, "DifferingPatches: distance")
+        super().__init__(size, distance, exact, seed)
         if not threshold >= 0:
-            raise OptionError(f"DifferingPatches: threshold must be >= 0, found {threshold!r}.")
-        self.exact, self.threshold = exact, float(threshold)
-        self._stream = RandomStream(seed, "DifferingPatches")
+            raise OptionError(
+                f"DifferingPatches: threshold must be >= 0, found {threshold!r}.",
+                argument="threshold",
+            )
+        self.threshold = float(threshold)
 
     def draw(self, x: Tensor) -> Tensor:
-        """The next ordered pair."""
-        shape, options = tuple(x.shape[-2:]), (self.size, self.distance, self.exact)
-        places = _Places(shape, x.device, *options, "DifferingPatches")
+        """Return the next ordered pair."""
+        places, side = _Places(self, x, x.device), self.size
         images = x.detach().reshape(len(x), -1, *x.shape[-2:]).float()
-        swapped = (images - images.roll(-1, 0)).abs().amax(1)
-        side = self.size
-        changed = (max_pool2d(swapped, side, 1) > self.threshold).sum(0)
+        change = (images - images.roll(-1, 0)).abs().amax(1)
+        changed = (max_pool2d(change, side, 1) > self.threshold).sum(0)
         spread = max_pool2d(images, side, 1) + max_pool2d(-images, side, 1)
         varied = (spread.amax(1) > self.threshold).sum(0)
-        numbers = self._stream.numbers(2).to(x.device, non_blocking=True)
-        second = _weighted_if_any(changed.flatten(), places.partners(), numbers[0])
-        first = _weighted_if_any(varied.flatten(), places.allowed(second), numbers[1])
+        numbers = self._numbers().to(x.device, non_blocking=True)
+        second = _choose_if_any(changed.flatten(), places.partners(), numbers[0])
+        first = _choose_if_any(varied.flatten(), places.allowed(second), numbers[1])
         return places.boxes(first, second)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The random stream."""
-        return self._stream.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._stream.load_state_dict(state)
-
-
-def as_sampler(patches: Any, what: str) -> PatchSampler:
-    """A sampler as it is; a pair of boxes as a sampler that gives it every time.
+def as_sampler(patches: Any, name: str) -> PatchSampler:
+    """Return a sampler as it is, and a pair of boxes as a sampler that gives it every time.
 
     Raises:
         OptionError: Neither.
@@ -272,124 +257,125 @@ def as_sampler(patches: Any, what: str) -> PatchSampler:
     if isinstance(patches, list | tuple):
         return FixedPatches(patches)
     raise OptionError(
-        f"{what}: patches must be a pair of boxes ((top, left, bottom, right), (top, left, bottom, right)) "
-        f"or a sampler such as RandomPatches(size=2), found {patches!r}."
+        f"{name}: patches must be a pair of boxes ((top, left, bottom, right), (top, left, bottom, right)) "
+        f"or a sampler such as RandomPatches(size=2), found {patches!r}.",
+        argument="patches",
     )
 
 
 def box_mask(box: Tensor, height: int, width: int) -> Tensor:
-    """True inside the box: shape ``(height, width)``, on the device of ``box``."""
+    """Return True inside the box: shape ``(height, width)``, on the device of ``box``."""
     top, left, bottom, right = box.unbind()
     row = torch.arange(height, device=box.device)[:, None]
     column = torch.arange(width, device=box.device)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
-def check_images(x: Any, what: str, least: int = 2, *, floating: bool = True) -> Tensor:
-    """The batch, if it is floating-point images of shape ``(B, ..., H, W)``; or one clear error."""
+def check_images(x: Any, name: str, least: int = 2, *, floating: bool = True) -> Tensor:
+    """Return the batch if it holds floating-point images of shape ``(B, ..., H, W)``, or raise."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(
-            f"{what}: expected images of shape (B, ..., height, width), found {found}."
+            f"{name}: expected images of shape (B, ..., height, width), found {found}.",
+            argument="x",
         )
     if floating and not x.is_floating_point():
-        raise DataError(f"{what}: images must be floating point, found {x.dtype}; write x.float().")
+        raise DataError(
+            f"{name}: images must be floating point, found {x.dtype}; write x.float().",
+            argument="x",
+        )
     if len(x) < least:
         raise ShapeError(
-            f"{what}: a batch of {len(x)} has no other sample to take pixels from; "
-            f"give {least} samples or more, e.g. DataLoader(..., drop_last=True)."
+            f"{name}: a batch of {len(x)} has no other sample to take pixels from; "
+            f"give {least} samples or more, e.g. DataLoader(..., drop_last=True).",
+            argument="x",
         )
     return x
 
 
 class _Places:
-    """Top left corners of squares in an image, numbered row by row."""
+    """Top left corners of a sampler's squares in images like ``x``, numbered row by row.
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        device: torch.device,
-        size: int,
-        distance: int,
-        exact: bool,
-        what: str,
-    ) -> None:
-        height, width = shape
-        self.size, self.near, self.exact = size, size + distance, exact
-        self.rows, self.columns = height - size + 1, width - size + 1
-        if min(height, width) < size or max(self.rows, self.columns) <= self.near:
+    Raises:
+        ShapeError: No two squares fit.
+    """
+
+    def __init__(self, sampler: _Squares, x: Tensor, device: torch.device | str) -> None:
+        (height, width), size, distance = x.shape[-2:], sampler.size, sampler.distance
+        if min(height, width) < size or max(height, width) < 2 * size + distance:
             raise ShapeError(
-                f"{what}: no two squares of side {size} with a gap of {distance} fit into an image of "
-                f"{height} x {width}; the gap can be at most {max(height, width) - 2 * size}."
+                f"{sampler.name}: no two squares of side {size} with a gap of {distance} fit into an "
+                f"image of {height} x {width}; the gap can be at most {max(height, width) - 2 * size}."
             )
-        self.row = torch.arange(self.rows, device=device)
-        self.column = torch.arange(self.columns, device=device)
+        self.size, self.near, self.exact = size, size + distance, sampler.exact
+        self.row = torch.arange(height - size + 1, device=device)
+        self.column = torch.arange(width - size + 1, device=device)
 
     def partners(self) -> Tensor:
-        """How many partners every place has; float32, shape ``(rows * columns,)``."""
+        """Return how many partners every place has; float32, shape ``(rows * columns,)``."""
         counts = self._beyond(self.near)
         return (counts - self._beyond(self.near + 1) if self.exact else counts).flatten()
 
     def allowed(self, place: Tensor) -> Tensor:
-        """1 where a partner of this place (shape ``(1,)``) may be, else 0; the same shape."""
-        down = (self.row - place // self.columns).abs()[:, None]
-        across = (self.column - place % self.columns).abs()
+        """Return 1 where a partner of this place (shape ``(1,)``) may be, else 0; the same shape."""
+        down = (self.row - place // len(self.column)).abs()[:, None]
+        across = (self.column - place % len(self.column)).abs()
         steps = torch.maximum(down, across)
         return (steps == self.near if self.exact else steps >= self.near).float().flatten()
 
     def boxes(self, first: Tensor, second: Tensor) -> Tensor:
-        """Both boxes, shape ``(2, 4)``."""
+        """Return both boxes, shape ``(2, 4)``."""
         places = torch.cat([first, second])
-        corner = torch.stack([places // self.columns, places % self.columns], dim=1)
+        corner = torch.stack([places // len(self.column), places % len(self.column)], dim=1)
         return torch.cat([corner, corner + self.size], dim=1)
 
     def _beyond(self, steps: int) -> Tensor:
-        """How many places are ``steps`` or more steps away, down or across; shape ``(rows, columns)``."""
+        """Count the places that are ``steps`` or more away, down or across; ``(rows, columns)``."""
 
-        def close(at: Tensor, count: int) -> Tensor:
-            return (at + steps - 1).clamp(max=count - 1) - (at - steps + 1).clamp(min=0) + 1
+        def close(at: Tensor) -> Tensor:
+            return (at + steps - 1).clamp(max=len(at) - 1) - (at - steps + 1).clamp(min=0) + 1
 
-        inside = close(self.row, self.rows)[:, None] * close(self.column, self.columns)
-        return (self.rows * self.columns - inside).float()
+        inside = close(self.row)[:, None] * close(self.column)
+        return (len(self.row) * len(self.column) - inside).float()
 
 
-def _weighted(weights: Tensor, number: Tensor) -> Tensor:
-    """A place drawn in proportion to its weight, shape ``(1,)``; the weights are whole numbers.
+def _choose(weights: Tensor, number: Tensor) -> Tensor:
+    """Return a place chosen in proportion to its weight, shape ``(1,)``.
 
     Args:
-        weights: Shape ``(places,)``, not all zero; sums of them are exact in double precision.
+        weights: Whole numbers, shape ``(places,)``, not all zero; their sums are exact in double precision.
         number: Uniform in [0, 1), a scalar in double precision on the same device.
     """
     sums = weights.double().cumsum(0)
     return torch.searchsorted(sums, number * sums[-1:], right=True)
 
 
-def _weighted_if_any(weights: Tensor, allowed: Tensor, number: Tensor) -> Tensor:
-    """One place in proportion to its weight where allowed; uniform there if every weight is zero."""
+def _choose_if_any(weights: Tensor, allowed: Tensor, number: Tensor) -> Tensor:
+    """Choose in proportion to the weights where allowed; uniformly there if all of them are zero."""
     free = (allowed > 0).float()
     weights = weights * free
     # no look at the value: it stays on the device
-    return _weighted(torch.where(weights.sum() > 0, weights, free), number)
+    return _choose(torch.where(weights.sum() > 0, weights, free), number)
 
 
-def _check_boxes(boxes: Any, what: str) -> tuple[Box, ...]:
+def _check_boxes(boxes: Any, name: str, argument: str) -> tuple[Box, ...]:
     try:
-        rows = [tuple(check_integer(n, 0, what) for n in box) for box in boxes]
+        rows = [tuple(check_integer(n, 0, name) for n in box) for box in boxes]
     except (TypeError, OptionError):
         rows = []
     if not rows or any(len(b) != 4 or b[0] >= b[2] or b[1] >= b[3] for b in rows):
         raise OptionError(
-            f"{what}: a box is (top, left, bottom, right), whole pixels >= 0 with top < bottom and "
-            f"left < right, found {boxes!r}; e.g. ((0, 0, 8, 8), (0, 32, 8, 40))."
+            f"{name}: a box is (top, left, bottom, right), whole pixels >= 0 with top < bottom and "
+            f"left < right, found {boxes!r}; e.g. ((0, 0, 8, 8), (0, 32, 8, 40)).",
+            argument=argument,
         )
-    checked: list[Box] = [(b[0], b[1], b[2], b[3]) for b in rows]
-    for i, a in enumerate(checked):
-        for b in checked[i + 1 :]:
-            if max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3]):
-                raise OptionError(
-                    f"{what}: the boxes {a} and {b} overlap; patches must be disjoint."
-                )
-    return tuple(checked)
+    for a, b in itertools.combinations(rows, 2):
+        if max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3]):
+            raise OptionError(
+                f"{name}: the boxes {a} and {b} overlap; patches must be disjoint.",
+                argument=argument,
+            )
+    return tuple((top, left, bottom, right) for top, left, bottom, right in rows)
 
 
 def _check_inside(boxes: Sequence[Box], x: Tensor) -> None:

@@ -8,21 +8,21 @@ patches I and J does not split into a part for each: ``loss + penalty(net, x, y)
 direction of the gradient at I, before and after the pixels of J are swapped. ``InteractionEnergy`` asks
 the same of function values, needs first derivatives only, and is cheaper.
 
-The network's passes inside a penalty are not its training passes (but for ``with_logits``): dropout is off,
-running statistics are used (or, if asked, the batch's own) and never changed, and every module is left in
-the mode it had.
+A penalty runs the network apart from its training pass (but for ``with_logits``): dropout is off, running
+statistics are used (or, if asked, the batch's own) and never changed, and every module is left in the mode
+it had.
 
 Where several processes train one network, give a penalty the ``DistributedDataParallel`` module and the
-process's own part of the batch, as large as you like, one sample at the least. The penalty is then that of
-the whole batch, the parts one after another in the order of the ranks: every process gets its value, and
-the gradients that ``DistributedDataParallel`` averages are those of one process with the whole batch. All
+process's own part of the batch, of any size, at least one sample. The penalty is then that of the whole
+batch, the parts one after another in the order of the ranks: every process gets its value, and the
+gradients that ``DistributedDataParallel`` averages are those of one process with the whole batch. All
 processes call it at the same time, and its result goes into the same backward pass as their loss. The
 module inside the wrapper gives the penalty of the process's part alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,9 @@ from torch import Tensor, nn
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.far.input_gradient import input_gradient
-from tnreg.far.patches import PatchSampler, RandomStream, as_sampler, box_mask, check_images
+from tnreg.far.patches import RandomStream, box_mask
 from tnreg.far.scheduled import Draw, Net, Scheduled, zero
 from tnreg.machine.processes import Processes, unwrapped
-
-_STATISTICS = ("frozen", "batch")
 
 
 class InputGradientChange(Scheduled):
@@ -71,10 +69,9 @@ class InputGradientChange(Scheduled):
         OptionError: An argument out of range, or ``y`` missing where the network has several logits.
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
 
-    In several processes (see the module): the last sample of a process takes its pixels from the first
-    one of the next process, which is all that is sent beside some numbers; a sampler that looks at
-    pixels has the whole batch sent. ``statistics="batch"`` is then refused where there is batch
-    normalization, as are its layers without running statistics.
+    In several processes (see the module): the last sample of a process takes its pixels from the first one
+    of the next process; a sampler that looks at pixels has the whole batch sent. ``statistics="batch"`` is
+    then refused where there is batch normalization, as are its layers without running statistics.
 
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
     takes some 4 times that without (``benchmarks/regularizer.py``). A compiled network is run
@@ -93,21 +90,6 @@ class InputGradientChange(Scheduled):
         1.0
     """
 
-    def __init__(
-        self,
-        patches: Any,
-        *,
-        weight: float = 1.0,
-        every: int = 1,
-        warmup: int = 0,
-        until: int | None = None,
-        target: float | None = None,
-        statistics: str = "frozen",
-    ) -> None:
-        super().__init__(weight, every, warmup, until, target)
-        self.patches = as_sampler(patches, "InputGradientChange")
-        self.statistics = _check_statistics(statistics, "InputGradientChange")
-
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
         """Draw the pair of boxes, and find the samples that the swap changes.
 
@@ -122,15 +104,16 @@ class InputGradientChange(Scheduled):
             For ``value`` or ``with_logits``, on the device of ``x``.
         """
         net, processes = unwrapped(net)
-        lengths = _lengths(x, processes, "InputGradientChange")
-        pair = _pair(self.patches, x, lengths, processes)
+        self._count(x, processes)
+        images = x if self._only_needs_shape() else processes.whole(x)
+        pair = processes.gather(self.patches.draw(images))[0]  # all draw: their streams stay alike
         skips = self.statistics == "frozen" and processes.count == 1 and _is_samplewise(net)
-        return Draw(pair, _changed(x, pair[1], multiple) if skips else None, lengths)
+        return Draw(pair, _changed_samples(x, pair[1], multiple) if skips else None)
 
     def value(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> Tensor:
-        """R of this batch, or what is above the target; without the weight.
+        """Return R of this batch, or what is above the target; without the weight.
 
         Args:
             net: As for a call.
@@ -143,7 +126,7 @@ class InputGradientChange(Scheduled):
     def with_logits(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the network gives in its training pass, and ``value`` after it.
+        """Return what the network gives in its training pass, and ``value`` after it.
 
         With ``statistics="batch"`` the first of the penalty's two passes is the training pass, unless the
         network has dropout, or frozen normalization layers: then one forward and one backward pass are
@@ -151,39 +134,34 @@ class InputGradientChange(Scheduled):
         """
         if self.statistics != "batch" or not _trains_as_evaluated(net):
             return net(x), self.value(net, x, y, drawn)
-        kept: list[Any] = []
+        outputs: list[Any] = []
 
-        def training_pass(batch: Tensor) -> Any:
-            kept.append(getattr(net, "_orig_mod", net)(batch))
-            return kept[0]
+        def training_pass(images: Tensor) -> Any:
+            outputs.append(getattr(net, "_orig_mod", net)(images))
+            return outputs[0]
 
         value = self._evaluate(net, x, y, drawn, training_pass)
-        return (kept[0] if torch.is_grad_enabled() else kept[0].detach()), value
+        return (outputs[0] if torch.is_grad_enabled() else outputs[0].detach()), value
 
     def _evaluate(
         self, net: Net, x: Tensor, y: Tensor | None, drawn: Draw | None, training_pass: Net | None
     ) -> Tensor:
-        drawn = self.draw(net, x) if drawn is None else drawn
-        net, processes = unwrapped(net)
+        net, processes, drawn = self._prepare(net, x, drawn)
         net = getattr(net, "_orig_mod", net)
-        _check_normalization(net, self.statistics, processes, "InputGradientChange")
-        check_images(x, "InputGradientChange", least=0)
-        height, width = x.shape[-2:]
-        mask = box_mask(drawn.pair[1], height, width)
-        other, count = torch.where(mask, _next(x, processes), x), len(x)
+        inside, swapped = (box_mask(box, *x.shape[-2:]) for box in drawn.pair)
+        other, count = torch.where(swapped, _next_samples(x, processes), x), len(x)
         if drawn.samples is not None and len(drawn.samples) < count:
             if not len(drawn.samples):
-                return self._beyond(torch.ones_like(zero(x)))
+                return self._above_target(torch.ones_like(zero(x)))
             if isinstance(y, Tensor) and len(y) == count:
                 y = y[drawn.samples]
             x, other = x[drawn.samples], other[drawn.samples]
         differentiable = torch.is_grad_enabled()
 
-        def gradient(pass_: Net, batch: Tensor) -> Tensor:
+        def gradient(net: Net, images: Tensor) -> Tensor:
             return input_gradient(
-                lambda images: _true_logit(pass_(images), y, len(images)), batch,
-                differentiable=differentiable,
-            )  # fmt: skip
+                lambda z: _true_logit(net(z), y, len(z)), images, differentiable=differentiable
+            )
 
         if training_pass is not None:
             before = gradient(training_pass, x)
@@ -191,21 +169,9 @@ class InputGradientChange(Scheduled):
             if training_pass is None:
                 before = gradient(net, x)
             after = gradient(net, other)
-        mask = box_mask(drawn.pair[0], height, width)
-        seen = gradient_change(before * mask, after * mask)
-        part = (seen * len(x) + (count - len(x))) / sum(drawn.lengths)
-        value = processes.shared(processes.sum(part), part)
-        return self._beyond(value)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Calls so far and the sampler's random stream: a resumed training draws what it would have."""
-        return {"calls": self.calls, "patches": self.patches.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        _check_state(state, {"calls", "patches"}, "InputGradientChange")
-        self.calls = state["calls"]
-        self.patches.load_state_dict(state["patches"])
+        change = gradient_change(before * inside, after * inside)
+        part = (change * len(x) + (count - len(x))) / sum(processes.every(count))
+        return self._above_target(processes.with_gradient(processes.sum(part), part))
 
 
 class InteractionEnergy(Scheduled):
@@ -225,14 +191,9 @@ class InteractionEnergy(Scheduled):
     energies are summed before the division.
 
     Args:
-        patches: As in ``InputGradientChange``.
+        patches: As in ``InputGradientChange``; so are ``weight``, ``every``, ``warmup``, ``until``,
+            ``target`` and ``statistics``.
         samples: k; if the batch is smaller, its size.
-        weight: As there.
-        every: As there.
-        warmup: As there.
-        until: As there.
-        target: As there.
-        statistics: As there.
         eps: Absolute part of eps, in squared units of the network's value, for the mean over M; to it
             comes the rounding error of M, so that a function that is constant but for rounding gives 1.
         seed: Of the random stream that draws the samples.
@@ -273,12 +234,15 @@ class InteractionEnergy(Scheduled):
         eps: float = 1e-12,
         seed: int = 0,
     ) -> None:
-        super().__init__(weight, every, warmup, until, target)
-        self.patches = as_sampler(patches, "InteractionEnergy")
+        super().__init__(
+            patches, weight=weight, every=every, warmup=warmup, until=until, target=target,
+            statistics=statistics,
+        )  # fmt: skip
         self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
-        self.statistics = _check_statistics(statistics, "InteractionEnergy")
         if not eps >= 0:
-            raise OptionError(f"InteractionEnergy: eps must be >= 0, found {eps!r}.")
+            raise OptionError(
+                f"InteractionEnergy: eps must be >= 0, found {eps!r}.", argument="eps"
+            )
         self.eps = float(eps)
         self._stream = RandomStream(seed, "InteractionEnergy")
 
@@ -287,57 +251,42 @@ class InteractionEnergy(Scheduled):
 
         ``multiple`` is for ``InputGradientChange`` and has no effect here.
         """
-        net, processes = unwrapped(net)
-        lengths = _lengths(x, processes, "InteractionEnergy")
-        order = torch.randperm(sum(lengths), generator=self._stream.generator)
-        samples = processes.first(order[: self.samples].to(x.device, non_blocking=True))
+        processes = unwrapped(net)[1]
+        count = self._count(x, processes)
+        order = torch.randperm(count, generator=self._stream.generator)[: self.samples]
+        samples = processes.gather(order.to(x.device, non_blocking=True))[0]
         # where these differ, for samplers that look
-        images = x if _looks_at_shape(self.patches) else processes.rows(x, samples, lengths)
-        return Draw(processes.first(self.patches.draw(images)), samples, lengths)
+        images = x if self._only_needs_shape() else processes.rows(x, samples)
+        return Draw(processes.gather(self.patches.draw(images))[0], samples)
 
     def value(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> Tensor:
-        """E of this batch, or what is above the target; see ``InputGradientChange.value``."""
-        drawn = self.draw(net, x) if drawn is None else drawn
-        net, processes = unwrapped(net)
-        _check_normalization(net, self.statistics, processes, "InteractionEnergy")
-        check_images(x, "InteractionEnergy", least=0)
-        samples, lengths = drawn.samples, drawn.lengths
+        """Return E of this batch, or what is above the target; see ``InputGradientChange.value``."""
+        net, processes, drawn = self._prepare(net, x, drawn)
+        samples = drawn.samples
         assert samples is not None
-        images = processes.rows(x, samples, lengths)
+        images = processes.rows(x, samples)
         with evaluation(net, self.statistics):
-            values = _own_values(net, images, drawn.pair[1], processes)
+            values = _all_crossed_values(net, images, drawn.pair[1], processes)
         if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
             classes = _check_classes(y, len(x), values.shape[-1])
-            values = values.index_select(-1, processes.rows(classes, samples, lengths))
-        energy = interaction_energy(_all_values(values, len(images), processes), self.eps)
-        return self._beyond(processes.shared(energy, energy))
+            values = values.index_select(-1, processes.rows(classes, samples))
+        energy = interaction_energy(values, self.eps)
+        return self._above_target(processes.with_gradient(energy.detach(), energy))
 
     def with_logits(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the network gives in its training pass, and ``value``."""
+        """Return what the network gives in its training pass, and ``value``."""
         return net(x), self.value(net, x, y, drawn)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Calls so far and the random streams: a resumed training draws what it would have."""
-        return {
-            "calls": self.calls,
-            "patches": self.patches.state_dict(),
-            "samples": self._stream.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        _check_state(state, {"calls", "patches", "samples"}, "InteractionEnergy")
-        self.calls = state["calls"]
-        self.patches.load_state_dict(state["patches"])
-        self._stream.load_state_dict(state["samples"])
+    def _streams(self) -> dict[str, Any]:
+        return {"patches": self.patches, "samples": self._stream}
 
 
 def gradient_change(before: Tensor, after: Tensor) -> Tensor:
-    """Mean over the batch of the absolute cosine of two gradients; a zero vector counts as 1.
+    """Return the mean over the batch of the absolute cosine of two gradients; a zero vector counts as 1.
 
     Args:
         before: Shape ``(B, ...)``.
@@ -347,13 +296,13 @@ def gradient_change(before: Tensor, after: Tensor) -> Tensor:
         Scalar in [0, 1], computed in at least float32.
     """
     g, h = _unit(before), _unit(after)
-    seen = (g != 0).any(1) & (h != 0).any(1)
+    both = (g != 0).any(1) & (h != 0).any(1)
     cosine = (g * h).sum(1).abs().clamp(max=1)
-    return torch.where(seen, cosine, torch.ones_like(cosine)).mean()
+    return torch.where(both, cosine, torch.ones_like(cosine)).mean()
 
 
 def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
-    """One minus the share of the variance of a matrix that its rows and columns do not explain.
+    """Return one minus the share of a matrix's variance that its row and column means do not explain.
 
     Args:
         values: Shape ``(k, l)``, or ``(k, l, C)`` for C matrices whose energies are summed.
@@ -371,7 +320,7 @@ def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor:
-    """The network at every image of ``rest`` with the box taken from every image of ``patch``.
+    """Evaluate the network at every image of ``rest`` with the box taken from every image of ``patch``.
 
     Args:
         net: Takes ``(k * l, ..., H, W)``, gives ``(k * l,)`` or ``(k * l, C)``.
@@ -390,7 +339,7 @@ def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor
 
 @contextmanager
 def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
-    """Every module in evaluation mode, and in its own mode again afterwards, errors included.
+    """Put every module into evaluation mode; afterwards, errors included, each has its own mode again.
 
     Args:
         net: A module, or any other callable, which is left alone.
@@ -398,143 +347,24 @@ def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
             Either way no running statistic changes.
     """
     modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    trained = [m.training for m in modules]
-    keeping = []
+    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = norms if statistics == "batch" else []
+    modes, tracking = [m.training for m in modules], [m.track_running_stats for m in norms]
     try:
         for m in modules:
             m.training = False
-            if statistics == "batch" and isinstance(m, nn.modules.batchnorm._NormBase):
-                if m.track_running_stats:
-                    keeping.append(m)
-                m.training, m.track_running_stats = True, False
+        for m in norms:
+            m.training, m.track_running_stats = True, False
         yield
     finally:
-        for m, mode in zip(modules, trained, strict=True):
+        for m, mode in zip(modules, modes, strict=True):
             m.training = mode
-        for m in keeping:
-            m.track_running_stats = True
-
-
-def _lengths(x: Tensor, processes: Processes, what: str) -> tuple[int, ...]:
-    """Images of every process; a process alone needs two, several need one each."""
-    if processes.count == 1:
-        return (len(check_images(x, what, floating=False)),)
-    lengths = processes.lengths(len(check_images(x, what, least=0, floating=False)))
-    if not all(lengths):
-        raise ShapeError(
-            f"{what}: every process needs one image or more of each batch, found {lengths} on ranks "
-            f"0..{processes.count - 1}."
-        )
-    return tuple(lengths)
-
-
-def _pair(sampler: PatchSampler, x: Tensor, lengths: Sequence[int], processes: Processes) -> Tensor:
-    """The pair that rank 0 draws; all draw, so that their streams stay alike."""
-    seen = x if _looks_at_shape(sampler) else processes.whole(x, lengths)
-    return processes.first(sampler.draw(seen))
-
-
-def _looks_at_shape(sampler: PatchSampler) -> bool:
-    """Whether a sampler looks at the shape of a batch alone."""
-    return bool(getattr(sampler, "shape_only", False))
-
-
-def _changed(x: Tensor, box: Tensor, multiple: int) -> Tensor:
-    """Numbers of the samples that differ in the box from the next one, then some others."""
-    top, left, bottom, right = box.tolist()
-    pixels = x[..., top:bottom, left:right]
-    differs = (pixels != pixels.roll(-1, 0)).flatten(1).any(1)
-    order = torch.argsort(differs.logical_not().to(torch.uint8), stable=True)
-    count = -(-int(differs.sum()) // multiple) * multiple
-    return order[:count]
-
-
-def _is_samplewise(net: Any) -> bool:
-    """Whether the value at a sample hangs on no other sample, where statistics are frozen."""
-    return isinstance(net, nn.Module) and not any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
-        for m in net.modules()
-    )
-
-
-def _trains_as_evaluated(net: Any) -> bool:
-    """Whether the training pass is the one that ``evaluation(net, "batch")`` makes."""
-    return (
-        isinstance(net, nn.Module)
-        and unwrapped(net)[1].count == 1
-        and not any(
-            (isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0)
-            or (isinstance(m, nn.modules.batchnorm._NormBase) and not m.training)
-            for m in net.modules()
-        )
-    )
-
-
-def _next(x: Tensor, processes: Processes) -> Tensor:
-    """For every sample the next one of the whole batch, for the last one the first."""
-    if processes.count == 1:
-        return x.roll(-1, 0)
-    return torch.cat([x[1:], processes.next(x[:1])])
-
-
-def _own_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:
-    """This process's part of the k × k crossed values, row by row, one at the least; ``(n, C)``."""
-    k = len(images)
-    if processes.count == 1:
-        return crossed_values(net, images, images, box).flatten(0, 1)
-    part = processes.part(k * k)
-    # a process without a part evaluates one image, so that it has a graph as the others have
-    pairs = torch.arange(part.start, max(part.stop, part.start + 1), device=images.device) % k**2
-    mask = box_mask(box, *images.shape[-2:])
-    crossed = torch.where(mask, images[pairs % k], images[pairs // k])
-    return logits_of(net(crossed), len(pairs))
-
-
-def _all_values(own: Tensor, k: int, processes: Processes) -> Tensor:
-    """The values of all processes, shape ``(k, k, C)``, with the graph of this one's."""
-    if processes.count > 1:
-        part = processes.part(k * k)
-        own = own[: part.stop - part.start]
-        found = processes.whole(own, processes.parts(k * k))
-        own = torch.cat([found[: part.start], own, found[part.stop :]])
-    return own.reshape(k, k, -1)
-
-
-def _check_normalization(net: Any, statistics: str, processes: Processes, what: str) -> None:
-    """Statistics of a batch of which every process has a part would be another penalty."""
-    if processes.count == 1:
-        return
-    for name, m in net.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
-            statistics == "batch" or m.running_mean is None
-        ):
-            raise OptionError(
-                f"{what}: {name or 'the network'} would normalize by the statistics of one process's "
-                "part of the batch; in several processes give it running statistics and write "
-                "statistics='frozen'."
-            )
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length one; zero rows stay zero and have no gradient."""
-    x = x.flatten(1)
-    x = x if x.dtype == torch.float64 else x.float()
-    largest = x.detach().abs().amax(1, keepdim=True)  # squares of small numbers would vanish
-    x = x / torch.where(largest > 0, largest, 1.0)
-    square = x.square().sum(1, keepdim=True)
-    return x / torch.where(square > 0, square, 1.0).sqrt()
-
-
-def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
-    logits = logits_of(out, batch)
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    classes = _check_classes(y, batch, logits.shape[1])
-    return logits.gather(1, classes[:, None])[:, 0]
+        for m, tracks in zip(norms, tracking, strict=True):
+            m.track_running_stats = tracks
 
 
 def logits_of(out: Any, batch: int) -> Tensor:
-    """What a network gave for a batch as logits of shape ``(batch, C)``, or one clear error."""
+    """Return what a network gave for a batch as logits of shape ``(batch, C)``, or one clear error."""
     if (
         not isinstance(out, Tensor)
         or out.ndim not in (1, 2)
@@ -544,16 +374,85 @@ def logits_of(out: Any, batch: int) -> Tensor:
         found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ShapeError(
             f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C) for {batch} "
-            f"images, found {found}."
+            f"images, found {found}.",
+            argument="net",
         )
     return out.reshape(batch, -1)
+
+
+def _changed_samples(x: Tensor, box: Tensor, multiple: int) -> Tensor:
+    """Return the numbers of the samples that differ in the box from the next one, then some others."""
+    top, left, bottom, right = box.tolist()
+    pixels = x[..., top:bottom, left:right]
+    differs = (pixels != pixels.roll(-1, 0)).flatten(1).any(1)
+    order = torch.argsort(differs.logical_not().to(torch.uint8), stable=True)
+    return order[: -(-int(differs.sum()) // multiple) * multiple]
+
+
+def _is_samplewise(net: Any) -> bool:
+    """Return whether a sample's value depends on no other sample, where statistics are frozen."""
+    return isinstance(net, nn.Module) and not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+        for m in net.modules()
+    )
+
+
+def _trains_as_evaluated(net: Any) -> bool:
+    """Return whether the training pass is the one that ``evaluation(net, "batch")`` makes."""
+    if not isinstance(net, nn.Module) or unwrapped(net)[1].count > 1:
+        return False
+    return not any(
+        (isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0)
+        or (isinstance(m, nn.modules.batchnorm._NormBase) and not m.training)
+        for m in net.modules()
+    )
+
+
+def _next_samples(x: Tensor, processes: Processes) -> Tensor:
+    """Return for every sample the next one of the whole batch, for the last one the first."""
+    firsts = processes.gather(x[:1])
+    return torch.cat([x[1:], firsts[(processes.rank + 1) % processes.count]])
+
+
+def _all_crossed_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:
+    """Return ``crossed_values`` of images with themselves, of which each process evaluates a share."""
+    if processes.count == 1:
+        return crossed_values(net, images, images, box)
+    k = len(images)
+    share = -(-(k**2) // processes.count)  # at least one, so that every process has a graph
+    pairs = torch.arange(share, device=images.device) + processes.rank * share
+    mask = box_mask(box, *images.shape[-2:])
+    own = logits_of(net(torch.where(mask, images[pairs % k], images[pairs // k % k])), share)
+    parts = processes.gather(own)
+    parts[processes.rank] = own
+    return torch.cat(parts)[: k**2].reshape(k, k, -1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return the rows scaled to length one; zero rows stay zero and have no gradient."""
+    x = x.flatten(1)
+    x = x if x.dtype == torch.float64 else x.float()
+    largest = x.detach().abs().amax(1, keepdim=True)  # squares of small numbers would vanish
+    x = x / torch.where(largest > 0, largest, 1.0)
+    square = x.square().sum(1, keepdim=True)
+    return x / torch.where(square > 0, square, 1.0).sqrt()
+
+
+def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
+    """Return the logit of the true class, or the only one; shape ``(batch,)``."""
+    logits = logits_of(out, batch)
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    classes = _check_classes(y, batch, logits.shape[1])
+    return logits.gather(1, classes[:, None])[:, 0]
 
 
 def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
     if y is None:
         raise OptionError(
             f"the network has {count} logits and the penalty is on that of the true class: "
-            "write penalty(net, x, y)."
+            "write penalty(net, x, y).",
+            argument="y",
         )
     if (
         not isinstance(y, Tensor)
@@ -561,24 +460,14 @@ def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
         or y.dtype not in (torch.int64, torch.int32)
     ):
         found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ShapeError(f"y must hold {batch} class numbers, int64 ({batch},), found {found}.")
+        raise ShapeError(
+            f"y must hold {batch} class numbers, int64 ({batch},), found {found}.", argument="y"
+        )
     # on a GPU looking at the values would wait for it; torch reports them there
     if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
         raise DataError(
             f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
-            f"{count} logits."
+            f"{count} logits.",
+            argument="y",
         )
     return y.long()
-
-
-def _check_statistics(statistics: str, what: str) -> str:
-    if statistics not in _STATISTICS:
-        raise OptionError(f"{what}: statistics must be 'frozen' or 'batch', found {statistics!r}.")
-    return statistics
-
-
-def _check_state(state: dict[str, Any], keys: set[str], what: str) -> None:
-    if set(state) != keys:
-        raise OptionError(
-            f"{what}: not a state of it; found the keys {sorted(state)}, expected {sorted(keys)}."
-        )

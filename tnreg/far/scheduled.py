@@ -1,15 +1,18 @@
-"""What all penalties have in common: when one counts, with what weight, and what a call draws."""
+"""What all penalties have in common: where they look, when they count and with what weight, their state."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tnreg.errors import OptionError, check_integer
+from tnreg.errors import OptionError, ShapeError, check_integer
+from tnreg.far.patches import as_sampler, check_images
+from tnreg.machine.processes import Processes, unwrapped
 
 Net = Callable[..., Any]
 
@@ -21,52 +24,57 @@ class Draw:
     Attributes:
         pair: The boxes I and J, int64 ``(2, 4)``.
         samples: Numbers of the samples that are evaluated, int64; ``None`` for the whole batch.
-        lengths: Samples of every process.
     """
 
     pair: Tensor
     samples: Tensor | None
-    lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> Draw:
-        """The same on another device, without waiting for it."""
+        """Return the same on another device, without waiting for it."""
         samples = self.samples
         samples = None if samples is None else samples.to(device, non_blocking=True)
-        return Draw(self.pair.to(device, non_blocking=True), samples, self.lengths)
+        return Draw(self.pair.to(device, non_blocking=True), samples)
 
 
-class Scheduled:
-    """A penalty with a weight that may grow, pause and end.
-
-    Args:
-        weight: Factor of the penalty.
-        every: Only every so many calls count, the first one included.
-        warmup: The weight grows linearly over so many calls.
-        until: After so many calls there is no penalty any more.
-        target: Value that is low enough.
+class Scheduled(ABC):
+    """A penalty with a weight that may grow, pause and end; arguments as in ``InputGradientChange``.
 
     Raises:
-        OptionError: A number out of its range.
+        OptionError: An argument out of range.
     """
 
     def __init__(
         self,
-        weight: float,
-        every: int,
-        warmup: int,
-        until: int | None,
-        target: float | None,
+        patches: Any,
+        *,
+        weight: float = 1.0,
+        every: int = 1,
+        warmup: int = 0,
+        until: int | None = None,
+        target: float | None = None,
+        statistics: str = "frozen",
     ) -> None:
-        what = type(self).__name__
-        if not (weight >= 0 and weight < float("inf")):
-            raise OptionError(f"{what}: weight must be a finite number >= 0, found {weight!r}.")
+        self.name = name = type(self).__name__
+        self.patches = as_sampler(patches, name)
+        if not 0 <= weight < float("inf"):
+            raise OptionError(
+                f"{name}: weight must be a finite number >= 0, found {weight!r}.", argument="weight"
+            )
         self.weight = weight
-        self.every = check_integer(every, 1, f"{what}: every")
-        self.warmup = check_integer(warmup, 0, f"{what}: warmup")
-        self.until = None if until is None else check_integer(until, 1, f"{what}: until")
+        self.every = check_integer(every, 1, f"{name}: every")
+        self.warmup = check_integer(warmup, 0, f"{name}: warmup")
+        self.until = None if until is None else check_integer(until, 1, f"{name}: until")
         if target is not None and not 0 <= target < 1:
-            raise OptionError(f"{what}: target must be >= 0 and < 1, found {target!r}.")
+            raise OptionError(
+                f"{name}: target must be >= 0 and < 1, found {target!r}.", argument="target"
+            )
         self.target = target
+        if statistics not in ("frozen", "batch"):
+            raise OptionError(
+                f"{name}: statistics must be 'frozen' or 'batch', found {statistics!r}.",
+                argument="statistics",
+            )
+        self.statistics = statistics
         self.calls = 0
 
     def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -82,13 +90,73 @@ class Scheduled:
             return 0.0
         return self.weight * (min(1.0, self.calls / self.warmup) if self.warmup else 1.0)
 
+    @abstractmethod
+    def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
+        """Draw the pair of boxes and the samples for one call."""
+
+    @abstractmethod
     def value(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> Tensor:
         """Return the penalty without its weight."""
-        raise NotImplementedError
 
-    def _beyond(self, value: Tensor) -> Tensor:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the calls so far and the random streams: a resumed training draws what it would have."""
+        streams = self._streams().items()
+        return {"calls": self.calls, **{name: stream.state_dict() for name, stream in streams}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        streams = self._streams()
+        expected = sorted(["calls", *streams])
+        if sorted(state) != expected:
+            raise OptionError(
+                f"{self.name}: not a state of it; found the keys {sorted(state)}, expected {expected}.",
+                argument="state",
+            )
+        self.calls = state["calls"]
+        for name, stream in streams.items():
+            stream.load_state_dict(state[name])
+
+    def _streams(self) -> dict[str, Any]:
+        """Return what has a random stream, by its name in a state."""
+        return {"patches": self.patches}
+
+    def _only_needs_shape(self) -> bool:
+        """Return whether the sampler looks at the shape of a batch alone."""
+        return bool(getattr(self.patches, "shape_only", False))
+
+    def _count(self, x: Tensor, processes: Processes) -> int:
+        """Return the size of the whole batch; a process alone needs two images, several need one each."""
+        check_images(x, self.name, least=2 if processes.count == 1 else 0, floating=False)
+        lengths = processes.every(len(x))
+        if not all(lengths):
+            raise ShapeError(
+                f"{self.name}: every process needs one image or more of each batch, found {lengths} on "
+                f"ranks 0..{processes.count - 1}.",
+                argument="x",
+            )
+        return sum(lengths)
+
+    def _prepare(self, net: Net, x: Tensor, drawn: Draw | None) -> tuple[Any, Processes, Draw]:
+        """Check the arguments of ``value``; return the network itself, its processes and the draw."""
+        drawn = self.draw(net, x) if drawn is None else drawn
+        inner, processes = unwrapped(net)
+        check_images(x, self.name, least=0)
+        for name, m in inner.named_modules() if processes.count > 1 else ():
+            # a part of the batch would have statistics of its own, which is another penalty
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
+                self.statistics == "batch" or m.running_mean is None
+            ):
+                raise OptionError(
+                    f"{self.name}: {name or 'the network'} would normalize by the statistics of one "
+                    "process's part of the batch; in several processes give it running statistics and "
+                    "write statistics='frozen'.",
+                    argument="statistics",
+                )
+        return inner, processes, drawn
+
+    def _above_target(self, value: Tensor) -> Tensor:
         """Return what is above the target."""
         return value if self.target is None else (value - self.target).clamp(min=0)
 

@@ -1,15 +1,4 @@
-"""Seeing far: test accuracy against distance, plain training beside regularizers (figures 5 and 6).
-
-The same network is trained on sets whose label hangs on pixels some distance apart, once for every arm,
-distance and seed. Arms are plain training, weight decay, dropout, the input gradient change of Razin,
-Maman and Cohen (2022), arXiv:2201.11729, and interaction energy. Every training is a cell of a
-``sweep`` and a run folder of ``locality_run``, ``igc-24-seed-101`` and so on; those that are there
-already are not trained again, and one that was killed, or that a deadline ended, goes on from its
-checkpoint. Then ``locality.png``, ``results.csv`` and ``config.json`` with the table of results are written.
-
-The defaults for ``set="pathfinder"`` and ``set="cifar"`` are the published ones and want a GPU; those
-for ``"digits"`` take minutes on two processor cores.
-"""
+"""The sweep of ``locality``: its settings, its presets, its cells, and their images."""
 
 from __future__ import annotations
 
@@ -21,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from filelock import FileLock
 
 from tnreg import images
 from tnreg.errors import OptionError, TnregError, check_integer
@@ -110,18 +97,9 @@ cifar = dataclasses.replace(
     pathfinder, set="cifar", distances=(0, 40, 80, 120, 160), train=5_000, patches="images", igc=1.0
 )
 tiny = Config(
-    set="tiny",
-    distances=(0, 24),
-    seeds=(1, 2),
-    train=60,
-    test=50,
-    epochs=2,
-    test_every=1,
-    igc_every=1,
-)
-SETS: dict[str, Config] = {
-    "digits": digits, "cifar": cifar, "pathfinder": pathfinder, "tiny": tiny,
-}  # fmt: skip
+    set="tiny", distances=(0, 24), seeds=(1, 2), train=60, test=50, epochs=2, test_every=1, igc_every=1
+)  # fmt: skip
+SETS = {"digits": digits, "cifar": cifar, "pathfinder": pathfinder, "tiny": tiny}
 
 
 def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[dict[str, Any]]:
@@ -152,44 +130,40 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
             f"locality: until must be seconds >= 0, found {config.until!r}.", argument="until"
         )
     with joined(config.device) as processes:
-        work = functools.partial(
-            _work, execution=config.execution,
-            deadline=time.monotonic() + config.until if config.until else math.inf,
-        )  # fmt: skip
+        end = time.monotonic() + config.until if config.until else math.inf
+        work = functools.partial(_work, execution=config.execution, deadline=end)
         if processes.count == 1:
-            experiment = dataclasses.replace(EXPERIMENT, work=work)
-            return _sweep(config, folder, progress, experiment)
+            return _sweep(config, folder, progress, work)
         if config.workers > 1:
             raise OptionError(
                 f"locality: {processes.count} processes train together here, one training after the "
-                "other; leave workers at 1."
+                "other; leave workers at 1.",
+                argument="workers",
             )
-        if processes.rank:
-            return _follow(processes, work)
-        return _lead(processes, config, folder, progress, work)
+        return _sweep_together(processes, config, folder, progress, work)
 
 
 def cells(config: Config) -> list[dict[str, Any]]:
-    """Settings of every training: all arms of a distance, all distances of a seed."""
+    """Return the settings of every training: all arms of a distance, all distances of a seed."""
     if not (config.arms and config.distances and config.seeds):
         raise OptionError(
             "locality: give at least one arm, one distance and one seed.", argument="arms"
         )
     for name in ("arms", "distances", "seeds"):
-        given = getattr(config, name)
-        if len(set(given)) < len(given):
-            raise OptionError(f"locality: {name} has one twice: {given}.")
-    shared = {f.name for f in dataclasses.fields(Training)} - {"arm", "distance", "seed"}
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise OptionError(f"locality: {name} has one twice: {values}.", argument=name)
+    shared = {f.name for f in dataclasses.fields(Training)} - set(_FIELDS)
     same = {name: getattr(config, name) for name in shared}
-    found = [
+    trainings = [
         dataclasses.asdict(Training(arm=arm, distance=distance, seed=seed, **same))
         for seed in config.seeds
         for distance in config.distances
         for arm in config.arms
     ]
-    for cell in found:
+    for cell in trainings:
         check(cell)
-    return found
+    return trainings
 
 
 def check(cell: Mapping[str, Any]) -> None:
@@ -201,82 +175,66 @@ def check(cell: Mapping[str, Any]) -> None:
 
 
 def _sweep(
-    config: Config, folder: str | Path, progress: bool, experiment: sweep.Experiment
+    config: Config, folder: str | Path, progress: bool, work: sweep.Work
 ) -> list[dict[str, Any]]:
+    """Train what is missing; return the rows, or raise one error for the trainings that failed."""
     alone = config.workers == 1
-    found = sweep.run(
-        experiment, cells(config), folder, workers=0 if alone else config.workers,
-        threads=None if alone else 1, progress=progress, about={"config": dataclasses.asdict(config)},
+    result = sweep.run(
+        dataclasses.replace(EXPERIMENT, work=work), cells(config), folder,
+        workers=0 if alone else config.workers, threads=None if alone else 1, progress=progress,
+        about={"config": dataclasses.asdict(config)},
     )  # fmt: skip
-    if found.failed:
+    if failed := result.failed:
         raise TnregError(
-            f"{len(found.failed)} of {len(found.failed) + len(found.rows)} trainings failed; the same "
-            "command tries them again.\n"
-            + "\n".join(f"  {names}: {error}" for error, names in _by_error(found.failed).items())
+            f"{len(failed)} of {len(failed) + len(result.rows)} trainings failed; the same command "
+            "tries them again.\n"
+            + "\n".join(f"  {names}: {error}" for error, names in _by_error(failed).items())
         )
-    if not found.rows and going_on(folder):  # the sweep draws what is finished
+    if not result.rows and going_on(folder):  # the sweep draws what is finished
         figure(folder)
-    return found.rows
+    return result.rows
 
 
 def _by_error(failed: Sequence[sweep.Failed]) -> dict[str, str]:
-    """Each error once, and the cells that it is about."""
+    """Return each error once, with the names of the cells that have it."""
     names: dict[str, list[str]] = {}
-    for one in failed:
-        names.setdefault(one.error, []).append(one.cell.name)
-    more = {
-        error: f" and {len(found) - 4} more" for error, found in names.items() if len(found) > 4
+    for failure in failed:
+        names.setdefault(failure.error, []).append(failure.cell.name)
+    return {
+        error: ", ".join(some[:4]) + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+        for error, some in names.items()
     }
-    return {error: ", ".join(found[:4]) + more.get(error, "") for error, found in names.items()}
 
 
 class _Ended(BaseException):
     """What ends the whole sweep and not one cell: processes that are not all at the same place."""
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
 
-
-def _lead(
-    processes: Processes, config: Config, folder: str | Path, progress: bool, work_one: sweep.Work
+def _sweep_together(
+    processes: Processes, config: Config, folder: str | Path, progress: bool, work: sweep.Work
 ) -> list[dict[str, Any]]:
-    """The sweep on rank 0, which tells the others what to train; then the rows, or its error, to all."""
+    """Sweep on rank 0, which tells the others what to train; return the rows, or raise, on all."""
 
-    def work(cell: dict[str, Any], beside: Path, checkpoint: Path) -> dict[str, Any]:
-        processes.from_first(lambda: cell)
+    def lead(cell: dict[str, Any], beside: Path, checkpoint: Path) -> dict[str, Any]:
         try:
-            return work_one(cell, beside, checkpoint)
-        except ProcessLost as error:
-            raise _Ended(error) from error
-        except TnregError:
-            raise  # the others have it as well, and wait for the next cell
+            processes.from_first(lambda: cell)
+            return work(cell, beside, checkpoint)
         except Exception as error:
-            raise _Ended(error) from error
+            if isinstance(error, TnregError) and not isinstance(error, ProcessLost):
+                raise  # the others have it as well, and wait for the next cell
+            raise _Ended from error
 
-    def end() -> list[dict[str, Any]]:
-        if isinstance(outcome, TnregError):
-            raise outcome
-        return outcome
-
-    outcome: list[dict[str, Any]] | TnregError
-    try:
-        outcome = _sweep(config, folder, progress, dataclasses.replace(EXPERIMENT, work=work))
-    except TnregError as error:
-        outcome = error
-    except _Ended as ended:
-        raise ended.error from None
-    return processes.from_first(end)
-
-
-def _follow(processes: Processes, work_one: sweep.Work) -> list[dict[str, Any]]:
-    """Train what rank 0 says until it gives the rows of all."""
-    while True:
-        told: Any = processes.from_first(lambda: None)
-        if isinstance(told, list):
-            return told
+    if processes.rank == 0:
         try:
-            work_one(told, Path(), Path())
+            return processes.from_first(lambda: _sweep(config, folder, progress, lead))
+        except _Ended as ended:
+            raise ended.__cause__ from None  # type: ignore[misc]
+    while True:
+        message: Any = processes.from_first(dict)  # a cell, or the rows of all
+        if not isinstance(message, dict):
+            return list(message)
+        try:
+            work(message, Path(), Path())
         except ProcessLost:
             raise
         except TnregError:
@@ -292,18 +250,19 @@ def _work(
     deadline: float = math.inf,
 ) -> dict[str, Any]:
     """Train one cell; in several processes with the images that rank 0 has."""
-    one = Training(**cell)
+    training = Training(**cell)
     place = checkpoint.parent  # that of the sweep
-    with joined(one.device) as processes:
-        late = time.monotonic() >= deadline
-        if processes.from_first(lambda: late):
+
+    def load() -> list[images.ImageSet]:
+        if time.monotonic() >= deadline:
             raise Unfinished("the time is over before it was begun", {"epochs": 0})
-        data, test = processes.from_first(
-            lambda: [_images(one, place, split) for split in ("train", "test")]
-        )
+        return [_images(training, place, split) for split in ("train", "test")]
+
+    with joined(training.device) as processes:
+        data, test = processes.from_first(load)
     settings = Settings(**{f.name: cell[f.name] for f in dataclasses.fields(Settings)})
     return train(
-        settings, one.arm, one.seed, data, test, folder, about=cell, checkpoint=checkpoint,
+        settings, training.arm, training.seed, data, test, folder, about=cell, checkpoint=checkpoint,
         execution=execution, deadline=deadline,
     )  # fmt: skip
 
@@ -317,33 +276,27 @@ def _prepare(missing: list[dict[str, Any]], place: Path, progress: bool) -> None
 
 
 def _images(
-    one: Training, place: Path, split: Literal["train", "test"], progress: bool = False
+    training: Training, place: Path, split: Literal["train", "test"], progress: bool = False
 ) -> images.ImageSet:
-    """The set of a training; Pathfinder sets are kept in ``sets``, as they take minutes."""
-    seed = one.seed if one.data_seed is None else one.data_seed
-    count = one.train if split == "train" else one.test
-    if one.set != "pathfinder":
-        source = one.source if one.set == "cifar" else "digits"
-        return images.is_same_class(
-            count, distance=one.distance, source=source, split=split, seed=seed
-        )
-    name = f"{'matched-' if one.matched else ''}{one.distance}-{one.size}-{split}-{seed}-{count}"
-    path = place / "sets" / f"{name}.npz"
-    if path.exists():
-        return images.load(path)
-    path.parent.mkdir(exist_ok=True)
-    with FileLock(path.with_name(f".{name}.lock")):
-        if not path.exists():
-            made = images.pathfinder(
-                count, length=one.distance, size=one.size, matched=one.matched, split=split, seed=seed,
-                progress=progress,
-            )  # fmt: skip
-            made.save(path)
-        path.with_name(f".{name}.lock").unlink(missing_ok=True)
+    """Return the set of a training; Pathfinder sets are kept in ``sets``, as they take minutes."""
+    seed = training.seed if training.data_seed is None else training.data_seed
+    count = training.train if split == "train" else training.test
+    distance, size, matched = training.distance, training.size, training.matched
+    if training.set != "pathfinder":
+        source = training.source if training.set == "cifar" else "digits"
+        return images.is_same_class(count, distance=distance, source=source, split=split, seed=seed)
+    name = f"{'matched-' if matched else ''}{distance}-{size}-{split}-{seed}-{count}.npz"
+    path = place / "sets" / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        images.pathfinder(
+            count, length=distance, size=size, matched=matched, split=split, seed=seed, progress=progress
+        ).save(path)  # fmt: skip
     return images.load(path)
 
 
 def _name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """Name a run folder, ``igc-24-seed-101``."""
     first = f"{cell['arm']}-{cell['distance']}-seed-{cell['seed']}"
     more = [name for name in fields if name not in _FIELDS]
     return "-".join([first, sweep.cell_name(cell, more)]) if more else first
@@ -351,10 +304,8 @@ def _name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
 
 def _row(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     seconds = summary["cpu seconds"] if summary["device"] == "cpu" else summary["seconds"]
-    return {
-        "test accuracy": summary["test accuracy"], "train accuracy": summary["train accuracy"],
-        "penalty": summary["penalty"], "epochs": summary["epochs"], "seconds": seconds,
-    }  # fmt: skip
+    columns = ("test accuracy", "train accuracy", "penalty", "epochs")
+    return {**{name: summary[name] for name in columns}, "seconds": seconds}
 
 
 _FIELDS = ("arm", "distance", "seed")

@@ -109,22 +109,28 @@ def train(
             the same call goes on.
     """
     if arm not in ARMS:
-        raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.")
+        raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.", argument="arm")
     for name in ("epochs", "stop_epochs", "batch", "test_every"):
         check_integer(getattr(settings, name), 1, f"locality: {name}")
-    told = {"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)}
+    about = {"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)}
     saved = _Saved()
+
+    def places() -> tuple[Path, Path]:
+        place = check_folder(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place, Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
+
     try:
         with joined(settings.device) as processes:
-            _check_batches(len(data.images), settings.batch, processes.count)
-            place, saved.path = processes.from_first(lambda: _places(folder, checkpoint))
             device = processes.device
+            _check_batches(len(data.images), settings.batch, processes.count)
+            place, saved.path = processes.from_first(places)
             cuda = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices=cuda), _fast():
                 torch.manual_seed(seed)
                 state = _State(settings, arm, seed, data, processes, execution)
                 try:
-                    return _train(state, test, place, told, saved, deadline)
+                    return _train(state, test, place, about, saved, deadline)
                 finally:
                     state.graphs = None  # they hold the state, and memory of the device
     except ProcessLost as lost:
@@ -135,85 +141,92 @@ def _train(
     state: _State,
     test: ImageSet,
     place: Path,
-    told: dict[str, Any],
+    about: dict[str, Any],
     saved: _Saved,
     deadline: float,
 ) -> dict[str, Any]:
     """Train from the checkpoint, if there is one, to the run folder."""
     processes, execution = state.processes, state.execution
-    state.read(saved.path, told)
-    saved.epochs = saved.written = len(state.found)
+
+    def decide(flag: bool) -> bool:
+        return processes.from_first(lambda: flag)
+
+    def write_state() -> None:
+        state.write(saved.path, about)
+        saved.epochs = len(state.rows)
+
+    state.read(saved.path, about)
+    saved.epochs = len(state.rows)
     history = History(saved.path)
     test_x, test_y = (part.to(processes.device) for part in _tensors(test))
-    longest = state.seconds["seconds"] / max(len(state.found), 1)
-    at = time.monotonic()
+    longest = state.seconds["seconds"] / max(len(state.rows), 1)
+    written = time.monotonic()
     while not state.stopped():
         # of the longest epoch and half of it more, for the state and what else has to end
-        late = time.monotonic() + 1.5 * longest >= deadline
-        if processes.from_first(lambda late=late: late):  # type: ignore[misc]
-            if saved.written < saved.epochs:
-                state.write(saved.path, told)
-                saved.written = saved.epochs
-            raise _unfinished(state, saved)
+        if decide(time.monotonic() + 1.5 * longest >= deadline):
+            if saved.epochs < len(state.rows):
+                write_state()
+            raise Unfinished(f"the time is over; {saved}", state.progress())
         began = time.monotonic()
         row = state.epoch()
-        tested = (len(state.found) + 1) % state.settings.test_every == 0
+        epoch = len(state.rows) + 1
+        tested = epoch % state.settings.test_every == 0
         row["test accuracy"] = state.accuracy(test_x, test_y) if tested else math.nan
-        state.found.append(len(state.found) + 1, row)
-        saved.epochs = len(state.found)
-        processes.from_first(lambda: history.add(state.found))
-        due = time.monotonic() - at >= execution.checkpoint_seconds
-        if processes.from_first(lambda due=due: due):  # type: ignore[misc]
-            state.write(saved.path, told)
-            saved.written, at = saved.epochs, time.monotonic()
+        state.rows.append(epoch, row)
+        processes.from_first(lambda: history.add(state.rows))
+        if decide(time.monotonic() - written >= execution.checkpoint_seconds):
+            write_state()
+            written = time.monotonic()
         longest = max(longest, time.monotonic() - began)
     summary = state.summary(state.accuracy(test_x, test_y))
 
-    def write() -> dict[str, Any]:
+    def write_run() -> dict[str, Any]:
         with folder_written_whole(place) as beside:
             if execution.model_file:
                 save_model(state.net, str(beside / "model.safetensors"))
-            state.found.save(beside / "trajectory.npz")
-            (beside / "history.csv").write_text(rows_of(state.found), encoding="utf-8")
-            held = {
-                **versions(), "experiment": "locality_run", "config": told,
+            state.rows.save(beside / "trajectory.npz")
+            (beside / "history.csv").write_text(rows_of(state.rows), encoding="utf-8")
+            config = {
+                **versions(), "experiment": "locality_run", "config": about,
                 "inputs": state.inputs, "summary": summary,
             }  # fmt: skip
-            (beside / "config.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(config, indent=1) + "\n"
+            (beside / "config.json").write_text(text, encoding="utf-8")
         remove_state(saved.path)
         history.path.unlink(missing_ok=True)
         return summary
 
-    return processes.from_first(write)
-
-
-def _unfinished(state: _State, saved: _Saved) -> Unfinished:
-    """What is said of a training that its deadline ended."""
-    so_far: dict[str, Any] = {"epochs": saved.epochs, "of": state.settings.epochs}
-    if saved.epochs:
-        so_far |= {name: float(state.found[name][-1]) for name in state.found.names}
-        tested = state.found["test accuracy"]
-        so_far["test accuracy"] = next((float(a) for a in tested[::-1] if a == a), None)
-    return Unfinished(f"the time is over; {saved}", so_far)
+    return processes.from_first(write_run)
 
 
 class _Saved:
-    """What can be told of the checkpoint when the training cannot go on."""
+    """What can be said of the checkpoint when the training cannot go on: its path, its epochs."""
 
-    def __init__(self) -> None:
-        self.path, self.epochs, self.written = Path(), 0, 0
+    path, epochs = Path(), 0
 
     def __str__(self) -> str:
-        if not self.written:
+        if not self.epochs:
             return "no state was written yet; the same command starts again"
         return (
-            f"the state after epoch {self.written} is in {self.path}; "
+            f"the state after epoch {self.epochs} is in {self.path}; "
             "the same command goes on from there"
         )
 
 
 class _State:
-    """Everything that changes along a training."""
+    """Everything that changes along a training.
+
+    Attributes:
+        net: The network.
+        wrapped: It, or in several processes the ``DistributedDataParallel`` around it.
+        penalty: That of the arm, or ``None``.
+        rows: One row per epoch.
+        host: The images on the CPU.
+        x: The images on the device.
+        inputs: Mean and deviation by which images are standardized, or ``None``.
+        sums: Of the epoch so far: loss of the images, right answers, penalty.
+        graphs: Steps as CUDA graphs, where that is asked for.
+    """
 
     def __init__(
         self,
@@ -224,80 +237,89 @@ class _State:
         processes: Processes,
         execution: Execution,
     ) -> None:
+        self.settings, self.processes, self.execution = settings, processes, execution
+        device = processes.device
         dropout = settings.dropout if arm == "dropout" else 0.0
         decay = settings.weight_decay if arm == "weight-decay" else 0.0
         net = build(settings.model, data.images.shape[1], dropout=dropout)
         net = net.double() if settings.precision == "float64" else net
-        net = _normalized_together(net, processes)
         # channels last: a fifth faster on a CPU, with and without gradient change
-        self.net = net.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.processes, self.execution = processes, execution
-        self.shared = self.net if processes.count == 1 else _wrapped(self.net, processes)
-        if processes.rank:  # masks of its own; all other random numbers are drawn alike
-            torch.manual_seed(
-                int(np.random.SeedSequence([seed, processes.rank]).generate_state(1)[0])
+        self.net = _normalized_together(net, processes).to(
+            device, memory_format=torch.channels_last
+        )  # type: ignore[call-overload]
+        self.wrapped: nn.Module = self.net
+        if processes.count > 1:
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                self.net, [device] if device.type == "cuda" else None, process_group=processes.group
             )
+        if processes.rank:  # masks of its own; all other random numbers are drawn alike
+            own = np.random.SeedSequence([seed, processes.rank]).generate_state(1)
+            torch.manual_seed(int(own[0]))
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
         self.penalty = penalty_of(settings, arm, seed, data)
         self.shuffle = torch.Generator().manual_seed(seed)
-        self.found = Trajectory()
+        self.rows = Trajectory()
         self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
-        self.took: list[float] = []  # seconds of every epoch in this process
+        self.epoch_seconds: list[float] = []  # in this process
         self.resumed: list[dict[str, Any]] = []
-        self.settings = settings
         self.host, labels = _tensors(data)
-        self.x, self.y = (part.to(processes.device) for part in (self.host, labels))
+        self.x, self.y = self.host.to(device), labels.to(device)
         self.inputs = _standard(data) if settings.standardize else None
-        self.scale = _scale(self.inputs, settings, processes.device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
+        self.scale = [
+            torch.tensor(numbers, dtype=_dtype(settings), device=device).view(-1, 1, 1)
+            for numbers in (self.inputs or {}).values()
+        ]
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         if execution.portable:
             check_travels(self.net)
         self.graphs: CapturedSteps | None = None
         if execution.graph:
-            check_graph(processes.device, processes.count)
-            self.graphs = CapturedSteps(self._step_of_tensors, processes.device)
+            check_graph(device, processes.count)
+            self.graphs = CapturedSteps(self._step_of_tensors, device)
 
     def epoch(self) -> dict[str, float]:
-        """Go once over the images: mean loss, mean penalty where there was one, train accuracy."""
-        start = time.process_time(), time.perf_counter()
+        """Go once over the images; return mean loss, mean penalty where there was one, train accuracy."""
+        cpu, wall = time.process_time(), time.perf_counter()
         self.net.train()
         self.sums.zero_()
         shown, penalized = self.steps()
-        mine = self.sums.tolist()  # on a GPU this waits for the epoch to be done
-        mine.append(time.process_time() - start[0])
-        self.took.append(time.perf_counter() - start[1])
-        self.seconds["seconds"] += self.took[-1]
-        every = self.processes.sum(torch.tensor(mine, dtype=torch.float64, device=self.x.device))
-        if not bool(torch.isfinite(every).all()):
+        sums = self.sums.tolist()  # on a GPU this waits for the epoch to be done
+        sums.append(time.process_time() - cpu)
+        self.epoch_seconds.append(time.perf_counter() - wall)
+        self.seconds["seconds"] += self.epoch_seconds[-1]
+        total = self.processes.sum(torch.tensor(sums, dtype=torch.float64, device=self.x.device))
+        if not bool(torch.isfinite(total).all()):
             raise DataError(
-                f"the loss is not finite in epoch {len(self.found) + 1}; take a smaller lr or penalty."
+                f"the loss is not finite in epoch {len(self.rows) + 1}; take a smaller lr or penalty."
             )
-        loss_sum, right, extra_sum, seconds = every.tolist()
-        self.seconds["cpu seconds"] += seconds
+        loss, right, penalty, cpu_seconds = total.tolist()
+        self.seconds["cpu seconds"] += cpu_seconds
         return {
-            "loss": loss_sum / shown,
-            "penalty": extra_sum / self.processes.count / penalized if penalized else 0.0,
+            "loss": loss / shown,
+            "penalty": penalty / self.processes.count / penalized if penalized else 0.0,
             "train accuracy": right / shown,
         }
 
     def steps(self) -> tuple[int, int]:
-        """Do the updates of an epoch without waiting for the device; images shown, steps with a penalty."""
+        """Do an epoch's updates without waiting for the device; return images shown, steps with a penalty."""
         order = torch.tensor(list(RandomSampler(self.host, generator=self.shuffle)))
         there = order.to(self.x.device, non_blocking=True)
         penalized = first = 0
         for size in _sizes(len(order), self.settings.batch):
-            part = self.processes.part(size)
-            own = slice(first + part.start, first + part.stop)
+            own, own_there = (self._own(part[first : first + size]) for part in (order, there))
             weight = 0.0 if self.penalty is None else self.penalty.next_weight()
-            drawn = self._draw(order[own], there[own]) if weight else None
+            drawn = self._draw(own, own_there) if weight else None
             # gradients are averaged over processes, whose parts may differ by one image
-            share = self.processes.count * (part.stop - part.start) / size
-            self.update(there[own], weight, drawn, share)
+            self.update(own_there, weight, drawn, self.processes.count * len(own) / size)
             penalized += weight > 0
             first += size
         return first, penalized
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return this process's part of some rows; the first parts are larger by one."""
+        return x.tensor_split(self.processes.count)[self.processes.rank]
 
     def _draw(self, order: Tensor, there: Tensor) -> Draw:
         """Draw for the penalty of a batch, from the images on the CPU where that will do."""
@@ -305,12 +327,12 @@ class _State:
         if getattr(self.penalty.patches, "shape_only", False) and self.processes.count == 1:
             # few different shapes for a GPU; on a CPU no image more than needed
             multiple = 1 if self.x.device.type == "cpu" else 8
-            drawn = self.penalty.draw(self.shared, self.host[order], multiple=multiple)
+            drawn = self.penalty.draw(self.wrapped, self.host[order], multiple=multiple)
             return drawn.to(self.x.device)
-        return self.penalty.draw(self.shared, self._images(there))
+        return self.penalty.draw(self.wrapped, self._scaled(self.x[there]))
 
     def update(self, index: Tensor, weight: float, drawn: Draw | None, share: float = 1.0) -> None:
-        """Do one step, as a CUDA graph where that is asked for."""
+        """Do one step, as a CUDA graph where that is asked for; arguments as those of ``step``."""
         if self.graphs is None:
             self.step(index, share, weight, drawn)
             return
@@ -325,8 +347,7 @@ class _State:
         pair: Tensor | None = None,
         samples: Tensor | None = None,
     ) -> None:
-        drawn = None if pair is None else Draw(pair, samples, (len(index),))
-        self.step(index, 1.0, weight, drawn)
+        self.step(index, 1.0, weight, None if pair is None else Draw(pair, samples))
 
     def step(self, index: Tensor, share: float, weight: float | Tensor, drawn: Draw | None) -> None:
         """Update once.
@@ -337,113 +358,126 @@ class _State:
             weight: That of the penalty.
             drawn: What the penalty has drawn; ``None`` where there is none.
         """
-        images, labels = self._images(index), self.y[index]
+        images, labels = self._scaled(self.x[index]), self.y[index]
+        penalty = None
         with _precision(self.settings):
             if drawn is None or self.penalty is None:
-                out, extra = self.shared(images), None
+                logits = self.wrapped(images)
             else:
-                out, value = self.penalty.with_logits(self.shared, images, labels, drawn)
-                extra = weight * value
-            loss = _loss(out, labels)
-            total = loss * share if extra is None else loss * share + extra
+                logits, value = self.penalty.with_logits(self.wrapped, images, labels, drawn)
+                penalty = weight * value
+            loss = _loss(logits, labels)
+            total = loss * share if penalty is None else loss * share + penalty
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         self.optimizer.step()
         with torch.no_grad():
             self.sums[0] += loss.detach() * len(labels)
-            self.sums[1] += _right(out, labels)
-            if extra is not None:
-                self.sums[2] += extra.detach()
-
-    def _images(self, index: Tensor) -> Tensor:
-        return self._scaled(self.x[index])
+            self.sums[1] += _right(logits, labels)
+            if penalty is not None:
+                self.sums[2] += penalty.detach()
 
     def _scaled(self, x: Tensor) -> Tensor:
+        """Return images as the network takes them."""
         images = as_input(x, _dtype(self.settings))
-        return images if self.scale is None else (images - self.scale[0]) / self.scale[1]
+        return (images - self.scale[0]) / self.scale[1] if self.scale else images
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Share of right answers, in evaluation mode; every process looks at its part."""
+        """Return the share of right answers, in evaluation mode; every process looks at its part."""
         self.net.eval()
         right = torch.zeros((), dtype=torch.int64, device=x.device)
-        part = self.processes.part(len(y))
-        chunks = (torch.split(of[part], _EVALUATED) for of in (x, y))
-        for images, labels in zip(*chunks, strict=True):
+        parts = (torch.split(self._own(part), _EVALUATED) for part in (x, y))
+        for images, labels in zip(*parts, strict=True):
             with _precision(self.settings):
-                out = self.net(self._scaled(images))
-            right += _right(out, labels)
+                logits = self.net(self._scaled(images))
+            right += _right(logits, labels)
         self.net.train()
         return int(self.processes.sum(right)) / len(y)
 
     def stopped(self) -> bool:
-        """After the last epoch, or after enough good ones in a row."""
-        if len(self.found) >= self.settings.epochs:
-            self.found.stop_reason = "epochs"
-            return True
-        if len(self.found) >= self.settings.stop_epochs:
-            last = self.found.last("train accuracy", self.settings.stop_epochs)
-            if (last >= self.settings.stop_above).all():
-                self.found.stop_reason = "train accuracy"
-                return True
-        return False
+        """Return whether this is the last epoch, or there were enough good ones in a row."""
+        epochs, wanted = len(self.rows), self.settings.stop_epochs
+        if epochs >= self.settings.epochs:
+            self.rows.stop_reason = "epochs"
+        elif epochs >= wanted and bool(
+            (self.rows.last("train accuracy", wanted) >= self.settings.stop_above).all()
+        ):
+            self.rows.stop_reason = "train accuracy"
+        else:
+            return False
+        return True
 
-    def summary(self, tested: float) -> dict[str, Any]:
-        last = {name: float(self.found[name][-1]) for name in self.found.names}
+    def progress(self) -> dict[str, Any]:
+        """Return what an unfinished training has reached."""
+        reached = {"epochs": len(self.rows), "of": self.settings.epochs, **self._last_row()}
+        if len(self.rows):
+            tested = self.rows["test accuracy"]
+            reached["test accuracy"] = next((float(a) for a in tested[::-1] if a == a), None)
+        return reached
+
+    def summary(self, test_accuracy: float) -> dict[str, Any]:
+        """Return what a finished training has reached, and what it took."""
         return {
-            **last,
-            "test accuracy": tested,
-            "epochs": len(self.found),
+            **self._last_row(),
+            "test accuracy": test_accuracy,
+            "epochs": len(self.rows),
             **self.seconds,
-            "seconds an epoch": float(np.median(self.took)) if self.took else None,
+            "seconds an epoch": float(np.median(self.epoch_seconds))
+            if self.epoch_seconds
+            else None,
             "processes": self.processes.count,
             **({"resumed": self.resumed} if self.resumed else {}),
-            "device": str(next(self.net.parameters()).device.type),
-            "stopped by": self.found.stop_reason,
+            "device": self.x.device.type,
+            "stopped by": self.rows.stop_reason,
         }
 
+    def _last_row(self) -> dict[str, Any]:
+        return {name: float(self.rows[name][-1]) for name in self.rows.names}
+
     def write(self, path: Path, about: dict[str, Any]) -> None:
-        """Rank 0 writes the state, with the random numbers of all."""
-        states = self.processes.every(_random_state())
-        held = {
+        """Have rank 0 write the state, with the random numbers of all."""
+        random, *others = self.processes.every(_random_state())
+        state = {
             "format": FORMAT,
             "about": json.dumps(about),
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
             "shuffle": self.shuffle.get_state(),
-            **states[0],
-            "others": states[1:],
+            **random,
+            "others": others,
             "seconds": self.seconds,
             "resumed": self.resumed,
             "device": _device_name(self.x.device),
-            "found": torch.frombuffer(bytearray(self.found.to_bytes()), dtype=torch.uint8),
+            "found": torch.frombuffer(bytearray(self.rows.to_bytes()), dtype=torch.uint8),
         }
-
         portable = self.execution.portable
-        self.processes.from_first(lambda: write_state(path, held, portable=portable))
+        self.processes.from_first(lambda: write_state(path, state, portable=portable))
 
     def read(self, path: Path, about: dict[str, Any]) -> None:
         """Go on from the checkpoint that rank 0 has, if it has one."""
-        held = self.processes.from_first(lambda: read_state(path, about) if path.exists() else None)
-        if held is None:
+        state = self.processes.from_first(
+            lambda: read_state(path, about) if path.exists() else None
+        )
+        if state is None:
             return
         try:
-            self.net.load_state_dict(held["net"])
-            self.optimizer.load_state_dict(held["optimizer"])
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
             if self.penalty is not None:
-                self.penalty.load_state_dict(held["penalty"])
-            self.shuffle.set_state(held["shuffle"])
-            states = [held, *held.get("others", [])]
-            if self.processes.rank == 0 or len(states) == self.processes.count:
-                _set_random_state(states[self.processes.rank])
-            self.seconds = dict(held["seconds"])
-            self.found = Trajectory.from_bytes(held["found"].numpy().tobytes())
+                self.penalty.load_state_dict(state["penalty"])
+            self.shuffle.set_state(state["shuffle"])
+            random = [state, *state.get("others", [])]
+            if self.processes.rank == 0 or len(random) == self.processes.count:
+                _set_random_state(random[self.processes.rank])
+            self.seconds = dict(state["seconds"])
+            self.rows = Trajectory.from_bytes(state["found"].numpy().tobytes())
             self.resumed = [
-                *held["resumed"],
+                *state["resumed"],
                 {
-                    "epoch": len(self.found), "momentum": held.get("momentum", "exact"),
-                    "from": held["device"], "on": _device_name(self.x.device),
+                    "epoch": len(self.rows), "momentum": state.get("momentum", "exact"),
+                    "from": state["device"], "on": _device_name(self.x.device),
                 },
             ]  # fmt: skip
         except Exception as error:  # the training ends here, so that nothing has to be put back
@@ -461,20 +495,22 @@ def check_graph(device: torch.device, processes: int) -> None:
 
 
 def _sizes(count: int, batch: int) -> list[int]:
-    """Images of every batch of an epoch; a last one of one image is left out."""
+    """Return the images of every batch of an epoch; a last one of one image is left out."""
     last = count % batch
     return [batch] * (count // batch) + ([last] if last > 1 else [])
 
 
 def _check_batches(count: int, batch: int, processes: int) -> None:
-    def fits(size: int) -> bool:
-        return all(n >= processes for n in _sizes(count, size))
+    """Raise an ``OptionError`` where a batch has fewer images than there are processes."""
 
-    if processes == 1 or (fits(batch) and _sizes(count, batch)):
+    def fits(size: int) -> bool:
+        return min(_sizes(count, size), default=0) >= processes
+
+    if processes == 1 or fits(batch):
         return
-    others = sorted(range(processes, count + 1), key=lambda size: (abs(size - batch), size))
-    found = next((size for size in others if fits(size)), None)
-    instead = f"take e.g. batch {found}" if found else f"take {count} processes or fewer"
+    sizes = sorted(range(processes, count + 1), key=lambda size: (abs(size - batch), size))
+    size = next(filter(fits, sizes), None)
+    instead = f"take e.g. batch {size}" if size else f"take {count} processes or fewer"
     raise OptionError(
         f"locality: {count} images in batches of {batch} leave {_sizes(count, batch)[-1:] or 'none'} "
         f"for a last batch of {processes} processes, and each needs an image of it; {instead}.",
@@ -482,32 +518,20 @@ def _check_batches(count: int, batch: int, processes: int) -> None:
     )
 
 
-def _places(folder: str | Path, checkpoint: str | Path | None) -> tuple[Path, Path]:
-    """Run folder and checkpoint."""
-    place = check_folder(folder)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place, Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
-
-
-def _wrapped(net: nn.Module, processes: Processes) -> nn.Module:
-    devices = [processes.device] if processes.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        net, device_ids=devices, process_group=processes.group
-    )
-
-
 def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
-    """Batch normalization by the statistics of the whole batch."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if processes.count == 1 or not norms:
+    """Return the network with batch normalization by the statistics of the whole batch."""
+    if processes.count == 1 or not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()
+    ):
         return net
     if processes.device.type != "cuda":
         raise OptionError(
             "locality: the network has batch normalization, which torch shares between processes on GPUs "
-            "only; take the device cuda, one process, or a network without it such as small-cnn."
+            "only; take the device cuda, one process, or a network without it such as small-cnn.",
+            argument="model",
         )
-    shared: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
-    return shared
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
+    return converted
 
 
 def _random_state() -> dict[str, Any]:
@@ -530,7 +554,7 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 
 def _standard(data: ImageSet) -> dict[str, list[float]]:
-    """Mean and standard deviation of every channel, of images as networks get them without."""
+    """Return mean and standard deviation of every channel, of images as networks get them without."""
     images = torch.from_numpy(data.images)
     count = images[:, 0].numel()
 
@@ -545,20 +569,8 @@ def _standard(data: ImageSet) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "deviation": deviation.clamp(min=1e-12).tolist()}
 
 
-def _scale(
-    inputs: dict[str, list[float]] | None, settings: Settings, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    if inputs is None:
-        return None
-    mean, deviation = (
-        torch.tensor(inputs[name], dtype=_dtype(settings), device=device).view(-1, 1, 1)
-        for name in ("mean", "deviation")
-    )
-    return mean, deviation
-
-
 def _device_name(device: torch.device) -> str:
-    """The device as a summary names it."""
+    """Return the device as a summary names it."""
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
@@ -570,9 +582,10 @@ def _loss(out: Tensor, labels: Tensor) -> Tensor:
 
 
 def _right(out: Tensor, labels: Tensor) -> Tensor:
+    """Return how many answers are right."""
     logits = out.reshape(len(labels), -1)
-    said = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
-    return (said == labels).sum()
+    answers = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+    return (answers == labels).sum()
 
 
 def _precision(settings: Settings) -> Any:
