@@ -75,7 +75,8 @@ def linear_combination(
     if not models or len(factors) != len(models):
         raise OptionError(
             "linear_combination needs models and as many coefficients, "
-            f"found {len(models)} and {len(factors)}."
+            f"found {len(models)} and {len(factors)}.",
+            argument="models" if not models else "coefficients",
         )
     terms = [
         model if factor == 1 else scale(model, factor)
@@ -218,11 +219,15 @@ def _check_pair(one: Factorization, other: Factorization) -> None:
     """Raise an error unless both are factorizations over the same tree and sizes."""
     for model in (one, other):
         if not isinstance(model, Factorization):
-            raise OptionError(f"expected a Factorization, found {type(model).__name__}.")
+            raise OptionError(
+                f"expected a Factorization, found {type(model).__name__}.",
+                argument="one" if model is one else "other",
+            )
     if one.tree != other.tree or one.sizes != other.sizes:
         raise ShapeError(
             "both factorizations need the same tree and sizes.\n"
-            f"  found: {one.tree!r} {one.sizes}\n  and:   {other.tree!r} {other.sizes}"
+            f"  found: {one.tree!r} {one.sizes}\n  and:   {other.tree!r} {other.sizes}",
+            argument="other",
         )
 
 

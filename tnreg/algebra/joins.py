@@ -28,7 +28,10 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     tree = model.tree
     target, top = tree.position(node), len(tree.nodes) - 1
     if not tree.links[target]:
-        raise OptionError(f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}.")
+        raise OptionError(
+            f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}.",
+            argument="node",
+        )
     joins, named = model.network.named_joins, weights_of(model, ones=False)
     if target == top:
         return Factorization.from_weights(tree, named, join=joins)

@@ -28,7 +28,7 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
         ShapeError: A matrix of another shape.
     """
     weights = weights_of(model)
-    for mode, matrix in _check_arrays(model, matrices, "mode_product: the matrix", 2).items():
+    for mode, matrix in _check_arrays(model, matrices, 2).items():
         dtype = torch.promote_types(matrix.dtype, model.dtype)
         weights[mode] = matrix.to(dtype) @ weights[mode].to(dtype)
     return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
@@ -52,7 +52,7 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
         ShapeError: A vector of another length.
     """
     with torch.no_grad():
-        return contracted(model, _check_arrays(model, vectors, "contract_modes: the vector", 1))
+        return contracted(model, _check_arrays(model, vectors, 1))
 
 
 def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization | Tensor:
@@ -93,15 +93,22 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
             try:
                 rows = list(range(*item.indices(size)))
             except (TypeError, ValueError) as error:
-                raise OptionError(f"select: {item} of mode {mode} is no slice: {error}.") from None
+                raise OptionError(
+                    f"select: {item} of mode {mode} is no slice: {error}.", argument="key"
+                ) from None
             if not rows:
-                raise ShapeError(f"select: {item} takes nothing of mode {mode}, size {size}.")
+                raise ShapeError(
+                    f"select: {item} takes nothing of mode {mode}, size {size}.", argument="key"
+                )
             weights[mode] = weights[mode][rows]
         elif -size <= item < size:
             vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
             vectors[mode][item] = 1
         else:
-            raise ShapeError(f"select: index {item} is out of range for mode {mode}, size {size}.")
+            raise ShapeError(
+                f"select: index {item} is out of range for mode {mode}, size {size}.",
+                argument="key",
+            )
     shorter = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
     return contract_modes(shorter, vectors) if vectors else shorter
 
@@ -117,7 +124,8 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     tree, order = model.tree, list(order)
     if sorted(order) != list(tree.leaves):
         raise OptionError(
-            f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}."
+            f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}.",
+            argument="order",
         )
     links = {i: below for i, below in enumerate(tree.links) if below}
     weights = {tree.position(node): weight for node, weight in weights_of(model).items()}
@@ -126,28 +134,31 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     return assembled(len(tree.nodes) - 1, links, weights, joins, modes)[0]
 
 
-def _check_mode(model: Factorization, mode: Any) -> None:
+def _check_mode(model: Factorization, mode: Any, argument: str = "modes") -> None:
     """Raise an error unless the model has this mode."""
     try:
         known = not isinstance(mode, bool) and 0 <= index(mode) < model.tree.order
     except TypeError:
         known = False
     if not known:
-        raise TreeError(f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}.")
+        raise TreeError(
+            f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}.", argument=argument
+        )
 
 
-def _check_arrays(
-    model: Factorization, arrays: Mapping[int, Any], what: str, axes: int
-) -> dict[int, Tensor]:
-    """Return finite tensors of that many axes whose last one fits the mode, or raise an error."""
+def _check_arrays(model: Factorization, arrays: Mapping[int, Any], axes: int) -> dict[int, Tensor]:
+    """Return finite vectors or matrices whose last axis fits their mode, or raise an error."""
+    argument = "matrices" if axes == 2 else "vectors"
+    what = "mode_product: the matrix" if axes == 2 else "contract_modes: the vector"
     tensors: dict[int, Tensor] = {}
     for mode, array in arrays.items():
-        _check_mode(model, mode)
+        _check_mode(model, mode, argument)
         tensor, size = check_numbers(as_tensor(array)).to(model.device), model.sizes[mode]
         if tensor.ndim != axes or tensor.shape[-1] != size:
             raise ShapeError(
                 f"{what} of mode {mode} does not fit.\n  found:    {tuple(tensor.shape)}\n"
-                f"  expected: {f'(any, {size})' if axes == 2 else (size,)}"
+                f"  expected: {f'(any, {size})' if axes == 2 else (size,)}",
+                argument=argument,
             )
         tensors[mode] = tensor
     return tensors
@@ -159,7 +170,7 @@ def _full_key(key: Any, order: int) -> list[int | slice]:
     dots = [k for k, item in enumerate(items) if isinstance(item, EllipsisType)]
     missing = order - (len(items) - len(dots))
     if len(dots) > 1 or missing < 0:
-        raise OptionError(f"select: {key!r} is for other than {order} modes.")
+        raise OptionError(f"select: {key!r} is for other than {order} modes.", argument="key")
     at = dots[0] if dots else len(items)
     items[at : at + len(dots)] = [slice(None)] * missing
     for k, item in enumerate(items):
@@ -173,6 +184,7 @@ def _full_key(key: Any, order: int) -> list[int | slice]:
         except TypeError:
             raise OptionError(
                 f"select: a key is an integer, a slice or '...' for each mode, found {item!r}.\n"
-                "  for some rows of a mode write algebra.mode_product(model, {mode: rows of the identity})"
+                "  for some rows of a mode write algebra.mode_product(model, {mode: rows of the identity})",
+                argument="key",
             ) from None
     return items

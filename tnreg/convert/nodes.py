@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tnreg.convert.wiring import Part, SummedBond, loop, modes_in_order, named_part, read_wiring
+from tnreg.convert.wiring import ABOVE, COPY, INSIDE, ONES, Part, loop, order_modes, read_wiring
 from tnreg.errors import ShapeError, TreeError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import array_of
 
-# Prefixes by which ``from_nodes`` recognizes what ``network`` wrote.
-_ABOVE, _INSIDE, _ONES, _COPY = "bond above ", " inside", "ones ", "copy "
-
 
 def network(model: Factorization) -> list[Any]:
-    """The factorization as wired ``tensornetwork`` nodes, for interchange and independent checks.
+    """Return the factorization as wired ``tensornetwork`` nodes, for interchange and independent checks.
 
     Every weight is a ``tensornetwork.Node`` named like its tree node (in the order of
     ``model.tree.nodes``); a diagonal join of more than two indices is a ``CopyNode`` named
@@ -31,22 +28,20 @@ def network(model: Factorization) -> list[Any]:
     """
     import tensornetwork
 
-    net = model.network
-    tree = net.tree
-    out: list[Any] = []
+    net, tree = model.network, model.tree
+    nodes: list[Any] = []
     ends: dict[int, list[Any]] = {}  # index -> the axes that meet in it
-    sample = next(iter(model.weights.values()))
     for position, (name, weight) in enumerate(model.weights.items()):
         axes = [
             f"mode {i}" if i < tree.order else f"bond {tree.nodes[i - tree.order]}"
             for i in net.inner(position)
         ]
         if net.joins[position] == "diagonal":
-            axes = [f"bond {name}{_INSIDE}"]
+            axes = [f"bond {name}{INSIDE}"]
         if net.above[position] is not None:
-            axes.append(f"{_ABOVE}{name}")
+            axes.append(f"{ABOVE}{name}")
         node = tensornetwork.Node(weight, name=str(name), axis_names=axes, backend="pytorch")
-        out.append(node)
+        nodes.append(node)
         for index, edge in zip(net.indices(position), node.edges, strict=True):
             ends.setdefault(index, []).append(edge)
     for index, edges in ends.items():
@@ -54,38 +49,33 @@ def network(model: Factorization) -> list[Any]:
             edges[0].set_name(f"mode {index}")
             continue
         below = tree.nodes[index - tree.order]
-        parent = tree.parent(below)
+        parent, size = tree.parent(below), net.index_size(index)
         if len(edges) == 2:
             tensornetwork.connect(*edges, name=f"bond {below}")
             continue
         if len(edges) == 1:  # one child under a root of ones: the bond is summed
-            ones = torch.ones(net.index_size(index), dtype=sample.dtype, device=sample.device)
-            hub = tensornetwork.Node(ones, name=f"{_ONES}{parent}", backend="pytorch")
-        else:
-            hub = tensornetwork.CopyNode(
-                len(edges),
-                net.index_size(index),
-                name=f"{_COPY}{parent}",
-                backend="pytorch",
-                # made dense by numpy, so it needs the numpy type of the weights beside it
-                dtype=np.dtype(str(sample.dtype).removeprefix("torch.")).type,
-            )
-        out.append(hub)
-        names = [f"bond {child}" for child in tree.children(parent)] + [f"bond {parent}{_INSIDE}"]
-        for axis, edge in enumerate(edges):
-            tensornetwork.connect(edge, hub[axis], name=names[axis])
-    return out
+            ones = torch.ones(size, dtype=model.dtype, device=model.device)
+            hub = tensornetwork.Node(ones, name=f"{ONES}{parent}", backend="pytorch")
+        else:  # made dense by numpy, so it needs the numpy type of the weights beside it
+            dtype = np.dtype(str(model.dtype).removeprefix("torch.")).type
+            name = f"{COPY}{parent}"
+            hub = tensornetwork.CopyNode(len(edges), size, name, backend="pytorch", dtype=dtype)
+        nodes.append(hub)
+        names = [f"bond {child}" for child in tree.children(parent)] + [f"bond {parent}{INSIDE}"]
+        for edge, axis, name in zip(edges, hub.edges, names, strict=False):
+            tensornetwork.connect(edge, axis, name=name)
+    return nodes
 
 
 def from_nodes(
     nodes: Iterable[Any], *, modes: Sequence[Any] | None = None, root: str | None = None
 ) -> Factorization:
-    """A tree of ``tensornetwork`` nodes as a factorization; the mode tree is read off the wiring.
+    """Make a factorization of a tree of ``tensornetwork`` nodes; the mode tree is read off the wiring.
 
     What ``tnreg.network(model)`` made gives the same model again, bit for bit. Otherwise every node gets
     a full join and every ``CopyNode`` a diagonal one. Where a node has dangling edges and bonds, or
-    several dangling edges, leaves of identities are put in, as for a tensor train; what no mode hangs
-    on is multiplied into its neighbours.
+    several dangling edges, leaves of identities are put in, as for a tensor train. Nodes without modes
+    below them are multiplied into their neighbours.
 
     Args:
         nodes: All nodes of the network, in any order.
@@ -96,8 +86,8 @@ def from_nodes(
             the last. ``algebra.reroot`` changes it.
 
     Returns:
-        A factorization. Interior nodes have their usual names; in what ``tnreg.network`` made the names
-        that they had, as text, but for a root of ones above two nodes.
+        A factorization. Interior nodes have their usual names; those that ``tnreg.network`` made keep
+        theirs, as text, except a root of ones above two nodes.
 
     Raises:
         TreeError: The wiring has a loop or is not connected, or no node, or several, are called ``root``.
@@ -105,93 +95,68 @@ def from_nodes(
     """
     import tensornetwork
 
-    given = list(nodes)
-    copies = [node for node in given if isinstance(node, tensornetwork.CopyNode)]
-    plain = [node for node in given if not isinstance(node, tensornetwork.CopyNode)]
-    place = {id(node): i for i, node in enumerate(plain)} | {id(node): -1 for node in copies}
-    for node in given:
+    nodes = list(nodes)
+    copies = [node for node in nodes if isinstance(node, tensornetwork.CopyNode)]
+    plain = [node for node in nodes if not isinstance(node, tensornetwork.CopyNode)]
+    _check_complete(nodes)
+    index_of = _merge_copies(copies)
+    dangling = list(dict.fromkeys(e for node in nodes for e in node.edges if e.is_dangling()))
+    ordered = [index_of(edge) for edge in order_modes("from_nodes", dangling, modes)]
+    hubs = {
+        index_of(node.edges[0]): node.name.partition(" ")[2]
+        for node in nodes
+        if node.edges and node.name.startswith((ONES, COPY))
+    }
+    parts = [_part(node, [index_of(edge) for edge in node.edges]) for node in plain]
+    number = {id(node): i for i, node in enumerate(plain)}
+    ends: dict[
+        Any, list[int]
+    ] = {}  # diagonal joins have their children in the order of a CopyNode's axes
+    for edge in [edge for node in [*copies, *plain] for edge in node.edges]:
+        wired = [number[id(node)] for node in (edge.node1, edge.node2) if id(node) in number]
+        ends.setdefault(index_of(edge), []).extend(wired)
+    return read_wiring("from_nodes", parts, ordered, root, hubs, ends)
+
+
+def _part(node: Any, indices: list[Any]) -> Part:
+    """Return the tensor of a node, with what the names that ``network`` gives say of it."""
+    axes = list(map(str, node.axis_names)) or [""]
+    diagonal = "diagonal" if axes[0].endswith(INSIDE) else ""
+    return Part(
+        [str(node.name)],
+        array_of(node.tensor, None, f"node {node.name!r}"),
+        indices,
+        above=axes[-1].startswith(ABOVE),
+        mark="ones" if str(node.name).startswith(ONES) else diagonal,
+    )
+
+
+def _check_complete(nodes: Sequence[Any]) -> None:
+    """Raise an error if a node is wired to one that was not given."""
+    known = set(map(id, nodes))
+    for node in nodes:
         for other in (end for edge in node.edges for end in (edge.node1, edge.node2)):
-            if other is not None and id(other) not in place:
+            if other is not None and id(other) not in known:
                 raise ShapeError(
                     f"from_nodes: node {node.name!r} is wired to {other.name!r}, which is not given.\n"
-                    "  give all nodes of the network, e.g. tensornetwork.reachable(node)"
+                    "  give all nodes of the network, e.g. tensornetwork.reachable(node)",
+                    argument="nodes",
                 )
-    index = _index_of(copies)
-    parts = [
-        Part(str(n.name), array_of(n.tensor, None, f"node {n.name!r}"), [index(e) for e in n.edges])
-        for n in plain
-    ]
-    ends: dict[Any, list[int]] = {}
-    for copy in copies:  # the children of a diagonal join in the order of its axes
-        for edge in copy.edges:
-            found = [place[id(n)] for n in (edge.node1, edge.node2) if n is not None]
-            ends.setdefault(index(edge), []).extend(i for i in found if i >= 0)
-    dangling = [edge for node in given for edge in node.edges if edge.is_dangling()]
-    dangling = list(dict.fromkeys(dangling))
-    if modes is not None:
-        named = {edge.name: edge for edge in dangling}
-        modes = [named.get(m, m) if isinstance(m, str) else m for m in modes]
-    order = modes_in_order("from_nodes", dangling, [edge.name for edge in dangling], modes)
-
-    marks = [[str(axis).startswith(_ABOVE) for axis in node.axis_names] for node in plain]
-    free = [i for i, above in enumerate(marks) if not any(above)]
-    inside = {i for i, n in enumerate(plain) if n.axis_names and n.axis_names[0].endswith(_INSIDE)}
-    ours = len(free) <= 1 < len(plain) and root is None
-    top: int | SummedBond | None = None
-    if root is not None:
-        top = named_part("from_nodes", root, [[part.name] for part in parts])
-    elif ours and free:
-        top = free[0]
-        if parts[top].name.startswith(_ONES):  # they sum over the bond of one child
-            top = SummedBond(parts[top].indices[0], parts[top].name.removeprefix(_ONES))
-            parts[free[0]].name = ""
-    elif ours:
-        top, first = _bond_above_all(parts, marks, copies, index)
-        if first is not None:  # two children: the edge knows which is the first
-            ends[top.bond] = [place[id(first.node1)], place[id(first.node2)]]
-    return read_wiring("from_nodes", parts, [index(e) for e in order], ends, top, inside, ours)
 
 
-def _index_of(copies: Sequence[Any]) -> Callable[[Any], Any]:
-    """Edge -> the edge that stands for all that meet in its ``CopyNode``, if it ends in one."""
-    meant: dict[Any, Any] = {}
+def _merge_copies(copies: Sequence[Any]) -> Callable[[Any], Any]:
+    """Return a function from an edge to the one that stands for all that meet in its ``CopyNode``."""
+    representative: dict[Any, Any] = {}
 
-    def index(edge: Any) -> Any:
-        while edge in meant:
-            edge = meant[edge]
+    def index_of(edge: Any) -> Any:
+        while edge in representative:
+            edge = representative[edge]
         return edge
 
     for copy in copies:
         for edge in copy.edges[1:]:
-            one, other = index(copy.edges[0]), index(edge)
-            if one is other:
+            first, other = index_of(copy.edges[0]), index_of(edge)
+            if first is other:
                 raise TreeError(loop("from_nodes", copy.name))
-            meant[other] = one
-    return index
-
-
-def _bond_above_all(
-    parts: Sequence[Part],
-    marks: Sequence[Sequence[bool]],
-    copies: Sequence[Any],
-    index: Callable[[Any], Any],
-) -> tuple[SummedBond, Any]:
-    """The bond of a root of ones, in what ``tnreg.network`` made, and its edge if no ``CopyNode`` is there.
-
-    Args:
-        parts: The tensors.
-        marks: Which of their indices are bonds above them.
-        copies: The ``CopyNode`` objects.
-        index: From ``_index_of``.
-    """
-    inner = {
-        j
-        for part, above in zip(parts, marks, strict=True)
-        for j, mark in zip(part.indices, above, strict=True)
-        if not mark
-    }
-    bond = next(j for part in parts for j in part.indices if j not in inner)
-    hubs = [str(n.name) for n in copies if index(n.edges[0]) is bond]
-    if hubs:
-        return SummedBond(bond, hubs[0].removeprefix(_COPY)), None
-    return SummedBond(bond), bond
+            representative[other] = first
+    return index_of

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils.dlpack
 
-from tnreg.convert.wiring import Part, SummedBond, modes_in_order, named_part, read_wiring
+from tnreg.convert.wiring import INSIDE, ONES, Part, order_modes, read_wiring
 from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import array_of
 
 
 def to_quimb(model: Factorization) -> Any:
-    """The factorization as a ``quimb.tensor.TensorNetwork``.
+    """Return the factorization as a ``quimb.tensor.TensorNetwork``.
 
     Outer indices are ``"mode <n>"``. Under a full join the bond above a node is ``"bond <node>"``; a
     diagonal join is one index that all its tensors share, ``"bond <node> inside"`` after the node that
@@ -42,7 +41,7 @@ def to_quimb(model: Factorization) -> Any:
         above = tree.parent(below)
         if net.joins[tree.position(above)] == "full":
             return f"bond {below}"
-        return f"ones {above}" if net.root_ones and above == tree.root else f"bond {above} inside"
+        return f"{ONES}{above}" if net.root_ones and above == tree.root else f"bond {above}{INSIDE}"
 
     tensors = []
     for i, (node, weight) in enumerate(model.weights.items()):
@@ -51,14 +50,14 @@ def to_quimb(model: Factorization) -> Any:
     if net.root_ones and len(tree.links[top]) == 1:  # else its bond would be an outer index
         child = tree.links[top][0]
         ones = torch.ones(net.bonds[child], dtype=model.dtype, device=model.device)
-        tensors.append(quimb.Tensor(ones, [f"ones {tree.root}"], ["ones"]))
+        tensors.append(quimb.Tensor(ones, [f"{ONES}{tree.root}"], ["ones"]))
     return quimb.TensorNetwork(tensors)
 
 
 def from_quimb(
     net: Any, *, modes: Sequence[str] | None = None, root: str | None = None
 ) -> Factorization:
-    """A ``quimb.tensor.TensorNetwork`` that is a tree, as a factorization: see ``from_nodes``.
+    """Make a factorization of a ``quimb.tensor.TensorNetwork`` that is a tree; see ``from_nodes``.
 
     What ``to_quimb(model)`` made gives the same model again, bit for bit. Indices that three tensors or
     more share become diagonal joins. A ``MatrixProductState`` with open ends is a tensor train.
@@ -75,37 +74,23 @@ def from_quimb(
         OptionError: Not a network of quimb.
     """
     if not hasattr(net, "tensors") or not hasattr(net, "exponent"):
-        raise OptionError(f"from_quimb: expected a TensorNetwork, found {type(net).__name__}.")
-    tags = [list(t.tags) for t in net.tensors]
-    parts = [
-        Part(t[0] if t else "", array_of(x.data, None, f"tensor {t}"), list(x.inds))
-        for t, x in zip(tags, net.tensors, strict=True)
-    ]
-    if net.exponent:
-        share = 10.0 ** (float(net.exponent) / max(len(parts), 1))
-        for part in parts:
-            part.tensor = part.tensor * share
-    indices = Counter(j for part in parts for j in part.indices)
-    outer = [j for j, times in indices.items() if times == 1 or j in (modes or ())]
-    order = modes_in_order("from_quimb", outer, outer, modes)
-    ours = root is None and all({"leaf", "full", "diagonal", "ones"} & set(t) for t in tags)
-    top: Any = None
-    if root is not None:
-        top = named_part("from_quimb", root, tags)
-    elif ours:
-        roots = [i for i, t in enumerate(tags) if "root" in t]
-        ones = [j for j in indices if str(j).startswith("ones ")]
-        top = (
-            roots[0]
-            if roots
-            else SummedBond(ones[0], ones[0].removeprefix("ones "))
-            if ones
-            else None
+        raise OptionError(
+            f"from_quimb: expected a TensorNetwork, found {type(net).__name__}.", argument="net"
         )
-        for part, t in zip(parts, tags, strict=True):
-            part.name = "" if "ones" in t and isinstance(top, SummedBond) else part.name
-    inside = {i for i, t in enumerate(tags) if "diagonal" in t}
-    return read_wiring("from_quimb", parts, order, {}, top, inside, ours and top is not None)
+    share = 10.0 ** (float(net.exponent) / max(len(net.tensors), 1))
+    parts = []
+    for tensor in net.tensors:
+        tags = list(tensor.tags) or [""]
+        array = array_of(tensor.data, None, f"tensor {tags}")
+        mark = next((tag for tag in ("ones", "diagonal") if tag in tags), "")
+        above = not {"leaf", "full", "diagonal"}.isdisjoint(tags) and "root" not in tags
+        array = array * share if net.exponent else array
+        parts.append(Part(tags, array, list(tensor.inds), above, mark))
+    uses = Counter(index for part in parts for index in part.indices)
+    outer = [index for index, times in uses.items() if times == 1 or index in (modes or ())]
+    ordered = order_modes("from_quimb", outer, modes)
+    hubs = {index: str(index).removeprefix(ONES) for index in uses}
+    return read_wiring("from_quimb", parts, ordered, root, hubs)
 
 
 def _quimb() -> Any:
