@@ -12,10 +12,15 @@ import zoo
 from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, sensing
 
 TREE = ModeTree.binary(4)
+SIZES = (2, 3, 5, 7)
 
 
 def target(dtype=torch.float64):
-    return torch.randn(2, 3, 5, 7, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    return torch.randn(SIZES, dtype=dtype, generator=torch.Generator().manual_seed(3))
+
+
+def relative(x, expected):
+    return pytest.approx(((x - expected).norm() / expected.norm()).item())
 
 
 def test_completion_splits_the_entries():
@@ -28,12 +33,18 @@ def test_completion_splits_the_entries():
     assert len(torch.unique(both, dim=0)) == 210
     again, other = completion(values, 80, seed=1), completion(values, 80, seed=2)
     assert torch.equal(task.index, again.index) and not torch.equal(task.index, other.index)
-    assert len(completion(values, 0.5).values) == 105
     assert torch.equal(completion(values.numpy(), 80, seed=1).index, task.index)
     everything = completion(values, 210)
-    assert everything.test_values is None and repr(everything).endswith(
-        "210 entries observed, 0 unseen>"
-    )
+    assert everything.test_values is None
+    assert repr(everything).endswith("210 entries observed, 0 unseen>")
+
+
+@pytest.mark.parametrize(
+    ("samples", "count"), [(0.5, 105), (np.float32(0.5), 105), (np.int64(40), 40)]
+)
+def test_numbers_and_shares_of_samples(samples, count):
+    assert len(completion(target(), samples).values) == count
+    assert len(sensing(target(), np.int64(7)).values) == 7
 
 
 def test_losses_by_hand():
@@ -41,18 +52,19 @@ def test_losses_by_hand():
     task = completion(values, 80)
     dense = model.to_tensor().detach()
     seen, unseen = tuple(task.index.T), tuple(task.test_index.T)
-    assert task.loss(model).item() == pytest.approx(
-        (dense[seen] - values[seen]).square().mean().item()
-    )
-    wanted = (dense[unseen] - values[unseen]).norm() / values[unseen].norm()
-    assert task.test_error(model) == pytest.approx(wanted.item())
-    assert task.train_error(model) == pytest.approx(
-        ((dense[seen] - values[seen]).norm() / values[seen].norm()).item()
-    )
+    loss = (dense[seen] - values[seen]).square().mean().item()
+    assert task.loss(model).item() == pytest.approx(loss)
+    assert task.test_error(model) == relative(dense[unseen], values[unseen])
+    assert task.train_error(model) == relative(dense[seen], values[seen])
     task.loss(model).backward()
     assert all(g.abs().max() > 0 for g in model.gradients.values())
-    zero = Factorization(TREE, values.shape, 1, std=0.0, dtype=torch.float64)
-    assert task.test_error(zero) == pytest.approx(1.0)
+
+
+def test_a_zero_model_and_a_zero_target():
+    zero = Factorization(TREE, SIZES, 1, std=0.0, dtype=torch.float64)
+    assert completion(target(), 80).test_error(zero) == pytest.approx(1.0)
+    task = completion(torch.zeros(SIZES, dtype=torch.float64), 9)
+    assert task.test_error(zero) == 0.0 and task.test_error(zoo.model_of(TREE)) == math.inf
 
 
 def test_complex_losses():
@@ -74,20 +86,13 @@ def test_any_module_with_entries():
 
 def test_own_entries():
     index = torch.tensor([[0, 0], [1, 2], [1, 2]])
-    task = completion(index=index, values=torch.tensor([1.0, 2.0, 3.0]), sizes=(2, 3))
-    model = Factorization(ModeTree.star(2), (2, 3), 2, std=1.0)
-    assert task.loss(model).item() == pytest.approx(
-        (model.to_tensor().detach()[tuple(index.T)] - task.values).square().mean().item()
-    )
+    own = {"index": index, "values": torch.tensor([1.0, 2.0, 3.0]), "sizes": (2, 3)}
+    task, model = completion(**own), Factorization(ModeTree.star(2), (2, 3), 2, std=1.0)
+    difference = model.to_tensor().detach()[tuple(index.T)] - task.values
+    assert task.loss(model).item() == pytest.approx(difference.square().mean().item())
     with pytest.raises(OptionError, match="no unseen entries are known"):
         task.test_error(model)
-    tested = completion(
-        index=index,
-        values=torch.ones(3),
-        sizes=(2, 3),
-        test_index=index[:1],
-        test_values=torch.ones(1),
-    )
+    tested = completion(**own, test_index=index[:1], test_values=torch.ones(1))
     assert tested.to(dtype=torch.float64).test_values.dtype == torch.float64
     assert math.isfinite(tested.test_error(model))
 
@@ -97,13 +102,15 @@ def test_missing_entries():
     values[0, 0], values[1, 2, 3, 4] = math.nan, math.nan
     with pytest.raises(DataError, match=r"36 NaN entries of 210.\n  .*missing='nan'"):
         completion(values, 50)
+    with pytest.raises(DataError, match="sensing needs all entries"):
+        sensing(values, 3)
     task = completion(values, 50, missing="nan")
     assert len(task.values) == 50 and len(task.test_values) == 124
     assert torch.isfinite(task.values).all() and torch.isfinite(task.test_values).all()
     with pytest.raises(DataError, match="samples must be an integer from 1 to 174"):
         completion(values, 175, missing="nan")
     with pytest.raises(DataError, match="all 210 entries of the target are NaN"):
-        completion(torch.full((2, 3, 5, 7), math.nan), 5, missing="nan")
+        completion(torch.full(SIZES, math.nan), 5, missing="nan")
     values[0, 1, 0, 0] = math.inf
     with pytest.raises(DataError, match=r"1 entries that are not finite \(0 NaN, 1 infinite\)"):
         completion(values, 50, missing="nan")
@@ -118,62 +125,64 @@ def test_a_factorization_is_a_target():
 
 
 def test_sensing_measures_the_target():
-    values = target()
-    task = sensing(values, 500, seed=4)
-    assert [f.shape for f in task.features] == [(500, n) for n in values.shape]
+    values, model = target(), zoo.model_of(TREE)
+    task, dense = sensing(values, 500, seed=4), model.to_tensor().detach()
+    assert [f.shape for f in task.features] == [(500, n) for n in SIZES]
     norms = torch.stack([f.square().sum(1) for f in task.features]).prod(0)
     assert norms.mean().item() == pytest.approx(1.0, rel=0.2)
     rank_one = torch.einsum("bi,bj,bk,bl->bijkl", *task.features)
     assert torch.allclose(task.values, (rank_one * values).sum((1, 2, 3, 4)))
-    model = zoo.model_of(TREE)
-    found = (rank_one * model.to_tensor().detach()).sum((1, 2, 3, 4))
-    assert task.loss(model).item() == pytest.approx((found - task.values).square().mean().item())
-    dense = model.to_tensor().detach()
-    assert task.test_error(model) == pytest.approx(((dense - values).norm() / values.norm()).item())
-    assert torch.equal(sensing(values, 500, seed=4).values, task.values)
-    assert task.to(dtype=torch.float32).values.dtype == torch.float32 and "500 rank-one" in repr(
-        task
+    predicted = (rank_one * dense).sum((1, 2, 3, 4))
+    assert task.loss(model).item() == pytest.approx(
+        (predicted - task.values).square().mean().item()
     )
+    assert task.test_error(model) == relative(dense, values)
+    assert task.train_error(model) == relative(predicted, task.values)
+    assert torch.equal(sensing(values, 500, seed=4).values, task.values)
+    narrow = task.to(dtype=torch.float32)
+    assert narrow.values.dtype == torch.float32 and "500 rank-one" in repr(narrow)
     task.target = None
     with pytest.raises(OptionError, match="does not know its target"):
         task.test_error(model)
+    with pytest.raises(DataError, match="samples must be an integer >= 1, found 0"):
+        sensing(values, 0)
+
+
+def own(rows=1, order=2, value=0.0, sizes=(2, 3), **more):
+    """Entries of your own, all at index 0."""
+    index = torch.zeros(rows, order, dtype=torch.int64)
+    return {"index": index, "values": torch.full((1,), value), "sizes": sizes, **more}
+
+
+TESTED = {"test_index": torch.zeros(1, 4).long(), "test_values": torch.zeros(1)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
         ((), {}, OptionError, "a target tensor is missing"),
-        ((target(), 0), {}, DataError, "samples must be an integer from 1 to 210"),
-        ((target(), 211), {}, DataError, "from 1 to 210 .the known entries., or|samples"),
+        ((target(), 0), {}, DataError, r"samples must be an integer from 1 to 210 \(the known entries\)"),
+        ((target(), 211), {}, DataError, "from 1 to 210"),
         ((target(), 1.5), {}, DataError, r"a share in \(0, 1\), found 1.5"),
+        ((target(), True), {}, DataError, "found True"),
         ((target(), None), {}, DataError, "found None"),
         ((target().long(), 5), {}, DataError, "dtype torch.int64"),
         ((np.arange(6).reshape(2, 3), 5), {}, DataError, "dtype torch.int64"),
         ((torch.tensor(1.0), 1), {}, ShapeError, "a single number"),
         ((torch.zeros(2, 0), 1), {}, DataError, "is empty"),
-        (("il2", 5), {}, DataError, "not a tensor of numbers|dtype|str"),
-        ((target(), 5), {"test_index": torch.zeros(1, 4).long(), "test_values": torch.zeros(1)},
-         OptionError, "a target brings its own test entries"),
-        ((), {"index": torch.zeros(1, 1).long(), "values": torch.zeros(1), "sizes": (2,), "seed": 3},
-         OptionError, "seed and missing are for a target"),
-        ((), {"index": torch.zeros(1, 1).long(), "values": torch.zeros(1), "sizes": 2}, ShapeError,
-         "one integer for each mode, found 2"),
-        ((), {"index": torch.zeros(1, 1).long(), "values": torch.zeros(1), "sizes": (2.5,)}, ShapeError,
-         "size of mode 0 must be a positive integer, found 2.5"),
+        (("il2", 5), {}, DataError, "not a tensor of numbers"),
+        ((target(), 5), TESTED, OptionError, "a target brings its own test entries"),
         ((target(), 5), {"sizes": (2, 3)}, OptionError, "either target and samples, or index="),
-        ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(1)}, OptionError, "either target"),
-        ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(2), "sizes": (2, 3)}, ShapeError,
-         r"\(2,\) values for 1 rows"),
-        ((), {"index": torch.full((1, 2), 2), "values": torch.zeros(1), "sizes": (2, 3)}, DataError,
-         "row 0 has 2 at mode 0, whose size is 2"),
-        ((), {"index": torch.zeros(0, 2).long(), "values": torch.zeros(0), "sizes": (2, 3)}, DataError,
-         "an empty batch"),
-        ((), {"index": torch.zeros(1, 2).long(), "values": torch.full((1,), math.nan), "sizes": (2, 3)},
-         DataError, "not finite"),
-        ((), {"index": torch.zeros(1, 0).long(), "values": torch.zeros(1), "sizes": ()}, ShapeError,
-         "sizes must be one integer for each mode"),
-        ((), {"index": torch.zeros(1, 2).long(), "values": torch.zeros(1), "sizes": (2, 3),
-              "test_index": torch.zeros(1, 2).long()}, OptionError, "test_index and test_values together"),
+        ((), own(sizes=None), OptionError, "either target"),
+        ((), own(seed=3), OptionError, "seed and missing are for a target"),
+        ((), own(order=1, sizes=2), ShapeError, "one integer for each mode, found 2"),
+        ((), own(order=0, sizes=()), ShapeError, "sizes must be one integer for each mode"),
+        ((), own(order=1, sizes=(2.5,)), ShapeError, "size of mode 0 must be a positive integer, found 2.5"),
+        ((), own(rows=2), ShapeError, r"\(1,\) values for 2 rows"),
+        ((), own(rows=0), DataError, "an empty batch"),
+        ((), own(index=torch.full((1, 2), 2)), DataError, "row 0 has 2 at mode 0, whose size is 2"),
+        ((), own(value=math.nan), DataError, "not finite"),
+        ((), own(test_index=torch.zeros(1, 2).long()), OptionError, "test_index and test_values together"),
     ],
 )  # fmt: skip
 def test_completion_refuses(arguments, options, error, message):
@@ -181,45 +190,18 @@ def test_completion_refuses(arguments, options, error, message):
         completion(*arguments, **options)
 
 
-def test_sensing_refuses():
-    with pytest.raises(DataError, match="samples must be an integer >= 1, found 0"):
-        sensing(target(), 0)
-    values = target()
-    values[0, 0, 0, 0] = math.nan
-    with pytest.raises(DataError, match="sensing needs all entries"):
-        sensing(values, 3)
-
-
-def test_refuses_a_model_of_other_sizes():
+def test_a_model_must_fit_the_task():
     for task in (completion(target(), 5), sensing(target(), 5)):
         with pytest.raises(ShapeError, match="other mode sizes than the task"):
             task.loss(zoo.model_of(TREE, sizes=(2, 3, 5, 8)))
-
-
-def test_numpy_numbers_count():
-    assert len(completion(target(), np.int64(40)).values) == 40
-    assert len(completion(target(), np.float32(0.5)).values) == 105
-    assert len(sensing(target(), np.int64(7)).values) == 7
-
-
-def test_a_zero_target():
-    task = completion(torch.zeros(2, 3, 5, 7, dtype=torch.float64), 9)
-    zero = Factorization(TREE, (2, 3, 5, 7), 1, std=0.0, dtype=torch.float64)
-    assert task.test_error(zero) == 0.0 and task.test_error(zoo.model_of(TREE)) == math.inf
+    with pytest.raises(OptionError, match="the model is on meta, the task on cpu; write task.to"):
+        completion(target(), 5).loss(Factorization(TREE, SIZES, 2, device="meta"))
 
 
 def test_tasks_leave_the_global_generator_alone():
-    torch.manual_seed(0)
-    wanted = torch.rand(1)
-    torch.manual_seed(0)
+    before = torch.get_rng_state()
     sensing(target(), 5), completion(target(), 5)
-    assert torch.equal(torch.rand(1), wanted)
-
-
-def test_devices_must_agree():
-    task = completion(target(), 5)
-    with pytest.raises(OptionError, match="the model is on meta, the task on cpu; write task.to"):
-        task.loss(Factorization(TREE, (2, 3, 5, 7), 2, device="meta"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_plans_made_in_inference_mode_train():
