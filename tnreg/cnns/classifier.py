@@ -7,6 +7,7 @@ that the scores of an image with patches x_0..x_{N-1} are ``<f(x_0) ⊗ ... ⊗ 
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.cnns.convnet import ConvNet, from_cnn, to_cnn
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import metadata_of, read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.ranks.decompose import truncate
+from tnreg.tensors.arrays import draw_normal
 from tnreg.trees.reading import Node
 
 _FORMAT = "tnreg.convac/1"
@@ -75,63 +77,43 @@ class Representation(nn.Module):
         super().__init__()
         self.templates = check_integer(templates, 1, "templates")
         if kind not in _KINDS:
-            raise OptionError(f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}.")
+            raise OptionError(
+                f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}.",
+                argument="kind",
+            )
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise OptionError(
-                f"low and high must be finite with low < high, found {low} and {high}."
+                f"low and high must be finite with low < high, found {low} and {high}.",
+                argument="low",
             )
-        try:
-            rows, columns = patch
-        except (TypeError, ValueError):
-            raise OptionError(f"patch must be (height, width), found {patch!r}.") from None
-        self.patch = (
-            check_integer(rows, 1, "height of a patch"),
-            check_integer(columns, 1, "width of a patch"),
-        )
+        self.patch = _check_patch(patch)
         self.kind, self.low, self.high, self.trained = kind, float(low), float(high), bool(trained)
         self.channels = check_integer(channels, 1, "channels")
-        size = self.channels * self.patch[0] * self.patch[1]
-        dtype = dtype or torch.get_default_dtype()
-
-        def drawn(*shape: int) -> Tensor:
-            place = generator.device if generator is not None else device
-            values = torch.randn(shape, generator=generator, dtype=dtype, device=place)
-            return values.to(device or values.device)
-
+        size, dtype = self.channels * math.prod(self.patch), dtype or torch.get_default_dtype()
         if kind == "affine":
-            self.weight = nn.Parameter(drawn(templates, size) * math.sqrt(2 / size))
+            noise = draw_normal((templates, size), dtype, device, generator)
+            self.weight = nn.Parameter(noise * math.sqrt(2 / size))
             self.bias = nn.Parameter(torch.ones_like(self.weight[:, 0].detach()))
         elif kind == "gaussian":
             middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
             steps = torch.linspace(-1, 1, templates, dtype=dtype, device=device).unsqueeze(1)
             means = middle + half * (steps if templates > 1 else steps * 0).expand(-1, size)
             if size > 1:  # several pixels: templates of random contrast around their mean
-                means = means + half / 2 * drawn(templates, size)
+                means = means + half / 2 * draw_normal((templates, size), dtype, device, generator)
             self.means = nn.Parameter(means.clone())
             width = (self.high - self.low) / max(templates - 1, 1) * math.sqrt(size)
             self.log_widths = nn.Parameter(torch.full_like(means[:, 0], math.log(width)))
-        for parameter in self.parameters():
-            parameter.requires_grad_(self.trained)
+        self.requires_grad_(self.trained)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Values of all templates at every patch, ``(B, M, H / patch height, W / patch width)``.
+        """Return the values of all templates at every patch, ``(B, M, H / patch height, W / patch width)``.
 
         Raises:
             ShapeError: Another number of channels, or an image that patches do not fill.
             DataError: Images of another dtype than the templates, or of integers.
         """
+        self._check_images(images)
         rows, columns = self.patch
-        fits = images.ndim == 4 and images.shape[1] == self.channels
-        if not fits or images.shape[2] % rows or images.shape[3] % columns:
-            raise ShapeError(
-                "images do not fit the patches.\n"
-                f"  found:    {tuple(images.shape)}\n"
-                f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})"
-            )
-        weight = next(self.parameters(), images)
-        if not images.is_floating_point() or images.dtype != weight.dtype:
-            wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
-            raise DataError(f"images have dtype {images.dtype}; write images.to({wanted}).")
         if self.kind == "affine":
             filters = self.weight.reshape(-1, self.channels, rows, columns)
             return nn.functional.conv2d(images, filters, self.bias, stride=self.patch).relu()
@@ -145,26 +127,40 @@ class Representation(nn.Module):
         if self.patch != (1, 1):
             mean = nn.functional.avg_pool2d(mean, self.patch)
         share = ((mean - self.low) / (self.high - self.low)).clamp(0, 1)
-        index = torch.arange(self.templates, device=images.device).reshape(1, -1, 1, 1)
-        if self.kind == "bins":
-            chosen = (share * self.templates).floor().clamp_max(self.templates - 1)
-            return (chosen == index).to(images.dtype)
         last = self.templates - 1
-        root = [math.sqrt(math.comb(last, m)) for m in range(self.templates)]
-        angle = math.pi / 2 * share
-        factors = [
-            root[m] * torch.cos(angle) ** (last - m) * torch.sin(angle) ** m
-            for m in range(last + 1)
+        if self.kind == "bins":
+            index = torch.arange(self.templates, device=images.device).reshape(1, -1, 1, 1)
+            return ((share * self.templates).floor().clamp_max(last) == index).to(images.dtype)
+        cos, sin = torch.cos(math.pi / 2 * share), torch.sin(math.pi / 2 * share)
+        terms = [
+            math.sqrt(math.comb(last, m)) * cos ** (last - m) * sin**m for m in range(last + 1)
         ]
-        return torch.cat(factors, 1)
+        return torch.cat(terms, 1)
+
+    def _check_images(self, images: Tensor) -> None:
+        rows, columns = self.patch
+        fits = images.ndim == 4 and images.shape[1] == self.channels
+        if not fits or images.shape[2] % rows or images.shape[3] % columns:
+            raise ShapeError(
+                "images do not fit the patches.\n"
+                f"  found:    {tuple(images.shape)}\n"
+                f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})",
+                argument="images",
+            )
+        weight = next(self.parameters(), images)
+        if not images.is_floating_point() or images.dtype != weight.dtype:
+            wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
+            raise DataError(
+                f"images have dtype {images.dtype}; write images.to({wanted}).", argument="images"
+            )
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that make a representation of the same shape."""
+        """Return the arguments that make a representation of the same shape."""
         names = ("templates", "kind", "patch", "channels", "low", "high", "trained")
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        """Shown by ``print``."""
+        """Describe the templates for ``print``."""
         fixed = "" if self.trained or self.kind in ("bins", "sine") else ", fixed"
         return f"{self.templates} {self.kind} templates of {self.patch[0]}x{self.patch[1]} patches{fixed}"
 
@@ -203,13 +199,18 @@ class ConvAC(nn.Module):
     ) -> None:
         super().__init__()
         if net.outputs is None:
-            raise OptionError("a classifier needs a net with outputs=number of classes.")
+            raise OptionError(
+                "a classifier needs a net with outputs=number of classes.", argument="net"
+            )
         if set(net.sizes) != {representation.templates}:
             raise ShapeError(
-                f"{representation.templates} templates do not fit input channels {set(net.sizes)}."
+                f"{representation.templates} templates do not fit input channels {set(net.sizes)}.",
+                argument="representation",
             )
         if scores not in ("normalized", "plain"):
-            raise OptionError(f"unknown scores {scores!r}; write 'normalized' or 'plain'.")
+            raise OptionError(
+                f"unknown scores {scores!r}; write 'normalized' or 'plain'.", argument="scores"
+            )
         self.representation, self.net = representation, net
         self.scores, self.temperature = scores, float(temperature)
 
@@ -217,7 +218,7 @@ class ConvAC(nn.Module):
     def start_averaging_(
         self, *, std: float = 1.0, generator: torch.Generator | None = None
     ) -> ConvAC:
-        """Initial filters that average what they read, each entry ``(1 + std N(0, 1)) / inputs``.
+        """Set filters that average what they read, each entry ``(1 + std N(0, 1)) / inputs``.
 
         Products of averages stay in reach of each other however many there are; from filters around
         zero deep products hardly train.
@@ -225,54 +226,46 @@ class ConvAC(nn.Module):
         for conv in self.net.convs.values():
             weight: Any = conv.weight
             inputs = weight.shape[1] if self.net.share else math.prod(weight.shape[1:-1])
-            noise = torch.randn(
-                weight.shape, generator=generator, dtype=weight.dtype,
-                device=generator.device if generator is not None else weight.device,
-            )  # fmt: skip
-            weight.copy_((1 + std * noise.to(weight.device)) / inputs)
+            noise = draw_normal(weight.shape, weight.dtype, weight.device, generator)
+            weight.copy_((1 + std * noise) / inputs)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores ``(B, classes)`` of images ``(B, C, H, W)``."""
+        """Return the scores ``(B, classes)`` of images ``(B, C, H, W)``."""
         features = self.representation(images)
         if self.scores == "plain":
-            found: Tensor = self.net(features)
-            return found
+            scores: Tensor = self.net(features)
+            return scores
         values, _ = self.net.scaled_values(features)
         # the scale of a sample cancels; the largest value first, so that squares stay in range
         largest = values.detach().abs().amax(1, keepdim=True)
         values = values / torch.where(largest > 0, largest, torch.ones_like(largest))
-        size = (
-            values.square().mean(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
-        )
-        return self.temperature * values / size
+        squares = values.square().mean(1, keepdim=True)
+        return self.temperature * values / squares.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
 
     def as_factorization(self) -> Factorization:
         """Return the factorization with the network's weights: its gradients flow to them."""
         return self.net.as_factorization()
 
     def factorization(self) -> Factorization:
-        """The classifier's tensor ``(M, ..., M, classes)``: the classes are the last mode, below the root."""
+        """Return the tensor ``(M, ..., M, classes)``: the classes are the last mode, below the root."""
         return from_cnn(self.net)
 
     def with_factorization(self, model: Factorization) -> ConvAC:
-        """A classifier with a copy of this representation and the network of another tensor.
+        """Return a classifier with a copy of this representation and the network of another tensor.
 
         Args:
             model: As ``factorization`` gives it, e.g. truncated; the classes are its last mode.
         """
-        representation = Representation(**self.representation.settings())
-        sample = next(self.net.parameters())
-        representation.load_state_dict(self.representation.state_dict())
-        net = to_cnn(model, classes=True, shape=self.net.shape).to(sample.dtype)
-        return ConvAC(
-            representation.to(sample), net, scores=self.scores, temperature=self.temperature
-        ).to(sample.device)
+        weight = next(self.net.parameters())
+        net = to_cnn(model, classes=True, shape=self.net.shape).to(weight)
+        representation = copy.deepcopy(self.representation).to(weight)
+        return ConvAC(representation, net, scores=self.scores, temperature=self.temperature)
 
     def truncated(
         self, *, ranks: int | Mapping[Node, int] | None = None, rtol: float | None = None
     ) -> ConvAC:
-        """The classifier of lower hierarchical rank: its tensor rounded by ``tnreg.truncate``.
+        """Return the classifier of lower hierarchical rank: its tensor rounded by ``tnreg.truncate``.
 
         Joins become full: product pooling of all pairs of channels, of which fewer are left.
 
@@ -280,8 +273,7 @@ class ConvAC(nn.Module):
             ranks: Largest number of channels: one integer, or ``{node: integer}``.
             rtol: Relative error of the tensor of all classes together (Frobenius norm).
         """
-        found = truncate(self.factorization(), ranks=ranks, rtol=rtol)
-        return self.with_factorization(found)
+        return self.with_factorization(truncate(self.factorization(), ranks=ranks, rtol=rtol))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, tree and settings to a safetensors file, whole or not at all."""
@@ -311,6 +303,16 @@ class ConvAC(nn.Module):
             FileError: No such file, or something else.
         """
         return read_model(path, _METADATA, "classifier of ConvAC.save", _from_file)
+
+
+@blame("patch")
+def _check_patch(patch: Any) -> tuple[int, int]:
+    try:
+        rows, columns = patch
+    except (TypeError, ValueError):
+        raise OptionError(f"patch must be (height, width), found {patch!r}.") from None
+    height = check_integer(rows, 1, "height of a patch")
+    return height, check_integer(columns, 1, "width of a patch")
 
 
 def _from_file(about: Any, state: dict[str, Tensor]) -> ConvAC:

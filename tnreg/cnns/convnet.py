@@ -28,7 +28,7 @@ from tnreg.cnns.pooling import FACTORS, LocalConv, pool, scaled_product, which_r
 from tnreg.errors import OptionError, check_integer
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.network import Level, Network, Stacked
-from tnreg.tensors.arrays import Scaled, check_features, power_below, rescale
+from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale
 from tnreg.trees.grid import grid_of, maps_of
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -113,11 +113,8 @@ class ConvNet(nn.Module):
                     argument="outputs",
                 )
             last = weights[model.tree.root]
-            noise = torch.randn(
-                (*last.shape, outputs), dtype=last.dtype, generator=generator,
-                device=generator.device if generator is not None else last.device,
-            )  # fmt: skip
-            weights[model.tree.root] = (std * noise).to(last.device)
+            noise = draw_normal((*last.shape, outputs), last.dtype, last.device, generator)
+            weights[model.tree.root] = std * noise
         if share:
             first: dict[int, Tensor] = {}
             for height, (node, weight) in zip(model.tree.heights, weights.items(), strict=False):
@@ -127,34 +124,30 @@ class ConvNet(nn.Module):
         self._assemble(model.network, weights, outputs, share, scaled, shape)
 
     @classmethod
-    def holding(
-        cls,
-        network: Network,
-        weights: Mapping[Node, Tensor],
-        *,
-        outputs: int | None = None,
-        share: bool = False,
-        scaled: bool | None = None,
-        shape: tuple[int, int] | None = None,
-    ) -> ConvNet:
+    def holding(cls, network: Network, weights: Mapping[Node, Tensor], **settings: Any) -> ConvNet:
         """Return a network with copies of these weights, shaped as ``weights`` says.
+
+        Args:
+            network: Indices and sizes.
+            weights: ``{node: filters}``.
+            settings: ``outputs``, ``share``, ``scaled`` and ``shape``, as for the class.
 
         Raises:
             OptionError: ``share`` with weights that differ between nodes of a layer.
         """
         net = cls.__new__(cls)
         nn.Module.__init__(net)
-        net._assemble(network, weights, outputs, share, scaled, shape)
+        net._assemble(network, weights, **settings)
         return net
 
     def _assemble(
         self,
         network: Network,
         weights: Mapping[Node, Tensor],
-        outputs: int | None,
-        share: bool,
-        scaled: bool | None,
-        shape: tuple[int, int] | None,
+        outputs: int | None = None,
+        share: bool = False,
+        scaled: bool | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> None:
         tree = network.tree if shape is None else ModeTree(network.tree, shape=shape)
         grid = grid_of(tree)
@@ -178,12 +171,13 @@ class ConvNet(nn.Module):
     def _name_levels(self) -> list[str]:
         """Return the levels' keys in ``convs``: one a level, or one a layer if filters are shared."""
         heights = [self.tree.heights[level.positions[0]] for level in self._levels]
-        levels_at, named, names = Counter(heights), Counter[int](), []
-        for height in heights:
-            single = self.share or levels_at[height] == 1
-            names.append(f"layer{height}" if single else f"layer{height}_{named[height]}")
-            named[height] += 1
-        return names
+        count, first = Counter(heights), dict[int, int]()
+        return [
+            f"layer{height}"
+            if self.share or count[height] == 1
+            else f"layer{height}_{g - first.setdefault(height, g)}"
+            for g, height in enumerate(heights)
+        ]
 
     def _modes(self, level: Level) -> list[int]:
         """Return the modes of a level of leaves."""
@@ -348,17 +342,17 @@ class ConvNet(nn.Module):
 
     def _through_blocks(self, x: Tensor | list[Tensor], logs: list[Tensor]) -> Tensor:
         """Return ``(B, outputs)``; values are ``(positions, B, channels)`` on the way."""
-        if isinstance(x, Tensor):
-            x = self._rescale(x, 1, logs).permute(2, 0, 1)
         values = Stacked()
         for g, level in enumerate(self._levels):
             if level.join != "leaf":
                 parts = values.children(level)
-            elif isinstance(x, Tensor):
-                order = getattr(self, f"_order{g}")
-                parts = [x.contiguous() if order is None else x[order]]
             else:
-                block = torch.stack([x[mode] for mode in self._modes(level)])
+                order = getattr(self, f"_order{g}")
+                if not isinstance(x, Tensor):
+                    block = torch.stack([x[mode] for mode in self._modes(level)])
+                else:
+                    block = x.permute(2, 0, 1)
+                    block = block.contiguous() if order is None else block[order]
                 parts = [self._rescale(block, 2, logs)]
             values.append(self._convolve(g, parts, 2, logs))
         return values.tensors[-1][0]

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tnreg.cnns.classifier import ConvAC
@@ -21,7 +20,6 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.dense import effective_rank, entanglement_entropy
 from tnreg.ranks.spectra import factorization_of, spectra
 from tnreg.trees.reading import Node
-from tnreg.trees.tree import ModeTree
 
 Model = Factorization | ConvNet | ConvAC
 Weights = Mapping[Node, float] | Mapping[int, float]
@@ -79,14 +77,12 @@ class LocalComponentPenalty:
             raise OptionError(
                 "LocalComponentPenalty: full joins have no local components.", argument="model"
             )
-        total = torch.zeros((), dtype=view.stacks[0].real.dtype, device=view.device)
-        for node, factor in _factors(self, view.tree, norms).items():
-            vectors = norms[node]
-            power = 2 / len(vectors) if self.p is None else self.p
-            # logarithms: a product of 64 norms may leave the range where its power does not
-            logs = vectors.clamp_min(self.eps).log().sum(0)
-            total = total + factor * (power * logs).exp().sum()
-        return -total if self.promote else total
+        return _weighted_sum(self, view, norms, self._sum_of_powers)
+
+    def _sum_of_powers(self, norms: Tensor) -> Tensor:
+        power = 2 / len(norms) if self.p is None else self.p
+        # logarithms: a product of 64 norms may leave the range where its power does not
+        return (power * norms.clamp_min(self.eps).log().sum(0)).exp().sum()
 
     def __repr__(self) -> str:
         return (
@@ -131,12 +127,7 @@ class EffectiveRankPenalty:
             OptionError: A weight for a node that the tree does not have, or another kind of model.
         """
         view = _factorization_of(model)
-        values = spectra(view)
-        # zero, but with a graph: a zero tensor has no gradient of its own
-        total: Tensor = 0 * view.stacks[0].real.sum()
-        for node, factor in _factors(self, view.tree, values).items():
-            total = total + factor * _MEASURES[self.kind](values[node])
-        return -total if self.promote else total
+        return _weighted_sum(self, view, spectra(view), _MEASURES[self.kind])
 
     def __repr__(self) -> str:
         return (
@@ -181,11 +172,14 @@ def _check_weights(weights: Any, penalty: Any) -> Weights | None:
 
 
 @blame("weights")
-def _factors(penalty: Any, tree: ModeTree, values: Mapping[Node, Tensor]) -> dict[Node, float]:
-    """Return ``{node: factor}`` of those nodes of ``values`` that count."""
-    weights: Mapping[Any, float] | None = penalty.weights
-    if weights is None:
-        return dict.fromkeys(values, 1.0)
+def _weighted_sum(
+    penalty: LocalComponentPenalty | EffectiveRankPenalty,
+    model: Factorization,
+    values: Mapping[Node, Tensor],
+    measure: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Sum the measures of the values of all nodes that count, times the nodes' weights."""
+    tree, weights = model.tree, dict[Any, float](penalty.weights or {})
     heights = {node: tree.heights[tree.position(node)] for node in values}
     by_height = all(isinstance(key, int) and not isinstance(key, bool) for key in weights)
     keys: Mapping[Node, Any] = heights if by_height else {node: node for node in values}
@@ -197,4 +191,9 @@ def _factors(penalty: Any, tree: ModeTree, values: Mapping[Node, Tensor]) -> dic
             f"{type(penalty).__name__}: nothing to weigh at {wrong[0]!r}.\n"
             f"  nodes: {nodes}; or only heights, {sorted(set(heights.values()))}"
         )
-    return {node: float(weights[key]) for node, key in keys.items() if key in weights}
+    # zero, but with a graph: a zero tensor has no gradient of its own
+    total: Tensor = 0 * model.stacks[0].real.sum()
+    for node, key in keys.items():
+        if penalty.weights is None or key in weights:
+            total = total + weights.get(key, 1.0) * measure(values[node])
+    return -total if penalty.promote else total

@@ -22,7 +22,7 @@ from tnreg.machine.files import read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
 from tnreg.networks.scaled import column_norms, inner_products
-from tnreg.tensors.arrays import Scaled, check_features
+from tnreg.tensors.arrays import Scaled, check_features, draw_normal
 from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -527,11 +527,7 @@ def _initial(
 ) -> Tensor:
     if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
         return torch.zeros(shape, dtype=dtype, device=device)
-    if generator is None:
-        return std * torch.randn(shape, dtype=dtype, device=device)
-    # drawn where the generator lives, so that a CPU generator gives the same weights on every device
-    drawn = torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
-    return (std * drawn).to(device or drawn.device)
+    return std * draw_normal(shape, dtype, device, generator)
 
 
 def _span(values: Sequence[int]) -> str:

@@ -299,6 +299,18 @@ def _shapes(parts: Sequence[Tensor]) -> str:
     return str(shapes) if len(parts) <= 16 else f"{len(parts)} tensors, {shapes[0]} first"
 
 
+def draw_normal(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw standard normal numbers where the generator lives, the same ones for every device."""
+    where = device if generator is None else generator.device
+    values = torch.randn(shape, dtype=dtype, device=where, generator=generator)
+    return values.to(device or values.device)
+
+
 def array_of(values: Any, axes: int | None, what: str) -> Tensor:
     """Read an array of ``axes`` axes (any number if ``None``); ``what`` names it in errors."""
     if not isinstance(values, Tensor | np.ndarray) and hasattr(values, "__dlpack__"):
