@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,9 +301,10 @@ def test_init_scale(tmp_path):
     written = weights.stat().st_mtime_ns
     more = dataclasses.replace(init_scale.tiny, stds=(0.1, 0.3))
     assert len(sweep(more, place)) == 4 and weights.stat().st_mtime_ns == written
-    (place / "config.json").unlink()  # a sweep that was cut short
+    shutil.rmtree(place / cells[1])  # a sweep that was cut short
     (place / "init-scale.png").unlink()
-    assert sweep(init_scale.tiny, place) == rows
+    assert sweep(init_scale.tiny, place) == rows and (place / "init-scale.png").exists()
+    assert weights.stat().st_mtime_ns == written
     with pytest.raises(OptionError, match="made with other settings"):
         sweep(dataclasses.replace(init_scale.tiny, steps=50), place)
     (place / "init-scale.png").unlink()

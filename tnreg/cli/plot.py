@@ -11,7 +11,6 @@ from tnreg.errors import OptionError
 from tnreg.experiments import completion, convac, demo, dynamics, locality
 from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.folder import experiment_of
-from tnreg.experiments.sweep import kinds as sweep_kinds
 from tnreg.experiments.sweep import pictures as sweep_pictures
 
 # Experiments with a picture of their own; the others record one trajectory.
@@ -20,7 +19,7 @@ _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
     "convac": convac.figure,
     "locality": locality.figure,
     "sweep": sweep_pictures.figure,
-    sweep_kinds.DYNAMICS.title: sweep_pictures.figure,
+    init_scale.DYNAMICS.title: sweep_pictures.figure,
 }
 
 

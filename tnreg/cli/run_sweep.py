@@ -20,8 +20,8 @@ from tnreg.cli.output import Reply
 from tnreg.errors import OptionError
 from tnreg.experiments import convac, dynamics, locality
 from tnreg.experiments.dynamics import init_scale
-from tnreg.experiments.sweep import kinds as sweep_kinds
-from tnreg.experiments.sweep.experiment import run as run_cells
+from tnreg.experiments.sweep import command as sweep_kinds
+from tnreg.experiments.sweep import run as run_cells
 from tnreg.machine.processes import is_first, started
 
 TOGETHER = "work together in `tnreg run locality` alone; give other commands without torchrun"

@@ -1,15 +1,14 @@
 """What the scale of the initial weights does: small ones give the staircase, large ones lose it.
 
-The same factorization is trained from several scales and seeds. Every training is a run folder of
-``dynamics`` inside this one, ``std-0.01-seed-1`` and so on; those that are there already are not
-trained again, and one that was killed goes on from its checkpoint. Then ``init-scale.png`` and
-``config.json`` with the table of results are written.
+The same factorization is trained from several scales and seeds: a ``sweep`` of ``dynamics``, whose run
+folders are ``std-0.01-seed-1`` and so on. Beside them are ``init-scale.png``, ``results.csv`` and
+``config.json`` with the table of results.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from typing import Any
 import numpy as np
 
 from tnreg.errors import OptionError
-from tnreg.experiments import dynamics
+from tnreg.experiments import dynamics, sweep
 from tnreg.experiments.folder import about_of, read_run, refused
-from tnreg.machine.files import check_folder, write_whole
-from tnreg.machine.versions import __version__
 from tnreg.plots import save_figure
 
 
@@ -59,57 +56,28 @@ def run(
         config: Scales and seeds.
         folder: Where the runs and the picture go.
         base: Settings of your own in place of the preset's.
-        progress: Show a progress bar for each training.
+        progress: Show a progress bar.
 
     Raises:
         OptionError: No scales or no seeds, or a run that is there was made with other settings.
+        Exception: That of the first training that failed, when all others are done.
     """
     if not config.stds or not config.seeds:
         raise OptionError("init-scale: give at least one std and one seed.", argument="stds")
     start = dynamics.MODELS[config.model] if base is None else base
-    place = check_folder(folder) if not _is_sweep(Path(folder)) else Path(folder)
-    rows = []
-    for std in config.stds:
-        for seed in config.seeds:
-            one = dataclasses.replace(
-                start, std=std, seed=seed, steps=config.steps, device=config.device
-            )
-            rows.append(_result(one, _cell(place, std, seed), progress))
-    about = {
-        "tnreg": __version__,
-        "experiment": "init_scale",
-        "config": dataclasses.asdict(config),
-        "base": dataclasses.asdict(start),
-        "summary": rows,
-    }
-    text = json.dumps(about, indent=1) + "\n"
-    write_whole(place / "config.json", lambda beside: beside.write_text(text, encoding="utf-8"))
-    figure(place)
-    return rows
-
-
-def _cell(place: Path, std: float, seed: int) -> Path:
-    return place / f"std-{std:g}-seed-{seed}"
-
-
-def _is_sweep(place: Path) -> bool:
-    """A sweep that was cut short: nothing but its cells."""
-    return place.is_dir() and all(p.name.lstrip(".").startswith("std-") for p in place.iterdir())
-
-
-def _result(config: dynamics.Config, cell: Path, progress: bool) -> dict[str, Any]:
-    if cell.exists():
-        there = read_run(cell)
-        wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-        if there.config != wanted:
-            raise OptionError(
-                f"{cell} was made with other settings; delete it, or choose another folder.",
-                argument="folder",
-            )
-        summary = there.summary
-    else:
-        summary = dynamics.run(config, cell, pictures=False, progress=progress)
-    return {"std": config.std, "seed": config.seed, **dynamics.row(summary)}
+    start = dataclasses.replace(start, steps=config.steps, device=config.device)
+    cells = [
+        dataclasses.asdict(dataclasses.replace(start, std=std, seed=seed))
+        for std in config.stds
+        for seed in config.seeds
+    ]
+    about = {"config": dataclasses.asdict(config), "base": dataclasses.asdict(start)}
+    result = sweep.run(
+        EXPERIMENT, cells, folder, workers=0, threads=None, retries=0, progress=progress, about=about
+    )  # fmt: skip
+    if result.failed:
+        raise result.failed[0].exception
+    return result.rows
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
@@ -126,17 +94,16 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     drawn = Figure(figsize=(3.1 * max(len(stds), 2), 6), layout="constrained")
     upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
     for std, ax in zip(stds, upper.subplots(1, len(stds), squeeze=False)[0], strict=True):
-        found = read_run(_cell(place, std, seeds[0])).found
-        followed = dynamics.tracks(found)
-        ax.plot(followed.steps, followed.norms, lw=1.2)
+        tracks = dynamics.tracks(read_run(place / _name({"std": std, "seed": seeds[0]})).found)
+        ax.plot(tracks.steps, tracks.norms, lw=1.2)
         ax.set_title(f"std {std:g}")
         ax.set_xlabel("step")
     upper.suptitle(f"components, seed {seeds[0]}", fontsize=10)
     left, right = lower.subplots(1, 2)
     for name, ax in (("test error", left), ("effective rank", right)):
         for seed in seeds:
-            some = [row for row in rows if row["seed"] == seed and row[name] is not None]
-            ax.plot([row["std"] for row in some], [row[name] for row in some], "o-", ms=4, lw=1)
+            known = [row for row in rows if row["seed"] == seed and row[name] is not None]
+            ax.plot([row["std"] for row in known], [row[name] for row in known], "o-", ms=4, lw=1)
         both = [[r[name] for r in rows if r["std"] == std and r[name] is not None] for std in stds]
         ax.plot(stds, [np.mean(part) if part else np.nan for part in both], color="0.3", lw=2)
         ax.set_xscale("log")
@@ -144,3 +111,28 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         ax.set_title(f"{name} at the end (grey: mean of {len(seeds)} seeds)")
     left.set_yscale("log")
     return save_figure(drawn, png or place / "init-scale.png")
+
+
+def _work(cell: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """Carry out one run of ``dynamics``; lists of JSON are tuples again."""
+    settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in cell.items()}
+    return dynamics.run(dynamics.Config(**settings), folder, pictures=False, checkpoint=checkpoint)
+
+
+def _row(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    more = {name: summary[name] for name in ("train error", "stopped by", "seconds")}
+    return {**dynamics.row(summary), **more}
+
+
+def _name(cell: Mapping[str, Any], fields: Sequence[str] = ()) -> str:
+    return f"std-{cell['std']:g}-seed-{cell['seed']}"
+
+
+DYNAMICS = sweep.Experiment(
+    _work, title="dynamics_sweep", fields=("seed",), row=_row, headline="test error",
+    defaults=dataclasses.asdict(dynamics.Config()),
+)  # fmt: skip
+EXPERIMENT = dataclasses.replace(
+    DYNAMICS, title="init_scale", fields=("std", "seed"), name=_name, figure=figure,
+    row=lambda cell, summary: dynamics.row(summary),
+)  # fmt: skip

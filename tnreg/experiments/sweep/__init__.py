@@ -5,14 +5,13 @@ not computed again, so a sweep that was killed goes on when it is started again.
 tried again, then reported, and stops none of the others. At the end there are ``results.csv`` with one
 row a cell, ``config.json`` with the same rows, their means over seeds and what failed, and a picture.
 
-Dask does the scheduling, the retries and the communication (``pip install 'tnreg[scale]'``); where it is
-not installed processes on this machine are Python's own. With ``workers=0`` the cells are computed in this
-process, one after another.
+Dask does the scheduling and the communication (``pip install 'tnreg[scale]'``). Where it is not installed,
+Python's own processes compute on this machine. With ``workers=0`` this process computes the cells, one
+after another.
 """
 
-from tnreg.experiments.sweep.cell import Work
+from tnreg.experiments.sweep.cell import Work, cell_name
 from tnreg.experiments.sweep.experiment import Experiment, Result, run
-from tnreg.experiments.sweep.names import cell_name
 from tnreg.experiments.sweep.workers import Failed
 
 __all__ = ["Experiment", "Failed", "Result", "Work", "cell_name", "run"]

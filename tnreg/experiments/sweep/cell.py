@@ -1,20 +1,24 @@
-"""One cell of a sweep: settings, a run folder of its own, and how it is computed once.
+"""One cell of a sweep: its settings, the name of its run folder, and how it is computed only once.
 
-A cell is done if its run folder is there; its results are what ``config.json`` says under ``summary``.
-Whoever computes it holds a file lock beside that folder and looks again first, so that two sweeps in
-one folder, or a task that outlived its sweep on a cluster, never compute it twice. The lock wants a
-file system with ``flock``, which those that clusters share have.
+A cell is done if its run folder is there; its results are ``summary`` in that folder's ``config.json``.
+A process computes a cell under a file lock beside the folder and looks for the folder again first. So
+two sweeps in one folder, or a task on a cluster that outlives its sweep, never compute a cell twice.
+The lock needs a file system with ``flock``, as shared file systems of clusters have it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import glob
+import hashlib
 import json
+import os
 import platform
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,6 @@ from filelock import FileLock
 
 from tnreg.errors import FileError, OptionError, TnregError
 from tnreg.experiments.folder import UNREADABLE, about_of
-from tnreg.experiments.sweep.names import short_hash
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.machine.versions import versions
 
@@ -34,9 +37,12 @@ Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 # A training uses the process's random state and its flag for denormal numbers.
 _ONE_AT_A_TIME = threading.RLock()
 
+_LONGEST = 120  # file systems take 255 bytes; temporary names beside are longer
+_HASH = "[0-9a-f]" * 8
+
 
 class Unfinished(TnregError):
-    """The time of a computation is over; what it needs to go on is kept.
+    """The time for a computation is over; what it needs to go on is kept.
 
     Attributes:
         so_far: What it has reached, values for JSON.
@@ -56,8 +62,8 @@ class Cell:
 
     Attributes:
         folder: Folder of the sweep.
-        name: Name of its run folder in there.
-        settings: What it is computed from, as JSON gives it back.
+        name: Name of the cell's run folder in it.
+        settings: What the cell is computed from, as JSON returns it.
         defaults: Values of settings that a run folder of an older version may lack.
     """
 
@@ -67,34 +73,27 @@ class Cell:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def place(self) -> Path:
-        """Its run folder."""
-        return self.folder / self.name
-
-    @property
     def checkpoint(self) -> Path:
-        """A file that stays when the computation is killed; other settings have another one.
+        """A file that survives a kill; other settings have another one.
 
         Further files of a computation begin with its name before ``.checkpoint``.
         """
-        return self.folder / f"{self.name}.{short_hash(self.settings)}.checkpoint"
-
-    @property
-    def lock(self) -> Path:
-        """Held by whoever computes the cell; gone once that is done."""
-        return self.folder / f".{self.name}.lock"
+        return self.folder / f"{self.name}.{_short_hash(as_text(self.settings))}.checkpoint"
 
 
-def found(cell: Cell) -> dict[str, Any] | None:
-    """Results of a cell that is done, or None.
+def find(cell: Cell) -> dict[str, Any] | None:
+    """Return the results of a cell that is done, or None.
 
     Raises:
-        OptionError: It was made with other settings.
+        OptionError: The run folder was made with other settings.
         FileError: Something else is in its place.
     """
-    place = check_folder(cell.place)
+    place = check_folder(cell.folder / cell.name)
     try:
-        summary, differ = _read(place, cell)
+        about = about_of(place)
+        there, now = {**cell.defaults, **about["config"]}, cell.settings
+        pairs = {key: (there.get(key), now.get(key)) for key in {**there, **now}}
+        summary = dict(about["summary"])
     except FileNotFoundError:
         return None
     except UNREADABLE as error:
@@ -103,119 +102,162 @@ def found(cell: Cell) -> dict[str, Any] | None:
             "  delete it, or choose another folder",
             argument="folder",
         ) from None
-    if differ:
+    different = [
+        f"\n  {key}: {old!r} there, {new!r} now"
+        for key, (old, new) in pairs.items()
+        if old != new and as_text(old) != as_text(new)  # NaN is not equal to itself
+    ]
+    if different:
         raise OptionError(
-            f"{place} was made with other settings; delete it, or choose another folder.\n"
-            + "\n".join(differ),
+            f"{place} was made with other settings; delete it, or choose another folder."
+            + "".join(different),
             argument="folder",
         )
     return summary
 
 
 def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any], bool]:
-    """Results of a cell, and whether they were computed by this call; one at a time in a process.
+    """Return a cell's results, and whether this call computed them; one at a time in a process.
+
+    What a killed attempt left behind is removed first, except its checkpoint.
 
     Args:
-        cell: What to compute. What an attempt that was killed left behind is cleared away, but for
-            its checkpoint.
+        cell: The cell.
         work: The function that computes it.
-        threads: Threads that torch may use meanwhile; None leaves them as they are.
+        threads: Threads that torch may use meanwhile; None does not change them.
     """
     if not cell.folder.is_dir():
         raise FileError(
             f"no folder {cell.folder} on {platform.node()}\n"
             "  the workers of a cluster write into a folder that all its machines share"
         )
-    with _ONE_AT_A_TIME, FileLock(cell.lock):
-        summary = found(cell)
+    lock, name = cell.folder / f".{cell.name}.lock", glob.escape(cell.name)
+    with _ONE_AT_A_TIME, FileLock(lock):
+        summary = find(cell)
         computed = summary is None
         if summary is None:
-            _clear(cell)
-            with _threads(threads), folder_written_whole(cell.place) as beside:
-                summary = work(dict(cell.settings), beside, cell.checkpoint)
-                summary = _describe(cell, beside, summary)
-            _remove_checkpoints(cell)
-        cell.lock.unlink(missing_ok=True)  # whoever waits for it sees next that the cell is done
+            # folders half-written by the sweep and by work itself, checkpoints
+            for start in (f".{name}", f"..{name}", f".{name}.{_HASH}.*"):
+                _remove(cell.folder, f"{start}.partial-*")
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads or before)
+            try:
+                with folder_written_whole(cell.folder / cell.name) as folder:
+                    summary = work(dict(cell.settings), folder, cell.checkpoint)
+                    summary = _describe(cell, folder, summary)
+            finally:
+                torch.set_num_threads(before)
+            _remove(cell.folder, f"{name}.{_HASH}.*")  # checkpoints, of other settings as well
+        lock.unlink(missing_ok=True)  # a process that waits for it finds the cell done
     return summary, computed
 
 
-def _read(folder: Path, cell: Cell) -> tuple[dict[str, Any], list[str]]:
-    """Results in a run folder, and lines that say where its settings are not those of the cell."""
-    about = about_of(folder)
-    there, summary = {**cell.defaults, **about["config"]}, dict(about["summary"])
-    now = cell.settings
-    differ = [
-        f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in {**there, **now}
-        if not _same(there.get(key), now.get(key))
-    ]
-    return summary, differ
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether values are equal; as text if they are not, as NaN is not equal to itself."""
-    return bool(one == other) or json.dumps(one, default=str) == json.dumps(other, default=str)
-
-
 def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Write ``config.json`` where ``work`` wrote none; the results as the next sweep reads them."""
-    if not isinstance(summary, dict):
-        raise OptionError(
-            f"the function of a sweep returned {type(summary).__name__}; it must return a dict of results."
-        )
-    if not folder.is_dir():
-        raise OptionError(
-            f"the function of a sweep removed the folder of the cell {cell.name!r}, which it was given "
-            "to write into; it may remove what is in there."
-        )
-    about = {
-        **versions(), "experiment": "cell", "config": cell.settings, "summary": summary,
-    }  # fmt: skip
+    """Write ``config.json`` unless ``work`` did; return the results as the next sweep reads them."""
+    summary = as_json(summary, "the function of a sweep must return a dict of values for JSON")
+    folder.mkdir(exist_ok=True)
+    file = folder / "config.json"
+    if not file.exists():
+        about = {"experiment": "cell", "config": cell.settings, "summary": summary}
+        file.write_text(json.dumps({**versions(), **about}, indent=1) + "\n", encoding="utf-8")
     try:
-        text = json.dumps(about, indent=1)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise OptionError(f"results of a cell must be values for JSON: {error}") from None
-    if not (folder / "config.json").exists():
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    try:
-        there, differ = _read(folder, cell)
-        check_folder(folder)
-    except FileError:
-        differ = ["  the version of tnreg is missing under 'tnreg'"]
-    except UNREADABLE as error:
-        differ = [f"  {type(error).__name__}: {error}"]
-    if differ:
-        lines = "\n".join(differ)
+        return find(dataclasses.replace(cell, name=folder.name)) or {}
+    except (OptionError, FileError) as error:
         raise OptionError(
             f"the function of a sweep wrote a config.json that is not that of the cell {cell.name!r}.\n"
-            f"{lines}\n  write the cell under 'config', the results under 'summary' and "
+            f"  {error}\n  write the cell under 'config', the results under 'summary' and "
             "tnreg.__version__ under 'tnreg', or leave the file to the sweep"
-        )
-    return there
+        ) from None
 
 
-def _remove_checkpoints(cell: Cell) -> None:
-    """Those of the cell, and those of other settings that were left under its name."""
-    for left in cell.folder.glob(f"{glob.escape(cell.name)}.{'[0-9a-f]' * 8}.*"):
-        left.unlink(missing_ok=True)
+def _remove(folder: Path, pattern: str) -> None:
+    """Remove files and folders whose names match; the caller holds the lock."""
+    for path in folder.glob(pattern):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _clear(cell: Cell) -> None:
-    """Remove half-written folders and files of attempts that were killed; the lock is held."""
-    name = glob.escape(cell.name)
-    for folders in (f".{name}.partial-*", f"..{name}.partial-*"):  # the second by work itself
-        for left in cell.folder.glob(folders):
-            shutil.rmtree(left, ignore_errors=True)
-    for left in cell.folder.glob(f".{name}.{'[0-9a-f]' * 8}.*.partial-*"):
-        left.unlink(missing_ok=True)
+def as_json(values: Any, message: str) -> dict[str, Any]:
+    """Return a dict as JSON returns it.
 
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
+    Raises:
+        OptionError: ``values`` is no dict of values for JSON, or holds text that no file can hold.
+    """
     try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"found a {type(values).__name__}")
+        text = json.dumps(dict(values), ensure_ascii=False)
+        text.encode()  # half a surrogate pair cannot be encoded
+        copy: dict[str, Any] = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise OptionError(f"{message}: {error}") from None
+    return copy
+
+
+def distinct(cells: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of every field, each once.
+
+    Raises:
+        OptionError: No cells, or cells with different fields.
+    """
+    if not cells:
+        raise OptionError("sweep: no cells; give at least one.", argument="cells")
+    some = set().union(*cells).difference(set(cells[0]).intersection(*cells))
+    if some:
+        raise OptionError(
+            f"sweep: cells with different fields: not all have {', '.join(sorted(some))}.",
+            argument="cells",
+        )
+    # compared as text, for a list is no key and NaN is not equal to itself
+    return {key: list({as_text(c[key]): c[key] for c in cells}.values()) for key in cells[0]}
+
+
+def names(
+    cells: list[dict[str, Any]],
+    fields: tuple[str, ...],
+    name: Callable[[Mapping[str, Any], Sequence[str]], str],
+) -> list[str]:
+    """Return each cell's name; one that is long or that cells share ends with a hash of its fields.
+
+    Raises:
+        OptionError: A name that no folder can have, or two cells with the same settings.
+    """
+    wanted = [name(cell, fields) for cell in cells]
+    shared, repeated = Counter(wanted), Counter(map(as_text, cells))
+    unique = []
+    for one, cell in zip(wanted, cells, strict=True):
+        if not re.fullmatch(r"[^./\\][^/\\]*", one):
+            raise OptionError(f"sweep: a cell cannot be named {one!r}; it names a folder.")
+        if repeated[as_text(cell)] > 1:
+            raise OptionError(
+                f"sweep: two cells have the same settings, those of {one!r}; give each cell once."
+            )
+        if shared[one] > 1 or len(os.fsencode(one)) > _LONGEST:
+            start = os.fsencode(one)[: _LONGEST - 9].decode(errors="ignore")
+            one = f"{start}-{_short_hash(as_text({key: cell[key] for key in fields}))}"
+        unique.append(one)
+    return unique
+
+
+def cell_name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """Return ``FIELD-VALUE-FIELD-VALUE``; a value that no file name can hold is shortened, with a hash."""
+    return "-".join(f"{name}-{_as_name(cell[name])}" for name in fields)
+
+
+def _as_name(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    short = re.sub(r"[^A-Za-z0-9._+=-]+", "_", text).strip("_")[:48]
+    # values that are shortened to the same text never share a name
+    return short if short == text else f"{short}-{_short_hash(text)}"
+
+
+def _short_hash(text: str) -> str:
+    """Return eight digits that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def as_text(value: Any) -> str:
+    """Return a text that is the same for the same value."""
+    return json.dumps(value, sort_keys=True)

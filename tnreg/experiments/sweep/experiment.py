@@ -1,39 +1,36 @@
-"""Sweeps: one function over many settings, on this machine's processors or on a Dask cluster.
-
-Every cell of a sweep is a run folder inside the sweep's folder and is written whole. What is there is
-not computed again, so a sweep that was killed goes on when it is started again. A cell that fails is
-tried again, then reported, and stops none of the others. At the end there are ``results.csv`` with one
-row a cell, ``config.json`` with the same rows, their means over seeds and what failed, and a picture.
-
-Dask does the scheduling, the retries and the communication (``pip install 'tnreg[scale]'``); where it is
-not installed processes on this machine are Python's own. With ``workers=0`` the cells are computed in this
-process, one after another.
-"""
+"""Run a sweep: what is swept, its cells, and what is written when they are done."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import importlib.util
+import json
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tnreg.errors import FileError, OptionError, check_integer
 from tnreg.experiments.folder import experiment_of
-from tnreg.experiments.sweep import pictures as sweep_figure
-from tnreg.experiments.sweep.bar import Bar
-from tnreg.experiments.sweep.cell import Cell, Unfinished, Work, found
-from tnreg.experiments.sweep.names import cell_name, named, plain, swept, varying
-from tnreg.experiments.sweep.tables import (
-    About,
-    headline_of,
-    load_pyarrow,
-    row_of,
-    shown,
-    write_rows,
+from tnreg.experiments.sweep import pictures
+from tnreg.experiments.sweep.cell import (
+    Cell,
+    Unfinished,
+    Work,
+    as_json,
+    cell_name,
+    distinct,
+    find,
+    names,
 )
-from tnreg.experiments.sweep.workers import ClusterLost, Done, Failed, results
-from tnreg.machine.files import check_folder
+from tnreg.experiments.sweep.pictures import number
+from tnreg.experiments.sweep.workers import Done, Failed, results
+from tnreg.machine.files import check_folder, write_whole
+from tnreg.machine.progress import shown_progress
+from tnreg.machine.versions import versions
 
 
 def _scalars(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
@@ -47,20 +44,21 @@ class Experiment:
 
     Attributes:
         work: ``work(cell, folder, checkpoint)`` returns results for JSON as a dict. ``folder`` is empty
-            and becomes the run folder when the function returns; ``checkpoint`` is a path where it may
-            keep what it needs to go on after it was killed, of these settings alone, removed when it
-            is done. If it writes ``config.json`` itself, that holds the cell under ``config`` and the
-            results under ``summary``.
+            and becomes the run folder when the function returns. ``checkpoint`` is a path, of these
+            settings alone, for what it needs to go on after a kill; it is removed when the cell is
+            done. If ``work`` writes ``config.json`` itself, that holds the cell under ``config`` and
+            the results under ``summary``.
         title: What ``config.json`` of the sweep calls it.
         fields: Fields of a cell that are always in its name and its row; others are if they vary.
-        name: ``name(cell, fields)`` names the run folder; names that are long, or that several cells
-            share, end with a hash.
-        row: ``row(cell, results)`` gives the columns after the fields; all that are no lists if left out.
-            A column named like a field whose value is another one is written as ``NAME (result)``.
-        headline: The column that is drawn; if left out, or if it has no finite number, the first one
-            that has.
+        name: ``name(cell, fields)`` names the run folder. A name that is long, or that several cells
+            share, gets a hash at its end.
+        row: ``row(cell, results)`` gives the columns after the fields; by default all results that are
+            text, numbers or None. A column named like a field but with another value becomes
+            ``NAME (result)``.
+        headline: The column that is drawn; if left out, or without a finite number, the first column
+            that has one.
         defaults: Values of settings that a run folder of an older version may lack.
-        prepare: ``prepare(cells, folder, progress)`` is called first with the cells that are missing.
+        prepare: ``prepare(cells, folder, progress)`` is called first, with the cells that are missing.
         table: ``table(rows, fields, headline)`` gives means over seeds.
         figure: ``figure(folder)`` draws the picture.
     """
@@ -74,9 +72,9 @@ class Experiment:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[list[dict[str, Any]], Path, bool], Any] | None = None
     table: Callable[[list[dict[str, Any]], Sequence[str], str], list[dict[str, Any]]] = (
-        sweep_figure.means
+        pictures.means
     )
-    figure: Callable[[Path], Any] = sweep_figure.figure
+    figure: Callable[[Path], Any] = pictures.figure
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Result:
         folder: Where it is.
         rows: One for each cell that is done, in the order of the cells: its fields, then its results.
         failed: The cells that failed.
-        unfinished: Those whose time was over; the same call goes on with them.
+        unfinished: The cells whose time was over; the same call goes on with them.
         computed: Names of the cells that this call computed; the others were there.
         fields: Fields in every row.
         headline: The column that is drawn.
@@ -117,23 +115,23 @@ def run(
     progress: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Compute the cells that are missing, then write table and picture of all that are there.
+    """Compute the cells that are missing, then write the table and the picture of all that are there.
 
     Args:
-        work: A function, see ``Experiment.work``, or an ``Experiment``. Functions of a script go to the
-            workers by value; what they import must be installed there, tnreg included.
-        cells: Settings of each, values for JSON.
-        folder: Where run folders, table and picture go; on a cluster one that all its machines share.
-        workers: Processes on this machine, at most one for each missing cell; as many
-            as there are processors for ``threads`` each if left out; 0 computes in this process.
-        threads: Threads that torch uses in a cell; None leaves them as they are.
-        scheduler: Address of the scheduler of a cluster that is there, ``tcp://...``, or the path of its
-            scheduler file, in place of processes here.
+        work: A function, see ``Experiment.work``, or an ``Experiment``. Functions of a script reach
+            Dask's workers by value; what they import must be installed there, tnreg included.
+        cells: Settings of each cell, values for JSON.
+        folder: Where run folders, table and picture go; on a cluster, one that all its machines share.
+        workers: Processes on this machine, at most one for each missing cell; if left out, as many as
+            there are processors for ``threads`` each; 0 computes in this process.
+        threads: Threads that torch uses in a cell; None does not change them.
+        scheduler: Address of the scheduler of a running cluster, ``tcp://...``, or the path of its
+            scheduler file; replaces processes here.
         retries: How often a cell that failed is tried again.
         parquet: Write ``results.parquet`` as well; needs pyarrow.
         progress: Show a progress bar.
-        about: What else ``config.json`` shall hold; ``config`` takes the place of what was swept, the
-            other names that the sweep writes are refused.
+        about: Extra entries for ``config.json``. ``config`` replaces the swept settings; other names
+            that the sweep writes raise.
 
     Raises:
         OptionError: Options that do not fit each other, cells with the same settings, a cell that is
@@ -142,9 +140,9 @@ def run(
         TnregError: The scheduler was lost; what is done is written, and the same call goes on.
         KeyboardInterrupt: After Ctrl-C; the same call goes on.
 
-    A cell is found again by its name, which holds the fields that vary. When a field starts to vary,
-    as when a second value of it is added, names change and all cells are computed again; fields that
-    will vary later are better in ``Experiment.fields`` from the start.
+    A cell is found again by its name, which holds the fields that vary. When a field starts to vary, as
+    when a second value of it is added, names change and all cells are computed again. Put fields that
+    will vary later into ``Experiment.fields`` from the start.
 
     An ``OptionError`` of a cell is not tried again. A cell that raises ``Unfinished`` keeps its checkpoint
     and is not tried again by this call. A picture that cannot be drawn is a warning.
@@ -161,55 +159,53 @@ def run(
             f"{place} is a run of {experiment_of(place)!r}; choose another folder.",
             argument="folder",
         )
-    all_settings = [plain(cell) for cell in cells]
-    fields = varying(all_settings, what.fields)
-    written = About(what.title, fields, {} if about is None else about, swept(all_settings))
-    names = named(all_settings, fields, what.name)
+    settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
+    values = distinct(settings)
+    vary = [key for key in values if len(values[key]) > 1]
+    fields = tuple(dict.fromkeys((*what.fields, *vary))) or tuple(values)
+    fields = tuple(sorted(fields, key=lambda name: name == "seed"))  # the seed last
+    config = {key: value if key in vary else value[0] for key, value in values.items()}
+    entries = {
+        **versions(), "experiment": what.title, "config": config, "fields": fields, "headline": "",
+        "summary": [], "failed": [], "table": [],
+    }  # fmt: skip
+    extra = as_json({} if about is None else about, "sweep: about is a dict of values for JSON")
+    own = sorted(entries.keys() & extra.keys() - {"config"})
+    if own:
+        raise OptionError(
+            f"sweep: about cannot hold {', '.join(own)}, which the sweep writes itself; "
+            "choose another name.",
+            argument="about",
+        )
+    entries |= extra
     all_cells = [
-        Cell(place, name, settings, what.defaults)
-        for name, settings in zip(names, all_settings, strict=True)
+        Cell(place, name, one, what.defaults)
+        for name, one in zip(names(settings, fields, what.name), settings, strict=True)
     ]
-    state = _State(all_cells)
-    _begin(what, place, written, state.missing, progress)
-    lost = None
-    with Bar(len(all_cells), len(state.done), progress) as bar:
-        on = results(
-            state.missing, what.work, workers=workers, threads=threads, scheduler=scheduler,
-            retries=retries, told=bar.told,
-        )  # fmt: skip
-        try:
-            for one in on:
-                bar.advance(state.take(one, what), failed=isinstance(one, Failed))
-        except ClusterLost as error:
-            lost = error
-    result = _end(what, place, written, state, parquet)
-    if lost is not None:
-        raise lost
+    done = {c.name: summary for c in all_cells if (summary := find(c)) is not None}
+    missing = [cell for cell in all_cells if cell.name not in done]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
+    if not (place / "config.json").exists():  # so that a sweep cut short is known as one
+        _write_about(place, entries)
+    if what.prepare is not None and missing:
+        what.prepare([cell.settings for cell in missing], place, progress)
+    outcomes: list[Done | Failed] = []
+    try:
+        with _bar(len(all_cells), len(done), what, progress) as advance:
+            for outcome in results(
+                missing, what.work, workers=workers, threads=threads, scheduler=scheduler,
+                retries=retries,
+            ):  # fmt: skip
+                outcomes.append(outcome)
+                advance(outcome)
+    finally:  # what is done is written, whatever ended the sweep
+        done |= {one.cell.name: one.summary for one in outcomes if isinstance(one, Done)}
+        finished = [(cell, done[cell.name]) for cell in all_cells if cell.name in done]
+        result = _finish(what, finished, outcomes, entries, place, parquet)
     return result
-
-
-class _State:
-    """Results of the cells that are done, those that failed, and names of those computed now."""
-
-    def __init__(self, cells: list[Cell]) -> None:
-        there = {cell.name: found(cell) for cell in cells}
-        self.cells = cells
-        self.missing = [cell for cell in cells if there[cell.name] is None]
-        self.done = {name: one for name, one in there.items() if one is not None}
-        self.failed: list[Failed] = []
-        self.unfinished: list[Failed] = []
-        self.computed: list[str] = []
-
-    def take(self, one: Done | Failed, what: Experiment) -> str:
-        """Keep what became of a cell; a line that says it."""
-        name = one.cell.name
-        if isinstance(one, Failed):
-            over = isinstance(one.exception, Unfinished)
-            (self.unfinished if over else self.failed).append(one)
-            return f"{name} {'is not finished' if over else 'failed'}"
-        self.done[name] = one.summary
-        self.computed += [name] if one.computed else []
-        return f"{name} {shown(what.row(one.cell.settings, one.summary), what.headline)}"
 
 
 def _check(
@@ -223,41 +219,123 @@ def _check(
         raise OptionError(
             "sweep: workers are those of the scheduler; give one of the two.", argument="workers"
         )
-    if parquet:
-        load_pyarrow()
+    if parquet and importlib.util.find_spec("pyarrow") is None:
+        raise OptionError(
+            "parquet needs pyarrow: pip install pyarrow; results.csv holds the same rows.",
+            argument="parquet",
+        )
 
 
-def _begin(
-    what: Experiment, place: Path, written: About, missing: list[Cell], progress: bool
-) -> None:
-    """The sweep's folder, with a ``config.json`` so that a sweep cut short is known as one."""
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
-    if not (place / "config.json").exists():
-        written.write(place, [], [], "", [])
-    if what.prepare is not None and missing:
-        what.prepare([cell.settings for cell in missing], place, progress)
+@contextlib.contextmanager
+def _bar(
+    total: int, done: int, what: Experiment, wanted: bool
+) -> Iterator[Callable[[Done | Failed], None]]:
+    """Show the number of cells computed and the last one; yield what adds a cell."""
+    if not wanted:
+        yield lambda outcome: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    def add(outcome: Done | Failed) -> None:
+        if isinstance(outcome, Failed):
+            text = "is not finished" if isinstance(outcome.exception, Unfinished) else "failed"
+        else:
+            value = what.row(outcome.cell.settings, outcome.summary).get(what.headline)
+            text = "" if number(value) is None else f"{what.headline} {value:.4g}"
+        bar.update(task, advance=1, description=f"{outcome.cell.name} {text}")
+
+    # cells take minutes or hours: the remaining time is estimated from all that were done so far
+    with shown_progress(
+        MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+        speed_estimate_period=1e9,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total, completed=done)
+        yield add
 
 
-def _end(what: Experiment, place: Path, written: About, state: _State, parquet: bool) -> Result:
-    """Rows of all cells that are done, written, with the picture."""
-    fields = written.fields
-    rows = [
-        row_of(fields, cell.settings, what.row(cell.settings, state.done[cell.name]))
-        for cell in state.cells
-        if cell.name in state.done
-    ]
-    headline = headline_of(rows, fields, what.headline)
+def _finish(
+    what: Experiment,
+    finished: list[tuple[Cell, dict[str, Any]]],
+    outcomes: list[Done | Failed],
+    entries: dict[str, Any],
+    place: Path,
+    parquet: bool,
+) -> Result:
+    """Write table, rows and picture of the cells that are done."""
+    fields = entries["fields"]
+    rows = [_row(fields, cell.settings, what.row(cell.settings, one)) for cell, one in finished]
+    columns = dict.fromkeys([what.headline, *(k for row in rows for k in row if k not in fields)])
+    drawable = (c for c in columns if any(number(row.get(c)) is not None for row in rows))
+    headline = next(drawable, "")
     table = what.table(rows, fields, headline) if headline else []
-    written.write(place, rows, table, headline, state.failed)
-    write_rows(place, rows, parquet)
+    errors = [one for one in outcomes if isinstance(one, Failed)]
+    unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
+    failed = [one for one in errors if one not in unfinished]
+    failures = [
+        {"name": one.cell.name, "config": one.cell.settings, "error": one.error} for one in failed
+    ]
+    entries |= {"headline": headline, "summary": rows, "failed": failures, "table": table}
+    _write_about(place, entries)
+    _write_rows(place, rows, parquet)
     if headline:
         try:
             what.figure(place)
         except Exception as error:  # hours of computing are not lost for a picture
             warnings.warn(f"no picture of {place}: {type(error).__name__}: {error}", stacklevel=3)
-    return Result(
-        place, rows, state.failed, state.unfinished, state.computed, fields, headline, table
-    )
+    computed = [one.cell.name for one in outcomes if isinstance(one, Done) and one.computed]
+    return Result(place, rows, failed, unfinished, computed, fields, headline, table)
+
+
+def _row(
+    fields: Sequence[str], settings: Mapping[str, Any], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+    row = {name: settings[name] for name in fields}
+    for key, value in columns.items():
+        if key not in fields:
+            row[key] = value
+        elif json.dumps(value) != json.dumps(settings[key]):
+            row[f"{key} (result)"] = value
+    return row
+
+
+def _write_about(place: Path, entries: Mapping[str, Any]) -> None:
+    """Write ``config.json``; numbers that are not finite are null, for JSON has no others."""
+    text = json.dumps(_finite(entries), indent=1, allow_nan=False) + "\n"
+    write_whole(place / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_rows(place: Path, rows: list[dict[str, Any]], parquet: bool) -> None:
+    """Write ``results.csv``, and ``results.parquet`` if wanted."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write_csv(file: Path) -> None:
+        # text of a config.json that no file can hold is written as numbers
+        with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(place / "results.csv", write_csv)
+    if parquet:
+        import pyarrow
+        import pyarrow.parquet
+
+        arrays = {}
+        for name in columns:
+            values = [row.get(name) for row in rows]
+            try:
+                arrays[name] = pyarrow.array(values)
+            except (pyarrow.ArrowException, OverflowError):  # of several kinds, or too large
+                arrays[name] = pyarrow.array([None if v is None else str(v) for v in values])
+        table = pyarrow.table(arrays)
+        write_whole(
+            place / "results.parquet", lambda file: pyarrow.parquet.write_table(table, file)
+        )

@@ -15,31 +15,37 @@ from tnreg.plots import save_figure
 
 
 def means(rows: list[dict[str, Any]], fields: Sequence[str], headline: str) -> list[dict[str, Any]]:
-    """Mean and standard deviation of ``headline`` over seeds, a row for each set of other fields.
+    """Return the mean and deviation of ``headline`` over seeds, a row for each set of other fields.
 
     The deviation is that of a sample (n - 1); NaN for one seed. Cells without a finite number are left out.
     """
-    by = [name for name in fields if name != "seed"]
+    return _grouped(rows, [name for name in fields if name != "seed"], headline)
+
+
+def _grouped(rows: list[dict[str, Any]], by: Sequence[str], headline: str) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if number(row.get(headline)) is not None:
             groups.setdefault(json.dumps([row[name] for name in by]), []).append(row)
-    out = []
-    for some in groups.values():
-        values = np.array([float(row[headline]) for row in some])
-        deviation = float(values.std(ddof=1)) if len(some) > 1 else float("nan")
-        fixed = {name: some[0][name] for name in by}
-        out.append(
-            {**fixed, "seeds": len(some), headline: float(values.mean()), "deviation": deviation}
+    table = []
+    for group in groups.values():
+        values = np.array([float(row[headline]) for row in group])
+        table.append(
+            {
+                **{name: group[0][name] for name in by},
+                "seeds": len(group),
+                headline: float(values.mean()),
+                "deviation": float(values.std(ddof=1)) if len(group) > 1 else math.nan,
+            }
         )
-    return out
+    return table
 
 
 def read_sweep(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` of a sweep holds.
+    """Return what ``config.json`` of a sweep holds.
 
     Raises:
-        FileError: It is none, or has no results yet.
+        FileError: There is no such file, or it has no results yet.
     """
     place = Path(folder)
     with refused("a finished sweep", place):
@@ -56,9 +62,8 @@ def read_sweep(folder: str | Path) -> dict[str, Any]:
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw the headline of a sweep against the first field of numbers, into ``sweep.png``.
 
-    Points are means over seeds, bars their standard deviations; there is a line for each set of the
-    other fields. Without a field of numbers the first field is drawn by name; with nothing but seeds,
-    these are.
+    Points are means over seeds and bars their standard deviations, with a line for each set of the other
+    fields. Without a field of numbers the first field is drawn by name; without any field, the seeds.
 
     Raises:
         FileError: Not a finished sweep.
@@ -70,36 +75,33 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     with refused("a finished sweep", place):
         rows, fields, headline = about["summary"], list(about["fields"]), about["headline"]
         varied = [name for name in fields if len({json.dumps(row[name]) for row in rows}) > 1]
-        along = _along(rows, varied or fields)
-        found = means(rows, fields, headline)
-        if along == "seed":
-            there = [row for row in rows if number(row.get(headline)) is not None]
-            found = [{**row, "seeds": 1, "deviation": float("nan")} for row in there]
-        if not found:
+        along, numeric = _along(rows, varied or fields)
+        others = [name for name in varied if name not in (along, "seed")]
+        points = _grouped(rows, [along, *others], headline)
+        if not points:
             raise ValueError(f"no finite number in the column {headline!r}")
+    if numeric:
+        points.sort(key=lambda row: float(row[along]))
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in points:
+        words = [row[n] if isinstance(row[n], str) else f"{n} {row[n]}" for n in others]
+        lines.setdefault(", ".join(words), []).append(row)
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
-    others = [name for name in varied if name not in (along, "seed")]
-    numeric = all(number(row[along]) is not None for row in found)
-    places = {v: i for i, v in enumerate(dict.fromkeys(str(row[along]) for row in found))}
-    for label, some in _lines(found, others).items():
-        if numeric:
-            some = sorted(some, key=lambda row: float(row[along]))
-        at = [float(row[along]) if numeric else places[str(row[along])] for row in some]
+    for label, line in lines.items():
         ax.errorbar(
-            at, [row[headline] for row in some],
-            yerr=np.nan_to_num([row["deviation"] for row in some]),
+            [float(row[along]) if numeric else str(row[along]) for row in line],
+            [row[headline] for row in line],
+            yerr=np.nan_to_num([row["deviation"] for row in line]),
             marker="o", ms=4, lw=1.5, capsize=3, label=label or None,
         )  # fmt: skip
-    if not numeric:
-        ax.set_xticks(list(places.values()), list(places))
-    elif _wide([float(row[along]) for row in found]):
+    if numeric and _wide([float(row[along]) for row in points]):
         ax.set_xscale("log")
-    if _wide([row[headline] for row in found]):
+    if _wide([row[headline] for row in points]):
         ax.set_yscale("log")
     ax.set_xlabel(along)
     ax.set_ylabel(headline)
-    seeds = max(int(row["seeds"]) for row in found)
+    seeds = max(row["seeds"] for row in points)
     if seeds > 1:
         ax.set_title(f"means and standard deviations of {seeds} seeds", fontsize=10)
     if others:
@@ -108,7 +110,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
 
 
 def number(value: Any) -> float | None:
-    """The value if it is a finite number that a float can hold; booleans are none."""
+    """Return the value if it is a finite number that a float can hold; booleans are none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -117,24 +119,13 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _along(rows: list[dict[str, Any]], fields: list[str]) -> str:
-    """What the picture is drawn against."""
-    candidates = [name for name in fields if name != "seed"]
+def _along(rows: list[dict[str, Any]], fields: list[str]) -> tuple[str, bool]:
+    """Return the field to draw against, and whether it holds numbers."""
+    candidates = [name for name in fields if name != "seed"] or ["seed"]
     numbers = [n for n in candidates if all(number(row[n]) is not None for row in rows)]
-    return (numbers or candidates or ["seed"])[0]
-
-
-def _lines(rows: list[dict[str, Any]], others: list[str]) -> dict[str, list[dict[str, Any]]]:
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        label = ", ".join(
-            str(row[name]) if isinstance(row[name], str) else f"{name} {row[name]}"
-            for name in others
-        )
-        lines.setdefault(label, []).append(row)
-    return lines
+    return (numbers or candidates)[0], bool(numbers)
 
 
 def _wide(values: list[float]) -> bool:
-    """Whether values ask for a logarithmic axis."""
+    """Return whether values ask for a logarithmic axis."""
     return min(values) > 0 and max(values) >= 100 * min(values)
