@@ -1,9 +1,13 @@
-"""The command line, called in this process; standard error as a terminal."""
+"""The command line, called in this process; other processes of Python; standard error as a terminal."""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 from tnreg.cli import main
 
@@ -19,6 +23,24 @@ def call(capsys, *arguments):
     return code, out.out, out.err
 
 
+def start(code, *arguments, **options):
+    """Start a process of Python that can import the tests; it runs the code with these arguments."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    around = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=around, text=True, stderr=subprocess.PIPE, **options)
+
+
+def wait(condition, *processes, seconds=300):
+    """Wait for an event while the processes run."""
+    end = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 class Screen(io.StringIO):
     """A file that says it is a terminal."""
 
@@ -31,6 +53,6 @@ def screen(monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    found = Screen()
-    monkeypatch.setattr(sys, "stderr", found)
-    return found
+    terminal = Screen()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from command import start, wait
 
-import tnreg
 from tnreg import (
     ConvAC,
     ConvNet,
@@ -31,127 +28,147 @@ from tnreg.machine.files import folder_written_whole, write_whole
 
 def test_write_whole(tmp_path):
     target = tmp_path / "a.txt"
-    write_whole(target, lambda beside: beside.write_text("one"))
-    assert target.read_text() == "one"
+    mask = os.umask(0o027)
+    try:
+        write_whole(target, lambda partial: partial.write_text("one"))
+        Factorization(ModeTree.star(2), 3, 2).save(tmp_path / "m.st")
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+    def die(partial):
+        partial.write_text("tw")
+        raise RuntimeError
+
     with pytest.raises(RuntimeError):
-        write_whole(
-            target, lambda beside: (beside.write_text("tw"), (_ for _ in ()).throw(RuntimeError()))
-        )
-    assert target.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
+        write_whole(target, die)
+    assert target.read_text() == "one" and set(os.listdir(tmp_path)) == {"a.txt", "m.st"}
 
 
 def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = tnreg.Factorization(tnreg.ModeTree.star(2), 3, 2)
-    for path, message in [
+    model = Factorization(ModeTree.star(2), 3, 2)
+    for path, message in (
         ("", "the path is empty"),
         (".", "cannot write"),
         ("no/m.st", "there is no folder"),
-    ]:
+        ("a\0b", "no file can have that name"),
+    ):
         with pytest.raises(FileError, match=message):
             model.save(path)
-    model.load_weights({0: torch.ones(3, 2)})
     with torch.no_grad():
-        model.stacks[0].fill_(float("nan"))
-    with pytest.raises(DataError, match="not saved: the weights of 2 nodes are NaN or infinite"):
+        for weight in model.parameters():
+            weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="not saved: the weights of 3 nodes are NaN or infinite"):
         model.save("m.st")
     assert not list(tmp_path.iterdir())
 
 
 def test_folder_written_whole(tmp_path):
     target = tmp_path / "run"
-    with folder_written_whole(target) as beside:
-        (beside / "config.json").write_text(json.dumps({"tnreg": "0"}))
+    with folder_written_whole(target) as partial:
+        (partial / "config.json").write_text(json.dumps({"tnreg": "0"}))
         assert not target.exists()
-    assert os.listdir(target) == ["config.json"]
-    with pytest.raises(RuntimeError), folder_written_whole(target) as beside:
-        (beside / "half").write_text("x")
-        raise RuntimeError
-    assert os.listdir(target) == ["config.json"] and os.listdir(tmp_path) == ["run"]
-    with folder_written_whole(target) as beside:
-        (beside / "new").write_text("x")
+    for error in (RuntimeError, ConnectionError("of something else")):
+        with (
+            pytest.raises((RuntimeError, ConnectionError)),
+            folder_written_whole(target) as partial,
+        ):
+            (partial / "half").write_text("x")
+            raise error
+        assert os.listdir(target) == ["config.json"] and os.listdir(tmp_path) == ["run"]
+    with folder_written_whole(target) as partial:
+        (partial / "new").write_text("x")
     assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["run"]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     target = tmp_path / "photos"
     target.mkdir()
-    with folder_written_whole(target) as beside:  # an empty one may be used
-        (beside / "precious").write_text("x")
+    with folder_written_whole(target) as partial:  # an empty one may be used
+        (partial / "precious").write_text("x")
     for content in ("{", "{}", '{"name": 1}', "3"):
         (target / "config.json").write_text(content)
-        with pytest.raises(FileError, match="is no run folder of tnreg; it is left alone"):
+        with pytest.raises(FileError, match="is no run folder of tnreg; it is left alone") as error:
             folder_written_whole(target).__enter__()
+        assert error.value.argument == "folder"
     assert (target / "precious").read_text() == "x"
-    file = tmp_path / "file"
-    file.write_text("x")
     with pytest.raises(FileError, match="left alone"):
-        folder_written_whole(file).__enter__()
+        folder_written_whole(target / "precious").__enter__()
+    other = tmp_path / "x"
+    with pytest.raises(FileError, match="left alone"), folder_written_whole(other):
+        (other / "precious").mkdir(parents=True)  # put there meanwhile
+    assert os.listdir(other) == ["precious"] and set(os.listdir(tmp_path)) == {"photos", "x"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_dies(tmp_path, sign):
     """Killed: nothing at the target. Ctrl-C: a whole folder with what was recorded."""
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "tnreg.cli", "fit", "il2", "--missing", "nan", "--steps", "10000000",
-               "--every", "5", "--out", str(out), "--no-progress"]  # fmt: skip
-    for wait in (2.0, 6.0, 18.0):  # well into the training, on a busy machine too
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
-        )
+    code = """
+import sys, pathlib, tnreg, tnreg.cli
+append = tnreg.Trajectory.append
+def count(self, step, values):
+    append(self, step, values)
+    if step == 20:
+        pathlib.Path("training").touch()
+tnreg.Trajectory.append = count
+tnreg.cli.main(sys.argv[1:])
+"""
+    words = "fit il2 --missing nan --steps 10000000 --every 5 --out run --no-progress"
+    with start(code, *words.split(), cwd=tmp_path) as process:
         try:
-            end = time.monotonic() + 60
-            while not list(tmp_path.glob(".run.partial-*")) and time.monotonic() < end:
-                assert process.poll() is None
-                time.sleep(0.05)
-            assert list(tmp_path.glob(".run.partial-*"))
-            time.sleep(wait)
+            wait((tmp_path / "training").exists, process)
             process.send_signal(sign)
-            errors = process.communicate(timeout=60)[1].decode()
+            process.wait(300)
         finally:
             process.kill()  # whatever happened, nothing goes on training
-        if (
-            process.returncode != 130
-        ):  # else it had not begun: nothing was recorded, nothing is left
-            break
-        assert list(tmp_path.iterdir()) == []
+        errors = process.stderr.read()
+    (tmp_path / "training").unlink()
     if sign == signal.SIGKILL:
-        assert not out.exists()
+        assert not (tmp_path / "run").exists()
         return
     assert process.returncode == 0, errors
-    about = json.loads((out / "config.json").read_text())
+    assert os.listdir(tmp_path) == ["run"]
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["summary"]["stopped by"] == "interrupted"
-    assert {"model.safetensors", "trajectory.npz", "training.png"} <= set(os.listdir(out))
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    names = {"model.safetensors", "trajectory.npz", "training.png"}
+    assert names <= set(os.listdir(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kind", ["model", "classifier", "tensor"])
-def test_a_file_that_is_replaced_while_it_is_read(kind, tmp_path, monkeypatch):
+def save_model(path, size):
+    Factorization(ModeTree.star(size), 2, 3).save(path)
+
+
+def save_classifier(path, size):
+    net = ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=size)
+    ConvAC(Representation(2), net).save(path)
+
+
+@pytest.mark.parametrize(
+    ("save", "read"),
+    [
+        (save_model, lambda path: load(path).tree.order),
+        (save_classifier, lambda path: ConvAC.load(path).net.outputs),
+        (
+            lambda path, size: safetensors.torch.save_file({"x": torch.ones(size)}, path),
+            lambda path: len(load_tensor(path).values),
+        ),
+    ],
+    ids=["model", "classifier", "tensor"],
+)
+def test_a_file_that_is_replaced_while_it_is_read(save, read, tmp_path, monkeypatch):
     """Of two versions the one that was opened, whole; never its header and the other one's numbers."""
     path = tmp_path / "x.safetensors"
-    first, second = (torch.full((size,), float(size), dtype=torch.float64) for size in (7, 5))
-    makers = {
-        "model": lambda v: Factorization(ModeTree.star(len(v)), 2, 3, std=float(v[0])).save(path),
-        "classifier": lambda v: ConvAC(
-            Representation(2), ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=len(v))
-        ).save(path),
-        "tensor": lambda v: safetensors.torch.save_file({"x": v}, path),
-    }
-    readers = {
-        "model": lambda: load(path).tree.order,
-        "classifier": lambda: ConvAC.load(path).net.outputs,
-        "tensor": lambda: len(load_tensor(path).values),
-    }
-    makers[kind](first)
-    read = Path.read_bytes
+    save(path, 7)
+    read_bytes = Path.read_bytes
 
-    def replaced(self):
-        data = read(self)
-        makers[kind](second)
+    def read_and_replace(self):
+        data = read_bytes(self)
+        save(path, 5)
         return data
 
-    monkeypatch.setattr(Path, "read_bytes", replaced)
-    assert readers[kind]() == 7
+    monkeypatch.setattr(Path, "read_bytes", read_and_replace)
+    assert read(path) == 7
     monkeypatch.undo()
-    assert readers[kind]() == 5
+    assert read(path) == 5

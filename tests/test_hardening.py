@@ -6,15 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import start, wait
 
 from tnreg import (
     ConvAC,
@@ -22,6 +21,7 @@ from tnreg import (
     Factorization,
     FileError,
     ModeTree,
+    OptionError,
     Representation,
     Trajectory,
     completion,
@@ -55,47 +55,30 @@ def run_of(version):
     return run
 
 
-def write_folder(path, version):
-    with folder_written_whole(path) as beside:
-        write_run(
-            beside,
-            "completion",
-            Config(seed=version),
-            run_of(version),
-            model_of(version),
-            {"v": version},
-        )
-
-
-def checkpoint(path, version):
-    optimizer = torch.optim.SGD(model_of(1).parameters(), lr=1.0)
-    settings = {"version": 0}
-    model = torch.nn.Linear(20, 20)
-    torch.nn.init.constant_(model.weight, version)
-    write_checkpoint(path, model, optimizer, run_of(version), settings, random_state())
-
-
-def read_training(path):
-    model = torch.nn.Linear(20, 20)
-    optimizer = torch.optim.SGD(model_of(1).parameters(), lr=1.0)
-    run, _, _ = read_checkpoint(path, model, optimizer, {"version": 0})
-    return {int(run["loss"][0]), len(run) // 40, *model.weight.detach().unique().tolist()}
-
-
 def set_of(version):
     pixels = np.full((50 * version, 1, 8, 8), version, np.uint8)
     labels = np.full(50 * version, version)
     return images.ImageSet(pixels, labels, (), np.empty(0), {"set": "pairs", "version": version})
 
 
-def read_folder(path):
-    run = read_run(path)
-    return {run.config["seed"], run.summary["v"], *run.found["loss"].tolist(), len(run.found) // 40}
+def training():
+    """A module and its optimizer."""
+    return torch.nn.Linear(20, 20), torch.optim.SGD(model_of(1).parameters(), lr=1.0)
 
 
-def read_set(path):
-    found = images.load(path)
-    return {found.config["version"], *found.labels.tolist(), *np.unique(found.images).tolist()}
+def write_folder(path, version):
+    with folder_written_whole(path) as partial:
+        settings, run, model = Config(seed=version), run_of(version), model_of(version)
+        write_run(partial, "completion", settings, run, model, {"v": version})
+
+
+def write_training(path, version):
+    module, optimizer = training()
+    torch.nn.init.constant_(module.weight, version)
+    write_checkpoint(path, module, optimizer, run_of(version), {"version": 0}, random_state())
+
+
+# The versions that a reader sees in a file.
 
 
 def read_model(path):
@@ -103,7 +86,23 @@ def read_model(path):
     return {model.sizes[0] - 5, *(int(x) for w in model.weights.values() for x in w.unique())}
 
 
-KINDS = {  # name: (write a version, versions that a reader sees in it)
+def read_set(path):
+    pairs = images.load(path)
+    return {pairs.config["version"], *pairs.labels.tolist(), *np.unique(pairs.images).tolist()}
+
+
+def read_training(path):
+    module, optimizer = training()
+    run, _, _ = read_checkpoint(path, module, optimizer, {"version": 0})
+    return {int(run["loss"][0]), len(run) // 40, *module.weight.detach().unique().tolist()}
+
+
+def read_folder(path):
+    run = read_run(path)
+    return {run.config["seed"], run.summary["v"], *run.found["loss"].tolist(), len(run.found) // 40}
+
+
+KINDS = {  # name: (write a version, read the versions)
     "model": (lambda path, v: model_of(v).save(path), read_model),
     "trajectory": (
         lambda path, v: run_of(v).save(path),
@@ -111,9 +110,10 @@ KINDS = {  # name: (write a version, versions that a reader sees in it)
     ),
     "images": (lambda path, v: set_of(v).save(path), read_set),
     "tree": (lambda path, v: ModeTree.star(v).save(path), lambda path: {load_tree(path).order}),
-    "checkpoint": (checkpoint, read_training),
+    "checkpoint": (write_training, read_training),
     "run": (write_folder, read_folder),
 }
+FILES = [kind for kind in KINDS if kind != "run"]
 
 
 def contents(folder):
@@ -124,62 +124,46 @@ def contents(folder):
     }
 
 
-# Two processes
+# Several processes
 
 
-def save_again_and_again(folder, version, times):
-    """What each of the two processes does, once both are there."""
-    (folder.parent / f"ready-{version}").touch()
-    while len(list(folder.parent.glob("ready-*"))) < 2:
-        pass
-    for _ in range(times):
-        for kind, (write, _) in KINDS.items():
-            write(folder / f"{kind}.json", version)
-
-
-def seen_in(kind, path):
-    """The version that is there now; nothing if there is none."""
-    try:
-        found = KINDS[kind][1](path)
-    except FileError as error:  # at the start; a folder is away for a moment, a file never
-        assert "no such" in str(error).lower(), str(error)
-        assert kind == "run" or not path.exists() or not KINDS[kind][1](path) - {2, 3}
-        return set()
-    assert found in ({2}, {3}), f"{kind}: {found}"
-    return found
+def save_again_and_again(place, version):
+    """Save all kinds of files eight times, once both processes are there."""
+    (place.parent / f"ready-{version}").touch()
+    wait(lambda: len(list(place.parent.glob("ready-*"))) == 2)
+    for _ in range(8):
+        for kind in FILES:
+            KINDS[kind][0](place / f"{kind}.json", version)
 
 
 def test_two_processes_save_to_one_path(tmp_path):
-    """One of the two is there whole in the end, nothing else is left, and nobody ever saw a half."""
+    """One of the two files is there whole in the end, nothing else is left, and nobody ever saw a half."""
     place = tmp_path / "place"
     place.mkdir()
-    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_hardening as t\n"
-    code += "t.save_again_and_again(pathlib.Path(sys.argv[2]), int(sys.argv[3]), 8)"
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(place)]
-    both = [subprocess.Popen([*command, str(v)], stderr=subprocess.PIPE, text=True) for v in (2, 3)]
-    seen: dict[str, set] = {kind: set() for kind in KINDS}
+    code = "import sys, pathlib, test_hardening as t\n"
+    code += "t.save_again_and_again(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    both = [start(code, place, version) for version in (2, 3)]
+    seen = dict.fromkeys(FILES, 0)
     try:
-        while len(list(tmp_path.glob("ready-*"))) < 2 and both[0].poll() is both[1].poll() is None:
-            time.sleep(0.05)
         while any(process.poll() is None for process in both):
-            for kind in KINDS:
-                seen[kind] |= seen_in(kind, place / f"{kind}.json")
+            for kind in FILES:
+                path = place / f"{kind}.json"
+                if path.exists():
+                    assert KINDS[kind][1](path) in ({2}, {3}), kind
+                    seen[kind] += 1
     finally:
         for process in both:
             process.kill()
         errors = [process.communicate()[1] for process in both]
     assert errors == ["", ""] and [process.returncode for process in both] == [0, 0]
-    assert set(os.listdir(place)) == {f"{kind}.json" for kind in KINDS}
-    for kind, (_, read) in KINDS.items():
-        assert seen[kind] and read(place / f"{kind}.json") in ({2}, {3})
+    assert set(os.listdir(place)) == {f"{kind}.json" for kind in FILES} and all(seen.values())
+    for kind in FILES:
+        assert KINDS[kind][1](place / f"{kind}.json") in ({2}, {3})
 
 
-def test_a_folder_put_there_meanwhile_is_left_alone(tmp_path):
-    with pytest.raises(FileError, match="left alone"), folder_written_whole(tmp_path / "x") as b:
-        (b / "new").touch()
-        (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "precious").touch()
-    assert list(contents(tmp_path)) == ["x/precious"]
+def test_errors_of_other_processes_keep_their_argument():
+    error = pickle.loads(pickle.dumps(OptionError("not so", argument="rtol")))
+    assert (type(error), str(error), error.argument) == (OptionError, "not so", "rtol")
 
 
 # Full disks
@@ -245,12 +229,6 @@ def test_full_disk_in_a_training(tmp_path):
     assert np.array_equal(run["loss"], train(10)[1]["loss"])
 
 
-def test_other_errors_in_a_run_folder_are_passed_on(tmp_path):
-    with pytest.raises(ConnectionError), folder_written_whole(tmp_path / "x"):
-        raise ConnectionError("of something else")
-    assert not os.listdir(tmp_path)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_that_cannot_be_written(kind, tmp_path):
     """Permission bits do not bind an administrator; ``/proc`` and a file do."""
@@ -266,7 +244,7 @@ def test_folders_that_cannot_be_written(kind, tmp_path):
 # The same result every time
 
 
-def drawn(settings, folder, checkpoint):
+def draw(settings, folder, checkpoint):
     return {"x": float(torch.rand((), generator=torch.Generator().manual_seed(settings["seed"])))}
 
 
@@ -299,7 +277,7 @@ def results(folder):
         torch.nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
     found["classifier"] = [*net.parameters()]
-    undrawn = sweep.Experiment(drawn, figure=lambda folder: None)
+    undrawn = sweep.Experiment(draw, figure=lambda folder: None)
     done = sweep.run(undrawn, [{"seed": 1}, {"seed": 2}], folder, workers=0, progress=False)
     found["sweep"] = [torch.tensor([row["x"] for row in done.rows])]
     return {name: [t.detach().cpu().contiguous() for t in parts] for name, parts in found.items()}
@@ -315,10 +293,9 @@ def print_digests(folder):
 
 def test_the_same_bits_in_this_and_in_a_fresh_process(tmp_path):
     """One thread: bit for bit. Two: small work as well, a classifier to rounding."""
-    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_hardening as t\n"
-    code += "t.torch.set_num_threads(1); t.print_digests(pathlib.Path(sys.argv[2]))"
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "fresh")]
-    fresh = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    code = "import sys, pathlib, test_hardening as t\n"
+    code += "t.torch.set_num_threads(1); t.print_digests(pathlib.Path(sys.argv[1]))"
+    fresh = start(code, tmp_path / "fresh", stdout=-1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
