@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
 from tnreg.far.regularizers import evaluation
 from tnreg.trees.grid import grid_of
 from tnreg.trees.tree import ModeTree
@@ -34,7 +34,7 @@ def grid_tensor(
     output: int | None = None,
     batch: int = 4096,
 ) -> Tensor:
-    """Values of a network on all combinations of templates, one template for each patch.
+    """Return a network's values on all combinations of templates, one template for each patch.
 
     Args:
         net: Any module or function. A module runs in evaluation mode; every part of it is left in the mode
@@ -67,56 +67,58 @@ def grid_tensor(
     """
     batch = check_integer(batch, 1, "grid_tensor: batch")
     tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+    patches = _check_templates(templates, tree.order)
+    arrange = arrange or _arrangement(tree, shape, pictures=patches.ndim == 5)
+    n, many = patches.shape[:2]
+    parts = []
+    with evaluation(net):
+        for start in range(0, many**n, batch):
+            flat = torch.arange(start, min(start + batch, many**n), device=patches.device)
+            index = torch.unravel_index(flat, (many,) * n)
+            inputs = torch.stack([patches[p, index[p]] for p in range(n)], 1)
+            parts.append(_pick_output(net(arrange(inputs)), len(inputs), output))
+    values = torch.cat(parts)
+    if not torch.isfinite(values).all():
+        raise DataError("grid_tensor: the network gave NaN or infinite values.", argument="net")
+    return values.reshape((many,) * n)
+
+
+@blame("templates")
+def _check_templates(templates: Any, n: int) -> Tensor:
+    """Return the templates as ``(N, M, *patch)``."""
     if isinstance(templates, list | tuple):
         templates = torch.stack([torch.as_tensor(part) for part in templates])
-    chosen = torch.as_tensor(templates)
-    n = tree.order
-    if chosen.ndim in (2, 4):
-        chosen = chosen.unsqueeze(0).expand(n, *chosen.shape)
-    if chosen.ndim not in (3, 5) or chosen.shape[0] != n or chosen.shape[1] == 0:
+    patches: Tensor = torch.as_tensor(templates)
+    if patches.ndim in (2, 4):
+        patches = patches.unsqueeze(0).expand(n, *patches.shape)
+    if patches.ndim not in (3, 5) or patches.shape[0] != n or patches.shape[1] == 0:
         raise ShapeError(
             "grid_tensor: templates do not fit the patches.\n"
             f"  found:    {tuple(torch.as_tensor(templates).shape)}\n"
             f"  expected: (M, D) or (M, C, h, w), or one such for each patch, ({n}, M, ...)"
         )
-    many = chosen.shape[1]
+    many = patches.shape[1]
     if many**n > _MOST:
         raise ShapeError(
             f"grid_tensor: {many} templates on {n} patches are {many**n} combinations, more than {_MOST}; "
             "take fewer templates, or probe samples with tnreg.separation_spectrum."
         )
-    place = arrange or _arrangement(tree, shape, chosen.ndim == 5)
-    with evaluation(net):
-        found = [
-            _values(net(place(part)), len(part), output) for part in _combinations(chosen, batch)
-        ]
-    values = torch.cat(found)
-    if not bool(torch.isfinite(values).all()):
-        raise DataError("grid_tensor: the network gave NaN or infinite values.")
-    return values.reshape((many,) * n)
+    return patches
 
 
-def _combinations(chosen: Tensor, batch: int) -> Any:
-    """Patches ``(B, N, *patch)`` of all combinations, the last patch running fastest."""
-    n, many = chosen.shape[:2]
-    total = many**n
-    for start in range(0, total, batch):
-        flat = torch.arange(start, min(start + batch, total), device=chosen.device)
-        index = torch.stack(torch.unravel_index(flat, (many,) * n))
-        yield torch.stack([chosen[p, index[p]] for p in range(n)], 1)
-
-
+@blame("shape")
 def _arrangement(
-    tree: ModeTree, shape: tuple[int, int] | None, pictures: bool
+    tree: ModeTree, shape: tuple[int, int] | None, *, pictures: bool
 ) -> Callable[[Tensor], Tensor]:
+    """Return what makes a network's input of patches ``(B, N, *patch)``."""
     if shape is None:
         grid = grid_of(tree)
         shape = tree.shape or (None if grid is None else grid.shape)
     elif math.prod(shape) != tree.order:
         raise OptionError(f"grid_tensor: shape {shape} is not of {tree.order} patches.")
     if not pictures:
-        tail = (tree.order,) if shape is None else shape
-        return lambda x: x.mT.reshape(x.shape[0], x.shape[2], *tail)
+        places = (tree.order,) if shape is None else shape
+        return lambda x: x.mT.reshape(x.shape[0], x.shape[2], *places)
     if shape is None:
         raise OptionError(
             "grid_tensor: where the patches lie in the image is not known, as the tree is no ModeTree.grid; "
@@ -132,21 +134,22 @@ def _arrangement(
     return side_by_side
 
 
-def _values(found: Any, count: int, output: int | None) -> Tensor:
-    values = torch.as_tensor(found)
-    if values.shape in ((count,), (count, 1)) and output in (None, 0):
-        return values.reshape(-1)
-    if values.shape == (count,):
-        values = values.unsqueeze(1)
-    if values.ndim != 2 or len(values) != count:
+def _pick_output(values: Any, count: int, output: int | None) -> Tensor:
+    """Return one value for each of ``count`` inputs."""
+    values = torch.as_tensor(values)
+    if values.ndim not in (1, 2) or len(values) != count:
         raise ShapeError(
             f"grid_tensor: the network must give one value for each of {count} inputs, "
-            f"found shape {tuple(values.shape)}."
+            f"found shape {tuple(values.shape)}.",
+            argument="net",
         )
-    fits = isinstance(output, int) and 0 <= output < values.shape[1]
-    if output is None or not fits:
+    columns: Tensor = values if values.ndim == 2 else values.unsqueeze(1)
+    outputs = columns.shape[1]
+    output = 0 if output is None and outputs == 1 else output
+    if not isinstance(output, int) or not 0 <= output < outputs:
         raise OptionError(
-            f"grid_tensor: the network has {values.shape[1]} outputs; say which, output=0 to "
-            f"output={values.shape[1] - 1}, found {output!r}."
+            f"grid_tensor: the network has {outputs} outputs; say which, output=0 to "
+            f"output={outputs - 1}, found {output!r}.",
+            argument="output",
         )
-    return values[:, output]
+    return columns[:, output]

@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
 from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, box_mask, check_images
-from tnreg.far.regularizers import evaluation, interaction_energy, logits_of
+from tnreg.far.regularizers import crossed_values, evaluation, interaction_energy
 from tnreg.machine.progress import advancing
 from tnreg.ranks.dense import effective_rank
+
+_MOST_IMAGES = 2048
 
 
 @torch.no_grad()
 def separation_spectrum(
     f: Callable[[Any, Any], Any], inside: Any, outside: Any, *, batch: int = 1024
 ) -> Tensor:
-    """Singular values of ``[f(a_i, b_j)]``: what a region of the input shares with the rest.
+    """Return the singular values of ``[f(a_i, b_j)]``: what a region of the input shares with the rest.
 
     Their number above rounding bounds the separation rank of f from below; ``effective_rank`` of them
     is a softer measure.
@@ -58,33 +60,32 @@ def separation_spectrum(
         [True, True, False]
     """
     batch = check_integer(batch, 1, "separation_spectrum: batch")
-    a, b = (_stacked(x, name) for x, name in ((inside, "inside"), (outside, "outside")))
+    a, b = (_check_samples(x, name) for x, name in ((inside, "inside"), (outside, "outside")))
     rows = torch.arange(len(a)).repeat_interleave(len(b))
     columns = torch.arange(len(b)).repeat(len(a))
-    found: list[Tensor] = []
-    at, step = 0, batch
-    while at < len(rows):
-        i, j = rows[at : at + step], columns[at : at + step]
+    parts: list[Tensor] = []
+    start = 0
+    while start < len(rows):
+        i, j = rows[start : start + batch], columns[start : start + batch]
         values = torch.as_tensor(f(a[i.to(a.device)], b[j.to(b.device)]))
         if values.numel() == 1 < len(i):
-            step = 1
+            batch = 1
             continue
         if values.shape not in ((len(i),), (len(i), 1)) and not values.numel() == len(i) == 1:
             raise ShapeError(
                 f"separation_spectrum: f must give {len(i)} numbers for {len(i)} pairs, shape "
-                f"({len(i)},) or ({len(i)}, 1), found shape {tuple(values.shape)}."
+                f"({len(i)},) or ({len(i)}, 1), found shape {tuple(values.shape)}.",
+                argument="f",
             )
-        found.append(values.reshape(-1))
-        at += len(i)
-    matrix = torch.cat(found).reshape(len(a), len(b))
-    if not matrix.is_floating_point() and not matrix.is_complex():
-        matrix = matrix.double()
-    elif matrix.dtype in (torch.float16, torch.bfloat16):
+        parts.append(values.reshape(-1))
+        start += len(i)
+    matrix = torch.cat(parts).reshape(len(a), len(b))
+    if not torch.isfinite(matrix).all():
+        raise DataError("separation_spectrum: f gave NaN or infinite values.", argument="f")
+    if matrix.dtype in (torch.float16, torch.bfloat16):
         matrix = matrix.float()
-    if not bool(
-        torch.isfinite(torch.view_as_real(matrix) if matrix.is_complex() else matrix).all()
-    ):
-        raise DataError("separation_spectrum: f gave NaN or infinite values.")
+    elif not matrix.is_floating_point() and not matrix.is_complex():
+        matrix = matrix.double()
     spectrum: Tensor = torch.linalg.svdvals(matrix)
     return spectrum
 
@@ -115,8 +116,8 @@ class LocalityProfile:
         pairs = self.interaction.shape[1]
         if pairs == 1:
             return np.full(len(self.interaction), math.nan)
-        found: np.ndarray[Any, Any] = self.interaction.std(axis=1, ddof=1) / math.sqrt(pairs)
-        return found
+        error: np.ndarray[Any, Any] = self.interaction.std(axis=1, ddof=1) / math.sqrt(pairs)
+        return error
 
     def __str__(self) -> str:
         lines = [f"{'distance':>8}  interaction        effective rank"]
@@ -139,7 +140,7 @@ def locality_profile(
     seed: int = 0,
     progress: bool = False,
 ) -> LocalityProfile:
-    """Interaction of two patches in a trained model against the distance between them.
+    """Measure the interaction of two patches in a trained model against the distance between them.
 
     For every pair of patches (I, J) one image of the data is the background, k others give values to I
     and to J: ``M[i, j]`` is the model's value with I from sample i and J from sample j, and ``M°`` is M
@@ -169,12 +170,12 @@ def locality_profile(
     pairs = check_integer(pairs, 1, "locality_profile: pairs")
     if where not in ("differing", "anywhere"):
         raise OptionError(
-            f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}."
+            f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}.",
+            argument="where",
         )
-    images = check_images(_images(data, 2048), "locality_profile", samples + 1)
+    images = check_images(_read_images(data), "locality_profile", samples + 1)
     height, width = images.shape[-2:]
-    if size is None:
-        size = max(1, min(height, width) // 8)
+    size = max(1, min(height, width) // 8) if size is None else size
     if distances is None:
         largest = max(max(height, width) - 2 * size, 0)
         distances = sorted({round(largest * i / 8) for i in range(9)})
@@ -185,18 +186,16 @@ def locality_profile(
             sampler = kind(size, distance, exact=True, seed=seed)
             generator = RandomStream(seed, "locality_profile").generator
             for _ in range(pairs):
-                drawn = torch.randperm(len(images), generator=generator)
-                chosen = images[drawn[: samples + 1].to(images.device)]
-                with evaluation(net):
-                    values = _crossed(net, chosen[0], chosen[1:], sampler.draw(chosen[1:]))
+                order = torch.randperm(len(images), generator=generator)
+                background, *others = images[order[: samples + 1].to(images.device)]
+                values = _cross(net, background, torch.stack(others), sampler)
                 shares.append(1 - interaction_energy(values))
                 centred = values - values.mean(0, keepdim=True)
                 centred = centred - centred.mean(1, keepdim=True)
-                s = torch.linalg.svdvals(centred.flatten(1).double())
-                spectra.append(s)
+                spectra.append(torch.linalg.svdvals(centred.flatten(1).double()))
                 # what is left of a sum after rounding is no interaction
                 noise = torch.finfo(values.dtype).eps * values.abs().max() * samples
-                ranks.append(effective_rank(torch.where(s > noise, s, 0.0)))
+                ranks.append(effective_rank(torch.where(spectra[-1] > noise, spectra[-1], 0.0)))
                 advance(1)
     shape = (len(distances), pairs)
     return LocalityProfile(
@@ -208,31 +207,33 @@ def locality_profile(
     )
 
 
-def _crossed(net: Any, background: Tensor, images: Tensor, boxes: Tensor) -> Tensor:
-    """The model with I from every image and J from every image: shape ``(k, k, C)``."""
-    inside, other = (box_mask(box, *images.shape[-2:]) for box in boxes)
-    grid = torch.where(inside, images[:, None], torch.where(other, images, background))
-    k = len(images)
-    values = logits_of(net(grid.flatten(0, 1)), k * k)
-    if not bool(torch.isfinite(values).all()):
-        raise DataError("locality_profile: the model gave NaN or infinite values.")
-    values = values if values.dtype == torch.float64 else values.float()
-    return values.reshape(k, k, -1)
+def _cross(net: Any, background: Tensor, images: Tensor, sampler: Any) -> Tensor:
+    """Return the model's values with I from image i and J from image j, ``(k, k, C)``."""
+    inside, outside = sampler.draw(images)
+    others = torch.where(box_mask(outside, *images.shape[-2:]), images, background)
+    with evaluation(net):
+        values = crossed_values(net, others, images, inside).transpose(0, 1)
+    if not torch.isfinite(values).all():
+        raise DataError("locality_profile: the model gave NaN or infinite values.", argument="net")
+    return values if values.dtype == torch.float64 else values.float()
 
 
-def _stacked(x: Any, name: str) -> Tensor:
+def _check_samples(x: Any, name: str) -> Tensor:
     if isinstance(x, list | tuple):
         x = torch.stack([torch.as_tensor(part) for part in x]) if len(x) else torch.zeros(0)
-    found: Tensor = torch.as_tensor(x)
-    if found.ndim == 0 or len(found) == 0:
+    samples: Tensor = torch.as_tensor(x)
+    if samples.ndim == 0 or len(samples) == 0:
         raise ShapeError(
             f"separation_spectrum: {name} must hold one sample or more along its first axis, found "
-            f"shape {tuple(found.shape)}."
+            f"shape {tuple(samples.shape)}.",
+            argument=name,
         )
-    return found
+    return samples
 
 
-def _images(data: Any, most: int) -> Tensor:
+@blame("data")
+def _read_images(data: Any) -> Tensor:
+    """Return the images, or as many as needed of those that come in batches."""
     if isinstance(data, Tensor | np.ndarray):
         return torch.as_tensor(data)
     if not isinstance(data, Iterable):
@@ -240,12 +241,11 @@ def _images(data: Any, most: int) -> Tensor:
             "locality_profile: data must be images (N, ..., H, W) or batches of them, found "
             f"{type(data).__name__}."
         )
-    found: list[Tensor] = []
+    batches: list[Tensor] = []
     for batch in data:
-        part = torch.as_tensor(batch[0] if isinstance(batch, list | tuple) else batch)
-        found.append(part)
-        if sum(len(x) for x in found) >= most:
+        batches.append(torch.as_tensor(batch[0] if isinstance(batch, list | tuple) else batch))
+        if sum(map(len, batches)) >= _MOST_IMAGES:
             break
-    if not found:
+    if not batches:
         raise ShapeError("locality_profile: data holds no batch.")
-    return torch.cat(found)
+    return torch.cat(batches)
