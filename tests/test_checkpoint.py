@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,25 +14,29 @@ import pytest
 import torch
 import zoo
 
-from tnreg import FileError, ModeTree, OptionError, Trajectory, completion, fit
+from tnreg import FileError, ModeTree, OptionError, completion, fit
 from tnreg.training.checkpoint import read_checkpoint
 
 TREE = ModeTree.binary(4)
 
 
+def data(seed=9):
+    return completion(zoo.model_of(TREE, seed=seed), 150)
+
+
 def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=False, **options):
-    """A training whose last observation is ``stop_at``: there the process is killed, or Ctrl-C comes."""
-    model, task = zoo.model_of(TREE, seed=0), completion(zoo.model_of(TREE, seed=9), 150)
-    kill, seen = stop_at or (None, None), []
+    """Train; at observation number ``stop_at[1]`` the process is killed, or Ctrl-C comes."""
+    model, task = zoo.model_of(TREE, seed=0), data()
+    kind, number = stop_at or (None, None)
+    observations = []
 
     def loss(m):
-        noise = 1 + 0.1 * torch.rand((), dtype=torch.float64) if noisy else 1.0
-        return task.loss(m) * noise
+        return task.loss(m) * (1 + 0.1 * torch.rand((), dtype=torch.float64) if noisy else 1.0)
 
     def watch(m):
-        seen.append(1)
-        if len(seen) == kill[1]:
-            if kill[0] == "kill":
+        observations.append(1)
+        if len(observations) == number:
+            if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
         if noisy is True:
@@ -43,19 +48,19 @@ def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=Fals
     return model, run
 
 
-def assert_same(found, expected):
-    assert np.array_equal(found.steps, expected.steps)
-    assert np.array_equal(found["loss"], expected["loss"])
-    assert found.stop_reason == expected.stop_reason and found.names == expected.names
+def assert_equal(trained, expected_trained):
+    (model, run), (expected_model, expected) = trained, expected_trained
+    assert np.array_equal(run.steps, expected.steps)
+    assert np.array_equal(run["loss"], expected["loss"])
+    assert run.stop_reason == expected.stop_reason and run.names == expected.names
     for node, values in expected["components"].items():
-        assert np.array_equal(found["components"][node], values)
+        assert np.array_equal(run["components"][node], values)
+    assert_same_weights(model, expected_model)
 
 
-def assert_equal(one, other):
-    (model, run), (expected_model, expected) = one, other
-    assert_same(run, expected)
-    for found, weight in zip(model.parameters(), expected_model.parameters(), strict=True):
-        assert torch.equal(found, weight)
+def assert_same_weights(model, expected):
+    for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(weight, other)
 
 
 def short_lbfgs(parameters, lr):
@@ -73,8 +78,7 @@ def test_an_interrupted_training_goes_on(tmp_path, optimizer, noisy):
     assert cut.stop_reason == "interrupted" and cut.steps.tolist() == [0, 10, 20]
     torch.manual_seed(4)  # the state of torch's generator comes from the file
     assert_equal(train(path, optimizer=optimizer, noisy=noisy), whole)
-    again = train(path, optimizer=optimizer, noisy=noisy)
-    assert_equal(again, whole)  # a finished one is returned as it was
+    assert_equal(train(path, optimizer=optimizer, noisy=noisy), whole)  # returned as it was
     assert not list(tmp_path.glob(".*"))
 
 
@@ -108,11 +112,10 @@ def test_more_steps_from_a_row_between(tmp_path, optimizer, noisy):
     torch.manual_seed(3)
     train(tmp_path / "c", steps=34, optimizer=optimizer, noisy=noisy)
     torch.manual_seed(4)
-    found, run = train(tmp_path / "c", optimizer=optimizer, noisy=noisy)
+    continued, run = train(tmp_path / "c", optimizer=optimizer, noisy=noisy)
     assert run.steps.tolist() == sorted([*whole.steps.tolist(), 34])
     assert run["loss"][run.steps != 34].tolist() == whole["loss"].tolist()
-    for one, other in zip(found.parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert_same_weights(continued, model)
 
 
 def test_a_verdict_stays(tmp_path):
@@ -124,55 +127,46 @@ def test_a_verdict_stays(tmp_path):
 
 
 def test_written_at_intervals(tmp_path, monkeypatch):
-    model, task = zoo.model_of(TREE, seed=0), completion(zoo.model_of(TREE, seed=9), 150)
-    times = iter(range(0, 1000, 10))
-    fit_module = sys.modules["tnreg.training.fit"]  # the name in the package is the function
-    monkeypatch.setattr(fit_module.time, "monotonic", lambda: next(times))
-    written = []
-    monkeypatch.setattr(fit_module, "write_checkpoint", lambda *a: written.append(len(a[3])))
-    fit(model, task.loss, steps=60, every=10, progress=False, checkpoint=tmp_path / "c",
-        checkpoint_seconds=25)  # fmt: skip
+    times, written = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr("tnreg.training.fit.time.monotonic", lambda: next(times))
+    monkeypatch.setattr("tnreg.training.fit.write_checkpoint", lambda *a: written.append(len(a[3])))
+    fit(zoo.model_of(TREE), data().loss, steps=60, every=10, progress=False,
+        checkpoint=tmp_path / "c", checkpoint_seconds=25)  # fmt: skip
     assert written == [3, 6, 7]  # rows; the clock moves by 10 with every look at it
 
 
-def test_other_trainings_are_refused(tmp_path):
-    path = tmp_path / "c"
-    train(path, steps=20, settings={"seed": 1})
-    model = zoo.model_of(TREE, seed=0)
-    before = [p.detach().clone() for p in model.parameters()]
-    task = completion(zoo.model_of(TREE, seed=10), 150)
-
-    def other(model=model, loss=task.loss, optimizer="group-rmsprop", every=10, **options):
-        options = {"observe": {"components": lambda m: m.local_components()}, **options}
-        options = {"settings": {"seed": 1}, **options}
-        fit(model, loss, steps=60, optimizer=optimizer, every=every, progress=False, checkpoint=path,
-            **options)  # fmt: skip
-
-    for options, message in [
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
         ({"settings": {"seed": 2}}, "other settings.\n  seed: 1 there, 2 now"),
         ({"optimizer": "sgd"}, "optimizer: .*GroupRMSprop.*SGD"),
         ({"lr": 0.5}, r"0.01.*0.5"),
         ({"every": 5}, "every: 10 there, 5 now"),
         ({"observe": {}}, "observed: .*components"),
-        ({"model": zoo.model_of(TREE, seed=0, sizes=(3, 3, 5, 7))}, "is of another model"),
-    ]:
-        with pytest.raises(OptionError, match=message):
-            other(**options)
-    for now, then in zip(model.parameters(), before, strict=True):
-        assert torch.equal(now, then)
-    with pytest.raises(
-        OptionError, match="loss found there now: (.|\n)*other data, or another loss"
-    ):
-        other()
+        ({"sizes": (3, 3, 5, 7)}, "is of another model"),
+        ({"seed": 10}, "loss found there now: (.|\n)*other data, or another loss"),
+    ],
+)
+def test_other_trainings_are_refused(tmp_path, changed, message):
+    train(tmp_path / "c", steps=20, settings={"seed": 1})
+    changed = dict(changed)
+    model = zoo.model_of(TREE, seed=0, sizes=changed.pop("sizes", None))
+    before, task = copy.deepcopy(model), data(changed.pop("seed", 9))
+    options = {"observe": {"components": lambda m: m.local_components()}, "settings": {"seed": 1},
+               "every": 10, **changed}  # fmt: skip
+    with pytest.raises(OptionError, match=message):
+        fit(model, task.loss, steps=60, progress=False, checkpoint=tmp_path / "c", **options)
+    if "loss" not in message:
+        assert_same_weights(model, before)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"half"])
-def test_files_that_are_no_checkpoints(tmp_path, content):
+def test_files_that_are_no_checkpoints(tmp_path):
     path = tmp_path / "c"
     train(path, steps=20)
-    path.write_bytes(path.read_bytes()[:2000] if content == b"half" else content)
-    with pytest.raises(FileError, match="not a checkpoint: (.|\n)*delete"):
-        train(path)
+    for content in (b"", b"nonsense", path.read_bytes()[:2000]):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match="not a checkpoint: (.|\n)*delete"):
+            train(path)
     torch.save({"format": "other", "run": 1}, path)
     with pytest.raises(FileError, match="format 'other', this version reads"):
         train(path)
@@ -190,17 +184,3 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with pytest.raises(FileError, match="not a checkpoint"):
         read_checkpoint(tmp_path / "c", model, torch.optim.SGD(model.parameters(), lr=1.0), {})
     assert not (tmp_path / "ran").exists()
-
-
-def test_trajectories_in_memory():
-    run = Trajectory()
-    run.append(0, {"a": 1.0, "b": {(0, 1): torch.ones(2)}})
-    run.append(5, {"a": 2.0, "b": {(0, 1): torch.zeros(2)}})
-    run.stop_reason = "steps"
-    back = Trajectory.from_bytes(run.to_bytes())
-    assert back.stop_reason == "steps" and back.steps.tolist() == [0, 5]
-    assert back["b"][(0, 1)].tolist() == [[1, 1], [0, 0]]
-    assert back.last("a").tolist() == [2.0] and back.last("a", 9).tolist() == [1.0, 2.0]
-    assert back.last("b")[(0, 1)].tolist() == [[0, 0]]
-    with pytest.raises(OptionError, match="nothing named 'c'"):
-        back.last("c")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -32,6 +31,12 @@ def start(seed=0):
     return zoo.model_of(TREE, seed=seed), completion(zoo.model_of(TREE, seed=9), 150)
 
 
+def train(steps, loss=None, **options):
+    """Train a new model on a new task."""
+    model, task = start()
+    return model, fit(model, loss or task.loss, steps=steps, progress=False, **options)
+
+
 def test_rows():
     model, task = start()
     losses = []
@@ -39,15 +44,9 @@ def test_rows():
               observe={"weight": lambda m: m.weights[0], "parts": lambda m: m.local_components(),
                        "count": lambda m: losses.append(task.loss(m).item()) or len(losses)})  # fmt: skip
     assert run.steps.tolist() == [0, 4, 8, 10] and run.stop_reason == "steps"
-    assert np.allclose(
-        run["loss"], losses, rtol=1e-12
-    )  # the loss belongs to the weights of its row
-    assert run["weight"].shape == (4, *model.weights[0].shape) and run["count"].tolist() == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert np.allclose(run["loss"], losses, rtol=1e-12)  # the loss of the weights of its row
+    assert run["weight"].shape == (4, *model.weights[0].shape)
+    assert run["count"].tolist() == [1, 2, 3, 4]
     assert set(run["parts"]) == set(TREE.interior) and run["parts"][TREE.root].shape[0] == 4
     assert np.array_equal(run["weight"][-1], model.weights[0].detach().numpy())
     assert not np.array_equal(run["weight"][0], run["weight"][1])
@@ -68,8 +67,7 @@ def test_it_is_gradient_descent():
 
 @pytest.mark.parametrize("optimizer", ["group-rmsprop", "sgd", "adam", "lbfgs", torch.optim.AdamW])
 def test_optimizers(optimizer):
-    model, task = start()
-    run = fit(model, task.loss, steps=12, optimizer=optimizer, lr=1e-2, every=6, progress=False)
+    _, run = train(12, optimizer=optimizer, lr=1e-2, every=6)
     assert run["loss"][-1] < run["loss"][0]
 
 
@@ -97,31 +95,32 @@ def test_completes_a_low_rank_tensor():
 
 
 def test_stop():
-    model, task = start()
-    run = fit(model, task.loss, steps=100, every=5, progress=False, stop=lambda run: len(run) == 3)
+    _, run = train(100, every=5, stop=lambda run: len(run) == 3)
     assert run.steps.tolist() == [0, 5, 10] and run.stop_reason == "stop"
-    run = fit(model, task.loss, steps=100, progress=False, stop=lambda run: "good enough")
+    _, run = train(100, stop=lambda run: "good enough")
     assert run.steps.tolist() == [0] and run.stop_reason == "good enough"
-    assert fit(model, task.loss, steps=0, progress=False).steps.tolist() == [0]
+    assert train(0)[1].steps.tolist() == [0]
+    assert train(np.int64(3), every=np.int32(2))[1].steps.tolist() == [0, 2, 3]
 
 
 def test_stops_when_the_loss_is_not_finite():
-    model, task = start()
+    _, task = start()
     calls = []
 
     def loss(m):
         calls.append(1)
         return task.loss(m) * (math.nan if len(calls) > 7 else 1.0)
 
-    run = fit(model, loss, steps=100, every=50, progress=False)
+    model, run = train(100, loss, every=50)
     assert run.stop_reason.startswith("the loss became nan at step 7 of 100; try a smaller lr")
     assert run.steps.tolist() == [0] and torch.isfinite(model.to_tensor()).all()
-    run = fit(model, task.loss, steps=400, optimizer="sgd", lr=1e3, progress=False)
-    assert "the loss became" in run.stop_reason and len(calls) == 8
+    assert "the loss became" in train(400, optimizer="sgd", lr=1e3)[1].stop_reason
+    assert len(calls) == 8
 
 
 def test_interruption_keeps_what_was_recorded():
-    model, task = start()
+    _, task = start()
+    calls = []
 
     def loss(m):
         if len(calls) == 30:
@@ -129,8 +128,7 @@ def test_interruption_keeps_what_was_recorded():
         calls.append(1)
         return task.loss(m)
 
-    calls: list[int] = []
-    run = fit(model, loss, steps=1000, every=10, progress=False)
+    _, run = train(1000, loss, every=10)
     assert run.stop_reason == "interrupted" and run.steps.tolist() == [0, 10, 20]
     assert run["loss"].shape == (3,)
 
@@ -144,43 +142,32 @@ def test_progress_bar(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("steps", "options", "message"),
     [
-        ({"steps": -1}, "steps must be an integer >= 0"),
-        ({"steps": 1.5}, "steps must be an integer"),
-        ({"steps": 1, "every": 0}, "every must be an integer >= 1"),
-        (
-            {"steps": 1, "optimizer": "rmsprop"},
-            "unknown optimizer 'rmsprop'; write one of group-rmsprop",
-        ),
-        ({"steps": 1, "optimizer": 3}, "must be a name or a torch.optim.Optimizer"),
-        ({"steps": 1, "optimizer": lambda p, lr: 3}, "gave a int, not a torch.optim.Optimizer"),
-        ({"steps": 1, "observe": {"loss": len}}, "the name 'loss' is taken"),
-        ({"steps": 1, "observe": {"x": 3}}, "'x' must be a function"),
-        ({"steps": 1, "stop": 3}, "'stop' must be a function"),
-        ({"steps": 1, "lr": -1.0}, "lr must be a finite number >= 0"),
+        (-1, {}, "steps must be an integer >= 0"),
+        (1.5, {}, "steps must be an integer"),
+        (1, {"every": 0}, "every must be an integer >= 1"),
+        (1, {"optimizer": "rmsprop"}, "unknown optimizer 'rmsprop'; write one of group-rmsprop"),
+        (1, {"optimizer": 3}, "must be a name or a torch.optim.Optimizer"),
+        (1, {"optimizer": lambda p, lr: 3}, "gave a int, not a torch.optim.Optimizer"),
+        (1, {"observe": {"loss": len}}, "the name 'loss' is taken"),
+        (1, {"observe": {"x": 3}}, "'x' must be a function"),
+        (1, {"stop": 3}, "'stop' must be a function"),
+        (1, {"lr": -1.0}, "lr must be a finite number >= 0"),
+        (1, {"graph": True}, "needs a CUDA device .* found a model on cpu"),
+        (1, {"graph": True, "optimizer": "lbfgs"}, "found an optimizer that evaluates the loss itself"),
     ],
-)
-def test_refuses(options, message):
-    model, task = start()
+)  # fmt: skip
+def test_refuses(steps, options, message):
     with pytest.raises(OptionError, match=message):
-        fit(model, task.loss, progress=False, **options)
+        train(steps, **options)
 
 
 def test_an_observation_keeps_its_form():
-    model, task = start()
     lengths = iter([2, 3])
-    with pytest.raises(
-        ShapeError, match=r"'x' changed its form at step 1.\n  before: \(2,\)\n  now:    \(3,\)"
-    ):
-        fit(
-            model,
-            task.loss,
-            steps=5,
-            every=1,
-            progress=False,
-            observe={"x": lambda m: torch.zeros(next(lengths))},
-        )
+    message = r"'x' changed its form at step 1.\n  before: \(2,\)\n  now:    \(3,\)"
+    with pytest.raises(ShapeError, match=message):
+        train(5, every=1, observe={"x": lambda m: torch.zeros(next(lengths))})
 
 
 @pytest.mark.parametrize(
@@ -194,76 +181,50 @@ def test_an_observation_keeps_its_form():
 )
 def test_refuses_losses(loss, found):
     with pytest.raises(OptionError, match=f"must return a real scalar(.|\n)*{found}"):
-        fit(start()[0], loss, steps=1, progress=False)
+        train(1, loss)
     with torch.no_grad(), pytest.raises(OptionError, match="gradients are switched off"):
-        fit(start()[0], loss, steps=1, progress=False)
+        train(1, loss)
 
 
-def test_numpy_integers_count():
-    model, task = start()
-    assert fit(
-        model, task.loss, steps=np.int64(3), every=np.int32(2), progress=False
-    ).steps.tolist() == [0, 2, 3]
+def fake_cuda(monkeypatch):
+    """Stand in for torch.cuda: a capture keeps the call, a replay makes it. Return the list of events."""
+    events, captures = [], []
 
+    class Graph:
+        def replay(self):
+            events.append("replay")
+            self.step()
 
-class FakeCuda:
-    """Stands in for torch.cuda on a machine without one: a capture keeps the call, a replay makes it."""
+    class Stream:
+        def __init__(self, device=None):
+            pass
 
-    def __init__(self):
-        self.events = []
-        self.recording = None
+        def wait_stream(self, other):
+            events.append("wait")
 
-    def install(self, monkeypatch, module):
-        fake = self
+    @contextlib.contextmanager
+    def graph(recorded, pool=None):
+        [captured] = captures
+        recorded.step, captured.step = captured.step, lambda: events.append("record")
+        yield
+        captured.step = recorded.step
 
-        class Graph:
-            def replay(self):
-                fake.events.append("replay")
-                self.step()
+    def captured_step(step, model, needs_closure):
+        captures.append(CapturedStep(step, torch.device("cpu")))
+        return captures[0]
 
-        class Stream:
-            def __init__(self, device=None):
-                pass
-
-            def wait_stream(self, other):
-                fake.events.append("wait")
-
-        @contextlib.contextmanager
-        def graph(recorded, pool=None):
-            step, module_step = fake.captured.step, lambda: fake.events.append("record")
-            recorded.step, fake.captured.step = step, module_step
-            yield
-            fake.captured.step = step
-
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-        for name in ("stream", "device"):
-            monkeypatch.setattr(torch.cuda, name, lambda given: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "graph", graph)
-
-        def captured(step, model, closed):
-            fake.captured = CapturedStep(step, torch.device("cpu"))
-            return fake.captured
-
-        monkeypatch.setattr(module, "_captured_step", captured)
+    quiet = contextlib.nullcontext
+    for name, stand_in in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream,
+                           "graph": graph, "stream": quiet, "device": quiet}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr("tnreg.training.fit._captured_step", captured_step)
+    return events
 
 
 def test_a_graph_makes_the_same_steps(monkeypatch):
     """Three ordinary steps, one recording that changes nothing, then replays."""
-    model, task = start()
-    expected = fit(model, task.loss, steps=10, every=5, progress=False)
-    model, task = start()
-    fake = FakeCuda()
-    fake.install(monkeypatch, sys.modules["tnreg.training.fit"])
-    found = fit(model, task.loss, steps=10, every=5, progress=False, graph=True)
-    assert np.array_equal(found["loss"], expected["loss"])
-    assert fake.events == ["wait"] * 6 + ["record"] + ["replay"] * 7
-
-
-def test_a_graph_needs_a_cuda_device():
-    model, task = start()
-    with pytest.raises(OptionError, match="needs a CUDA device .* found a model on cpu"):
-        fit(model, task.loss, steps=1, graph=True, progress=False)
-    with pytest.raises(OptionError, match="found an optimizer that evaluates the loss itself"):
-        fit(model, task.loss, steps=1, graph=True, optimizer="lbfgs", progress=False)
+    _, expected = train(10, every=5)
+    events = fake_cuda(monkeypatch)
+    _, run = train(10, every=5, graph=True)
+    assert np.array_equal(run["loss"], expected["loss"])
+    assert events == ["wait"] * 6 + ["record"] + ["replay"] * 7

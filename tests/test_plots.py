@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import matplotlib
 import numpy as np
 import pytest
@@ -38,47 +40,46 @@ def closed():
     plt.close("all")
 
 
-def recorded():
-    run = Trajectory()
-    model = zoo.model_of(ModeTree.binary(4))
-    for step in range(3):
-        run.append(
-            step,
-            {"loss": 1.0 / (1 + step), "vector": torch.rand(2), "parts": model.local_components()},
-        )
+@pytest.fixture
+def run():
+    run, model = Trajectory(), zoo.model_of(ModeTree.binary(4))
+    vectors = np.random.default_rng(0).random((3, 2))
+    for step, vector in enumerate(vectors):
+        row = {"loss": 1 / (1 + step), "vector": vector, "parts": model.local_components()}
+        run.append(step, row)
     return run
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
 
 
 @pytest.mark.parametrize("tree", [*zoo.TREES.values(), ModeTree.grid((8, 8))])
 def test_tree(tree, ax):
     drawn = plots.tree(tree, ax, edges={tree.nodes[0]: "rank 3"}, labels={0: "left"})
     assert drawn is ax and len(ax.lines) == len(tree.nodes) - 1
-    texts = [t.get_text() for t in ax.texts]
-    assert "left" in texts and ("rank 3" in texts) == (len(tree.nodes) <= 48)
+    assert "left" in texts(ax) and ("rank 3" in texts(ax)) == (len(tree.nodes) <= 48)
     ax.figure.canvas.draw()
 
 
 def test_spectra(ax):
     model = zoo.model_of(ModeTree.binary(4))
-    found = spectra(model)
-    assert plots.spectra(found, ax) is ax and len(ax.lines) == len(found)
-    for line, s in zip(ax.lines, found.values(), strict=True):
+    values = spectra(model)
+    assert plots.spectra(values, ax) is ax
+    for line, s in zip(ax.lines, values.values(), strict=True):
         assert np.allclose(line.get_ydata(), (s / s[0]).detach().numpy())
     assert plots.spectra({0: torch.zeros(3)}, Figure().subplots()).lines
 
 
-def test_trajectory(ax):
-    run = recorded()
+def test_trajectory(ax, run):
     assert plots.trajectory(run, ax, names=["loss", "vector"]) is ax
     assert len(ax.lines) == 3 and ax.lines[0].get_ydata().tolist() == run["loss"].tolist()
     many = plots.trajectory(run, names=["parts"], log=False)
-    assert many.get_yscale() == "linear" and len(many.lines) == sum(
-        v.shape[1] for v in run["parts"].values()
-    )
+    assert many.get_yscale() == "linear"
+    assert len(many.lines) == sum(v.shape[1] for v in run["parts"].values())
 
 
-def test_components(ax):
-    run = recorded()
+def test_components(ax, run):
     plots.components(run, ax, name="parts", top=2)
     root = run["parts"][0, 1, 2, 3]
     assert len(ax.lines) == 2 and ax.lines[0].get_ydata()[-1] == root[-1].max()
@@ -99,22 +100,20 @@ def test_bars_and_new_axes(tmp_path):
 def test_decomposition_shows_ranks_and_budget():
     """Every edge has its rank and what was cut; the squares add up to at most the bound's."""
     tree = ModeTree.binary(4)
-    tensor = torch.randn(
-        4, 4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(4, 4, 4, 4, generator=generator, dtype=torch.float64)
     model = decompose(tensor, tree, rtol=0.5)
     left, right = plots.decomposition(spectra(tensor, tree), model)
-    texts = [t.get_text() for t in right.texts if "cut" in t.get_text()]
-    assert len(texts) == len(tree.nodes) - 1 and len(left.lines) >= len(texts)
-    assert sorted(int(t.split(",")[0]) for t in texts) == sorted(model.network.bonds[:-1])
-    assert any(float(t.split("cut ")[1]) > 0 for t in texts)
+    cuts = [t.split(", cut ") for t in texts(right) if "cut" in t]
+    assert len(cuts) == len(tree.nodes) - 1 and len(left.lines) >= len(cuts)
+    assert sorted(int(rank) for rank, _ in cuts) == sorted(model.network.bonds[:-1])
+    assert any(float(share) > 0 for _, share in cuts)
 
 
 def test_network_shows_every_layer():
     net = ConvNet(ModeTree.grid((4, 4)), 3, 8, outputs=10)
     ax = plots.network(net)
-    said = [text.get_text() for text in ax.texts]
-    for piece in (
+    pieces = {
         "input",
         "layer 0",
         "layer 2",
@@ -124,12 +123,10 @@ def test_network_shows_every_layer():
         "1 × 8",
         "1 × 10",
         "linear",
-    ):
-        assert piece in said
-    uneven = plots.network(to_cnn(zoo.model_of(ModeTree.binary(4))))
-    assert "4 × 2–7" in [text.get_text() for text in uneven.texts]
-    full = plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full"))
-    assert "1 × 27" in [text.get_text() for text in full.texts]
+    }
+    assert pieces <= set(texts(ax))
+    assert "4 × 2–7" in texts(plots.network(to_cnn(zoo.model_of(ModeTree.binary(4)))))
+    assert "1 × 27" in texts(plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full")))
     assert len(ax.patches) == 1 + 3 + 2  # input, convolutions, poolings
 
 
@@ -137,9 +134,8 @@ def test_networks_only():
     net = ConvNet(ModeTree.grid((2, 2)), 3, 4, outputs=2)
     assert plots.network(ConvAC(Representation(3), net)).texts
     model = zoo.model_of(ModeTree.binary(4))
-    with pytest.raises(
-        OptionError, match=r"draws a ConvNet, found Factorization; .*to_cnn\(model\)"
-    ):
+    message = r"draws a ConvNet, found Factorization; .*to_cnn\(model\)"
+    with pytest.raises(OptionError, match=message):
         plots.network(model)
     with pytest.raises(OptionError, match="plots.component draws a ConvNet"):
         plots.component(model, (0, 1))
@@ -152,8 +148,7 @@ def test_component_frames_its_filters():
     rows, bond = net.weights[0].shape
     assert frames[0] == ((1.0, -rows), 1, rows)  # column 1 of the first child's filters
     assert frames[2][1:] == (net.weights[(0, 1)].shape[1], 1) and frames[2][0][1] == -2
-    assert len(right.images) == 3
-    assert "{0,1}" in left.get_title()
+    assert len(right.images) == 3 and "{0,1}" in left.get_title()
     with pytest.raises(OptionError, match=f"has {bond} local components, found number 9"):
         plots.component(net, (0, 1), 9)
     with pytest.raises(OptionError, match="node 0 has 0 local components"):
@@ -161,7 +156,6 @@ def test_component_frames_its_filters():
 
 
 def test_every_plot_is_named():
-    own = {
-        name for name, one in vars(plots).items() if getattr(one, "__module__", "") == "tnreg.plots"
-    }
-    assert {name for name in own if not name.startswith("_")} == set(plots.__all__)
+    own = {name for name, value in vars(plots).items() if inspect.isfunction(value)
+           and value.__module__ == "tnreg.plots" and not name.startswith("_")}  # fmt: skip
+    assert own == set(plots.__all__)

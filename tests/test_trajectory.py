@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -38,20 +39,27 @@ def test_a_row_is_a_copy():
     assert run["x"].tolist() == [[0.0, 0.0]]
 
 
+def test_last_rows():
+    run = example()
+    assert run.last("loss").tolist() == [1 / 21] and len(run.last("loss", 9)) == 3
+    assert run.last("parts", 2)[0, 1].tolist() == [[10, 10], [20, 20]]
+    with pytest.raises(OptionError, match="nothing named 'c'"):
+        run.last("c")
+
+
 def test_files(tmp_path):
     run = example()
     run.save(tmp_path / "run.npz")
-    again = Trajectory.load(tmp_path / "run.npz")
-    assert again.names == run.names and again.stop_reason == "steps"
-    assert np.array_equal(again.steps, run.steps) and np.array_equal(again["vector"], run["vector"])
-    assert set(again["parts"]) == {(0, 1), "top"}
-    assert np.array_equal(again["parts"][0, 1], run["parts"][0, 1])
-    again.append(
-        30, {"loss": 0.0, "vector": torch.zeros(3), "parts": {(0, 1): torch.zeros(2), "top": 3}}
-    )
-    assert len(again) == 4
-    empty = Trajectory()
-    empty.save(tmp_path / "empty.npz")
+    for again in (Trajectory.load(tmp_path / "run.npz"), Trajectory.from_bytes(run.to_bytes())):
+        assert again.names == run.names and again.stop_reason == "steps"
+        assert np.array_equal(again.steps, run.steps)
+        assert np.array_equal(again["vector"], run["vector"])
+        assert set(again["parts"]) == {(0, 1), "top"}
+        assert np.array_equal(again["parts"][0, 1], run["parts"][0, 1])
+        parts = {(0, 1): torch.zeros(2), "top": 3}
+        again.append(30, {"loss": 0.0, "vector": torch.zeros(3), "parts": parts})
+        assert len(again) == 4
+    Trajectory().save(tmp_path / "empty.npz")
     assert len(Trajectory.load(tmp_path / "empty.npz")) == 0
     with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
         assert {"steps", "loss", "parts/(0, 1)", "parts/top"} <= set(file.files)
@@ -89,23 +97,20 @@ def test_refuses_changed_forms():
         with pytest.raises(ShapeError, match="changed its form at step 30"):
             run.append(30, changed)
     assert len(run) == 3 and run["loss"].shape == (3,)
-    with pytest.raises(
-        OptionError, match="nothing named 'los' was observed; there is: loss, vector"
-    ):
+    message = "nothing named 'los' was observed; there is: loss, vector"
+    with pytest.raises(OptionError, match=message):
         run["los"]
 
 
 def test_refuses_files(tmp_path):
-    path = tmp_path / "run.npz"
+    path, other = tmp_path / "run.npz", io.BytesIO()
     example().save(path)
-    whole = path.read_bytes()
-    for content in (whole[:50], b"", os.urandom(300), pickle.dumps({"loss": 1})):
+    np.savez(other, x=np.zeros(2))
+    cut, pickled = path.read_bytes()[:50], pickle.dumps({"loss": 1})
+    for content in (cut, b"", random.Random(0).randbytes(300), pickled, other.getvalue()):
         path.write_bytes(content)
         with pytest.raises(FileError, match="not a trajectory file"):
             Trajectory.load(path)
-    np.savez(path, x=np.zeros(2))
-    with pytest.raises(FileError, match="not a trajectory file"):
-        Trajectory.load(path)
     with pytest.raises(FileError, match="no such trajectory file"):
         Trajectory.load(tmp_path / "none.npz")
     with pytest.raises(FileError, match="cannot write"):
