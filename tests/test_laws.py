@@ -100,15 +100,16 @@ def check_entries(model):
     return routes
 
 
-@pytest.mark.parametrize("model", ZOO)
-def test_entries_are_dense(model):
-    assert check_entries(model) <= {"dense", "distinct", "per-sample"}
+def test_entries_are_dense():
+    """On the whole zoo, where each of the three routes is chosen somewhere."""
+    routes = set().union(*(check_entries(*case.values) for case in ZOO))
+    assert routes == {"dense", "distinct", "per-sample"}
 
 
 @given(zoo.models())
 @some
 def test_entries_are_dense_random(model):
-    assert check_entries(model) <= {"dense", "distinct", "per-sample"}
+    check_entries(model)
 
 
 @pytest.mark.parametrize("route", ["dense", "distinct", "per-sample"])
@@ -122,7 +123,7 @@ def test_every_route_to_entries(monkeypatch, route, name, join):
     model = zoo.model_of(tree, zoo.joins_of(tree)[join])
     index = zoo.random_index(model.sizes, 30)
     index = torch.cat([index, index[:5]])
-    monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
+    monkeypatch.setattr(contraction, "choose", lambda costs: route)
     chosen = plan(model, index=index)
     assert chosen.route == route
     assert_close(model.entries(chosen), defined(model)[tuple(index.T.numpy())])
@@ -164,7 +165,7 @@ def test_both_routes_agree(monkeypatch, model, route):
     """The tree schedule and opt_einsum's path, each by itself, dense and on a batch."""
     import tnreg.networks.plan as contraction
 
-    monkeypatch.setattr(contraction, "cheapest", lambda costs: route)
+    monkeypatch.setattr(contraction, "choose", lambda costs: route)
     contraction._plans.cache_clear()
     try:
         assert plan(model).route == plan(model, batch=5).route == route
@@ -417,13 +418,22 @@ def auto_flops(model, batch=None):
     return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")[1].opt_cost
 
 
-@pytest.mark.parametrize("model", ZOO)
-@pytest.mark.parametrize("batch", [None, 1, 64])
-def test_plan_costs_no_more_than_either(model, batch):
+def check_cost(model, batch):
+    """By the tree unless opt_einsum saves a factor of 2.5; never more than leaf-to-root."""
     chosen = plan(model, batch=batch)
-    assert chosen.flops == min(chosen.candidates.values())
+    tree, path = (chosen.candidates[route] for route in ("tree", "opt_einsum"))
+    assert tree <= leaf_to_root_flops(model, batch) and path <= auto_flops(model, batch)
+    assert chosen.route == ("opt_einsum" if tree > 2.5 * path else "tree")
+    assert chosen.flops == chosen.candidates[chosen.route]
     assert chosen.flops <= leaf_to_root_flops(model, batch)
-    assert chosen.flops <= auto_flops(model, batch)
+    assert chosen.flops <= 2.5 * float(auto_flops(model, batch))
+    return chosen.route
+
+
+def test_plan_costs_no_more_than_it_may():
+    """On the whole zoo, where each of the two routes is chosen somewhere."""
+    routes = {check_cost(*case.values, batch) for case in ZOO for batch in (None, 1, 64)}
+    assert routes == {"tree", "opt_einsum"}
 
 
 @given(zoo.models())
@@ -431,9 +441,7 @@ def test_plan_costs_no_more_than_either(model, batch):
 @some
 def test_plan_cost_random(model):
     for batch in (None, 3, 64):
-        chosen = plan(model, batch=batch)
-        assert chosen.flops <= leaf_to_root_flops(model, batch)
-        assert chosen.flops <= auto_flops(model, batch)
+        check_cost(model, batch)
 
 
 @pytest.mark.parametrize(
@@ -448,9 +456,7 @@ def test_plan_cost_random(model):
     ],
 )
 def test_plan_cost_at_published_sizes(tree, size, rank, join, batch):
-    model = Factorization(tree, size, rank, join=join)
-    assert plan(model, batch=batch).flops <= leaf_to_root_flops(model, batch)
-    assert plan(model, batch=batch).flops <= auto_flops(model, batch)
+    check_cost(Factorization(tree, size, rank, join=join), batch)
 
 
 def test_batch_plan_of_a_deep_tree_is_by_the_tree():

@@ -524,13 +524,13 @@ def by(way: str, call: Callable[[], Tensor]) -> Tensor:
 @contextlib.contextmanager
 def only(way: str) -> Iterator[None]:
     """Every plan takes this route."""
-    cheapest = contraction.cheapest
+    usual = contraction.choose
     contraction._plans.cache_clear()
-    contraction.cheapest = lambda costs: way
+    contraction.choose = lambda costs: way
     try:
         yield
     finally:
-        contraction.cheapest = cheapest
+        contraction.choose = usual
         contraction._plans.cache_clear()
 
 

@@ -3,8 +3,8 @@
 Dense tensors and batches by the tree and by opt_einsum; entries by the dense tensor, at distinct rows and
 sample by sample: forward, and forward with backward, float32, no TF32. The networks of README's table of
 speeds first, then wide ones. ``summary`` has the geometric means of chosen / fastest, for what is chosen
-today and for two other rules: opt_einsum only where the tree needs ``factor`` times its flops (today 1), and
-by flops plus ``constant`` for every number moved (today 32 for entries, 0 elsewhere).
+today and for two other rules: opt_einsum only where the tree needs ``factor`` times its flops (today 2.5),
+and by flops plus ``constant`` for every number moved (today 32 for entries, 0 elsewhere).
 
 Estimate for an H100, 35 s: by ``python -m gpu_stages.plans`` in benchmarks/, which counts for every
 route its launches (6 us), flops (50 TFLOP/s) and numbers moved (3 TB/s; a training step three times all of
@@ -236,7 +236,7 @@ def cotengra(bench: Bench, plan: Plan, stacks: list[Tensor], inputs: Tensor) -> 
     given = plan.whole.equation, *plan.whole.shapes
     path, _ = opt_einsum.contract_path(*given, shapes=True, optimize=search)
     whole = along(plan.whole.equation, plan.whole.shapes, tuple(map(tuple, path)))
-    theirs = dataclasses.replace(plan, whole=whole, flops=whole.flops, held=whole.moved)
+    theirs = dataclasses.replace(plan, whole=whole, cost=whole.cost)
     return route(bench, theirs, stacks, inputs)
 
 

@@ -20,6 +20,27 @@ from opt_einsum.parser import get_symbol
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a contraction costs, by counting.
+
+    Attributes:
+        flops: Flops of all calls.
+        largest: Entries of the largest intermediate or result.
+        held: Entries of all intermediates and the result together, which gradients need.
+        peak: Entries of those that are there at the same time without gradients.
+    """
+
+    flops: int
+    largest: int
+    held: int
+    peak: int
+
+    def entries(self, gradients: bool) -> int:
+        """Entries that have to fit into memory together, with or without gradients."""
+        return self.held if gradients else self.peak
+
+
 @dataclass(frozen=True, eq=False)
 class Einsum:
     """One einsum as a sequence of steps, two operands each, with its counted cost.
@@ -30,20 +51,14 @@ class Einsum:
         path: Operands taken at each step, as opt_einsum writes paths.
         steps: For each step the operands taken (positions in the shrinking list), its equation, and
             the call that does it.
-        flops: Counted flops of all steps.
-        largest: Entries of the largest intermediate or result.
-        moved: Entries of all intermediates and the result.
-        peak: Entries of those that are there at the same time, at most.
+        cost: Counted cost; operands do not count.
     """
 
     equation: str
     shapes: tuple[tuple[int, ...], ...]
     path: tuple[tuple[int, ...], ...]
     steps: tuple[tuple[tuple[int, ...], str, Callable[..., Tensor]], ...]
-    flops: int
-    largest: int
-    moved: int
-    peak: int
+    cost: Cost
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         """Carry out the steps."""
@@ -96,7 +111,7 @@ def along(
         s for term in terms for s in dict.fromkeys(term)
     )  # terms that still have a symbol
     holders.update(output)
-    flops = largest = moved = peak = 0
+    flops = largest = held = peak = 0
     made = [0] * len(terms)  # entries of what was made on the way; operands do not count
     steps = []
     for step in path:
@@ -113,7 +128,7 @@ def along(
         )
         flops += flop_count(frozenset(union), len(kept) < len(union), len(parts), size)
         entries = math.prod(size[s] for s in result)
-        largest, moved = max(largest, entries), moved + entries
+        largest, held = max(largest, entries), held + entries
         peak = max(peak, sum(made) + entries)
         for i in taken:
             made.pop(i)
@@ -121,7 +136,7 @@ def along(
         steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
         terms.append(result)
         holders.update(set(result))
-    return Einsum(equation, shapes, path, tuple(steps), flops, largest, moved, peak)
+    return Einsum(equation, shapes, path, tuple(steps), Cost(flops, largest, held, peak))
 
 
 def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:

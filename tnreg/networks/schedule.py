@@ -15,7 +15,7 @@ import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-from tnreg.networks.einsum import Einsum, along, einsum
+from tnreg.networks.einsum import Cost, Einsum, along, einsum
 from tnreg.networks.network import Level, Network, Stacked
 
 
@@ -125,7 +125,7 @@ def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool)
     # children one after another, then the weight: a search that minds sizes may miss it where all are 1
     last = range(len(terms) - 2, 0, -1)
     plain = along(equation, tuple(shapes), ((0, 1), *((0, k) for k in last)))
-    return min(found, plain, key=lambda one: one.flops)
+    return min(found, plain, key=lambda call: call.cost.flops)
 
 
 def distinct_rows(
@@ -155,25 +155,24 @@ def distinct_rows(
     return gathers, ids[-1]
 
 
-def cost(network: Network, joins: Sequence[Join]) -> tuple[int, int, int]:
-    """Counted flops of a schedule, entries of its largest result, and of all that it moves."""
-    flops = largest = moved = 0
+def cost_of(network: Network, joins: Sequence[Join]) -> Cost:
+    """Count what a schedule costs; what it gathers is held as well."""
+    flops = largest = held = 0
     for join in joins:
         first = join.level.positions[0]
         if join.einsum is not None:
-            flops += join.einsum.flops
-            moved += join.einsum.moved
-            largest = max(largest, join.einsum.largest)
+            flops += join.einsum.cost.flops
+            held += join.einsum.cost.held
+            largest = max(largest, join.einsum.cost.largest)
         else:
             largest = max(largest, len(join.level.positions) * join.rows * network.bonds[first])
-        for k, gather in enumerate(join.gathers):
+        sources = network.tree.links[first] or (first,)
+        for source, gather in zip(sources, join.gathers, strict=True):
             if gather is not None:
-                gathered = (
-                    gather.numel() * network.bonds[(network.tree.links[first] or (first,))[k]]
-                )
-                moved += gathered
+                gathered = gather.numel() * network.bonds[source]
+                held += gathered
                 largest = max(largest, gathered)
-    return flops, largest, moved
+    return Cost(flops, largest, held, held)
 
 
 def run(
