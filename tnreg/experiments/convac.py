@@ -32,7 +32,7 @@ from tnreg.experiments.folder import about_of, refused
 from tnreg.factorizations.components import drop_components
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import advancing
-from tnreg.machine.versions import __version__
+from tnreg.machine.versions import versions
 from tnreg.plots import save_figure
 from tnreg.ranks.decompose import truncate
 from tnreg.trees.tree import ModeTree, read_tree
@@ -96,7 +96,7 @@ def run(
         OptionError: No trees or seeds, or scikit-learn is missing.
     """
     if not config.trees or not config.seeds:
-        raise OptionError("convac: give at least one tree and one seed.")
+        raise OptionError("convac: give at least one tree and one seed.", argument="trees")
     images, labels = _digits(config.device)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -114,44 +114,35 @@ def run(
             rows.append({"seed": seed, "model": "logistic regression", **_logistic(split)})
             for name in config.trees:
                 began = time.perf_counter()
-                model = _trained(tree_of(name, seed), config, split, seed, advance)
-                rows.append(
-                    {
-                        "seed": seed,
-                        "model": name,
-                        "train": split.accuracy(model, train=True),
-                        "test": split.accuracy(model),
-                        "weights": _size(model),
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
+                model = _train(tree_of(name, seed), config, split, seed, advance)
+                row = {
+                    "train": split.accuracy(model, train=True),
+                    "test": split.accuracy(model),
+                    "weights": _count_weights(model),
+                    "seconds": time.perf_counter() - began,
+                }
+                rows.append({"seed": seed, "model": name, **row})
                 if seed == config.seeds[0]:
                     model.save(beside / f"{name}.safetensors")
-                    smaller += [{"model": name, **row} for row in _shrunk(model, config, split)]
+                    smaller += [{"model": name, **row} for row in _shrink(model, config, split)]
                     if onnx:
-                        rows[-1]["equal decisions in onnxruntime"] = _by_onnxruntime(
-                            model, beside / f"{name}.onnx", split
-                        )
+                        equal = _compare_onnxruntime(model, beside / f"{name}.onnx", split)
+                        rows[-1]["equal decisions in onnxruntime"] = equal
         summary = {
             "accuracy": rows,
             "mean and spread": _means(rows),
             "smaller": smaller,
             "seconds": time.perf_counter() - start,
         }
-        about = {
-            "tnreg": __version__,
-            "torch": torch.__version__,
-            "experiment": "convac",
-            "config": dataclasses.asdict(config),
-            "summary": summary,
-        }
+        settings = dataclasses.asdict(config)
+        about = {**versions(), "experiment": "convac", "config": settings, "summary": summary}
         (beside / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         figure(beside)
     return summary
 
 
 def tree_of(name: str, seed: int = 0) -> ModeTree:
-    """A tree over the 64 pixels by its name: three levels of four children each, or one of your own."""
+    """Return a tree over the 64 pixels: three levels of four children each, or what ``read_tree`` takes."""
     pixels = np.arange(_SIDE**2).reshape(_SIDE, _SIDE)
     if name == "mirrored":  # a column beside its mirror image
         half = np.arange(_SIDE // 2)
@@ -184,10 +175,10 @@ class _Split:
 
     @torch.no_grad()
     def accuracy(self, model: Callable[[Tensor], Tensor], *, train: bool = False) -> float:
-        """Share of right decisions on the test images, or on the training images."""
-        chosen = self.train if train else self.test
-        found = model(self.images[chosen]).argmax(1)
-        return float((found == self.labels[chosen]).double().mean())
+        """Return the share of right decisions on the test images, or on the training images."""
+        index = self.train if train else self.test
+        decisions = model(self.images[index]).argmax(1)
+        return float((decisions == self.labels[index]).double().mean())
 
 
 def _digits(device: str) -> tuple[Tensor, Tensor]:
@@ -215,7 +206,7 @@ def _logistic(split: _Split) -> dict[str, Any]:
     }
 
 
-def _trained(
+def _train(
     tree: ModeTree, config: Config, split: _Split, seed: int, advance: Callable[[int], None]
 ) -> ConvAC:
     random = torch.Generator().manual_seed(seed)
@@ -226,9 +217,9 @@ def _trained(
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
     for _ in range(config.epochs):
         order = split.train[torch.randperm(len(split.train), generator=random)]
-        for part in torch.split(order, config.batch):
-            scores = model(split.images[part])
-            loss = torch.nn.functional.cross_entropy(scores, split.labels[part])
+        for batch in torch.split(order, config.batch):
+            scores = model(split.images[batch])
+            loss = torch.nn.functional.cross_entropy(scores, split.labels[batch])
             adam.zero_grad()
             torch.autograd.backward(loss)
             adam.step()
@@ -236,58 +227,52 @@ def _trained(
     return model
 
 
-def _shrunk(model: ConvAC, config: Config, split: _Split) -> list[dict[str, Any]]:
-    """Accuracy and weights after truncation and after dropping components, on the test images."""
-    whole = model.factorization().double()
-    norm = float(whole.norm().detach())
-    out: list[dict[str, Any]] = []
-    for rtol in config.rtols:
-        found = truncate(whole, rtol=rtol)
-        out.append({"how": "truncated", "asked": rtol, **_judged(model, whole, found, norm, split)})
-    for share in config.thin:
-        found = drop_components(whole, below=share)
-        row = {"how": "thinned", "asked": share, **_judged(model, whole, found, norm, split)}
-        out.append(row)
-    return out
+def _shrink(model: ConvAC, config: Config, split: _Split) -> list[dict[str, Any]]:
+    """Return accuracy and weights after truncation and after dropping components, on the test images."""
+    tensor = model.factorization().double()
+    norm = float(tensor.norm().detach())
+    ways = [("truncated", rtol, truncate(tensor, rtol=rtol)) for rtol in config.rtols]
+    ways += [("thinned", share, drop_components(tensor, below=share)) for share in config.thin]
+    rows = []
+    for how, asked, smaller in ways:
+        shrunk = model.with_factorization(smaller)
+        error = float(algebra.subtract(tensor, smaller).norm().detach())
+        numbers = {
+            "error": error / norm,
+            "bound": (smaller.error_bound or 0.0) / norm,
+            "test": split.accuracy(shrunk),
+            "weights": _count_weights(shrunk),
+            "largest bond": max(smaller.network.bonds[:-1]),
+        }
+        rows.append({"how": how, "asked": asked, **numbers})
+    return rows
 
 
-def _judged(model: ConvAC, whole: Any, found: Any, norm: float, split: _Split) -> dict[str, Any]:
-    smaller = model.with_factorization(found)
-    error = float(algebra.subtract(whole, found).norm().detach())
-    return {
-        "error": error / norm,
-        "bound": (found.error_bound or 0.0) / norm,
-        "test": split.accuracy(smaller),
-        "weights": _size(smaller),
-        "largest bond": max(found.network.bonds[:-1]),
-    }
-
-
-def _by_onnxruntime(model: ConvAC, path: Path, split: _Split) -> float:
-    """Share of test images on which the exported file decides as the classifier does."""
+def _compare_onnxruntime(model: ConvAC, path: Path, split: _Split) -> float:
+    """Return the share of test images on which the exported file decides as the classifier does."""
     export_onnx(model, path)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    [found] = session.run(None, {"x": split.images[split.test].cpu().numpy()})
+    images = split.images[split.test]
+    [scores] = session.run(None, {"x": images.cpu().numpy()})
     with torch.no_grad():
-        ours = model(split.images[split.test]).argmax(1).cpu().numpy()
-    return float((found.argmax(1) == ours).mean())
+        decisions = model(images).argmax(1).cpu().numpy()
+    return float((scores.argmax(1) == decisions).mean())
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """``{model: [mean, standard deviation over seeds]}`` of the test accuracy."""
-    out: dict[str, list[float]] = {}
-    for name in dict.fromkeys(row["model"] for row in rows):
-        values = [row["test"] for row in rows if row["model"] == name]
-        out[name] = [
-            float(np.mean(values)),
-            float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-        ]
-    return out
+    """Return ``{model: [mean, standard deviation over seeds]}`` of the test accuracy."""
+    tests: dict[str, list[float]] = {}
+    for row in rows:
+        tests.setdefault(row["model"], []).append(row["test"])
+    return {
+        name: [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0]
+        for name, values in tests.items()
+    }
 
 
-def _size(model: ConvAC) -> int:
+def _count_weights(model: ConvAC) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
@@ -298,37 +283,34 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """
     from matplotlib.figure import Figure
 
-    place = Path(folder)
-    with refused("a convac run", place):
-        about = about_of(place)
-        summary, name = about["summary"], about["config"]["trees"][0]
-        model = ConvAC.load(place / f"{name}.safetensors")
-    drawn = Figure(figsize=(13, 7.5), layout="constrained")
-    upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
+    folder = Path(folder)
+    with refused("a convac run", folder):
+        about = about_of(folder)
+        summary, trees = about["summary"], about["config"]["trees"]
+        model = ConvAC.load(folder / f"{trees[0]}.safetensors")
+    whole = Figure(figsize=(13, 7.5), layout="constrained")
+    upper, lower = whole.subfigures(2, 1, squeeze=False)[:, 0]
     left, right = upper.subplots(1, 2, width_ratios=[1, 1.2])
     leaves = model.net.tree.leaves
     plots.tree(model.net.tree, left, labels=dict.fromkeys(leaves, "") if len(leaves) > 32 else None)
-    left.set_title(f"{name} tree over the pixels")
+    left.set_title(f"{trees[0]} tree over the pixels")
     plots.network(model.net, right)
     right.set_title("the network that it is")
     first, second = lower.subplots(1, 2, width_ratios=[1, 1.2])
-    means = summary["mean and spread"]
-    plots.bars({k: 100 * v[0] for k, v in means.items()}, first, unit="test accuracy, %")
-    first.errorbar([100 * v[0] for v in means.values()], range(len(means)),
-                   xerr=[100 * v[1] for v in means.values()], fmt="none", color="0.2")  # fmt: skip
-    low = min(100 * (v[0] - 2 * v[1]) for v in means.values())
+    means = {name: [100 * x for x in pair] for name, pair in summary["mean and spread"].items()}
+    plots.bars({k: v[0] for k, v in means.items()}, first, unit="test accuracy, %")
+    first.errorbar([v[0] for v in means.values()], range(len(means)),
+                   xerr=[v[1] for v in means.values()], fmt="none", color="0.2")  # fmt: skip
+    low = min(v[0] - 2 * v[1] for v in means.values())
     first.set_xlim(max(0, math.floor(low / 5) * 5 - 5), 100)
     first.set_title(f"mean and standard deviation over {len(about['config']['seeds'])} seeds")
-    for how, mark in (("truncated", "o"), ("thinned", "s")):
-        for k, tree in enumerate(about["config"]["trees"]):
-            some = [r for r in summary["smaller"] if r["how"] == how and r["model"] == tree]
-            second.plot([r["weights"] for r in some], [100 * r["test"] for r in some], marker=mark,
-                        color=f"C{k}", ls="-" if how == "truncated" else ":",
-                        label=f"{tree}, {how}")  # fmt: skip
-    second.set_xscale("log")
-    second.set_xlabel("weights")
-    second.set_ylabel("test accuracy, %")
-    second.axvline(_size(model), color="0.7", lw=1)
+    for how, marker, line in (("truncated", "o", "-"), ("thinned", "s", ":")):
+        for k, tree in enumerate(trees):
+            rows = [r for r in summary["smaller"] if r["how"] == how and r["model"] == tree]
+            second.plot([r["weights"] for r in rows], [100 * r["test"] for r in rows],
+                        marker=marker, color=f"C{k}", ls=line, label=f"{tree}, {how}")  # fmt: skip
+    second.set(xscale="log", xlabel="weights", ylabel="test accuracy, %")
+    second.axvline(_count_weights(model), color="0.7", lw=1)
     second.set_title("shrunk (grey: weights as trained)")
     second.legend(fontsize=7)
-    return save_figure(drawn, png or place / "convac.png")
+    return save_figure(whole, png or folder / "convac.png")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, blame
 
 
 class SmallCNN(nn.Module):
@@ -41,9 +41,8 @@ class SmallCNN(nn.Module):
         _he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        out: Tensor = self.head(self.drop(self.features(x).mean((2, 3))))
-        return out
+        """Return the logits."""
+        return cast(Tensor, self.head(self.drop(self.features(x).mean((2, 3)))))
 
 
 class ResNet18(nn.Module):
@@ -75,9 +74,8 @@ class ResNet18(nn.Module):
         _he_normal(self.blocks, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        out: Tensor = self.head(self.drop(self.blocks(self.stem(x)).mean((2, 3))))
-        return out
+        """Return the logits."""
+        return cast(Tensor, self.head(self.drop(self.blocks(self.stem(x)).mean((2, 3)))))
 
 
 class _Block(nn.Module):
@@ -96,8 +94,7 @@ class _Block(nn.Module):
         self.last = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.straight(x) + self.shortcut(x))
-        return out
+        return cast(Tensor, self.last(self.straight(x) + self.shortcut(x)))
 
 
 class _Repeated(nn.Module):
@@ -108,15 +105,15 @@ class _Repeated(nn.Module):
         self.net, self.channels = net, channels
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x.expand(-1, self.channels, -1, -1))
-        return out
+        return cast(Tensor, self.net(x.expand(-1, self.channels, -1, -1)))
 
 
 BUILT_IN: dict[str, Any] = {"small-cnn": SmallCNN, "resnet-18": ResNet18}
 
 
+@blame("model")
 def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float = 0.0) -> nn.Module:
-    """A network by name, with initial weights from torch's own random numbers.
+    """Return a network by name, with initial weights from torch's own random numbers.
 
     Args:
         name: "small-cnn", "resnet-18", or an import path such as ``torchvision.models:resnet18``: anything
@@ -131,8 +128,7 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
     Raises:
         OptionError: Nothing importable of that name, no module, or dropout that it does not know.
     """
-    make = BUILT_IN.get(name) or _imported(name)
-    given = {"in_channels": in_channels, "num_classes": num_classes, "dropout": dropout}
+    make = BUILT_IN.get(name) or _import(name)
     known = inspect.signature(make).parameters.values()
     names = {p.name for p in known if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if any(p.kind == p.VAR_KEYWORD for p in known):
@@ -142,25 +138,26 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
             f"{name} has no keyword 'dropout', so that there is no arm 'dropout'.\n"
             "  wrap it in a function of your own that takes dropout=, and name that"
         )
-    net = make(**{key: value for key, value in given.items() if key in names})
+    options = {"in_channels": in_channels, "num_classes": num_classes, "dropout": dropout}
+    net = make(**{key: value for key, value in options.items() if key in names})
     if not isinstance(net, nn.Module):
         raise OptionError(f"{name} gave a {type(net).__name__}, not an nn.Module.")
     first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != in_channels:
-        if in_channels != 1:
-            raise OptionError(
-                f"{name} takes {first.in_channels} channels, the images have {in_channels}."
-            )
-        return _Repeated(net, first.in_channels)
-    return net
+    if first is None or first.in_channels == in_channels:
+        return net
+    if in_channels != 1:
+        raise OptionError(
+            f"{name} takes {first.in_channels} channels, the images have {in_channels}."
+        )
+    return _Repeated(net, first.in_channels)
 
 
 def as_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images as networks get them, in training and when they are probed: bytes from 0 to 255 as 0 to 1."""
+    """Return images as networks take them, in training and in probes: bytes 0 to 255 become 0 to 1."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
-def _imported(path: str) -> Any:
+def _import(path: str) -> Any:
     module, colon, name = path.partition(":")
     try:
         if not (module and colon and name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -14,7 +14,7 @@ from tnreg import images
 from tnreg.cnns.classifier import ConvAC, is_classifier
 from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import load_pt2
-from tnreg.errors import FileError, OptionError, ShapeError, TnregError
+from tnreg.errors import FileError, OptionError, ShapeError, TnregError, blame
 from tnreg.experiments.folder import about_of, refused
 from tnreg.experiments.nets import as_input, build
 from tnreg.factorizations.factorization import load
@@ -24,7 +24,7 @@ Net = Callable[[Tensor], Tensor]
 
 
 def network_of(source: str, channels: int, *, weights: Path | None = None) -> Net:
-    """A network to be looked at.
+    """Return a trained network to be probed.
 
     Args:
         source: A run folder of one training of ``locality``; a ``.pt2`` file of ``torch.export``; a
@@ -53,11 +53,11 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
             f"{source}: a network by name has no trained weights; give --weights FILE.\n"
             "  or a run folder, a .pt2 file of torch.export, a .safetensors model of tnreg"
         )
-    state = _state(weights)
+    state = _read_state(weights)
     # as many logits as the last weight of the state says
     last = [value for value in state.values() if value.ndim >= 1]
     net = build(source, channels, num_classes=len(last[-1]) if last else 1)
-    return _loaded(net, state, weights)
+    return _load_state(net, state, weights)
 
 
 def _of_run(folder: Path, channels: int) -> Net:
@@ -68,56 +68,49 @@ def _of_run(folder: Path, channels: int) -> Net:
             raise ValueError(f"a run of {about['experiment']!r}")
         inputs = about.get("inputs")
     file = folder / "model.safetensors"
-    net = _loaded(build(name, channels), _state(file), file)
+    net = _load_state(build(name, channels), _read_state(file), file)
     return net if inputs is None else _Standardized(net, **inputs)
 
 
 class _Standardized(nn.Module):
-    """A network of standardized images that is given images as they are."""
+    """A network of standardized images that takes images as they are."""
 
     def __init__(self, net: nn.Module, mean: list[float], deviation: list[float]) -> None:
         super().__init__()
         self.net = net
-        self.mean, self.deviation = (
-            nn.Buffer(torch.tensor(x).view(-1, 1, 1)) for x in (mean, deviation)
-        )
+        self.mean = nn.Buffer(torch.tensor(mean).view(-1, 1, 1))
+        self.deviation = nn.Buffer(torch.tensor(deviation).view(-1, 1, 1))
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net((x - self.mean) / self.deviation)
-        return out
+        return cast(Tensor, self.net((x - self.mean) / self.deviation))
 
 
-def _state(file: Path) -> dict[str, Tensor]:
+def _read_state(file: Path) -> dict[str, Tensor]:
     try:
-        found: Any = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-        if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-            raise ValueError(f"a {type(found).__name__}, not a dict of tensors")
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise ValueError(f"a {type(state).__name__}, not a dict of tensors")
     except FileNotFoundError:
-        raise FileError(f"no such file of weights: {file}", argument="weights") from None
+        raise FileError(f"no such file of weights: {file}") from None
     except Exception as error:
-        raise FileError(
-            f"not a state dict: {file}\n  {type(error).__name__}: {error}", argument="weights"
-        ) from None
-    return found
+        raise FileError(f"not a state dict: {file}\n  {type(error).__name__}: {error}") from None
+    return state
 
 
-def _loaded(net: nn.Module, state: dict[str, Tensor], file: Path) -> nn.Module:
+def _load_state(net: nn.Module, state: dict[str, Tensor], file: Path) -> nn.Module:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise FileError(
-            f"{file} does not fit the network.\n  {error}", argument="weights"
-        ) from None
+        raise FileError(f"{file} does not fit the network.\n  {error}") from None
     return net.eval()
 
 
+@blame("data")
 def images_of(data: str) -> Tensor:
-    """Images ``(N, C, H, W)`` of floats to probe with.
+    """Return images ``(N, C, H, W)`` of floats to probe with.
 
     Args:
         data: An image set of ``tnreg.images`` (``.npz``), an array or tensor file ``(N, C, H, W)``, or
@@ -130,8 +123,7 @@ def images_of(data: str) -> Tensor:
         text = data.partition(":")[2] or "24"
         if not text.isdigit():
             raise OptionError(f"digits:DISTANCE needs a number of pixels, found {data!r}.")
-        found = images.is_same_class(512, distance=int(text), split="test")
-        return torch.from_numpy(found.images)
+        return torch.from_numpy(images.is_same_class(512, distance=int(text), split="test").images)
     if data.endswith(".npz"):
         try:
             return as_input(torch.from_numpy(images.load(data).images))
