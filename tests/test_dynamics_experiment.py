@@ -61,7 +61,7 @@ def test_folder(tiny):
 
 def test_what_is_recorded_belongs_to_the_model(tiny):
     summary, one = tiny
-    found, model = one.found, load(one.folder / "model.safetensors")
+    found, model = one.trajectory, load(one.folder / "model.safetensors")
     root = model.tree.root
     for node, norms in model.local_components().items():
         ids = found["component ids"][node][-1]
@@ -81,7 +81,7 @@ def test_what_is_recorded_belongs_to_the_model(tiny):
 def test_a_large_tensor_is_observed_without_being_made_dense(monkeypatch, tmp_path, tiny):
     monkeypatch.setattr(train, "_SMALL", 0)
     dynamics.run(dynamics.tiny, tmp_path / "run", pictures=False)
-    found, dense = read_run(tmp_path / "run").found, tiny[1].found
+    found, dense = read_run(tmp_path / "run").trajectory, tiny[1].trajectory
     for node, s in found["spectra"].items():
         assert s.shape[1] <= 8  # the rank of the bond
         assert np.allclose(s, dense["spectra"][node][:, : s.shape[1]], atol=1e-11)
@@ -95,7 +95,7 @@ def test_it_learns_the_rank_of_the_target_as_theory_predicts(tiny):
     assert set(summary["ranks"].values()) == {1} and summary["ranks"] == summary["target ranks"]
     assert summary["test error"] < 0.05
     assert max(summary["rate error"].values()) < 0.2  # a step of 1 % of the way, a row every ten
-    followed = dynamics.tracks(one.found)
+    followed = dynamics.tracks(one.trajectory)
     assert followed.norms.shape == (31, 8) and followed.measured.shape == (29, 8)
     start, end = followed.jumps()[0]
     assert 0 < start < end < 300
@@ -189,7 +189,7 @@ def test_other_settings(tmp_path, changes):
     if changes.get("target_tree") == "[0,1]":
         changes |= {"target_sizes": (9, 9), "target_root": "ones"}
     summary = dynamics.run(small(**changes), tmp_path / "run")
-    found = read_run(tmp_path / "run").found
+    found = read_run(tmp_path / "run").trajectory
     assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists()
     assert ("components" in summary) == (changes.get("join") != "full")
     assert ("predicted rate" in found) == ("rates" not in changes and "join" not in changes)
@@ -261,10 +261,10 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, tiny):
     assert checkpoint.exists()
     summary = dynamics.run(dynamics.tiny, place, pictures=False)
     whole = tiny[1]
-    found = read_run(place).found
-    assert found.names == whole.found.names and summary["seconds"] is None
+    found = read_run(place).trajectory
+    assert found.names == whole.trajectory.names and summary["seconds"] is None
     for name in found.names:
-        one, other = found[name], whole.found[name]
+        one, other = found[name], whole.trajectory[name]
         pairs = [(one[k], other[k]) for k in other] if isinstance(other, dict) else [(one, other)]
         assert all(np.array_equal(a, b) for a, b in pairs), name
     models = [load(folder / "model.safetensors") for folder in (place, whole.folder)]

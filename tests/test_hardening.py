@@ -99,7 +99,12 @@ def read_training(path):
 
 def read_folder(path):
     run = read_run(path)
-    return {run.config["seed"], run.summary["v"], *run.found["loss"].tolist(), len(run.found) // 40}
+    return {
+        run.config["seed"],
+        run.summary["v"],
+        *run.trajectory["loss"].tolist(),
+        len(run.trajectory) // 40,
+    }
 
 
 KINDS = {  # name: (write a version, read the versions)

@@ -28,7 +28,7 @@ from tnreg.cnns.classifier import ConvAC, Representation
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
-from tnreg.experiments.folder import about_of, refused
+from tnreg.experiments.folder import read_about, reading
 from tnreg.factorizations.components import drop_components
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import advancing
@@ -284,8 +284,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     from matplotlib.figure import Figure
 
     folder = Path(folder)
-    with refused("a convac run", folder):
-        about = about_of(folder)
+    with reading("a convac run", folder):
+        about = read_about(folder)
         summary, trees = about["summary"], about["config"]["trees"]
         model = ConvAC.load(folder / f"{trees[0]}.safetensors")
     whole = Figure(figsize=(13, 7.5), layout="constrained")

@@ -26,49 +26,44 @@ class Run:
     Attributes:
         folder: Where it is.
         experiment: Name of the module that wrote it.
-        config: Settings, as JSON gives them back.
+        config: Settings, as JSON returns them.
         summary: Results.
-        found: The trajectory.
+        trajectory: What was recorded.
     """
 
     folder: Path
     experiment: str
     config: dict[str, Any]
     summary: dict[str, Any]
-    found: Trajectory
+    trajectory: Trajectory
 
 
 def write_run(
     folder: Path,
     experiment: str,
     config: Any,
-    found: Trajectory,
+    trajectory: Trajectory,
     model: Factorization,
     summary: dict[str, Any],
 ) -> None:
     """Write what every run folder holds: config.json, trajectory.npz, model.safetensors."""
-    found.save(folder / "trajectory.npz")
+    trajectory.save(folder / "trajectory.npz")
     model.save(folder / "model.safetensors")
-    about = {
-        **versions(),
-        "experiment": experiment,
-        "config": dataclasses.asdict(config),
-        "summary": summary,
-    }
-    (folder / "config.json").write_text(
-        json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
-    )
+    settings = dataclasses.asdict(config)
+    about = {**versions(), "experiment": experiment, "config": settings, "summary": summary}
+    text = json.dumps(about, indent=2, default=str) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def about_of(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` of a folder holds; raises one of ``UNREADABLE`` where there is none."""
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """Return what ``config.json`` of a folder holds, or raise one of ``UNREADABLE``."""
     about: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return about
 
 
 @contextlib.contextmanager
-def refused(what: str, folder: Path, expected: str = "") -> Iterator[None]:
-    """What a ``config.json`` that is read in this block lacks is a ``FileError``: not WHAT: FOLDER."""
+def reading(what: str, folder: Path, expected: str = "") -> Iterator[None]:
+    """Turn what ``UNREADABLE`` names into a ``FileError``: not WHAT: FOLDER."""
     try:
         yield
     except UNREADABLE as error:
@@ -77,9 +72,9 @@ def refused(what: str, folder: Path, expected: str = "") -> Iterator[None]:
 
 
 def experiment_of(folder: str | Path) -> str:
-    """Name of the experiment that wrote a folder; empty if none did."""
+    """Return the name of the experiment that wrote a folder; empty if none did."""
     try:
-        return str(about_of(folder)["experiment"])
+        return str(read_about(folder)["experiment"])
     except UNREADABLE:
         return ""
 
@@ -88,24 +83,21 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     Raises:
-        FileError: It is none.
+        FileError: It is not a run folder.
     """
-    path = Path(folder)
-    while True:
-        text, parts = _described(path)
-        found = Trajectory.load(path / "trajectory.npz")
-        if _described(path)[0] == text:  # else another process put a new run in its place
-            return Run(path, *parts, found)
-
-
-def _described(path: Path) -> tuple[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Text of config.json, and its parts."""
+    path, run, before = Path(folder), None, ""
     expected = "a folder with the config.json and trajectory.npz of a run"
-    with refused("a run folder", path, expected):
-        text = (path / "config.json").read_text(encoding="utf-8")
-        about = json.loads(text)
-        name, config, summary = str(about["experiment"]), about["config"], about["summary"]
-        for part in (config, summary):
-            if not isinstance(part, dict):
-                raise TypeError(f"config and summary are objects, found a {type(part).__name__}")
-    return text, (name, config, summary)
+    while True:
+        with reading("a run folder", path, expected):
+            text = (path / "config.json").read_text(encoding="utf-8")
+            if run is not None and text == before:  # else another process has put a new run there
+                return run
+            about = json.loads(text)
+            name, config, summary = str(about["experiment"]), about["config"], about["summary"]
+            for part in (config, summary):
+                if not isinstance(part, dict):
+                    raise TypeError(
+                        f"config and summary are objects, found a {type(part).__name__}"
+                    )
+        trajectory = Trajectory.load(path / "trajectory.npz")
+        run, before = Run(path, name, config, summary, trajectory), text

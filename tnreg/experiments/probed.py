@@ -15,7 +15,7 @@ from tnreg.cnns.classifier import ConvAC, is_classifier
 from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import load_pt2
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError, blame
-from tnreg.experiments.folder import about_of, refused
+from tnreg.experiments.folder import read_about, reading
 from tnreg.experiments.nets import as_input, build
 from tnreg.factorizations.factorization import load
 from tnreg.tensors.loading import load_tensor
@@ -61,8 +61,8 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
 
 
 def _of_run(folder: Path, channels: int) -> Net:
-    with refused("a run folder of one training of locality", folder):
-        about = about_of(folder)
+    with reading("a run folder of one training of locality", folder):
+        about = read_about(folder)
         name = about["config"]["model"]
         if about["experiment"] != "locality_run":
             raise ValueError(f"a run of {about['experiment']!r}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from tnreg.errors import OptionError
 from tnreg.experiments import dynamics, sweep
-from tnreg.experiments.folder import about_of, read_run, refused
+from tnreg.experiments.folder import read_about, read_run, reading
 from tnreg.plots import save_figure
 
 
@@ -88,13 +88,13 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     from matplotlib.figure import Figure
 
     place = Path(folder)
-    with refused("a finished sweep", place):
-        about = about_of(place)
+    with reading("a finished sweep", place):
+        about = read_about(place)
         rows, stds, seeds = about["summary"], about["config"]["stds"], about["config"]["seeds"]
     drawn = Figure(figsize=(3.1 * max(len(stds), 2), 6), layout="constrained")
     upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
     for std, ax in zip(stds, upper.subplots(1, len(stds), squeeze=False)[0], strict=True):
-        tracks = dynamics.tracks(read_run(place / _name({"std": std, "seed": seeds[0]})).found)
+        tracks = dynamics.tracks(read_run(place / _name({"std": std, "seed": seeds[0]})).trajectory)
         ax.plot(tracks.steps, tracks.norms, lw=1.2)
         ax.set_title(f"std {std:g}")
         ax.set_xlabel("step")

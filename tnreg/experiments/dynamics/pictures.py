@@ -25,128 +25,130 @@ _TITLES = {
 
 
 def panels(folders: Sequence[str | Path]) -> Any:
-    """One panel per run, with its components along the training: the figure of the paper."""
+    """Draw one panel per run, its components along the training: the figure of the paper."""
     from matplotlib.figure import Figure
 
     if not folders:
-        raise OptionError("panels: give at least one run folder.")
+        raise OptionError("panels: give at least one run folder.", argument="folders")
     runs = [read_run(folder) for folder in folders]
-    for one in runs:
-        if one.experiment != "dynamics":
-            raise OptionError(f"{one.folder} is a run of {one.experiment!r}, not of 'dynamics'.")
-    drawn = Figure(figsize=(4.4 * len(runs), 3.5), layout="constrained")
-    for one, ax in zip(runs, drawn.subplots(1, len(runs), squeeze=False)[0], strict=True):
-        _draw_components(one.found, ax)
-        ax.set_title(_TITLES.get(one.config["model"], one.config["model"]))
-    return drawn
+    for run in runs:
+        if run.experiment != "dynamics":
+            raise OptionError(
+                f"{run.folder} is a run of {run.experiment!r}, not of 'dynamics'.",
+                argument="folders",
+            )
+    figure = Figure(figsize=(4.4 * len(runs), 3.5), layout="constrained")
+    for run, ax in zip(runs, figure.subplots(1, len(runs), squeeze=False)[0], strict=True):
+        title = _TITLES.get(run.config["model"], run.config["model"])
+        _draw_components(run.trajectory, ax, title)
+    return figure
 
 
-def _draw_components(found: Trajectory, ax: Any, node: Node | None = None) -> None:
-    followed = tracks(found, node)
-    ax.plot(followed.steps, followed.norms, lw=1.4)
-    ax.set_xlabel("step")
-    ax.locator_params(axis="x", nbins=5)
-    order = sum(isinstance(mode, int) for mode in found["spectra"])
-    ax.set_ylabel("singular value" if order == 2 else "norm of the component")
-
-
-def training_figure(one: Run) -> Any:
-    """Components, errors, effective ranks, unbalancedness and step size of one run."""
+def training_figure(run: Run) -> Any:
+    """Draw components, errors, effective ranks, unbalancedness and step size of one run."""
     from matplotlib.figure import Figure
 
-    found = one.found
-    drawn = Figure(figsize=(10, 6.4), layout="constrained")
-    (first, second), (third, fourth) = drawn.subplots(2, 2)
-    if "components" in found:
-        _draw_components(found, first)
-        first.set_title("components at the root")
+    trajectory = run.trajectory
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    (first, second), (third, fourth) = figure.subplots(2, 2)
+    if "components" in trajectory:
+        _draw_components(trajectory, first, "components at the root")
     else:
-        first.plot(found.steps, list(found["spectra"].values())[-1], lw=1.2)
-        first.set_xlabel("step")
-        first.set_title("singular values below the root")
+        last = list(trajectory["spectra"].values())[-1]
+        _draw(trajectory, first, last, "singular values below the root")
     for name in ("train error", "test error"):
-        if name in found:
-            second.semilogy(found.steps, found[name], label=name)
+        if name in trajectory:
+            second.semilogy(trajectory.steps, trajectory[name], label=name)
     second.set_title("‖W − W*‖ / ‖W*‖")
     second.legend()
-    for node, values in found["effective rank"].items():
-        third.plot(found.steps, values, label=node_text(node), lw=1.2)
+    for node, ranks in trajectory["effective rank"].items():
+        third.plot(trajectory.steps, ranks, label=node_text(node), lw=1.2)
     third.set_title("effective rank by node")
-    if len(found["effective rank"]) <= 12:
+    if len(trajectory["effective rank"]) <= 12:
         third.legend(fontsize=7)
     for name in ("unbalancedness", "step size"):
-        if name in found and (found[name] > 0).any():
-            fourth.semilogy(found.steps, found[name], label=name)
+        if name in trajectory and (trajectory[name] > 0).any():
+            fourth.semilogy(trajectory.steps, trajectory[name], label=name)
     fourth.legend()
     fourth.set_title("unbalancedness and step size")
     for ax in (second, third, fourth):
         ax.set_xlabel("step")
-    return drawn
+    return figure
 
 
-def spectra_figure(one: Run) -> Any:
-    """Local components in the upper row; below, singular values on the tree and off it."""
+def spectra_figure(run: Run) -> Any:
+    """Draw local components in the upper row; below, singular values on the tree and off it."""
     from matplotlib.figure import Figure
 
-    found, top = one.found, one.config["top"]
-    lower: dict[str, Array] = {}
-    for node in sorted(found["spectra"], key=lambda v: -len(v) if isinstance(v, tuple) else 0):
-        values = found["spectra"][node]
+    trajectory = run.trajectory
+    spectra: dict[str, Array] = {}
+    by_size = sorted(trajectory["spectra"], key=lambda v: -len(v) if isinstance(v, tuple) else 0)
+    for node in by_size:
+        values = trajectory["spectra"][node]
         # the two children of a binary root share their singular values
-        shown = [s[-1] for s in lower.values() if s.shape == values.shape]
-        if len(lower) < 3 and not any(np.allclose(values[-1], s, rtol=1e-3) for s in shown):
-            lower[f"on the tree: {node_text(node)}"] = values
-    off = found["off-tree"] if "off-tree" in found else {}
-    lower |= {f"off the tree: {{{modes}}}": s for modes, s in off.items()}
-    nodes = list(found["components"])[::-1][: len(lower)] if "components" in found else []
+        same = [s[-1] for s in spectra.values() if s.shape == values.shape]
+        if len(spectra) < 3 and not any(np.allclose(values[-1], s, rtol=1e-3) for s in same):
+            spectra[f"on the tree: {node_text(node)}"] = values
+    if "off-tree" in trajectory:
+        off = trajectory["off-tree"].items()
+        spectra |= {f"off the tree: {{{modes}}}": values for modes, values in off}
+    nodes = list(trajectory["components"])[::-1] if "components" in trajectory else []
     rows = 2 if nodes else 1
-    drawn = Figure(figsize=(3.6 * len(lower), 3.1 * rows), layout="constrained")
-    axes = drawn.subplots(rows, len(lower), squeeze=False)
-    for ax, node in zip(axes[0], nodes, strict=False):
-        _draw_components(found, ax, node)
-        ax.set_title(f"components at {node_text(node)}", fontsize=9)
-    for ax in axes[0][len(nodes) :] if nodes else ():
-        ax.set_axis_off()
-    for ax, (title, values) in zip(axes[-1], lower.items(), strict=True):
-        ax.plot(found.steps, values[:, :top], lw=1.2)
-        ax.set_xlabel("step")
+    figure = Figure(figsize=(3.6 * len(spectra), 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(spectra), squeeze=False)
+    for ax, (title, values) in zip(axes[-1], spectra.items(), strict=True):
+        _draw(trajectory, ax, values[:, : run.config["top"]], title, fontsize=9)
         ax.set_ylabel("singular value")
-        ax.set_title(title, fontsize=9)
-    return drawn
+    for k, ax in enumerate(axes[0] if nodes else ()):
+        if k < len(nodes):
+            title = f"components at {node_text(nodes[k])}"
+            _draw_components(trajectory, ax, title, nodes[k], fontsize=9)
+        else:
+            ax.set_axis_off()
+    return figure
 
 
-def rates_figure(one: Run) -> Any:
-    """Predicted and measured growth: along the training at the root, and against each other."""
+def rates_figure(run: Run) -> Any:
+    """Draw predicted and measured growth: along the training at the root, and against each other."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(10, 4), layout="constrained")
-    left, right = drawn.subplots(1, 2)
-    root = tracks(one.found)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    root = tracks(run.trajectory)
     alive = np.flatnonzero(root.norms[-1] > 0.01 * root.norms[-1].max())
     for k in alive:
         [line] = left.plot(root.steps[1:-1], root.measured[:, k], lw=2, alpha=0.4)
         left.plot(root.steps[1:-1], root.predicted[:, k], lw=1, ls="--", color=line.get_color())
     left.set_xlabel("step")
     left.set_ylabel("dσ/dt")
-    left.set_yscale("symlog", linthresh=_threshold(root.measured[:, alive]))
+    largest = float(np.nanmax(np.abs(root.measured[:, alive]), initial=0.0))
+    left.set_yscale("symlog", linthresh=largest * 1e-3 if largest > 0 else 1.0)
     left.set_title("at the root: measured (wide), predicted (dashed)")
-    for node in one.found["components"]:
-        followed = tracks(one.found, node)
-        both = (followed.measured > 0) & (followed.predicted > 0)
+    for node in run.trajectory["components"]:
+        local = tracks(run.trajectory, node)
+        both = (local.measured > 0) & (local.predicted > 0)
         label = node_text(node)
-        right.loglog(followed.predicted[both], followed.measured[both], ".", ms=2, label=label)
+        right.loglog(local.predicted[both], local.measured[both], ".", ms=2, label=label)
     high = 3 * max(right.get_xlim()[1], right.get_ylim()[1])
-    right.plot([high * 1e-9, high], [high * 1e-9, high], color="0.5", lw=0.8)
-    right.set_xlim(high * 1e-9, high)  # far below, rounding is all there is to see
-    right.set_ylim(high * 1e-9, high)
-    right.set_xlabel("predicted dσ/dt")
-    right.set_ylabel("measured dσ/dt")
-    right.set_title("all nodes")
+    low = high * 1e-9  # far below, rounding is all there is to see
+    right.plot([low, high], [low, high], color="0.5", lw=0.8)
+    right.set(xlim=(low, high), ylim=(low, high), title="all nodes")
+    right.set(xlabel="predicted dσ/dt", ylabel="measured dσ/dt")
     if right.get_legend_handles_labels()[0]:
         right.legend(markerscale=5, fontsize=7)
-    return drawn
+    return figure
 
 
-def _threshold(values: Array) -> float:
-    largest = float(np.nanmax(np.abs(values), initial=0.0))
-    return largest * 1e-3 if largest > 0 else 1.0
+def _draw_components(
+    trajectory: Trajectory, ax: Any, title: str, node: Node | None = None, **options: Any
+) -> None:
+    _draw(trajectory, ax, tracks(trajectory, node).norms, title, **options)
+    ax.locator_params(axis="x", nbins=5)
+    order = sum(isinstance(mode, int) for mode in trajectory["spectra"])
+    ax.set_ylabel("singular value" if order == 2 else "norm of the component")
+
+
+def _draw(trajectory: Trajectory, ax: Any, values: Array, title: str, **options: Any) -> None:
+    ax.plot(trajectory.steps, values, lw=1.3)
+    ax.set_xlabel("step")
+    ax.set_title(title, **options)

@@ -34,20 +34,18 @@ class Tracks:
     predicted: Array
 
     def jumps(self, share: float = 0.01) -> list[list[int]]:
-        """``[first step above 10 %, first step above 90 %]`` of its last norm, for every component.
+        """Return ``[first step above 10 %, first step above 90 %]`` of its last norm, by component.
 
         Components that end below ``share`` of the largest are left out.
         """
-        last, out = self.norms[-1], []
-        for k in np.flatnonzero(last > share * last.max()):
-            rise = [
-                np.argmax(np.nan_to_num(self.norms[:, k]) > part * last[k]) for part in (0.1, 0.9)
-            ]
-            out.append([int(self.steps[row]) for row in rise])
-        return out
+        last, norms = self.norms[-1], np.nan_to_num(self.norms)
+        rows = [np.argmax(norms > part * last, axis=0) for part in (0.1, 0.9)]
+        kept = last > share * last.max()
+        steps: list[list[int]] = self.steps[np.stack(rows, 1)][kept].tolist()
+        return steps
 
     def rate_error(self) -> float | None:
-        """Median of ``|measured - predicted| / |predicted|`` while components rise from 10 to 90 %."""
+        """Return the median ``|measured - predicted| / |predicted|`` while components rise, 10 to 90 %."""
         last = self.norms[-1]
         rising = (self.norms > 0.1 * last) & (self.norms < 0.9 * last) & (last > 0.01 * last.max())
         inside = rising[1:-1] & np.isfinite(self.predicted) & (self.predicted != 0)
@@ -68,22 +66,23 @@ def tracks(found: Trajectory, node: Node | None = None) -> Tracks:
     recorded, ids = found["components"], found["component ids"]
     node = list(recorded)[-1] if node is None else node
     if node not in recorded:
-        raise OptionError(f"no node {node!r}; there is {', '.join(map(str, recorded))}.")
-    same = ids[node][:, :, None] == ids[node][-1]  # row, recorded one, final one
-    place, known = same.argmax(1), same.any(1)
+        raise OptionError(
+            f"no node {node!r}; there is {', '.join(map(str, recorded))}.", argument="node"
+        )
+    same = ids[node][:, :, None] == ids[node][-1]  # row, place in it, component at the end
+    places, known = same.argmax(1), same.any(1)
 
     def follow(values: Array) -> Array:
-        taken = np.take_along_axis(values.astype(float), place, 1)
-        return np.where(known, taken, np.nan)
+        return np.where(known, np.take_along_axis(values.astype(float), places, 1), np.nan)
 
     norms = follow(recorded[node])
-    passed = np.diff(found["flow time"])[:, None]
-    around = passed[1:] + passed[:-1]
+    time = np.diff(found["flow time"])[:, None]
+    around = time[1:] + time[:-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         measured = (norms[2:] - norms[:-2]) / around
         predicted = np.full_like(measured, np.nan)
         if "predicted rate" in found:
             rates = follow(found["predicted rate"][node])
-            grown = passed * (rates[1:] + rates[:-1]) / 2
-            predicted = (grown[1:] + grown[:-1]) / around
+            growth = time * (rates[1:] + rates[:-1]) / 2
+            predicted = (growth[1:] + growth[:-1]) / around
     return Tracks(found.steps, norms, measured, predicted)

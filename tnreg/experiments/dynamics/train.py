@@ -1,15 +1,4 @@
-"""Components learned one after another: matrix, CP and hierarchical tensor factorization, or any tree.
-
-A factorization starts near zero and is trained on a part of a tensor's entries (or on rank-one
-measurements). Recorded are its components (the singular values of a matrix factorization, the largest
-local components of every other one) with the rates at which theory says they grow, the singular
-values at every node, errors, unbalancedness and step size. The presets have the settings of figures 1,
-2 and 4 of Razin, Maman and Cohen (2022), arXiv:2201.11729.
-
-A run folder holds ``config.json``, ``model.safetensors``, ``trajectory.npz`` and three pictures:
-``dynamics.png``, ``spectra.png``, ``rates.png``. While it trains, ``FOLDER.checkpoint`` beside it holds
-the state: a run that was killed goes on from there when it is started again.
-"""
+"""One run of dynamics: its settings, its training and what is observed meanwhile, its folder."""
 
 from __future__ import annotations
 
@@ -132,7 +121,10 @@ tiny = dataclasses.replace(
 )  # fmt: skip
 MODELS: dict[str, Config] = {"mf": mf, "cp": cp, "htf": htf, "htf-small": htf_small, "tiny": tiny}
 
-_SMALL = 2**16  # entries of a tensor that is made dense to be observed
+# Entries of a tensor that is made dense once a row for errors and singular values: at 8^4 and width 512 that
+# costs a quarter of the factored spectra. Its singular values are computed on the CPU, as a GPU takes longer
+# for matrices this small. A larger tensor is made dense only for off-tree sets, if asked for.
+_SMALL = 2**16
 
 
 def run(
@@ -166,47 +158,52 @@ def run(
         KeyboardInterrupt: After Ctrl-C; the checkpoint stays.
     """
     place = check_folder(folder)
-    kept = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
-    along = read_tree(config.tree) if tree is None else tree
+    file = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
+    model_tree = read_tree(config.tree) if tree is None else tree
     task, dense, scale = _task(config, target)
     model = Factorization(
-        along, task.sizes, config.rank, join=config.join, root=config.root, std=config.std,
+        model_tree, task.sizes, config.rank, join=config.join, root=config.root, std=config.std,
         dtype=getattr(torch, config.dtype), device=config.device,
         # not the numbers that the target was drawn with
         generator=torch.Generator().manual_seed(config.seed + 1_000_003),
     )  # fmt: skip
     optimizer = GroupRMSprop(model.parameters(), lr=config.lr)
-    observe = _Observations(config, task, optimizer, model)
+    observations = _Observations(config, task, optimizer, model)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot write {place}: {error.strerror or error}") from None
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("steps", "rtol")}
-    resumed, start = kept.exists(), time.perf_counter()
-    found = fit(
-        model, task.loss, steps=config.steps, optimizer=optimizer, observe=observe.functions,
+    resumed, start = file.exists(), time.perf_counter()
+    trajectory = fit(
+        model, task.loss, steps=config.steps, optimizer=optimizer, observe=observations.functions,
         every=config.every, stop=_stays_below(config.stop_below, config.stop_checks),
-        progress=progress, checkpoint=kept, checkpoint_seconds=checkpoint_seconds,
-        settings={**settings, "tree": repr(along)}, graph=config.graph,
+        progress=progress, checkpoint=file, checkpoint_seconds=checkpoint_seconds,
+        settings={**settings, "tree": repr(model_tree)}, graph=config.graph,
     )  # fmt: skip
-    if found.stop_reason == "interrupted":
+    if trajectory.stop_reason == "interrupted":
         raise KeyboardInterrupt
-    seconds = time.perf_counter() - start
-    summary = {
-        **_summary(config, model, task, dense, found),
-        "scale": scale,
-        "seconds": None if resumed else seconds,
-    }
+    seconds = None if resumed else time.perf_counter() - start
+    summary = _summary(config, model, dense, trajectory) | {"scale": scale, "seconds": seconds}
     with folder_written_whole(place) as beside:
-        write_run(beside, "dynamics", config, found, model, summary)
+        write_run(beside, "dynamics", config, trajectory, model, summary)
         if pictures:
             figure(beside)
-    kept.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
     return summary
 
 
+def figure(folder: str | Path) -> Path:
+    """Draw the pictures of a run folder (again) and return ``dynamics.png``."""
+    run = read_run(folder)
+    save_figure(spectra_figure(run), run.folder / "spectra.png")
+    if "predicted rate" in run.trajectory:
+        save_figure(rates_figure(run), run.folder / "rates.png")
+    return save_figure(training_figure(run), run.folder / "dynamics.png")
+
+
 def row(summary: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers of a summary that stand for it in a table of several runs."""
+    """Return the few numbers of a summary that stand for it in a table of several runs."""
     largest = list(summary["components"].values())[-1] if "components" in summary else []
     return {
         "steps": summary["steps"],
@@ -217,22 +214,22 @@ def row(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _task(config: Config, given: Any) -> tuple[Completion | Sensing, Tensor, float]:
-    """The task, its dense target in double precision, and what the target was divided by."""
-    if given is not None:
-        with torch.no_grad():
-            dense = given.to_tensor() if isinstance(given, Factorization) else as_tensor(given)
-    elif config.target is not None:
-        dense = load_tensor(config.target).values
-    else:
-        made = Factorization(
+def _task(config: Config, target: Any) -> tuple[Completion | Sensing, Tensor, float]:
+    """Return the task, its dense target in double precision, and what the target was divided by."""
+    if target is None and config.target is None:
+        target = Factorization(
             read_tree(config.target_tree), config.target_sizes, config.target_rank,
             root=config.target_root, std=1.0, dtype=torch.float64,
             generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
-        dense = made.to_tensor()
+    if target is None:
+        dense = load_tensor(str(config.target)).values
+    else:
+        dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
     if dense.is_complex():
-        raise DataError("the target is complex; this experiment trains real factorizations.")
+        raise DataError(
+            "the target is complex; this experiment trains real factorizations.", argument="target"
+        )
     dense = dense.detach().double()
     known = dense[~torch.isnan(dense)] if config.missing == "nan" else check_numbers(dense)
     rms = float(torch.linalg.vector_norm(known) / math.sqrt(max(known.numel(), 1)))
@@ -247,10 +244,10 @@ def _task(config: Config, given: Any) -> tuple[Completion | Sensing, Tensor, flo
 
 
 def _stays_below(value: float, checks: int) -> Callable[[Trajectory], bool | str]:
-    """The published stop rule: the loss below ``value`` at more than ``checks`` rows in a row."""
+    """Return the published stop rule: the loss below ``value`` at more than ``checks`` rows in a row."""
 
-    def stop(found: Trajectory) -> bool | str:
-        if len(found) <= checks or not (found.last("loss", checks + 1) < value).all():
+    def stop(trajectory: Trajectory) -> bool | str:
+        if len(trajectory) <= checks or not (trajectory.last("loss", checks + 1) < value).all():
             return False
         return f"loss below {value:g} at {checks + 1} checks in a row"
 
@@ -258,12 +255,7 @@ def _stays_below(value: float, checks: int) -> Callable[[Trajectory], bool | str
 
 
 class _Observations:
-    """What is recorded in every row; what two observations need is computed once.
-
-    A small tensor is made dense once a row for errors and singular values: at 8^4 and width 512 that
-    costs a quarter of the factored spectra. Its singular values are computed on the CPU, as a GPU takes
-    longer for matrices this small. A large one is made dense only for off-tree sets, if asked for.
-    """
+    """What is observed; an observation leaves to those after it what they need as well."""
 
     def __init__(
         self,
@@ -276,26 +268,29 @@ class _Observations:
         self.dense: Tensor | None = None
         self.small = math.prod(model.sizes) <= _SMALL
         self.matrix = model.tree.order == 2
+        self.diagonal = "diagonal" in model.network.joins
         self.off_tree = {text: _modes(text, model.tree.order) for text in config.off_tree}
-        functions: dict[str, Callable[[Factorization], Any]] = {
-            "train error": task.train_error,
-            "spectra": self._spectra,
+        components = self.matrix or self.diagonal
+        functions: dict[str, tuple[bool, Callable[[Factorization], Any]]] = {
+            "train error": (True, task.train_error),
+            "spectra": (True, self._spectra),
+            "test error": (
+                isinstance(task, Sensing) or task.test_values is not None,
+                self._test_error,
+            ),
+            "effective rank": (
+                True,
+                lambda _: {v: effective_rank(s) for v, s in self.spectra.items()},
+            ),
+            "off-tree": (bool(self.off_tree), self._off_tree),
+            "components": (components, self._components),
+            "component ids": (components, lambda _: self.ids),
+            "predicted rate": (components and config.rates, self._rates),
+            "unbalancedness": (self.diagonal, self._unbalancedness),
+            "step size": (True, lambda _: optimizer.step_size),
+            "flow time": (True, lambda _: optimizer.flow_time),
         }
-        if isinstance(task, Sensing) or task.test_values is not None:
-            functions["test error"] = self._test_error
-        functions["effective rank"] = self._effective_ranks
-        if self.off_tree:
-            functions["off-tree"] = self._off_tree
-        if self.matrix or "diagonal" in model.network.joins:
-            functions["components"] = self._components
-            functions["component ids"] = lambda _: self.ids
-            if config.rates:
-                functions["predicted rate"] = self._rates
-        if "diagonal" in model.network.joins:
-            functions["unbalancedness"] = self._unbalancedness
-        functions["step size"] = lambda _: optimizer.step_size
-        functions["flow time"] = lambda _: optimizer.flow_time
-        self.functions = functions
+        self.functions = {name: observe for name, (wanted, observe) in functions.items() if wanted}
 
     def _spectra(self, model: Factorization) -> dict[Node, Tensor]:
         self.dense = model.to_tensor() if self.small else None
@@ -310,26 +305,22 @@ class _Observations:
         if self.dense is None or not isinstance(task, Completion) or task.test_index is None:
             return task.test_error(model)
         assert task.test_values is not None
-        found = self.dense[task.test_index.unbind(1)]
-        return relative_error(found, task.test_values)
-
-    def _effective_ranks(self, _: Factorization) -> dict[Node, Tensor]:
-        return {node: effective_rank(s) for node, s in self.spectra.items()}
+        return relative_error(self.dense[task.test_index.unbind(1)], task.test_values)
 
     def _off_tree(self, model: Factorization) -> dict[str, Tensor]:
         dense = model.to_tensor().double() if self.dense is None else self.dense.double().cpu()
         return {t: torch.linalg.svdvals(matricize(dense, m)) for t, m in self.off_tree.items()}
 
     def _components(self, model: Factorization) -> dict[Node, Tensor]:
-        if "diagonal" in model.network.joins:
+        if self.diagonal:
             self.norms = model.component_norms()
         if self.matrix:  # the components of a matrix are its singular triples
-            found = {model.tree.root: self.spectra[0]}
+            components = {model.tree.root: self.spectra[0]}
         else:
-            found = {node: norms.prod(0) for node, norms in self.norms.items()}
-        kept = {v: s.topk(min(self.config.top, len(s))) for v, s in found.items()}
-        self.ids = {node: top.indices for node, top in kept.items()}
-        return {node: top.values for node, top in kept.items()}
+            components = {node: norms.prod(0) for node, norms in self.norms.items()}
+        largest = {v: s.topk(min(self.config.top, len(s))) for v, s in components.items()}
+        self.ids = {node: top.indices for node, top in largest.items()}
+        return {node: top.values for node, top in largest.items()}
 
     def _rates(self, model: Factorization) -> dict[Node, Tensor]:
         if self.matrix:
@@ -344,60 +335,48 @@ class _Observations:
 
 
 def _modes(text: str, order: int) -> tuple[int, ...]:
-    try:
-        modes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        modes = ()
+    """Return the modes that an entry of ``off_tree`` names."""
+    parts = [part.strip() for part in text.split(",")]
     if (
-        not modes
-        or len(set(modes)) != len(modes)
-        or not all(0 <= m < order for m in modes)
-        or len(modes) == order
+        not set(parts) <= {str(mode) for mode in range(order)}
+        or not len(set(parts)) == len(parts) < order
     ):
         raise OptionError(
-            f"off_tree: {text!r} is no set of some of the modes 0..{order - 1}; write e.g. '0,2'."
+            f"off_tree: {text!r} is no set of some of the modes 0..{order - 1}; write e.g. '0,2'.",
+            argument="off_tree",
         )
-    return modes
+    return tuple(map(int, parts))
 
 
 def _summary(
-    config: Config,
-    model: Factorization,
-    task: Completion | Sensing,
-    dense: Tensor,
-    found: Trajectory,
+    config: Config, model: Factorization, dense: Tensor, trajectory: Trajectory
 ) -> dict[str, Any]:
-    out: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "tree": repr(model.tree),
         "sizes": list(model.sizes),
         "weights": sum(p.numel() for p in model.parameters()),
-        "steps": int(found.steps[-1]),
-        "stopped by": found.stop_reason,
-        "loss": float(found["loss"][-1]),
-        "train error": float(found["train error"][-1]),
+        "steps": int(trajectory.steps[-1]),
+        "stopped by": trajectory.stop_reason,
+        "loss": float(trajectory["loss"][-1]),
+        "train error": float(trajectory["train error"][-1]),
         "ranks": {str(v): r for v, r in hierarchical_rank(model, rtol=config.rtol).items()},
-        "effective rank": {str(v): float(e[-1]) for v, e in found["effective rank"].items()},
+        "effective rank": {str(v): float(e[-1]) for v, e in trajectory["effective rank"].items()},
     }
-    if "test error" in found:
-        out["test error"] = float(found["test error"][-1])
+    if "test error" in trajectory:
+        summary["test error"] = float(trajectory["test error"][-1])
     if not torch.isnan(dense).any():
-        wanted = spectra(dense, model.tree)
-        out["target ranks"] = {str(v): numerical_rank(s, config.rtol) for v, s in wanted.items()}
-    for text, values in found["off-tree"].items() if "off-tree" in found else ():
-        rank = numerical_rank(torch.from_numpy(values[-1]), config.rtol)
-        out.setdefault("off-tree ranks", {})[text] = rank
-    if "components" in found:
-        out["components"] = {str(v): c[-1].tolist() for v, c in found["components"].items()}
-        out["jumps"] = {str(v): tracks(found, v).jumps() for v in found["components"]}
-        if "predicted rate" in found:
-            out["rate error"] = {str(v): tracks(found, v).rate_error() for v in found["components"]}
-    return out
-
-
-def figure(folder: str | Path) -> Path:
-    """Draw the pictures of a run folder (again); returns ``dynamics.png``."""
-    one = read_run(folder)
-    save_figure(spectra_figure(one), one.folder / "spectra.png")
-    if "predicted rate" in one.found:
-        save_figure(rates_figure(one), one.folder / "rates.png")
-    return save_figure(training_figure(one), one.folder / "dynamics.png")
+        ranks = hierarchical_rank(dense, model.tree, rtol=config.rtol)
+        summary["target ranks"] = {str(v): r for v, r in ranks.items()}
+    if "off-tree" in trajectory:
+        summary["off-tree ranks"] = {
+            text: numerical_rank(torch.from_numpy(values[-1]), config.rtol)
+            for text, values in trajectory["off-tree"].items()
+        }
+    if "components" in trajectory:
+        components = trajectory["components"]
+        local = {str(v): tracks(trajectory, v) for v in components}
+        summary["components"] = {str(v): c[-1].tolist() for v, c in components.items()}
+        summary["jumps"] = {v: one.jumps() for v, one in local.items()}
+        if "predicted rate" in trajectory:
+            summary["rate error"] = {v: one.rate_error() for v, one in local.items()}
+    return summary

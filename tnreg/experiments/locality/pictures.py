@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tnreg.experiments.folder import about_of, refused
+from tnreg.experiments.folder import read_about, reading
 from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.plots import save_figure
 
@@ -89,8 +89,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         FileError: Not a sweep of locality, or nothing was trained yet.
     """
     place = Path(folder)
-    with refused("a sweep of locality", place):
-        about = about_of(place)
+    with reading("a sweep of locality", place):
+        about = read_about(place)
         if about["experiment"] != "locality":
             raise ValueError(f"of {about['experiment']!r}")
         rows, config = about["summary"], about["config"]

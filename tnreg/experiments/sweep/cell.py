@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 
 from tnreg.errors import FileError, OptionError, TnregError
-from tnreg.experiments.folder import UNREADABLE, about_of
+from tnreg.experiments.folder import UNREADABLE, read_about
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.machine.versions import versions
 
@@ -90,7 +90,7 @@ def find(cell: Cell) -> dict[str, Any] | None:
     """
     place = check_folder(cell.folder / cell.name)
     try:
-        about = about_of(place)
+        about = read_about(place)
         there, now = {**cell.defaults, **about["config"]}, cell.settings
         pairs = {key: (there.get(key), now.get(key)) for key in {**there, **now}}
         summary = dict(about["summary"])

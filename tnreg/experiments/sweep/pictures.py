@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tnreg.experiments.folder import about_of, refused
+from tnreg.experiments.folder import read_about, reading
 from tnreg.plots import save_figure
 
 
@@ -48,8 +48,8 @@ def read_sweep(folder: str | Path) -> dict[str, Any]:
         FileError: There is no such file, or it has no results yet.
     """
     place = Path(folder)
-    with refused("a finished sweep", place):
-        about = about_of(place)
+    with reading("a finished sweep", place):
+        about = read_about(place)
         rows = about["summary"]
         if not isinstance(rows, list):
             raise ValueError("not a table of results")
@@ -72,7 +72,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
 
     place = Path(folder)
     about = read_sweep(place)
-    with refused("a finished sweep", place):
+    with reading("a finished sweep", place):
         rows, fields, headline = about["summary"], list(about["fields"]), about["headline"]
         varied = [name for name in fields if len({json.dumps(row[name]) for row in rows}) > 1]
         along, numeric = _along(rows, varied or fields)
