@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tnreg.images.scene import draw, scene
+from tnreg.images.scene import render, sample_scene
 from tnreg.images.sets import distance_only_accuracy
 
 LENGTHS = (3, 5, 7, 9)
@@ -30,14 +30,15 @@ def seconds(length: int, matched: bool, size: int, count: int) -> float:
     start = time.process_time()
     for i in range(count):
         rng = np.random.default_rng(np.random.SeedSequence([0, 0, i]))
-        draw(scene(rng, length, size, matched=matched), size)
+        render(sample_scene(rng, length, size, matched=matched), size)
     return (time.process_time() - start) / count
 
 
 def told_by_distance(length: int, matched: bool, size: int, count: int) -> float | None:
     """Distance-only accuracy."""
     found = [
-        scene(np.random.default_rng([1, 0, i]), length, size, matched=matched) for i in range(count)
+        sample_scene(np.random.default_rng([1, 0, i]), length, size, matched=matched)
+        for i in range(count)
     ]
     distances = np.array([one.distance for one in found])
     return distance_only_accuracy(distances, np.array([one.label for one in found]))

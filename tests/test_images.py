@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tnreg import DataError, FileError, OptionError, images
-from tnreg.images.scene import draw, longest, scene, window
+from tnreg.images.scene import longest, render, sample_scene, window
 
 
 def scenes(length, size, matched, count=60):
     return [
-        scene(np.random.default_rng([5, i]), length, size, matched=matched) for i in range(count)
+        sample_scene(np.random.default_rng([5, i]), length, size, matched=matched)
+        for i in range(count)
     ]
 
 
@@ -113,8 +114,8 @@ def test_votes_of_neighbours_are_those_of_all_pairs():
 
 @pytest.mark.parametrize("size", [32, 100, 150, 233, 300])
 def test_drawing(size):
-    shown = scene(np.random.default_rng(3), 5, size, matched=True)
-    image = draw(shown, size)
+    shown = sample_scene(np.random.default_rng(3), 5, size, matched=True)
+    image = render(shown, size)
     assert image.shape == (size, size) and image.dtype == np.uint8
     for y, x in shown.discs / shown.window * size:
         assert image[int(y), int(x)] > 200

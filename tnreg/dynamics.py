@@ -47,49 +47,42 @@ Loss = Callable[[Factorization], Tensor]
 
 
 def component_drive(model: Factorization, loss: Loss) -> dict[Node, Tensor]:
-    """``{diagonal join: (K_v, R_v)}``: ``<w, -dphi/dw>`` for the vectors of every local component.
+    """Return ``{diagonal join: (K_v, R_v)}``: ``<w, -dphi/dw>`` for the vectors of every local component.
 
-    Rows are as in ``model.component_norms``. All rows of a node are equal, whatever the weights: that
-    is what gradient flow conserves ``|w|^2 - |w'|^2`` by. Complex: the real part.
+    Rows are as in ``model.component_norms``. All rows of a node are equal, whatever the weights, which is
+    why gradient flow conserves ``|w|^2 - |w'|^2``. Complex: the real part.
     """
-    gradients = _gradients(model, loss)
-    return {
-        node: torch.stack([_drive(pair) for pair in pairs])
-        for node, pairs in _vectors(model, gradients).items()
-    }
-
-
-def _vectors(
-    model: Factorization, gradients: list[Tensor]
-) -> dict[Node, list[tuple[Tensor, Tensor]]]:
-    """``{diagonal join: [(weights, gradients)]}``, each ``(entries, R_v)``: the vectors as columns."""
-    slots, tree = model.network.slots, model.tree
-    weights = [stack.detach() for stack in model.stacks]
-
-    def pair(position: int) -> tuple[Tensor, Tensor]:
-        stack, slot = slots[position]
-        return weights[stack][slot], gradients[stack][slot]
-
-    out: dict[Node, list[tuple[Tensor, Tensor]]] = {}
-    for i, below in enumerate(tree.links):
-        if model.network.joins[i] != "diagonal":
-            continue
-        out[tree.nodes[i]] = [(w.flatten(0, -2), g.flatten(0, -2)) for w, g in map(pair, below)]
-        if i in slots:
-            w, g = pair(i)
-            out[tree.nodes[i]].append((w[None], g[None]) if w.ndim == 1 else (w.mT, g.mT))
-    return out
-
-
-def _drive(pair: tuple[Tensor, Tensor]) -> Tensor:
-    weight, gradient = pair
-    return -(weight.conj() * gradient).real.sum(0)
+    pairs = _vectors(model, loss)
+    return {node: torch.stack(list(map(_drive, vectors))) for node, vectors in pairs.items()}
 
 
 def _drives(model: Factorization, loss: Loss) -> dict[Node, Tensor]:
-    """``{diagonal join: (R_v,)}``: what all rows of ``component_drive`` equal, by the shortest vectors."""
-    pairs = _vectors(model, _gradients(model, loss))
-    return {node: _drive(min(found, key=lambda p: len(p[0]))) for node, found in pairs.items()}
+    """Return ``{diagonal join: (R_v,)}``: ``sigma <-grad L, C>``, from the shortest vectors."""
+    pairs = _vectors(model, loss)
+    return {node: _drive(min(vectors, key=lambda p: len(p[0]))) for node, vectors in pairs.items()}
+
+
+def _drive(pair: tuple[Tensor, Tensor]) -> Tensor:
+    vectors, velocities = pair
+    return (vectors.conj() * velocities).real.sum(0)
+
+
+@torch.no_grad()
+def _vectors(model: Factorization, loss: Loss) -> dict[Node, list[tuple[Tensor, Tensor]]]:
+    """Return ``{diagonal join: [(w, -dphi/dw)]}``, each ``(entries, R_v)``: a column for every component."""
+    weights, velocities = model.weights, _velocity(model, loss).weights
+    vectors: dict[Node, list[tuple[Tensor, Tensor]]] = {}
+    for node, join in model.network.named_joins.items():
+        if join == "full":
+            continue
+        vectors[node] = [
+            (weights[c].flatten(0, -2), velocities[c].flatten(0, -2))
+            for c in model.tree.children(node)
+        ]
+        if node in weights:
+            rows = (w.reshape(len(w), -1).mT for w in (weights[node], velocities[node]))
+            vectors[node].append((next(rows), next(rows)))
+    return vectors
 
 
 def predicted_rate(
@@ -99,14 +92,14 @@ def predicted_rate(
     form: str = "exact",
     norms: Mapping[Node, Tensor] | None = None,
 ) -> dict[Node, Tensor]:
-    """``{diagonal join: (R_v,)}``: ``d sigma/dt`` of every local component by the theory.
+    """Return ``{diagonal join: (R_v,)}``: ``d sigma/dt`` of every local component by the theory.
 
     Args:
         model: A factorization with diagonal joins; nothing about it is changed.
         loss: Called with the model, e.g. ``task.loss``.
         form: ``"exact"`` holds for any weights; ``"balanced"`` is the law for weights whose
             unbalancedness is zero, ``K sigma^(2 - 2/K) <-grad L, C>``.
-        norms: ``model.component_norms()``, if they are at hand.
+        norms: ``model.component_norms()``, if known already.
 
     Returns:
         Rates in units of sigma per unit of gradient-flow time; 0 for components of norm 0.
@@ -118,16 +111,16 @@ def predicted_rate(
     """
     _check_form(form)
     drives = _drives(model, loss)
-    out: dict[Node, Tensor] = {}
-    for node, found in (detached_norms(model) if norms is None else norms).items():
-        sigma, drive = found.prod(0), drives[node]
+    rates: dict[Node, Tensor] = {}
+    for node, lengths in (detached_norms(model) if norms is None else norms).items():
+        sigma, count = lengths.prod(0), len(lengths)
         alive = sigma > 0
-        if form == "exact":
-            growth = sigma * torch.where(alive, found, 1).pow(-2).sum(0)
+        if form == "exact":  # drive = sigma <-grad L, C>
+            factor = sigma * torch.where(alive, lengths, 1).pow(-2).sum(0)
         else:
-            growth = len(found) * torch.where(alive, sigma, 1) ** (1 - 2 / len(found))
-        out[node] = torch.where(alive, drive * growth, 0)
-    return out
+            factor = count * torch.where(alive, sigma, 1) ** (1 - 2 / count)
+        rates[node] = torch.where(alive, drives[node] * factor, 0)
+    return rates
 
 
 def measured_rate(
@@ -137,57 +130,58 @@ def measured_rate(
     step: float = 1e-6,
     of: Callable[[Factorization], Any] | None = None,
 ) -> Any:
-    """Rate of change over one small gradient-descent step: ``(of(after) - of(before)) / step``.
+    """Measure the rate of change over one small gradient-descent step: ``(of(after) - of(before)) / step``.
 
-    Its distance from the rate of gradient flow is of first order in ``step``.
+    It differs from the rate of gradient flow by an error of first order in ``step``.
 
     Args:
         model: Left as it is; ``of`` is called with copies of it, before the step and after.
         loss: Called with the model.
         step: Length of the step in gradient-flow time.
         of: What to measure: a tensor, or a dict of tensors. Local components by default, measured in
-            double precision whatever the model's: what a small step changes is lost in single.
+            double precision whatever the model's: single precision loses what a small step changes.
 
     Returns:
         What ``of`` returns, differentiated.
     """
-    gradients = _gradients(model, loss)
+    velocity = _velocity(model, loss)
     with torch.no_grad():
         start = [stack.detach() for stack in model.stacks]
         if of is None:
-            wide = torch.complex128 if model.dtype.is_complex else torch.float64
+            wide = torch.promote_types(model.dtype, torch.float64)
             wide = wide if model.device.type != "mps" else model.dtype  # which has no doubles
             start, of = [stack.to(wide) for stack in start], Factorization.local_components
-        ends = [s - step * g.to(s.dtype) for s, g in zip(start, gradients, strict=True)]
-        before, after = (of(Factorization.holding(model.network, s)) for s in (start, ends))
+        end = [s + step * v.to(s.dtype) for s, v in zip(start, velocity.stacks, strict=True)]
+        before, after = (of(Factorization.holding(model.network, s)) for s in (start, end))
         if isinstance(before, Mapping):
             return {key: (after[key] - before[key]) / step for key in before}
         return (after - before) / step
 
 
 def rate_bounds(model: Factorization, loss: Loss) -> dict[Node, tuple[Tensor, Tensor]]:
-    """``{diagonal join: (lower, upper)}``: bounds on ``d sigma/dt`` for unbalanced weights.
+    """Return ``{diagonal join: (lower, upper)}``: bounds on ``d sigma/dt`` for unbalanced weights.
 
     With epsilon the largest ``| |w|^2 - |w'|^2 |`` within the component and ``ip = <-grad L, C>``:
     ``sigma^2 / (sigma^(2/K) + epsilon) K ip <= d sigma/dt <= (sigma^(2/K) + epsilon)^(K-1) K ip`` for
     ``ip >= 0``, the other way round for ``ip < 0``. Components of norm 0 have (0, 0).
     """
     drives = _drives(model, loss)
-    out: dict[Node, tuple[Tensor, Tensor]] = {}
+    bounds: dict[Node, tuple[Tensor, Tensor]] = {}
     for node, norms in detached_norms(model).items():
         count, sigma = len(norms), norms.prod(0)
         alive = sigma > 0
         ip = torch.where(alive, drives[node] / torch.where(alive, sigma, 1), 0)
-        square = torch.where(alive, sigma, 1) ** (2 / count)
         epsilon = norms.square().amax(0) - norms.square().amin(0)
-        one = sigma.square() / (square + epsilon) * count * ip
-        other = (square + epsilon) ** (count - 1) * count * ip
-        out[node] = torch.minimum(one, other), torch.maximum(one, other)
-    return out
+        widened = torch.where(alive, sigma, 1) ** (2 / count) + epsilon
+        slow = sigma.square() / widened * count * ip
+        fast = widened ** (count - 1) * count * ip
+        bounds[node] = torch.minimum(slow, fast), torch.maximum(slow, fast)
+    return bounds
 
 
+@torch.no_grad()
 def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "exact") -> Tensor:
-    """``d s_r/dt`` of the singular values of a two-mode factorization's end matrix, descending.
+    """Return ``d s_r/dt`` of the singular values of a two-mode factorization's end matrix, descending.
 
     Args:
         model: A factorization of order 2, of any depth, such as ``ModeTree.chain(L)`` with
@@ -206,34 +200,27 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
     _check_form(form)
     if model.tree.order != 2:
         raise OptionError(
-            f"predicted_singular_rate is for matrices; this factorization has order {model.tree.order}."
+            f"predicted_singular_rate is for matrices; this factorization has order {model.tree.order}.",
+            argument="model",
         )
-    gradients = _gradients(model, loss)
-    with torch.no_grad():
-        u, s, vh = torch.linalg.svd(model.to_tensor(), full_matrices=False)
+    weights, velocities = model.weights, _velocity(model, loss).weights
+    u, s, vh = torch.linalg.svd(model.to_tensor(), full_matrices=False)
     if form == "balanced":
         # with W = W_0 P: <-grad L, u v'> = u' (-grad L) P' W_0' u / s = u' (-dphi/dW_0) W_0' u / s
-        stack, slot = model.network.slots[model.tree.position(0)]
-        first, gradient = model.stacks[stack].detach()[slot], gradients[stack][slot]
-        ip = -(u.conj() * (gradient @ (first.mH @ u))).real.sum(0)
-        alive = s > 0
-        safe = torch.where(alive, s, 1)
-        depth = len(model.weights)
-        return torch.where(alive, depth * safe ** (1 - 2 / depth) * ip, 0)
+        ip = (u.conj() * (velocities[0] @ (weights[0].mH @ u))).real.sum(0)
+        alive, depth = s > 0, len(weights)
+        return torch.where(alive, depth * torch.where(alive, s, 1) ** (1 - 2 / depth) * ip, 0)
     # the end matrix is linear in every weight, so its velocity is a sum of end matrices
     moved, velocity = copy.deepcopy(model), torch.zeros_like(u @ vh)
-    with torch.no_grad():
-        for node, weight in model.weights.items():
-            stack, slot = model.network.slots[model.tree.position(node)]
-            moved.load_weights({node: -gradients[stack][slot]})
-            velocity = velocity + moved.to_tensor()
-            moved.load_weights({node: weight})
-    rates: Tensor = (u.conj() * (velocity @ vh.mH)).real.sum(0)
-    return rates
+    for node, weight in weights.items():
+        moved.load_weights({node: velocities[node]})
+        velocity = velocity + moved.to_tensor()
+        moved.load_weights({node: weight})
+    return torch.as_tensor((u.conj() * (velocity @ vh.mH)).real.sum(0))
 
 
 def constant_drive(sigma: Any, drive: Any, vectors: int, time: Any) -> Tensor:
-    """``sigma(t)`` of a balanced component under a constant drive ``c = <-grad L, C>``.
+    """Return ``sigma(t)`` of a balanced component under a constant drive ``c = <-grad L, C>``.
 
     ``K = 2``: ``sigma_0 exp(2ct)``. ``K >= 3``: ``sigma^(-(K-2)/K) = sigma_0^(-(K-2)/K) - c (K-2) t``,
     infinite from the time at which the right side reaches zero. The larger K, the longer the wait and
@@ -248,16 +235,15 @@ def constant_drive(sigma: Any, drive: Any, vectors: int, time: Any) -> Tensor:
     count = check_integer(vectors, 1, "constant_drive: vectors")
     sigma, drive, time = (torch.as_tensor(x, dtype=torch.float64) for x in (sigma, drive, time))
     if count == 2:
-        doubled: Tensor = sigma * torch.exp(2 * drive * time)
-        return doubled
+        return torch.as_tensor(sigma * torch.exp(2 * drive * time))
     power = (count - 2) / count
-    left = sigma**-power - drive * (count - 2) * time
-    grown = torch.where(left > 0, left, 1) ** (-1 / power)
-    return torch.where(left > 0, grown, math.inf if count > 2 else 0.0)
+    root = sigma**-power - drive * (count - 2) * time  # sigma(t)^(-(K-2)/K)
+    value = torch.where(root > 0, root, 1) ** (-1 / power)
+    return torch.where(root > 0, value, math.inf if count > 2 else 0.0)
 
 
 def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tensor]) -> Tensor:
-    """Largest change of a ``|w|^2 - |w'|^2`` between two times; gradient flow conserves all of them.
+    """Return the largest change of ``|w|^2 - |w'|^2`` between two times; gradient flow conserves them all.
 
     Args:
         before: ``model.component_norms()`` at one time.
@@ -265,16 +251,21 @@ def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tenso
     """
     changes = [after[node].square() - before[node].square() for node in before]
     if not changes:
-        raise OptionError("conservation_drift: no diagonal joins, so nothing to conserve.")
+        raise OptionError(
+            "conservation_drift: no diagonal joins, so nothing to conserve.", argument="before"
+        )
     return torch.stack([(change.amax(0) - change.amin(0)).max() for change in changes]).max()
 
 
-def _gradients(model: Factorization, loss: Loss) -> list[Tensor]:
-    """Gradients of the stacks, without touching their ``grad``."""
+def _velocity(model: Factorization, loss: Loss) -> Factorization:
+    """Return ``-dphi/dW`` as a factorization's weights, without touching the ``grad`` of the model's."""
     with torch.enable_grad():
-        return list(torch.autograd.grad(loss(model), list(model.stacks)))
+        gradients = torch.autograd.grad(loss(model), list(model.stacks))
+    return Factorization.holding(model.network, [-gradient for gradient in gradients])
 
 
 def _check_form(form: str) -> None:
     if form not in ("exact", "balanced"):
-        raise OptionError(f"unknown form {form!r}; write form='exact' or form='balanced'.")
+        raise OptionError(
+            f"unknown form {form!r}; write form='exact' or form='balanced'.", argument="form"
+        )

@@ -1,19 +1,4 @@
-"""Image sets whose label hangs on pixels far apart: Pathfinder, and pairs of images (IsSameClass).
-
-Every image is drawn from a seed sequence of its own, made of the seed, the split and its number: the
-same call gives the same images with any number of worker processes, and image 7 of ten is image 7 of ten
-thousand. ``split="train"`` and ``split="test"`` of one seed share no image.
-
-Pathfinder is described in ``tnreg.images.scene``. An IsSameClass image shows two small images ``distance``
-pixels apart; the label says whether they are of one class (Razin, Maman and Cohen (2022),
-arXiv:2201.11729). Files are read without pickle's power to run code.
-
-Example:
-    >>> from tnreg import images
-    >>> found = images.pathfinder(8, length=3, size=32, matched=True, seed=1)
-    >>> found.images.shape, found.images.dtype, found.labels.tolist()
-    ((8, 1, 32, 32), dtype('uint8'), [0, 1, 1, 1, 0, 0, 1, 0])
-"""
+"""Image sets as they are made, kept, and shown; see ``tnreg.images``."""
 
 from __future__ import annotations
 
@@ -34,7 +19,7 @@ import numpy as np
 
 from tnreg.errors import DataError, FileError, OptionError, check_integer
 from tnreg.far.patches import Box
-from tnreg.images.scene import draw, longest, scene
+from tnreg.images.scene import longest, render, sample_scene
 from tnreg.machine.files import write_whole
 from tnreg.machine.progress import advancing
 from tnreg.machine.versions import __version__
@@ -44,6 +29,11 @@ Array = np.ndarray[Any, Any]
 _FORMAT = "tnreg.images/1"
 _SPLITS = {"train": 0, "test": 1}
 _CHUNK = 25  # images that a worker makes at a time
+# What pickles of numpy arrays need, as Python 2 and 3 write them; none of it runs code.
+_PICKLED = {
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
+    "numpy.dtype", "_codecs.encode",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,18 +113,20 @@ class ImageSet:
 
         half = max(check_integer(rows, 1, "sheet: rows") // 2, 1)
         columns = check_integer(columns, 1, "sheet: columns")
-        large = max(1, 128 // max(self.images.shape[-2:]))
+        zoom = max(1, 128 // max(self.images.shape[-2:]))
         lines = []
         for label in (0, 1):
-            picked = self.images[np.flatnonzero(self.labels == label)[: half * columns]]
-            shown = np.zeros((half * columns, *self.images.shape[1:]), dtype=np.float32)
-            shown[: len(picked)] = _visible(picked)
-            shown = shown.repeat(large, 2).repeat(large, 3)
-            shown = np.pad(shown, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
-            lines += [np.concatenate(list(line), -1) for line in np.split(shown, half)]
-        whole = np.concatenate(lines, 1).transpose(1, 2, 0)
-        whole = np.clip(whole if whole.shape[-1] == 3 else whole[..., :1].repeat(3, -1), 0, 1)
-        return write_whole(path, lambda beside: imsave(beside, whole, format="png"))
+            images = self.images[np.flatnonzero(self.labels == label)[: half * columns]]
+            cells = np.zeros((half * columns, *self.images.shape[1:]), dtype=np.float32)
+            cells[: len(images)] = _visible(images)
+            cells = cells.repeat(zoom, 2).repeat(zoom, 3)
+            cells = np.pad(cells, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
+            lines += [np.concatenate(list(line), -1) for line in np.split(cells, half)]
+        picture = np.concatenate(lines, 1).transpose(1, 2, 0)
+        picture = picture if picture.shape[-1] == 3 else picture[..., :1].repeat(3, -1)
+        return write_whole(
+            path, lambda beside: imsave(beside, np.clip(picture, 0, 1), format="png")
+        )
 
 
 def pathfinder(
@@ -182,15 +174,14 @@ def pathfinder(
         )
     key = (check_integer(seed, 0, "pathfinder: seed"), _split(split))
     job = _Pathfinder(length, size, bool(matched), key)
-    parts = list(_made(job, count, workers, progress))
-    labels = np.array([label for _, some, _ in parts for label in some], dtype=np.int64)
-    distances = np.concatenate([part for _, _, part in parts])
+    chunks = zip(*_run_chunks(job, count, workers, progress), strict=True)
+    images, labels, distances = map(np.concatenate, chunks)
     config = {
         "tnreg": __version__, "set": "pathfinder", "count": count, "length": length,
         "size": size, "matched": bool(matched), "split": split, "seed": int(seed),
         "distance-only accuracy": distance_only_accuracy(distances, labels),
     }  # fmt: skip
-    return ImageSet(np.concatenate([part for part, _, _ in parts]), labels, (), distances, config)
+    return ImageSet(images, labels, (), distances, config)
 
 
 def is_same_class(
@@ -203,7 +194,7 @@ def is_same_class(
     noise: float | None = None,
     canvas: tuple[int, int] | None = None,
 ) -> ImageSet:
-    """Pairs of small images on one canvas, in the middle and ``distance`` pixels apart.
+    """Make pairs of small images on one canvas, in the middle and ``distance`` pixels apart.
 
     Half of the pairs are of one class. The first image is drawn from all of its split, the second
     from the others of the same class, or from the other classes.
@@ -235,8 +226,8 @@ def is_same_class(
     digits = source == "digits"
     if noise is not None and not digits:
         raise OptionError("is_same_class: noise is for the digits only; leave it out for CIFAR-10.")
-    spread = (0.2 if noise is None else noise) if digits else 0.0
-    if not 0 <= spread < np.inf:
+    std = (0.2 if noise is None else noise) if digits else 0.0
+    if not 0 <= std < np.inf:
         raise OptionError(f"is_same_class: noise must be >= 0 and finite, found {noise!r}.")
     small, classes = _digits(number, part) if digits else _cifar(source, split)
     side = small.shape[-1]
@@ -248,20 +239,20 @@ def is_same_class(
             f"{height}x{width}.\n  distance: at most {max(room, 0)} there",
             argument="distance",
         )
-    first, second, labels = _partners(np.random.default_rng([number, part, 1]), classes, count)
+    first, second, labels = _draw_pairs(np.random.default_rng([number, part, 1]), classes, count)
     top, left = (height - side) // 2, (room - distance) // 2
     boxes = tuple((top, x, top + side, x + side) for x in (left, left + side + distance))
     images = np.zeros((count, small.shape[1], height, width), dtype=small.dtype)
     rng = np.random.default_rng([number, part, 2])
-    for (y, x, bottom, right), which in zip(boxes, (first, second), strict=True):
-        shown = small[which]
-        if spread:
-            shown = shown + rng.normal(0, spread, shown.shape).astype(shown.dtype)
-        images[:, :, y:bottom, x:right] = shown
+    for (y, x, bottom, right), members in zip(boxes, (first, second), strict=True):
+        pixels = small[members]
+        if std:
+            pixels = pixels + rng.normal(0, std, pixels.shape).astype(pixels.dtype)
+        images[:, :, y:bottom, x:right] = pixels
     config = {
         "tnreg": __version__, "set": "is_same_class", "count": count, "distance": distance,
         "source": "digits" if digits else "cifar-10", "split": split, "seed": number,
-        "noise": float(spread), "canvas": [height, width],
+        "noise": float(std), "canvas": [height, width],
     }  # fmt: skip
     return ImageSet(images, labels, boxes, np.empty(0), config)
 
@@ -269,10 +260,10 @@ def is_same_class(
 def distance_only_accuracy(
     distances: Array, labels: Array, *, neighbours: int = 25, folds: int = 5
 ) -> float | None:
-    """Share of labels that the distance between the discs tells, with nothing else seen.
+    """Return the accuracy of predicting the label from the distance between the discs alone.
 
-    A vote of the ``neighbours`` nearest distances, in cross-validation: fold i is every ``folds``-th
-    image from the i-th on. Some 0.5 is what a set should give.
+    The ``neighbours`` nearest distances vote, in cross-validation: fold i is every ``folds``-th image
+    from the i-th on. A good set gives about 0.5.
 
     Args:
         distances: One number an image, ``(N,)``.
@@ -289,20 +280,19 @@ def distance_only_accuracy(
     fold = np.arange(len(labels)) % folds
     if len(labels) - len(labels) // folds < 2 * neighbours:
         return None
-    right = 0
-    for one in range(folds):
-        order = distances[fold != one].argsort(kind="stable")
-        known, votes = distances[fold != one][order], labels[fold != one][order]
-        asked = distances[fold == one]
+    correct = 0
+    for i in range(folds):
+        test = fold == i
+        order = distances[~test].argsort(kind="stable")
+        known, votes = distances[~test][order], labels[~test][order]
         # the nearest on a line are neighbours in order: some of those before and after
-        low = np.searchsorted(known, asked) - neighbours
+        low = np.searchsorted(known, distances[test]) - neighbours
         near = np.clip(low, 0, len(known) - 2 * neighbours)[:, None] + np.arange(2 * neighbours)
-        closest = np.abs(known[near] - asked[:, None]).argpartition(neighbours - 1, 1)[
-            :, :neighbours
-        ]
+        gaps = np.abs(known[near] - distances[test][:, None])
+        closest = gaps.argpartition(neighbours - 1, 1)[:, :neighbours]
         share = votes[np.take_along_axis(near, closest, 1)].mean(1)
-        right += int(((share > 0.5) == labels[fold == one]).sum())
-    return right / len(labels)
+        correct += int(((share > 0.5) == labels[test]).sum())
+    return correct / len(labels)
 
 
 def load(path: str | os.PathLike[str]) -> ImageSet:
@@ -317,16 +307,14 @@ def load(path: str | os.PathLike[str]) -> ImageSet:
             if about["format"] != _FORMAT:
                 raise ValueError(f"format {about['format']!r}, this version reads {_FORMAT!r}")
             boxes = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in file["boxes"])
-            found = ImageSet(
-                file["images"], file["labels"], boxes, file["distances"], about["config"]
-            )
-            if found.images.ndim != 4 or found.labels.shape != (len(found.images),):
-                raise ValueError(f"images {found.images.shape}, labels {found.labels.shape}")
-            if found.labels.dtype.kind not in "iu" or found.images.dtype.kind not in "uf":
-                raise ValueError(f"images {found.images.dtype}, labels {found.labels.dtype}")
-            if not isinstance(found.config, dict):
-                raise TypeError(f"its config is a {type(found.config).__name__}, not an object")
-            return found
+            images, labels, config = file["images"], file["labels"], about["config"]
+            if images.ndim != 4 or labels.shape != (len(images),):
+                raise ValueError(f"images {images.shape}, labels {labels.shape}")
+            if labels.dtype.kind not in "iu" or images.dtype.kind not in "uf":
+                raise ValueError(f"images {images.dtype}, labels {labels.dtype}")
+            if not isinstance(config, dict):
+                raise TypeError(f"its config is a {type(config).__name__}, not an object")
+            return ImageSet(images, labels, boxes, file["distances"], config)
     except FileNotFoundError:
         raise FileError(f"no such image set: {path}") from None
     except Exception as error:
@@ -338,40 +326,37 @@ def load(path: str | os.PathLike[str]) -> ImageSet:
 
 @dataclass(frozen=True)
 class _Pathfinder:
-    """What a worker needs to draw images: called with the numbers of some."""
+    """What a worker needs to make the images of some numbers."""
 
     length: int
     size: int
     matched: bool
     key: tuple[int, int]
 
-    def __call__(self, numbers: range) -> tuple[Array, list[int], Array]:
+    def __call__(self, numbers: range) -> tuple[Array, Array, Array]:
+        """Return images, labels and distances."""
         images = np.empty((len(numbers), 1, self.size, self.size), dtype=np.uint8)
-        labels, distances = [], np.empty(len(numbers))
+        labels, distances = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers))
         for i, number in enumerate(numbers):
             rng = np.random.default_rng(np.random.SeedSequence([*self.key, number]))
-            shown = scene(rng, self.length, self.size, matched=self.matched)
-            images[i, 0] = draw(shown, self.size)
-            labels.append(shown.label)
-            distances[i] = shown.distance * self.size
+            scene = sample_scene(rng, self.length, self.size, matched=self.matched)
+            images[i, 0] = render(scene, self.size)
+            labels[i], distances[i] = scene.label, scene.distance * self.size
         return images, labels, distances
 
 
-def _made(job: _Pathfinder, count: int, workers: int | None, progress: bool) -> Iterator[Any]:
-    """Results of all chunks in order."""
+def _run_chunks(job: _Pathfinder, count: int, workers: int | None, progress: bool) -> Iterator[Any]:
+    """Yield the results of all chunks in order."""
     chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
-    text = f"images, paths of {job.length} paddles"
-    asked = os.cpu_count() or 1 if workers is None else check_integer(workers, 1, "workers")
-    used = min(asked, len(chunks))
+    workers = os.cpu_count() or 1 if workers is None else check_integer(workers, 1, "workers")
+    processes = min(workers, len(chunks))
     with contextlib.ExitStack() as stack:
-        pool = None
-        if used > 1:
-            pool = stack.enter_context(_pool(used))
+        run = stack.enter_context(_pool(processes)).map if processes > 1 else map
+        text = f"images, paths of {job.length} paddles"
         advance = stack.enter_context(advancing(text, count, progress))
-        results: Iterator[Any] = map(job, chunks) if pool is None else pool.map(job, chunks)
-        for chunk, made in zip(chunks, results, strict=True):
+        for chunk, result in zip(chunks, run(job, chunks), strict=True):
             advance(len(chunk))
-            yield made
+            yield result
 
 
 def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
@@ -412,68 +397,58 @@ def _cifar(source: str, split: str) -> tuple[Array, Array]:
     if (folder / "cifar-10-batches-py").is_dir():
         folder = folder / "cifar-10-batches-py"
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    values, classes = [], []
+    images, classes = [], []
     for name in names:
         path = folder / name
         try:
-            held = _Arrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-            data, labels = np.asarray(held[b"data"]), held[b"labels"]
+            batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+            data, labels = np.asarray(batch[b"data"]), batch[b"labels"]
             if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
                 raise ValueError(f"data {data.shape} {data.dtype} beside {len(labels)} labels")
         except FileNotFoundError:
             raise FileError(
                 f"no such file: {path}\n"
                 "  source is 'digits', or the folder cifar-10-batches-py of the CIFAR-10 archive for "
-                "Python (cifar-10-python.tar.gz), unpacked"
+                "Python (cifar-10-python.tar.gz), unpacked",
+                argument="source",
             ) from None
         except Exception as error:
             raise FileError(
-                f"not a batch of CIFAR-10: {path}\n  {type(error).__name__}: {error}"
+                f"not a batch of CIFAR-10: {path}\n  {type(error).__name__}: {error}",
+                argument="source",
             ) from None
-        values.append(data.reshape(-1, 3, 32, 32))
+        images.append(data.reshape(-1, 3, 32, 32))
         classes.append(np.asarray(labels))
-    return np.concatenate(values), np.concatenate(classes)
+    return np.concatenate(images), np.concatenate(classes)
 
 
-class _Arrays(pickle.Unpickler):
-    """Unpickler of dicts, lists, numbers, bytes and numpy arrays; anything else is refused."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Read dicts, lists, numbers, bytes and numpy arrays; anything else is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return _latin1
+        if f"{module}.{name}" in _PICKLED:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not needed for images")
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _partners(rng: np.random.Generator, classes: Array, count: int) -> tuple[Array, Array, Array]:
-    """Numbers of the first and the second images, and the labels, half of them 1."""
+def _draw_pairs(rng: np.random.Generator, classes: Array, count: int) -> tuple[Array, Array, Array]:
+    """Return numbers of the first and the second images, and the labels, half of them 1."""
     labels = rng.permutation(np.arange(count) % 2).astype(np.int64)
     first = rng.integers(len(classes), size=count)
     second = np.empty(count, dtype=np.int64)
-    everyone = np.arange(len(classes))
-    for one in np.unique(classes):
-        same, other = everyone[classes == one], everyone[classes != one]
-        for i in np.flatnonzero(classes[first] == one):
-            among = same[same != first[i]] if labels[i] else other
-            if not len(among):
-                raise DataError(f"class {one} has too few images to make pairs.")
-            second[i] = rng.choice(among)
+    for value in np.unique(classes):
+        same, different = np.flatnonzero(classes == value), np.flatnonzero(classes != value)
+        for i in np.flatnonzero(classes[first] == value):
+            partners = same[same != first[i]] if labels[i] else different
+            if not len(partners):
+                raise DataError(f"class {value} has too few images to make pairs.")
+            second[i] = rng.choice(partners)
     return first, second, labels
 
 
 def _visible(images: Array) -> Array:
+    """Scale pixels to 0..1."""
     if images.dtype == np.uint8:
-        out: Array = images.astype(np.float32) / 255
-        return out
+        return np.asarray(images.astype(np.float32) / 255)
     low, high = (images.min(), images.max()) if images.size else (0.0, 1.0)
-    out = (images - low) / max(high - low, 1e-9)
-    return out
+    return np.asarray((images - low) / max(high - low, 1e-9))
