@@ -16,6 +16,7 @@ import numpy as np
 from tnreg.errors import OptionError
 from tnreg.machine.files import write_whole
 from tnreg.training.trajectory import Trajectory
+from tnreg.trees.drawing import draw_tree, node_spots, node_text
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -57,27 +58,7 @@ def tree(
         labels: ``{node: text}`` in place of the node's name, e.g. mode names at leaves.
         edges: ``{non-root node: text}`` on the edge above it, e.g. hierarchical ranks.
     """
-    ax = _axes(ax)
-    spots = list(_spots(data).values())
-    crowded = len(data.nodes) > 48
-    labels, edges = labels or {}, (not crowded and edges) or {}
-    for (x, y), node, below in zip(spots, data.nodes, data.links, strict=True):
-        for c in below:
-            x_below, y_below = spots[c]
-            ax.plot([x, x_below], [y, y_below], color="0.6", lw=1, zorder=1)
-            if (text := edges.get(data.nodes[c])) is not None:
-                _write(ax, str(text), (x + x_below) / 2, (y + y_below) / 2, "center", color="C3",
-                       bbox={"fc": "white", "ec": "none", "pad": 0.8})  # fmt: skip
-        text = labels.get(node)
-        if text is not None or not (crowded and below):
-            text = node_text(node) if text is None else text
-            _write(ax, text, x, y, "bottom" if below else "top", 6 if crowded else 8,
-                   xytext=(0, 8 if below else -8), textcoords="offset points")  # fmt: skip
-    x_all, y_all = zip(*spots, strict=True)
-    ax.scatter(x_all, y_all, s=30, c=["C0" if below else "C1" for below in data.links], zorder=2)
-    ax.set_axis_off()
-    ax.margins(0.12, 0.2)
-    return ax
+    return draw_tree(data, _axes(ax), labels=labels, edges=edges)
 
 
 def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 1e-8) -> Axes:
@@ -268,7 +249,7 @@ def component(
             f"plots.component: node {node!r} has {bond} local components, found number {r!r}.",
             argument="r",
         )
-    children, spots = whole.children(node), _spots(whole)
+    children, spots = whole.children(node), dict(zip(whole.nodes, node_spots(whole), strict=True))
     tree(whole, left, labels=dict.fromkeys(whole.leaves, "") if whole.order > 32 else None)
     for v in (node, *children):
         left.scatter(*spots[v], s=160, facecolors="none", edgecolors="C3", lw=1.8, zorder=3)
@@ -342,13 +323,6 @@ def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path
     return write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
 
 
-def node_text(node: Any) -> str:
-    """Return a node's name as a label: ``{0,1}`` for the node over modes 0 and 1."""
-    if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
-        return "{" + ",".join(map(str, node)) + "}"
-    return str(node)
-
-
 def _net(data: Any, who: str) -> Any:
     data = getattr(data, "net", data)
     if not hasattr(data, "nodes_of"):
@@ -357,16 +331,6 @@ def _net(data: Any, who: str) -> Any:
             argument="data",
         )
     return data
-
-
-def _spots(data: ModeTree) -> dict[Node, tuple[float, float]]:
-    """Return where ``tree`` draws every node."""
-    x: list[float] = []
-    leaf = 0
-    for below in data.links:
-        x.append((x[below[0]] + x[below[-1]]) / 2 if below else float(leaf))
-        leaf += not below
-    return dict(zip(data.nodes, zip(x, map(float, data.heights), strict=True), strict=True))
 
 
 def _height(nodes: int) -> float:

@@ -23,7 +23,7 @@ from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
 from tnreg.networks.scaled import column_norms, inner_products
 from tnreg.tensors.arrays import Scaled, check_features, draw_normal
-from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
+from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -448,17 +448,12 @@ class Factorization(nn.Module):
         count = sum(stack.numel() for stack in self.stacks)
         return " and ".join(joins), f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the tree with sizes of modes and bonds; as text beyond 60 nodes."""
-        tree = self.tree
-        if len(tree.nodes) > MOST_NODES:
-            return as_text(repr(self))
-        sizes = dict(zip(tree.leaves, self.sizes, strict=True))
-        labels = [f"{v}: size {sizes[v]}" if v in sizes else v for v in tree.nodes]
-        bonds = dict(enumerate(self.network.bonds[:-1]))
+    def _repr_svg_(self) -> str | None:
+        """Return what a notebook shows: the tree with sizes and bonds; ``None`` beyond 60 nodes."""
+        labels = {mode: f"{mode}: size {size}" for mode, size in enumerate(self.sizes)}
         joins, weights = self._in_words()
-        caption = f"sizes {self.sizes}, {joins} joins, {weights}"
-        return tree_svg(tree.links, labels, edges=bonds, caption=caption)
+        title = f"sizes {self.sizes}, {joins} joins, {weights}"
+        return tree_svg(self.tree, labels=labels, edges=self.network.named_bonds, title=title)
 
     def __repr__(self) -> str:
         return f"Factorization(\n  {self.extra_repr()}\n)".replace("),\n", "),\n  ")

@@ -19,7 +19,7 @@ import networkx as nx
 
 from tnreg.errors import FileError, TreeError, blame, check_integer
 from tnreg.machine.files import is_file, write_whole
-from tnreg.trees.drawing import MOST_NODES, as_text, tree_svg
+from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import (
     LONGEST_CHAIN,
     Node,
@@ -319,11 +319,9 @@ class ModeTree:
     def __str__(self) -> str:
         return self.text()
 
-    def _repr_html_(self) -> str:
-        """The drawing that a notebook shows; the text of ``repr`` for a tree of more than 60 nodes."""
-        if len(self._names) > MOST_NODES:
-            return as_text(repr(self))
-        return tree_svg(self._links, self._names)
+    def _repr_svg_(self) -> str | None:
+        """Return the drawing that a notebook shows; ``None`` for a tree of more than 60 nodes."""
+        return tree_svg(self)
 
     def text(self, *, label: Callable[[Node], str] = str, ascii_only: bool = False) -> str:
         """Drawing of the tree in characters, one node a line, root first.
