@@ -1,35 +1,32 @@
 """The command ``decompose``, which makes a tensor or a model smaller."""
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tnreg import Factorization, algebra, plots, spectra, truncate
 from tnreg import decompose as hierarchical_svd
-from tnreg.cli.inputs import Input, read_input
+from tnreg.cli.inputs import Input, InputOptions, read_input
 from tnreg.cli.output import Reply, table_of
 from tnreg.errors import OptionError
 from tnreg.ranks.decompose import distance
 from tnreg.tensors.blocks import is_blocks
 from tnreg.trees.reading import Node
 
+_READING = InputOptions()
+
 
 def decompose(
     file: str,
     /,
     *,
-    tree: str | None = None,
+    reading: InputOptions = _READING,
     rtol: float = 1e-3,
     ranks: int | None = None,
     randomized: bool = False,
-    missing: Literal["nan"] | None = None,
-    memory: str | None = None,
-    device: str = "cpu",
     out: Path | None = None,
     png: Path | None = None,
     json: bool = False,
@@ -39,27 +36,22 @@ def decompose(
     Args:
         file: A .npy, .npz, .safetensors or .pt file, a model that tnreg saved, or kinetic, il2, covid19,
             indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
-        tree: Gallery name, JSON file or nested lists; if left out, a binary tree (a model's own
-            tree for a model).
+        reading: How the file is read.
         rtol: Largest relative error; only a limit on ranks can make it larger.
         ranks: Largest bond.
         randomized: First approximate the columns of large nodes by products with random vectors.
-        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
-            others here.
-        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a
-            quarter of what is available.
-        device: Any torch device, e.g. cuda.
         out: Save the factorization into this file.
         png: Draw singular values and the tree with its ranks and error budget into this file.
         json: Print one JSON document instead of the table.
     """
     reply = Reply(json, out, png)
     with reply.working("decomposing ..."):
-        source = read_input(file, tree, missing, memory, device)
+        source = read_input(file, reading)
         start = time.perf_counter()
         if source.tree is not None:
             model = hierarchical_svd(
-                source.x, source.tree, rtol=rtol, ranks=ranks, randomized=randomized, memory=memory
+                source.x, source.tree, rtol=rtol, ranks=ranks, randomized=randomized,
+                memory=reading.memory,
             )  # fmt: skip
         elif randomized:
             raise OptionError(
@@ -73,7 +65,7 @@ def decompose(
         # on disk only those that were kept: the others would take another pass for each node
         on_disk = is_blocks(source.x)
         values = spectra(model) if on_disk else spectra(source.x, source.tree)
-        error, norm = _error_and_norm(source, model, memory)
+        error, norm = _error_and_norm(source, model, reading.memory)
     rows = [_row(node, s, model, norm, on_disk) for node, s in values.items()]
     weights = sum(p.numel() for p in model.parameters())
     before = math.prod(source.sizes)

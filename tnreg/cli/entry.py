@@ -1,7 +1,5 @@
 """The entry point: which commands there are, how their options are read, how errors are reported."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -10,15 +8,17 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import tyro
+from tyro import conf
 
 from tnreg.cli.decompose import decompose
 from tnreg.cli.doctor import doctor
 from tnreg.cli.export_probe import export, probe
 from tnreg.cli.fit_demo import demo, fit
 from tnreg.cli.plot import plot
-from tnreg.cli.run_sweep import TOGETHER, make_run, make_sweep
+from tnreg.cli.run_sweep import make_run, make_sweep
 from tnreg.cli.tree_rank import rank, tree
 from tnreg.errors import OptionError, TnregError
+from tnreg.experiments import locality
 from tnreg.machine.processes import ProcessLost, is_first, started
 
 # Arguments of the library whose options have another name.
@@ -37,11 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog="tnreg",
             description="Tensor factorizations over mode trees: draw them, rank tensors, complete tensors.",
             args=words,
-            config=(
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.OmitSubcommandPrefixes,
-                tyro.conf.CascadeSubcommandArgs,
-            ),
+            config=(conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.CascadeSubcommandArgs),
         )
     except ImportError as error:
         if "shtab" not in str(error):
@@ -66,13 +62,17 @@ def _report_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
+        values = (*arguments, *options.values())
         try:
-            if command.__name__ != "run" and started() > 1:
-                raise OptionError(f"torchrun started {started()} processes, which {TOGETHER}.")
+            if started() > 1 and not any(isinstance(value, locality.Config) for value in values):
+                raise OptionError(
+                    f"torchrun started {started()} processes, which work together in `tnreg run locality` "
+                    "alone; give other commands without torchrun."
+                )
             command(*arguments, **options)
         except TnregError as error:
             names = set(options)
-            for value in (*arguments, *options.values()):
+            for value in values:
                 if dataclasses.is_dataclass(value):  # its fields are options
                     names |= {field.name for field in dataclasses.fields(value)}
             _exit(error, names)

@@ -1,31 +1,19 @@
 """The commands ``export`` and ``probe``, which are about networks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 
-from tnreg import (
-    ConvAC,
-    ConvNet,
-    LocalityProfile,
-    export_onnx,
-    export_pt2,
-    export_state,
-    load,
-    locality_profile,
-    plots,
-    to_cnn,
-)
+import tnreg
+from tnreg import ConvAC, ConvNet, LocalityProfile, plots
 from tnreg.cli.output import Reply
 from tnreg.cnns.classifier import is_classifier
 from tnreg.errors import OptionError, blame
 from tnreg.experiments.probed import images_of, network_of
 
 _FORMATS: dict[str, tuple[str, Any]] = {
-    "onnx": (".onnx", export_onnx),
-    "pt2": (".pt2", export_pt2),
-    "state": (".network.safetensors", export_state),
+    "onnx": (".onnx", tnreg.export_onnx),
+    "pt2": (".pt2", tnreg.export_pt2),
+    "state": (".network.safetensors", tnreg.export_state),
 }
 
 
@@ -58,7 +46,7 @@ def export(
                 )
             net = ConvAC.load(model)
         else:
-            net = to_cnn(load(model), share=share, classes=classes)
+            net = tnreg.to_cnn(tnreg.load(model), share=share, classes=classes)
     ending, write = _FORMATS[format]
     target = out or model.with_suffix(ending)
     reply.text(net)
@@ -111,7 +99,7 @@ def probe(
             with reply.undisturbed():
                 with reply.working(f"reading {name} ..."):
                     net = network_of(name, images.shape[1], weights=weights)
-                profiles[name] = locality_profile(
+                profiles[name] = tnreg.locality_profile(
                     net, images, distances=distances or None, size=size, samples=samples, pairs=pairs,
                     where="anywhere" if anywhere else "differing", seed=seed, progress=reply.shows(),
                 )  # fmt: skip
@@ -129,12 +117,11 @@ def probe(
 
 def _means(name: str, profile: LocalityProfile) -> dict[str, Any]:
     """Return means over the pairs of patches, and their standard errors, for JSON."""
-    rows = [
-        {"distance": distance, "interaction": share.mean(), "standard error": error,
-         "effective rank": rank.mean()}
-        for distance, share, error, rank in zip(
-            profile.distances, profile.interaction, profile.standard_error, profile.effective_rank,
-            strict=True,
-        )
-    ]  # fmt: skip
+    columns = {
+        "distance": profile.distances,
+        "interaction": profile.interaction.mean(1),
+        "standard error": profile.standard_error,
+        "effective rank": profile.effective_rank.mean(1),
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {"model": name, "size": profile.size, "distances": rows}

@@ -1,7 +1,5 @@
 """The commands ``fit`` and ``demo``, which complete one tensor."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

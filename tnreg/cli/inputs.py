@@ -1,9 +1,8 @@
-"""What a command works on: a tensor in memory or on disk, or a saved model; its tree, and the device."""
+"""What ``rank`` and ``decompose`` work on: a tensor in memory or on disk, or a saved model."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -13,6 +12,26 @@ from tnreg.machine.files import metadata_of
 from tnreg.machine.memory import limit_of
 from tnreg.tensors.loading import is_large_file
 from tnreg.trees.tree import read_tree
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Options on how a tensor or a model is read.
+
+    Attributes:
+        tree: Gallery name, JSON file or nested lists; if left out, a binary tree (a model's own
+            tree for a model).
+        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
+            others here.
+        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a
+            quarter of what is available.
+        device: Any torch device, e.g. cuda.
+    """
+
+    tree: str | None = None
+    missing: Literal["nan"] | None = None
+    memory: str | None = None
+    device: str = "cpu"
 
 
 class Input(NamedTuple):
@@ -34,47 +53,38 @@ class Input(NamedTuple):
         return tuple(self.x.sizes if self.tree is None else self.x.shape)
 
 
-def read_input(
-    file: str, tree: str | None, missing: str | None, memory: str | None, device: str
-) -> Input:
+def read_input(file: str, options: InputOptions) -> Input:
     """Return the tensor or the model that a file or a name stands for.
 
-    Args:
-        file: As ``tnreg rank`` takes it.
-        tree: Gallery name, JSON file or nested lists.
-        missing: ``"nan"`` sets entries that are NaN to the mean of the others.
-        memory: Only checked, since a tensor in memory does not use it.
-        device: Where to load it.
-
     Raises:
-        FileError, TreeError, OptionError: An argument cannot be used.
+        FileError, TreeError, OptionError: The file or an option cannot be used.
     """
-    limit_of(memory, "--memory")
-    place = check_device(device)
-    along = None if tree is None else read_tree(tree)
+    limit_of(options.memory, "--memory")  # a tensor in memory does not use it
+    device = check_device(options.device)
+    tree = None if options.tree is None else read_tree(options.tree)
     if file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file)):
-        if missing is not None:
+        if options.missing is not None:
             raise OptionError(
                 f"--missing is for tensors; {file} is a model, which has all entries."
             )
-        model = load(file, device=place)
-        return Input(model if along is None else model.to_tensor().detach(), along, Path(file).stem)
+        model = load(file, device=device)
+        return Input(model if tree is None else model.to_tensor().detach(), tree, Path(file).stem)
     if is_large_file(file):
-        if missing is not None:
+        if options.missing is not None:
             raise OptionError(f"--missing is for tensors in memory; {file} is read block by block.")
         array = open_tensor(file)
-        return Input(array, along or ModeTree.binary(array.ndim), file)
+        return Input(array, tree or ModeTree.binary(array.ndim), file)
     tensor = load_tensor(file)
-    values = tensor.values.to(place)
-    if missing == "nan":
-        known = values[~torch.isnan(values)]
-        values = torch.where(torch.isnan(values), known.mean(), values)
+    values = tensor.values.to(device)
+    if options.missing == "nan":
+        unknown = torch.isnan(values)
+        values = torch.where(unknown, values[~unknown].mean(), values)
     elif tensor.missing:
         raise OptionError(
             f"{file} has {tensor.missing} missing entries (NaN); ranks need all of them.\n"
             "  --missing nan sets them to the mean of the others; or complete it first: tnreg fit"
         )
-    return Input(values, along or ModeTree.binary(values.ndim), tensor.name)
+    return Input(values, tree or ModeTree.binary(values.ndim), tensor.name)
 
 
 def check_device(name: str) -> torch.device:

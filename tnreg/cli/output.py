@@ -3,8 +3,6 @@
 While a command works, a status line or a progress bar is shown on standard error, if that is a terminal.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json as json_format
 import logging

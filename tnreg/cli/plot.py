@@ -1,7 +1,5 @@
 """The command ``plot``, which draws what a run recorded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +11,22 @@ from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.sweep import pictures as sweep_pictures
 
-# Experiments with a picture of their own; the others record one trajectory.
+
+def _picture_of_dynamics(folder: Path, png: Path | None) -> Path:
+    return plots.save_figure(dynamics.panels([folder]), png) if png else dynamics.figure(folder)
+
+
+# Pictures of experiments; where there is a trajectory, its panels can be chosen as well.
 _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
+    "dynamics": _picture_of_dynamics,
+    "demo": demo.figure,
     "init_scale": init_scale.figure,
     "convac": convac.figure,
     "locality": locality.figure,
     "sweep": sweep_pictures.figure,
     init_scale.DYNAMICS.title: sweep_pictures.figure,
 }
+_WITH_TRAJECTORY = ("dynamics", "demo")
 
 
 def plot(
@@ -55,23 +61,19 @@ def _draw(
     runs: tuple[Path, ...], names: tuple[str, ...], linear: bool, png: Path | None
 ) -> tuple[Path, str]:
     """Return the path of the picture, and what a trajectory holds."""
-    first = runs[0]
+    first, several = runs[0], len(runs) > 1
     kind = experiment_of(first)
-    several = len(runs) > 1
-    panels_chosen = bool(names) or linear
-    if panels_chosen and (several or kind in _PICTURES):
-        what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
-        raise OptionError(
-            f"plot: --names and --linear choose panels of one trajectory; {what} has a picture of its own."
-        )
-    if several or (kind == "dynamics" and png is not None and not panels_chosen):
+    if names or linear:
+        if several or (kind in _PICTURES and kind not in _WITH_TRAJECTORY):
+            what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
+            raise OptionError(
+                "plot: --names and --linear choose panels of one trajectory; "
+                f"{what} has a picture of its own."
+            )
+    elif several:
         return plots.save_figure(dynamics.panels(runs), png or first.parent / "panels.png"), ""
-    if kind in _PICTURES:
+    elif kind in _PICTURES:
         return _PICTURES[kind](first, png), ""
-    if kind == "dynamics" and not panels_chosen:
-        return dynamics.figure(first), ""
-    if kind == "demo" and not panels_chosen:
-        return demo.figure(first, png), ""
     file = first / "trajectory.npz" if first.is_dir() else first
     run = Trajectory.load(file)
     figure = completion.draw(run, names or run.names, log=not linear)

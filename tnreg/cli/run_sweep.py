@@ -17,14 +17,11 @@ from tyro.conf import subcommand
 from tnreg.cli import tables
 from tnreg.cli.inputs import check_device
 from tnreg.cli.output import Reply
-from tnreg.errors import OptionError
 from tnreg.experiments import convac, dynamics, locality
 from tnreg.experiments.dynamics import init_scale
-from tnreg.experiments.sweep import command as sweep_kinds
+from tnreg.experiments.sweep import command as sweep_command
 from tnreg.experiments.sweep import run as run_cells
-from tnreg.machine.processes import is_first, started
-
-TOGETHER = "work together in `tnreg run locality` alone; give other commands without torchrun"
+from tnreg.machine.processes import is_first
 
 
 def make_run(model: str, image_set: str) -> Callable[..., None]:
@@ -58,8 +55,6 @@ def make_run(model: str, image_set: str) -> Callable[..., None]:
             progress: Show a progress bar.
             json: Print one JSON document instead of the table.
         """
-        if started() > 1 and not isinstance(experiment, locality.Config):
-            raise OptionError(f"torchrun started {started()} processes, which {TOGETHER}.")
         check_device(experiment.device)
         reply = Reply(json)
         with _may_be_repeated(), reply.undisturbed():
@@ -77,10 +72,10 @@ def make_run(model: str, image_set: str) -> Callable[..., None]:
 def make_sweep(model: str, image_set: str) -> Callable[..., None]:
     """Return the command ``sweep``; its default lists are those of the presets, as for ``run``."""
     choices = []
-    for kind in sweep_kinds.KINDS.values():
+    for kind in sweep_command.KINDS.values():
         named = model if kind.cell is dynamics.Config else image_set
-        default = sweep_kinds.preset(kind, named.split(",")[0])
-        choices.append((kind.name, sweep_kinds.options(kind)(**default), kind.about))
+        default = sweep_command.preset(kind, named.split(",")[0])
+        choices.append((kind.name, sweep_command.options(kind)(**default), kind.about))
     experiments: Any = _one_of(*choices)
 
     def sweep(
@@ -113,7 +108,7 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
             progress: Show a progress bar.
             json: Print one JSON document instead of the table.
         """
-        kind, cells = sweep_kinds.cells(experiment)
+        kind, cells = sweep_command.cells(experiment)
         if scheduler is None:
             for device in dict.fromkeys(cell["device"] for cell in cells):
                 check_device(device)

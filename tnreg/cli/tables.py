@@ -1,7 +1,5 @@
 """Tables of the results of experiments."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,19 +1,19 @@
 """The commands ``tree`` and ``rank``, which look at trees and at tensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tnreg import ModeTree, effective_rank, entanglement_entropy, gallery, load_tree, plots, spectra
-from tnreg.cli.inputs import read_input
+from tnreg.cli.inputs import InputOptions, read_input
 from tnreg.cli.output import Reply, table_of
 from tnreg.errors import FileError
 from tnreg.ranks.dense import numerical_rank
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import read_tree, read_tree_file, tree_to_json
+
+_READING = InputOptions()
 
 
 def tree(
@@ -59,11 +59,8 @@ def rank(
     file: str,
     /,
     *,
-    tree: str | None = None,
+    reading: InputOptions = _READING,
     rtol: float = 1e-3,
-    missing: Literal["nan"] | None = None,
-    memory: str | None = None,
-    device: str = "cpu",
     png: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -72,21 +69,15 @@ def rank(
     Args:
         file: A .npy, .npz, .safetensors or .pt file, a model that `tnreg fit` saved, or kinetic,
             il2, covid19, indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
-        tree: Gallery name, JSON file or nested lists; if left out, a binary tree (a model's own
-            tree for a model).
+        reading: How the file is read.
         rtol: A singular value counts if it is above rtol times the largest of its node.
-        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
-            others here.
-        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a
-            quarter of what is available.
-        device: Any torch device, e.g. cuda.
         png: Draw the singular values into this file.
         json: Print one JSON document instead of the table.
     """
     reply = Reply(json, png=png)
     with torch.no_grad(), reply.working("singular values ..."):
-        tensor = read_input(file, tree, missing, memory, device)
-        values = spectra(tensor.x, tensor.tree, memory=memory)
+        tensor = read_input(file, reading)
+        values = spectra(tensor.x, tensor.tree, memory=reading.memory)
         rows = [
             {"node": str(node), "singular values": len(s), "rank": numerical_rank(s, rtol),
              "effective rank": float(effective_rank(s)), "entropy": float(entanglement_entropy(s)),
