@@ -96,93 +96,87 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
         tensor, config.observed, config.seed, config.missing, config.dtype, config.device
     )
     model = Factorization(
-        tree,
-        tensor.values.shape,
-        config.rank,
-        join=config.join,
-        root=config.root,
-        std=config.std,
-        dtype=getattr(torch, config.dtype),
-        device=config.device,
+        tree, tensor.values.shape, config.rank, join=config.join, root=config.root, std=config.std,
+        dtype=getattr(torch, config.dtype), device=config.device,
         generator=torch.Generator().manual_seed(config.seed),
-    )
+    )  # fmt: skip
     with folder_written_whole(folder) as beside:
         observe: dict[str, Any] = {"test error": task.test_error}
         if "diagonal" in model.network.joins:
             observe["unbalancedness"] = Factorization.unbalancedness
             observe["components"] = Factorization.local_components
         start = time.perf_counter()
-        found = fit(
+        recorded = fit(
             model, task.loss, steps=config.steps, optimizer=config.optimizer, lr=config.lr,
             observe=observe, every=config.every, progress=progress,
         )  # fmt: skip
-        if len(found) == 0:  # interrupted before there was anything to keep
+        if len(recorded) == 0:  # interrupted before there was anything to keep
             raise KeyboardInterrupt
         summary = {
             "tree": repr(tree),
             "observed entries": len(task.values),
-            "unseen entries": len(_unseen_values(task)),
+            "unseen entries": len(_test_values(task)),
             "scale": scale,
             "weights": sum(p.numel() for p in model.parameters()),
             "seconds": time.perf_counter() - start,
-            "stopped by": found.stop_reason,
-            "final loss": float(found["loss"][-1]),
+            "stopped by": recorded.stop_reason,
+            "final loss": float(recorded["loss"][-1]),
             "train error": task.train_error(model),
             "test error": task.test_error(model),
             "test error of the mean": mean_error(task),
         }
-        write_run(beside, "completion", config, found, in_units(model, scale), summary)
-        save_figure(draw(found, found.names), beside / "training.png")
+        write_run(beside, "completion", config, recorded, in_units(model, scale), summary)
+        figure(beside)
     return summary
 
 
 def figure(folder: str | Path) -> Path:
-    """Draw ``training.png`` of a run folder again."""
+    """Draw ``training.png`` of a run folder (again)."""
     path = Path(folder)
-    found = Trajectory.load(path / "trajectory.npz")
-    return save_figure(draw(found, found.names), path / "training.png")
+    recorded = Trajectory.load(path / "trajectory.npz")
+    return save_figure(draw(recorded, recorded.names), path / "training.png")
 
 
 def draw(found: Trajectory, names: Sequence[str], *, log: bool = True) -> Any:
-    """One panel for each of the recorded names."""
+    """Return a figure with one panel for each of the recorded names that hold real numbers."""
     from matplotlib.figure import Figure
 
-    names = [name for name in names if _drawable(found[name])]
-    drawn = Figure(figsize=(4.2 * max(len(names), 1), 3.4), layout="constrained")
-    for name, ax in zip(
-        names, drawn.subplots(1, max(len(names), 1), squeeze=False)[0], strict=False
-    ):
-        trajectory(found, ax, names=[name], log=log)
-        ax.set_title(name)
-    return drawn
+    parts = {n: found[n].values() if isinstance(found[n], dict) else [found[n]] for n in names}
+    names = [name for name in names if all(part.dtype.kind == "f" for part in parts[name])]
+    figure = Figure(figsize=(4.2 * max(len(names), 1), 3.4), layout="constrained")
+    for k, name in enumerate(names):
+        trajectory(found, figure.add_subplot(1, len(names), k + 1), names=[name], log=log)
+        figure.axes[k].set_title(name)
+    return figure
 
 
 def scaled_task(
     tensor: DenseTensor, observed: float, seed: int, missing: str | None, dtype: str, device: str
 ) -> tuple[Completion, float]:
-    """A tensor's completion task, its known entries scaled to a mean square of 1, and the scale.
+    """Return a tensor's completion task, known entries scaled to a mean square of 1, and the scale.
 
     Multiply by the scale to return to the unit of the data, as ``in_units`` does for a model.
     """
     if tensor.values.is_complex():
         raise DataError(
             f"{tensor.name} is complex; this experiment trains real factorizations.\n"
-            "  use tnreg.completion and a Factorization with dtype=torch.complex128"
+            "  use tnreg.completion and a Factorization with dtype=torch.complex128",
+            argument="tensor",
         )
     # checked and scaled in double precision: squares of large or small data leave the range of floats
     task = completion(tensor.values.double(), observed, seed=seed, missing=missing)
-    known = torch.cat([task.values, _unseen_values(task)])
+    known = torch.cat([task.values, _test_values(task)])
     largest = known.abs().max()
     scale = float(largest * (known / largest).square().mean().sqrt()) if largest > 0 else 1.0
     scaled = Completion(
-        task.index, task.values / scale, task.sizes, task.test_index, _unseen_values(task) / scale
+        task.index, task.values / scale, task.sizes, task.test_index, _test_values(task) / scale
     )
     return scaled.to(device, getattr(torch, dtype)), scale
 
 
 @torch.no_grad()
 def in_units(model: Factorization, scale: float) -> Factorization:
-    """A copy of a model trained on scaled data that stands for the data itself."""
+    """Return a copy, for the data itself, of a model that was trained on scaled data."""
     copied = copy.deepcopy(model)
     node, weight = list(copied.weights.items())[-1]
     copied.load_weights({node: weight * scale})
@@ -190,17 +184,12 @@ def in_units(model: Factorization, scale: float) -> Factorization:
 
 
 def mean_error(task: Completion) -> float:
-    """Test error of predicting the mean of the observed entries everywhere."""
-    values = _unseen_values(task)
+    """Return the held-out error of predicting the mean of the observed entries everywhere."""
+    values = _test_values(task)
     return float((values - task.values.mean()).norm() / values.norm())
 
 
-def _unseen_values(task: Completion) -> torch.Tensor:
-    """Unseen values of a task made from a target."""
+def _test_values(task: Completion) -> torch.Tensor:
+    """Return the held-out values, which a task made from a target has."""
     assert task.test_values is not None
     return task.test_values
-
-
-def _drawable(values: Any) -> bool:
-    parts = values.values() if isinstance(values, dict) else [values]
-    return all(part.dtype.kind == "f" for part in parts)

@@ -13,7 +13,6 @@ import html
 import itertools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import working
 from tnreg.ranks.dense import effective_rank
 from tnreg.ranks.spectra import hierarchical_rank, spectra
-from tnreg.tensors.loading import DenseTensor, load_tensor
+from tnreg.tensors.loading import load_tensor
 from tnreg.training.fit import fit
 from tnreg.training.tasks import Completion
 from tnreg.training.trajectory import Trajectory
@@ -87,128 +86,119 @@ tiny = Config(rank=4, steps=40, every=10, std=0.3)
 def run(
     config: Config, folder: str | Path, *, console: Console | None = None, progress: bool = False
 ) -> dict[str, Any]:
-    """Run the demo into ``folder``: pictures, trajectories, model, config.json and report.html."""
-    tell = console.print if console is not None else _silent
+    """Run the demo into ``folder``: pictures, trajectories, model, config.json and report.html.
+
+    Returns:
+        What ``config.json`` holds under ``summary``.
+    """
+    show: Any = console.print if console is not None else lambda *_, **__: None
     start = time.perf_counter()
     tensor, tree = load_tensor(config.tensor), load_tree(config.tree)
     modes = dict(enumerate(tensor.modes))
-    tell(f"[bold]{config.tensor}[/]: {tensor.source}")
-    tell(
-        tree.text(label=lambda v: f"{v} {modes[v]}" if v in modes else _words(v, modes)),
-        markup=False,
-    )
+    labels: dict[Any, str] = {mode: f"{mode} {name}" for mode, name in modes.items()}
+    show(f"[bold]{config.tensor}[/]: {tensor.source}")
+    show(tree.text(label=lambda v: labels.get(v) or _words(v, modes)), markup=False)
     filled = torch.where(torch.isnan(tensor.values), tensor.values.nanmean(), tensor.values)
     measured = spectra(filled, tree)
     title = f"measured tensor ({tensor.missing} missing entries set to the mean)"
-    tell(_rank_table(title, measured, filled, tree, config, modes))
+    show(_rank_table(title, measured, filled, tree, config, modes))
 
     with folder_written_whole(folder) as beside:
-        found = _both_trained(tensor, tree, config, tell, progress)
-        tell(_rank_table("learned tensor", found.learned, found.model, tree, config, modes))
-        tell(_error_table(found.errors, found.model, found.baseline))
+        task, scale = scaled_task(
+            tensor, config.observed, config.seed, "nan", "float32", config.device
+        )
+        show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
+        model, recorded = _train(tree, config.rank, "trained", task, config, progress)
+        count = _size(model) // sum(task.sizes)
+        show(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
+        star = ModeTree.star(tree.order)
+        baseline, recorded_cp = _train(star, count, "ones", task, config, progress)
+        with torch.no_grad():
+            learned = spectra(model)
+        errors = {
+            "mean of the observed": mean_error(task),
+            "CP, equal weights": task.test_error(baseline),
+            "tnreg, this tree": task.test_error(model),
+        }
+        show(_rank_table("learned tensor", learned, model, tree, config, modes))
+        show(_error_table(errors, [1, _size(baseline), _size(model)]))
+        ranks = hierarchical_rank(model, rtol=config.rtol)
         summary = {
-            "test error": found.errors,
-            "weights": {"tnreg": _size(found.model), "CP": _size(found.baseline)},
-            "ranks": {str(v): r for v, r in found.ranks.items()},
-            "stopped by": found.run.stop_reason,
-            "scale": found.scale,
+            "test error": errors,
+            "weights": {"tnreg": _size(model), "CP": _size(baseline)},
+            "ranks": {str(v): r for v, r in ranks.items()},
+            "stopped by": recorded.stop_reason,
+            "scale": scale,
             "seconds": time.perf_counter() - start,
         }
-        final = in_units(found.model, found.scale)
-        write_run(beside, "demo", config, found.run, final, summary)
-        found.compared.save(beside / "trajectory-cp.npz")
+        final = in_units(model, scale)
+        write_run(beside, "demo", config, recorded, final, summary)
+        recorded_cp.save(beside / "trajectory-cp.npz")
         net = to_cnn(final)
-        tell("the learned factorization as a convolutional network, layer by layer:")
-        tell(_side_by_side(tree.text(), repr(net)), markup=False, soft_wrap=True)
+        show("the learned factorization as a convolutional network, layer by layer:")
+        show(_side_by_side(tree.text(), repr(net)), markup=False, soft_wrap=True)
         with working("exporting ...", progress):
-            exported = _exported(net, beside / "network.onnx")
-        tell(exported, markup=False)
+            exported = "exported as network.onnx; onnxruntime gives the same values on fresh inputs"
+            try:
+                export_onnx(net, beside / "network.onnx")
+            except OptionError as error:  # the extra is missing
+                exported = f"not exported: {error}"
+        show(exported, markup=False)
         with working("drawing ...", progress):
-            _draw(beside, modes, config, found, measured, net)
-            _write_report(beside, config, tensor.source, tree, summary)
-    tell(
+            top = _overview(tree, labels, ranks, recorded, errors, config)
+            plots.save_figure(top, beside / "demo.png")
+            plots.save_figure(_spectra_figure(measured, learned), beside / "spectra.png")
+            plots.save_figure(_slices_figure(model, task, modes), beside / "slices.png")
+            figure(beside)
+            plots.save_figure(_network_figure(tree, labels, net), beside / "network.png")
+            page = _report(beside, config, tensor.source, tree, summary)
+            (beside / "report.html").write_text(page, encoding="utf-8")
+    show(
         f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, trajectory-cp.npz, "
         "model.safetensors, network.onnx, config.json"
     )
-    tell(f"{time.perf_counter() - start:.0f} seconds")
+    show(f"{time.perf_counter() - start:.0f} seconds")
     return summary
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
-    """Draw the training of a demo folder again, into ``training.png`` there or another file."""
+    """Draw the training of a demo folder (again), into ``training.png`` there or another file."""
     path = Path(folder)
-    runs = [Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz")]
-    return plots.save_figure(_training_figure(*runs), png or path / "training.png")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What came out: the model along the tree, and CP with as many weights."""
-
-    task: Completion
-    scale: float
-    model: Factorization
-    run: Trajectory
-    baseline: Factorization
-    compared: Trajectory
-    learned: dict[Node, torch.Tensor]
-    ranks: dict[Node, int]
-    errors: dict[str, float]
-
-
-def _both_trained(
-    tensor: DenseTensor, tree: ModeTree, config: Config, tell: Callable[..., None], progress: bool
-) -> _Found:
-    task, scale = scaled_task(tensor, config.observed, config.seed, "nan", "float32", config.device)
-    tell(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
-    model, run = _train(tree, config.rank, "trained", task, config, progress)
-    count = _size(model) // sum(task.sizes)
-    tell(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
-    star = ModeTree.star(tree.order)
-    baseline, compared = _train(star, count, "ones", task, config, progress)
-    with torch.no_grad():
-        learned = spectra(model)
-    errors = {
-        "mean of the observed": mean_error(task),
-        "CP, equal weights": task.test_error(baseline),
-        "tnreg, this tree": task.test_error(model),
-    }
-    ranks = hierarchical_rank(model, rtol=config.rtol)
-    return _Found(task, scale, model, run, baseline, compared, learned, ranks, errors)
+    recorded, recorded_cp = (
+        Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz")
+    )
+    drawn, axes = _figure((10, 3.6), 2)
+    for ax, name in zip(axes, ("loss", "test error"), strict=True):
+        ax.semilogy(recorded.steps, recorded[name], label="tnreg")
+        ax.semilogy(recorded_cp.steps, recorded_cp[name], label="CP, equal weights", ls="--")
+        ax.set_xlabel("step")
+        ax.set_title(name)
+        ax.legend()
+    return plots.save_figure(drawn, png or path / "training.png")
 
 
 def _train(
     tree: ModeTree, rank: int, root: str, task: Completion, config: Config, progress: bool
 ) -> tuple[Factorization, Trajectory]:
     model = Factorization(
-        tree,
-        task.sizes,
-        rank,
-        root=root,
-        std=config.std,
-        dtype=torch.float32,
-        device=config.device,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    found = fit(
-        model,
-        task.loss,
-        steps=config.steps,
-        lr=config.lr,
-        observe={
-            "test error": task.test_error,
-            "components": Factorization.local_components,
-            "spectra": lambda m: {v: s[:8] for v, s in spectra(m).items()},
-        },
-        every=config.every,
+        tree, task.sizes, rank, root=root, std=config.std, dtype=torch.float32,
+        device=config.device, generator=torch.Generator().manual_seed(config.seed),
+    )  # fmt: skip
+    observe = {
+        "test error": task.test_error,
+        "components": Factorization.local_components,
+        "spectra": lambda m: {v: s[:8] for v, s in spectra(m).items()},
+    }
+    trajectory = fit(
+        model, task.loss, steps=config.steps, lr=config.lr, observe=observe, every=config.every,
         progress=progress,
-    )
-    return model, found
+    )  # fmt: skip
+    return model, trajectory
 
 
 def _rank_table(
     title: str,
-    found: dict[Node, torch.Tensor],
+    values: dict[Node, torch.Tensor],
     x: Any,
     tree: ModeTree,
     config: Config,
@@ -217,70 +207,65 @@ def _rank_table(
     from rich.table import Table
 
     ranks = hierarchical_rank(x, tree, rtol=config.rtol)
-    table = Table(title=title, title_justify="left")
-    table.add_column("node")
-    for head in ("modes below", f"rank (rtol {config.rtol:g})", "of", "effective rank"):
-        table.add_column(head, justify="left" if head == "modes below" else "right")
-    for node, s in found.items():
+    table = Table("node", "modes below", title=title, title_justify="left")
+    for head in (f"rank (rtol {config.rtol:g})", "of", "effective rank"):
+        table.add_column(head, justify="right")
+    for node, s in values.items():
         below = ", ".join(modes[m] for m in tree.modes_below(node))
-        table.add_row(
-            str(node), below, str(ranks[node]), str(len(s)), f"{float(effective_rank(s)):.2f}"
-        )
+        effective = f"{float(effective_rank(s)):.2f}"
+        table.add_row(str(node), below, str(ranks[node]), str(len(s)), effective)
     return table
 
 
-def _error_table(errors: dict[str, float], model: Factorization, baseline: Factorization) -> Any:
+def _error_table(errors: dict[str, float], weights: list[int]) -> Any:
     from rich.table import Table
 
-    weights = {"tnreg, this tree": _size(model), "CP, equal weights": _size(baseline)}
     table = Table("", title="error on unseen entries, ‖W - W*‖ / ‖W*‖", title_justify="left")
     table.add_column("error", justify="right")
     table.add_column("weights", justify="right")
-    for name, error in errors.items():
-        table.add_row(name, f"{error:.4f}", str(weights.get(name, 1)))
+    for (name, error), count in zip(errors.items(), weights, strict=True):
+        table.add_row(name, f"{error:.4f}", str(count))
     return table
 
 
-def _draw(
-    folder: Path,
-    modes: dict[int, str],
-    config: Config,
-    found: _Found,
-    measured: dict[Node, torch.Tensor],
-    net: ConvNet,
-) -> None:
+def _figure(size: tuple[float, float], columns: int, **options: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    top = Figure(figsize=(13, 3.8), layout="constrained")
-    axes = top.subplots(1, 3, width_ratios=[1, 1.3, 1])
-    tree = found.model.tree
-    plots.tree(tree, axes[0], labels={m: f"{m} {name}" for m, name in modes.items()},
-               edges=found.ranks)  # fmt: skip
-    axes[0].set_title("tree, learned ranks on its edges")
-    plots.components(found.run, axes[1], top=6)
-    axes[1].set_title("local components at the root, one after another")
-    plots.bars(found.errors, axes[2])
-    axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
-    plots.save_figure(top, folder / "demo.png")
+    drawn = Figure(figsize=size, layout="constrained")
+    return drawn, drawn.subplots(1, columns, **options)
 
-    both = Figure(figsize=(10, 4), layout="constrained")
-    for ax, title, data in zip(
-        both.subplots(1, 2, sharey=True),
-        ("measured", "learned"),
-        (measured, found.learned),
-        strict=True,
-    ):
+
+def _overview(
+    tree: ModeTree,
+    labels: dict[Any, str],
+    ranks: dict[Node, int],
+    recorded: Trajectory,
+    errors: dict[str, float],
+    config: Config,
+) -> Any:
+    drawn, axes = _figure((13, 3.8), 3, width_ratios=[1, 1.3, 1])
+    plots.tree(tree, axes[0], labels=labels, edges=ranks)
+    axes[0].set_title("tree, learned ranks on its edges")
+    plots.components(recorded, axes[1], top=6)
+    axes[1].set_title("local components at the root, one after another")
+    plots.bars(errors, axes[2])
+    axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
+    return drawn
+
+
+def _spectra_figure(measured: dict[Node, torch.Tensor], learned: dict[Node, torch.Tensor]) -> Any:
+    drawn, axes = _figure((10, 4), 2, sharey=True)
+    for ax, title, data in zip(axes, ("measured", "learned"), (measured, learned), strict=True):
         plots.spectra(data, ax, floor=1e-5)
         ax.set_title(f"{title}: singular values per node")
-    plots.save_figure(both, folder / "spectra.png")
-    plots.save_figure(_slices_figure(found.model, found.task, modes), folder / "slices.png")
-    plots.save_figure(_training_figure(found.run, found.compared), folder / "training.png")
+    return drawn
 
-    pair = Figure(figsize=(12, 4), layout="constrained")
-    left, right = pair.subplots(1, 2, width_ratios=[1, 1.6])
-    plots.tree(tree, left, labels={m: f"{m} {name}" for m, name in modes.items()})
+
+def _network_figure(tree: ModeTree, labels: dict[Any, str], net: ConvNet) -> Any:
+    drawn, (left, right) = _figure((12, 4), 2, width_ratios=[1, 1.6])
+    plots.tree(tree, left, labels=labels)
     plots.network(net, right)
-    plots.save_figure(pair, folder / "network.png")
+    return drawn
 
 
 def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]) -> Any:
@@ -288,83 +273,56 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
 
     with torch.no_grad():
         learned = model.to_tensor().cpu()
-    seen = torch.full(task.sizes, math.nan)
-    seen[tuple(task.index.cpu().T)] = task.values.cpu()
-    truth = seen.clone()
+    observed = torch.full(task.sizes, math.nan)
+    observed[tuple(task.index.cpu().T)] = task.values.cpu()
+    measured = observed.clone()
     if task.test_index is not None and task.test_values is not None:
-        truth[tuple(task.test_index.cpu().T)] = task.test_values.cpu()
+        measured[tuple(task.test_index.cpu().T)] = task.test_values.cpu()
     # the two longest modes as a picture, four places of the next one, the last of all others
     longest = sorted(range(len(task.sizes)), key=lambda n: -task.sizes[n])
     (down, right), across = sorted(longest[:2]), longest[2] if len(longest) > 2 else None
     places = [0] if across is None else sorted({task.sizes[across] * k // 4 for k in range(4)})
     drawn = Figure(figsize=(11, 6.5), layout="constrained")
     axes = drawn.subplots(3, len(places), sharex=True, sharey=True, squeeze=False)
-    limit = float(torch.nan_to_num(truth).abs().max())
-    for row, (name, values) in enumerate(
-        (("observed", seen), ("learned", learned), ("measured", truth))
-    ):
-        for column, place in enumerate(places):
+    limit = float(torch.nan_to_num(measured).abs().max())
+    tensors = {"observed": observed, "learned": learned, "measured": measured}
+    for row, (name, values) in zip(axes, tensors.items(), strict=True):
+        for ax, place in zip(row, places, strict=True):
             at: list[Any] = [-1] * values.ndim
             at[down] = at[right] = slice(None)
             title = name
             if across is not None:
                 at[across], title = place, f"{name}, {modes[across]} {place}"
-            image = axes[row, column].imshow(
+            image = ax.imshow(
                 values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis"
             )
-            axes[row, column].set_title(title, fontsize=9)
-        axes[row, 0].set_ylabel(modes[down])
+            ax.set_title(title, fontsize=9)
+        row[0].set_ylabel(modes[down])
     for ax in axes[-1]:
         ax.set_xlabel(modes[right])
     drawn.colorbar(image, ax=axes, shrink=0.6)
     return drawn
 
 
-def _training_figure(found: Trajectory, compared: Trajectory) -> Any:
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(10, 3.6), layout="constrained")
-    for ax, name in zip(drawn.subplots(1, 2), ("loss", "test error"), strict=True):
-        ax.semilogy(found.steps, found[name], label="tnreg")
-        ax.semilogy(compared.steps, compared[name], label="CP, equal weights", ls="--")
-        ax.set_xlabel("step")
-        ax.set_title(name)
-        ax.legend()
-    return drawn
-
-
 def _side_by_side(left: str, right: str) -> str:
-    """Two texts beside each other."""
-    both = list(itertools.zip_longest(left.splitlines(), right.splitlines(), fillvalue=""))
-    width = max(len(line) for line, _ in both) + 3
-    return "\n".join(f"{one:{width}s}{other}".rstrip() for one, other in both)
+    """Return two texts beside each other."""
+    lines = list(itertools.zip_longest(left.splitlines(), right.splitlines(), fillvalue=""))
+    width = max(len(line) for line, _ in lines) + 3
+    return "\n".join(f"{one:{width}s}{other}".rstrip() for one, other in lines)
 
 
-def _exported(net: ConvNet, path: Path) -> str:
-    try:
-        export_onnx(net, path)
-    except OptionError as error:  # the extra is missing
-        return f"not exported: {error}"
-    return f"exported as {path.name}; onnxruntime gives the same values on fresh inputs"
-
-
-def _write_report(
+def _report(
     folder: Path, config: Config, source: str, tree: ModeTree, summary: dict[str, Any]
-) -> None:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{error:.4f}</td></tr>"
-        for name, error in summary["test error"].items()
-    )
-    ranks = "".join(
-        f"<tr><td>{html.escape(v)}</td><td>{r}</td></tr>" for v, r in summary["ranks"].items()
-    )
-    pictures = "".join(
-        f"<figure><img src='data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}' "
-        f"alt='{html.escape(text)}'><figcaption>{html.escape(text)}</figcaption></figure>"
-        for name, text in _PICTURES.items()
-    )
+) -> str:
+    """Return the page, with the pictures of the folder inside."""
+    errors = {name: f"{error:.4f}" for name, error in summary["test error"].items()}
+    pictures = ""
+    for name, text in _PICTURES.items():
+        data, text = base64.b64encode((folder / name).read_bytes()).decode(), html.escape(text)
+        pictures += f"<figure><img src='data:image/png;base64,{data}' alt='{text}'>"
+        pictures += f"<figcaption>{text}</figcaption></figure>"
     settings = html.escape(", ".join(f"{k} = {v}" for k, v in vars(config).items()))
-    page = f"""<!doctype html>
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>tnreg demo</title>
 <style>
 body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
@@ -374,14 +332,17 @@ td, th {{ padding: .1rem 1rem .1rem 0; text-align: left }} pre {{ background: #f
 <h1>A real tensor, completed along a tree</h1>
 <p>{html.escape(source)}. Observed: {config.observed:.0%} of the known entries; started near zero.</p>
 <pre>{html.escape(tree.text())}</pre>
-<h2>Error on unseen entries, ‖W − W*‖ / ‖W*‖</h2><table>{rows}</table>
+<h2>Error on unseen entries, ‖W − W*‖ / ‖W*‖</h2><table>{_cells(errors)}</table>
 <h2>Hierarchical rank of the learned tensor (rtol {config.rtol:g})</h2>
-<table><tr><th>node</th><th>rank</th></tr>{ranks}</table>
+<table><tr><th>node</th><th>rank</th></tr>{_cells(summary["ranks"])}</table>
 {pictures}
 <h2>Settings</h2><p>{settings}; {summary["seconds"]:.0f} seconds.</p>
 </body></html>
 """
-    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _cells(values: dict[str, Any]) -> str:
+    return "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in values.items())
 
 
 def _words(node: Node, modes: dict[int, str]) -> str:
@@ -390,7 +351,3 @@ def _words(node: Node, modes: dict[int, str]) -> str:
 
 def _size(model: Factorization) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Tell nobody."""
