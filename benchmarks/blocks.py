@@ -31,7 +31,7 @@ HELD, MEMORY = 3 * 2**29, "700MiB"
 
 
 def write(path: Path, shape: tuple[int, ...]) -> None:
-    """The tensor, block by block."""
+    """Return the tensor, block by block."""
     import dask
     import dask.array as da
     import zarr
@@ -75,7 +75,7 @@ class Held(logging.Handler):
         self.times.append(time.perf_counter())
 
 
-def worker(path: Path, threads: int, held: int, memory: str) -> dict[str, Any]:
+def worker(path: Path, threads: int, limit: int, memory: str) -> dict[str, Any]:
     """One decomposition."""
     import dask
     import dask.array as da
@@ -83,29 +83,29 @@ def worker(path: Path, threads: int, held: int, memory: str) -> dict[str, Any]:
     import tnreg
     from tnreg.ranks.decompose import distance
 
-    if held:
-        resource.setrlimit(resource.RLIMIT_DATA, (held, held))
-    told = Held()
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    log = Held()
     logger = logging.getLogger("tnreg.tensors.blocks")
-    logger.addHandler(told)
+    logger.addHandler(log)
     logger.setLevel(logging.INFO)
     array = da.from_zarr(str(path))
     with dask.config.set(num_workers=threads):
         start = time.perf_counter()
-        found = tnreg.decompose(array, tnreg.ModeTree.binary(4), rtol=RTOL, memory=memory)
+        model = tnreg.decompose(array, tnreg.ModeTree.binary(4), rtol=RTOL, memory=memory)
         end = time.perf_counter()
         peak = peak_of()
-        error = distance(array, found, memory=memory)
-    ends = [*told.times[1:], end]
+        error = distance(array, model, memory=memory)
+    ends = [*log.times[1:], end]
     return {
         "seconds": end - start,
         "peak bytes": peak,
         "error": error[0] / error[1],
-        "bound": (found.error_bound or 0.0) / error[1],
-        "bonds": list(found.network.bonds),
+        "bound": (model.error_bound or 0.0) / error[1],
+        "bonds": list(model.network.bonds),
         "passes": [
             {"what": line, "seconds": b - a}
-            for line, a, b in zip(told.lines, told.times, ends, strict=True)
+            for line, a, b in zip(log.lines, log.times, ends, strict=True)
         ],
     }
 
@@ -118,7 +118,7 @@ def peak_of() -> int:
 
 
 def same(path: Path) -> dict[str, Any]:
-    """The smaller tensor both ways."""
+    """Decompose the smaller tensor both ways."""
     import dask.array as da
     import torch
 
@@ -144,15 +144,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--small", action="store_true", help="the small tensor only, to try it out")
     parser.add_argument("--worker", nargs=4)
-    given = parser.parse_args()
-    if given.worker:
-        path, threads, held, memory = given.worker
-        print(json.dumps(worker(Path(path), int(threads), int(held), memory)))
+    arguments = parser.parse_args()
+    if arguments.worker:
+        path, threads, limit, memory = arguments.worker
+        print(json.dumps(worker(Path(path), int(threads), int(limit), memory)))
         return
     with tempfile.TemporaryDirectory() as own:
-        folder = given.folder or Path(own)
+        folder = arguments.folder or Path(own)
         folder.mkdir(parents=True, exist_ok=True)
-        shapes = [SMALL] if given.small else [SMALL, SHAPE]
+        shapes = [SMALL] if arguments.small else [SMALL, SHAPE]
         for shape in shapes:
             path = folder / f"{'x'.join(map(str, shape))}.zarr"
             if not path.exists():
@@ -160,28 +160,29 @@ def main() -> None:
                 write(path, shape)
                 print(f"wrote {path} in {time.perf_counter() - start:.0f} s")
         size = int(np.prod(shapes[-1])) * 8
-        memory = "24MiB" if given.small else MEMORY
+        memory = "24MiB" if arguments.small else MEMORY
         results: dict[str, Any] = {}
         for threads in (1, 2):
             call = [sys.executable, __file__, "--worker", str(path), str(threads)]
-            call += ["0" if given.small else str(HELD), memory]
+            call += ["0" if arguments.small else str(HELD), memory]
             done = subprocess.run(call, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
-            found = results[f"{threads} thread{'s' * (threads > 1)}"] = json.loads(done.stdout)
-            print(f"{threads} threads: {found['seconds']:.1f} s, peak {found['peak bytes'] / 2**30:.2f} GiB, "
-                  f"error {found['error']:.2e} (bound {found['bound']:.2e})")  # fmt: skip
-            for row in found["passes"]:
+            result = results[f"{threads} thread{'s' * (threads > 1)}"] = json.loads(done.stdout)
+            peak = result["peak bytes"] / 2**30
+            print(f"{threads} threads: {result['seconds']:.1f} s, peak {peak:.2f} GiB, "
+                  f"error {result['error']:.2e} (bound {result['bound']:.2e})")  # fmt: skip
+            for row in result["passes"]:
                 print(f"  {row['seconds']:6.1f} s  {row['what']}")
         results["same as in memory"] = same(folder / f"{'x'.join(map(str, SMALL))}.zarr")
         print(results["same as in memory"])
-    told = {
+    figures = {
         "machine": machine_line(), "torch": version("torch"), "dask": version("dask"),
         "tensor": {"shape": list(shapes[-1]), "bytes": size, "block": BLOCK, "noise": NOISE, "rtol": RTOL},
-        "held to": 0 if given.small else HELD, "memory": memory, "results": results,
+        "held to": 0 if arguments.small else HELD, "memory": memory, "results": results,
     }  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def block(channels: int, share: bool, device: torch.device, rounds: int) -> dict
     else:
         weights = [conv.weight.detach().clone() for conv in net.convs.values()]
         plain = stacked
-        inputs = x.flatten(2).permute(2, 0, 1)[list(net.network.leaf_order)].contiguous()
+        inputs = x.flatten(2).permute(2, 0, 1)[list(net.network.tree.leaf_order)].contiguous()
     for weight in weights:
         weight.requires_grad_()
     value = plain(inputs, weights)
@@ -93,20 +93,20 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    found = {
+    times = {
         f"{channels} channels, {'shared filters' if share else 'locally connected'}": block(
             channels, share, device, arguments.rounds
         )
         for channels in (16, 64)
         for share in (False, True)
     }
-    out = {"machine": machine_name(device, arguments.threads), "milliseconds": found}
-    print(out["machine"])
-    for name, rows in found.items():
+    figures = {"machine": machine_name(device, arguments.threads), "milliseconds": times}
+    print(figures["machine"])
+    for name, rows in times.items():
         for row, time in rows.items():
             print(f"{name:36s} {row:24s} {time:8.2f} ms {time / rows['hand-written']:6.2f}")
     if arguments.out:
-        arguments.out.write_text(json.dumps(out, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

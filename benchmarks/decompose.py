@@ -27,7 +27,7 @@ LIBRARIES = {
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """The two tensors, the same in every process."""
+    """Return the two tensors, the same in every process."""
     random = np.random.default_rng(0)
     grid = np.linspace(0, 1, SIZE)
     steps = np.meshgrid(*(grid * (k + 1) for k in range(ORDER)), indexing="ij", sparse=True)
@@ -47,19 +47,19 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def worker(library: str, turns: int) -> dict[str, Any]:
-    """Times and errors of one library on both tensors."""
+    """Return times and errors of one library on both tensors."""
     import torch
 
     torch.set_num_threads(2)
-    out: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for name, x in tensors().items():
         call, dense, version = _setup(library, x)
-        found = call()
+        result = call()
         error = float(
-            np.linalg.norm(np.asarray(dense(found)).reshape(x.shape) - x) / np.linalg.norm(x)
+            np.linalg.norm(np.asarray(dense(result)).reshape(x.shape) - x) / np.linalg.norm(x)
         )
-        out[name] = {"seconds": timed(call, turns), "error": error, "version": version}
-    return out
+        rows[name] = {"seconds": timed(call, turns), "error": error, "version": version}
+    return rows
 
 
 def _setup(library: str, x: np.ndarray) -> tuple[Callable[[], Any], Callable[[Any], Any], str]:
@@ -71,17 +71,17 @@ def _setup(library: str, x: np.ndarray) -> tuple[Callable[[], Any], Callable[[An
         tree = tnreg.ModeTree.binary(ORDER)
         if library.endswith("train"):
             tree = tnreg.ModeTree.caterpillar(ORDER)
-        given = torch.from_numpy(x)
+        tensor = torch.from_numpy(x)
         return (
-            lambda: tnreg.decompose(given, tree, rtol=RTOL),
+            lambda: tnreg.decompose(tensor, tree, rtol=RTOL),
             lambda f: f.to_tensor().detach().numpy(),
             tnreg.__version__,
         )
     if library == "torchTT":
         import torchtt
 
-        given = torch.from_numpy(x)
-        return lambda: torchtt.TT(given, eps=RTOL), lambda f: f.full().numpy(), version("torchTT")
+        tensor = torch.from_numpy(x)
+        return lambda: torchtt.TT(tensor, eps=RTOL), lambda f: f.full().numpy(), version("torchTT")
     if library == "tensap":
         import tensap
 
@@ -114,7 +114,7 @@ def _train_ranks(x: np.ndarray) -> list[int]:
 
 
 def line(library: str, row: Mapping[str, Any], ratio: float) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     name = f"{library} {row['version']}"
     return f"{name:28s} {row['seconds']:7.2f} s  {ratio:5.1f} x  error {row['error']:.1e}"
 

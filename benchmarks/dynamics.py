@@ -19,7 +19,7 @@ from steps import htf_by_hand, machine_name, measure
 from torch import Tensor
 
 import tnreg
-from tnreg.experiments import dynamics
+from tnreg.experiments.dynamics import htf, train
 
 FIT_STEPS = 100
 
@@ -37,8 +37,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    config = dataclasses.replace(dynamics.htf, device=str(device), std=0.05)
-    task, _, _ = dynamics._task(config, None)
+    config = dataclasses.replace(htf, device=str(device), std=0.05)
+    task, _, _ = train._task(config, None)
 
     def fresh() -> tuple[tnreg.Factorization, tnreg.GroupRMSprop]:
         model = tnreg.Factorization(
@@ -59,8 +59,8 @@ def main() -> None:
 
     def training(*, watched: bool, graph: bool = False) -> Callable[[], object]:
         model, optimizer = fresh()
-        found = dynamics._Observations(config, task, optimizer, model)
-        observe = found.functions if watched else {}
+        observations = train._Observations(config, task, optimizer, model)
+        observe = observations.functions if watched else {}
         return lambda: tnreg.fit(
             model, task.loss, steps=FIT_STEPS, optimizer=optimizer, observe=observe, every=25,
             progress=False, graph=graph,
@@ -85,7 +85,7 @@ def main() -> None:
     def quiet(function: Callable[[tnreg.Factorization], object]) -> None:
         function(model)
 
-    found = dynamics._Observations(config, task, optimizer, model)
+    observations = train._Observations(config, task, optimizer, model)
     rows: dict[str, Callable[[], object]] = {
         "step: tnreg": bare,
         "step: hand-written dense then index": step_of(*by_hand["hand-written dense then index"]),
@@ -96,7 +96,7 @@ def main() -> None:
         "fit, all observed every 25": training(watched=True),
         "one svdvals per node of the dense tensor": one_svd_per_node,
     }
-    for name, function in found.functions.items():
+    for name, function in observations.functions.items():
         if name not in ("effective rank", "component ids", "step size", "flow time"):
             rows[f"observe: {name}"] = lambda f=function: quiet(f)
     if arguments.graph:

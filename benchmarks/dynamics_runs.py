@@ -24,20 +24,20 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for folder in arguments.runs:
-        one = read_run(folder)
-        root = list(one.summary["components"])[-1]
-        kept = ("steps", "stopped by", "loss", "train error", "test error", "ranks", "target ranks")
+        run = read_run(folder)
+        root = list(run.summary["components"])[-1]
+        keys = ("steps", "stopped by", "loss", "train error", "test error", "ranks", "target ranks")
         rows.append(
             {
-                "model": one.config["model"],
-                "seed": one.config["seed"],
-                "device": one.config["device"],
-                **{key: one.summary[key] for key in kept},
-                "off-tree ranks": one.summary.get("off-tree ranks", {}),
-                "components": one.summary["components"][root],
-                "jumps": sorted(one.summary["jumps"][root]),
-                "rate error": one.summary["rate error"][root],
-                "seconds": one.summary["seconds"],
+                "model": run.config["model"],
+                "seed": run.config["seed"],
+                "device": run.config["device"],
+                **{key: run.summary[key] for key in keys},
+                "off-tree ranks": run.summary.get("off-tree ranks", {}),
+                "components": run.summary["components"][root],
+                "jumps": sorted(run.summary["jumps"][root]),
+                "rate error": run.summary["rate error"][root],
+                "seconds": run.summary["seconds"],
             }
         )
     machine = machine_name(torch.device(rows[0]["device"]), torch.get_num_threads())

@@ -38,17 +38,17 @@ def weights(order: int, rank: int, decay: float) -> dict[int, np.ndarray]:
     """``{node: weight}`` with nodes numbered as in a heap: the root 1, the children of i 2i and 2i + 1."""
     random = np.random.default_rng(order + rank)
     scale = decay ** np.arange(rank)
-    out = {}
+    by_node = {}
     for node in range(1, order):
         shape = (rank, rank) + ((rank,) if node > 1 else ())
         first, second = (
             scale.reshape(-1, *[1] * (len(shape) - 1)),
             scale.reshape(-1, *[1] * (len(shape) - 2)),
         )
-        out[node] = random.standard_normal(shape) / rank * first * second
+        by_node[node] = random.standard_normal(shape) / rank * first * second
     for node in range(order, 2 * order):
-        out[node] = random.standard_normal((SIZE, rank)) / math.sqrt(SIZE)
-    return out
+        by_node[node] = random.standard_normal((SIZE, rank)) / math.sqrt(SIZE)
+    return by_node
 
 
 def train(order: int, rank: int, decay: float) -> list[np.ndarray]:
@@ -64,29 +64,29 @@ def train(order: int, rank: int, decay: float) -> list[np.ndarray]:
 
 
 def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
-    """Times of one library on all cases."""
+    """Return times of one library on all cases."""
     import torch
 
     torch.set_num_threads(2)
     torch.set_default_dtype(torch.float64)
-    out: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for order, rank in CASES:
         for name, decay in (("generic", 1.0), ("cut", 0.7)):
             spectra, rounded, check, label = SETUPS[library](order, rank, decay)
             if spectra is not None and name == "generic":
-                out[f"spectra {order}/{rank}"] = {
+                rows[f"spectra {order}/{rank}"] = {
                     "seconds": timed(spectra, turns),
                     "first": [float(s) for s in check(spectra())],
                     "version": label,
                 }
             error, largest = check(rounded(), True)
-            out[f"round {order}/{rank} {name}"] = {
+            rows[f"round {order}/{rank} {name}"] = {
                 "seconds": timed(rounded, turns),
                 "error": float(error),
                 "rank": int(largest),
                 "version": label,
             }
-    return out
+    return rows
 
 
 def _tnreg(order: int, rank: int, decay: float) -> tuple[Any, Any, Callable[..., Any], str]:
@@ -99,9 +99,9 @@ def _tnreg(order: int, rank: int, decay: float) -> tuple[Any, Any, Callable[...,
     for node in reversed(tree.nodes):
         for k, child in enumerate(tree.children(node)):
             heap[child] = 2 * heap[node] + k
-    given = weights(order, rank, decay)
+    numbers = weights(order, rank, decay)
     model = tnreg.Factorization.from_weights(
-        tree, {node: torch.from_numpy(given[heap[node]]) for node in tree.nodes}
+        tree, {node: torch.from_numpy(numbers[heap[node]]) for node in tree.nodes}
     )
     left = tree.children(tree.root)[0]
     return *_tnreg_calls(model, left), tnreg.__version__
@@ -142,11 +142,11 @@ def _hiepy(order: int, rank: int, decay: float) -> tuple[Any, Any, Callable[...,
     import torch
     from hiepy.linalg.local_left_svd import local_left_svd
 
-    given = weights(order, rank, decay)
+    numbers = weights(order, rank, decay)
     tree = hiepy.DimTree.from_order(order)
     heap, leaves, inner = {tree.get_root(): 1}, {}, {}
     for node in tree.get_nodes("top-down"):
-        weight = torch.from_numpy(given[heap[node]])
+        weight = torch.from_numpy(numbers[heap[node]])
         if tree.is_leaf(node):
             leaves[node] = weight
             continue
@@ -173,8 +173,8 @@ def _tensap(order: int, rank: int, decay: float) -> tuple[Any, Any, Callable[...
     import tensap
 
     tree = tensap.DimensionTree.balanced(order)
-    given = weights(order, rank, decay)
-    x = tensap.TreeBasedTensor([given[node] for node in range(1, 2 * order)], tree)
+    numbers = weights(order, rank, decay)
+    x = tensap.TreeBasedTensor([numbers[node] for node in range(1, 2 * order)], tree)
     truncator = tensap.Truncator(RTOL)
 
     def check(found: Any, rounding: bool = False) -> Any:
@@ -207,7 +207,7 @@ SETUPS: dict[str, Callable[..., tuple[Any, Any, Callable[..., Any], str]]] = {
 
 
 def line(library: str, row: Mapping[str, Any], ratio: float) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     what = f"error {row['error']:.1e} rank {row['rank']}" if "error" in row else ""
     return f"{library:20s} {1e3 * row['seconds']:8.1f} ms {ratio:6.1f} x  {what}"
 

@@ -138,18 +138,25 @@ def _options(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argpar
         parser.error(f"--before: there is no folder {absent[0]}")
     default = ROOT / "runs" / ("gpu-rehearsal" if options.rehearse else "gpu")
     options.out = (options.out or default).resolve()
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out: {options.out} is a file")
-    for stage in stages if options.rehearse else ():
-        if (read(options.out / f"gpu-{stage.name}.json") or {}).get("rehearsal") is False:
-            parser.error(f"--out: a rehearsal would write over the figures in {options.out}")
-    given = options.before or [ROOT / "benchmarks" / "results", ROOT / "runs" / "gpu"]
-    options.before = [folder.resolve() for folder in given]
+    if fault := _fault_of(options, stages):
+        parser.error(f"--out: {fault}")
+    before = options.before or [ROOT / "benchmarks" / "results", ROOT / "runs" / "gpu"]
+    options.before = [folder.resolve() for folder in before]
     return options
 
 
+def _fault_of(options: argparse.Namespace, stages: Sequence[Stage]) -> str:
+    """Return what is wrong with the folder of the figures, or an empty string."""
+    if options.out.exists() and not options.out.is_dir():
+        return f"{options.out} is a file"
+    figures = (read(options.out / f"gpu-{stage.name}.json") or {} for stage in stages)
+    if options.rehearse and any(content.get("rehearsal") is False for content in figures):
+        return f"a rehearsal would write over the figures in {options.out}"
+    return ""
+
+
 def _environment(site: Path) -> dict[str, str]:
-    """The children's environment: the source tree first, then what wheels hold that this machine lacks."""
+    """Return the children's environment: the source tree, then wheels of what this machine lacks."""
     for wheel in sorted((ROOT / ".wheels").glob("*.whl")):
         # pure Python wheels: unpacked is installed, and pip need not be there
         if importlib.util.find_spec(wheel.name.split("-")[0].lower()) is None:
@@ -160,7 +167,7 @@ def _environment(site: Path) -> dict[str, str]:
 
 
 def _machine(rehearse: bool, environment: Mapping[str, str]) -> dict[str, Any] | str:
-    """What the machine is, or one line why nothing can be run on it."""
+    """Return what the machine is, or one line why nothing can be run on it."""
     call = [*CHILD, "--machine", "cpu" if rehearse else "cuda"]
     try:
         found = subprocess.run(
@@ -254,7 +261,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def complete(stage: Stage, options: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
-    """File and content of a complete run of a stage, of a rehearsal for a rehearsal only."""
+    """Return file and content of a complete run of a stage, of a rehearsal for a rehearsal only."""
     for folder in (options.out, *options.before):
         file = folder / f"gpu-{stage.name}.json"
         found = read(file)
@@ -264,7 +271,7 @@ def complete(stage: Stage, options: argparse.Namespace) -> tuple[Path, dict[str,
 
 
 def read(file: Path) -> dict[str, Any] | None:
-    """What a file of figures holds; ``None`` if there is none, or it is broken."""
+    """Return what a file of figures holds; ``None`` if there is none, or it is broken."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -273,7 +280,7 @@ def read(file: Path) -> dict[str, Any] | None:
 
 
 def scalars(found: Mapping[str, Any]) -> list[str]:
-    """Figures that are single numbers, and those one level below, in their order."""
+    """Return figures that are single numbers, and those one level below, in their order."""
     shown = []
     for name, value in found.get("figures", {}).items():
         below = value.items() if isinstance(value, Mapping) else ()

@@ -26,7 +26,7 @@ PUBLISHED_SECONDS = 0.11
 
 
 def seconds(length: int, matched: bool, size: int, count: int) -> float:
-    """Processor seconds an image."""
+    """Return the processor seconds of an image."""
     start = time.process_time()
     for i in range(count):
         rng = np.random.default_rng(np.random.SeedSequence([0, 0, i]))
@@ -35,13 +35,13 @@ def seconds(length: int, matched: bool, size: int, count: int) -> float:
 
 
 def told_by_distance(length: int, matched: bool, size: int, count: int) -> float | None:
-    """Distance-only accuracy."""
-    found = [
+    """Return the distance-only accuracy."""
+    scenes = [
         sample_scene(np.random.default_rng([1, 0, i]), length, size, matched=matched)
         for i in range(count)
     ]
-    distances = np.array([one.distance for one in found])
-    return distance_only_accuracy(distances, np.array([one.label for one in found]))
+    distances = np.array([s.distance for s in scenes])
+    return distance_only_accuracy(distances, np.array([s.label for s in scenes]))
 
 
 def main() -> None:
@@ -51,18 +51,18 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6000, help="images for the distances")
     parser.add_argument("--size", type=int, default=150)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
     print("length  matched  seconds  distance only")
     for length in LENGTHS:
         for matched in (False, True):
-            seconds(length, matched, given.size, 3)
+            seconds(length, matched, arguments.size, 3)
             row = {
                 "length": length,
                 "matched": matched,
-                "cpu seconds an image": seconds(length, matched, given.size, given.count),
+                "cpu seconds an image": seconds(length, matched, arguments.size, arguments.count),
                 "distance-only accuracy": told_by_distance(
-                    length, matched, given.size, given.scenes
+                    length, matched, arguments.size, arguments.scenes
                 ),
             }
             rows.append(row)
@@ -74,17 +74,17 @@ def main() -> None:
     about = {
         "machine": f"{platform.machine()} CPU, one process, Python {platform.python_version()}, "
         f"numpy {np.__version__}",
-        "size": given.size,
-        "images": given.count,
-        "scenes": given.scenes,
+        "size": arguments.size,
+        "images": arguments.count,
+        "scenes": arguments.scenes,
         "published": {
             "cpu seconds an image, length 9": PUBLISHED_SECONDS,
             "distance-only accuracy": PUBLISHED,
         },
         "rows": rows,
     }
-    if given.out is not None:
-        given.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

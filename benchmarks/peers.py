@@ -21,7 +21,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def machine_line(device: str = "cpu") -> str:
-    """The machine, as the tables name it."""
+    """Return the machine, as the tables name it."""
     if device != "cpu":
         import torch
 
@@ -91,22 +91,22 @@ def main(
     results: Found = {}
     for _ in range(arguments.rounds):
         for library in chosen:
-            found = _in_a_process(pythons[libraries[library]], library, arguments.turns)
-            for case, row in found.items():
-                kept = results.setdefault(case, {}).setdefault(library, {**row, "seconds": []})
-                kept["seconds"] += row["seconds"]
+            times = _in_a_process(pythons[libraries[library]], library, arguments.turns)
+            for case, row in times.items():
+                previous = results.setdefault(case, {}).setdefault(library, {**row, "seconds": []})
+                previous["seconds"] += row["seconds"]
     for rows in results.values():
         for row in rows.values():
             row["seconds"] = statistics.median(row["seconds"])
-    out = {"machine": machine_line(), "results": results}
-    print(out["machine"])
+    figures = {"machine": machine_line(), "results": results}
+    print(figures["machine"])
     for case, rows in results.items():
         base = rows[chosen[0]]["seconds"] if chosen[0] in rows else float("nan")
         for library, row in rows.items():
             print(f"  {case:24s} {line(library, row, row['seconds'] / base)}")
     if arguments.out:
-        arguments.out.write_text(json.dumps(out, indent=1) + "\n")
-    return out
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
 def _in_a_process(python: str, library: str, turns: int) -> Found:

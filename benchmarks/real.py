@@ -38,7 +38,7 @@ LIBRARIES = {
 
 
 def load(name: str) -> np.ndarray:
-    """The tensor in float64, without gaps."""
+    """Return the tensor in float64, without gaps."""
     from tensorly import datasets
 
     loaders = {"indian-pines": datasets.load_indian_pines, "kinetic": datasets.load_kinetic}
@@ -47,7 +47,7 @@ def load(name: str) -> np.ndarray:
 
 
 def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
-    """Times, errors and numbers stored of one library on both tensors."""
+    """Return times, errors and numbers stored of one library on both tensors."""
     import torch
 
     torch.set_num_threads(2)
@@ -122,7 +122,7 @@ def _ranks(matrices: Sequence[np.ndarray], rtol: float) -> list[int]:
 
 
 def line(library: str, row: Mapping[str, Any], ratio: float) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     return (
         f"{row['label']:38s} {1e3 * row['seconds']:8.1f} ms  error {row['error']:.4f}  "
         f"{row['numbers']:8d} numbers, {row['of'] / row['numbers']:.0f} to 1"

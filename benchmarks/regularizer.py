@@ -32,8 +32,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tnreg.far import input_gradient as second_order
-from tnreg.far import regularizers
+from tnreg.far import input_gradient, regularizers
 from tnreg.far.patches import PresetPatches, RandomPatches
 
 Call = Callable[[], object]
@@ -53,14 +52,14 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The block."""
+        """Return the output of the block."""
         out = self.norms[1](self.b(self.relu(self.norms[0](self.a(x)))))
         out += self.norms[2](self.short(x))
         return self.relu(out)
 
 
 def small() -> nn.Module:
-    """The net of the digits experiment."""
+    """Return the net of the digits experiment."""
     layers: list[nn.Module] = []
     before = 1
     for width, stride in ((32, 2), (48, 2), (48, 1), (48, 2), (48, 1)):
@@ -93,15 +92,15 @@ def training_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, penalty: Cal
 
 
 def torchs_own(penalty: regularizers.InputGradientChange) -> Call:
-    """The same penalty without the replacements of ``second_order``."""
-    replaced = second_order._REPLACEMENTS
+    """Return the same penalty without the replacements of ``input_gradient``."""
+    replaced = input_gradient._REPLACEMENTS
 
     def call(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        second_order._REPLACEMENTS = {}
+        input_gradient._REPLACEMENTS = {}
         try:
             return penalty(net, x)
         finally:
-            second_order._REPLACEMENTS = replaced
+            input_gradient._REPLACEMENTS = replaced
 
     return call
 
@@ -218,7 +217,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)

@@ -29,7 +29,7 @@ EPOCHS, ARMS = 6, ("plain", "igc", "interaction")
 
 
 def nothing(cell: dict[str, Any], folder: Path, checkpoint: Path) -> dict[str, Any]:
-    """A cell without work."""
+    """Do the work of a cell: none."""
     return {"number": cell["number"]}
 
 
@@ -37,7 +37,7 @@ def sweeps(folder: Path) -> dict[str, Any]:
     """Seconds of both sweeps, by both routes."""
     tiny = dataclasses.replace(locality.SETS["tiny"], distances=(0, 24), seeds=(1, 2))
     cells = [{"number": n} for n in range(12)]
-    out: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     for workers in (0, 2):
         name = f"{workers} workers" if workers else "this process"
         start = time.perf_counter()
@@ -46,13 +46,13 @@ def sweeps(folder: Path) -> dict[str, Any]:
         config = dataclasses.replace(tiny, workers=max(workers, 1))
         rows = locality.run(config, folder / f"tiny-{workers}")
         end = time.perf_counter()
-        out[name] = {"nothing": middle - start, "tiny": end - middle, "cells": len(rows)}
-    return out
+        times[name] = {"nothing": middle - start, "tiny": end - middle, "cells": len(rows)}
+    return times
 
 
 def epochs(folder: Path) -> dict[str, Any]:
     """Seconds of an epoch by one and by two processes."""
-    out: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     for arm in ARMS:
         for count in (1, 2):
             place = folder / f"{arm}-{count}"
@@ -62,8 +62,8 @@ def epochs(folder: Path) -> dict[str, Any]:
             done = subprocess.run(call, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise SystemExit(done.stderr)
-            out.setdefault(arm, {})[str(count)] = json.loads(done.stdout)
-    return out
+            times.setdefault(arm, {})[str(count)] = json.loads(done.stdout)
+    return times
 
 
 def train(arm: str, place: Path) -> None:
@@ -98,17 +98,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--train", nargs=2)
-    given = parser.parse_args()
-    if given.train:
-        train(given.train[0], Path(given.train[1]))
+    arguments = parser.parse_args()
+    if arguments.train:
+        train(arguments.train[0], Path(arguments.train[1]))
         return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         results = {"sweeps": sweeps(Path(folder)), "epochs": epochs(Path(folder))}
     print(json.dumps(results, indent=1))
-    told = {"machine": machine_line(), "torch": version("torch"), "dask": version("dask")}
-    if given.out:
-        given.out.write_text(json.dumps({**told, "results": results}, indent=1) + "\n")
+    versions = {"machine": machine_line(), "torch": version("torch"), "dask": version("dask")}
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**versions, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ KEPT = Path(tempfile.gettempdir()) / "tnreg-benchmark-spectra.pt"
 
 
 def tensor(kind: str, size: int, order: int) -> Any:
-    """The same in every process."""
+    """Return the tensors, the same in every process."""
     import torch
 
     if kind == "normal":
@@ -32,7 +32,7 @@ def tensor(kind: str, size: int, order: int) -> Any:
 
 
 def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
-    """Times of one way on all tensors; the second way compares its values with the first's."""
+    """Return times of one way on all tensors; the second way compares its values with the first's."""
     import torch
 
     import tnreg
@@ -77,7 +77,7 @@ def _once(call: Any) -> list[float]:
 
 
 def line(library: str, row: Mapping[str, Any], ratio: float) -> str:
-    """A row of the printed table."""
+    """Return a row of the printed table."""
     what = f"difference {row['difference']:.1e}" if "difference" in row else ""
     return f"{library:18s} {1e3 * row['seconds']:10.1f} ms {ratio:6.1f} x  {what}"
 

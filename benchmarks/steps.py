@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 import tnreg
+from tnreg.training.tasks import Completion
 
 Call = Callable[[], object]
 
@@ -51,7 +52,7 @@ def measure(rows: dict[str, Call], device: torch.device, rounds: int) -> dict[st
 
 
 def machine_name(device: torch.device, threads: int) -> str:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     )
@@ -71,8 +72,8 @@ def training_step(predict: Callable[[], Tensor], values: Tensor, parameters: lis
     return step
 
 
-def task_step(task: tnreg.training.tasks.Completion, model: tnreg.Factorization) -> Call:
-    """The same step through the public interface."""
+def task_step(task: Completion, model: tnreg.Factorization) -> Call:
+    """Return the same step through the public interface."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -83,20 +84,18 @@ def task_step(task: tnreg.training.tasks.Completion, model: tnreg.Factorization)
     return step
 
 
-def observed(
-    sizes: tuple[int, ...], count: int, device: torch.device
-) -> tnreg.training.tasks.Completion:
+def observed(sizes: tuple[int, ...], count: int, device: torch.device) -> Completion:
     """Random entries of a random tensor."""
     target = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(device)
     return tnreg.completion(target, count, seed=0)
 
 
 def leaves(model: tnreg.Factorization) -> list[Tensor]:
-    """Copies of the weights as plain parameters, in the order of the tree's nodes."""
+    """Copy the weights as plain parameters, in the order of the tree's nodes."""
     return [w.detach().clone().requires_grad_() for w in model.weights.values()]
 
 
-def flat_index(task: tnreg.training.tasks.Completion) -> Tensor:
+def flat_index(task: Completion) -> Tensor:
     """Positions of the observed entries in the flattened tensor."""
     flat = torch.zeros_like(task.index[:, 0])
     for n, size in enumerate(task.sizes):
@@ -105,7 +104,7 @@ def flat_index(task: tnreg.training.tasks.Completion) -> Tensor:
 
 
 def htf_by_hand(
-    task: tnreg.training.tasks.Completion, model: tnreg.Factorization
+    task: Completion, model: tnreg.Factorization
 ) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     """Hand-written predictions of the observed entries, each with parameters of its own."""
     flat = flat_index(task)

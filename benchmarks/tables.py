@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ STEPS = {
     "matrix": "matrix 64×64, depth 3, 2,048 entries: training step",
     "full": "full joins, 16 sites, dim 8, bond 16, batch 1,024",
 }
-Rows = Iterator[Iterable[Any]]
+Rows = Iterator[Sequence[Any]]
 
 
 def main() -> None:

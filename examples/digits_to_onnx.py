@@ -23,7 +23,7 @@ import tnreg
 
 
 def digits(random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (B, 1, 8, 8) between 0 and 1 with labels: two thirds to train, one third to test."""
+    """Load images (B, 1, 8, 8) between 0 and 1 with labels: two thirds to train, one third to test."""
     pixels, numbers = load_digits(return_X_y=True)
     order = torch.randperm(len(pixels), generator=random)
     x = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)[order]
@@ -31,8 +31,8 @@ def digits(random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[count:], y[count:], x[:count], y[:count]
 
 
-def trained(x: Tensor, y: Tensor, epochs: int, random: torch.Generator) -> tnreg.ConvAC:
-    """Two template functions a pixel, sixteen channels, one root vector a class; an ordinary loop."""
+def train(x: Tensor, y: Tensor, epochs: int, random: torch.Generator) -> tnreg.ConvAC:
+    """Train two template functions a pixel, sixteen channels, one root vector a class; an ordinary loop."""
     net = tnreg.ConvNet(tnreg.ModeTree.grid((8, 8)), 2, 16, outputs=10)
     model = tnreg.ConvAC(tnreg.Representation(2, kind="sine"), net)
     model.start_averaging_(generator=random)
@@ -50,32 +50,31 @@ def main(path: Path, epochs: int, seed: int = 6) -> None:
     """Train, export, read back, compare, and draw."""
     random = torch.Generator().manual_seed(seed)
     x, y, test_x, test_y = digits(random)
-    model = trained(x, y, epochs, random)
-    tnreg.export_onnx(
-        model, path
-    )  # checked with onnxruntime on fresh inputs before it is put there
+    model = train(x, y, epochs, random)
+    # checked with onnxruntime on fresh inputs before it is put there
+    tnreg.export_onnx(model, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     [scores] = session.run(None, {"x": test_x.numpy()})
-    found = scores.argmax(1)
+    decided = scores.argmax(1)
     with torch.no_grad():
-        here, train = model(test_x), (model(x).argmax(1) == y).double().mean()
+        here, fitted = model(test_x), (model(x).argmax(1) == y).double().mean()
     truth, weights = test_y.numpy(), sum(w.numel() for w in model.parameters())
-    print(f"{weights:,} weights, {path.stat().st_size:,} bytes, {100 * train:.1f} % in training")
+    print(f"{weights:,} weights, {path.stat().st_size:,} bytes, {100 * fitted:.1f} % in training")
     print("                test accuracy, %")
     print(f"torch        {100 * np.mean(here.argmax(1).numpy() == truth):19.2f}")
-    print(f"onnxruntime  {100 * np.mean(found == truth):19.2f}")
+    print(f"onnxruntime  {100 * np.mean(decided == truth):19.2f}")
     print(
-        f"same decision on {100 * np.mean(here.argmax(1).numpy() == found):.1f} % of {len(found)}"
+        f"same decision on {100 * np.mean(here.argmax(1).numpy() == decided):.1f} % of {len(decided)}"
     )
     print(f"largest difference of a score: {np.abs(here.numpy() - scores).max():.1e}")
 
-    wrong = np.flatnonzero(found != truth)[:8]
-    right = np.flatnonzero(found == truth)[: 16 - len(wrong)]
+    wrong = np.flatnonzero(decided != truth)[:8]
+    right = np.flatnonzero(decided == truth)[: 16 - len(wrong)]
     figure = Figure(figsize=(10, 3), layout="constrained")
     for ax, n in zip(figure.subplots(2, 8).flat, [*wrong, *right], strict=True):
         ax.imshow(test_x[n, 0].numpy(), cmap="gray_r")
-        color = "black" if found[n] == truth[n] else "C3"
-        ax.set_title(f"{found[n]}, is {truth[n]}", color=color, fontsize=9)
+        color = "black" if decided[n] == truth[n] else "C3"
+        ax.set_title(f"{decided[n]}, is {truth[n]}", color=color, fontsize=9)
         ax.set_axis_off()
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=100)

@@ -22,7 +22,7 @@ from tnreg.far.regularizers import InteractionEnergy
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, weight: float, epochs: int) -> float:
-    """An ordinary loop; two lines are new: the penalty, and its term in the loss."""
+    """Train in an ordinary loop; two lines are new: the penalty, and its term in the loss."""
     ends = [(0, 0, 6, 6), (0, 18, 6, 24)]  # top, left, bottom, right of the two patterns
     penalty = InteractionEnergy(PresetPatches(ends), samples=6, weight=weight)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -40,7 +40,7 @@ def train(net: nn.Module, x: Tensor, y: Tensor, weight: float, epochs: int) -> f
 
 
 def images(count: int, patterns: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of them with the same pattern at both ends, in noise that is drawn once."""
+    """Draw images, half of them with the same pattern at both ends, in noise that is drawn once."""
     same = torch.randint(2, (count,))
     left = torch.randint(len(patterns), (count,))
     other = (left + torch.randint(1, len(patterns), (count,))) % len(patterns)
@@ -51,7 +51,7 @@ def images(count: int, patterns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cnn() -> nn.Module:
-    """Four convolutions; He's initialization, as torch's own makes so deep a net slow to start."""
+    """Make four convolutions; He's initialization, as torch's own makes so deep a net slow to start."""
     layers, before = [], 1
     for width, stride in ((16, 2), (32, 2), (32, 1), (32, 1)):
         convolution = nn.Conv2d(before, width, 3, stride, 1)

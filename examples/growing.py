@@ -23,7 +23,7 @@ SIDE, SHOWN = 40, 8
 
 
 def boxes(count: int, seed: int) -> Tensor:
-    """A picture of so many boxes of random places and shades on top of each other: of that rank."""
+    """Draw so many boxes of random places and shades on top of each other: a picture of that rank."""
     random = torch.Generator().manual_seed(seed)
     picture, places = torch.zeros(SIDE, SIDE), torch.arange(SIDE)
     for _ in range(count):
@@ -57,14 +57,14 @@ def main(path: str, steps: int, frames: int, seed: int = 1) -> None:
         print(f"{k + 1:14} {float(true[k]):16.2f} {values[-1, k]:9.2f} {when:>21}")
     print(f"error on unseen pixels: {run['test error'][0]:.3f} -> {run['test error'][-1]:.3f}")
 
-    seen = torch.full((SIDE, SIDE), torch.nan)
-    seen[tuple(task.index.T)] = task.values
+    observed = torch.full((SIDE, SIDE), torch.nan)
+    observed[tuple(task.index.T)] = task.values
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     lines, left, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    drawn = lines.plot(run.steps, values)
+    curves = lines.plot(run.steps, values)
     lines.hlines(true[true > 1e-3].numpy(), 0, steps, color="0.6", ls=":", lw=1)
     lines.set(xlabel="step", title="singular values; dotted: of the whole picture")
-    left.imshow(seen.numpy(), cmap="magma", vmin=0, vmax=float(picture.max()))
+    left.imshow(observed.numpy(), cmap="magma", vmin=0, vmax=float(picture.max()))
     left.set(title="pixels observed", xticks=[], yticks=[])
     image = right.imshow(run["picture"][0], cmap="magma", vmin=0, vmax=float(picture.max()))
     right.set(title="learned", xticks=[], yticks=[])
@@ -72,7 +72,7 @@ def main(path: str, steps: int, frames: int, seed: int = 1) -> None:
     figure.set_layout_engine("none")  # laid out once, not in every frame
 
     def draw(row: int) -> None:
-        for k, line in enumerate(drawn):
+        for k, line in enumerate(curves):
             line.set_data(run.steps[: row + 1], values[: row + 1, k])
         image.set_data(run["picture"][row])
         right.set_title(f"learned, step {run.steps[row]:,}: {run['test error'][row]:.2f} off")

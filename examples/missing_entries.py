@@ -32,16 +32,16 @@ MODELS = {
 
 
 def blocks(values: Tensor, random: torch.Generator) -> Tensor:
-    """Mask of entries held out: the late times of six measurements other than the broken one."""
+    """Mask the entries held out: the late times of six measurements other than the broken one."""
     others = [m for m in torch.randperm(len(values), generator=random).tolist() if m != BROKEN]
-    held = torch.zeros_like(values, dtype=torch.bool)
-    held[others[:6], :, :, LAST:] = True
-    return held & ~values.isnan()
+    mask = torch.zeros_like(values, dtype=torch.bool)
+    mask[others[:6], :, :, LAST:] = True
+    return mask & ~values.isnan()
 
 
-def off(found: Tensor, true: Tensor) -> float:
-    """Relative error over the entries given."""
-    return float((found - true).norm() / true.norm())
+def off(x: Tensor, true: Tensor) -> float:
+    """Return the relative error over the entries given."""
+    return float((x - true).norm() / true.norm())
 
 
 def main(path: str, steps: int, seed: int = 1) -> None:
@@ -50,12 +50,14 @@ def main(path: str, steps: int, seed: int = 1) -> None:
     known = ~values.isnan()
     values = values / values[known].square().mean().sqrt()
     random = torch.Generator().manual_seed(seed)
-    held = blocks(values, random)
-    rest = (known & ~held).nonzero()
+    held_out = blocks(values, random)
+    rest = (known & ~held_out).nonzero()
     rest = rest[torch.randperm(len(rest), generator=random)]
     index, unseen = rest[: len(rest) // 50], rest[len(rest) // 50 :]
     task = tnreg.completion(index=index, values=values[tuple(index.T)], sizes=values.shape)
-    print(f"missing {int((~known).sum()):,}, held out {int(held.sum()):,}, observed {len(index):,}")
+    print(
+        f"missing {int((~known).sum()):,}, held out {int(held_out.sum()):,}, observed {len(index):,}"
+    )
     print("                      weights   error in gaps   on other unseen entries")
     filled = {"mean": torch.full_like(values, float(task.values.mean()))}
     weights = {"mean": 1}
@@ -66,16 +68,19 @@ def main(path: str, steps: int, seed: int = 1) -> None:
         filled[name] = model.to_tensor().detach()
         weights[name] = sum(w.numel() for w in model.parameters())
     for name, x in filled.items():
-        errors = off(x[held], values[held]), off(x[tuple(unseen.T)], values[tuple(unseen.T)])
+        errors = (
+            off(x[held_out], values[held_out]),
+            off(x[tuple(unseen.T)], values[tuple(unseen.T)]),
+        )
         print(f"{name:20} {weights[name]:8,} {errors[0]:15.4f} {errors[1]:25.4f}")
 
-    shown = {BROKEN: "broken off", int(held.nonzero()[0, 0]): "held out after the line"}
-    drawn = {"measured": values, "tree": filled["tree"], "CP": filled["CP, as many weights"]}
+    shown = {BROKEN: "broken off", int(held_out.nonzero()[0, 0]): "held out after the line"}
+    pictures = {"measured": values, "tree": filled["tree"], "CP": filled["CP, as many weights"]}
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for (measurement, what), row in zip(shown.items(), axes, strict=True):
         top = float(values[measurement, :, 4].nan_to_num().max())
-        for ax, (title, x) in zip(row, drawn.items(), strict=True):
+        for ax, (title, x) in zip(row, pictures.items(), strict=True):
             ax.imshow(x[measurement, :, 4].numpy(), aspect="auto", vmin=0, vmax=top)
             ax.axvline(LAST - 0.5, color="white", ls=":")
             ax.set_title(f"measurement {measurement}, {what if title == 'measured' else title}")

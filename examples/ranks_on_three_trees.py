@@ -24,13 +24,13 @@ RTOLS = (0.01, 0.05, 0.1)
 
 
 def complete(name: str) -> Tensor:
-    """A measured tensor without the slices of mode 0 that have a gap: a gap filled in would add ranks."""
+    """Load a tensor without the slices of mode 0 that have a gap: a gap filled in would add ranks."""
     values = tnreg.load_tensor(name).values
     return values[~values.isnan().flatten(1).any(1)]
 
 
 def numbers(x: Tensor, tree: ModeTree, rtol: float) -> int:
-    """How many weights the tree needs to be within ``rtol`` of the tensor."""
+    """Count the weights the tree needs to be within ``rtol`` of the tensor."""
     return sum(weight.numel() for weight in tnreg.decompose(x, tree, rtol=rtol).parameters())
 
 
