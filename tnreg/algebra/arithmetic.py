@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
-from tnreg.factorizations.assembly import spread, weights_of
+from tnreg.factorizations.assembly import full_weight, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import NEVER_MIND, available, does_not_fit
 from tnreg.ranks.decompose import truncate
@@ -249,6 +249,6 @@ def _pair_weights(
             weights = {node: w.to(dtype) for node, w in weights_of(model, ones=ones).items()}
             for node, join in own.items():
                 if join != joins[node]:
-                    weights[node] = spread(weights[node], len(model.tree.children(node)))
+                    weights[node] = full_weight(weights[node], len(model.tree.children(node)))
             sides.append(weights)
     return {node: (a, sides[1][node]) for node, a in sides[0].items()}, joins

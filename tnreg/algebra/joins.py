@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from tnreg.errors import OptionError
-from tnreg.factorizations.assembly import assembled, product_joins, spread, weights_of
+from tnreg.factorizations.assembly import assemble, full_weight, product_joins, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.reading import Node
 
@@ -43,7 +43,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     weights = {tree.position(v): w for v, w in named.items()}
     for i in path:
         if kinds[i] == "diagonal":
-            weights[i], kinds[i] = spread(weights[i], len(links[i])), "full"
+            weights[i], kinds[i] = full_weight(weights[i], len(links[i])), "full"
     while path[0] != target and len(links[path[0]]) == 1:  # a vector over the bond below it
         vector = weights.pop(path.pop(0))
         weights[path[0]] = weights[path[0]] @ vector
@@ -58,7 +58,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
             weights[above[0]] = weights[above[0]] @ weights.pop(i)
     links[target] += above
     modes = {tree.position(mode): mode for mode in tree.leaves}
-    return assembled(target, links, weights, kinds, modes)[0]
+    return assemble(target, links, weights, kinds, modes)[0]
 
 
 def full_joins(model: Factorization) -> Factorization:
@@ -69,7 +69,7 @@ def full_joins(model: Factorization) -> Factorization:
     weights = weights_of(model, ones=False)
     for node, join in model.network.named_joins.items():
         if join == "diagonal":
-            weights[node] = spread(weights[node], len(model.tree.children(node)))
+            weights[node] = full_weight(weights[node], len(model.tree.children(node)))
     return Factorization.from_weights(model.tree, weights, join="full")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError, TreeError
-from tnreg.factorizations.assembly import assembled, contracted, weights_of
+from tnreg.factorizations.assembly import assemble, contract_leaves, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import as_tensor, check_numbers
 
@@ -52,7 +52,7 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
         ShapeError: A vector of another length.
     """
     with torch.no_grad():
-        return contracted(model, _check_arrays(model, vectors, 1))
+        return contract_leaves(model, _check_arrays(model, vectors, 1))
 
 
 def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization | Tensor:
@@ -131,7 +131,7 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     weights = {tree.position(node): weight for node, weight in weights_of(model).items()}
     joins = {tree.position(node): join for node, join in model.network.named_joins.items()}
     modes = {tree.position(mode): n for n, mode in enumerate(order)}
-    return assembled(len(tree.nodes) - 1, links, weights, joins, modes)[0]
+    return assemble(len(tree.nodes) - 1, links, weights, joins, modes)[0]
 
 
 def _check_mode(model: Factorization, mode: Any, argument: str = "modes") -> None:

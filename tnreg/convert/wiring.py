@@ -17,7 +17,7 @@ from torch import Tensor
 from tnreg.algebra.arithmetic import scale
 from tnreg.algebra.modes import contract_modes
 from tnreg.errors import ShapeError, TreeError
-from tnreg.factorizations.assembly import assembled
+from tnreg.factorizations.assembly import assemble
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.tree import ModeTree
 
@@ -163,7 +163,7 @@ class _Wiring:
                 f"{self.caller}: the network is not connected; {apart[:4]} cannot be reached from the root.\n"
                 "  wire them with a bond of size 1, or convert every piece by itself"
             )
-        model, order = assembled(root, self.links, self.weights, self.joins, self.leaves)
+        model, order = assemble(root, self.links, self.weights, self.joins, self.leaves)
         if named:
             return _rename(model, [self.parts[i].names[0] if i >= 0 else "" for i in order])
         for number in unseen:

@@ -1,11 +1,12 @@
-"""Factorizations taken apart and assembled again: what changes a tree or its joins is made of this.
+"""Factorizations taken apart and put together again: what changes a tree or its joins is made of this.
 
-Weights are taken as they are, detached; what is built from them is a new model with copies.
+Weights are taken as they are, detached; what is made of them is a new model with copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tnreg.trees.tree import ModeTree
 
 
 def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
-    """Detached weights; with ``ones=False`` a root of ones has its weight as well."""
+    """Return detached weights; with ``ones=False`` a root of ones has its weight as well."""
     weights = {node: w.detach() for node, w in model.weights.items()}
     if model.network.root_ones and not ones:
         bond = model.network.bonds[model.tree.links[-1][0]]
@@ -25,132 +26,124 @@ def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]
     return weights
 
 
-def assembled(
+def assemble(
     root: int,
     links: Mapping[int, Sequence[int]],
-    held: Mapping[int, Tensor],
-    kinds: Mapping[int, str],
+    weights: Mapping[int, Tensor],
+    joins: Mapping[int, str],
     modes: Mapping[int, int],
 ) -> tuple[Factorization, list[int]]:
-    """The factorization of numbered nodes that hang below one of them.
+    """Make a factorization of the numbered nodes that hang below one of them.
 
     Args:
         root: Number of the root, an interior node.
         links: Children of the interior nodes.
-        held: Weights; a diagonal root that has none is fixed to ones.
-        kinds: Joins of the interior nodes.
+        weights: By number; a diagonal root that has none is fixed to ones.
+        joins: Joins of the interior nodes.
         modes: Modes of the leaves.
 
     Returns:
         The factorization, whose interior nodes have their usual names, and the numbers of its nodes in
         the order of ``tree.nodes``.
     """
-    order, left = list[int](), [root]
-    while left:  # without recursion: a caterpillar over a thousand modes is a thousand nodes deep
-        order.append(left.pop())
-        left.extend(links.get(order[-1], ()))
+    order, waiting = list[int](), [root]
+    while (
+        waiting
+    ):  # without recursion: a caterpillar over a thousand modes is a thousand nodes deep
+        order.append(waiting.pop())
+        waiting.extend(links.get(order[-1], ()))
     order.reverse()
     nested: dict[int, Any] = {}
     for i in order:
         below = links.get(i)
         nested[i] = [nested.pop(c) for c in below] if below else modes[i]
     tree = ModeTree(nested[root])
-    found = Factorization.from_weights(
+    numbers = dict(zip(tree.nodes, order, strict=True))
+    model = Factorization.from_weights(
         tree,
-        {v: held[i] for v, i in zip(tree.nodes, order, strict=True) if i in held},
-        join={v: kinds[i] for v, i in zip(tree.nodes, order, strict=True) if links.get(i)},
+        {node: weights[i] for node, i in numbers.items() if i in weights},
+        join={node: joins[numbers[node]] for node in tree.interior},
     )
-    return found, order
+    return model, order
 
 
-def contracted(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
-    """Without the modes of ``vectors``, which have been checked."""
+def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
+    """Contract modes with checked vectors; the others are renumbered from 0, in their order.
+
+    A node that is left with one child is removed, with its weight multiplied into that child.
+
+    Returns:
+        A factorization of fewer modes, or a 0-dimensional tensor if none is left.
+    """
     tree, joins = model.tree, model.network.named_joins
-    weights = weights_of(model, ones=False)
-    gone: dict[int, Tensor] = {}  # position -> what it is now: a vector over the bond above it
-    instead: dict[int, int] = {}  # a node that disappeared -> the child that stands for it
+    dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()), model.dtype)
+    weights = [weight.to(dtype) for weight in weights_of(model, ones=False).values()]
+    contracted: set[int] = (
+        set()
+    )  # of these a vector over the bond above is left, kept as their weight
+    stand_in: dict[int, int] = {}  # a node that was removed -> the child in its place
     links: dict[int, list[int]] = {}
     top = len(tree.nodes) - 1
-    taken = {tree.position(mode) for mode in vectors}
-    for i, below in enumerate(tree.links):
-        node = tree.nodes[i]
-        if i in taken:
-            mode = int(node)  # type: ignore[call-overload]
-            weight = weights[node]
-            dtype = torch.promote_types(weight.dtype, vectors[mode].dtype)
-            gone[i] = vectors[mode].to(dtype) @ weight.to(dtype)
+    for i, (node, below) in enumerate(zip(tree.nodes, tree.links, strict=True)):
+        if not below:
+            if node in vectors:
+                weights[i] = vectors[node].to(dtype) @ weights[i]  # type: ignore[index]
+                contracted.add(i)
             continue
-        left = [c for c in below if c not in gone]
-        if len(left) < len(below):
-            weights[node] = _absorb(weights[node], joins[node], [gone.get(c) for c in below])
-        if below and not left:
-            gone[i] = weights[node]
-            continue
-        links[i] = [instead.get(c, c) for c in left]
-        # a node that is left with one child goes, except for a root above nothing but a leaf
-        if len(left) == 1 < len(below) and (i != top or tree.links[links[i][0]]):
-            child = tree.nodes[links[i][0]]
-            dtype = torch.promote_types(weights[child].dtype, weights[node].dtype)
-            weights[child] = weights[child].to(dtype) @ weights[node].to(dtype)
-            instead[i] = links[i][0]
-    if top in gone:
-        return gone[top]
-    root = instead.get(top, top)
-    kept = [m for m in tree.leaves if m not in vectors]
-    held = {i: weights[tree.nodes[i]] for i in links}
-    kinds = {i: joins[tree.nodes[i]] for i, below in links.items() if below}
-    return assembled(root, links, held, kinds, {tree.position(m): k for k, m in enumerate(kept)})[0]
+        inner = [weights[c] if c in contracted else None for c in below]
+        weights[i] = _contract_children(weights[i], joins[node], inner)
+        links[i] = [stand_in.get(c, c) for c in below if c not in contracted]
+        if not links[i]:
+            contracted.add(i)
+        # a root above nothing but a leaf stays
+        elif len(links[i]) == 1 < len(below) and (i != top or links.get(links[i][0])):
+            child = stand_in[i] = links[i][0]
+            weights[child] = weights[child] @ weights[i]
+    if top in contracted:
+        return weights[top]
+    modes = [mode for mode in tree.leaves if mode not in vectors]
+    return assemble(
+        stand_in.get(top, top),
+        links,
+        dict(enumerate(weights)),
+        {tree.position(node): join for node, join in joins.items()},
+        {tree.position(mode): k for k, mode in enumerate(modes)},
+    )[0]
 
 
-def _absorb(weight: Tensor, kind: str, vectors: Sequence[Tensor | None]) -> Tensor:
-    """A node's weight with the children that are vectors now contracted into it."""
-    for vector in vectors:
-        if vector is not None:
-            weight = weight.to(torch.promote_types(weight.dtype, vector.dtype))
-    if kind == "diagonal":
-        for vector in vectors:
-            if vector is not None:
-                weight = vector.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)) * weight
-        if all(v is not None for v in vectors):
-            weight = weight.sum(0)
-        return weight
-    for axis in reversed(range(len(vectors))):
-        vector = vectors[axis]
-        if vector is not None:
-            weight = torch.tensordot(vector.to(weight.dtype), weight, ([0], [axis]))
+def _contract_children(weight: Tensor, join: str, vectors: Sequence[Tensor | None]) -> Tensor:
+    """Contract a node's weight with those of its children that are vectors now."""
+    for axis, vector in reversed(list(enumerate(vectors))):
+        if vector is not None and join == "full":
+            weight = torch.tensordot(vector, weight, ([0], [axis]))
+        elif vector is not None:
+            weight = vector.reshape(-1, *[1] * (weight.ndim - 1)) * weight
+    if join == "diagonal" and all(vector is not None for vector in vectors):
+        weight = weight.sum(0)
     return weight
 
 
-def spread(weight: Tensor, children: int) -> Tensor:
-    """A diagonal weight ``(R, ...)`` as that of a full join: ``(R, .., R, ...)``, zero off the diagonal."""
+def full_weight(weight: Tensor, children: int) -> Tensor:
+    """Return a diagonal weight ``(R, ...)`` as that of a full join, ``(R, .., R, ...)``."""
     bond = weight.shape[0]
-    whole = weight.new_zeros([bond] * children + list(weight.shape[1:]))
+    full = weight.new_zeros([bond] * children + list(weight.shape[1:]))
     every = torch.arange(bond, device=weight.device)
-    whole[(every,) * children] = weight
-    return whole
+    full[(every,) * children] = weight
+    return full
 
 
+@torch.no_grad()
 def product_joins(model: Factorization) -> Factorization:
-    """With diagonal joins, each bond the product of its siblings'."""
-    with torch.no_grad():
-        tree, weights = model.tree, weights_of(model)
-        joins, out = model.network.named_joins, dict[Node, Tensor]()
-        for i, below in enumerate(tree.links):
-            node = tree.nodes[i]
-            if below and joins[node] == "full":
-                flat = weights[node].flatten(0, len(below) - 1)
-                out[node] = flat
-            elif node in weights:
-                out[node] = weights[node]
-        for i, below in enumerate(tree.links):
-            node = tree.nodes[i]
-            if not below or joins[node] == "diagonal":
-                continue
-            bonds = [weights[tree.nodes[c]].shape[-1] for c in below]
-            combined = torch.cartesian_prod(*(torch.arange(n) for n in bonds)).reshape(
-                -1, len(below)
-            )
-            for k, c in enumerate(below):
-                columns = combined[:, k].to(model.device)
-                out[tree.nodes[c]] = out[tree.nodes[c]].index_select(-1, columns)
-        return Factorization.from_weights(tree, out, join="diagonal")
+    """Return the factorization with diagonal joins, each bond the product of its siblings'."""
+    tree, joins, weights = model.tree, model.network.named_joins, weights_of(model)
+    full = [node for node in tree.interior if joins[node] == "full"]
+    wider = dict(weights)
+    for node in full:
+        wider[node] = weights[node].flatten(0, len(tree.children(node)) - 1)
+    for node in full:
+        children = tree.children(node)
+        bonds = [torch.arange(weights[c].shape[-1], device=model.device) for c in children]
+        combined = torch.cartesian_prod(*bonds).reshape(-1, len(children))
+        for child, columns in zip(children, combined.unbind(1), strict=True):
+            wider[child] = wider[child].index_select(-1, columns)
+    return Factorization.from_weights(tree, wider, join="diagonal")

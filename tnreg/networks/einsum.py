@@ -147,21 +147,24 @@ def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..
     """
     terms = "".join(parts)
     if len(parts) == 2 and all(s in result or terms.count(s) == 2 for s in terms):
-        return _product(parts, result, size)
+        if any(s not in result for s in terms):
+            return _matrix_product(parts, result, size)
+        first, second = (
+            _view(term, [s for s in result if s in term], [size[s] if s in term else 1 for s in result], size)
+            for term in parts
+        )  # fmt: skip
+        return lambda a, b: first(a) * second(b)
     # torch reads a-z and A-Z only; a single step of a long network needs few of them
     table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys(terms))}
     *inputs, output = ("".join(table[s] for s in term) for term in (*parts, result))
     return partial(torch.einsum, f"{','.join(inputs)}->{output}")
 
 
-def _product(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
+def _matrix_product(
+    parts: list[str], result: str, size: Mapping[str, int]
+) -> Callable[..., Tensor]:
+    """Make a call of ``mm`` or ``bmm``, or of a product and a sum where it would be of dot products."""
     summed = [s for s in parts[0] if s not in result]
-    if not summed:
-        first, second = (
-            _view(term, [s for s in result if s in term], [size[s] if s in term else 1 for s in result], size)
-            for term in parts
-        )  # fmt: skip
-        return lambda a, b: first(a) * second(b)
     batch = [s for s in result if s in parts[0] and s in parts[1]]
     rows, columns = ([s for s in result if s in term and s not in batch] for term in parts)
     # the factor whose axes come first in the result goes left

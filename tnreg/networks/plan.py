@@ -122,10 +122,10 @@ class Plan:
             who = ", ".join(str(names[i]) for i in nodes[:4])
             who += f" and {len(nodes) - 4} more" if len(nodes) > 4 else ""
             if join.einsum is None:
-                how = "the weight itself" if join.gathers[0] is None else "rows of the weight"
+                how = "the weight itself" if not join.gathers else "rows of the weight"
                 lines.append(f"  {who}: {how}, {join.rows} rows")
                 continue
-            gathered = " at distinct rows" if any(g is not None for g in join.gathers) else ""
+            gathered = " at distinct rows" if join.gathers else ""
             flops = f"{join.einsum.cost.flops:.3g} flops"
             lines.append(f"  {who}: {join.einsum.equation}{gathered}, {join.rows} rows, {flops}")
         if self.whole is not None:

@@ -28,14 +28,14 @@ class Join:
         einsum: Operands are the children's matrices (or the inputs of a leaf), then the weight;
             ``None`` at a leaf without inputs.
         rows: Rows of every node's result.
-        gathers: For each child (or the leaf itself) the rows to take, flat over the nodes, or
-            ``None``.
+        gathers: For each child (or the leaf itself) the rows to take, flat over the nodes; empty to
+            take them as they are.
     """
 
     level: Level
     einsum: Einsum | None
     rows: int
-    gathers: tuple[Tensor | None, ...]
+    gathers: tuple[Tensor, ...]
 
 
 def schedule(
@@ -65,32 +65,37 @@ def schedule(
             rows.append(batch)
         else:
             rows.append(math.prod(rows[c] for c in below) if below else network.shape(i)[0])
-    kinds = [
-        (rows[i], i in gathers, tuple(rows[c] for c in below)) for i, below in enumerate(links)
-    ]
+    kinds = [(rows[i], i in gathers, *(rows[c] for c in below)) for i, below in enumerate(links)]
     joins = []
     for level in network.split_levels(kinds):
-        first, count = level.positions[0], len(level.positions)
-        below = links[first]
-        sources = [rows[c] for c in below] or [level.shape[0]]
+        first = level.positions[0]
+        heights = [rows[c] for c in links[first]] or [level.shape[0]]
         call = None
-        if below:
+        if links[first]:
             aligned = batch is not None or first in gathers
-            heights = [rows[first]] * len(below) if aligned else sources
-            call = _node_einsum(network, level, heights, aligned)
-        elif features:
-            group = [count] if count > 1 else []
-            words = "gbd,gdr->gbr" if group else "bd,dr->br"
-            call = einsum(words, (*group, rows[first], level.shape[0]), (*group, *level.shape))
-        taken: tuple[Tensor | None, ...] = (None,) * len(sources)
-        if first in gathers:
-            parts = zip(*(gathers[i] for i in level.positions), strict=True)
-            taken = tuple(
-                torch.cat([part + k * height for k, part in enumerate(of_nodes)])
-                for of_nodes, height in zip(parts, sources, strict=True)
+            call = _node_einsum(
+                network, level, [rows[first]] * len(heights) if aligned else heights, aligned
             )
-        joins.append(Join(level, call, rows[first], taken))
+        elif features:
+            call = _leaf_einsum(level, rows[first])
+        flat = _flat([gathers[i] for i in level.positions], heights) if first in gathers else ()
+        joins.append(Join(level, call, rows[first], flat))
     return tuple(joins)
+
+
+def _flat(gathers: Sequence[tuple[Tensor, ...]], heights: Sequence[int]) -> tuple[Tensor, ...]:
+    """Rows to take of every child, for all nodes of a level at once; ``heights`` are rows of one node's."""
+    return tuple(
+        torch.cat([rows + k * height for k, rows in enumerate(child)])
+        for child, height in zip(zip(*gathers, strict=True), heights, strict=True)
+    )
+
+
+def _leaf_einsum(level: Level, batch: int) -> Einsum:
+    """Plan the call of leaves: inputs ``(g, batch, size)`` and weights to ``(g, batch, bond)``."""
+    count = [len(level.positions)] if len(level.positions) > 1 else []
+    equation = "gbd,gdr->gbr" if count else "bd,dr->br"
+    return einsum(equation, (*count, batch, level.shape[0]), (*count, *level.shape))
 
 
 def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool) -> Einsum:
@@ -167,11 +172,10 @@ def cost_of(network: Network, joins: Sequence[Join]) -> Cost:
         else:
             largest = max(largest, len(join.level.positions) * join.rows * network.bonds[first])
         sources = network.tree.links[first] or (first,)
-        for source, gather in zip(sources, join.gathers, strict=True):
-            if gather is not None:
-                gathered = gather.numel() * network.bonds[source]
-                held += gathered
-                largest = max(largest, gathered)
+        for source, gather in zip(sources, join.gathers, strict=False):
+            gathered = gather.numel() * network.bonds[source]
+            held += gathered
+            largest = max(largest, gathered)
     return Cost(flops, largest, held, held)
 
 
@@ -207,9 +211,8 @@ def run(
             operands.append(
                 weights.slot(*level.weight.pairs[0]) if single else weights.pick(level.weight)
             )
-        for k, gather in enumerate(join.gathers):
-            if gather is not None:
-                operands[k] = _gather(operands[k], gather)
+        for k, rows in enumerate(join.gathers):
+            operands[k] = _gather(operands[k], rows)
         result = operands[0] if join.einsum is None else join.einsum(operands)
         if join.einsum is not None and join is not joins[-1] and result.ndim != 3 - single:
             # several row axes become one
