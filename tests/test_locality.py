@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import matplotlib
@@ -113,17 +113,16 @@ def test_all_arms_see_the_images_in_one_order(pairs, tmp_path, monkeypatch):
     """Also those that draw random numbers in between."""
     step, orders = locality_run._State.step, {}
 
-    def seen(self, index, *given):
+    def seen(self, index, *given, **named):
         orders.setdefault(arm, []).append(index.tolist())
-        step(self, index, *given)
+        step(self, index, *given, **named)
 
     monkeypatch.setattr(locality_run._State, "step", seen)
     for arm in locality_run.ARMS:
         train(QUICK, arm, 1, *pairs, tmp_path / arm)
     assert all(order == orders["plain"] for order in orders.values())
-    flat = [number for batch in orders["plain"] for number in batch]
-    assert [sorted(flat[i : i + 130]) for i in (0, 390)] == [list(range(130))] * 2
-    assert flat[:130] != flat[130:260]
+    first, second = ([*itertools.chain(*orders["plain"][i : i + 3])] for i in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(130)) and first != second
 
 
 def weights(folder):
@@ -145,61 +144,59 @@ def test_arms_that_add_nothing_are_plain(pairs, tmp_path):
     assert not torch.equal(weights(tmp_path / "igc")["head.weight"], value)
 
 
-@pytest.mark.parametrize("arm", ["dropout", "igc", "interaction"])
-def test_interrupted_and_resumed_bit_for_bit(arm, pairs, tmp_path, monkeypatch):
-    train(QUICK, arm, 1, *pairs, tmp_path / "whole")
-    epoch, calls = locality_run._State.epoch, []
+def assert_same_run(one, other):
+    """The same weights and rows bit for bit."""
+    a, b = weights(one), weights(other)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (Trajectory.load(folder / "trajectory.npz") for folder in (one, other))
+    assert all(np.array_equal(a[name], b[name], equal_nan=True) for name in a.names)
 
-    def interrupted(self, *given):
-        calls.append(1)
-        if len(calls) == 3:
+
+def test_interrupted_and_resumed_bit_for_bit(pairs, tmp_path, monkeypatch):
+    train(QUICK, "dropout", 1, *pairs, tmp_path / "whole")
+    epoch = locality_run._State.epoch
+
+    def interrupted(self):
+        if len(self.rows) == 2:
             raise KeyboardInterrupt
-        return epoch(self, *given)
+        return epoch(self)
 
-    monkeypatch.setattr(locality_run._State, "epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(QUICK, arm, 1, *pairs, tmp_path / "cut")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(locality_run._State, "epoch", interrupted)
+        train(QUICK, "dropout", 1, *pairs, tmp_path / "cut")
     assert (tmp_path / "cut.checkpoint").exists() and not (tmp_path / "cut").exists()
-    other = dataclasses.replace(QUICK, lr=0.03)
     with pytest.raises(OptionError, match="of a training with other settings"):
-        train(other, arm, 1, *pairs, tmp_path / "cut")
+        train(dataclasses.replace(QUICK, lr=0.03), "dropout", 1, *pairs, tmp_path / "cut")
     torch.rand(7)  # whatever else the process did with torch's generator
-    train(QUICK, arm, 1, *pairs, tmp_path / "cut")
-    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    one, two = (Trajectory.load(tmp_path / n / "trajectory.npz") for n in ("whole", "cut"))
-    assert all(np.array_equal(one[name], two[name], equal_nan=True) for name in one.names)
+    train(QUICK, "dropout", 1, *pairs, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 KILLED = """
-import sys, torch
+import os, signal, sys, torch
 from tnreg import images
-from tnreg.experiments.locality.settings import Settings
-from tnreg.experiments.locality.train import train
+from tnreg.experiments.locality.train import Settings, _State, train
+epoch = _State.epoch
+_State.epoch = lambda self: os.kill(os.getpid(), signal.SIGKILL) if len(self.rows) == 2 else epoch(self)
 torch.set_num_threads(1)
 data = images.load(sys.argv[1] + ".npz")
-train(Settings(epochs=20), "interaction", 1, data, data, sys.argv[1])
+train(Settings(epochs=4), "interaction", 1, data, data, sys.argv[1])
 """
 
 
 def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
     data = images.load(pairs[0].save(tmp_path / "killed.npz"))
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
-    with subprocess.Popen(command) as running:
-        while not (tmp_path / "killed.checkpoint").exists():
-            assert running.poll() is None
-            time.sleep(0.01)
-        running.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "killed").exists()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")])
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed.checkpoint").exists() and not (tmp_path / "killed").exists()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for name in ("killed", "whole"):
-            train(Settings(epochs=20), "interaction", 1, data, data, tmp_path / name)
+            train(Settings(epochs=4), "interaction", 1, data, data, tmp_path / name)
     finally:
         torch.set_num_threads(threads)
-    whole, killed = (weights(tmp_path / name) for name in ("whole", "killed"))
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("portable", [False, True])
@@ -208,26 +205,22 @@ def test_a_deadline_ends_with_the_state_written(arm, portable, pairs, tmp_path, 
     execution = Execution(portable=portable, checkpoint_seconds=1e9)
     train(QUICK, arm, 1, *pairs, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        deadline = deadline_after(2, patched)
+        options = {"execution": execution, "deadline": deadline_after(2, patched)}
         with pytest.raises(Unfinished, match=r"after epoch 2 is in .*cut.checkpoint") as ended:
-            train(
-                QUICK, arm, 1, *pairs, tmp_path / "cut", execution=execution, deadline=deadline
-            )  # fmt: skip
-    assert ended.value.so_far["epochs"] == 2 and ended.value.so_far["of"] == 4
-    assert pickle.loads(pickle.dumps(ended.value)).so_far == ended.value.so_far
+            train(QUICK, arm, 1, *pairs, tmp_path / "cut", **options)
+    reached = ended.value.so_far
+    assert (reached["epochs"], reached["of"]) == (2, 4)
+    assert pickle.loads(pickle.dumps(ended.value)).so_far == reached
     lines = (tmp_path / "cut.history.csv").read_text().splitlines()
     assert len(lines) == 3 and lines[0] == "epoch,loss,penalty,train accuracy,test accuracy"
-    assert float(lines[2].split(",")[4]) == ended.value.so_far["test accuracy"]
-    parts = list(tmp_path.glob("cut.checkpoint.*"))
-    assert len(parts) == portable
+    assert float(lines[2].split(",")[4]) == reached["test accuracy"]
+    assert len(list(tmp_path.glob("cut.checkpoint.*"))) == portable
     # what a training does before it is killed does not change where the next one goes on
     (tmp_path / "cut.history.csv").write_text("lost")
-    summary = train(QUICK, arm, 1, *pairs, tmp_path / "cut")
-    (resumed,) = summary["resumed"]
+    (resumed,) = train(QUICK, arm, 1, *pairs, tmp_path / "cut")["resumed"]
     assert resumed == {"epoch": 2, "momentum": "exact", "from": "cpu", "on": "cpu"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
-    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -245,17 +238,17 @@ def test_a_state_that_travels(limit, kept, pairs, tmp_path, monkeypatch):
         deadline = deadline_after(2, patched)
         train(QUICK, "plain", 1, *pairs, there / "a", execution=execution, deadline=deadline)
     parts = sorted(there.glob("a.checkpoint.*"))
-    sizes = [part.stat().st_size for part in parts]
-    assert len(parts) > 2 and max(sizes) <= 150_000 and sum(sizes) <= limit
+    raw = [part.read_bytes() for part in parts]
+    assert len(parts) > 2 and max(map(len, raw)) <= 150_000 and sum(map(len, raw)) <= limit
     for file in [*parts, there / "a.checkpoint"]:
         shutil.copy(file, here)
     (here / "a.checkpoint.01234567.1-of-3").write_text("of a process that was killed")
-    told = {"arm": "plain", "seed": 1, **dataclasses.asdict(QUICK)}
-    before = torch.load(io.BytesIO(b"".join(p.read_bytes() for p in parts)), weights_only=True)
-    state = locality_state.read_state(here / "a.checkpoint", told)
-    momentum = state["optimizer"]["state"]
-    assert state["momentum"] == kept and (momentum == {}) == (kept == "left out")
-    assert all(torch.equal(before["net"][key], value) for key, value in state["net"].items())
+    about = {"arm": "plain", "seed": 1, **dataclasses.asdict(QUICK)}
+    state = locality_state.read_state(here / "a.checkpoint", about)
+    assert state["momentum"] == kept
+    assert (state["optimizer"]["state"] == {}) == (kept == "left out")
+    before = torch.load(io.BytesIO(b"".join(raw)), weights_only=True)["net"]
+    assert all(torch.equal(before[key], value) for key, value in state["net"].items())
     summary = train(QUICK, "plain", 1, *pairs, here / "a", execution=execution)
     assert summary["resumed"][0]["momentum"] == kept and summary["epochs"] == 4
     assert sorted(p.name for p in here.iterdir()) == ["a"]
@@ -264,9 +257,8 @@ def test_a_state_that_travels(limit, kept, pairs, tmp_path, monkeypatch):
     assert (summary["loss"] == whole["loss"]) == (kept == "exact")
     assert summary["loss"] == pytest.approx(whole["loss"], rel=0.1)
     # a part that is damaged or missing is noticed
-    raw = bytearray(parts[1].read_bytes())
-    raw[len(raw) // 2] ^= 1
-    parts[1].write_bytes(raw)
+    middle = len(raw[1]) // 2
+    parts[1].write_bytes(raw[1][:middle] + bytes([raw[1][middle] ^ 1]) + raw[1][middle + 1 :])
     with pytest.raises(FileError, match="its parts are not those that were written"):
         train(QUICK, "plain", 1, *pairs, there / "a")
     parts[1].unlink()
@@ -344,13 +336,8 @@ def test_a_step_reads_nothing_from_the_device(arm, statistics):
     """On the device "meta" nothing can be read: an epoch of steps that waits for it would be an error."""
     data = images.pathfinder(10, length=3, size=32, seed=1)
     settings = dataclasses.replace(
-        QUICK,
-        batch=4,
-        statistics=statistics,
-        standardize=True,
-        patches="random",
-        interaction_every=1,
-    )
+        QUICK, batch=4, statistics=statistics, standardize=True, patches="random", interaction_every=1
+    )  # fmt: skip
     processes = Processes(device=torch.device("meta"))
     state = locality_run._State(settings, arm, 1, data, processes, Execution())
     state.net.train()
@@ -423,18 +410,23 @@ def test_bytes_colours_and_half_precision(tmp_path):
 
 
 def test_trainings_refuse(pairs, tmp_path):
-    with pytest.raises(OptionError, match="no arm 'none'; there is plain, weight-decay"):
-        train(QUICK, "none", 1, *pairs, tmp_path / "a")
-    with pytest.raises(OptionError, match="epochs must be an integer >= 1"):
-        train(dataclasses.replace(QUICK, epochs=0), "plain", 1, *pairs, tmp_path / "a")
-    with pytest.raises(OptionError, match="no patches 'all'; there is images, off, near"):
-        train(dataclasses.replace(QUICK, patches="all"), "igc", 1, *pairs, tmp_path / "a")
-    dots = images.pathfinder(4, length=3, size=32, seed=1)
-    with pytest.raises(OptionError, match="patches 'images' need the boxes of image pairs"):
-        train(QUICK, "igc", 1, dots, dots, tmp_path / "a")
-    with pytest.raises(DataError, match="the loss is not finite in epoch 1"):
-        train(dataclasses.replace(QUICK, lr=1e30), "plain", 1, *pairs, tmp_path / "a")
     (tmp_path / "b.checkpoint").write_text("hello")
+    dots = (images.pathfinder(4, length=3, size=32, seed=1),) * 2
+    for arm, changes, data, error, message in [
+        ("none", {}, pairs, OptionError, "no arm 'none'; there is plain, weight-decay"),
+        ("plain", {"epochs": 0}, pairs, OptionError, "epochs must be an integer >= 1"),
+        (
+            "igc",
+            {"patches": "all"},
+            pairs,
+            OptionError,
+            "no patches 'all'; there is images, off, near",
+        ),
+        ("igc", {}, dots, OptionError, "patches 'images' need the boxes of image pairs"),
+        ("plain", {"lr": 1e30}, pairs, DataError, "the loss is not finite in epoch 1"),
+    ]:
+        with pytest.raises(error, match=message):
+            train(dataclasses.replace(QUICK, **changes), arm, 1, *data, tmp_path / "a")
     with pytest.raises(FileError, match="not a checkpoint"):
         train(QUICK, "plain", 1, *pairs, tmp_path / "b")
 
@@ -503,34 +495,41 @@ def test_a_sweep_with_a_deadline(tmp_path, monkeypatch):
     assert locality.figure(place).stat().st_size > 1000
     rows = locality.run(dataclasses.replace(config, until=0.0), place)
     assert [row["epochs"] for row in rows] == [4, 4] and locality.going_on(place) == []
-    assert sorted(p.name for p in place.iterdir() if p.is_dir()) == [
-        "plain-0-seed-1",
-        "plain-24-seed-1",
-    ]
+    there = sorted(p.name for p in place.iterdir() if p.is_dir())
+    assert there == ["plain-0-seed-1", "plain-24-seed-1"]
     with pytest.raises(OptionError, match="until must be seconds >= 0"):
         locality.run(dataclasses.replace(config, until=-1.0), place)
+
+
+def draw(folder, monkeypatch, module, rows, fields, set):
+    """Draw a sweep with these rows; return the axes."""
+    about = {
+        "tnreg": "0", "experiment": "locality", "summary": rows, "headline": "test accuracy",
+        "fields": fields, "config": {"set": set, "model": "m"},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(about))
+    figures = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
+    locality.figure(folder)
+    return figures[0].axes[0]
+
+
+ROW = {
+    "arm": "plain", "distance": 7, "seed": 1, "statistics": "batch", "test accuracy": 0.5,
+    "seconds": 1.0, "epochs": 2,
+}  # fmt: skip
 
 
 def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
     """Each arm's line with its number of seeds, both statistics apart, beside the published ones."""
     rows = [
-        {"arm": arm, "distance": 7, "seed": seed, "statistics": kind, "test accuracy": 0.5, "seconds": 1.0,
-         "epochs": 2}
+        {**ROW, "arm": arm, "seed": seed, "statistics": kind}
         for arm, kind, seeds in (("plain", "batch", 2), ("igc", "batch", 1), ("igc", "frozen", 1))
         for seed in range(seeds)
-    ]  # fmt: skip
-    about = {
-        "tnreg": "0", "experiment": "locality", "summary": rows,
-        "fields": ["arm", "distance", "statistics", "seed"],
-        "config": {"set": "pathfinder", "model": "resnet-18"},
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    drawn = []
-    monkeypatch.setattr(locality_figure, "save_figure", lambda figure, path: drawn.append(figure))
-    locality.figure(tmp_path)
-    (ax,) = drawn[0].axes
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == [
+    ]
+    fields = ["arm", "distance", "statistics", "seed"]
+    ax = draw(tmp_path, monkeypatch, locality_figure, rows, fields, "pathfinder")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
         "plain (2 seeds)", "input gradient change, statistics batch (1 seed)",
         "input gradient change, statistics frozen (1 seed)", "published: plain", "published: λ = 9",
     ]  # fmt: skip
@@ -538,27 +537,13 @@ def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
     assert lines["published: λ = 9"] == [98.42, 96.6, 91.64, 85.48]
 
 
-@pytest.mark.parametrize("more", [{"lr"}, {"lr", "statistics"}])
+@pytest.mark.parametrize("more", [["lr"], ["lr", "statistics"]])
 def test_a_sweep_over_another_setting_is_drawn_as_any_other(more, tmp_path, monkeypatch):
     """Values of lr must not be taken for seeds of one line."""
-    row = {
-        "arm": "plain",
-        "distance": 7,
-        "seed": 1,
-        "statistics": "batch",
-        "seconds": 1.0,
-        "epochs": 2,
-    }
-    rows = [{**row, "lr": lr, "test accuracy": lr} for lr in (0.1, 0.2)]
-    about = {
-        "tnreg": "0", "experiment": "locality", "summary": rows, "headline": "test accuracy",
-        "fields": ["arm", "distance", *sorted(more), "seed"], "config": {"set": "digits", "model": "m"},
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    drawn = []
-    monkeypatch.setattr(sweep_figure, "save_figure", lambda figure, path: drawn.append(figure))
-    locality.figure(tmp_path)
-    (line,) = drawn[0].axes[0].containers
+    rows = [{**ROW, "lr": lr, "test accuracy": lr} for lr in (0.1, 0.2)]
+    fields = ["arm", "distance", *more, "seed"]
+    ax = draw(tmp_path, monkeypatch, sweep_figure, rows, fields, "digits")
+    (line,) = ax.containers
     assert line.lines[0].get_ydata().tolist() == [0.1, 0.2]
 
 

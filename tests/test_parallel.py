@@ -388,13 +388,13 @@ def ended(folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's may come before they have spoken
     step, done = locality_run._State.step, []
 
-    def cut(self, *given):
+    def cut(self, *given, **named):
         done.append(1)
         kept = next(Path(folder).glob(f"{LONG_NAME}.*.checkpoint"), Path())
         again = len(done) % len(locality_run._sizes(len(self.host), self.settings.batch)) == 2
         if os.environ["RANK"] == "1" and again and kept.is_file() and len(trajectory_of(kept)) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *given)
+        return step(self, *given, **named)
 
     locality_run._State.step = cut
     main([*LONG, "--out", folder])

@@ -73,10 +73,7 @@ class RandomStream:
 
 
 class FixedPatches:
-    """The same pair every time; what a regularizer makes of a pair of boxes.
-
-    Args:
-        pair: I and J, disjoint.
+    """The same pair of disjoint boxes every time; what a regularizer makes of a pair.
 
     Raises:
         OptionError: Not two boxes, or they overlap.

@@ -110,19 +110,6 @@ class InputGradientChange(Scheduled):
         skips = self.statistics == "frozen" and processes.count == 1 and _is_samplewise(net)
         return Draw(pair, _changed_samples(x, pair[1], multiple) if skips else None)
 
-    def value(
-        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
-    ) -> Tensor:
-        """Return R of this batch, or what is above the target; without the weight.
-
-        Args:
-            net: As for a call.
-            x: The batch.
-            y: Its true classes.
-            drawn: From ``draw``; drawn here if left out.
-        """
-        return self._evaluate(net, x, y, drawn, None)
-
     def with_logits(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -140,12 +127,26 @@ class InputGradientChange(Scheduled):
             outputs.append(getattr(net, "_orig_mod", net)(images))
             return outputs[0]
 
-        value = self._evaluate(net, x, y, drawn, training_pass)
+        value = self.value(net, x, y, drawn, training_pass)
         return (outputs[0] if torch.is_grad_enabled() else outputs[0].detach()), value
 
-    def _evaluate(
-        self, net: Net, x: Tensor, y: Tensor | None, drawn: Draw | None, training_pass: Net | None
+    def value(
+        self,
+        net: Net,
+        x: Tensor,
+        y: Tensor | None = None,
+        drawn: Draw | None = None,
+        training_pass: Net | None = None,
     ) -> Tensor:
+        """Return R of this batch, or what is above the target; without the weight.
+
+        Args:
+            net: As for a call.
+            x: The batch.
+            y: Its true classes.
+            drawn: From ``draw``; drawn here if left out.
+            training_pass: Called in place of the network for the gradient before the swap, in training mode.
+        """
         net, processes, drawn = self._prepare(net, x, drawn)
         net = getattr(net, "_orig_mod", net)
         inside, swapped = (box_mask(box, *x.shape[-2:]) for box in drawn.pair)
@@ -163,11 +164,9 @@ class InputGradientChange(Scheduled):
                 lambda z: _true_logit(net(z), y, len(z)), images, differentiable=differentiable
             )
 
-        if training_pass is not None:
-            before = gradient(training_pass, x)
+        before = None if training_pass is None else gradient(training_pass, x)
         with evaluation(net, self.statistics):
-            if training_pass is None:
-                before = gradient(net, x)
+            before = gradient(net, x) if before is None else before
             after = gradient(net, other)
         change = gradient_change(before * inside, after * inside)
         part = (change * len(x) + (count - len(x))) / sum(processes.every(count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,49 +42,54 @@ _PUBLISHED: dict[str, tuple[tuple[str, str, dict[int, tuple[float, float]]], ...
 def table(
     rows: list[dict[str, Any]], fields: Sequence[str] = ("arm", "distance", "seed")
 ) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds, one row for each arm, distance and other field.
+    """Return mean and standard deviation over seeds, one row for each arm, distance and other field.
 
     ``cost`` is the mean of processor seconds over that of the plain arm with the same other fields,
     ``cost an epoch`` the same by epoch; NaN without a plain arm. The deviation is that of a sample (n - 1).
     """
     by = [name for name in fields if name != "seed"]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+
+    def key(row: dict[str, Any], **changed: str) -> str:
+        return json.dumps([{**row, **changed}[name] for name in by])
+
+    groups: dict[str, list[dict[str, Any]]] = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for row in rows:
             if row["arm"] == arm:
-                groups.setdefault(_key(row, by), []).append(row)
-    out = []
-    for some in groups.values():
-        plain = groups.get(_key({**some[0], "arm": "plain"}, by), [])
-        reached = np.array([row["test accuracy"] for row in some])
-        seconds, base = (
-            np.mean([r["seconds"] for r in part]) if part else np.nan for part in (some, plain)
-        )
-        epoch, base_epoch = (
-            np.mean([r["seconds"] / r["epochs"] for r in part]) if part else np.nan
-            for part in (some, plain)
-        )
-        out.append(
+                groups.setdefault(key(row), []).append(row)
+    means = []
+    for group in groups.values():
+        accuracies = np.array([row["test accuracy"] for row in group])
+        seconds, epoch = _seconds(group)
+        plain, plain_epoch = _seconds(groups.get(key(group[0], arm="plain"), []))
+        means.append(
             {
-                **{name: some[0][name] for name in by},
-                "seeds": len(some),
-                "test accuracy": float(reached.mean()),
-                "deviation": float(reached.std(ddof=1)) if len(some) > 1 else float("nan"),
-                "epochs": float(np.mean([row["epochs"] for row in some])),
-                "seconds": float(seconds),
-                "cost": float(seconds / base),
-                "cost an epoch": float(epoch / base_epoch),
+                **{name: group[0][name] for name in by},
+                "seeds": len(group),
+                "test accuracy": float(accuracies.mean()),
+                "deviation": float(accuracies.std(ddof=1)) if len(group) > 1 else math.nan,
+                "epochs": float(np.mean([row["epochs"] for row in group])),
+                "seconds": seconds,
+                "cost": seconds / plain,
+                "cost an epoch": epoch / plain_epoch,
             }
         )
-    return out
+    return means
+
+
+def _seconds(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the mean seconds of trainings and of their epochs; NaN without a training."""
+    seconds = [(row["seconds"], row["seconds"] / row["epochs"]) for row in rows]
+    whole, epoch = np.mean(seconds or [(np.nan, np.nan)], axis=0)
+    return float(whole), float(epoch)
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw test accuracy against distance, with error bars, into ``locality.png`` or another file.
 
-    What is there is drawn: finished trainings filled, those that go on with an open mark and their last
-    epoch, and for Pathfinder and CIFAR-10 the published values. The legend has the number of seeds. A sweep
-    where more varies than arm, distance, seed and statistics is drawn as any other one is.
+    Finished trainings are filled marks, those that go on open ones at their last epoch; Pathfinder and
+    CIFAR-10 have the published values beside them. The legend has the number of seeds. A sweep where more
+    varies than arm, distance, seed and statistics is drawn as any other one is.
 
     Raises:
         FileError: Not a sweep of locality, or nothing was trained yet.
@@ -120,38 +126,36 @@ def picture(
     """
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
-    ax = drawn.subplots()
+    canvas = Figure(figsize=(5.4, 3.8), layout="constrained")
+    ax = canvas.subplots()
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in means:
         lines.setdefault(_label(row, fields), []).append(row)
     distances = sorted({row["distance"] for row in [*means, *begun]})
     step = min(np.diff(distances), default=1.0)
-    for i, (label, some) in enumerate(lines.items()):
-        some.sort(key=lambda row: row["distance"])
+    for i, (label, rows) in enumerate(lines.items()):
+        rows.sort(key=lambda row: row["distance"])
         aside = 0.02 * step * (i - (len(lines) - 1) / 2)  # error bars must not hide each other
-        counts = sorted({row["seeds"] for row in some})
-        seeds = f"{counts[0]} seed" if counts == [1] else f"{counts[0]} seeds"
+        fewest, most = (of(row["seeds"] for row in rows) for of in (min, max))
+        seeds = f"{fewest} to {most}" if fewest < most else most
         ax.errorbar(
-            [row["distance"] + aside for row in some],
-            [100 * row["test accuracy"] for row in some],
-            yerr=np.nan_to_num([100 * row["deviation"] for row in some]),
-            marker="o", ms=4, lw=1.5, capsize=3, color=f"C{i}",
-            label=f"{label} ({seeds if len(counts) == 1 else f'{counts[0]} to {counts[-1]} seeds'})",
+            [row["distance"] + aside for row in rows], [100 * row["test accuracy"] for row in rows],
+            yerr=np.nan_to_num([100 * row["deviation"] for row in rows]), marker="o", ms=4, lw=1.5,
+            capsize=3, color=f"C{i}", label=f"{label} ({seeds} seed{'s' * (most > 1)})",
         )  # fmt: skip
     for row in begun:
-        at = 100 * row["test accuracy"]
-        ax.plot(row["distance"], at, marker="o", ms=6, mfc="none", color="0.3", ls="")
+        at = (row["distance"], 100 * row["test accuracy"])
+        ax.plot(*at, marker="o", ms=6, mfc="none", color="0.3", ls="")
         text = f" {_LABELS.get(row['arm'], row['arm'])}, epoch {row['epochs']}"
-        ax.annotate(text, (row["distance"], at), fontsize=7, va="center")
+        ax.annotate(text, at, fontsize=7, va="center")
     published: set[int] = set()
     for arm, name, values in _PUBLISHED.get(config["set"], ()):
         published |= values.keys()
-        some_lines = [k for k, label in enumerate(lines) if label.startswith(_LABELS.get(arm, arm))]
+        same = [k for k, label in enumerate(lines) if label.startswith(_LABELS.get(arm, arm))]
+        accuracies, deviations = zip(*values.values(), strict=True)
         ax.errorbar(
-            list(values), [mean for mean, _ in values.values()],
-            yerr=[spread for _, spread in values.values()], marker="x", ms=5, lw=1, ls="--", capsize=2,
-            color=f"C{some_lines[0]}" if some_lines else "0.5", alpha=0.6, label=f"published: {name}",
+            list(values), accuracies, yerr=deviations, marker="x", ms=5, lw=1, ls="--", capsize=2,
+            color=f"C{same[0]}" if same else "0.5", alpha=0.6, label=f"published: {name}",
         )  # fmt: skip
     ax.axhline(50, color="0.6", lw=0.8, ls=":")
     ax.set_xticks(sorted({*distances, *published}))
@@ -161,33 +165,28 @@ def picture(
     ax.set_title(f"{config['set']}, {config['model']}", fontsize=10)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8)
-    return drawn
+    return canvas
 
 
 def going_on(folder: str | Path) -> list[dict[str, Any]]:
-    """Trainings with rows but no run folder yet: name, arm, distance, epochs, last test accuracy."""
-    out = []
+    """Return name, arm, distance, epochs and last test accuracy of trainings without a run folder yet."""
+    begun = []
     for path in sorted(Path(folder).glob("*.history.csv")):
-        named = re.match(r"(.+?)-(\d+)-seed-", path.name)
+        match = re.match(r"(.+?)-(\d+)-seed-", path.name)
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        tested = [row for row in rows if row["test accuracy"] not in ("", "nan")]
-        if named and tested:
-            out.append(
+            tested = [r for r in csv.DictReader(file) if r["test accuracy"] not in ("", "nan")]
+        if match and tested:
+            begun.append(
                 {
-                    "name": path.name.split(".")[0], "arm": named[1], "distance": int(named[2]),
+                    "name": path.name.split(".")[0], "arm": match[1], "distance": int(match[2]),
                     "epochs": int(tested[-1]["epoch"]),
                     "test accuracy": float(tested[-1]["test accuracy"]),
                 }
             )  # fmt: skip
-    return out
+    return begun
 
 
 def _label(row: dict[str, Any], fields: Sequence[str]) -> str:
-    penalized = row["arm"] in ("igc", "interaction")
-    more = [f"{name} {row[name]}" for name in fields if name == "statistics" and penalized]
-    return ", ".join([_LABELS.get(row["arm"], row["arm"]), *more])
-
-
-def _key(row: dict[str, Any], by: Sequence[str]) -> tuple[str, ...]:
-    return tuple(json.dumps(row[name]) for name in by)
+    label = _LABELS.get(row["arm"], row["arm"])
+    shown = "statistics" in fields and row["arm"] in ("igc", "interaction")
+    return f"{label}, statistics {row['statistics']}" if shown else label

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tnreg.errors import OptionError
 from tnreg.far.patches import DifferingPatches, PatchSampler, PresetPatches, RandomPatches
@@ -104,7 +104,7 @@ class Execution:
 def penalty_of(
     settings: Settings, arm: str, seed: int, data: ImageSet
 ) -> InputGradientChange | InteractionEnergy | None:
-    """The penalty that an arm adds, looking where ``settings.patches`` says; ``None`` for arms without one.
+    """Return the penalty that an arm adds, at ``settings.patches``; ``None`` for arms without one.
 
     Raises:
         OptionError: Patches that these images do not have.
@@ -112,14 +112,9 @@ def penalty_of(
     if arm not in ("igc", "interaction"):
         return None
     patches = _patches(settings, seed, data)
-    weight, every, warmup, until = (
-        getattr(settings, name)
-        for name in (arm, *(f"{arm}_{k}" for k in ("every", "warmup", "until")))
-    )
-    options: dict[str, Any] = {"weight": weight, "every": every, "warmup": warmup}
-    options["until"] = until or None
-    options["target"] = getattr(settings, f"{arm}_target") or None
-    options["statistics"] = settings.statistics
+    options = {name: getattr(settings, f"{arm}_{name}") for name in ("every", "warmup")}
+    options |= {name: getattr(settings, f"{arm}_{name}") or None for name in ("until", "target")}
+    options |= {"weight": getattr(settings, arm), "statistics": settings.statistics}
     if arm == "igc":
         return InputGradientChange(patches, **options)
     return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)
@@ -133,7 +128,8 @@ def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:
         return DifferingPatches(settings.patch_size, seed=seed)
     if not data.boxes:
         raise OptionError(
-            f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or 'differing'."
+            f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or 'differing'.",
+            argument="patches",
         )
     if kind == "images":
         return PresetPatches(data.boxes, seed=seed)
@@ -143,4 +139,6 @@ def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:
         top, left, bottom, right = data.boxes[0]
         middle = (top + bottom) // 2
         return PresetPatches([(top, left, middle, right), (middle, left, bottom, right)], seed=seed)
-    raise OptionError(f"no patches {kind!r}; there is images, off, near, random, differing.")
+    raise OptionError(
+        f"no patches {kind!r}; there is images, off, near, random, differing.", argument="patches"
+    )

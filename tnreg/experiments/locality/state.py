@@ -8,7 +8,6 @@ starts at zero; the state says which. For ResNet-18 the weights alone are 42.6 M
 
 from __future__ import annotations
 
-import copy
 import csv
 import functools
 import glob
@@ -43,26 +42,28 @@ def check_travels(net: nn.Module) -> None:
         )
 
 
-def write_state(path: Path, held: Mapping[str, Any], *, portable: bool) -> None:
-    """Write a state whole or not at all; the parts of the one before are removed.
+def write_state(path: Path, state: Mapping[str, Any], *, portable: bool) -> None:
+    """Write a state whole or not at all, and remove the parts of the one before.
 
     Args:
         path: Replaced if it is there.
-        held: What ``torch.load`` reads with ``weights_only``; the optimizer's state under "optimizer".
+        state: What ``torch.load`` reads with ``weights_only``; the optimizer's state under "optimizer".
         portable: Whether it is to travel.
     """
+    parts: list[Path] = []
     if not portable:
-        save_whole(path, held)
+        save_whole(path, state)
     else:
-        raw = _small_enough(held)
+        raw = _small_enough(state)
         digest = hashlib.sha256(raw).hexdigest()
         pieces = [raw[i : i + _PART] for i in range(0, len(raw), _PART)]
-        names = [f"{path.name}.{digest[:8]}.{i + 1}-of-{len(pieces)}" for i in range(len(pieces))]
-        for name, piece in zip(names, pieces, strict=True):
-            write_whole(path.with_name(name), functools.partial(Path.write_bytes, data=piece))
+        for i, piece in enumerate(pieces, 1):
+            parts.append(path.with_name(f"{path.name}.{digest[:8]}.{i}-of-{len(pieces)}"))
+            write_whole(parts[-1], functools.partial(Path.write_bytes, data=piece))
+        names = [part.name for part in parts]
         text = json.dumps({"format": _PARTS, "sha256": digest, "parts": names}, indent=1) + "\n"
         write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-    _remove_parts(path, _parts(path))
+    _remove_parts(path, parts)
 
 
 def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -72,18 +73,20 @@ def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
         FileError: Not a state, or a part is missing or damaged.
         OptionError: Of a training with other settings.
     """
-    away = f"  delete {path}, or choose another folder"
     try:
-        held = _read(path)
-        if held["format"] != FORMAT:
-            raise ValueError(f"format {held['format']!r}, this version reads {FORMAT!r}")
-        before = json.loads(held["about"])
-        Trajectory.from_bytes(held["found"].numpy().tobytes())
+        state = _read(path)
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']!r}, this version reads {FORMAT!r}")
+        before = json.loads(state["about"])
+        Trajectory.from_bytes(state["found"].numpy().tobytes())
     except Exception as error:
         raise no_checkpoint(path, error, "folder") from None
     if before != json.loads(json.dumps(about)):
-        raise OptionError(f"{path} is of a training with other settings.\n{away}")
-    return held
+        raise OptionError(
+            f"{path} is of a training with other settings.\n"
+            f"  delete {path}, or choose another folder"
+        )
+    return state
 
 
 def remove_state(path: Path) -> None:
@@ -96,60 +99,45 @@ class History:
     """The rows of a training as they come, one line an epoch, for whoever looks meanwhile."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.path = checkpoint.with_name(
-            f"{checkpoint.name.removesuffix('.checkpoint')}.history.csv"
-        )
+        name = checkpoint.name.removesuffix(".checkpoint")
+        self.path = checkpoint.with_name(f"{name}.history.csv")
         self.begun = False
 
-    def add(self, found: Trajectory) -> None:
+    def add(self, rows: Trajectory) -> None:
         """Add the last row; the first time write all rows anew."""
-        if not self.begun:
-            text = rows_of(found)
+        if self.begun:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(rows_of(rows, len(rows) - 1))
+        else:
+            text = rows_of(rows)
             write_whole(self.path, lambda beside: beside.write_text(text, encoding="utf-8"))
-            self.begun = True
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(rows_of(found, len(found) - 1))
+        self.begun = True
 
 
-def rows_of(found: Trajectory, first: int = 0) -> str:
+def rows_of(rows: Trajectory, first: int = 0) -> str:
     """Return the rows from the first one on as CSV, with a header before row 0."""
-    held = io.StringIO()
-    writer = csv.writer(held, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     if first == 0:
-        writer.writerow(["epoch", *found.names])
-    columns = [found.steps, *(found[name] for name in found.names)]
-    for k in range(first, len(found)):
-        writer.writerow([int(columns[0][k]), *(float(column[k]) for column in columns[1:])])
-    return held.getvalue()
+        writer.writerow(["epoch", *rows.names])
+    for k in range(first, len(rows)):
+        writer.writerow([int(rows.steps[k]), *(float(rows[name][k]) for name in rows.names)])
+    return text.getvalue()
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return what the file, or its parts put together, holds."""
     raw = path.read_bytes()
-    if _is_list(raw):
+    if raw[:1] == b"{":
         about = json.loads(raw)
         if about["format"] != _PARTS:
             raise ValueError(f"format {about['format']!r}, this version reads {_PARTS!r}")
-        raw = b"".join(part.read_bytes() for part in _parts(path))
+        parts = [path.with_name(Path(str(name)).name) for name in about["parts"]]
+        raw = b"".join(part.read_bytes() for part in parts)
         if hashlib.sha256(raw).hexdigest() != about["sha256"]:
             raise ValueError("its parts are not those that were written")
-    held: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    return held
-
-
-def _is_list(raw: bytes) -> bool:
-    """Whether these bytes begin as a list of parts does."""
-    return raw[:1] == b"{"
-
-
-def _parts(path: Path) -> list[Path]:
-    """Files that the list at ``path`` names; none if there is no list."""
-    try:
-        raw = path.read_bytes()
-        names = json.loads(raw)["parts"] if _is_list(raw) else []
-        return [path.with_name(Path(str(name)).name) for name in names]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    state: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    return state
 
 
 def _remove_parts(path: Path, but: list[Path]) -> None:
@@ -159,19 +147,17 @@ def _remove_parts(path: Path, but: list[Path]) -> None:
             part.unlink(missing_ok=True)
 
 
-def _small_enough(held: Mapping[str, Any]) -> bytes:
-    """The state in bytes, with as much of the momentum as fits."""
-    for kept in ("exact", "bfloat16", "left out"):
-        optimizer = copy.deepcopy(dict(held["optimizer"]))
-        if kept == "left out":
-            optimizer["state"] = {}
-        elif kept == "bfloat16":
-            optimizer["state"] = {
-                key: {name: _half(value) for name, value in one.items()}
-                for key, one in optimizer["state"].items()
-            }
+def _small_enough(state: Mapping[str, Any]) -> bytes:
+    """Return the state in bytes, with as much of the momentum as fits."""
+    momentum = state["optimizer"]["state"]
+    halves = {
+        key: {name: _half(value) for name, value in values.items()}
+        for key, values in momentum.items()
+    }
+    for kept, some in (("exact", momentum), ("bfloat16", halves), ("left out", {})):
         raw = io.BytesIO()
-        torch.save({**held, "optimizer": optimizer, "momentum": kept}, raw)
+        optimizer = {**state["optimizer"], "state": some}
+        torch.save({**state, "optimizer": optimizer, "momentum": kept}, raw)
         if raw.tell() <= _WHOLE:
             return raw.getvalue()
     raise AssertionError("check_travels was not asked")

@@ -1,9 +1,8 @@
 """One training of ``locality``: a network, an image set, perhaps a penalty, into a run folder.
 
-The loop is written out here, with torch's own sampler. It is some twenty lines and has to be resumed bit
-for bit, penalties and random streams included; a trainer library would be a dependency for everyone,
-larger than the loop, and would hide just these lines. Images stay on the device, as bytes where they are;
-all that is random is drawn on the CPU, and nothing in a step waits for the device.
+The loop is written out here: it is short and has to be resumed bit for bit, penalties and random streams
+included, which a trainer library would hide. Images stay on the device, as bytes where they are; all that
+is random is drawn on the CPU, and nothing in a step waits for the device.
 
 A run folder holds ``config.json``, ``model.safetensors``, and one row per epoch as ``trajectory.npz`` and
 ``history.csv``. While it trains, ``FOLDER.checkpoint`` beside it holds the state after some epoch, and
@@ -75,12 +74,10 @@ def train(
     """Train, write the folder, and return its summary.
 
     On a CPU the same settings give the same weights bit for bit, interrupted or not, but where a state that
-    travels lost some of the momentum. Denormal numbers are flushed to zero while it runs; single steps of
-    the penalties are ten times slower with them.
-
-    Started by torchrun, or where torch.distributed has a group already, all its processes call this with
-    the same arguments and train together. A checkpoint may be resumed by another number of processes;
-    dropout masks are then not those of the uninterrupted training.
+    travels lost some of the momentum. Denormal numbers are flushed to zero while it runs: with them single
+    steps of the penalties are ten times slower. In several processes (torchrun's, or those of a group of
+    torch.distributed) all call this with the same arguments and train together. Another number of processes
+    may go on from a checkpoint; dropout masks are then not those of the uninterrupted training.
 
     Args:
         settings: All but the two that follow.
@@ -94,8 +91,7 @@ def train(
             ``FOLDER.checkpoint`` if left out.
         execution: How it is carried out.
         deadline: Reading of ``time.monotonic()`` before which the training ends, with its state written. No
-            epoch is begun that would end too late if it took half as long again as the longest so far; how
-            long the first one takes is not known.
+            epoch is begun that would end too late if it took half as long again as the longest so far.
 
     Returns:
         Accuracies of the last epoch, epochs, processes, and seconds of training, evaluation not
@@ -105,8 +101,7 @@ def train(
         TnregError: Settings that do not fit each other, or a checkpoint of other settings.
         DataError: The loss is not finite any more.
         Unfinished: The deadline came first. The same call goes on.
-        ProcessLost: Another process of this training ended. The message names the checkpoint, from which
-            the same call goes on.
+        ProcessLost: Another process of this training ended. The message names the checkpoint.
     """
     if arm not in ARMS:
         raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.", argument="arm")
@@ -277,7 +272,7 @@ class _State:
         self.graphs: CapturedSteps | None = None
         if execution.graph:
             check_graph(device, processes.count)
-            self.graphs = CapturedSteps(self._step_of_tensors, device)
+            self.graphs = CapturedSteps(self.step, device)
 
     def epoch(self) -> dict[str, float]:
         """Go once over the images; return mean loss, mean penalty where there was one, train accuracy."""
@@ -332,38 +327,38 @@ class _State:
         return self.penalty.draw(self.wrapped, self._scaled(self.x[there]))
 
     def update(self, index: Tensor, weight: float, drawn: Draw | None, share: float = 1.0) -> None:
-        """Do one step, as a CUDA graph where that is asked for; arguments as those of ``step``."""
+        """Do one step, as a CUDA graph where that is asked for; see ``step``."""
+        pair, samples = (None, None) if drawn is None else (drawn.pair, drawn.samples)
         if self.graphs is None:
-            self.step(index, share, weight, drawn)
-            return
-        more = () if drawn is None else (drawn.pair, drawn.samples)
-        changing = torch.tensor(weight, dtype=_dtype(self.settings))
-        self.graphs(index, changing, *(t for t in more if t is not None))
+            self.step(index, weight, pair, samples, share)
+        else:
+            changing = (torch.tensor(weight, dtype=_dtype(self.settings)), pair, samples)
+            self.graphs(index, *(value for value in changing if value is not None))
 
-    def _step_of_tensors(
+    def step(
         self,
         index: Tensor,
-        weight: Tensor,
+        weight: float | Tensor,
         pair: Tensor | None = None,
         samples: Tensor | None = None,
+        share: float = 1.0,
     ) -> None:
-        self.step(index, 1.0, weight, None if pair is None else Draw(pair, samples))
-
-    def step(self, index: Tensor, share: float, weight: float | Tensor, drawn: Draw | None) -> None:
         """Update once.
 
         Args:
             index: Numbers of the images, on the device.
-            share: Factor of the loss.
             weight: That of the penalty.
-            drawn: What the penalty has drawn; ``None`` where there is none.
+            pair: The boxes that the penalty has drawn; ``None`` for a step without a penalty.
+            samples: The samples that it has drawn, if it has.
+            share: Factor of the loss.
         """
         images, labels = self._scaled(self.x[index]), self.y[index]
         penalty = None
         with _precision(self.settings):
-            if drawn is None or self.penalty is None:
+            if pair is None or self.penalty is None:
                 logits = self.wrapped(images)
             else:
+                drawn = Draw(pair, samples)
                 logits, value = self.penalty.with_logits(self.wrapped, images, labels, drawn)
                 penalty = weight * value
             loss = _loss(logits, labels)
@@ -396,17 +391,15 @@ class _State:
         return int(self.processes.sum(right)) / len(y)
 
     def stopped(self) -> bool:
-        """Return whether this is the last epoch, or there were enough good ones in a row."""
+        """Return whether this is the last epoch, or there were enough good ones in a row; note which."""
         epochs, wanted = len(self.rows), self.settings.stop_epochs
-        if epochs >= self.settings.epochs:
-            self.rows.stop_reason = "epochs"
-        elif epochs >= wanted and bool(
+        good = epochs >= wanted and bool(
             (self.rows.last("train accuracy", wanted) >= self.settings.stop_above).all()
-        ):
-            self.rows.stop_reason = "train accuracy"
-        else:
-            return False
-        return True
+        )
+        ended = epochs >= self.settings.epochs
+        if ended or good:
+            self.rows.stop_reason = "epochs" if ended else "train accuracy"
+        return ended or good
 
     def progress(self) -> dict[str, Any]:
         """Return what an unfinished training has reached."""
@@ -418,14 +411,13 @@ class _State:
 
     def summary(self, test_accuracy: float) -> dict[str, Any]:
         """Return what a finished training has reached, and what it took."""
+        seconds = self.epoch_seconds
         return {
             **self._last_row(),
             "test accuracy": test_accuracy,
             "epochs": len(self.rows),
             **self.seconds,
-            "seconds an epoch": float(np.median(self.epoch_seconds))
-            if self.epoch_seconds
-            else None,
+            "seconds an epoch": float(np.median(seconds)) if seconds else None,
             "processes": self.processes.count,
             **({"resumed": self.resumed} if self.resumed else {}),
             "device": self.x.device.type,
@@ -435,15 +427,19 @@ class _State:
     def _last_row(self) -> dict[str, Any]:
         return {name: float(self.rows[name][-1]) for name in self.rows.names}
 
+    def _parts(self) -> dict[str, Any]:
+        """Return what has a state of its own, by its name in the checkpoint."""
+        parts = {"net": self.net, "optimizer": self.optimizer, "penalty": self.penalty}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def write(self, path: Path, about: dict[str, Any]) -> None:
         """Have rank 0 write the state, with the random numbers of all."""
         random, *others = self.processes.every(_random_state())
         state = {
             "format": FORMAT,
             "about": json.dumps(about),
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "penalty": None if self.penalty is None else self.penalty.state_dict(),
+            "penalty": None,
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "shuffle": self.shuffle.get_state(),
             **random,
             "others": others,
@@ -463,23 +459,18 @@ class _State:
         if state is None:
             return
         try:
-            self.net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.penalty is not None:
-                self.penalty.load_state_dict(state["penalty"])
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
             self.shuffle.set_state(state["shuffle"])
             random = [state, *state.get("others", [])]
             if self.processes.rank == 0 or len(random) == self.processes.count:
                 _set_random_state(random[self.processes.rank])
             self.seconds = dict(state["seconds"])
             self.rows = Trajectory.from_bytes(state["found"].numpy().tobytes())
-            self.resumed = [
-                *state["resumed"],
-                {
-                    "epoch": len(self.rows), "momentum": state.get("momentum", "exact"),
-                    "from": state["device"], "on": _device_name(self.x.device),
-                },
-            ]  # fmt: skip
+            change = {"from": state["device"], "on": _device_name(self.x.device)}
+            momentum = state.get("momentum", "exact")
+            now = {"epoch": len(self.rows), "momentum": momentum, **change}
+            self.resumed = [*state["resumed"], now]
         except Exception as error:  # the training ends here, so that nothing has to be put back
             raise no_checkpoint(path, error, "folder") from None
 
