@@ -1,77 +1,80 @@
-"""Orthonormal frames of all nodes of a factorization and the tensor in them, equal nodes in one call.
+"""Orthonormal frames of all nodes of a factorization, and the singular values of all nodes in them.
 
-Write ``F_v`` for the matrix of node v's tensors (entries below v by bond above v). Going up the tree it
-is split into ``F_v = U_v T_v`` with orthonormal columns ``U_v``, of which only the coordinates in the
-frames of the children are kept. Going down, the matricization at v is ``U_v C_v`` for a small ``C_v``:
-its singular values and vectors are those of the node.
+Write ``F_v`` for the matrix of node v's tensors (entries below v by bond above v) and ``E_v`` for that of
+everything outside v; the matricization at v is ``F_v E_vᵀ``. Going up the tree, ``F_v = U_v T_v`` is split
+into orthonormal columns ``U_v``, of which only the coordinates in the frames of the children are kept, and
+a triangular factor ``T_v``. Two ways lead down again:
 
-Both ways work with squares where that loses nothing, and without them elsewhere; the rules are those of
-``frames`` and ``outside``. Scales are powers of two kept per column, so that they are exact and nothing
-leaves the range of the dtype.
+- In the frames: the matricization at v is ``U_v C_v`` for a small ``C_v``, which has the singular values and
+  left singular vectors of the node.
+- Through the bonds: ``E_v = O_v S_v`` is split in the same way, and the spectrum is that of ``T_v S_vᵀ``. It
+  stores no frames and is differentiable, since it holds the weights' own contributions: to first order
+  only the components of a change in the fixed bases ``U_v`` and ``O_v`` matter, so that no QR
+  factorization is differentiated, which would be infinite at low rank.
+
+Equal nodes are handled in one call. Scales are powers of two kept per column, so that they are exact and
+nothing leaves the range of the dtype.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from tnreg.networks.network import Network
-from tnreg.networks.scaled import combine_rows, multiply, scale_columns
-from tnreg.tensors.arrays import Scaled
+from tnreg.networks.network import Level, Network, Places, Stacked
+from tnreg.tensors.arrays import Scaled, power_below
 
-# A triangular factor (columns about 1) may come from a Gram matrix if the squares of its inverse are below
-# this on average over its columns: frames are then orthonormal to some 1e-14.
-_WELL_CONDITIONED = 32
+# Numbers in all frames together (a GiB), and in those of one batch of several nodes.
+_MOST_NUMBERS, _MOST_AT_ONCE = 2**27, 2**24
 
-# Up to here two Gram matrices one after the other do it (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya 2015).
-_FAIRLY_CONDITIONED = 1e10
+# Where scales of one node's columns differ by less than this power of two, and what comes out of a product
+# is larger than this and smaller than its inverse, nothing in it can have left the range of doubles.
+_CLOSE, _SMALL = 200, 1e-100
 
-# Singular values below this share of the largest are not taken from squares: errors stay below 1e-11
-# of the largest one.
-_GRAM_FLOOR = 1e-4
-
-# Numbers in all frames together.
-_MOST_NUMBERS = 2**27
-
-# Sums of squares outside of this range are formed with care for their scale.
-_SQUARES = (1e-250, 1e250)
+# The last steps before a root have one column above them. Up to so many times the bond it is cheaper to keep
+# all rows of a step than to orthogonalize them.
+_ROWS_KEPT = 4
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Nodes of equal shape at equal height, handled by the same calls.
+    """Nodes with equal frames, or equal steps of them, handled by the same calls.
 
     A diagonal join of more than two children is made of steps that join two each; such a step has no
     weight and no node of its own.
 
     Attributes:
-        nodes: Positions in ``tree.nodes``; for a step that of the node it belongs to.
+        nodes: Positions in ``tree.nodes``; for a step those of the nodes that it belongs to.
         step: Whether this is such a step.
-        kind: ``"leaf"``, ``"diagonal"`` or ``"full"``.
-        weight: Which stack of the network and which slots of it; ``None`` for steps and a root of ones.
-        below: For every child its batch, and the slot in it for every node.
+        join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
+        weight: Where the weights are among the network's stacks; ``None`` for steps and a root of ones.
+        below: For every child where its frames are: which batch, and which slot of it.
         shape: Sizes of the children's frames, last child first; of the mode at a leaf.
         bond: Size of the bond above.
-        rank: Size of the frame: ``min(product of shape, bond)``.
-        reach: Largest rank that what is outside the nodes can have.
+        rank: Size of the frame: no more than the product of ``shape``, and than the bond but in steps.
         root: Whether it is the root, which has no frame.
     """
 
     nodes: tuple[int, ...]
     step: bool
-    kind: str
-    weight: tuple[int, tuple[int, ...]] | None
-    below: tuple[tuple[int, tuple[int, ...]], ...]
+    join: str
+    weight: Places | None
+    below: tuple[Places, ...]
     shape: tuple[int, ...]
     bond: int
     rank: int
-    reach: int
     root: bool
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the nodes' tensors over the frames of their children."""
+        return len(self.nodes) * math.prod(self.shape) * self.bond
 
 
 @dataclass(frozen=True)
@@ -79,40 +82,21 @@ class Frame:
     """Frames of a batch.
 
     Attributes:
-        rows: ``(nodes, *shape, bond)``, the nodes' tensors in the frames of their children; ``None``
-            where the frame is all of that space.
-        turn: ``(nodes, bond, rank)``: ``rows @ turn`` is orthonormal; ``None`` if ``rows`` is.
-        factor: ``T_v``, ``(nodes, rank, bond)``, columns of norm about 1 or 0.
-        logs: ``(nodes, bond)``: binary logarithms of the scales of its columns, whole numbers but at
-            extreme scales.
-        high: ``(nodes, 1)``, the largest of them.
-        scaled: The factor with its columns scaled relative to ``high``; ``None`` where scales are too
-            far apart for that.
+        rows: ``(nodes, *shape, rank)``, the frames' orthonormal columns in the frames of the children;
+            ``None`` where a frame is all of that space, or not kept. At the root the tensor itself.
+        factor: ``T_v``, ``(nodes, rank, bond)``, with a scale ``(nodes, bond)`` for every column.
     """
 
     rows: Tensor | None
-    turn: Tensor | None
-    factor: Tensor
-    logs: Tensor
-    high: Tensor
-    scaled: Tensor | None
-
-    @classmethod
-    def of(cls, rows: Tensor | None, turn: Tensor | None, factor: Tensor, logs: Tensor) -> Frame:
-        """With ``high`` and ``scaled``."""
-        high = logs.amax(1, keepdim=True)
-        below = logs - high
-        close = bool((below > -0.2 * math.log2(torch.finfo(logs.dtype).max)).all())
-        scaled = factor * torch.exp2(below).unsqueeze(1) if close else None
-        return cls(rows, turn, factor, logs, high, scaled)
+    factor: Scaled
 
 
 @dataclass(frozen=True)
-class Outside:
-    """The tensor in the frames of a batch, for a tensor of norm 1.
+class Values:
+    """Singular values of a batch, for a tensor of norm 1.
 
     Attributes:
-        values: ``(nodes, rank)`` singular values, descending.
+        values: ``(nodes, count)``, descending; with vectors, the count is the rank.
         vectors: ``(nodes, rank, rank)`` left singular vectors in the frame, if asked for.
     """
 
@@ -120,376 +104,377 @@ class Outside:
     vectors: Tensor | None
 
 
-def _cells(network: Network) -> list[tuple[int, bool, tuple[int, ...], int]]:
-    """Nodes and the steps between them, children first: node, whether a step, cells below, bond.
-
-    A diagonal join of more than two children is taken two at a time.
-    """
-    cells: list[tuple[int, bool, tuple[int, ...], int]] = []
-    cell_of: list[int] = []
-    for i, links in enumerate(network.tree.links):
-        below = [cell_of[c] for c in links]
-        while network.joins[i] == "diagonal" and len(below) > 2:
-            pairs = [tuple(below[k : k + 2]) for k in range(0, len(below), 2)]
-            below = []
-            for pair in pairs:
-                if len(pair) == 2:
-                    cells.append((i, True, pair, network.bonds[links[0]]))
-                    below.append(len(cells) - 1)
-                else:
-                    below.append(pair[0])
-        cells.append((i, False, tuple(below), network.bonds[i]))
-        cell_of.append(len(cells) - 1)
-    return cells
-
-
-def _reach(
-    below: Sequence[Sequence[int]], shapes: Sequence[tuple[int, ...]], ranks: Sequence[int]
-) -> list[int]:
-    """How many singular values the batches can have in view of what is outside of them.
-
-    Args:
-        below: Batches below each batch, in the order of the axes of its shape.
-        shapes: Ranks of these.
-        ranks: Rank of each batch.
-    """
-    reach = [0] * len(ranks)
-    reach[-1] = 1
-    for b in reversed(range(len(ranks))):
-        for k, child in enumerate(below[b]):
-            others = math.prod(shapes[b][:k] + shapes[b][k + 1 :]) * reach[b]
-            reach[child] = max(reach[child], min(ranks[child], others))
-    return reach
-
-
 @lru_cache(maxsize=64)
 def batches(network: Network) -> tuple[Batch, ...]:
-    """The network in batches, children before parents; the root is alone in the last one."""
-    cells = _cells(network)
-    heights: list[int] = []
-    for _, _, below_cells, _ in cells:
-        heights.append(1 + max((heights[c] for c in below_cells), default=-1))
-    place: dict[int, tuple[int, int]] = {}  # cell -> batch and slot
-    groups: list[list[int]] = []
-    known: dict[tuple[object, ...], int] = {}
-    ranks: list[int] = []
-    shapes: list[tuple[int, ...]] = []
-    for cell in sorted(range(len(cells)), key=heights.__getitem__):
-        node, step, below_cells, bond = cells[cell]
-        stack = None if step else network.slots.get(node, (None,))[0]
-        key = (step, network.joins[node], stack, bond, tuple(place[c][0] for c in below_cells))
-        if key not in known:
-            known[key] = len(groups)
-            groups.append([])
-            shape = tuple(ranks[place[c][0]] for c in reversed(below_cells))
-            mode = network.tree.nodes[node]
-            shapes.append(shape or (network.sizes[mode],))  # type: ignore[call-overload]
-            ranks.append(min(math.prod(shapes[-1]), bond))
-        batch = known[key]
-        place[cell] = batch, len(groups[batch])
-        groups[batch].append(cell)
+    """Group the nodes of a network into batches, children before parents; the root is the last one."""
+    parts: list[Batch] = []
+    last: list[int] = []  # for every level its batch that is no step
+    for level in network.split_levels(_kinds(network)):
+        below = [Places.of([(last[b], slot) for b, slot in child.pairs]) for child in level.children]
+        while level.join == "diagonal" and len(below) > 2:
+            pairs, below = [below[k : k + 2] for k in range(0, len(below), 2)], []
+            for pair in pairs:
+                if len(pair) == 2:
+                    parts.append(_batch(network, level, parts, pair, step=True))
+                    every = [(len(parts) - 1, slot) for slot in range(len(level.positions))]
+                    pair = [Places.of(every)]
+                below += pair
+        parts.append(_batch(network, level, parts, below, step=False))
+        last.append(len(parts) - 1)
+    return tuple(parts)
 
-    below = [[place[c][0] for c in reversed(cells[members[0]][2])] for members in groups]
-    reach = _reach(below, shapes, ranks)
-    out = []
-    for b, members in enumerate(groups):
-        node, step, below_cells, bond = cells[members[0]]
-        slots = None
-        if not step and node in network.slots:
-            stack = network.slots[node][0]
-            slots = stack, tuple(network.slots[cells[m][0]][1] for m in members)
-        places = [[place[c] for c in cells[m][2]] for m in members]
-        children = tuple(
-            (places[0][k][0], tuple(found[k][1] for found in places))
-            for k in range(len(below_cells))
+
+def _batch(
+    network: Network, level: Level, parts: Sequence[Batch], below: Sequence[Places], *, step: bool
+) -> Batch:
+    """Describe the nodes of a level, or a step of them, over batches that are there already."""
+    at_root = level.positions[-1] == len(network.joins) - 1
+    bond = level.shape[0] if step else network.bonds[level.positions[0]]
+    shape = tuple(parts[child.pairs[0][0]].rank for child in reversed(below)) or level.shape[:1]
+    rows = math.prod(shape)
+    keep = step and at_root and rows <= _ROWS_KEPT * bond
+    return Batch(
+        level.positions, step, level.join, None if step else level.weight, tuple(below),
+        shape, bond, rows if keep else min(rows, bond), at_root and not step,
+    )  # fmt: skip
+
+
+def _kinds(network: Network) -> list[Hashable]:
+    """Number the nodes so that those with equal numbers have equal frames, and are not too many."""
+    numbers: dict[Hashable, int] = {}
+    counts: dict[int, int] = {}
+    ranks, kinds = list[int](), list[Hashable]()
+    for i, links in enumerate(network.tree.links):
+        bond = network.bonds[i]
+        rows = math.prod(ranks[c] for c in links) if links else network.shape(i)[0]
+        ranks.append(min(rows, bond))
+        number = numbers.setdefault(
+            (network.joins[i], network.shape(i), rows, *(kinds[c] for c in links)), len(numbers)
         )
-        nodes = tuple(cells[m][0] for m in members)
-        out.append(Batch(nodes, step, network.joins[node], slots, children, shapes[b], bond,
-                         ranks[b], reach[b], b == len(groups) - 1))  # fmt: skip
-    return tuple(out)
+        counts[number] = counts.get(number, -1) + 1
+        if network.joins[i] == "diagonal":  # two children at a time
+            rows = min(rows, network.bonds[links[0]] ** 2)
+        kinds.append((number, counts[number] // max(_MOST_AT_ONCE // (rows * bond), 1)))
+    return kinds
 
 
 def frames_fit(network: Network) -> bool:
-    """Whether frames of all nodes fit into memory together (a GiB); wide diagonal joins may not."""
-    total = sum(len(b.nodes) * math.prod(b.shape) * b.bond for b in batches(network))
-    return total <= _MOST_NUMBERS
+    """Return whether frames of all nodes fit into memory together; those of wide diagonal joins may not."""
+    return sum(batch.numbers for batch in batches(network)) <= _MOST_NUMBERS
 
 
-def taken(stack: Tensor, slots: Sequence[int]) -> Tensor:
-    """Some slots of a stack: a view where they are evenly spaced."""
-    first, last = slots[0], slots[-1]
-    step = slots[1] - first if len(slots) > 1 else 1
-    if step > 0 and tuple(slots) == tuple(range(first, last + 1, step)):
-        return stack[first : last + 1 : step]
-    return stack[torch.tensor(slots, device=stack.device)]
-
-
-def frames(network: Network, stacks: Sequence[Tensor]) -> list[Frame]:
-    """Frames of all batches, leaves first; the root's has the core as ``rows`` and its scale as ``logs``.
-
-    A frame comes from the Cholesky factor of a Gram matrix where that is well conditioned, from two one
-    after the other where it is fairly so, and from a Householder QR factorization elsewhere.
+def frames(network: Network, stacks: Sequence[Tensor], *, bases: bool = True) -> list[Frame]:
+    """Compute the frames of all batches, leaves first.
 
     Args:
         network: The network.
         stacks: Its weights, as ``network.stacks`` groups them, in double precision.
+        bases: Keep ``rows``; otherwise the factors alone are kept.
+
+    Returns:
+        A frame for every batch. Factors are differentiable in the weights.
     """
-    found: list[Frame] = []
+    weights, factors, found = Stacked(stacks), _Factors(), list[Frame]()
     for batch in batches(network):
-        below = [found[b] for b, _ in batch.below]
-        weight = _weight(batch, stacks, below)
-        frame = None
-        joined = _joined(batch, weight, below)
-        if joined is not None:
-            frame = _framed(batch, *joined)
-        if frame is None:
-            frame = _framed(batch, *_joined_with_care(batch, weight, below), careful=True)
-        assert frame is not None
-        found.append(frame)
+        below = factors.below(batch)
+        weight = _weight(batch, weights, below)
+        for with_care in (False, True):
+            rows, log2 = _join(batch, weight, below, with_care)
+            flat, basis = rows.flatten(1, -2), None
+            if batch.rank < flat.shape[1] and not batch.root:
+                basis, flat = orthogonalize(flat, basis=bases)
+            (flat, more), safe = _rescale(flat)
+            if with_care or bool(safe & _close(below)):
+                break
+        if batch.root:
+            basis = flat
+        elif not bases:
+            basis = None
+        shape = (*rows.shape[:-1], -1)
+        factor = Scaled(flat, log2 + more)
+        found.append(Frame(None if basis is None else basis.reshape(shape), factor))
+        factors.append(factor)
     return found
 
 
-def _weight(batch: Batch, stacks: Sequence[Tensor], below: Sequence[Frame]) -> Tensor | None:
-    """``(nodes, .., bond)``, ``None`` for a step."""
+def orthogonalize(matrix: Tensor, *, basis: bool = True) -> tuple[Tensor, Tensor]:
+    """Factor matrices ``(n, rows, columns)`` into an orthonormal basis and coordinates in it.
+
+    The basis is a constant to autograd. All orthonormal bases come from here: a route by Gram matrices, for
+    devices on which QR factorizations are slow, has its place in this function.
+
+    Args:
+        matrix: The matrices.
+        basis: Whether the basis is needed; without it, and without gradients, an empty one is returned.
+    """
+    if matrix.requires_grad:
+        fixed = torch.linalg.qr(matrix.detach())[0]
+        return fixed, fixed.mH @ matrix
+    q, r = torch.linalg.qr(matrix, mode="reduced" if basis else "r")
+    return q, r
+
+
+class _Factors:
+    """Factors ``(nodes, rows, bond)`` of batches, from which those below others are picked."""
+
+    def __init__(self, factors: Sequence[Scaled] = ()) -> None:
+        self.x = Stacked([factor.x for factor in factors])
+        self.log2 = Stacked([factor.log2 for factor in factors])
+
+    def append(self, factor: Scaled) -> None:
+        self.x.append(factor.x)
+        self.log2.append(factor.log2)
+
+    def below(self, batch: Batch) -> list[Scaled]:
+        """Return the factors of a batch's children."""
+        return [Scaled(self.x.pick(child), self.log2.pick(child)) for child in batch.below]
+
+
+def _weight(batch: Batch, weights: Stacked, below: Sequence[Scaled]) -> Tensor | None:
+    """Return the weights of a batch, ``(nodes, .., bond)``; ``None`` for a step."""
     if batch.step:
         return None
     if batch.weight is None:  # a root of ones
-        factor = below[0].factor
-        return factor.new_ones(1, factor.shape[-1], 1)
-    weight = taken(stacks[batch.weight[0]], batch.weight[1])
-    missing = (2 if batch.kind != "full" else 1 + len(batch.shape)) == weight.ndim
-    return weight.unsqueeze(-1) if missing else weight  # the root's has no bond above it
+        return below[0].x.new_ones(1, below[0].x.shape[-1], 1)
+    weight = weights.pick(batch.weight)
+    return weight.unsqueeze(-1) if batch.root else weight  # the root's has no bond above it
 
 
-def _joined(
-    batch: Batch, weight: Tensor | None, below: Sequence[Frame]
-) -> tuple[Tensor, Tensor] | None:
-    """The nodes' tensors in the frames of their children: ``(nodes, *shape, bond)`` and logarithms.
-
-    ``None`` where scales are so far apart that a product might leave the range.
-    """
-    if batch.kind == "leaf":
-        assert weight is not None
-        return weight, torch.zeros_like(weight[:, 0].real)
-    given, logs = [], torch.zeros((), dtype=torch.float64)
-    slots = [slots for _, slots in batch.below]
-    if weight is None:  # a step: nothing but products of columns of norm 1
-        rows = _tied([taken(one.factor, at) for one, at in zip(below, slots, strict=True)])
-        logs = torch.stack([taken(one.logs, at) for one, at in zip(below, slots, strict=True)]).sum(
-            0
-        )
-        return rows.reshape(len(rows), *batch.shape, -1), logs
-    for one, at in zip(below, slots, strict=True):
-        if one.scaled is None:
-            return None
-        given.append(taken(one.scaled, at))
-        logs = taken(one.high, at) + logs.to(one.high.device)
-    rows = climb(weight, [_tied(given)] if batch.kind == "diagonal" else given)
-    rows = rows.reshape(len(weight), *batch.shape, -1)
-    return rows, logs.expand(-1, rows.shape[-1])
+def _join(batch: Batch, weight: Tensor | None, below: Sequence[Scaled], with_care: bool) -> Scaled:
+    """Combine the rows of a batch's children through its weights: ``(nodes, *shape, bond)``."""
+    if weight is None:
+        rows, log2 = _tie(below)
+        return Scaled(rows.reshape(len(rows), *batch.shape, -1), log2)
+    if batch.join == "diagonal" and len(below) == 2 and weight.shape[-1] < batch.shape[0]:
+        # the last child has more rows than there are columns: it is multiplied last
+        weight = below[0].x.mT.unsqueeze(3) * weight.unsqueeze(2)
+        below = [Scaled(below[1].x, below[0].log2 + below[1].log2)]
+    elif batch.join == "diagonal":
+        below = [_tie(below)]
+    rows, log2 = _through(weight, below, with_care)
+    return Scaled(rows.reshape(len(rows), *batch.shape, -1), log2)
 
 
-def _joined_with_care(
-    batch: Batch, weight: Tensor | None, below: Sequence[Frame]
-) -> tuple[Tensor, Tensor]:
-    """The same node by node, at any scale; columns of largest magnitude 1, or 0."""
-    factors = [taken(one.factor, at) for one, (_, at) in zip(below, batch.below, strict=True)]
-    sizes = [taken(one.logs, at) for one, (_, at) in zip(below, batch.below, strict=True)]
-    if batch.kind == "diagonal":
-        factors, sizes = [_tied(factors)], [torch.stack(sizes).sum(0)]
-    done = []
-    for n in range(len(batch.nodes)):
-        given = [Scaled(f[n], logs[n]) for f, logs in zip(factors, sizes, strict=True)]
-        if weight is None:
-            matrix, log = scale_columns(given[0][0])
-            done.append((matrix, log + given[0][1]))
-        elif batch.kind == "leaf":
-            done.append(scale_columns(weight[n]))
-        elif batch.kind == "diagonal":
-            done.append(multiply(given[0], weight[n]))
-        else:
-            turned = weight[n].permute(*reversed(range(len(given))), len(given))
-            done.append(combine_rows(given[::-1], turned))
-    rows = torch.stack([matrix for matrix, _ in done])
-    logs = torch.stack([log for _, log in done])
-    return rows.reshape(len(rows), *batch.shape, -1), logs
-
-
-def _tied(below: Sequence[Tensor]) -> Tensor:
-    """Combinations of the rows of one or two children, column by column, the last child first."""
+def _tie(below: Sequence[Scaled]) -> Scaled:
+    """Combine the rows of one or two children column by column, the last child's first."""
     if len(below) == 1:
         return below[0]
-    one, other = below
-    return (other.unsqueeze(2) * one.unsqueeze(1)).flatten(1, 2)
+    first, last = below
+    rows = last.x.unsqueeze(2) * first.x.unsqueeze(1)
+    return Scaled(rows.flatten(1, 2), first.log2 + last.log2)
+
+
+def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled:
+    """Combine the rows of children through weights ``(n, R_1, .., R_k, R)``.
+
+    Args:
+        weight: The weights.
+        below: For every child its rows, ``(n, K_i, R_i)``.
+        with_care: Let the weights take over the scales, column by column, so that nothing can leave the
+            range, at the cost of a logarithm of every weight.
+
+    Returns:
+        ``(n, K_k, .., K_1, R)``, with scales ``(n, R)`` or ``(n, 1)``.
+    """
+    total = weight.real.new_zeros(len(weight), *[1] * (weight.ndim - 1))
+    if not with_care:
+        highs = [child.log2.amax(1, keepdim=True) for child in below]
+        scaled = [
+            x * torch.exp2(log2 - high).unsqueeze(1)
+            for (x, log2), high in zip(below, highs, strict=True)
+        ]
+        return Scaled(climb(weight, scaled), sum(highs, total.flatten(1)))
+    for axis, (_, log2) in enumerate(below, 1):
+        total = total + log2.reshape(len(log2), *[-1 if k == axis else 1 for k in range(1, weight.ndim)])
+    size = (weight.detach().abs().log2() + total).flatten(1, -2).amax(1)
+    top = torch.where(torch.isfinite(size), size, torch.zeros_like(size)).round()
+    apart = total - top.reshape(len(top), *[1] * (weight.ndim - 2), -1)
+    half = torch.exp2((apart / 2).clamp(max=500))  # twice, as the whole power may overflow
+    return Scaled(climb(weight * half * half, [child.x for child in below]), top)
 
 
 def climb(weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Every axis of weights ``(n, R_1, .., R_k, R)`` times ``(n, K_i, R_i)``: ``(n, K_k, .., K_1, R)``.
+    """Multiply every axis of weights ``(n, R_1, .., R_k, R)`` by ``(n, K_i, R_i)``.
 
-    An axis is brought to the front, where it is one long product per node, and stays there: children
-    come out in reversed order.
+    An axis is brought to the front, where it is one long product per node, and stays there.
+
+    Returns:
+        ``(n, K_k, .., K_1, R)``, children in reversed order.
     """
-    out = weight
     for axis, factor in enumerate(factors, 1):
-        turned = out.movedim(axis, 1)
-        product = factor @ turned.reshape(len(out), turned.shape[1], -1)
-        out = product.reshape(len(out), -1, *turned.shape[2:])
-    return out
+        turned = weight.movedim(axis, 1)
+        product = factor @ turned.reshape(len(turned), turned.shape[1], -1)
+        weight = product.reshape(len(turned), -1, *turned.shape[2:])
+    return weight
 
 
-def _framed(batch: Batch, rows: Tensor, logs: Tensor, *, careful: bool = False) -> Frame | None:
-    """A frame; ``None`` for columns of zeros or beyond what can be squared, unless ``careful``."""
-    flat = rows.flatten(1, -2)
-    gram = None
-    if batch.rank < flat.shape[1] and not batch.root:
-        gram = flat.mH @ flat
-        square = gram.diagonal(dim1=1, dim2=2).real
-    else:
-        square = torch.linalg.vector_norm(flat, dim=1).square()
-    if not careful and not bool(((square > _SQUARES[0]) & (square < _SQUARES[1])).all()):
-        return None
-    # columns are divided by the powers of two next to their norms
-    power = torch.where(square > 0, square, torch.ones_like(square)).log2().div(2).round()
-    scale, logs = torch.exp2(-power), logs + power
-    if batch.root:
-        return Frame.of(rows * scale.reshape(-1, *[1] * (rows.ndim - 1)), None, flat, logs)
-    if gram is None:
-        return Frame.of(None, None, flat * scale.unsqueeze(1), logs)
-    lower, inverse, worst = _cholesky(gram * scale.unsqueeze(1) * scale.unsqueeze(2))
-    turn = inverse.mH * scale.unsqueeze(2)
-    if worst <= _WELL_CONDITIONED:
-        return Frame.of(rows, turn, lower.mH, logs)
-    if worst <= _FAIRLY_CONDITIONED:  # nearly orthonormal after the first time
-        first = flat @ turn
-        second, inverse, worst = _cholesky(first.mH @ first)
-        if worst <= _WELL_CONDITIONED:
-            return Frame.of(first.reshape(rows.shape), inverse.mH, second.mH @ lower.mH, logs)
-    basis, triangle = torch.linalg.qr(flat * scale.unsqueeze(1))
-    return Frame.of(basis.reshape(rows.shape), None, triangle, logs)
+def _rescale(matrix: Tensor) -> tuple[Scaled, Tensor]:
+    """Divide columns of matrices by the powers of two below their largest magnitudes.
+
+    Returns:
+        The columns with scales ``(n, columns)``, and whether what they were computed from cannot have
+        left the range.
+    """
+    largest = matrix.detach().abs().amax(1)
+    safe = ((largest > _SMALL) & (largest < 1 / _SMALL)).all()
+    log2 = power_below(largest)
+    return Scaled(matrix * torch.exp2(-log2).unsqueeze(1), log2), safe
 
 
-def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Cholesky factors, their inverses, and the largest mean square of the inverses' columns."""
-    lower, bad = torch.linalg.cholesky_ex(gram)
-    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
-    size = torch.linalg.vector_norm(inverse, dim=(1, 2)).square() / gram.shape[-1]
-    worst = torch.where((bad == 0) & torch.isfinite(size), size, math.inf).max()
-    return lower, inverse, float(worst)
+def _close(below: Sequence[Scaled]) -> Tensor:
+    """Return whether the scales of every child's columns are close to each other."""
+    spreads = [(child.log2.amax(1) - child.log2.amin(1)).amax() for child in below]
+    return torch.stack(spreads).amax() < _CLOSE if spreads else torch.ones((), dtype=torch.bool)
 
 
-def outside(
-    network: Network, found: Sequence[Frame], *, squares: bool, vectors: bool
-) -> list[Outside] | None:
-    """From the root down: singular values of all nodes but the root, batch by batch.
+def values_in_frames(
+    network: Network, found: Sequence[Frame], *, vectors: bool = False
+) -> list[Values]:
+    """Compute singular values of all nodes but the root in their frames, from the root down.
 
     Args:
         network: The network.
-        found: Its frames.
-        squares: From Gram matrices. With ``vectors`` the squares are right to some eps of the tensor's
-            squared norm; without, values must be above 1e-4 of the largest of their node, where they
-            are right to 1e-11 of it: else there is no result.
+        found: Its frames, with bases.
         vectors: Singular vectors as well.
 
     Returns:
-        One for every batch but the last, for the tensor divided by its norm; ``None`` if ``squares``
-        were not enough.
+        Values for every batch but the last, for the tensor divided by its norm; none for steps.
     """
     parts = batches(network)
-    pieces: list[list[tuple[tuple[int, ...], Tensor]]] = [[] for _ in parts]
-    results: list[Outside] = []
+    pieces = [_Pieces() for _ in parts]
+    results: list[Values] = []
     for b in reversed(range(len(parts))):
-        batch, frame = parts[b], found[b]
+        batch, rows = parts[b], found[b].rows
         if batch.root:
-            assert frame.rows is not None
-            size = torch.linalg.vector_norm(frame.rows)
-            block = frame.rows / torch.where(size > 0, size, torch.ones_like(size))
+            assert rows is not None
+            size = torch.linalg.vector_norm(rows)
+            block = rows / torch.where(size > 0, size, torch.ones_like(size))
         else:
-            given = _assembled(pieces[b])
-            pieces[b] = []
-            step = _from_squares if squares else _directly
-            solved = step(given, batch, vectors)
-            if solved is None:
-                return None
-            result, inner = solved
-            results.append(result)
-            if not batch.below:
-                continue
-            if frame.turn is not None:
-                inner = frame.turn @ inner
-            if frame.rows is not None:
-                inner = frame.rows.flatten(1, -2) @ inner
-            block = inner.reshape(len(inner), *batch.shape, -1)
-        for axis, (child, slots) in enumerate(reversed(batch.below)):
-            matrix = block.movedim(axis + 1, 1).flatten(2)
-            if squares:
-                pieces[child].append((slots, matrix @ matrix.mH))
+            inner = pieces[b].assemble()
+            if batch.step:
+                results.append(Values(inner.real[:, :0, 0], None))
+            elif vectors:
+                left, values, _ = torch.linalg.svd(inner)
+                count = values.shape[1]
+                results.append(Values(pad(values, (0, left.shape[2] - count)), left))
+                inner = left[..., :count] * values.unsqueeze(1)
             else:
-                pieces[child].append((slots, _square(matrix)))
+                results.append(Values(torch.linalg.svdvals(inner), None))
+            if rows is not None:
+                inner = rows.flatten(1, -2) @ inner
+            block = inner.reshape(len(inner), *batch.shape, -1)
+        for axis, child in enumerate(reversed(batch.below), 1):
+            matrix = block.movedim(axis, 1).flatten(2)
+            if matrix.shape[2] > matrix.shape[1]:  # a square one has the same values and left vectors
+                matrix = orthogonalize(matrix.mH, basis=False)[1].mH
+            pieces[child.pairs[0][0]].add(child, matrix)
     return results[::-1]
 
 
-def scale_of(found: Sequence[Frame]) -> tuple[Tensor, Tensor]:
-    """The norm of the tensor as ``(size, power)``, ``size * 2**power``, with a moderate size."""
-    assert found[-1].rows is not None
-    size: Tensor = torch.linalg.vector_norm(found[-1].rows)
-    return size, found[-1].logs[0, 0]
+def values_through_bonds(
+    network: Network, stacks: Sequence[Tensor]
+) -> list[tuple[tuple[int, ...], Scaled]]:
+    """Compute singular values of all nodes but the root, differentiable in the weights.
+
+    Args:
+        network: The network.
+        stacks: Its weights in double precision.
+
+    Returns:
+        Some nodes' positions and their singular values ``(nodes, count)`` with scales ``(nodes, 1)``;
+        together every node but the root.
+    """
+    parts, weights = batches(network), Stacked(stacks)
+    factors = _Factors([frame.factor for frame in frames(network, stacks, bases=False)])
+    matrices, scales = [_Pieces() for _ in parts], [_Pieces() for _ in parts]
+    results = []
+    for b in reversed(range(len(parts))):
+        batch = parts[b]
+        if not batch.below:
+            continue
+        below = factors.below(batch)
+        if batch.root:
+            one = stacks[0].new_ones(1, 1, 1)
+            above = Scaled(one, one.real[0] * 0)
+        else:
+            above = Scaled(matrices[b].assemble().mT, scales[b].assemble())
+        around = _around(batch, _weight(batch, weights, below), below, above)
+        for place, own, outside in zip(batch.below, below, around, strict=True):
+            child = place.pairs[0][0]
+            product, log2 = _multiply([own, *outside])
+            if not parts[child].step:
+                nodes = tuple(parts[child].nodes[slot] for _, slot in place.pairs)
+                results.append((nodes, Scaled(torch.linalg.svdvals(product), log2)))
+            if parts[child].below:  # only what meets the node itself is of use further down
+                basis = orthogonalize(product.detach().mT)[0]
+                rows, log2 = _tie(outside[::-1])
+                (rows, more), _ = _rescale(basis.mH @ rows)
+                matrices[child].add(place, rows.mT)
+                scales[child].add(place, log2 + more)
+    return results
 
 
-def _assembled(pieces: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
-    """What came from several parents or sides, in the order of the slots."""
-    slots = [slot for places, _ in pieces for slot in places]
-    whole = torch.cat([part for _, part in pieces]) if len(pieces) > 1 else pieces[0][1]
-    if slots == sorted(slots):
-        return whole
-    order = sorted(range(len(slots)), key=slots.__getitem__)
-    return whole[torch.tensor(order, device=whole.device)]
+def _around(
+    batch: Batch, weight: Tensor | None, below: Sequence[Scaled], above: Scaled
+) -> list[list[Scaled]]:
+    """List for every child one or two factors whose rows, combined, are all that is outside it."""
+    siblings = [[*below[:k], *below[k + 1 :]] for k in range(len(below))]
+    if batch.join == "full":
+        assert weight is not None
+        return [
+            [_through_safely(weight.movedim(k, -1), [*others, above])]
+            for k, others in enumerate(siblings, 1)
+        ]
+    if weight is not None:
+        above = _through_safely(weight.mT, [above])
+    return [[*others, above] for others in siblings]
 
 
-def _square(matrix: Tensor) -> Tensor:
-    """A square matrix with the same left singular vectors and the same singular values."""
-    rows, others = matrix.shape[1:]
-    if others > rows:
-        triangle: Tensor = torch.linalg.qr(matrix.mH, mode="r")[1]
-        return triangle.mH
-    return torch.nn.functional.pad(matrix, (0, rows - others))
+def _through_safely(weight: Tensor, below: Sequence[Scaled]) -> Scaled:
+    """Combine the rows of children through weights as ``(n, rows, R)``, with care where that is needed."""
+    for with_care in (False, True):
+        rows, log2 = _through(weight, below, with_care)
+        (rows, more), safe = _rescale(rows.flatten(1, -2))
+        if with_care or bool(safe & _close(below)):
+            break
+    return Scaled(rows, log2 + more)
 
 
-def _from_squares(gram: Tensor, batch: Batch, vectors: bool) -> tuple[Outside, Tensor] | None:
-    """Singular values from ``C Cᴴ``, and such a ``C``."""
-    if vectors or batch.reach < batch.rank:
-        found, turned = torch.linalg.eigh(gram)
-        values, turned = found.clamp_min(0).sqrt().flip(1), turned.flip(2)
-        values[:, batch.reach :] = 0
-        if not vectors and _too_small(values, batch):
-            return None
-        return Outside(values, turned if vectors else None), turned * values.unsqueeze(1)
-    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(1)
-    if not vectors and _too_small(values, batch):
-        return None
-    if not batch.below:
-        return Outside(values, None), gram
-    lower, bad = torch.linalg.cholesky_ex(gram)
-    return None if bool(bad.any()) else (Outside(values, None), lower)
+def _multiply(factors: Sequence[Scaled]) -> Scaled:
+    """Sum two or three factors over their columns: ``(n, rows of the first, all other rows)``."""
+    order = sorted(range(len(factors)), key=lambda k: factors[k].x.shape[1])
+    rows, log2 = _tie([factors[k] for k in reversed(order[:-1])])
+    longest = factors[order[-1]]  # multiplied last: no combinations of its rows are formed
+    log2 = log2 + longest.log2
+    high = log2.amax(1, keepdim=True)
+    product = (rows * torch.exp2(log2 - high).unsqueeze(1)) @ longest.x.mT
+    product = product.reshape(len(product), *(factors[k].x.shape[1] for k in order))
+    turned = product.permute(0, *(1 + order.index(k) for k in range(len(order))))
+    return Scaled(turned.flatten(2), high)
 
 
-def _too_small(values: Tensor, batch: Batch) -> bool:
-    return bool((values[:, batch.reach - 1] <= _GRAM_FLOOR * values[:, 0]).any())
+def scale_of(found: Sequence[Frame]) -> Scaled:
+    """Return the norm of the tensor."""
+    rows, factor = found[-1].rows, found[-1].factor
+    assert rows is not None
+    return Scaled(torch.linalg.vector_norm(rows), factor.log2[0, 0])
 
 
-def _directly(matrix: Tensor, batch: Batch, vectors: bool) -> tuple[Outside, Tensor]:
-    """Singular values of ``C``, and ``C``."""
-    if batch.step:
-        return Outside(matrix.real[:, :0, 0], None), matrix
-    if not vectors:
-        return Outside(torch.linalg.svdvals(matrix), None), matrix
-    left, values, _ = torch.linalg.svd(matrix)
-    return Outside(values, left), left * values.unsqueeze(1)
+class _Pieces:
+    """What the nodes of a batch get from several parents or sides."""
 
+    def __init__(self) -> None:
+        self._slots: list[int] = []
+        self._parts: list[Tensor] = []
 
-def nodes_of(parts: Sequence[Batch]) -> Iterator[tuple[int, int, int]]:
-    """``(position, batch, slot)`` of every node of the tree."""
-    for b, batch in enumerate(parts):
-        if not batch.step:
-            for slot, node in enumerate(batch.nodes):
-                yield node, b, slot
+    def add(self, places: Places, part: Tensor) -> None:
+        self._slots += [slot for _, slot in places.pairs]
+        self._parts.append(part)
+
+    def assemble(self) -> Tensor:
+        """Return all of it in the order of the slots, and forget it; short rows are filled up with zeros."""
+        most = max(part.shape[-1] for part in self._parts)
+        whole = torch.cat([pad(part, (0, most - part.shape[-1])) for part in self._parts])
+        order = sorted(range(len(whole)), key=self._slots.__getitem__)
+        self._parts = []
+        return whole if order == list(range(len(order))) else whole[order]

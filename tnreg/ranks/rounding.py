@@ -16,17 +16,16 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
-from tnreg.networks.network import Network
+from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.frames import (
     Batch,
     Frame,
-    Outside,
+    Values,
     batches,
     climb,
     frames,
-    outside,
     scale_of,
-    taken,
+    values_in_frames,
 )
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -70,23 +69,14 @@ def rounded(
         raise _too_wide(net, widest.nodes[0], math.prod(widest.shape) * widest.bond)
     found = frames(net, stacks)
     size, power = (float(x) for x in scale_of(found))
-    # rounding of squared singular values, if they come from Gram matrices
-    hidden = 4 * torch.finfo(torch.float64).eps
-    squares = share is not None and share**2 > 64 * hidden * sum(
-        len(b.nodes) * b.rank for b in parts
-    )
-    results = outside(net, found, squares=squares, vectors=True)
-    assert results is not None or squares
-    if results is None:
-        squares, results = False, outside(net, found, squares=False, vectors=True)
-    assert results is not None
+    results = values_in_frames(net, found, vectors=True)
     matched = _matched(net, found, results)
-    kept, lost = _pooled(net, matched, limits, share, hidden if squares else 0.0)
+    kept, lost = _pooled(net, matched, limits, share)
     weights = _projected(net, found, matched, kept, orthonormal)
     return Rounded(weights, lost, size, power)
 
 
-def _matched(net: Network, found: Sequence[Frame], results: Sequence[Outside]) -> Sequence[Outside]:
+def _matched(net: Network, found: Sequence[Frame], results: Sequence[Values]) -> Sequence[Values]:
     """Singular vectors of the second child of a binary root as those that belong to its sibling's.
 
     Both are cut at once and what is cut counts once, so that they have to be of the same singular values;
@@ -109,7 +99,7 @@ def _matched(net: Network, found: Sequence[Frame], results: Sequence[Outside]) -
     basis = torch.linalg.qr(core @ first[slot0].conj(), mode="complete")[0]
     changed = second.clone()
     changed[slot1] = basis
-    return [Outside(r.values, changed) if b == b1 else r for b, r in enumerate(results)]
+    return [Values(r.values, changed) if b == b1 else r for b, r in enumerate(results)]
 
 
 def _too_wide(net: Network, node: int, numbers: int) -> ShapeError:
@@ -122,10 +112,9 @@ def _too_wide(net: Network, node: int, numbers: int) -> ShapeError:
 
 def _pooled(
     net: Network,
-    results: Sequence[Outside],
+    results: Sequence[Values],
     limits: Mapping[int, int],
     share: float | None,
-    hidden: float,
 ) -> tuple[list[int], float]:
     """How many singular values to keep at every node, and the sum of the squares of the others.
 
@@ -134,7 +123,6 @@ def _pooled(
         results: Singular values of the tensor divided by its norm.
         limits: Largest bonds by position.
         share: Root of what that sum may be; ``None`` keeps all that are not zero to rounding.
-        hidden: What rounding may hide of a square.
     """
     links, top = net.tree.links, len(net.tree.nodes) - 1
     pair = links[top] if len(links[top]) == 2 else ()
@@ -150,7 +138,7 @@ def _pooled(
     else:
         # rounded up by what rounding may hide, unless nothing may be discarded anyway
         slack = 4 * eps if share > 0 else 0.0
-        rounded = [(values + slack).square() + hidden for _, values in chosen]
+        rounded = [(values + slack).square() for _, values in chosen]
         for (batch, _), part in zip(chosen, rounded, strict=True):
             if pair and pair[1] in batch.nodes:
                 # its sibling's singular values are its own
@@ -183,14 +171,14 @@ def _pooled(
         if pair and pair[1] in batch.nodes:
             counts[batch.nodes.index(pair[1])] = values.shape[1]
         gone = torch.arange(values.shape[1], device=values.device) >= counts.unsqueeze(1)
-        lost += float(((values.square() + hidden) * gone).sum())
+        lost += float(((values.square()) * gone).sum())
     return kept, lost
 
 
 def _projected(
     net: Network,
     found: Sequence[Frame],
-    results: Sequence[Outside],
+    results: Sequence[Values],
     kept: list[int],
     orthonormal: bool,
 ) -> dict[int, Tensor]:
@@ -200,15 +188,13 @@ def _projected(
     their own at the end. ``kept`` shrinks where the children of a node leave it fewer rows.
     """
     tree, parts = net.tree, batches(net)
-    inside: list[
-        Tensor
-    ] = []  # (nodes, kept, rank): singular vectors in the coordinates of the frame
+    inside = Stacked()  # (nodes, kept, rank): singular vectors in the coordinates of the frame
     spread: list[list[int]] = []  # what the first of those axes stands for
     out: dict[int, Tensor] = {}
     for b, batch in enumerate(parts):
         frame, count = found[b], len(batch.nodes)
-        below = [taken(inside[c], slots) for c, slots in batch.below]
-        axes = [width for c, _ in batch.below for width in spread[c]]
+        below = [inside.pick(child) for child in batch.below]
+        axes = [width for child in batch.below for width in spread[child.pairs[0][0]]]
         rows = [math.prod(kept[c] for c in tree.links[node]) for node in batch.nodes]
         vectors = None
         if not batch.root and not batch.step:
@@ -226,7 +212,7 @@ def _projected(
             continue
         block = block.reshape(count, *(axes or batch.shape), -1)
         if vectors is not None:
-            short = batch.kind != "leaf" and any(
+            short = batch.join != "leaf" and any(
                 kept[node] > most for node, most in zip(batch.nodes, rows, strict=True)
             )
             turned = vectors.mH
@@ -234,7 +220,7 @@ def _projected(
                 basis, triangle = torch.linalg.qr(block.flatten(1, -2))
                 block, turned = basis.reshape(*block.shape[:-1], -1), triangle @ turned
                 for node, most in zip(batch.nodes, rows, strict=True):
-                    kept[node] = kept[node] if batch.kind == "leaf" else min(kept[node], most)
+                    kept[node] = kept[node] if batch.join == "leaf" else min(kept[node], most)
                 turned = _masked(turned.mH, [kept[node] for node in batch.nodes]).mH
             inside.append(turned)
             spread.append([turned.shape[1]])
@@ -247,17 +233,14 @@ def _projected(
 
 def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:
     """The nodes' bases of singular vectors (all of the frame if ``None``) over those of the children."""
-    turn = frame.turn if vectors is None else vectors
-    if vectors is not None and frame.turn is not None:
-        turn = frame.turn @ vectors
     if frame.rows is None:
-        if turn is None:
-            unit = torch.eye(batch.rank, dtype=frame.factor.dtype, device=frame.factor.device)
-            turn = unit.expand(len(batch.nodes), -1, -1)
-        return turn.reshape(len(turn), *batch.shape, -1)
-    if turn is None:
+        if vectors is None:
+            unit = torch.eye(batch.rank, dtype=frame.factor.x.dtype, device=frame.factor.x.device)
+            vectors = unit.expand(len(batch.nodes), -1, -1)
+        return vectors.reshape(len(vectors), *batch.shape, -1)
+    if vectors is None:
         return frame.rows
-    return (frame.rows.flatten(1, -2) @ turn).reshape(len(turn), *batch.shape, -1)
+    return (frame.rows.flatten(1, -2) @ vectors).reshape(len(vectors), *batch.shape, -1)
 
 
 def _masked(vectors: Tensor, counts: Sequence[int]) -> Tensor:

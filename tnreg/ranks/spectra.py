@@ -15,7 +15,6 @@ Three routes, chosen by rule; all work in double precision and on logarithmic sc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +22,16 @@ from torch import Tensor
 
 from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
-from tnreg.networks.scaled import absorb, combine_rows, multiply, scale_columns
 from tnreg.ranks.decompose import decompose
 from tnreg.ranks.dense import dense_spectra, numerical_rank, scaled_spectra
-from tnreg.ranks.frames import batches, frames, frames_fit, outside, scale_of
+from tnreg.ranks.frames import (
+    batches,
+    frames,
+    frames_fit,
+    scale_of,
+    values_in_frames,
+    values_through_bonds,
+)
 from tnreg.tensors.arrays import Scaled, check_dense
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.trees.reading import Node
@@ -78,9 +83,8 @@ def spectra(
         _check_own_tree(x, tree)
         real = x.stacks[0].real.dtype
         found: dict[int, Tensor] = {}
-        for positions, values, log in _factored_spectra(x):
-            scaled = Scaled(values, log).value().to(real).unbind(0)
-            found |= zip(positions, scaled, strict=True)
+        for positions, values in _factored_spectra(x):
+            found |= zip(positions, values.value().to(real).unbind(0), strict=True)
         return {node: found[i] for i, node in enumerate(x.tree.nodes[:-1])}
     tree = _check_tree(tree)
     if is_blocks(x):
@@ -153,7 +157,7 @@ def hierarchical_rank(
             factored = _factored_spectra(x)
         # before any scale is applied: a tiny or huge tensor has the same rank
         found_at = {
-            i: one for places, values, _ in factored for i, one in zip(places, values, strict=True)
+            i: one for places, values in factored for i, one in zip(places, values.x, strict=True)
         }
         for i, node in enumerate(x.tree.nodes[:-1]):
             # The factors are small: their rounding does not grow with the matrix that they stand for.
@@ -204,143 +208,19 @@ def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """A triangular factor ``matrix * 2**logs``, column by column."""
-
-    matrix: Tensor
-    logs: Tensor
-
-
-# Positions, singular values (positions, count) of moderate size, the logarithm of their scale.
-_Spectra = list[tuple[tuple[int, ...], Tensor, Tensor]]
-
-
-def _factored_spectra(model: Factorization) -> _Spectra:
-    net, stacks = model.network, list(model.stacks)
+def _factored_spectra(model: Factorization) -> list[tuple[tuple[int, ...], Scaled]]:
+    """Return positions and singular values ``(positions, count)``, together of every node but the root."""
+    net = model.network
+    wide = torch.complex128 if model.dtype.is_complex else torch.float64
+    stacks = [stack.to(wide) for stack in model.stacks]
     differentiable = torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks)
     if differentiable or not frames_fit(net):
-        return _one_by_one(model)
+        return values_through_bonds(net, stacks)
     with torch.no_grad():
-        wide = torch.complex128 if model.dtype.is_complex else torch.float64
-        found = frames(net, [stack.to(wide) for stack in stacks])
-        parts = outside(net, found, squares=True, vectors=False)
-        if parts is None:
-            parts = outside(net, found, squares=False, vectors=False)
-        assert parts is not None
-        size, power = scale_of(found)
-        log = power
+        found = frames(net, stacks)
+        size, log2 = scale_of(found)
         return [
-            (batch.nodes, part.values * size, log)
-            for batch, part in zip(batches(net), parts, strict=False)
+            (batch.nodes, Scaled(part.values * size, log2))
+            for batch, part in zip(batches(net), values_in_frames(net, found), strict=False)
             if not batch.step
         ]
-
-
-def _one_by_one(model: Factorization) -> _Spectra:
-    tree, net = model.tree, model.network
-    wide = torch.complex128 if model.dtype.is_complex else torch.float64
-    weights = [w.to(wide) for w in model.weights.values()]
-    if net.root_ones:
-        weights.append(torch.ones(net.bonds[tree.links[-1][0]], dtype=wide, device=model.device))
-    weights[-1] = weights[-1].unsqueeze(-1)  # the root's bond above has size 1
-    top = len(tree.nodes) - 1
-
-    up: list[_Factor] = []
-    for i, below in enumerate(tree.links[:-1]):
-        if not below:
-            up.append(_triangle(*absorb(weights[i], [None])))
-        else:
-            up.append(_joined(net.joins[i], [up[c] for c in below], weights[i]))
-
-    one = torch.ones(1, 1, dtype=wide, device=model.device)
-    down: dict[int, list[_Factor]] = {top: [_Factor(one, one[0].real * 0)]}
-    for i in range(top, -1, -1):
-        below = tree.links[i]
-        if not below:
-            continue
-        outside = _outside_all(net.joins[i], [up[c] for c in below], weights[i], down[i])
-        for c, parts in zip(below, outside, strict=True):
-            # nothing goes down from a leaf, so what is outside it need not become one short matrix
-            down[c] = parts if not tree.links[c] else [_khatri_rao(parts)]
-
-    out: _Spectra = []
-    for i in range(top):
-        rows = math.prod(model.sizes[m] for m in tree.modes_below(tree.nodes[i]))
-        values, log = _between(up[i], down[i])
-        out.append(((i,), values[:rows].unsqueeze(0), log))
-    return out
-
-
-def _between(inside: _Factor, outside: list[_Factor]) -> tuple[Tensor, Tensor]:
-    """``(values, log)``: singular values of ``inside`` times the row combinations of ``outside``."""
-    logs = torch.stack([inside.logs, *(part.logs for part in outside)]).sum(0)
-    scale = logs.max()
-    *short, last = sorted((part.matrix for part in outside), key=len)
-    rows = inside.matrix * torch.exp2(logs - scale)
-    for part in short:  # the largest part is multiplied last: no combination of it is ever formed
-        rows = (rows.unsqueeze(1) * part.unsqueeze(0)).flatten(0, 1)
-    product = (rows @ last.mT).reshape(len(inside.matrix), -1)
-    return torch.linalg.svdvals(product), scale
-
-
-def _joined(kind: str, below: list[_Factor], weight: Tensor) -> _Factor:
-    """Rows of all children combined, through the node's weight: ``(rows, R_above)``."""
-    if kind == "diagonal":
-        product = _khatri_rao(below)
-        return _triangle(*multiply(Scaled(product.matrix, product.logs), weight))
-    return _triangle(
-        *combine_rows([Scaled(factor.matrix, factor.logs) for factor in below], weight)
-    )
-
-
-def _outside_all(
-    kind: str, below: list[_Factor], weight: Tensor, above: list[_Factor]
-) -> list[list[_Factor]]:
-    """For every child what is outside it, as matrices whose row combinations are meant."""
-    [top] = above
-    if kind == "diagonal":
-        rest = _Factor(*multiply(Scaled(top.matrix, top.logs), weight.mT))
-        # products of the siblings in front, and behind: each child needs both
-        before, behind = [list[_Factor]()], [list[_Factor]()]
-        for front, back in zip(below[:-1], below[:0:-1], strict=True):
-            before.append([_khatri_rao([*before[-1], front])])
-            behind.append([_khatri_rao([back, *behind[-1]])])
-        return [[rest, *b, *a] for b, a in zip(before, reversed(behind), strict=True)]
-    out = []
-    for k in range(len(below)):
-        siblings = [factor for s, factor in enumerate(below) if s != k]
-        turned = weight.movedim(k, -1)  # siblings.., above, this child
-        out.append([_joined("full", [*siblings, top], turned)])
-    return out
-
-
-def _khatri_rao(parts: list[_Factor]) -> _Factor:
-    """Row combinations of matrices ``(k_c, R)``: ``(Π k_c, R)``, shortened on the way.
-
-    Columns of largest magnitude 1 give columns of largest magnitude 1: nothing has to be rescaled.
-    """
-    out = parts[0]
-    for part in parts[1:]:
-        product = (out.matrix.unsqueeze(1) * part.matrix.unsqueeze(0)).flatten(0, 1)
-        out = _triangle(product, out.logs + part.logs)
-    return out
-
-
-def _triangle(matrix: Tensor, logs: Tensor) -> _Factor:
-    """A factor with the same Gram matrix and at most as many rows as columns.
-
-    Args:
-        matrix: Columns of largest magnitude 1, or 0.
-        logs: Their logarithms.
-    """
-    if len(matrix) <= matrix.shape[1]:
-        return _Factor(matrix, logs)
-    if matrix.requires_grad:
-        # Only the Gram matrix of a factor matters, and to first order that of Q'A with a fixed Q is that
-        # of A: gradients need no derivative of the factorization, which low rank would make infinite.
-        basis = torch.linalg.qr(matrix.detach())[0]
-        short, more = scale_columns(basis.mH @ matrix)
-    else:
-        short, more = scale_columns(torch.linalg.qr(matrix, mode="r")[1])
-    return _Factor(short, logs + more)
