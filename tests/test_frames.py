@@ -1,4 +1,4 @@
-"""Orthonormal frames: what they promise, and spectra in them against dense tensors and the other routes."""
+"""Orthonormal frames: what they promise, and spectra in them and through the bonds against dense tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import zoo
 from hypothesis import given, settings
 
 from tnreg import Factorization, ModeTree, decompose, matricize, spectra, truncate
-from tnreg.ranks.frames import batches, frames, outside, scale_of
+from tnreg.ranks.frames import batches, frames, scale_of
 
-gramians = sys.modules["tnreg.ranks.spectra"]
+frames_module = sys.modules["tnreg.ranks.frames"]
+spectra_module = sys.modules["tnreg.ranks.spectra"]
 DTYPES = [torch.float64, torch.complex128]
 
 
@@ -23,20 +24,11 @@ def models_of(name, dtype):
     return [*models, zoo.model_of(tree, root="ones", dtype=dtype, seed=5)]
 
 
-def of_route(model, squares):
-    """``{node: values}`` of one route alone; ``None`` if it gives up."""
+def both_ways(model):
+    """Singular values in frames, and through the bonds as for gradients."""
     with torch.no_grad():
-        found = frames(model.network, list(model.stacks))
-        parts = outside(model.network, found, squares=squares, vectors=False)
-        if parts is None:
-            return None
-        size, power = scale_of(found)
-        return {
-            model.tree.nodes[node]: part.values[slot] * size * torch.exp2(power)
-            for batch, part in zip(batches(model.network), parts, strict=False)
-            for slot, node in enumerate(batch.nodes)
-            if not batch.step
-        }
+        in_frames = spectra(model)
+    return in_frames, {node: values.detach() for node, values in spectra(model).items()}
 
 
 def assert_spectra(found, tensor, tree, rtol):
@@ -53,16 +45,11 @@ def assert_spectra(found, tensor, tree, rtol):
 
 @pytest.mark.parametrize("name", zoo.TREES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_spectra_of_both_routes(name, dtype):
+def test_spectra_both_ways(name, dtype):
     for model in models_of(name, dtype):
         tensor = model.to_tensor().detach()
-        with torch.no_grad():
-            chosen = spectra(model)
-        assert_spectra(chosen, tensor, model.tree, 1e-11)
-        assert_spectra(of_route(model, squares=False), tensor, model.tree, 1e-13)
-        quick = of_route(model, squares=True)
-        if quick is not None:
-            assert_spectra(quick, tensor, model.tree, 1e-11)
+        for found in both_ways(model):
+            assert_spectra(found, tensor, model.tree, 1e-13)
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,14 +57,13 @@ def test_spectra_of_both_routes(name, dtype):
 def test_spectra_of_random_models(model):
     tensor = model.to_tensor().detach()
     size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
-    with torch.no_grad():
-        found = spectra(model)
-    for node, values in found.items():
-        expected = torch.linalg.svdvals(matricize(tensor, model.tree.modes_below(node)))
-        count = min(len(values), len(expected))
-        limit = 1e-11 * expected[0] + 1e-13 * size
-        assert (values[:count] - expected[:count]).abs().max() <= limit
-        assert values[count:].sum() <= limit
+    for found in both_ways(model):
+        for node, values in found.items():
+            expected = torch.linalg.svdvals(matricize(tensor, model.tree.modes_below(node)))
+            count = min(len(values), len(expected))
+            limit = 1e-11 * expected[0] + 1e-13 * size
+            assert (values[:count] - expected[:count]).abs().max() <= limit
+            assert values[count:].sum() <= limit
 
 
 @pytest.mark.parametrize("name", zoo.TREES)
@@ -91,11 +77,9 @@ def test_frames_are_orthonormal_and_hold_the_tensor(name, dtype):
                 if batch.root or frame.rows is None:
                     continue
                 basis = frame.rows.flatten(1, -2)
-                basis = basis if frame.turn is None else basis @ frame.turn
                 gram = basis.mH @ basis
                 assert (gram - torch.eye(batch.rank, dtype=dtype)).abs().max() < 1e-12
-            size, power = scale_of(found)
-        assert float(size * torch.exp2(power)) == pytest.approx(model.norm().item(), rel=1e-12)
+        assert float(scale_of(found).value()) == pytest.approx(model.norm().item(), rel=1e-12)
 
 
 def test_equal_nodes_share_a_call():
@@ -105,12 +89,25 @@ def test_equal_nodes_share_a_call():
     star = Factorization(ModeTree.star(9), 4, 3)
     parts = batches(star.network)
     assert [(len(b.nodes), b.step) for b in parts][-1] == (1, False)
-    assert max(math.prod(b.shape) for b in parts if b.below) <= 9  # joined two by two
+    assert max(len(b.below) for b in parts) == 2  # joined two by two
+
+
+def test_large_batches_are_split(monkeypatch):
+    """Numbers of one call are limited; what comes out is the same."""
+    model = Factorization(ModeTree.binary(8), 4, 3, join="full", std=1.0, dtype=torch.float64)
+    expected = both_ways(model)
+    monkeypatch.setattr(frames_module, "_MOST_AT_ONCE", 40)
+    batches.cache_clear()
+    assert [len(b.nodes) for b in batches(model.network)] == [3, 3, 2, *[1] * 7]
+    for found, wanted in zip(both_ways(model), expected, strict=True):
+        for node, values in wanted.items():
+            assert torch.allclose(found[node], values, rtol=1e-12)
+    batches.cache_clear()
 
 
 @pytest.mark.parametrize("decay", [1e-3, 1e-6, 1e-9])
 def test_small_values_are_not_squared_away(decay):
-    """Values down to 1e-13 of the largest: the route by squares gives up, and the other one finds them."""
+    """Values down to 1e-13 of the largest are found."""
     tree = ModeTree.binary(4)
     values = decay ** torch.arange(3, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -120,35 +117,35 @@ def test_small_values_are_not_squared_away(decay):
     ]
     tensor = torch.einsum("r,ar,br,cr,dr->abcd", values, *bases)
     model = decompose(tensor, tree)
-    with torch.no_grad():
-        found = spectra(model)
-    if decay**2 < 1e-5:
-        assert of_route(model, squares=True) is None
-    for node in tree.nodes[:-1]:
-        kept = values[values > 1e-13]
-        assert torch.allclose(found[node][: len(kept)], kept, rtol=1e-2, atol=1e-15)
-        assert torch.allclose(found[node][: len(kept)], kept, rtol=0, atol=1e-13)
+    kept = values[values > 1e-13]
+    for found in both_ways(model):
+        for node in tree.nodes[:-1]:
+            assert torch.allclose(found[node][: len(kept)], kept, rtol=1e-2, atol=1e-15)
+            assert torch.allclose(found[node][: len(kept)], kept, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("factor", [1e200, 1e-200, 1.0])
 @pytest.mark.parametrize("join", ["full", "diagonal"])
-def test_any_order_and_scale(factor, join):
-    """Order 1024, weights of 1e±200: the same relative spectra as node by node."""
+def test_any_order_and_scale(factor, join, monkeypatch):
+    """Order 1024, weights of 1e±200: the same relative spectra both ways."""
     generator = torch.Generator().manual_seed(0)
     tree = ModeTree.binary(1024)
     model = Factorization(tree, 2, 3, join=join, std=1.0, dtype=torch.float64, generator=generator)
+    relative = []
     with torch.no_grad():
         for stack in model.stacks:
             stack *= factor
-        found = gramians._factored_spectra(model)
-        slow = {i: v[0] / v[0, 0] for places, v, _ in gramians._one_by_one(model) for i in places}
-    for places, values, _ in found:
-        for i, one in zip(places, values, strict=True):
-            assert torch.isfinite(one).all() and one[0] > 0
-            expected = slow[i]
-            assert (one[: len(expected)] / one[0] - expected).abs().max() < 1e-9
-    rounded = truncate(model, rtol=1e-3)
-    assert all(torch.isfinite(p).all() for p in rounded.parameters())
+        for most in (math.inf, 0):
+            monkeypatch.setattr(frames_module, "_MOST_NUMBERS", most)
+            found = spectra_module._factored_spectra(model)
+            relative.append({
+                i: one / one[0] for places, values in found
+                for i, one in zip(places, values.x, strict=True)
+            })  # fmt: skip
+    for i, one in relative[0].items():
+        assert torch.isfinite(one).all()
+        assert (one[: len(relative[1][i])] - relative[1][i]).abs().max() < 1e-9
+    assert all(torch.isfinite(p).all() for p in truncate(model, rtol=1e-3).parameters())
 
 
 def test_scales_that_drift_apart():
@@ -164,18 +161,18 @@ def test_scales_that_drift_apart():
             weights[leaf] *= scale
         weights[(0, 1)] /= scale[:, None, None] * scale[None, :, None]
         model.load_weights(weights)
-        found = spectra(model)
-    for node, values in plain.items():
-        assert torch.allclose(found[node], values, rtol=1e-10)
+    for found in both_ways(model):
+        for node, values in plain.items():
+            assert torch.allclose(found[node], values, rtol=1e-10)
 
 
-def test_what_does_not_fit_goes_node_by_node(monkeypatch):
+def test_what_does_not_fit_goes_through_the_bonds(monkeypatch):
     """Frames of wide diagonal joins would not fit: the same values, without them."""
     model = zoo.model_of(zoo.TREES["htf-4"], dtype=torch.float64)
     with torch.no_grad():
         expected = spectra(model)
-        monkeypatch.setattr(sys.modules["tnreg.ranks.frames"], "_MOST_NUMBERS", 1)
-        monkeypatch.setattr(gramians, "frames", None)  # not called
+        monkeypatch.setattr(frames_module, "_MOST_NUMBERS", 1)
+        monkeypatch.setattr(spectra_module, "values_in_frames", None)  # not called
         for node, values in spectra(model).items():
             assert torch.allclose(
                 values, expected[node][: len(values)], rtol=0, atol=1e-12 * expected[0][0]

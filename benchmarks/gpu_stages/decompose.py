@@ -1,18 +1,18 @@
 """Hierarchical SVD, spectra and rounding by Gram matrices and by QR factorizations, and their kernels.
 
-Do the routes by squares earn their place on this device: more than 1.3 times as fast at spectra equal to
-1e-10? ``decompose`` of 16^6 and 32^5 to 1e-6 and 1e-4 (smooth, and hierarchical rank 8 with noise of 1e-9);
+Does a route by squares earn a place on this device: more than 1.3 times as fast at spectra equal to 1e-10?
+``decompose`` of 16^6 and 32^5 to 1e-6 and 1e-4 (smooth, and hierarchical rank 8 with noise of 1e-9);
 ``spectra`` and ``truncate`` of factored tensors (as in benchmarks/factored.py, order 64 at ranks 16 and 32,
-order 256 at rank 16); double precision. Beside: torchTT on the same device, if it is installed.
+order 256 at rank 16), where tnreg has QR factorizations only and Gram matrices are put in their place here;
+double precision. Beside: torchTT on the same device, if it is installed.
 
-Estimate for an H100, 45 s; launches 6 us, a wait 15 us, cuSOLVER per matrix (it loops over a batch beyond
+Estimate for an H100, 40 s; launches 6 us, a wait 15 us, cuSOLVER per matrix (it loops over a batch beyond
 32 x 32): QR with its Q 0.15 ms, symmetric eigenvalues of n = 64 2 ms and of 512 30 ms, SVD of 64 4 ms and
 of 512 150 ms; all of them assumptions, which the table of kernels replaces.
   decompose, 11 s: Gram products of 16^6 are memory, 1 ms; with eigh of 16 .. 256 some 30 ms a call, QR of
     2^20 x 16 some 100 ms; 4 tensors x 2 tolerances x 3 ways x 7 calls x 65 ms.
-  factored, 14 s: spectra of 64/16 by squares are 482 launches, 32 waits and 7 batches of eigenvalues, 7 ms;
-    by QR 317 launches, 14 waits, QR of 126 nodes one by one, 25 ms, of 510 nodes 80 ms; truncate twice that:
-    6 tensors x 4 ways x 15 calls x 40 ms.
+  factored, 9 s: spectra of 64/16 by QR are some 320 launches, 8 waits, QR of 126 nodes one by one, 25 ms, of
+    510 nodes 80 ms; truncate twice that: 6 tensors x 2 ways x 15 calls x 50 ms.
   kernels, 8 s: 60 rows of at most 0.3 s; torchTT, 10 s: SVDs of 16 x 2^20 by cuSOLVER.
 """
 
@@ -35,43 +35,48 @@ from gpu_stages.bench import Bench
 from gpu_stages.launches import counted
 from tnreg.convert.formats import from_tensor_train
 from tnreg.ranks import decompose as hsvd
-from tnreg.ranks import frames, rounding
-from tnreg.ranks import spectra as gramians
+from tnreg.ranks import frames
 
 RTOLS = (1e-6, 1e-4)
 
 
 @contextlib.contextmanager
 def by(way: str) -> Iterator[list[bool]]:
-    """Force a way; yields whether squares sufficed, one for each call of ``outside``.
+    """Force a way; yields whether Gram matrices sufficed, for each that was tried in place of a QR.
 
-    Here alone, by exchanging private functions. Frames by QR: a Cholesky factorization that finds every
-    Gram matrix ill-conditioned. Values by QR: ``outside`` is asked for no squares. Vectors of
-    ``decompose``: by QR with a tolerance of 0, by Gram matrices with an infinite one (whether the error
-    stays within the real one is recorded). "as chosen" exchanges nothing that matters.
+    Here alone, by exchanging private functions. Vectors of ``decompose``: by QR with a tolerance of 0, by
+    Gram matrices with an infinite one (whether the error stays within the real one is recorded). Frames:
+    by Gram matrices where ``frames.orthogonalize`` stands. "as chosen" exchanges nothing.
     """
-    real, left, enough = frames.outside, hsvd._left_vectors, list[bool]()
-    by_qr = way in ("values by QR", "QR")
-    allowed = 0.0 if by_qr else math.inf if way == "Gram" else None
-
-    def outside(net: Any, found: Any, *, squares: bool, vectors: bool) -> Any:
-        result = real(net, found, squares=squares and not by_qr, vectors=vectors)
-        enough.append(result is not None and squares and not by_qr)
-        return result
+    left, sufficed = hsvd._left_vectors, list[bool]()
+    allowed = {"QR": 0.0, "Gram": math.inf}.get(way)
 
     def vectors_of(view: Tensor, given: float, exact: bool) -> Any:
         return left(view, given if allowed is None else allowed, exact)
 
-    def ill_conditioned(gram: Tensor) -> tuple[Tensor, Tensor, float]:
-        return gram, gram, math.inf
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.object(hsvd, "_left_vectors", vectors_of))
+        if way == "Gram":
+            by_gram = partial(orthogonalize_by_gram, frames.orthogonalize, sufficed)
+            patches.enter_context(patch.object(frames, "orthogonalize", by_gram))
+        yield sufficed
 
-    with contextlib.ExitStack() as held:
-        for module in (gramians, rounding):
-            held.enter_context(patch.object(module, "outside", outside))
-        held.enter_context(patch.object(hsvd, "_left_vectors", vectors_of))
-        if way in ("frames by QR", "QR"):
-            held.enter_context(patch.object(frames, "_cholesky", ill_conditioned))
-        yield enough
+
+def orthogonalize_by_gram(
+    by_qr: Callable[..., tuple[Tensor, Tensor]],
+    sufficed: list[bool],
+    matrix: Tensor,
+    *,
+    basis: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Do as ``frames.orthogonalize`` by Cholesky factors of Gram matrices, where these are not singular."""
+    lower, bad = torch.linalg.cholesky_ex(matrix.mH @ matrix)
+    sufficed.append(not bool(bad.any()))
+    if not sufficed[-1]:
+        return by_qr(matrix, basis=basis)
+    r = lower.mH
+    q = torch.linalg.solve_triangular(r, matrix, upper=True, left=False) if basis else matrix
+    return q, r
 
 
 def run(bench: Bench) -> None:
@@ -165,7 +170,7 @@ def factored_tensor(
 
 
 def in_factors(bench: Bench) -> Iterator[tuple[str, Any]]:
-    """``spectra`` and ``truncate`` by four ways, with deviations from all by QR."""
+    """``spectra`` and ``truncate`` by both ways, with deviations from QR."""
     sizes = ((8, 4),) if bench.rehearse else factored.CASES
     for (order, rank), (case, decay) in itertools.product(sizes, (("generic", 1.0), ("cut", 0.7))):
         model = factored_tensor(order, rank, decay, bench.device)
@@ -173,13 +178,13 @@ def in_factors(bench: Bench) -> Iterator[tuple[str, Any]]:
         rounded = partial(tnreg.truncate, model, rtol=factored.RTOL)
         row: dict[str, Any] = {}
         exact: dict[Any, Tensor] = {}
-        for way in ("QR", "values by QR", "frames by QR", "Gram"):
-            with by(way) as enough:
+        for way in ("QR", "Gram"):
+            with by(way) as sufficed:
                 found = spectra()
                 exact = exact or found
                 row[way] = {
                     "spectra": quick(bench, spectra), "truncate": quick(bench, rounded),
-                    "squares sufficed": enough[0], "deviation": deviation(found, exact),
+                    "Gram matrices sufficed": all(sufficed), "deviation": deviation(found, exact),
                     "largest bond": max(rounded().network.bonds), "of a call": counted(spectra),
                 }  # fmt: skip
         yield f"{case} {order}/{rank}", row
@@ -187,10 +192,6 @@ def in_factors(bench: Bench) -> Iterator[tuple[str, Any]]:
 
 def kernels(bench: Bench) -> Iterator[tuple[str, Any]]:
     """Milliseconds of factorizations of batches (k, n, n), and of a frame (k, n^2, n) by both ways."""
-
-    def by_gram(x: Tensor) -> Any:
-        return frames._cholesky(x.mT @ x)
-
     calls: dict[str, Callable[[Tensor], Any]] = {
         "cholesky": torch.linalg.cholesky_ex, "qr": torch.linalg.qr,
         "eigh": torch.linalg.eigh, "eigvalsh": torch.linalg.eigvalsh, "svdvals": torch.linalg.svdvals,
@@ -207,7 +208,9 @@ def kernels(bench: Bench) -> Iterator[tuple[str, Any]]:
         if n <= 32:
             x = torch.randn(64, n * n, n, dtype=torch.float64, device=bench.device)
             row["frame by QR 64"] = quick(bench, partial(torch.linalg.qr, x))
-            row["frame by Gram 64"] = quick(bench, partial(by_gram, x))
+            row["frame by Gram 64"] = quick(
+                bench, partial(orthogonalize_by_gram, frames.orthogonalize, [], x)
+            )
         yield f"{n} x {n}", row
 
 

@@ -110,7 +110,9 @@ def batches(network: Network) -> tuple[Batch, ...]:
     parts: list[Batch] = []
     last: list[int] = []  # for every level its batch that is no step
     for level in network.split_levels(_kinds(network)):
-        below = [Places.of([(last[b], slot) for b, slot in child.pairs]) for child in level.children]
+        below = [
+            Places.of([(last[b], slot) for b, slot in child.pairs]) for child in level.children
+        ]
         while level.join == "diagonal" and len(below) > 2:
             pairs, below = [below[k : k + 2] for k in range(0, len(below), 2)], []
             for pair in pairs:
@@ -285,7 +287,9 @@ def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled
         ]
         return Scaled(climb(weight, scaled), sum(highs, total.flatten(1)))
     for axis, (_, log2) in enumerate(below, 1):
-        total = total + log2.reshape(len(log2), *[-1 if k == axis else 1 for k in range(1, weight.ndim)])
+        total = total + log2.reshape(
+            len(log2), *[-1 if k == axis else 1 for k in range(1, weight.ndim)]
+        )
     size = (weight.detach().abs().log2() + total).flatten(1, -2).amax(1)
     top = torch.where(torch.isfinite(size), size, torch.zeros_like(size)).round()
     apart = total - top.reshape(len(top), *[1] * (weight.ndim - 2), -1)
@@ -365,7 +369,9 @@ def values_in_frames(
             block = inner.reshape(len(inner), *batch.shape, -1)
         for axis, child in enumerate(reversed(batch.below), 1):
             matrix = block.movedim(axis, 1).flatten(2)
-            if matrix.shape[2] > matrix.shape[1]:  # a square one has the same values and left vectors
+            if (
+                matrix.shape[2] > matrix.shape[1]
+            ):  # a square one has the same values and left vectors
                 matrix = orthogonalize(matrix.mH, basis=False)[1].mH
             pieces[child.pairs[0][0]].add(child, matrix)
     return results[::-1]
