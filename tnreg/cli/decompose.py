@@ -76,10 +76,9 @@ def decompose(
         "bound": (model.error_bound or 0.0) / norm if norm > 0 else 0.0,
         "reached": error / norm if norm > 0 else 0.0,
     }
-    columns = {key: f"{{{key}}}" for key in rows[0]}
-    shown = [{key: _in_table(value) for key, value in row.items()} for row in rows]
+    cells = [{key: _in_table(value) for key, value in row.items()} for row in rows]
     title = f"{source.name} {model.sizes}, {seconds:.2f} s"
-    reply.table(table_of(shown, columns, title=title))
+    reply.table(table_of(cells, tuple(rows[0]), title=title))
     if not json:
         ratio = f"{before / weights:.4g} to 1"
         reply.note(f"numbers: {weights} of {before} ({ratio})")

@@ -26,9 +26,10 @@ def doctor(*, json: bool = False) -> None:
         packages, version = _packages(), metadata.version("tnreg")
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         devices = {"cpu": available("cpu")} | {name: available(name) for name in names}
+    columns = ("name", "installed", "needed", "state", "for")
     head = {"tnreg": version, "python": platform.python_version(), "platform": platform.platform()}
     reply.text("tnreg {tnreg}, Python {python}, {platform}".format_map(head))
-    reply.table(table_of(packages, {key: f"{{{key}}}" for key in packages[0]}, len(packages[0])))
+    reply.table(table_of(packages, columns, len(columns)))
     bad = [row for row in packages if row["state"] != "ok"]
     for extra in sorted({row["for"] for row in bad} - {"tnreg"}):
         reply.text(f"for {extra}: pip install 'tnreg[{extra}]'")

@@ -8,7 +8,7 @@ import json as json_format
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,23 @@ class Reply:
 
 
 def table_of(
-    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], left: int = 1, **options: Any
+    rows: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str] | Sequence[str],
+    left: int = 1,
+    **options: Any,
 ) -> Table:
     """Return a table of rows.
 
     Args:
         rows: Values by name.
-        columns: ``{heading: format of a row's values}``, e.g. ``{"error": "{error:.2g}"}``.
+        columns: ``{heading: format of a row's values}``, e.g. ``{"error": "{error:.2g}"}``; or names of
+            values to be shown as they are.
         left: How many columns are aligned to the left; the others hold numbers.
         options: Other arguments of ``rich.table.Table``, e.g. ``title``.
     """
     table = Table(**{"title_justify": "left", **options})
+    if not isinstance(columns, Mapping):
+        columns = {name: f"{{{name}}}" for name in columns}
     for i, heading in enumerate(columns):
         table.add_column(heading, justify="left" if i < left else "right")
     for row in rows:

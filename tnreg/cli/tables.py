@@ -19,7 +19,7 @@ def sweep_table(result: sweep.Result, name: str) -> Table:
          result.headline: _mean(row[result.headline], row["deviation"], ".4g", ".2g")}
         for row in result.table
     ]  # fmt: skip
-    columns = {name: f"{{{name}}}" for name in (*fields, "seeds", result.headline)}
+    columns = (*fields, "seeds", result.headline)
     return table_of(rows, columns, len(fields), title=name)
 
 
@@ -56,7 +56,7 @@ def convac_tables(summary: dict[str, Any]) -> list[Table]:
         equal = [row[key] for row in rows for key in row if key.startswith("equal")]
         means.append(
             {
-                "name": name,
+                "classifier": name,
                 "test": f"{100 * mean:.1f} ± {100 * deviation:.1f} %",
                 "train": f"{100 * sum(row['train'] for row in rows) / len(rows):.1f} %",
                 "weights": rows[0]["weights"],
@@ -64,17 +64,15 @@ def convac_tables(summary: dict[str, Any]) -> list[Table]:
                 "equal in onnx": f"{100 * equal[0]:.0f} %" if equal else "",
             }
         )
-    heads = {"": "{name}"}
-    heads |= {key: f"{{{key}}}" for key in ("test", "train", "weights", "seconds", "equal in onnx")}
     columns = {
-        "": "{model}", "how": "{how}", "asked": "{asked:.3g}", "error": "{error:.3g}",
+        "classifier": "{model}", "how": "{how}", "asked": "{asked:.3g}", "error": "{error:.3g}",
         "bound": "{bound:.3g}", "test": "{accuracy:.1f} %", "weights": "{weights}",
         "largest bond": "{largest bond}",
     }  # fmt: skip
     smaller = [{**row, "accuracy": 100 * row["test"]} for row in summary["smaller"]]
     title = "digits, test accuracy: mean and standard deviation over seeds"
     return [
-        table_of(means, heads, title=title),
+        table_of(means, tuple(means[0]) if means else (), title=title),
         table_of(smaller, columns, left=2, title="first seed, shrunk"),
     ]
 
@@ -99,10 +97,9 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
 
 def init_scale_table(rows: list[dict[str, Any]], model: str) -> Table:
     """Return the results of trainings from several initial scales."""
-    table = Table(*rows[0], title=f"{model} from several initial scales")
-    for row in rows:
-        table.add_row(*map(short, row.values()))
-    return table
+    cells = [{key: short(value) for key, value in row.items()} for row in rows]
+    title = f"{model} from several initial scales"
+    return table_of(cells, tuple(rows[0]), len(rows[0]), title=title, title_justify="center")
 
 
 def _mean(mean: float, deviation: float, form: str, form_of_deviation: str) -> str:

@@ -39,20 +39,22 @@ def tree(
     if source == "list":
         _list_gallery(reply)
         return
-    shape = read_tree(source)
+    mode_tree = read_tree(source)
     about = {} if source.lstrip().startswith("[") else read_tree_file(source)
-    labels = _mode_labels(source, shape, about) if sizes else {}
-    reply.text(shape.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
-    reply.text(f"order {shape.order}, {len(shape.nodes)} nodes, height {shape.heights[-1]}")
-    reply.picture(lambda axes: plots.tree(shape, axes, labels=labels))
+    labels = _mode_labels(source, mode_tree, about) if sizes else {}
+    reply.text(mode_tree.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
+    reply.text(
+        f"order {mode_tree.order}, {len(mode_tree.nodes)} nodes, height {mode_tree.heights[-1]}"
+    )
+    reply.picture(lambda axes: plots.tree(mode_tree, axes, labels=labels))
     nodes = [
         {"node": str(node), "parent": None if above is None else str(above),
-         "modes": shape.modes_below(node)}
-        for node, above in ((node, shape.parent(node)) for node in shape.nodes)
+         "modes": mode_tree.modes_below(node)}
+        for node, above in ((node, mode_tree.parent(node)) for node in mode_tree.nodes)
     ]  # fmt: skip
     extras = {key: about[key] for key in ("about", "modes", "sizes") if key in about}
-    numbers = {"order": shape.order, "height": shape.heights[-1]}
-    reply.document({**numbers, "nodes": nodes, **tree_to_json(shape), **extras})
+    numbers = {"order": mode_tree.order, "height": mode_tree.heights[-1]}
+    reply.document({**numbers, "nodes": nodes, **tree_to_json(mode_tree), **extras})
 
 
 def rank(
@@ -97,9 +99,11 @@ def rank(
 def _list_gallery(reply: Reply) -> None:
     rows = []
     for name in gallery():
-        shape, about = load_tree(name), read_tree_file(name).get("about", "")
-        rows.append({"name": name, "order": shape.order, "nodes": len(shape.nodes), "about": about})
-    reply.table(table_of(rows, {key: f"{{{key}}}" for key in rows[0]}, left=len(rows[0])))
+        mode_tree, about = load_tree(name), read_tree_file(name).get("about", "")
+        rows.append(
+            {"name": name, "order": mode_tree.order, "nodes": len(mode_tree.nodes), "about": about}
+        )
+    reply.table(table_of(rows, tuple(rows[0]), left=len(rows[0])))
     reply.document(rows)
 
 
