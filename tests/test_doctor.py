@@ -52,17 +52,13 @@ def test_packages_and_extras(capsys, install):
     assert "for scale: pip install 'tnreg[scale]'" in out and "tnreg[onnx]" not in out
 
 
-@pytest.mark.parametrize(("version", "state"), [("1.9", "too old"), ("1.9.post1", "too old")])
-def test_a_package_that_is_too_old(capsys, install, version, state):
-    install("old", version)
+def test_a_package_that_is_too_old_or_missing(capsys, install):
+    install("old", "1.9.post1")
     code, out, _ = call(capsys, "doctor")
     assert code == 1 and "problem: old is too old; pip install 'old>=1.10'" in out
     code, out, _ = call(capsys, "doctor", "--json")
     answer = json.loads(out)
-    assert code == 1 and answer["works"] is False and answer["packages"][0]["state"] == state
-
-
-def test_a_package_that_is_missing(capsys, install):
+    assert code == 1 and answer["works"] is False and answer["packages"][0]["state"] == "too old"
     install("tnreg", "9.9", "Requires-Dist: gone>=2")
     code, out, _ = call(capsys, "doctor")
     assert code == 1 and "problem: gone is missing; pip install 'gone>=2'" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -69,13 +70,15 @@ def test_folder_written_whole(tmp_path):
     with folder_written_whole(target) as partial:
         (partial / "config.json").write_text(json.dumps({"tnreg": "0"}))
         assert not target.exists()
-    for error in (RuntimeError, ConnectionError("of something else")):
-        with (
-            pytest.raises((RuntimeError, ConnectionError)),
-            folder_written_whole(target) as partial,
-        ):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    other, none = (ConnectionError(), ConnectionError), (None, FileError)
+    for error, kind in ((RuntimeError(), RuntimeError), other, (full, FileError), none):
+        with pytest.raises(kind) as raised, folder_written_whole(target) as partial:
             (partial / "half").write_text("x")
+            if error is None:
+                (partial / "no" / "folder").write_text("x")
             raise error
+        assert kind is not FileError or f"cannot write {target}: No s" in str(raised.value)
         assert os.listdir(target) == ["config.json"] and os.listdir(tmp_path) == ["run"]
     with folder_written_whole(target) as partial:
         (partial / "new").write_text("x")
