@@ -21,66 +21,84 @@ LONGEST_CHAIN = 400
 
 
 def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
-    """Names and links of nested sequences of mode numbers; interior nodes get their usual names.
+    """Read nested sequences of mode numbers; interior nodes get their usual names.
+
+    Returns:
+        Names and links.
 
     Raises:
         TreeError: Not nested sequences, an empty one, one that contains itself, or modes other than 0..N-1.
     """
-    leaves: list[Any] = []
-    links: list[list[int]] = []
-    names: list[Any] = []
     if not isinstance(structure, list | tuple):
         raise TreeError(
             f"not a mode tree: {in_a_line(structure)} ({type(structure).__name__}).\n"
             "  expected: nested lists of mode numbers, e.g. ModeTree([[0, 1], [2, 3]]),\n"
             "            or a networkx.DiGraph with edges parent -> child"
         )
+    leaves: list[Any] = []
+    links: list[list[int]] = []
     # Depth first without recursion: a caterpillar over a thousand modes nests a thousand lists.
     path: list[tuple[Any, Iterator[Any], list[int]]] = [(structure, iter(structure), [])]
-    above, done = {id(structure)}, dict[int, Any]()
+    last_leaf: dict[int, int | None] = {id(structure): None}  # of every list; None while it is read
     while path:
-        held, rest, below = path[-1]
+        sequence, rest, below = path[-1]
         for item in rest:
             if isinstance(item, list | tuple):
-                if id(item) in above:
-                    raise TreeError("not a mode tree: a list contains itself.")
-                if (
-                    id(item) in done
-                ):  # its leaves come a second time; lists of lists of it would never end
-                    leaves.append(done[id(item)][1])
-                    _check_leaves(leaves, graph=False)
+                if id(item) in last_leaf:
+                    again = last_leaf[id(item)]
+                    if again is None:
+                        raise TreeError("not a mode tree: a list contains itself.")
+                    # refused at once: lists of a list that comes twice may have 2**60 leaves
+                    _check_leaves([*leaves, leaves[again]], graph=False)
                 path.append((item, iter(item), []))
-                above.add(id(item))
+                last_leaf[id(item)] = None
                 break
             leaves.append(item)
-            names.append(item)
             links.append([])
             below.append(len(links) - 1)
         else:
-            path.pop()
             if not below:
                 raise TreeError(
                     "not a mode tree: it is empty or has an interior node without children, [].\n"
                     "  write every leaf as its mode number, e.g. ModeTree([[0, 1], [2, 3]])"
                 )
-            above.discard(id(held))
-            done[id(held)] = held, leaves[-1]
+            path.pop()
+            last_leaf[id(sequence)] = len(leaves) - 1
             links.append(below)
-            names.append(None)
             if path:
                 path[-1][2].append(len(links) - 1)
-    modes = _check_leaves(leaves, graph=False)
-    fixed = iter(modes)
-    names = [None if below else next(fixed) for below in links]
+    modes = iter(_check_leaves(leaves, graph=False))
+    names = [None if below else next(modes) for below in links]
     return tuple(usual_names(links, names)), tuple(map(tuple, links))
 
 
 def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
-    """Names and links of a graph with edges parent -> child; interior nodes keep their names.
+    """Read a graph with edges parent -> child; interior nodes keep their names.
+
+    Returns:
+        Names and links.
 
     Raises:
         TreeError: Not a tree hanging from one root, or leaves other than the modes 0..N-1.
     """
+    order = list(nx.dfs_postorder_nodes(graph, _root_of(graph)))
+    children = [list(graph.successors(node)) for node in order]
+    for node, below in zip(order, children, strict=True):
+        if below and _is_int(node):
+            raise TreeError(
+                f"not a mode tree: the interior node {node!r} is named like a mode.\n"
+                f"  its children: {below}\n"
+                "  integers are leaves; give interior nodes other names, e.g. a string or the tuple of modes"
+            )
+    leaves = [node for node, below in zip(order, children, strict=True) if not below]
+    modes = iter(_check_leaves(leaves, graph=True))
+    position = {node: i for i, node in enumerate(order)}
+    names = [node if below else next(modes) for node, below in zip(order, children, strict=True)]
+    return tuple(names), tuple(tuple(position[c] for c in below) for below in children)
+
+
+def _root_of(graph: nx.DiGraph[Any]) -> Node:
+    """Return the node from which all others hang, or raise an error that says what is no tree."""
     if not graph.is_directed():
         raise TreeError(
             "not a mode tree: the graph is undirected, so it has no root.\n"
@@ -106,10 +124,9 @@ def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[in
             f"not a mode tree: it has {len(roots)} roots, {roots[:8]}.\n"
             "  join them under one node, e.g. graph.add_edges_from([('root', r) for r in roots])"
         )
-    root = roots[0]
-    reached = {root, *nx.descendants(graph, root)}
-    if len(reached) < graph.number_of_nodes():
-        lost = [node for node in graph if node not in reached]
+    root: Node = roots[0]
+    lost = list(set(graph) - {root} - nx.descendants(graph, root))
+    if lost:
         raise TreeError(
             f"not a mode tree: {lost[:8]} cannot be reached from the root {root!r} (a cycle of their own)."
         )
@@ -118,19 +135,7 @@ def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[in
             f"not a mode tree: the graph has the single node {root!r}; a root needs children.\n"
             "  for one mode write ModeTree([0])"
         )
-    order = list(nx.dfs_postorder_nodes(graph, root))
-    for node in order:
-        if graph.out_degree(node) and _is_int(node):
-            raise TreeError(
-                f"not a mode tree: the interior node {node!r} is named like a mode.\n"
-                f"  its children: {list(graph.successors(node))}\n"
-                "  integers are leaves; give interior nodes other names, e.g. a string or the tuple of modes"
-            )
-    modes = iter(_check_leaves([node for node in order if graph.out_degree(node) == 0], graph=True))
-    position = {node: i for i, node in enumerate(order)}
-    links = tuple(tuple(position[c] for c in graph.successors(node)) for node in order)
-    names = tuple(node if graph.out_degree(node) else next(modes) for node in order)
-    return names, links
+    return root
 
 
 def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
