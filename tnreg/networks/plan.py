@@ -14,7 +14,7 @@ The tree's own way is the ``schedule``; the other is one einsum along a path of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -242,7 +242,7 @@ def contract(
         parts = [stack.unbind(0) for stack in stacks]
         weights = [parts[s][k] for s, k in (network.slots[p] for p in network.weighted)]
         features = inputs.unbind(1) if isinstance(inputs, Tensor) else inputs
-        out = plan.whole([*features, *weights])
+        out = plan.whole([*weights, *features])
     else:
         out = run(network, plan.joins, stacks, inputs)
     if plan.take is not None:
@@ -380,58 +380,31 @@ def _within(
 
 
 def _whole(network: Network, batch: int | None, search: str | None = None) -> Einsum:
-    """The network as one einsum, by the cheapest path that opt_einsum finds, or by one search.
+    """Return the network as one einsum by the cheapest path that opt_einsum finds, or by one search.
 
-    Inputs come first, then the weights. What ``auto`` finds depends on the order of the operands, so
-    for all but large networks both orders are tried, and for small ones dynamic programming as well.
+    The weights come first, then the inputs. Small networks are searched by dynamic programming as well.
     """
     order = network.tree.order
-    batch_symbol = get_symbol(order + len(network.tree.nodes))  # after the modes and the bonds
 
-    def word(indices: Sequence[int]) -> str:
-        return "".join(get_symbol(i) for i in indices)
+    def word(indices: Iterable[int]) -> str:
+        return "".join(map(get_symbol, indices))
 
     terms = [word(network.indices(p)) for p in network.weighted]
-    shapes = [network.shape(p) for p in network.weighted]
     output = word(range(order))
     if batch is not None:
-        terms = [batch_symbol + get_symbol(mode) for mode in range(order)] + terms
-        output = batch_symbol
+        output = get_symbol(order + len(network.tree.nodes))  # after the modes and the bonds
+        terms += [output + get_symbol(mode) for mode in range(order)]
     equation = f"{','.join(terms)}->{output}"
 
-    def sized(samples: int | None) -> tuple[tuple[int, ...], ...]:
+    def shapes(samples: int | None) -> tuple[tuple[int, ...], ...]:
         inputs = [] if samples is None else [(samples, size) for size in network.sizes]
-        return (*inputs, *shapes)
+        return (*(network.shape(p) for p in network.weighted), *inputs)
 
     if len(terms) > _LARGE:
         similar = None if batch is None else 1 << (batch - 1).bit_length()
-        return along(equation, sized(batch), find_path(equation, sized(similar), "auto"))
-    given = sized(batch)
-    if search is not None and len(terms) <= _EXHAUSTIVE:
-        return einsum(equation, *given, search=search)
-    found = [einsum(equation, *given)]
-    if batch is not None:
-        turned = [*range(order, len(terms)), *range(order)]  # weights first
-        other = f"{','.join(terms[i] for i in turned)}->{output}"
-        path = find_path(other, tuple(given[i] for i in turned), "auto")
-        found.append(along(equation, given, _renumbered(path, turned)))
+        return along(equation, shapes(batch), find_path(equation, shapes(similar), "auto"))
+    searches = ["auto"]
     if len(terms) <= _EXHAUSTIVE:
-        found.append(einsum(equation, *given, search="dp"))
+        searches = ["auto", "dp"] if search is None else [search]
+    found = (einsum(equation, *shapes(batch), search=name) for name in searches)
     return min(found, key=lambda path: path.cost.flops)
-
-
-def _renumbered(
-    path: Sequence[Sequence[int]], turned: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """A path over reordered operands as one over the operands in their own order."""
-    theirs = list(turned)  # names of what is left, in their order; new results get new names
-    ours = list(range(len(turned)))
-    out = []
-    for count, step in enumerate(path):
-        names = [theirs[i] for i in step]
-        out.append(tuple(sorted(ours.index(name) for name in names)))
-        for left in (theirs, ours):
-            for name in names:
-                left.remove(name)
-            left.append(len(turned) + count)
-    return tuple(out)

@@ -47,6 +47,13 @@ class ModeTree:
         shape: ``(height, width)`` of the image whose pixels the modes are, mode = row * width + column;
             ``grid`` knows it. It tells networks what images fit and is not compared by ``==``.
 
+    Attributes:
+        nodes: All nodes, children before parents, the root last.
+        links: For every node of ``nodes``, the positions in ``nodes`` of its children.
+        heights: For every node of ``nodes``, the longest way down to a leaf; 0 at leaves.
+        order: Number of modes N.
+        shape: ``(height, width)`` of the image whose pixels the modes are, if it was given.
+
     Raises:
         TreeError: The structure is not a mode tree; the message names the node and the remedy.
 
@@ -57,6 +64,15 @@ class ModeTree:
         >>> tree.parent(3), tree.children((2, 3)), tree.modes_below((2, 3))
         ((2, 3), (2, 3), (2, 3))
     """
+
+    nodes: tuple[Node, ...]
+    links: tuple[tuple[int, ...], ...]
+    heights: tuple[int, ...]
+    order: int
+    shape: tuple[int, int] | None
+    _up: tuple[int | None, ...]
+    _position: dict[Node, int]
+    _hash: int
 
     def __init__(
         self,
@@ -71,22 +87,27 @@ class ModeTree:
             names, links = read_graph(structure)
         else:
             names, links = read_nested(structure)
-        self._names: tuple[Node, ...] = names
-        self._links: tuple[tuple[int, ...], ...] = links
-        self._position = {name: i for i, name in enumerate(names)}
         up: list[int | None] = [None] * len(names)
         heights = [0] * len(names)
         for i, below in enumerate(links):
             for c in below:
                 up[c] = i
             heights[i] = 1 + max((heights[c] for c in below), default=-1)
-        self._up = tuple(up)
-        self._heights = tuple(heights)
-        self._order = sum(1 for below in links if not below)
-        self._shape = None if shape is None else _check_shape(shape, self._order)
-        self._hash = hash((names, links))
-        self._modes: tuple[tuple[int, ...], ...] | None = None
-        self._graph: nx.DiGraph[Any] | None = None
+        order = sum(not below for below in links)
+        # the attributes of an immutable object are set here, and cached properties add theirs
+        vars(self).update(
+            nodes=names,
+            links=links,
+            heights=tuple(heights),
+            order=order,
+            shape=None if shape is None else _check_shape(shape, order),
+            _up=tuple(up),
+            _position={name: i for i, name in enumerate(names)},
+            _hash=hash((names, links)),
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a ModeTree is immutable; its {name} cannot be set.")
 
     # Families
 
@@ -185,50 +206,25 @@ class ModeTree:
     # Structure
 
     @property
-    def order(self) -> int:
-        """Number of modes N."""
-        return self._order
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """``(height, width)`` of the image whose pixels the modes are, if it was given."""
-        return self._shape
-
-    @property
     def root(self) -> Node:
         """Name of the root."""
-        return self._names[-1]
-
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        """All nodes, children before parents, the root last."""
-        return self._names
+        return self.nodes[-1]
 
     @property
     def leaves(self) -> tuple[int, ...]:
         """The modes ``(0, .., N-1)``."""
         return tuple(range(self.order))
 
-    @property
+    @cached_property
     def leaf_order(self) -> tuple[int, ...]:
         """The modes in the order in which the tree meets its leaves."""
-        pairs = zip(self._names, self._links, strict=True)
+        pairs = zip(self.nodes, self.links, strict=True)
         return tuple(name for name, below in pairs if not below)  # type: ignore[misc]
 
-    @property
+    @cached_property
     def interior(self) -> tuple[Node, ...]:
         """Interior nodes, children before parents, the root last."""
-        return tuple(name for name, below in zip(self._names, self._links, strict=True) if below)
-
-    @property
-    def links(self) -> tuple[tuple[int, ...], ...]:
-        """For every node of ``nodes``, the positions in ``nodes`` of its children."""
-        return self._links
-
-    @property
-    def heights(self) -> tuple[int, ...]:
-        """For every node of ``nodes``, the longest way down to a leaf; 0 at leaves."""
-        return self._heights
+        return tuple(name for name, below in zip(self.nodes, self.links, strict=True) if below)
 
     @cached_property
     def cuts(self) -> tuple[tuple[int, ...], ...]:
@@ -241,79 +237,69 @@ class ModeTree:
             For every edge the positions in ``nodes`` of the nodes just below it: ``(i,)``, or both children
             ``(i, j)`` of a binary root, which are the two ends of one edge; that edge comes last.
         """
-        pair = self._links[-1] if len(self._links[-1]) == 2 else ()
-        edges = [(i,) for i in range(len(self._links) - 1) if i not in pair]
+        pair = self.links[-1] if len(self.links[-1]) == 2 else ()
+        edges = [(i,) for i in range(len(self.links) - 1) if i not in pair]
         return (*edges, pair) if pair else tuple(edges)
 
-    @property
+    @cached_property
     def graph(self) -> nx.DiGraph[Any]:
         """The tree as a frozen ``networkx.DiGraph``, edges parent -> child, children in order."""
-        if self._graph is None:
-            graph: nx.DiGraph[Any] = nx.DiGraph()
-            stack = [len(self._names) - 1]
-            while stack:  # parents first, so that networkx draws and walks it from the root
-                i = stack.pop()
-                graph.add_node(self._names[i])
-                graph.add_edges_from((self._names[i], self._names[c]) for c in self._links[i])
-                stack.extend(reversed(self._links[i]))
-            self._graph = nx.freeze(graph)
-        return self._graph
+        graph: nx.DiGraph[Any] = nx.freeze(_graph_of(self.nodes, self.links))
+        return graph
 
     def position(self, node: Node) -> int:
         """Position of ``node`` in ``nodes``; raises ``TreeError`` if the tree has no such node."""
         try:
             return self._position[node]
         except (KeyError, TypeError):
-            shown = ", ".join(map(repr, self._names[-8:]))
-            more = "" if len(self._names) <= 8 else f" and {len(self._names) - 8} more"
+            shown = ", ".join(map(repr, self.nodes[-8:]))
+            more = "" if len(self.nodes) <= 8 else f" and {len(self.nodes) - 8} more"
             raise TreeError(f"no node {node!r} in this tree.\n  its nodes: {shown}{more}") from None
 
     def children(self, node: Node) -> tuple[Node, ...]:
         """Names of the children of ``node`` in their order; ``()`` at a leaf."""
-        return tuple(self._names[c] for c in self._links[self.position(node)])
+        return tuple(self.nodes[c] for c in self.links[self.position(node)])
 
     def parent(self, node: Node) -> Node | None:
         """Name of the parent of ``node``; ``None`` at the root."""
         up = self._up[self.position(node)]
-        return None if up is None else self._names[up]
+        return None if up is None else self.nodes[up]
 
     def modes_below(self, node: Node) -> tuple[int, ...]:
         """Modes below ``node`` in ascending order; the mode itself at a leaf."""
-        if self._modes is None:
-            modes: list[tuple[int, ...]] = []
-            for name, below in zip(self._names, self._links, strict=True):
-                if not below:
-                    modes.append((name,))  # type: ignore[arg-type]
-                else:
-                    found = tuple(sorted(m for c in below for m in modes[c]))
-                    modes.append(name if name == found else found)
-            self._modes = tuple(modes)
         return self._modes[self.position(node)]
+
+    @cached_property
+    def _modes(self) -> tuple[tuple[int, ...], ...]:
+        """Modes below every node of ``nodes``."""
+        modes: list[tuple[int, ...]] = []
+        for name, below in zip(self.nodes, self.links, strict=True):
+            found = tuple(sorted(m for c in below for m in modes[c])) if below else (name,)
+            modes.append(name if name == found else found)
+        return tuple(modes)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
         if not isinstance(other, ModeTree):
             return NotImplemented
-        return self._hash == other._hash and (self._names, self._links) == (
-            other._names,
-            other._links,
-        )
+        ours, theirs = ((tree._hash, tree.nodes, tree.links) for tree in (self, other))
+        return ours == theirs
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._names, self._links, self._shape)
+        return _rebuild, (self.nodes, self.links, self.shape)
 
     # Text and files
 
     def __repr__(self) -> str:
-        if self._heights[-1] <= 12 and len(self._names) <= 64:
+        if self.heights[-1] <= 12 and len(self.nodes) <= 64:
             return f"ModeTree({_nested_text(self)})"
         return (
-            f"<ModeTree of order {self.order}: {len(self._names)} nodes, height {self._heights[-1]}, "
-            f"root with {len(self._links[-1])} children>"
+            f"<ModeTree of order {self.order}: {len(self.nodes)} nodes, height {self.heights[-1]}, "
+            f"root with {len(self.links[-1])} children>"
         )
 
     def __str__(self) -> str:
@@ -331,14 +317,14 @@ class ModeTree:
             ascii_only: Use ``|``, ``-`` and ``+`` instead of box-drawing characters.
         """
         graph = self.graph
-        labels = {name: label(name) for name in self._names}
+        labels = {name: label(name) for name in self.nodes}
         shown = nx.relabel_nodes(
             graph, {name: (i, labels[name]) for name, i in self._position.items()}
         )
         for node in shown:
             shown.nodes[node]["label"] = node[1]
         lines = nx.generate_network_text(
-            shown, sources=[(len(self._names) - 1, labels[self.root])], ascii_only=ascii_only
+            shown, sources=[(len(self.nodes) - 1, labels[self.root])], ascii_only=ascii_only
         )
         return "\n".join(lines)
 
@@ -436,7 +422,6 @@ def tree_to_json(tree: ModeTree) -> dict[str, Any]:
 def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
     """Rebuild a tree from what ``tree_to_json`` gave."""
     tree = content.get("tree") if isinstance(content, dict) else None
-    graph: nx.DiGraph[Any] = nx.DiGraph()
     try:
         if isinstance(tree, dict) and "links" in tree:
             links = [below if isinstance(below, list) else [] for below in tree["links"]]
@@ -448,8 +433,7 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
         full = [given.get(i, name) for i, name in enumerate(usual_names(links, names))]
         if given and len(set(full)) < len(full):
             raise ValueError("two nodes have the same name")
-        graph.add_nodes_from(full)
-        graph.add_edges_from((full[i], full[c]) for i, below in enumerate(links) for c in below)
+        graph = _graph_of(full, links)
     except TreeError:
         raise
     except Exception as error:
@@ -523,10 +507,16 @@ def _rebuild(
     links: tuple[tuple[int, ...], ...],
     shape: tuple[int, int] | None = None,
 ) -> ModeTree:
+    return ModeTree(_graph_of(names, links), shape=shape)
+
+
+def _graph_of(names: Sequence[Node], links: Sequence[Sequence[int]]) -> nx.DiGraph[Any]:
+    """Return the graph of these nodes, parents first, so that networkx draws and walks it from the root."""
     graph: nx.DiGraph[Any] = nx.DiGraph()
-    graph.add_nodes_from(names)
-    graph.add_edges_from((names[i], names[c]) for i, below in enumerate(links) for c in below)
-    return ModeTree(graph, shape=shape)
+    for name, below in zip(reversed(names), reversed(links), strict=True):
+        graph.add_node(name)
+        graph.add_edges_from((name, names[c]) for c in below)
+    return graph
 
 
 def _join(nodes: list[Any]) -> Any:
