@@ -14,8 +14,8 @@ import pytest
 import torch
 import zoo
 
-from tnreg import FileError, ModeTree, OptionError, completion, fit
-from tnreg.training.checkpoint import read_checkpoint
+from tnreg import FileError, ModeTree, OptionError, Trajectory, completion, fit
+from tnreg.training.checkpoint import Checkpoint
 
 TREE = ModeTree.binary(4)
 
@@ -128,8 +128,13 @@ def test_a_verdict_stays(tmp_path):
 
 def test_written_at_intervals(tmp_path, monkeypatch):
     times, written = iter(range(0, 1000, 10)), []
-    monkeypatch.setattr("tnreg.training.fit.time.monotonic", lambda: next(times))
-    monkeypatch.setattr("tnreg.training.fit.write_checkpoint", lambda *a: written.append(len(a[3])))
+    monkeypatch.setattr("tnreg.training.checkpoint.time.monotonic", lambda: next(times))
+    monkeypatch.setattr(
+        "tnreg.training.checkpoint.save_whole",
+        lambda path, state: written.append(
+            len(Trajectory.from_bytes(bytes(state["run"].tolist())))
+        ),
+    )
     fit(zoo.model_of(TREE), data().loss, steps=60, every=10, progress=False,
         checkpoint=tmp_path / "c", checkpoint_seconds=25)  # fmt: skip
     assert written == [3, 6, 7]  # rows; the clock moves by 10 with every look at it
@@ -182,5 +187,5 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     torch.save({"format": "tnreg.checkpoint/1", "run": Evil()}, tmp_path / "c")
     model = zoo.model_of(TREE)
     with pytest.raises(FileError, match="not a checkpoint"):
-        read_checkpoint(tmp_path / "c", model, torch.optim.SGD(model.parameters(), lr=1.0), {})
+        Checkpoint(tmp_path / "c", model, torch.optim.SGD(model.parameters()), {}).read()
     assert not (tmp_path / "ran").exists()

@@ -36,7 +36,7 @@ from tnreg.experiments import sweep
 from tnreg.experiments.completion import Config
 from tnreg.experiments.folder import read_run, write_run
 from tnreg.machine.files import folder_written_whole
-from tnreg.training.checkpoint import random_state, read_checkpoint, write_checkpoint
+from tnreg.training.checkpoint import Checkpoint
 
 # What is saved comes in versions: everything in version 3 says 3, and large versions make larger files.
 
@@ -75,7 +75,7 @@ def write_folder(path, version):
 def write_training(path, version):
     module, optimizer = training()
     torch.nn.init.constant_(module.weight, version)
-    write_checkpoint(path, module, optimizer, run_of(version), {"version": 0}, random_state())
+    Checkpoint(path, module, optimizer, {"version": 0}).write(run_of(version))
 
 
 # The versions that a reader sees in a file.
@@ -93,7 +93,7 @@ def read_set(path):
 
 def read_training(path):
     module, optimizer = training()
-    run, _, _ = read_checkpoint(path, module, optimizer, {"version": 0})
+    run = Checkpoint(path, module, optimizer, {"version": 0}).read()
     return {int(run["loss"][0]), len(run) // 40, *module.weight.detach().unique().tolist()}
 
 

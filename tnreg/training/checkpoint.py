@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Mapping
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnreg.errors import FileError, OptionError
 from tnreg.machine.files import write_whole
@@ -18,7 +21,7 @@ from tnreg.training.trajectory import Trajectory
 
 _FORMAT = "tnreg.checkpoint/1"
 
-RandomState = list[torch.Tensor]
+RandomState = list[Tensor]
 
 
 def random_state() -> RandomState:
@@ -44,78 +47,127 @@ def save_whole(path: Path, state: Mapping[str, Any]) -> None:
     write_whole(path, lambda beside: beside.write_bytes(raw.getbuffer()))
 
 
-def write_checkpoint(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    run: Trajectory,
-    settings: Mapping[str, Any],
-    before: RandomState,
-) -> None:
-    """Write parameters, optimizer state, random state and trajectory, whole or not at all.
+class Checkpoint:
+    """State of one training in a file: parameters, optimizer, random state and recorded rows.
 
-    ``settings`` must be the same when the training goes on; ``before`` is the random state before the
-    loss of the last row was computed.
+    Args:
+        path: The file; without one nothing is read or written.
+        model: Trained module; its state is read and written.
+        optimizer: Its optimizer, likewise.
+        settings: What must be the same when the training goes on; JSON can write it.
+        seconds: Least time between two writings.
     """
-    save_whole(path, {
-        "format": _FORMAT,
-        "settings": json.dumps(settings, default=str),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "random": [before, random_state()],
-        "run": torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8),
-    })  # fmt: skip
 
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Mapping[str, Any],
+        seconds: float = 0.0,
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.model, self.optimizer = model, optimizer
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.seconds, self.written = seconds, time.monotonic()
+        self.before: RandomState = []  # before the loss of the last row was computed
+        self.after: RandomState = []  # after that row; empty unless it was read and comes next
 
-def read_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
-) -> tuple[Trajectory, RandomState, RandomState]:
-    """Put a checkpoint's state into the model and the optimizer.
+    def write(self, run: Trajectory, *, at_once: bool = False) -> None:
+        """Write the state at the last row of ``run`` if it is time, whole or not at all."""
+        if self.path is None or not (at_once or time.monotonic() - self.written >= self.seconds):
+            return
+        save_whole(self.path, {
+            "format": _FORMAT,
+            "settings": json.dumps(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": [self.before or random_state(), random_state()],
+            "run": torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8),
+        })  # fmt: skip
+        self.written = time.monotonic()
 
-    Nothing in the file is executed.
+    def read(self, steps: float = math.inf) -> Trajectory:
+        """Put the state into the model and the optimizer; nothing in the file is executed.
 
-    Returns:
-        The recorded rows, and the random states before the loss of the last row and after that row.
+        Returns:
+            The recorded rows; none if there is no file.
 
-    Raises:
-        FileError: Not a checkpoint; nothing was changed.
-        OptionError: A checkpoint of another training; nothing was changed.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != _FORMAT:
-            raise ValueError(f"format {state['format']!r}, this version reads {_FORMAT!r}")
-        run = Trajectory.from_bytes(state["run"].numpy().tobytes())
-        if not len(run):
-            raise ValueError("its trajectory is empty")
-        there, shapes_there = dict(json.loads(state["settings"])), _shapes(state["model"])
-        before, after = map(_check_random, state["random"])
-    except Exception as error:
-        raise no_checkpoint(path, error) from None
-    here, shapes = json.loads(json.dumps(settings, default=str)), _shapes(model.state_dict())
-    differ = [
-        f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    ]
-    other = ""
-    if differ:
-        other = "\n".join([f"{path} is of a training with other settings.", *differ])
-    elif shapes != shapes_there:
-        other = f"{path} is of another model.\n  there: {shapes_there}\n  now:   {shapes}"
-    if other:
-        raise OptionError(
-            f"{other}\n  delete {path}, or choose another file", argument="checkpoint"
-        )
-    old = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:
-        model.load_state_dict(old[0])
-        optimizer.load_state_dict(old[1])
-        raise no_checkpoint(path, error) from None
-    return run, before, after
+        Raises:
+            FileError: Not a checkpoint; nothing was changed.
+            OptionError: A checkpoint of another training, or of more steps; nothing was changed.
+        """
+        if self.path is None or not self.path.exists():
+            return Trajectory()
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["format"] != _FORMAT:
+                raise ValueError(f"format {state['format']!r}, this version reads {_FORMAT!r}")
+            run = Trajectory.from_bytes(state["run"].numpy().tobytes())
+            if not len(run):
+                raise ValueError("its trajectory is empty")
+            settings, shapes = dict(json.loads(state["settings"])), _shapes(state["model"])
+            before, after = map(_check_random, state["random"])
+        except Exception as error:
+            raise no_checkpoint(self.path, error) from None
+        self._check_training(settings, shapes)
+        last = int(run.steps[-1])
+        if last > steps:
+            raise OptionError(
+                f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}.\n"
+                f"  give steps >= {last}, or delete the file",
+                argument="steps",
+            )
+        ours = copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
+        try:
+            self._load(state["model"], state["optimizer"])
+        except Exception as error:
+            self._load(*ours)
+            raise no_checkpoint(self.path, error) from None
+        self.before, self.after = before, after
+        if run.stop_reason == "steps" and last < steps:
+            run.stop_reason = ""
+        return run
+
+    def _load(self, model: Mapping[str, Any], optimizer: dict[str, Any]) -> None:
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+
+    def _check_training(self, settings: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+        """Raise an ``OptionError`` if the file has other settings or another model."""
+        other, now = "", _shapes(self.model.state_dict())
+        differ = [
+            f"  {key}: {settings.get(key)!r} there, {self.settings.get(key)!r} now"
+            for key in {**settings, **self.settings}
+            if settings.get(key) != self.settings.get(key)
+        ]
+        if differ:
+            other = "\n".join([f"{self.path} is of a training with other settings.", *differ])
+        elif now != shapes:
+            other = f"{self.path} is of another model.\n  there: {shapes}\n  now:   {now}"
+        if other:
+            message = f"{other}\n  delete {self.path}, or choose another file"
+            raise OptionError(message, argument="checkpoint")
+
+    def loss_at_row(self, loss: Callable[[], Tensor], run: Trajectory) -> Tensor:
+        """Return the loss; at the row that was read with its random numbers, and checked against it."""
+        if not self.after:
+            self.before = random_state() if self.path is not None else []
+            return loss()
+        set_random_state(self.before)
+        value = loss()
+        set_random_state(self.after)
+        self.after = []
+        now, recorded = float(value.detach()), float(run.last("loss")[0])
+        if not math.isclose(now, recorded, rel_tol=1e-3):
+            raise OptionError(
+                f"fit: the checkpoint {self.path} is of another training.\n"
+                f"  loss recorded at step {run.steps[-1]}: {recorded:.6g}\n"
+                f"  loss found there now: {now:.6g}\n"
+                "  other data, or another loss; delete the file, or choose another one",
+                argument="checkpoint",
+            )
+        return value
 
 
 def no_checkpoint(path: Path, error: Exception, instead: str = "file") -> FileError:
@@ -129,7 +181,7 @@ def no_checkpoint(path: Path, error: Exception, instead: str = "file") -> FileEr
 
 def _check_random(state: Any) -> RandomState:
     """Return a random state if it is one; the CPU's is tried on a generator of its own."""
-    if not isinstance(state, list) or not all(isinstance(s, torch.Tensor) for s in state):
+    if not isinstance(state, list) or not all(isinstance(s, Tensor) for s in state):
         raise ValueError("a random state that is no list of tensors")
     torch.Generator().set_state(state[0])
     return state

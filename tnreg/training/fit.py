@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,7 @@ from torch import Tensor, nn
 
 from tnreg.errors import OptionError, check_integer
 from tnreg.machine.progress import shown_progress
-from tnreg.training.checkpoint import (
-    RandomState,
-    random_state,
-    read_checkpoint,
-    set_random_state,
-    write_checkpoint,
-)
+from tnreg.training.checkpoint import Checkpoint
 from tnreg.training.cuda_graph import CapturedStep
 from tnreg.training.optim import GroupRMSprop
 from tnreg.training.trajectory import Trajectory
@@ -101,10 +94,10 @@ def fit(
     _check_functions(watched, stop)
     update = _make_optimizer(optimizer, model, lr)
     update_alone = _update_alone(model, loss, update, graph)
-    saved = _Checkpoint(checkpoint, checkpoint_seconds, model, update, {
+    saved = Checkpoint(checkpoint, model, update, {
         **(settings or {}), "optimizer": _describe(update), "every": every,
         "observed": ["loss", *watched],
-    })  # fmt: skip
+    }, checkpoint_seconds)  # fmt: skip
     run = saved.read(steps)
     if run.stop_reason:
         return run
@@ -139,7 +132,7 @@ def fit(
             for step in range(first, steps + 1):
                 value: Tensor | None = None
                 if is_row(step):
-                    value = saved.loss_at_row(loss, run)
+                    value = saved.loss_at_row(lambda: _check_loss(loss(model)), run)
                 elif update_alone is None:
                     value = loss(model)
                 if value is not None and (is_row(step) or value.device.type == "cpu"):
@@ -191,70 +184,6 @@ def _captured_step(step: Callable[[], Any], model: nn.Module, needs_closure: boo
             argument="graph",
         )
     return CapturedStep(step, device)
-
-
-class _Checkpoint:
-    """The checkpoint of one training, and the random states at its last row; nothing without a path."""
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        seconds: float,
-        model: nn.Module,
-        update: torch.optim.Optimizer,
-        settings: Mapping[str, Any],
-    ) -> None:
-        self.path = None if path is None else Path(path)
-        self.seconds, self.settings = seconds, settings
-        self.model, self.update = model, update
-        self.written = time.monotonic()
-        self.before: RandomState = []  # before the loss of the last row was computed
-        self.after: RandomState = []  # after that row; empty unless it was read and comes next
-
-    def read(self, steps: int) -> Trajectory:
-        """Return the recorded rows; the model and the optimizer are as they were at the last one."""
-        if self.path is None or not self.path.exists():
-            return Trajectory()
-        run, self.before, self.after = read_checkpoint(
-            self.path, self.model, self.update, self.settings
-        )
-        last = int(run.steps[-1])
-        if last > steps:
-            raise OptionError(
-                f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}.\n"
-                f"  give steps >= {last}, or delete the file",
-                argument="steps",
-            )
-        if run.stop_reason == "steps" and last < steps:
-            run.stop_reason = ""
-        return run
-
-    def write(self, run: Trajectory, *, at_once: bool = False) -> None:
-        """Write the file if it is time."""
-        if self.path is None or not (at_once or time.monotonic() - self.written >= self.seconds):
-            return
-        write_checkpoint(self.path, self.model, self.update, run, self.settings, self.before)
-        self.written = time.monotonic()
-
-    def loss_at_row(self, loss: Callable[[Any], Tensor], run: Trajectory) -> Tensor:
-        """Return the loss; at a row that was read, with its random numbers, and checked against it."""
-        if not self.after:
-            self.before = random_state() if self.path is not None else []
-            return _check_loss(loss(self.model))
-        set_random_state(self.before)
-        value = _check_loss(loss(self.model))
-        set_random_state(self.after)
-        self.after = []
-        found, recorded = float(value.detach()), float(run.last("loss")[0])
-        if not math.isclose(found, recorded, rel_tol=1e-3):
-            raise OptionError(
-                f"fit: the checkpoint {self.path} is of another training.\n"
-                f"  loss recorded at step {run.steps[-1]}: {recorded:.6g}\n"
-                f"  loss found there now: {found:.6g}\n"
-                "  other data, or another loss; delete the file, or choose another one",
-                argument="checkpoint",
-            )
-        return value
 
 
 def _describe(update: torch.optim.Optimizer) -> dict[str, Any]:
