@@ -160,38 +160,14 @@ def run(
             argument="folder",
         )
     settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
-    values = distinct(settings)
-    vary = [key for key in values if len(values[key]) > 1]
-    fields = tuple(dict.fromkeys((*what.fields, *vary))) or tuple(values)
-    fields = tuple(sorted(fields, key=lambda name: name == "seed"))  # the seed last
-    config = {key: value if key in vary else value[0] for key, value in values.items()}
-    entries = {
-        **versions(), "experiment": what.title, "config": config, "fields": fields, "headline": "",
-        "summary": [], "failed": [], "table": [],
-    }  # fmt: skip
-    extra = as_json({} if about is None else about, "sweep: about is a dict of values for JSON")
-    own = sorted(entries.keys() & extra.keys() - {"config"})
-    if own:
-        raise OptionError(
-            f"sweep: about cannot hold {', '.join(own)}, which the sweep writes itself; "
-            "choose another name.",
-            argument="about",
-        )
-    entries |= extra
+    entries = _entries(what, settings, {} if about is None else about)
     all_cells = [
         Cell(place, name, one, what.defaults)
-        for name, one in zip(names(settings, fields, what.name), settings, strict=True)
+        for name, one in zip(names(settings, entries["fields"], what.name), settings, strict=True)
     ]
     done = {c.name: summary for c in all_cells if (summary := find(c)) is not None}
     missing = [cell for cell in all_cells if cell.name not in done]
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
-    if not (place / "config.json").exists():  # so that a sweep cut short is known as one
-        _write_about(place, entries)
-    if what.prepare is not None and missing:
-        what.prepare([cell.settings for cell in missing], place, progress)
+    _begin(what, place, entries, missing, progress)
     outcomes: list[Done | Failed] = []
     try:
         with _bar(len(all_cells), len(done), what, progress) as advance:
@@ -203,8 +179,13 @@ def run(
                 advance(outcome)
     finally:  # what is done is written, whatever ended the sweep
         done |= {one.cell.name: one.summary for one in outcomes if isinstance(one, Done)}
-        finished = [(cell, done[cell.name]) for cell in all_cells if cell.name in done]
-        result = _finish(what, finished, outcomes, entries, place, parquet)
+        rows = [
+            _row(entries["fields"], cell.settings, what.row(cell.settings, done[cell.name]))
+            for cell in all_cells
+            if cell.name in done
+        ]
+        _write_rows(place, rows, parquet)
+        result = _finish(what, place, entries, rows, outcomes)
     return result
 
 
@@ -253,20 +234,53 @@ def _bar(
         yield add
 
 
+def _entries(
+    what: Experiment, settings: list[dict[str, Any]], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what ``config.json`` of the sweep holds before anything is computed."""
+    values = distinct(settings)
+    vary = [key for key in values if len(values[key]) > 1]
+    fields = dict.fromkeys((*what.fields, *vary)) or values
+    entries = {
+        **versions(), "experiment": what.title,
+        "config": {key: one if key in vary else one[0] for key, one in values.items()},
+        "fields": tuple(sorted(fields, key=lambda name: name == "seed")),  # the seed last
+        "headline": "", "summary": [], "failed": [], "table": [],
+    }  # fmt: skip
+    extra = as_json(about, "sweep: about is a dict of values for JSON")
+    own = sorted(entries.keys() & extra.keys() - {"config"})
+    if own:
+        raise OptionError(
+            f"sweep: about cannot hold {', '.join(own)}, which the sweep writes itself; "
+            "choose another name.",
+            argument="about",
+        )
+    return entries | extra
+
+
+def _begin(
+    what: Experiment, place: Path, entries: dict[str, Any], missing: list[Cell], progress: bool
+) -> None:
+    """Make the folder, with a ``config.json`` so that a sweep cut short is known as one."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
+    if not (place / "config.json").exists():
+        _write_about(place, entries)
+    if what.prepare is not None and missing:
+        what.prepare([cell.settings for cell in missing], place, progress)
+
+
 def _finish(
     what: Experiment,
-    finished: list[tuple[Cell, dict[str, Any]]],
-    outcomes: list[Done | Failed],
-    entries: dict[str, Any],
     place: Path,
-    parquet: bool,
+    entries: dict[str, Any],
+    rows: list[dict[str, Any]],
+    outcomes: list[Done | Failed],
 ) -> Result:
-    """Write table, rows and picture of the cells that are done."""
-    fields = entries["fields"]
-    rows = [_row(fields, cell.settings, what.row(cell.settings, one)) for cell, one in finished]
-    columns = dict.fromkeys([what.headline, *(k for row in rows for k in row if k not in fields)])
-    drawable = (c for c in columns if any(number(row.get(c)) is not None for row in rows))
-    headline = next(drawable, "")
+    """Write ``config.json`` and draw the picture."""
+    fields, headline = entries["fields"], _headline(rows, entries["fields"], what.headline)
     table = what.table(rows, fields, headline) if headline else []
     errors = [one for one in outcomes if isinstance(one, Failed)]
     unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
@@ -274,9 +288,8 @@ def _finish(
     failures = [
         {"name": one.cell.name, "config": one.cell.settings, "error": one.error} for one in failed
     ]
-    entries |= {"headline": headline, "summary": rows, "failed": failures, "table": table}
-    _write_about(place, entries)
-    _write_rows(place, rows, parquet)
+    results = {"headline": headline, "summary": rows, "failed": failures, "table": table}
+    _write_about(place, entries | results)
     if headline:
         try:
             what.figure(place)
@@ -284,6 +297,12 @@ def _finish(
             warnings.warn(f"no picture of {place}: {type(error).__name__}: {error}", stacklevel=3)
     computed = [one.cell.name for one in outcomes if isinstance(one, Done) and one.computed]
     return Result(place, rows, failed, unfinished, computed, fields, headline, table)
+
+
+def _headline(rows: list[dict[str, Any]], fields: Sequence[str], wanted: str) -> str:
+    """Return the wanted column, or the first result, that has a finite number; else empty."""
+    columns = dict.fromkeys([wanted, *(key for row in rows for key in row if key not in fields)])
+    return next((c for c in columns if any(number(row.get(c)) is not None for row in rows)), "")
 
 
 def _row(

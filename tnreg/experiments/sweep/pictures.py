@@ -73,19 +73,12 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     place = Path(folder)
     about = read_sweep(place)
     with reading("a finished sweep", place):
-        rows, fields, headline = about["summary"], list(about["fields"]), about["headline"]
-        varied = [name for name in fields if len({json.dumps(row[name]) for row in rows}) > 1]
-        along, numeric = _along(rows, varied or fields)
-        others = [name for name in varied if name not in (along, "seed")]
-        points = _grouped(rows, [along, *others], headline)
-        if not points:
+        headline = about["headline"]
+        along, lines = _lines(about["summary"], list(about["fields"]), headline)
+        if not lines:
             raise ValueError(f"no finite number in the column {headline!r}")
-    if numeric:
-        points.sort(key=lambda row: float(row[along]))
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in points:
-        words = [row[n] if isinstance(row[n], str) else f"{n} {row[n]}" for n in others]
-        lines.setdefault(", ".join(words), []).append(row)
+    points = [row for line in lines.values() for row in line]
+    numeric = all(number(row[along]) is not None for row in points)
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
     for label, line in lines.items():
@@ -104,9 +97,26 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     seeds = max(row["seeds"] for row in points)
     if seeds > 1:
         ax.set_title(f"means and standard deviations of {seeds} seeds", fontsize=10)
-    if others:
+    if any(lines):
         ax.legend(fontsize=8)
     return save_figure(drawn, png or place / "sweep.png")
+
+
+def _lines(
+    rows: list[dict[str, Any]], fields: list[str], headline: str
+) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """Return the field to draw against, and the points of every line by its label."""
+    varied = [name for name in fields if len({json.dumps(row[name]) for row in rows}) > 1]
+    candidates = [name for name in varied or fields if name != "seed"] or ["seed"]
+    numbers = [n for n in candidates if all(number(row[n]) is not None for row in rows)]
+    along = (numbers or candidates)[0]
+    others = [name for name in varied if name not in (along, "seed")]
+    points = _grouped(rows, [along, *others], headline)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(points, key=lambda row: float(row[along])) if numbers else points:
+        words = [row[n] if isinstance(row[n], str) else f"{n} {row[n]}" for n in others]
+        lines.setdefault(", ".join(words), []).append(row)
+    return along, lines
 
 
 def number(value: Any) -> float | None:
@@ -117,13 +127,6 @@ def number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
-
-
-def _along(rows: list[dict[str, Any]], fields: list[str]) -> tuple[str, bool]:
-    """Return the field to draw against, and whether it holds numbers."""
-    candidates = [name for name in fields if name != "seed"] or ["seed"]
-    numbers = [n for n in candidates if all(number(row[n]) is not None for row in rows)]
-    return (numbers or candidates)[0], bool(numbers)
 
 
 def _wide(values: list[float]) -> bool:
