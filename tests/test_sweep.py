@@ -35,42 +35,40 @@ from tnreg.experiments.sweep.cell import Unfinished
 
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
 BAD = "a-2-b-y-seed-1"  # fails as long as there is a file of that name
-REFUSED = "a-3-b-y-seed-1"  # so does this one, with an OptionError
+WRONG = "a-3-b-y-seed-1"  # so does this one, with an OptionError
 
 
 def work(cell, folder, checkpoint):
     """Squares, slowly; what it does is in a log beside the cells."""
-    log = checkpoint.parent.parent / "log"
-    name = re.sub(r"\.[0-9a-f]{8}\.checkpoint$", "", checkpoint.name)
+    place, name = checkpoint.parent.parent, checkpoint.name.split(".")[0]
 
     def note(what):
-        with log.open("a") as file:
+        with (place / "log").open("a") as file:
             file.write(f"{what} {name} {os.getpid()} {torch.get_num_threads()}\n")
 
     note("begin")
     time.sleep(0.05)
     note("end")
-    if name == REFUSED and (checkpoint.parent.parent / name).exists():
-        raise OptionError("no such setting")
-    if (checkpoint.parent.parent / name).exists():
-        raise RuntimeError("on purpose\nwith a second line")
+    if (place / name).exists():
+        raise (OptionError if name == WRONG else RuntimeError)("on purpose\nwith a second line")
     (folder / "made").write_text(name)
     return {"y": cell["a"] ** 2 + cell["seed"], "nothing": None, "list": [1, 2], "text": cell["b"]}
 
 
-def logged(place, what="begin"):
-    lines = [line.split() for line in (place / "log").read_text().splitlines()]
-    return [line for line in lines if line[0] == what]
+def logged(place):
+    return [line.split() for line in (place / "log").read_text().splitlines()]
 
 
 def counts(place):
-    return collections.Counter(line[1] for line in logged(place))
+    """How often each cell was begun."""
+    return collections.Counter(line[1] for line in logged(place) if line[0] == "begin")
 
 
 def start(*arguments, **options):
-    """A process of its own, with the tests to import."""
-    around = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *arguments], env=around, text=True, **options)
+    """Start a process of its own, with the tests to import."""
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, text=True, **options)
 
 
 def sweep_in_process(place, *options):
@@ -78,38 +76,39 @@ def sweep_in_process(place, *options):
     return start("-c", script, str(place / "s"))
 
 
-def wait(condition, process, seconds=300):
-    end = time.monotonic() + seconds
+def wait(condition, process):
+    end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
 
 
+def cells_there(place):
+    return {path.parent.name: path.stat() for path in sorted((place / "s").glob("*/config.json"))}
+
+
+def files(place):
+    """What is in the sweep's folder beside its cells."""
+    return {path.name for path in (place / "s").iterdir()} - set(cells_there(place))
+
+
 def assert_all_but_one(place, found):
     """Eleven of twelve cells are there, and the failing one is reported everywhere."""
     assert len(found.rows) == 11 and [one.cell.name for one in found.failed] == [BAD]
-    assert found.failed[0].error == "RuntimeError: on purpose"
-    about = json.loads((place / "s" / "config.json").read_text())
-    (told,) = about["failed"]
-    assert told["config"] == {"a": 2, "b": "y", "seed": 1} and told["name"] == BAD
+    bad = {
+        "name": BAD,
+        "config": {"a": 2, "b": "y", "seed": 1},
+        "error": "RuntimeError: on purpose",
+    }
+    assert json.loads((place / "s" / "config.json").read_text())["failed"] == [bad]
     with open(place / "s" / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(int(r["a"]), r["b"], int(r["seed"]), int(r["y"])) for r in rows] == [
-        (c["a"], c["b"], c["seed"], c["a"] ** 2 + c["seed"]) for c in CELLS if c != told["config"]
+        (c["a"], c["b"], c["seed"], c["a"] ** 2 + c["seed"]) for c in CELLS if c != bad["config"]
     ]
     assert list(rows[0]) == ["a", "b", "seed", "y", "nothing", "text"]
     assert (place / "s" / "sweep.png").stat().st_size > 1000
-    left = {path.name for path in (place / "s").iterdir()} - {
-        one["name"] for one in cells_there(place)
-    }
-    assert left - {f".{BAD}.lock"} == {"config.json", "results.csv", "sweep.png"}
-
-
-def cells_there(place):
-    return [
-        {"name": path.parent.name, "time": path.stat().st_mtime_ns, "file": path.stat().st_ino}
-        for path in sorted((place / "s").glob("*/config.json"))
-    ]
+    assert files(place) - {f".{BAD}.lock"} == {"config.json", "results.csv", "sweep.png"}
 
 
 def test_killed_and_started_again(tmp_path, capsys):
@@ -122,36 +121,35 @@ def test_killed_and_started_again(tmp_path, capsys):
     time.sleep(0.5)  # its processes end with it
     before = cells_there(tmp_path)
     assert 3 <= len(before) < 12 and not (tmp_path / "s" / "results.csv").exists()
-    code, said, err = call(capsys, *command, "2")
-    assert code == 0 and f"12 runs, {12 - len(before)} of them now" in said, err
+    code, out, err = call(capsys, *command, "2")
+    assert code == 0 and f"12 runs, {12 - len(before)} of them now" in out, err
     after = cells_there(tmp_path)
-    assert len(after) == 12 and all(one in after for one in before)
+    assert len(after) == 12
+    for name, old in before.items():
+        assert (after[name].st_ino, after[name].st_mtime_ns) == (old.st_ino, old.st_mtime_ns)
     with open(tmp_path / "s" / "results.csv", newline="") as file:
         assert len({(r["arm"], r["distance"], r["seed"]) for r in csv.DictReader(file)}) == 12
-    names = {path.name for path in (tmp_path / "s").iterdir()} - {one["name"] for one in after}
-    assert names == {"config.json", "results.csv", "locality.png"}
+    assert files(tmp_path) == {"config.json", "results.csv", "locality.png"}
 
 
-def test_a_failing_cell_on_two_workers(tmp_path):
+def test_failing_cells_on_two_workers(tmp_path):
     (tmp_path / BAD).touch()
-    (tmp_path / REFUSED).touch()
+    (tmp_path / WRONG).touch()
     threads = torch.get_num_threads()
     found = sweep.run(work, CELLS, tmp_path / "s", workers=2, progress=True)
-    refused = next(one for one in found.failed if one.cell.name == REFUSED)
-    assert refused.error == "OptionError: no such setting"
-    assert len(found.computed) == 10 and counts(tmp_path).pop(BAD) == 2  # tried again once
-    assert counts(tmp_path).pop(REFUSED) == 1  # would be refused again
-    assert set(counts(tmp_path).values()) == {1, 2}
+    errors = {one.cell.name: one.error for one in found.failed}
+    assert errors == {BAD: "RuntimeError: on purpose", WRONG: "OptionError: on purpose"}
+    expected = dict.fromkeys(counts(tmp_path), 1) | {BAD: 2}  # an OptionError would come again
+    assert len(found.computed) == 10 and counts(tmp_path) == expected
     pids = {line[2] for line in logged(tmp_path)}
     assert len(pids) == 2 and str(os.getpid()) not in pids
-    assert {line[3] for line in logged(tmp_path)} == {"1"}
-    assert torch.get_num_threads() == threads
-    (tmp_path / REFUSED).unlink()
+    assert {line[3] for line in logged(tmp_path)} == {"1"} and torch.get_num_threads() == threads
+    (tmp_path / WRONG).unlink()
     assert_all_but_one(tmp_path, sweep.run(work, CELLS, tmp_path / "s", workers=0, retries=0))
     (tmp_path / BAD).unlink()
     again = sweep.run(work, CELLS, tmp_path / "s", workers=0)
     assert again.computed == [BAD] and not again.failed and len(again.rows) == 12
-    assert counts(tmp_path).pop(BAD) == 4 and sum(counts(tmp_path).values()) == 16
+    assert counts(tmp_path) == expected | {BAD: 4, WRONG: 2}
     assert not (tmp_path / "s" / f".{BAD}.lock").exists()
 
 
@@ -189,9 +187,8 @@ def test_on_a_cluster_that_outlives_the_sweep(cluster, tmp_path):
     assert_all_but_one(tmp_path, found)
     computed = counts(tmp_path)
     assert computed.pop(BAD) <= 3 and set(computed.values()) == {1} and len(computed) == 11
-    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    for pid in {line[2] for line in lines}:  # one cell at a time in a process
-        own = [line[0] for line in lines if line[2] == pid]
+    for pid in {line[2] for line in logged(tmp_path)}:  # one cell at a time in a process
+        own = [line[0] for line in logged(tmp_path) if line[2] == pid]
         assert own == ["begin", "end"] * (len(own) // 2)
     # and without the scheduler: what is done is written, and the same call goes on
     more = [{"a": a, "pid": scheduler.pid if a == 1 else 0} for a in range(4)]
@@ -249,54 +246,36 @@ def test_rows_table_and_parquet(tmp_path):
 
 def fails_once(cell, folder, checkpoint):
     if not checkpoint.exists():
-        checkpoint.write_text("half")
+        checkpoint.write_text(str(cell["n"]))
         (folder / "half").touch()
-        raise OSError("lost")
-    return {"went on from": checkpoint.read_text(), "empty": not any(folder.iterdir())}
+        raise KeyboardInterrupt if cell["n"] == 0 else OSError("lost")
+    return {"y": checkpoint.read_text(), "empty": not any(folder.iterdir())}
 
 
-def test_checkpoint_is_there_for_the_next_attempt(tmp_path):
-    left = tmp_path / "s" / ".a-1.partial-1"  # of a process that was killed
-    first = sweep.run(fails_once, [{"a": 1}], tmp_path / "s", workers=0, retries=0)
-    assert first.failed[0].error == "OSError: lost" and not first.rows
-    assert len(list((tmp_path / "s").glob("a-1.*.checkpoint"))) == 1
-    left.mkdir()
-    second = sweep.run(fails_once, [{"a": 1}], tmp_path / "s", workers=0, retries=0)
-    assert second.rows == [{"a": 1, "went on from": "half", "empty": True}]
-    assert not list((tmp_path / "s").glob("*.checkpoint")) and not left.exists()
-    assert sweep.run(fails_once, [{"a": 2}], tmp_path / "t", workers=0, retries=1).rows
-
-
-def goes_on(cell, folder, checkpoint):
-    """Adds one to what the checkpoint holds; ends at ``n``, or fails as it is told."""
-    count = int(checkpoint.read_text()) if checkpoint.exists() else cell["n"]
-    checkpoint.write_text(str(count + 1))
-    if cell["n"] == 5 and count == 5:
-        raise OSError("lost")
-    return {"y": count}
-
-
-def test_a_checkpoint_of_other_settings_is_not_given(tmp_path):
-    for n, values in ((5, []), (8, [8, 8])):  # n is in no name
+def test_checkpoints(tmp_path):
+    """One is there for the next attempt, not for other settings; both go when the cell is done."""
+    place = tmp_path / "s"
+    for n in (5, 8):  # n is in no name
         cells = [{"x": x, "n": n} for x in (1, 2)]
-        found = sweep.run(goes_on, cells, tmp_path / "s", workers=0, retries=0)
-        assert [row["y"] for row in found.rows] == values
-        kept = len(list((tmp_path / "s").glob("x-?.*.checkpoint")))
-        assert kept == len(found.failed)  # those of other settings go when the cell is done
-
-
-def stops_at_three(cell, folder, checkpoint):
-    if cell["a"] == 3 and not checkpoint.exists():
-        checkpoint.touch()
-        raise KeyboardInterrupt
-    return {"y": 1}
+        first = sweep.run(fails_once, cells, place, workers=0, retries=0)
+        assert [one.error for one in first.failed] == ["OSError: lost"] * 2 and not first.rows
+    assert len(list(place.glob("x-?.*.checkpoint"))) == 4
+    remains = place / ".x-1.partial-1"  # of a process that was killed
+    remains.mkdir()
+    second = sweep.run(fails_once, cells, place, workers=0, retries=0)
+    assert second.rows == [{"x": x, "y": "8", "empty": True} for x in (1, 2)]
+    assert not list(place.glob("*.checkpoint")) and not remains.exists()
+    assert sweep.run(fails_once, [{"x": 1, "n": 1}], tmp_path / "t", workers=0, retries=1).rows
 
 
 def test_interrupted(tmp_path):
-    cells = [{"a": a} for a in range(5)]
+    """What is done is written, and the same call goes on."""
+    cells = [{"x": 1, "n": n} for n in (2, 0, 1)]
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(stops_at_three, cells, tmp_path / "s", workers=0)
-    assert sweep.run(stops_at_three, cells, tmp_path / "s", workers=0).computed == ["a-3", "a-4"]
+        sweep.run(fails_once, cells, tmp_path / "s", workers=0)
+    assert (tmp_path / "s" / "results.csv").read_text() == "n,y,empty\n2,2,True\n"
+    found = sweep.run(fails_once, cells, tmp_path / "s", workers=0)
+    assert found.computed == ["n-0", "n-1"] and len(found.rows) == 3
 
 
 @pytest.mark.parametrize(
@@ -387,11 +366,13 @@ def test_cells_whose_time_is_over(tmp_path, monkeypatch, kind):
     """They are neither rows nor failures, keep their checkpoints and are done by the next call."""
     if kind == "pool":  # without Dask
         monkeypatch.setitem(sys.modules, "distributed", None)
-    cells = [{"a": a} for a in (1, 2, 3, 4)]
+    cells = [{"a": a} for a in (1, 2, 3, 4, 7)]
     workers = 0 if kind == "alone" else 2
     first = sweep.run(ends_at_a_deadline, cells, tmp_path / "s", workers=workers)
     assert [row["y"] for row in first.rows] == [1]
-    assert [(f.cell.name, f.error) for f in first.failed] == [("a-3", "OptionError: never 3")]
+    errors = {one.cell.name: one.error for one in first.failed}
+    odd = "Odd: 1 and 2" if kind == "alone" else "RuntimeError: Odd: 1 and 2"
+    assert errors == {"a-3": "OptionError: never 3", "a-7": odd}
     assert {f.cell.name: f.exception.so_far for f in first.unfinished} == {
         "a-2": {"epochs": 4}, "a-4": {"epochs": 4},
     }  # fmt: skip
@@ -401,16 +382,6 @@ def test_cells_whose_time_is_over(tmp_path, monkeypatch, kind):
     assert not list((tmp_path / "s").glob("*.checkpoint"))
     mine = {row["process"] == os.getpid() for row in second.rows}
     assert mine == {kind == "alone"}
-
-
-def test_an_error_that_cannot_be_sent(tmp_path, monkeypatch):
-    """It costs no other cell, and its traceback is there."""
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    cells = [{"a": a} for a in (7, 1, 9)]
-    found = sweep.run(ends_at_a_deadline, cells, tmp_path / "s", workers=2)
-    assert [row["y"] for row in found.rows] == [1, 9]
-    (failed,) = found.failed
-    assert failed.error == "RuntimeError: Odd: 1 and 2"
 
 
 def test_a_process_that_dies_without_dask(tmp_path, monkeypatch):
