@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from tnreg import (
     ShapeError,
     truncate,
 )
+from tnreg.machine.files import read_safetensors
 
 F64 = torch.float64
 
@@ -31,48 +33,42 @@ def classifier(kind="affine", share=False, scores="normalized", tree=None, **opt
     return ConvAC(representation, net, scores=scores).start_averaging_(generator=random)
 
 
-def images(count=6, channels=1, rows=4, columns=4):
+def images(channels=1, rows=4, columns=4):
     random = torch.Generator().manual_seed(7)
-    return torch.rand(count, channels, rows, columns, dtype=F64, generator=random)
+    return torch.rand(6, channels, rows, columns, dtype=F64, generator=random)
 
 
 def patches(x, rows, columns):
     """(B, patches, channels * rows * columns) by plain loops."""
-    out = []
-    for r in range(0, x.shape[2], rows):
-        out += [
-            x[:, :, r : r + rows, c : c + columns].flatten(1) for c in range(0, x.shape[3], columns)
-        ]
-    return torch.stack(out, 1)
+    corners = [(r, c) for r in range(0, x.shape[2], rows) for c in range(0, x.shape[3], columns)]
+    return torch.stack([x[:, :, r : r + rows, c : c + columns].flatten(1) for r, c in corners], 1)
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_templates_are_their_definitions(patch, channels):
-    x = images(channels=channels)
+    x = images(channels)
     cut = patches(x, *patch)
-    options = {"patch": patch, "channels": channels, "dtype": F64}
-    shape = (6, 3, 4 // patch[0], 4 // patch[1])
-
-    def check(found, wanted):
-        assert found.shape == shape
-        assert torch.allclose(found.flatten(2).mT, wanted, rtol=1e-12)
-
-    affine = Representation(3, kind="affine", **options)
-    check(affine(x), torch.relu(cut @ affine.weight.T + affine.bias))
-    gaussian = Representation(3, kind="gaussian", **options)
-    away = (cut.unsqueeze(2) - gaussian.means).square().sum(-1)
-    check(gaussian(x), torch.exp(-away / (2 * gaussian.log_widths.exp() ** 2)))
-    mean = cut.mean(-1)
-    bins = Representation(3, kind="bins", **options)(x)
-    index = torch.clamp((mean * 3).long(), 0, 2)
-    check(bins, torch.nn.functional.one_hot(index, 3).to(F64))
-    angle = math.pi / 2 * mean
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    wanted = torch.stack([cos**2, math.sqrt(2) * cos * sin, sin**2], 2)
-    check(Representation(3, kind="sine", **options)(x), wanted)
-    # of norm 1 at every pixel
-    assert torch.allclose(wanted.square().sum(-1), torch.ones_like(mean))
+    mean, kinds = cut.mean(-1), ("affine", "gaussian", "bins", "sine")
+    templates = {
+        kind: Representation(3, kind=kind, patch=patch, channels=channels, dtype=F64)
+        for kind in kinds
+    }
+    affine, gaussian = templates["affine"], templates["gaussian"]
+    distances = (cut.unsqueeze(2) - gaussian.means).square().sum(-1)
+    cos, sin = torch.cos(math.pi / 2 * mean), torch.sin(math.pi / 2 * mean)
+    wanted = {
+        "affine": torch.relu(cut @ affine.weight.T + affine.bias),
+        "gaussian": torch.exp(-distances / (2 * gaussian.log_widths.exp() ** 2)),
+        "bins": torch.nn.functional.one_hot((mean * 3).long().clamp(0, 2), 3).to(F64),
+        "sine": torch.stack([cos**2, math.sqrt(2) * cos * sin, sin**2], 2),
+    }
+    for kind in kinds:
+        found = templates[kind](x)
+        assert found.shape == (6, 3, 4 // patch[0], 4 // patch[1])
+        assert torch.allclose(found.flatten(2).mT, wanted[kind], rtol=1e-12)
+    norms = wanted["sine"].square().sum(-1)
+    assert torch.allclose(norms, torch.ones_like(mean))
 
 
 def test_fixed_templates_are_not_trained():
@@ -148,11 +144,12 @@ def test_files_that_are_no_classifiers(tmp_path):
     with pytest.raises(FileError, match="no such model file"):
         ConvAC.load(tmp_path / "missing")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(FileError, match="not a classifier: .*\n.*\n  expected: a safetensors file"):
-        ConvAC.load(tmp_path / "text")
-    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match="not a classifier"):
-        ConvAC.load(tmp_path / "other.safetensors")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    for name in ("text", "other"):
+        with pytest.raises(
+            FileError, match="not a classifier: .*\n.*\n  expected: a safetensors file"
+        ):
+            ConvAC.load(tmp_path / name)
     model = classifier()
     with torch.no_grad():
         model.representation.bias[0] = math.nan
@@ -161,27 +158,38 @@ def test_files_that_are_no_classifiers(tmp_path):
     assert not (tmp_path / "broken.safetensors").exists()
 
 
-def test_what_is_refused():
-    with pytest.raises(OptionError, match="unknown kind 'wavelet' of templates; there is affine"):
-        Representation(3, kind="wavelet")
-    with pytest.raises(OptionError, match="templates must be an integer >= 1"):
-        Representation(0)
-    with pytest.raises(OptionError, match="low < high, found 1"):
-        Representation(3, low=1.0, high=1.0)
-    with pytest.raises(OptionError, match=r"patch must be \(height, width\), found 2"):
-        Representation(3, patch=2)
-    for kind in ("affine", "gaussian"):
-        with pytest.raises(DataError, match=r"write images.to\(torch.float32\)"):
-            Representation(3, kind=kind)(torch.zeros(1, 1, 4, 4, dtype=F64))
-    with pytest.raises(DataError, match="a floating-point dtype"):
-        Representation(3, kind="bins")(torch.zeros(1, 1, 4, 4, dtype=torch.int64))
-    with pytest.raises(ShapeError, match=r"expected: \(B, 1, a multiple of 2, a multiple of 2\)"):
-        Representation(3, patch=(2, 2))(torch.zeros(1, 1, 4, 5))
-    net = ConvNet(ModeTree.star(3), 2, 4)
-    with pytest.raises(OptionError, match="a classifier needs a net with outputs"):
-        ConvAC(Representation(2), net)
-    many = ConvNet(ModeTree.star(3), 2, 4, outputs=3)
-    with pytest.raises(ShapeError, match=r"3 templates do not fit input channels \{2\}"):
-        ConvAC(Representation(3), many)
-    with pytest.raises(OptionError, match="unknown scores 'log'"):
-        ConvAC(Representation(2), many, scores="log")
+def test_files_of_the_first_format_are_read(tmp_path):
+    """Names of the format and of the weights are on disk in files that others have written."""
+    model, path = classifier(tree=ModeTree([[0, 1], 2, 3]), share=True), tmp_path / "model"
+    model.save(path)
+    metadata, state = read_safetensors(path)
+    about = json.loads(metadata["tnreg-convac"])
+    assert about["format"] == "tnreg.convac/1" and about["joins"][0] == "leaf"
+    assert sorted(state) == [
+        *(f"net.convs.layer{k}.weight" for k in range(3)), "representation.bias", "representation.weight"
+    ]  # fmt: skip
+
+
+WIDE = torch.zeros(1, 1, 4, 4, dtype=F64)
+NET, MANY = (ConvNet(ModeTree.star(3), 2, 4, outputs=outputs) for outputs in (None, 3))
+REFUSED = [
+    (lambda: Representation(3, kind="wavelet"), OptionError,
+     "unknown kind 'wavelet' of templates; there is affine"),
+    (lambda: Representation(0), OptionError, "templates must be an integer >= 1"),
+    (lambda: Representation(3, low=1.0, high=1.0), OptionError, "low < high, found 1"),
+    (lambda: Representation(3, patch=2), OptionError, r"patch must be \(height, width\), found 2"),
+    (lambda: Representation(3, kind="affine")(WIDE), DataError, r"write images.to\(torch.float32\)"),
+    (lambda: Representation(3, kind="gaussian")(WIDE), DataError, r"write images.to\(torch.float32\)"),
+    (lambda: Representation(3, kind="bins")(WIDE.long()), DataError, "a floating-point dtype"),
+    (lambda: Representation(3, patch=(2, 2))(WIDE[..., :3]), ShapeError,
+     r"expected: \(B, 1, a multiple of 2, a multiple of 2\)"),
+    (lambda: ConvAC(Representation(2), NET), OptionError, "a classifier needs a net with outputs"),
+    (lambda: ConvAC(Representation(3), MANY), ShapeError, r"3 templates do not fit input channels \{2\}"),
+    (lambda: ConvAC(Representation(2), MANY, scores="log"), OptionError, "unknown scores 'log'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
+def test_what_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

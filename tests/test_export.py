@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 import zoo
 
@@ -23,7 +22,9 @@ from tnreg import (
     export_onnx,
     to_cnn,
 )
+from tnreg.cnns import export
 from tnreg.cnns.export import example_inputs, export_pt2, export_state
+from tnreg.machine.files import read_safetensors
 
 
 def networks():
@@ -106,29 +107,25 @@ def test_a_module_of_ones_own_with_an_example(tmp_path):
 def test_plain_weights_name_their_layers(tmp_path, name):
     net = NETWORKS[name]
     export_state(net, tmp_path / "net.safetensors")
-    with safetensors.safe_open(tmp_path / "net.safetensors", framework="pt") as file:
-        about = json.loads(file.metadata()["network"])
-        state = {key: file.get_tensor(key) for key in file.keys()}
+    metadata, state = read_safetensors(tmp_path / "net.safetensors")
+    about = json.loads(metadata["network"])
     inner = net.net if name == "classifier" else net
     assert set(state) == set(net.state_dict())
     named = [node for layer in about["layers"] for node in layer["nodes"]]
     assert sorted(named) == sorted(map(str, inner.tree.nodes))
+    layer_of = {str(node): inner.layer_of(node) for node in inner.tree.nodes}
     for layer in about["layers"]:
-        assert layer["weight"] in state
-        assert all(
-            inner.layer_of(v) == layer["layer"]
-            for v in inner.tree.nodes
-            if str(v) in layer["nodes"]
-        )
+        assert layer["weight"] in state and {layer_of[v] for v in layer["nodes"]} == {
+            layer["layer"]
+        }
 
 
 def test_a_network_by_hand_from_plain_weights(tmp_path):
     """What the JSON says is enough: the network rebuilt in a few lines gives the same values."""
     net = ConvNet(ModeTree.binary(4), 3, 4, std=0.7, dtype=torch.float64)
     export_state(net, tmp_path / "net.safetensors")
-    with safetensors.safe_open(tmp_path / "net.safetensors", framework="pt") as file:
-        layers = json.loads(file.metadata()["network"])["layers"]
-        state = {key: file.get_tensor(key) for key in file.keys()}
+    metadata, state = read_safetensors(tmp_path / "net.safetensors")
+    layers = json.loads(metadata["network"])["layers"]
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     values = {}
     for layer in layers:
@@ -146,36 +143,32 @@ class Branching(torch.nn.Module):
         return x if float(x.sum()) > 0 else -x
 
 
-def test_networks_that_cannot_be_traced(tmp_path):
-    with pytest.raises(OptionError, match="cannot export this network with a dynamic batch"):
-        export_pt2(Branching(), tmp_path / "x.pt2", example=torch.ones(2, 3))
-    assert list(tmp_path.iterdir()) == []
+LINEAR = torch.nn.Linear(2, 2)
+COMPLEX = to_cnn(zoo.model_of(ModeTree.binary(4), dtype=torch.complex128, sizes=(3, 3, 3, 3)))
+SCATTERED = ConvAC(Representation(3), ConvNet(ModeTree([[0, 3], [1, 2]]), 3, 4, outputs=5))
+HUGE = ConvNet(ModeTree.grid((8, 8)), 3, 4, std=1e30, scaled=False)
+REFUSED = [
+    (export_onnx, LINEAR, {}, OptionError, "found Linear; give a ConvNet"),
+    (export_onnx, COMPLEX, {}, OptionError, "ONNX has no complex numbers; export_pt2"),
+    (export_onnx, SCATTERED, {}, OptionError, "give example=images"),
+    (export_state, LINEAR, {}, OptionError, "found Linear"),
+    (export_pt2, LINEAR, {"example": torch.zeros(1, 2)}, OptionError, "two samples or more"),
+    (export_pt2, LINEAR, {"example": torch.zeros(2, 3, 5)}, OptionError,
+     r"does not take the example of shapes \[\(2, 3, 5\)\]"),
+    (export_pt2, HUGE, {}, DataError, "leave the range of torch.float32 on random inputs"),
+    (export_pt2, Branching(), {"example": torch.ones(2, 3)}, OptionError,
+     "cannot export this network with a dynamic batch"),
+]  # fmt: skip
 
 
-def test_what_is_refused(tmp_path):
-    with pytest.raises(OptionError, match="found Linear; give a ConvNet"):
-        export_onnx(torch.nn.Linear(2, 2), tmp_path / "x.onnx")
-    with pytest.raises(OptionError, match="two samples or more"):
-        export_pt2(torch.nn.Linear(2, 2), tmp_path / "x.pt2", example=torch.zeros(1, 2))
-    complex_net = to_cnn(zoo.model_of(ModeTree.binary(4), dtype=torch.complex128))
-    with pytest.raises(OptionError, match="ONNX has no complex numbers; export_pt2"):
-        export_onnx(complex_net, tmp_path / "x.onnx")
-    random_tree = ConvNet(ModeTree([[0, 3], [1, 2]]), 3, 4, outputs=5)
-    with pytest.raises(OptionError, match="give example=images"):
-        export_onnx(ConvAC(Representation(3), random_tree), tmp_path / "x.onnx")
-    with pytest.raises(OptionError, match="found Linear"):
-        export_state(torch.nn.Linear(2, 2), tmp_path / "x.safetensors")
-    with pytest.raises(OptionError, match=r"does not take the example of shapes \[\(2, 3, 5\)\]"):
-        export_pt2(torch.nn.Linear(2, 2), tmp_path / "x.pt2", example=torch.zeros(2, 3, 5))
-    huge = ConvNet(ModeTree.grid((8, 8)), 3, 4, std=1e30, scaled=False)
-    with pytest.raises(DataError, match="leave the range of torch.float32 on random inputs"):
-        export_pt2(huge, tmp_path / "x.pt2")
+@pytest.mark.parametrize(("write", "net", "options", "error", "message"), REFUSED)
+def test_what_is_refused(tmp_path, write, net, options, error, message):
+    with pytest.raises(error, match=message):
+        write(net, tmp_path / "x", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_with_other_values_is_not_written(tmp_path, monkeypatch):
-    import tnreg.cnns.export as export
-
     monkeypatch.setattr(export, "_TOLERANCE", -1.0)
     with pytest.raises(DataError, match="would give other values than the network"):
         export_pt2(NETWORKS["deep"], tmp_path / "x.pt2")
@@ -183,7 +176,6 @@ def test_a_file_with_other_values_is_not_written(tmp_path, monkeypatch):
 
 
 def test_complex_networks_are_exported_by_torch(tmp_path):
-    net = to_cnn(zoo.model_of(ModeTree.binary(4), dtype=torch.complex128, sizes=(3, 3, 3, 3)))
-    export_pt2(net, tmp_path / "net.pt2")
+    export_pt2(COMPLEX, tmp_path / "net.pt2")
     x = torch.randn(5, 3, 4, dtype=torch.complex128)
-    assert torch.allclose(torch.export.load(tmp_path / "net.pt2").module()(x), net(x))
+    assert torch.allclose(torch.export.load(tmp_path / "net.pt2").module()(x), COMPLEX(x))

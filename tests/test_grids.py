@@ -84,23 +84,22 @@ def test_an_arrangement_of_ones_own():
     assert found.tolist() == [[0, -1], [1, 0]]
 
 
-def test_what_is_refused():
-    tree, templates = ModeTree.binary(4), torch.eye(2)
-    with pytest.raises(ShapeError, match=r"expected: \(M, D\) or \(M, C, h, w\).*\(4, M, \.\.\.\)"):
-        grid_tensor(lambda x: x, torch.zeros(3, 2, 2), tree)
-    with pytest.raises(ShapeError, match="more than 16777216; take fewer templates"):
-        grid_tensor(lambda x: x, torch.eye(20), ModeTree.binary(8))
-    with pytest.raises(
-        OptionError, match="the network has 2 outputs; say which, output=0 to output=1, found None"
-    ):
-        grid_tensor(lambda x: x[:, :, 0], templates, tree)
-    with pytest.raises(OptionError, match="1 outputs; say which.*found 3"):
-        grid_tensor(lambda x: x[:, 0, 0], templates, tree, output=3)
-    with pytest.raises(ShapeError, match=r"one value for each of 16 inputs, found shape \(\)"):
-        grid_tensor(lambda x: x.sum(), templates, tree)
-    with pytest.raises(OptionError, match=r"shape \(3, 2\) is not of 4 patches"):
-        grid_tensor(lambda x: x, templates, tree, shape=(3, 2))
-    with pytest.raises(OptionError, match="give shape="):
-        grid_tensor(lambda x: x, torch.zeros(2, 1, 2, 2), tree)
-    with pytest.raises(DataError, match="NaN or infinite"):
-        grid_tensor(lambda x: x[:, 0, 0] / 0, templates, tree)
+TREE, TEMPLATES, PICTURES = ModeTree.binary(4), torch.eye(2), torch.zeros(2, 1, 2, 2)
+REFUSED = [
+    (lambda x: x, torch.zeros(3, 2, 2), {}, ShapeError,
+     r"expected: \(M, D\) or \(M, C, h, w\).*\(4, M, \.\.\.\)"),
+    (lambda x: x, torch.eye(65), {}, ShapeError, "more than 16777216; take fewer templates"),
+    (lambda x: x[:, :, 0], TEMPLATES, {}, OptionError,
+     "the network has 2 outputs; say which, output=0 to output=1, found None"),
+    (lambda x: x[:, 0, 0], TEMPLATES, {"output": 3}, OptionError, "1 outputs; say which.*found 3"),
+    (lambda x: x.sum(), TEMPLATES, {}, ShapeError, r"one value for each of 16 inputs, found shape \(\)"),
+    (lambda x: x, TEMPLATES, {"shape": (3, 2)}, OptionError, r"shape \(3, 2\) is not of 4 patches"),
+    (lambda x: x, PICTURES, {}, OptionError, "give shape="),
+    (lambda x: x[:, 0, 0] / 0, TEMPLATES, {}, DataError, "NaN or infinite"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("net", "templates", "options", "error", "message"), REFUSED)
+def test_what_is_refused(net, templates, options, error, message):
+    with pytest.raises(error, match=message):
+        grid_tensor(net, templates, TREE, **options)
