@@ -87,8 +87,10 @@ class Checkpoint:
         })  # fmt: skip
         self.written = time.monotonic()
 
-    def read(self, steps: float = math.inf) -> Trajectory:
+    def read(self, steps: int | None = None) -> Trajectory:
         """Put the state into the model and the optimizer; nothing in the file is executed.
+
+        ``steps`` is how many there will be now; a training that ended at fewer goes on.
 
         Returns:
             The recorded rows; none if there is no file.
@@ -112,7 +114,7 @@ class Checkpoint:
             raise no_checkpoint(self.path, error) from None
         self._check_training(settings, shapes)
         last = int(run.steps[-1])
-        if last > steps:
+        if steps is not None and last > steps:
             raise OptionError(
                 f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}.\n"
                 f"  give steps >= {last}, or delete the file",
@@ -125,7 +127,7 @@ class Checkpoint:
             self._load(*ours)
             raise no_checkpoint(self.path, error) from None
         self.before, self.after = before, after
-        if run.stop_reason == "steps" and last < steps:
+        if run.stop_reason == "steps" and steps is not None and last < steps:
             run.stop_reason = ""
         return run
 
