@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, blame
 from tnreg.experiments import dynamics, locality
 from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.sweep.experiment import Experiment
@@ -76,9 +76,10 @@ def preset(kind: Kind, name: str) -> dict[str, Any]:
     base, scalars = kind.presets.get(name, kind.presets[""]), _scalars(kind.cell)
     values = {}
     for field in (f.name for f in dataclasses.fields(kind.cell)):
-        lists = getattr(base, f"{field}s", None)
-        one = getattr(base, field, None)
-        values[field] = lists if lists is not None else (one,) if field in scalars else one
+        if hasattr(base, f"{field}s"):
+            values[field] = getattr(base, f"{field}s")
+        else:
+            values[field] = (getattr(base, field),) if field in scalars else getattr(base, field)
     return values
 
 
@@ -122,18 +123,15 @@ def parse(text: str, kind: Any, name: str) -> tuple[Any, ...]:
             parts.append("")
         else:
             parts[-1] += letter
-    if depth != 0:
-        raise OptionError(
-            f"{name}: a bracket is not closed, or not opened, in {text!r}.", argument=name
-        )
-    if not all(part.strip() for part in parts):
-        raise OptionError(
-            f"{name}: a value is missing in {text!r}; write e.g. A,B,C.", argument=name
-        )
-    values = [value for part in parts for value in _values(part.strip(), kind, name)]
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise OptionError(f"{name}: {value!r} stands twice in {text!r}.", argument=name)
+    with blame(name):
+        if depth != 0:
+            raise OptionError(f"{name}: a bracket is not closed, or not opened, in {text!r}.")
+        if not all(part.strip() for part in parts):
+            raise OptionError(f"{name}: a value is missing in {text!r}; write e.g. A,B,C.")
+        values = [value for part in parts for value in _values(part.strip(), kind, name)]
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                raise OptionError(f"{name}: {value!r} stands twice in {text!r}.")
     return tuple(values)
 
 
@@ -164,7 +162,7 @@ def _values(part: str, kind: Any, name: str) -> list[Any]:
             int: "an integer or a range such as 0:5 or 0:20:5", float: "a number",
             bool: "true or false",
         }  # fmt: skip
-        raise OptionError(f"{name}: {part!r} is not {wanted[single]}.", argument=name) from None
+        raise OptionError(f"{name}: {part!r} is not {wanted[single]}.") from None
 
 
 def _reader(kind: Any, name: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:

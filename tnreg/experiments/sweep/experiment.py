@@ -33,9 +33,8 @@ from tnreg.machine.progress import shown_progress
 from tnreg.machine.versions import versions
 
 
-def _scalars(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    kinds = (str, int, float, type(None))
-    return {key: value for key, value in summary.items() if isinstance(value, kinds)}
+def _scalars(cell: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in results.items() if isinstance(v, str | int | float | None)}
 
 
 @dataclass(frozen=True)
@@ -192,9 +191,8 @@ def run(
 def _check(
     workers: int | None, threads: int | None, scheduler: str | None, retries: int, parquet: bool
 ) -> None:
-    for value, least, name in ((workers, 0, "workers"), (threads, 1, "threads")):
-        if value is not None:
-            check_integer(value, least, f"sweep: {name}")
+    check_integer(0 if workers is None else workers, 0, "sweep: workers")
+    check_integer(1 if threads is None else threads, 1, "sweep: threads")
     check_integer(retries, 0, "sweep: retries")
     if scheduler is not None and workers is not None:
         raise OptionError(
@@ -285,11 +283,10 @@ def _finish(
     errors = [one for one in outcomes if isinstance(one, Failed)]
     unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
     failed = [one for one in errors if one not in unfinished]
-    failures = [
+    entries["failed"] = [
         {"name": one.cell.name, "config": one.cell.settings, "error": one.error} for one in failed
     ]
-    results = {"headline": headline, "summary": rows, "failed": failures, "table": table}
-    _write_about(place, entries | results)
+    _write_about(place, entries | {"headline": headline, "summary": rows, "table": table})
     if headline:
         try:
             what.figure(place)
