@@ -288,22 +288,15 @@ def test_interrupted(tmp_path):
         ([{"a": "\ud800"}], {}, "a cell is a dict of values for JSON: .*surrogates"),
         ([{"a": 1}], {"about": {"x": {1}}}, "about is a dict of values for JSON: .*set"),
         ([{"a": 1}], {"about": 3}, "about is a dict of values for JSON: found a int"),
-        (
-            [{"a": 1}],
-            {"about": {"summary": 1, "experiment": 2, "more": 3}},
-            "about cannot hold experiment, summary, which the sweep writes itself",
-        ),
+        ([{"a": 1}], {"about": {"summary": 1, "experiment": 2, "more": 3}},
+         "about cannot hold experiment, summary, which the sweep writes itself"),
         ([{"a": 1}], {"workers": -1}, "workers must be an integer >= 0"),
         ([{"a": 1}], {"threads": 0}, "threads must be an integer >= 1"),
         ([{"a": 1}], {"retries": -1}, "retries must be an integer >= 0"),
         ([{"a": 1}], {"workers": 1, "scheduler": "tcp://x:1"}, "give one of the two"),
-        (
-            [{"a": 1}],
-            {"scheduler": "tcp://127.0.0.1:1"},
-            "no Dask scheduler at 'tcp://127.0.0.1:1'",
-        ),
+        ([{"a": 1}], {"scheduler": "tcp://127.0.0.1:1"}, "no Dask scheduler at 'tcp://127.0.0.1:1'"),
     ],
-)
+)  # fmt: skip
 def test_refuses(cells, options, said, tmp_path):
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
@@ -314,28 +307,29 @@ def test_refuses(cells, options, said, tmp_path):
 
 
 def test_refuses_other_folders(tmp_path, monkeypatch):
-    sweep.run(quick, [{"a": 1, "b": 1}], tmp_path / "s", workers=0)
-    different = sweep.Experiment(quick, name=lambda cell, fields: "a-1-b-1")
-    with pytest.raises(OptionError, match=r"other settings(.|\n)*b: 1 there, 2 now"):
-        sweep.run(different, [{"a": 1, "b": 2}], tmp_path / "s", workers=0)
-    with pytest.raises(OptionError, match="cannot be named '../a'"):
-        sweep.run(sweep.Experiment(quick, name=lambda *_: "../a"), [{"a": 1}], tmp_path / "s")
+    place = tmp_path / "s"
+    sweep.run(quick, [{"a": 1, "b": 1}], place, workers=0)
     with pytest.raises(OptionError, match="is a run of 'sweep'; choose another folder"):
-        locality.run(locality.tiny, tmp_path / "s")
-    (tmp_path / "s" / "a-2").mkdir()
-    (tmp_path / "s" / "a-2" / "mine").touch()
-    with pytest.raises(FileError, match="no run folder of tnreg; it is left alone"):
-        sweep.run(quick, [{"a": 2}], tmp_path / "s", workers=0)
-    (tmp_path / "s" / "a-3").mkdir()
-    (tmp_path / "s" / "a-3" / "config.json").write_text('{"tnreg": "1"}')
-    with pytest.raises(FileError, match="not a run folder: .*a-3"):
-        sweep.run(quick, [{"a": 3}], tmp_path / "s", workers=0)
+        locality.run(locality.tiny, place)
+    (place / "a-2").mkdir()
+    (place / "a-2" / "mine").touch()
+    (place / "a-3").mkdir()
+    (place / "a-3" / "config.json").write_text('{"tnreg": "1"}')
+
+    def refuses(error, message, cell, name=sweep.cell_name, **options):
+        with pytest.raises(error, match=message):
+            sweep.run(sweep.Experiment(quick, name=name), [cell], place, **options)
+
+    other = r"other settings(.|\n)*b: 1 there, 2 now"
+    refuses(OptionError, other, {"a": 1, "b": 2}, lambda *_: "a-1-b-1", workers=0)
+    refuses(OptionError, "cannot be named '../a'", {"a": 1}, lambda *_: "../a")
+    refuses(FileError, "no run folder of tnreg; it is left alone", {"a": 2}, workers=0)
+    refuses(FileError, "not a run folder: .*a-3", {"a": 3}, workers=0)
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(OptionError, match=re.escape("pip install 'tnreg[scale]'")):
-        sweep.run(quick, [{"a": 5}], tmp_path / "s", scheduler="tcp://127.0.0.1:1")
+    scale = re.escape("pip install 'tnreg[scale]'")
+    refuses(OptionError, scale, {"a": 5}, scheduler="tcp://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(OptionError, match="pip install pyarrow"):
-        sweep.run(quick, [{"a": 5}], tmp_path / "s", parquet=True, workers=0)
+    refuses(OptionError, "pip install pyarrow", {"a": 5}, parquet=True, workers=0)
     with pytest.raises(FileError, match="not a finished sweep"):
         sweep_figure.figure(tmp_path)
 
@@ -391,55 +385,53 @@ def test_a_process_that_dies_without_dask(tmp_path, monkeypatch):
 
 
 def returns(value):
-    """A function for a sweep, and the list of cells that it was given."""
-    given = []
+    """A function for a sweep, and the list of cells that it was called with."""
+    calls = []
 
     def work(cell, folder, checkpoint):
-        given.append(cell)
+        calls.append(cell)
         return value(cell, folder) if callable(value) else value
 
-    return work, given
+    return work, calls
+
+
+def writes(about):
+    """A result that leaves ``about`` in ``config.json``."""
+    return lambda _, folder: {"y": (folder / "config.json").write_text(json.dumps(about))}
+
+
+OTHER = r"config.json that is not that of the cell 'a-1'.\n(.|\n)*"
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ({"y": np.float32(1)}, "must return a dict of values for JSON: .*float32"),
         ({"y": (circle := [])}, "must return a dict of values for JSON: Circular"),
         ({"y": 10**5000}, "must return a dict of values for JSON: Exceeds"),
         (3, "must return a dict of values for JSON: found a int"),
-        (
-            lambda cell, folder: wrote(folder, {"tnreg": "1", "config": {"a": 2}, "summary": {}}),
-            r"config.json that is not that of the cell 'a-1'.\n(.|\n)*  a: 2 there, 1 now",
-        ),
-        (lambda cell, folder: wrote(folder, {"tnreg": "1"}), r"cell 'a-1'.\n(.|\n)*  KeyError: 'config'"),
-        (lambda cell, folder: wrote(folder, []), r"cell 'a-1'.\n(.|\n)*is no run folder of tnreg"),
-        (
-            lambda cell, folder: wrote(folder, {"config": cell, "summary": {"y": 1}}),
-            r"cell 'a-1'.\n(.|\n)*no run folder(.|\n)*'tnreg'",
-        ),
+        (writes({"tnreg": "1", "config": {"a": 2}, "summary": {}}), OTHER + "a: 2 there, 1 now"),
+        (writes({"tnreg": "1"}), OTHER + "KeyError: 'config'"),
+        (writes([]), OTHER + "no run folder of tnreg"),
+        (writes({"config": {"a": 1}, "summary": {"y": 1}}), OTHER + "'tnreg'"),
     ],
-)  # fmt: skip
-def test_a_function_that_does_wrong_is_called_once(value, said, tmp_path):
+)
+def test_a_function_that_does_wrong_is_called_once(value, message, tmp_path):
     circle.append(circle)
-    work, given = returns(value)
+    work, calls = returns(value)
     found = sweep.run(work, [{"a": 1}], tmp_path / "s", workers=0, retries=3)
-    assert re.search(said, str(found.failed[0].exception)) and len(given) == 1
+    assert re.search(message, str(found.failed[0].exception)) and len(calls) == 1
     assert isinstance(found.failed[0].exception, OptionError)
     assert not (tmp_path / "s" / "a-1").exists()
 
 
-def wrote(folder, about):
-    (folder / "config.json").write_text(json.dumps(about))
-    return {"y": 1}
-
-
 def test_the_same_rows_when_they_are_read_again(tmp_path):
     """A config.json that work wrote counts at once; text that no file can hold is written as numbers."""
-    about = {"tnreg": "1", "config": {"a": 1}, "summary": {"y": 2, "t": "\ud800x"}}
-    work, given = returns(lambda cell, folder: wrote(folder, about))
+    work, calls = returns(
+        writes({"tnreg": "1", "config": {"a": 1}, "summary": {"y": 2, "t": "\ud800x"}})
+    )
     once, again = (sweep.run(work, [{"a": 1}], tmp_path / "s", workers=0) for _ in range(2))
-    assert once.rows == again.rows == [{"a": 1, "y": 2, "t": "\ud800x"}] and len(given) == 1
+    assert once.rows == again.rows == [{"a": 1, "y": 2, "t": "\ud800x"}] and len(calls) == 1
     assert (tmp_path / "s" / "results.csv").read_text() == "a,y,t\n1,2,\\ud800x\n"
 
 
@@ -457,10 +449,10 @@ NAN, INF = float("nan"), float("inf")
 def test_not_a_number(tmp_path):
     """As a setting it is found again, as a result it is no headline, in config.json it is null."""
     cells = [{"x": x, "w": NAN, "l": [NAN]} for x in (NAN, INF, 1.0)]
-    work, given = returns(lambda cell, _: {"no": NAN, "y": cell["x"], "z": 1.5})
+    work, calls = returns(lambda cell, _: {"no": NAN, "y": cell["x"], "z": 1.5})
     for _ in range(2):
         found = sweep.run(work, cells, tmp_path / "s", workers=0)
-        assert len(given) == 3 and found.fields == ("x",) and found.headline == "y"
+        assert len(calls) == 3 and found.fields == ("x",) and found.headline == "y"
         assert found.rows[1]["y"] == INF and math.isnan(found.rows[0]["no"])
         assert len(found.table) == 1 and math.isnan(found.table[0]["deviation"])
 
