@@ -117,7 +117,8 @@ def test_the_tree_after_modes_are_taken_away():
 KEYS = [
     0, -1, slice(1, None), slice(None, None, 2), ..., (..., 1), (0, ..., -2), (slice(0, 1), 1),
     (slice(None, None, -1), ...), (slice(-2, None), slice(None), 0, slice(1, 4)), (1, 1, 1, 1), (),
-    np.int64(1), np.uint8(0), np.array(-1), (..., np.int32(-1)), (slice(None), slice(2, None, -2)),
+    np.int64(1), np.uint8(0), np.array(-1), torch.tensor(1), (0, torch.tensor(-1)),
+    (..., np.int32(-1)), (slice(None), slice(2, None, -2)),
     (..., slice(-1, -4, -1)), (..., slice(-99, 99, 3)), (slice(np.int64(0), np.int64(1)), ...),
     (..., slice(None, 0, -1), 0), (-1, -1, -1, -1), (0, 0, ..., 0, 0),
 ]  # fmt: skip
@@ -130,27 +131,19 @@ def test_keys_mean_what_they_mean_for_arrays(key):
         assert_equal(al.select(model, key), torch.as_tensor(dense(model).numpy()[key].copy()))
 
 
-@pytest.mark.parametrize("key", [torch.tensor(1), (0, torch.tensor(-1))], ids=str)
-def test_keys_of_torch(key):
-    model = zoo.model_of(zoo.TREES["across"])
-    assert_equal(al.select(model, key), dense(model)[key])
+NO_KEYS = [
+    None, (0, None), True, np.False_, torch.tensor(True), [0, 1], (0, [0, 1]), np.array([0, 1]),
+    np.array([True, False]), torch.tensor([0, 1]), 1.0, "a", ((0, 1), 0),
+]  # fmt: skip
 
 
-UNSURPRISING = {
-    "none": None, "none in a tuple": (0, None), "true": True, "numpy's false": np.False_,
-    "torch's true": torch.tensor(True), "list": [0, 1], "list in a tuple": (0, [0, 1]),
-    "array": np.array([0, 1]), "mask": np.array([True, False]), "rows": torch.tensor([0, 1]),
-    "float": 1.0, "text": "a", "nested": ((0, 1), 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", UNSURPRISING.values(), ids=list(UNSURPRISING))
+@pytest.mark.parametrize("key", NO_KEYS, ids=repr)
 def test_keys_that_arrays_know_and_factorizations_do_not(key):
     """New axes, masks and lists of rows are refused; a boolean is no integer, as for arrays."""
-    with pytest.raises(
-        OptionError, match="a key is an integer, a slice or '...' for each mode, found"
-    ):
+    message = "a key is an integer, a slice or '...' for each mode, found"
+    with pytest.raises(OptionError, match=message) as caught:
         al.select(zoo.model_of(zoo.TREES["across"]), key)
+    assert caught.value.argument == "key"
 
 
 def test_modes_may_be_numpy_integers():
@@ -167,16 +160,12 @@ def test_trees_a_thousand_nodes_deep():
     model = Factorization(tree, 2, 2, join="full", std=0.7, dtype=torch.float64,
                           generator=torch.Generator().manual_seed(0))  # fmt: skip
     index = torch.randint(0, 2, (1, 1010), generator=torch.Generator().manual_seed(1))
-    entry = model.entries(index)
-    assert torch.allclose(
-        al.reroot(model, tree.interior[500]).entries(index), entry, rtol=1e-9, atol=0
-    )
     turned = al.permute_modes(model, range(1009, -1, -1))
-    assert torch.allclose(turned.entries(index.flip(1)), entry, rtol=1e-9, atol=0)
+    hung = al.reroot(model, tree.interior[500])
     last = al.select(model, (..., int(index[0, -1])))
-    assert (
-        torch.allclose(last.entries(index[:, :-1]), entry, rtol=1e-9, atol=0) and entry.item() != 0
-    )
+    for other, key in ((hung, index), (turned, index.flip(1)), (last, index[:, :-1])):
+        assert torch.allclose(other.entries(key), model.entries(index), rtol=1e-9, atol=0)
+    assert model.entries(index).item() != 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -219,7 +208,7 @@ def test_guarantees_on_random_models(dtype, rtol, data):
         norm = torch.linalg.vector_norm(expected).item()
         error = torch.linalg.vector_norm(dense(found).to(wide) - expected).item()
         rounding = 50 * len(model.tree.nodes) * torch.finfo(dtype).eps * max(norm, terms)
-        assert error <= rtol * norm + rounding and error <= found.error_bound + rounding
+        assert error <= min(rtol * norm, found.error_bound) + rounding
         assert found.dtype == dtype and found.tree == model.tree
 
 
@@ -249,52 +238,45 @@ def test_differences_of_large_orders():
 def test_nothing_given_is_changed():
     model = zoo.model_of(ModeTree.binary(4))
     before = {v: w.detach().clone() for v, w in model.weights.items()}
-    (
-        al.add(model, model),
-        al.select(model, 0),
-        al.mode_product(model, {0: torch.zeros(2, 2).double()}),
-    )
+    al.add(model, model), al.select(model, 0), al.hadamard(model, model, rtol=0.1)
+    al.mode_product(model, {0: torch.zeros(2, 2).double()})
     assert all(torch.equal(w, before[v]) for v, w in model.weights.items())
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "error", "argument", "message"),
     [
-        (lambda m: al.add(m, zoo.model_of(ModeTree.star(4))), ShapeError, "same tree and sizes"),
-        (
-            lambda m: al.hadamard(m, zoo.model_of(m.tree, sizes=(2, 2, 2, 2))),
-            ShapeError,
-            "same tree",
-        ),
-        (lambda m: al.add(m, 3), OptionError, "expected a Factorization, found int"),
-        (lambda m: al.select(m, 2), ShapeError, "index 2 is out of range for mode 0, size 2"),
-        (lambda m: al.select(m, slice(2, 2)), ShapeError, "takes nothing of mode 0"),
-        (lambda m: al.select(m, -3), ShapeError, "index -3 is out of range for mode 0, size 2"),
-        (lambda m: al.select(m, (..., slice(3, 3, -1))), ShapeError, "takes nothing of mode 3"),
-        (lambda m: al.select(m, slice(None, None, 0)), OptionError, "mode 0 is no slice: .*zero"),
-        (lambda m: al.select(m, slice("a", None)), OptionError, "mode 0 is no slice: .*integers"),
-        (lambda m: al.marginal(m, True), TreeError, "no mode True"),
-        (lambda m: al.marginal(m, [0, 1.5]), TreeError, "no mode 1.5"),
-        (lambda m: al.select(m, (0,) * 5), OptionError, "for other than 4 modes"),
-        (lambda m: al.select(m, (..., ...)), OptionError, "for other than 4 modes"),
-        (lambda m: al.marginal(m, 4), TreeError, "no mode 4; modes are 0..3"),
-        (
-            lambda m: al.contract_modes(m, {0: torch.ones(3).double()}),
-            ShapeError,
-            "mode 0 does not fit",
-        ),
-        (
-            lambda m: al.mode_product(m, {1: torch.ones(3, 2).double()}),
-            ShapeError,
-            "mode 1 does not fit",
-        ),
-        (lambda m: al.mode_product(m, {-1: torch.ones(3, 2)}), TreeError, "no mode -1"),
-        (lambda m: al.permute_modes(m, (0, 1, 2, 2)), OptionError, "each of 0..3 once"),
+        (lambda m: al.add(m, zoo.model_of(ModeTree.star(4))), ShapeError, "other", "same tree and sizes"),
+        (lambda m: al.hadamard(m, zoo.model_of(m.tree, sizes=(2, 2, 2, 2)), rtol=0.1), ShapeError, "other",
+         "same tree"),
+        (lambda m: al.hadamard(m, m, rtol=2.0), OptionError, "rtol", "rtol must be a number in"),
+        (lambda m: al.add(m, 3), OptionError, "other", "expected a Factorization, found int"),
+        (lambda m: al.select(m, 2), ShapeError, "key", "index 2 is out of range for mode 0, size 2"),
+        (lambda m: al.select(m, slice(2, 2)), ShapeError, "key", "takes nothing of mode 0"),
+        (lambda m: al.select(m, -3), ShapeError, "key", "index -3 is out of range for mode 0, size 2"),
+        (lambda m: al.select(m, (..., slice(3, 3, -1))), ShapeError, "key", "takes nothing of mode 3"),
+        (lambda m: al.select(m, slice(None, None, 0)), OptionError, "key", "mode 0 is no slice: .*zero"),
+        (lambda m: al.select(m, slice("a", None)), OptionError, "key", "mode 0 is no slice: .*integers"),
+        (lambda m: al.select(m, (0,) * 5), OptionError, "key", "for other than 4 modes"),
+        (lambda m: al.select(m, (..., ...)), OptionError, "key", "for other than 4 modes"),
+        (lambda m: al.marginal(m, True), TreeError, "modes", "no mode True"),
+        (lambda m: al.marginal(m, [0, 1.5]), TreeError, "modes", "no mode 1.5"),
+        (lambda m: al.marginal(m, 4), TreeError, "modes", "no mode 4; modes are 0..3"),
+        (lambda m: al.contract_modes(m, {0: torch.ones(3).double()}), ShapeError, "vectors",
+         r"(?s)vector of mode 0 does not fit.*\(3,\).*\(2,\)"),
+        (lambda m: al.mode_product(m, {1: torch.ones(3, 2).double()}), ShapeError, "matrices",
+         r"(?s)matrix of mode 1 does not fit.*\(3, 2\).*\(any, 3\)"),
+        (lambda m: al.mode_product(m, {-1: torch.ones(3, 2)}), TreeError, "matrices", "no mode -1"),
+        (lambda m: al.permute_modes(m, (0, 1, 2, 2)), OptionError, "order", "each of 0..3 once"),
+        (lambda m: al.reroot(m, 0), OptionError, "node", "0 is a leaf; name an interior node"),
+        (lambda m: al.linear_combination([m], [1, 2], rtol=1e-3), OptionError, "coefficients", "1 and 2"),
+        (lambda m: al.linear_combination([], rtol=1e-3), OptionError, "models", "as many coefficients"),
     ],
-)
-def test_refuses(call, error, message):
-    with pytest.raises(error, match=message):
+)  # fmt: skip
+def test_refuses(call, error, argument, message):
+    with pytest.raises(error, match=message) as caught:
         call(zoo.model_of(ModeTree.binary(4)))
+    assert caught.value.argument == argument
 
 
 @pytest.mark.parametrize("name", zoo.TREES)
@@ -322,8 +304,6 @@ def test_reroot_moves_a_chain_of_bonds():
     assert_equal(found, dense(model))
     assert found.tree.root == tuple(range(6)) and len(found.tree.children(found.tree.root)) == 3
     assert sum(p.numel() for p in found.parameters()) <= sum(p.numel() for p in model.parameters())
-    with pytest.raises(OptionError, match="is a leaf"):
-        al.reroot(model, 0)
     with pytest.raises(TreeError):
         al.reroot(model, "nowhere")
 
@@ -366,10 +346,6 @@ def test_a_sum_that_cancels():
     model = zoo.model_of(zoo.TREES["htf-4"], dtype=torch.float64)
     found = al.linear_combination([model, model, model], [1.0, 1.0, -2.0], rtol=1e-3)
     assert dense(found).norm() <= 1e-13 * model.norm()
-    with pytest.raises(OptionError, match="as many coefficients"):
-        al.linear_combination([model], [1.0, 2.0], rtol=1e-3)
-    with pytest.raises(OptionError, match="as many coefficients"):
-        al.linear_combination([], rtol=1e-3)
 
 
 def decaying(tree, size, rank, seed, dtype=torch.float64):
@@ -423,7 +399,7 @@ def test_rounded_products_of_wide_bonds(tree, dtype):
     assert max(al.hadamard(one, other, ranks={tree.interior[0]: 2}, rtol=1e-2).network.bonds) > 2
 
 
-@pytest.mark.parametrize(("order", "rank", "power"), [(64, 5, 0), (1024, 2, -200), (1024, 2, 200)])
+@pytest.mark.parametrize(("order", "rank", "power"), [(64, 4, 0), (256, 2, -200), (256, 2, 200)])
 def test_rounded_products_of_any_order_and_scale(order, rank, power):
     one, other = (decaying(ModeTree.binary(order), 2, rank, seed) for seed in (0, 1))
     one = al.scale(al.scale(one, 10.0 ** (power / 2)), 10.0 ** (power / 2))
@@ -453,19 +429,7 @@ def test_products_that_vanish():
         assert dense(al.hadamard(one, other, rtol=1e-3)).norm() <= 1e-14 * left.norm() ** 2
 
 
-def test_dtypes_of_rounded_products():
-    tree = ModeTree.binary(4)
-    one = decaying(tree, 4, 5, 0, torch.float32)
-    for dtype in (torch.float32, torch.complex128):
-        assert al.hadamard(one, decaying(tree, 4, 5, 1, dtype), rtol=1e-3).dtype == dtype
-
-
-def test_rounded_products_refuse(monkeypatch):
-    one = zoo.model_of(ModeTree.star(4))
-    with pytest.raises(ShapeError, match="same tree"):
-        al.hadamard(one, zoo.model_of(ModeTree.binary(4)), rtol=1e-3)
-    with pytest.raises(OptionError, match="rtol must be a number in"):
-        al.hadamard(one, one, rtol=2.0)
+def test_products_too_large_for_memory(monkeypatch):
     wide = Factorization(ModeTree.binary(8), 2, 100, join="full", dtype=torch.float64)
     monkeypatch.setattr("tnreg.algebra.arithmetic.available", lambda device: 10**9)
     for options in ({}, {"ranks": 3}):
