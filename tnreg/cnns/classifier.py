@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.cnns.convnet import ConvNet, from_cnn, to_cnn
-from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import metadata_of, read_model, write_safetensors
 from tnreg.networks.network import Network
@@ -86,7 +86,14 @@ class Representation(nn.Module):
                 f"low and high must be finite with low < high, found {low} and {high}.",
                 argument="low",
             )
-        self.patch = _check_patch(patch)
+        try:
+            rows, columns = patch
+        except (TypeError, ValueError):
+            raise OptionError(
+                f"patch must be (height, width), found {patch!r}.", argument="patch"
+            ) from None
+        height = check_integer(rows, 1, "height of a patch")
+        self.patch = height, check_integer(columns, 1, "width of a patch")
         self.kind, self.low, self.high, self.trained = kind, float(low), float(high), bool(trained)
         self.channels = check_integer(channels, 1, "channels")
         size, dtype = self.channels * math.prod(self.patch), dtype or torch.get_default_dtype()
@@ -303,16 +310,6 @@ class ConvAC(nn.Module):
             FileError: No such file, or something else.
         """
         return read_model(path, _METADATA, "classifier of ConvAC.save", _from_file)
-
-
-@blame("patch")
-def _check_patch(patch: Any) -> tuple[int, int]:
-    try:
-        rows, columns = patch
-    except (TypeError, ValueError):
-        raise OptionError(f"patch must be (height, width), found {patch!r}.") from None
-    height = check_integer(rows, 1, "height of a patch")
-    return height, check_integer(columns, 1, "width of a patch")
 
 
 def _from_file(about: Any, state: dict[str, Tensor]) -> ConvAC:

@@ -37,7 +37,7 @@ from tnreg.trees.tree import ModeTree
 _UNSCALED_MODES = 8
 
 # Longer descriptions of a network are cut in the middle.
-_LINES = 59
+_LINES = 60
 
 
 @final
@@ -414,30 +414,22 @@ class ConvNet(nn.Module):
         count = sum(p.numel() for p in self.parameters())
         kind = "shared filters" if self.share else "locally connected"
         head = f"ConvNet of {count} weights, {kind}, {'scaled ' if self.scaled else ''}products ("
-        lines = [line for layer in range(self.depth) for line in self._describe_layer(layer)]
+        heights, links, lines = self.tree.heights, self.tree.links, [head]
+        for layer in range(self.depth):
+            levels = [level for level in self._levels if heights[level.positions[0]] == layer]
+            texts = [text for level in levels for text in self._describe(level, layer)]
+            waiting = sum(
+                heights[c] < layer < heights[i] for i, below in enumerate(links) for c in below
+            )
+            texts += [f"{'identity':25s} {_nodes(waiting)} waiting"] * (waiting > 0)
+            lines += [f"  layer {layer}  {text}" for text in texts]
         if len(lines) > _LINES:
-            more = f"  ... {len(lines) - _LINES + 1} more lines ..."
-            lines = [*lines[: _LINES - 8], more, *lines[-7:]]
-        return "\n".join([head, *lines, ")"])
+            lines[_LINES - 8 : -7] = [f"  ... {len(lines) - _LINES + 1} more lines ..."]
+        return "\n".join([*lines, ")"])
 
-    def _describe_layer(self, layer: int) -> list[str]:
-        """Return one line or two for every level of the layer, and one for the nodes that wait."""
-        heights, lines = self.tree.heights, list[str]()
-        for level in self._levels:
-            if heights[level.positions[0]] == layer:
-                lines += self._describe_level(level, layer)
-        waiting = sum(
-            heights[c] < layer < heights[i]
-            for i, below in enumerate(self.tree.links)
-            for c in below
-        )
-        if waiting:
-            lines.append(f"{'identity':25s} {waiting} {_nodes(waiting)} waiting")
-        return [f"  layer {layer}  {line}" for line in lines]
-
-    def _describe_level(self, level: Level, layer: int) -> list[str]:
-        first, count = level.positions[0], len(level.positions)
-        where, lines = f"{count} {_nodes(count)}", list[str]()
+    def _describe(self, level: Level, layer: int) -> list[str]:
+        """Return a line for the pooling of a level, and one for its convolution."""
+        first, where, lines = level.positions[0], _nodes(len(level.positions)), list[str]()
         channels = math.prod(self.network.index_size(i) for i in self.network.inner(first))
         if level.join != "leaf":
             over = f"over {len(level.children)}"
@@ -448,7 +440,7 @@ class ConvNet(nn.Module):
         if level.weight is None:
             return [*lines, f"{'sum':25s} {where}, {channels} -> 1"]
         names = ", ".join(str(self.tree.nodes[p]) for p in level.positions[:4])
-        names = f"   at {names}" if count <= 4 and len(names) <= 40 else ""
+        names = f"   at {names}" if len(level.positions) <= 4 and len(names) <= 40 else ""
         kind, above = "1x1 convolution" + (", shared" if self.share else ""), level.shape[-1]
         if first == len(self.tree.nodes) - 1:
             kind, above = "linear", self.outputs or 1
@@ -463,7 +455,7 @@ def _keep_scale(scaled: Scaled, dim: int, logs: list[Tensor]) -> Tensor:
 
 
 def _nodes(count: int) -> str:
-    return "node" if count == 1 else "nodes"
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _shared_conv(filters: Sequence[Tensor], nodes: Sequence[Node], layer: int) -> nn.Conv2d:

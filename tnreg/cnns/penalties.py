@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,7 @@ _MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(eq=False)
 class LocalComponentPenalty:
     """Sum of p-th powers of local-component norms: few of them mean low hierarchical rank.
 
@@ -53,17 +55,17 @@ class LocalComponentPenalty:
         True
     """
 
-    def __init__(
-        self,
-        p: float | None = None,
-        *,
-        promote: bool = False,
-        weights: Weights | None = None,
-        eps: float = 1e-12,
-    ) -> None:
-        self.p = p if p is None else _check_positive(p, "p", "a number > 0, or None for 2/K")
-        self.eps, self.promote = _check_positive(eps, "eps", "a number > 0"), bool(promote)
-        self.weights = _check_weights(weights, self)
+    p: float | None = None
+    _: KW_ONLY
+    promote: bool = False
+    weights: Weights | None = None
+    eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        if self.p is not None:
+            self.p = _check_positive(self.p, "p", "a number > 0, or None for 2/K")
+        self.eps = _check_positive(self.eps, "eps", "a number > 0")
+        self.weights = _check_weights(self.weights, self)
 
     def __call__(self, model: Model) -> Tensor:
         """Return the penalty, a scalar tensor to be added to a loss.
@@ -84,12 +86,8 @@ class LocalComponentPenalty:
         # logarithms: a product of 64 norms may leave the range where its power does not
         return (power * norms.clamp_min(self.eps).log().sum(0)).exp().sum()
 
-    def __repr__(self) -> str:
-        return (
-            f"LocalComponentPenalty(p={self.p}, promote={self.promote}, weights={self.weights!r})"
-        )
 
-
+@dataclass(eq=False)
 class EffectiveRankPenalty:
     """Sum over nodes of a smooth rank of the matricization there, from factored spectra.
 
@@ -106,19 +104,17 @@ class EffectiveRankPenalty:
     network, so use it every few steps.
     """
 
-    def __init__(
-        self,
-        kind: str = "effective_rank",
-        *,
-        promote: bool = False,
-        weights: Weights | None = None,
-    ) -> None:
-        if kind not in _MEASURES:
+    kind: str = "effective_rank"
+    _: KW_ONLY
+    promote: bool = False
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _MEASURES:
             raise OptionError(
-                f"unknown kind {kind!r}; write 'effective_rank' or 'entropy'.", argument="kind"
+                f"unknown kind {self.kind!r}; write 'effective_rank' or 'entropy'.", argument="kind"
             )
-        self.kind, self.promote = kind, bool(promote)
-        self.weights = _check_weights(weights, self)
+        self.weights = _check_weights(self.weights, self)
 
     def __call__(self, model: Model) -> Tensor:
         """Return the penalty, a scalar tensor to be added to a loss.
@@ -128,11 +124,6 @@ class EffectiveRankPenalty:
         """
         view = _factorization_of(model)
         return _weighted_sum(self, view, spectra(view), _MEASURES[self.kind])
-
-    def __repr__(self) -> str:
-        return (
-            f"EffectiveRankPenalty({self.kind!r}, promote={self.promote}, weights={self.weights!r})"
-        )
 
 
 def _factorization_of(model: Any) -> Factorization:
