@@ -28,22 +28,13 @@ def drawn(sampler, x, count):
 
 
 def gap(a, b):
-    return max(
-        max(a[0], b[0]) - min(a[2], b[2]),
-        max(a[1], b[1]) - min(a[3], b[3]),
-    )
+    return max(max(a[k], b[k]) - min(a[k + 2], b[k + 2]) for k in (0, 1))
 
 
 def pairs(height, width, size, distance, exact):
-    boxes = [
-        (i, j, i + size, j + size)
-        for i, j in product(range(height - size + 1), range(width - size + 1))
-    ]
-    return {
-        (a, b)
-        for a, b in product(boxes, boxes)
-        if (gap(a, b) == distance if exact else gap(a, b) >= distance)
-    }
+    corners = product(range(height - size + 1), range(width - size + 1))
+    gaps = {p: gap(*p) for p in product([(i, j, i + size, j + size) for i, j in corners], repeat=2)}
+    return {pair for pair, g in gaps.items() if g == distance or (g > distance and not exact)}
 
 
 def assert_uniform(found, expected):
@@ -81,14 +72,8 @@ def test_preset_boxes_are_drawn_in_both_orders():
 
 @pytest.mark.parametrize(
     ("height", "width", "size", "distance", "exact"),
-    [
-        (3, 3, 1, 0, False),
-        (3, 6, 2, 0, False),
-        (5, 5, 2, 1, False),
-        (4, 5, 2, 0, True),
-        (3, 5, 1, 2, True),
-    ],
-)
+    [(3, 3, 1, 0, False), (3, 6, 2, 0, False), (5, 5, 2, 1, False), (4, 5, 2, 0, True), (3, 5, 1, 2, True)],
+)  # fmt: skip
 def test_random_patches_are_uniform(height, width, size, distance, exact):
     sampler = RandomPatches(size, distance, exact=exact, seed=2)
     expected = pairs(height, width, size, distance, exact)
@@ -135,44 +120,32 @@ def test_differing_patches_keep_the_distance_and_fall_back_to_uniform():
     assert {j for _, j in drawn(DifferingPatches(1, seed=6), tiny, 50)} == {(0, 0, 1, 1)}
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda seed: PresetPatches(THREE, seed=seed),
-        lambda seed: RandomPatches(1, seed=seed),
-        lambda seed: DifferingPatches(1, seed=seed),
-    ],
-    ids=["preset", "random", "differing"],
-)
-def test_streams_are_their_own(make, tmp_path):
+def make(kind, seed=0):
+    return kind(THREE if kind is PresetPatches else 1, seed=seed)
+
+
+@pytest.mark.parametrize("kind", [PresetPatches, RandomPatches, DifferingPatches])
+def test_streams_are_their_own(kind, tmp_path):
     x = torch.zeros(2, 1, 5, 5)
     before = torch.random.get_rng_state()
-    first = make(7)
-    found = drawn(first, x, 12)
+    found = drawn(make(kind, 7), x, 12)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert drawn(make(7), x, 12) == found != drawn(make(8), x, 12)
-    again = make(7)
-    drawn(again, x, 5)
-    torch.save(again.state_dict(), tmp_path / "state")
-    resumed = make(0)
-    resumed.load_state_dict(torch.load(tmp_path / "state"))
-    assert resumed.state_dict()["state"] is not None
-    assert drawn(resumed, x, 7) == found[5:]
-    fresh = make(0)
-    fresh.load_state_dict(make(7).state_dict())
-    assert drawn(fresh, x, 12) == found
+    assert drawn(make(kind, 7), x, 12) == found != drawn(make(kind, 8), x, 12)
+    for count in (0, 5):
+        begun, resumed = make(kind, 7), make(kind)
+        drawn(begun, x, count)
+        torch.save(begun.state_dict(), tmp_path / "state")
+        resumed.load_state_dict(torch.load(tmp_path / "state"))
+        assert drawn(resumed, x, 12 - count) == found[count:]
 
 
 @pytest.mark.parametrize("kind", [RandomPatches, DifferingPatches, PresetPatches])
 def test_drawing_reads_nothing_from_the_device(kind):
     """On the device "meta" nothing can be read: every wait for a device is an error there."""
-    sampler = kind(THREE if kind is PresetPatches else 1)
-    x = torch.zeros(2, 1, 5, 5, device="meta")
-    assert sampler.draw(x).device == x.device
-    if kind is not DifferingPatches:  # the same boxes as on the CPU
-        here, there = kind(THREE if kind is PresetPatches else 1), torch.zeros(2, 1, 5, 5)
-        drawn(here, there, 1)
-        assert torch.equal(here.generator.get_state(), sampler.generator.get_state())
+    here, there, x = make(kind), make(kind), torch.zeros(2, 1, 5, 5)
+    here.draw(x)
+    assert there.draw(x.to("meta")).device.type == "meta"
+    assert torch.equal(here.generator.get_state(), there.generator.get_state())
 
 
 def test_places_without_weight_are_never_drawn():
@@ -185,22 +158,17 @@ def test_places_without_weight_are_never_drawn():
 
 def test_random_pairs_are_equally_likely_in_a_large_image():
     """Where there are more pairs than single precision counts."""
-    firsts = torch.tensor(
-        [i[0] for i, _ in drawn(RandomPatches(2, seed=9), torch.zeros(2, 1, 150, 150), 3000)]
-    )
-    assert float(firsts.double().mean()) == pytest.approx(74, abs=5 * 43 / 3000**0.5)
-    assert len(firsts.unique()) == 149
+    pairs = drawn(RandomPatches(2, seed=9), torch.zeros(2, 1, 150, 150), 3000)
+    firsts = [i[0] for i, _ in pairs]
+    assert sum(firsts) / 3000 == pytest.approx(74, abs=5 * 43 / 3000**0.5)
+    assert len(set(firsts)) == 149
 
 
 def test_refuses_boxes():
+    other = (3, 3, 4, 4)
     for wrong in (
-        [(0, 0, 2)],
-        [(0, 0, 0, 2), (3, 3, 4, 4)],
-        [(-1, 0, 2, 2), (3, 3, 4, 4)],
-        [(0, 0, 2.5, 2), (3, 3, 4, 4)],
-        [],
-        [1, 2],
-    ):
+        [(0, 0, 2)], [(0, 0, 0, 2), other], [(-1, 0, 2, 2), other], [(0, 0, 2.5, 2), other], [], [1, 2],
+    ):  # fmt: skip
         with pytest.raises(OptionError, match=r"a box is \(top, left, bottom, right\)"):
             FixedPatches(wrong)
     with pytest.raises(OptionError, match="overlap; patches must be disjoint"):

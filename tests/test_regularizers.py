@@ -114,10 +114,8 @@ def assert_same(net, value, expected, tolerance=1e-10):
     assert value.item() == pytest.approx(expected.item(), rel=tolerance)
     wanted = gradients_of(expected, net)
     assert any(float(h.abs().max()) > 0 for h in wanted)
-    for (name, _), g, h in zip(
-        net.named_parameters(), gradients_of(value, net), wanted, strict=True
-    ):
-        assert torch.allclose(g, h, rtol=1e-8, atol=1e-11), name
+    for g, h in zip(gradients_of(value, net), wanted, strict=True):
+        assert torch.allclose(g, h, rtol=1e-8, atol=1e-11)
 
 
 def whole(kind):
@@ -278,10 +276,8 @@ def test_energy_of_a_product():
 
 def test_energy_of_a_constant_is_one_whatever_its_size():
     for constant in (0.0, 1.0, 1e6):
-        values = constant * (
-            1 + 1e-8 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-        )
-        values.requires_grad_()
+        noise = 1e-8 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        values = (constant * (1 + noise)).requires_grad_()
         energy = interaction_energy(values)
         energy.backward()
         assert energy.item() == pytest.approx(1, abs=0.2 if constant else 0)
@@ -321,29 +317,21 @@ def test_change_does_not_depend_on_the_scale_of_the_network(scale):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def state_of(net):
-    return {name: value.clone() for name, value in net.state_dict().items()}
-
-
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
 def test_nothing_of_the_network_changes(kind, statistics):
     net, (x, _) = network(norm=True, dropout=True).train(), batch()
     net[1].eval()
-    before, modes = state_of(net), [m.training for m in net.modules()]
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     kind(PAIR, statistics=statistics)(net, x).backward()
     assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
-    assert [m.training for m in net.modules()] == modes
-    assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-
-    def fails(z):
-        raise RuntimeError("inside")
-
-    net[-1].register_forward_hook(lambda *_: fails(None))
-    with pytest.raises(RuntimeError, match="inside"):
+    hook = net[-1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         kind(PAIR, statistics=statistics)(net, x)
+    hook.remove()
     assert [m.training for m in net.modules()] == modes
-    assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(m.track_running_stats for m in norms)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -361,36 +349,34 @@ def test_statistics(kind):
     assert torch.equal(expected, net.train()(x))
 
 
-def train(penalty, steps=6, resume_at=None, seed=0, autocast=False, accumulate=1):
+def train(penalty, steps=6, resume_at=None, autocast=False):
     """An ordinary loop; at ``resume_at`` everything is saved, made anew and loaded."""
 
     def make():
-        return network(classes=3, norm=True, dropout=True, seed=seed).float().train()
+        net = network(classes=3, norm=True, dropout=True).float().train()
+        return net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 
-    net = make()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    net, optimizer = make()
     torch.manual_seed(11)
     values = []
     for step in range(steps):
         if step == resume_at:
-            saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), penalty.state_dict()))
+            saved = copy.deepcopy([thing.state_dict() for thing in (net, optimizer, penalty)])
             random = torch.random.get_rng_state()
-            net, penalty = make(), _again(penalty)
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+            (net, optimizer), sampler = make(), sampler_of(type(penalty.patches))
+            penalty = type(penalty)(sampler, weight=penalty.weight, every=penalty.every)
             for thing, state in zip((net, optimizer, penalty), saved, strict=True):
                 thing.load_state_dict(state)
             torch.random.set_rng_state(random)
         optimizer.zero_grad()
-        for part in range(accumulate):
-            x, y = batch(8, seed=100 + step * accumulate + part)
-            x = x.float()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = nn.functional.cross_entropy(net(x), y)
-                if penalty is not None:
-                    term = penalty(net, x, y)
-                    values.append(term.item())
-                    loss = loss + term
-            (loss / accumulate).backward()
+        x, y = batch(8, seed=100 + step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = nn.functional.cross_entropy(net(x.float()), y)
+            if penalty is not None:
+                term = penalty(net, x.float(), y)
+                values.append(term.item())
+                loss = loss + term
+        loss.backward()
         optimizer.step()
     return net, values
 
@@ -399,13 +385,8 @@ def sampler_of(kind):
     return kind(PAIR if kind in (PresetPatches, FixedPatches) else 2)
 
 
-def _again(penalty):
-    made = sampler_of(type(penalty.patches))
-    return type(penalty)(made, weight=penalty.weight, every=penalty.every)
-
-
 @pytest.mark.parametrize("kind", BOTH)
-def test_weight_zero_is_no_regularizer(kind, monkeypatch):
+def test_weight_zero_is_no_regularizer(kind):
     plain, _ = train(None)
     penalty = kind(RandomPatches(2), weight=0)
     before = penalty.state_dict()["patches"]["state"]
@@ -413,11 +394,7 @@ def test_weight_zero_is_no_regularizer(kind, monkeypatch):
     assert all(torch.equal(v, plain.state_dict()[n]) for n, v in net.state_dict().items())
     assert values == [0] * 6
     assert torch.equal(penalty.state_dict()["patches"]["state"], before)
-
-    def never(*_):
-        raise AssertionError("the network ran")
-
-    zero = penalty(never, batch()[0])
+    zero = penalty(lambda x: 1 / 0, batch()[0])  # the network is not run
     assert zero.item() == 0 and not zero.requires_grad
 
 
@@ -459,7 +436,7 @@ def test_target(kind):
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("sampler", [RandomPatches, DifferingPatches, PresetPatches, FixedPatches])
-def test_a_resumed_training_is_the_same(kind, sampler, tmp_path):
+def test_a_resumed_training_is_the_same(kind, sampler):
     def make():
         return kind(sampler_of(sampler), every=2, weight=0.5)
 
@@ -467,14 +444,6 @@ def test_a_resumed_training_is_the_same(kind, sampler, tmp_path):
     again, resumed = train(make(), steps=7, resume_at=3)
     assert values == resumed and len({v for v in values if v}) == 4
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in net.state_dict().items())
-    penalty = make()
-    penalty(net, batch()[0].float(), batch()[1])
-    torch.save(penalty.state_dict(), tmp_path / "state")
-    other = make()
-    other.load_state_dict(torch.load(tmp_path / "state"))
-    x, y = batch(8)
-    for _ in range(3):
-        assert torch.equal(other(net, x.float(), y), penalty(net, x.float(), y))
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -487,8 +456,8 @@ def test_mixed_precision(kind):
     assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), abs=0.03)
     g, h = (torch.cat([p.flatten() for p in gradients_of(v, net)]) for v in (found, expected))
     assert torch.cosine_similarity(g, h, dim=0) > 0.9
-    trained, values = train(kind(RandomPatches(2)), autocast=True, accumulate=2)
-    assert len(values) == 12 and all(0 <= v <= 1 for v in values)
+    trained, values = train(kind(RandomPatches(2)), autocast=True)
+    assert len(values) == 6 and all(0 <= v <= 1 for v in values)
     assert all(p.isfinite().all() for p in trained.parameters())
 
 

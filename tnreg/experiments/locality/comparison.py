@@ -153,8 +153,7 @@ def cells(config: Config) -> list[dict[str, Any]]:
         values = getattr(config, name)
         if len(set(values)) < len(values):
             raise OptionError(f"locality: {name} has one twice: {values}.", argument=name)
-    shared = {f.name for f in dataclasses.fields(Training)} - set(_FIELDS)
-    same = {name: getattr(config, name) for name in shared}
+    same = {f.name: getattr(config, f.name) for f in dataclasses.fields(Images)}
     trainings = [
         dataclasses.asdict(Training(arm=arm, distance=distance, seed=seed, **same))
         for seed in config.seeds
@@ -168,10 +167,11 @@ def cells(config: Config) -> list[dict[str, Any]]:
 
 def check(cell: Mapping[str, Any]) -> None:
     """Raise an ``OptionError`` for settings that no training takes."""
-    if cell["arm"] not in ARMS:
-        raise OptionError(f"locality: no arm {cell['arm']!r}; there is {', '.join(ARMS)}.")
-    if cell["set"] not in SETS:
-        raise OptionError(f"locality: no set {cell['set']!r}; there is {', '.join(SETS)}.")
+    for name, choices in (("arm", ARMS), ("set", SETS)):
+        if cell[name] not in choices:
+            raise OptionError(
+                f"locality: no {name} {cell[name]!r}; there is {', '.join(choices)}.", argument=name
+            )
 
 
 def _sweep(
