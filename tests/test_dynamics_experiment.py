@@ -33,7 +33,6 @@ from tnreg import (
 )
 from tnreg.experiments import dynamics
 from tnreg.experiments.dynamics import init_scale, train
-from tnreg.experiments.dynamics.init_scale import run as sweep
 from tnreg.experiments.folder import read_run
 
 PICTURES = ["dynamics.png", "rates.png", "spectra.png"]
@@ -151,24 +150,23 @@ def small(**changes):
 
 
 def test_own_tree_and_target(tmp_path):
-    """A model along another tree than the target's; both given as objects; unequal sizes."""
-    tree = zoo.TREES["uneven"]
-    target = zoo.model_of(ModeTree.binary(5))
-    summary = dynamics.run(
-        small(off_tree=()), tmp_path / "a", tree=tree, target=target, pictures=False
-    )
+    """A model along another tree than the target's; both as objects and as files; unequal sizes."""
+    tree, target = zoo.TREES["uneven"], zoo.model_of(ModeTree.binary(5))
+    dense = target.to_tensor().detach()
+    own = {"tree": tree, "target": target, "pictures": False}
+    summary = dynamics.run(small(off_tree=()), tmp_path / "a", **own)
     assert summary["sizes"] == [2, 3, 5, 7, 4] and summary["tree"] == repr(tree)
     assert load(tmp_path / "a" / "model.safetensors").tree == tree
-    dense = target.to_tensor().detach()
-    wanted = hierarchical_rank(dense, tree, rtol=1e-2)
-    assert summary["target ranks"] == {str(v): r for v, r in wanted.items()}
-    rms = (dense.square().mean().sqrt()).item()
-    assert summary["scale"] == pytest.approx(rms)
+    ranks = hierarchical_rank(dense, tree, rtol=1e-2)
+    assert summary["target ranks"] == {str(v): r for v, r in ranks.items()}
+    assert summary["scale"] == pytest.approx(dense.square().mean().sqrt().item())
     np.save(tmp_path / "x.npy", dense.numpy())
-    config = small(off_tree=(), tree=str(tmp_path / "t.json"), target=str(tmp_path / "x.npy"))
     tree.save(tmp_path / "t.json")
+    config = small(off_tree=(), tree=str(tmp_path / "t.json"), target=str(tmp_path / "x.npy"))
     again = dynamics.run(config, tmp_path / "b", pictures=False)
     assert again["loss"] == summary["loss"]
+    zero = dynamics.run(small(), tmp_path / "c", target=torch.zeros(3, 3, 3, 3).double())
+    assert zero["scale"] == 1.0 and np.isfinite(zero["loss"])  # no division by zero
 
 
 @pytest.mark.parametrize(
@@ -176,18 +174,15 @@ def test_own_tree_and_target(tmp_path):
     [
         {"task": "sensing", "tree": "[[0,2],[1,3]]"},
         {"join": "full", "rank": 2},
-        {"tree": "caterpillar-6", "target_tree": "half-6", "rates": False},
-        {"tree": "matrix-deep-3", "target_tree": "[0,1]", "root": "ones", "off_tree": ()},
+        {"tree": "caterpillar-6", "target_tree": "[[0,3],[1,4],[2,5]]", "target_sizes": (2,) * 6,
+         "rates": False},
+        {"tree": "matrix-deep-3", "target_tree": "[0,1]", "root": "ones", "off_tree": (),
+         "target_sizes": (9, 9), "target_root": "ones"},
         {"samples": 81, "dtype": "float32"},
         {"target": "il2", "missing": "nan", "tree": "il2-4", "samples": 500, "off_tree": ("1,3",)},
     ],
-)
+)  # fmt: skip
 def test_other_settings(tmp_path, changes):
-    changes = dict(changes)
-    if changes.get("target_tree") == "half-6":
-        changes |= {"target_tree": "[[0,3],[1,4],[2,5]]", "target_sizes": (2,) * 6}
-    if changes.get("target_tree") == "[0,1]":
-        changes |= {"target_sizes": (9, 9), "target_root": "ones"}
     summary = dynamics.run(small(**changes), tmp_path / "run")
     found = read_run(tmp_path / "run").trajectory
     assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists()
@@ -195,7 +190,7 @@ def test_other_settings(tmp_path, changes):
     assert ("predicted rate" in found) == ("rates" not in changes and "join" not in changes)
     assert ("test error" in summary) == (changes.get("samples") != 81)
     assert ("target ranks" in summary) == ("missing" not in changes)
-    if "target_sizes" in changes and len(changes["target_sizes"]) == 2:  # a matrix: singular values
+    if changes.get("target_sizes") == (9, 9):  # a matrix: singular values
         root = list(found["components"])[-1]
         assert np.array_equal(found["components"][root], found["spectra"][0][:, :9])
     plots.save_figure(plots.trajectory(found).figure, tmp_path / "t.png")
@@ -235,11 +230,6 @@ def test_refuses_complex_targets_and_foreign_folders(tmp_path):
         dynamics.panels([])
 
 
-def test_a_zero_target_is_no_division_by_zero(tmp_path):
-    summary = dynamics.run(small(), tmp_path / "run", target=torch.zeros(3, 3, 3, 3).double())
-    assert summary["scale"] == 1.0 and np.isfinite(summary["loss"])
-
-
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path, tiny):
     """The process is killed once its checkpoint is there; the same call then ends like the whole run."""
     code = (
@@ -261,13 +251,13 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, tiny):
     assert checkpoint.exists()
     summary = dynamics.run(dynamics.tiny, place, pictures=False)
     whole = tiny[1]
-    found = read_run(place).trajectory
-    assert found.names == whole.trajectory.names and summary["seconds"] is None
+    found, whole = read_run(place).trajectory, tiny[1].trajectory
+    assert found.names == whole.names and summary["seconds"] is None
     for name in found.names:
-        one, other = found[name], whole.trajectory[name]
+        one, other = found[name], whole[name]
         pairs = [(one[k], other[k]) for k in other] if isinstance(other, dict) else [(one, other)]
         assert all(np.array_equal(a, b) for a, b in pairs), name
-    models = [load(folder / "model.safetensors") for folder in (place, whole.folder)]
+    models = [load(folder / "model.safetensors") for folder in (place, tiny[1].folder)]
     for ours, theirs in zip(*(m.weights.values() for m in models), strict=True):
         assert torch.equal(ours, theirs)
     assert not checkpoint.exists()
@@ -291,30 +281,29 @@ def test_panels(tiny, tmp_path):
 
 
 def test_init_scale(tmp_path):
-    place = tmp_path / "sweep"
-    rows = sweep(init_scale.tiny, place)
+    place, tiny = tmp_path / "sweep", init_scale.tiny
+    rows = init_scale.run(tiny, place)
     assert [(row["std"], row["seed"]) for row in rows] == [(0.1, 1), (0.1, 2), (0.5, 1), (0.5, 2)]
     assert json.loads((place / "config.json").read_text())["summary"] == rows
     cells = sorted(p.name for p in place.iterdir() if p.is_dir())
     assert cells == ["std-0.1-seed-1", "std-0.1-seed-2", "std-0.5-seed-1", "std-0.5-seed-2"]
     weights = place / cells[0] / "model.safetensors"
     written = weights.stat().st_mtime_ns
-    more = dataclasses.replace(init_scale.tiny, stds=(0.1, 0.3))
-    assert len(sweep(more, place)) == 4 and weights.stat().st_mtime_ns == written
+    assert len(init_scale.run(dataclasses.replace(tiny, stds=(0.1, 0.3)), place)) == 4
     shutil.rmtree(place / cells[1])  # a sweep that was cut short
     (place / "init-scale.png").unlink()
-    assert sweep(init_scale.tiny, place) == rows and (place / "init-scale.png").exists()
-    assert weights.stat().st_mtime_ns == written
-    with pytest.raises(OptionError, match="made with other settings"):
-        sweep(dataclasses.replace(init_scale.tiny, steps=50), place)
-    (place / "init-scale.png").unlink()
-    assert init_scale.figure(place).stat().st_size > 5000
-    with pytest.raises(OptionError, match="at least one std and one seed"):
-        sweep(dataclasses.replace(init_scale.tiny, seeds=()), place)
+    assert init_scale.run(tiny, place) == rows and weights.stat().st_mtime_ns == written
+    assert (place / "init-scale.png").stat().st_size > 5000
+    for changes, message in (
+        ({"steps": 50}, "made with other settings"),
+        ({"seeds": ()}, "at least one std and one seed"),
+        ({"device": "warp", "stds": (0.7,)}, "warp"),
+    ):
+        with pytest.raises((OptionError, RuntimeError), match=message):
+            init_scale.run(dataclasses.replace(tiny, **changes), place)
     with pytest.raises(FileError, match="not a finished sweep"):
         init_scale.figure(place / cells[0])
-    base = dataclasses.replace(dynamics.tiny, rank=3)
-    assert (
-        len(sweep(dataclasses.replace(init_scale.tiny, seeds=(1,)), tmp_path / "b", base=base)) == 2
-    )
-    assert isinstance(load(tmp_path / "b" / cells[0] / "model.safetensors"), Factorization)
+    base, one = dataclasses.replace(dynamics.tiny, rank=3), dataclasses.replace(tiny, seeds=(1,))
+    assert len(init_scale.run(one, tmp_path / "b", base=base)) == 2
+    model = load(tmp_path / "b" / cells[0] / "model.safetensors")
+    assert isinstance(model, Factorization) and set(model.network.bonds[:-1]) == {3}

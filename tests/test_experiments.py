@@ -42,10 +42,7 @@ def test_completion_of_other_kinds(tmp_path):
     )
     summary = completion.run(config, tmp_path / "run")
     assert summary["tree"] == "ModeTree([[0, 1], [2, 3]])"
-    assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == (
-        "loss",
-        "test error",
-    )
+    assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == ("loss", "test error")
     with pytest.raises(OptionError, match="observed must be a share"):
         completion.run(dataclasses.replace(config, observed=1.0), tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -56,17 +53,11 @@ def test_demo(tmp_path, capsys):
     summary = demo.run(demo.tiny, tmp_path / "demo", console=Console(file=text, width=100))
     said = text.getvalue()
     pieces = ["{ligand, dose}", "measured tensor (192 missing", "learned tensor", "effective rank"]
-    pieces += [
-        "layer 1  product pooling over 2",
-        "exported as network.onnx; onnxruntime gives the same",
-    ]
-    for piece in [*pieces, "error on unseen entries", "CP of"]:
+    pieces += ["layer 1  product pooling over 2", "error on unseen entries", "CP of"]
+    for piece in (*pieces, "exported as network.onnx; onnxruntime gives the same"):
         assert piece in said
-    assert list(summary["test error"]) == [
-        "mean of the observed",
-        "CP, equal weights",
-        "tnreg, this tree",
-    ]
+    errors = ["mean of the observed", "CP, equal weights", "tnreg, this tree"]
+    assert list(summary["test error"]) == errors
     sizes = summary["weights"]
     assert abs(sizes["CP"] - sizes["tnreg"]) < 0.2 * sizes["tnreg"]
     folder = tmp_path / "demo"
