@@ -51,13 +51,16 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
     if weights is None:
         raise OptionError(
             f"{source}: a network by name has no trained weights; give --weights FILE.\n"
-            "  or a run folder, a .pt2 file of torch.export, a .safetensors model of tnreg"
+            "  or a run folder, a .pt2 file of torch.export, a .safetensors model of tnreg",
+            argument="weights",
         )
-    state = _read_state(weights)
+    with blame("weights"):
+        state = _read_state(weights)
     # as many logits as the last weight of the state says
     last = [value for value in state.values() if value.ndim >= 1]
     net = build(source, channels, num_classes=len(last[-1]) if last else 1)
-    return _load_state(net, state, weights)
+    with blame("weights"):
+        return _load_state(net, state, weights)
 
 
 def _of_run(folder: Path, channels: int) -> Net:
