@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, final
 
 import torch
@@ -83,7 +84,6 @@ class Factorization(nn.Module):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
         dtype = dtype or torch.get_default_dtype()
         if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
@@ -93,14 +93,10 @@ class Factorization(nn.Module):
             )
         if not isinstance(std, int | float) or not (math.isfinite(std) and std >= 0):
             raise OptionError(f"std must be a finite number >= 0, found {std!r}.", argument="std")
-        self.network = Network.build(tree, sizes, ranks, join=join, root=root)
-        # Weights of equal nodes live in one parameter, so that a level is one batched call.
-        self.stacks = nn.ParameterList(
-            _initial((len(stack.positions), *stack.shape), std, dtype, device, generator)
-            for stack in self.network.stacks
-        )
-        self._entry_plans: list[tuple[Tensor, Plan]] = []
-        self.error_bound: float | None = None
+        network = Network.build(tree, sizes, ranks, join=join, root=root)
+        shapes = [(len(stack.positions), *stack.shape) for stack in network.stacks]
+        weights = (_initial(shape, std, dtype, device, generator) for shape in shapes)
+        self._set(network, nn.ParameterList(weights))
 
     @classmethod
     def from_weights(
@@ -110,7 +106,7 @@ class Factorization(nn.Module):
         *,
         join: str | Mapping[Node, str] = "full",
     ) -> Factorization:
-        """A factorization that holds copies of these weights; sizes and ranks are read off them.
+        """Make a factorization that holds copies of these weights; sizes and ranks are read off them.
 
         Args:
             tree: The mode tree.
@@ -121,53 +117,44 @@ class Factorization(nn.Module):
         Raises:
             ShapeError, OptionError: Weights that do not fit the tree or each other.
         """
-        top = tree.root
-        missing = [node for node in tree.nodes if node not in weights and node != top]
-        if missing:
-            raise ShapeError(f"from_weights: there is no weight for node {missing[0]!r}.")
-        flat = [n for n in tree.nodes[:-1] if torch.as_tensor(weights[n]).ndim < 2]
-        if flat:
-            raise ShapeError(
-                f"the weight of node {flat[0]!r} needs two axes or more, with the bond above it last.\n"
-                f"  found: shape {tuple(torch.as_tensor(weights[flat[0]]).shape)}"
-            )
-        given = {node: torch.as_tensor(weight) for node, weight in weights.items()}
-        sample = given[tree.nodes[0]]
-        dtype = sample.dtype
-        for weight in given.values():
-            dtype = torch.promote_types(dtype, weight.dtype)
+        tensors = {node: torch.as_tensor(weight) for node, weight in weights.items()}
+        for node in tree.nodes[:-1]:
+            if node not in tensors:
+                raise ShapeError(
+                    f"from_weights: there is no weight for node {node!r}.", argument="weights"
+                )
+            if tensors[node].ndim < 2:
+                raise ShapeError(
+                    f"the weight of node {node!r} needs two axes or more, with the bond above it last.\n"
+                    f"  found: shape {tuple(tensors[node].shape)}",
+                    argument="weights",
+                )
         model = cls(
             tree,
-            [given[mode].shape[0] for mode in tree.leaves],
-            {node: given[node].shape[-1] for node in tree.nodes[:-1]},
+            [tensors[mode].shape[0] for mode in tree.leaves],
+            {node: tensors[node].shape[-1] for node in tree.nodes[:-1]},
             join=join,
-            root="trained" if top in given else "ones",
+            root="trained" if tree.root in tensors else "ones",
             std=0.0,
-            dtype=dtype,
-            device=sample.device,
+            dtype=reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())),
+            device=tensors[tree.nodes[0]].device,
         )
-        model.load_weights(given)
+        model.load_weights(tensors)
         return model
 
     @classmethod
     def holding(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
-        """A factorization that takes these weights over as they are: no copy, no check.
+        """Make a factorization that takes these weights over as they are: no copy, no check.
 
         Args:
             network: The network.
             stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
         """
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model.network = network
-        model.stacks = nn.ParameterList(nn.Parameter(stack) for stack in stacks)
-        model._entry_plans = []
-        model.error_bound = None
-        return model
+        return cls.__new__(cls)._set(network, nn.ParameterList(map(nn.Parameter, stacks)))
 
     @classmethod
     def viewing(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
-        """A factorization that computes with these tensors and has no parameters of its own.
+        """Make a factorization that computes with these tensors and has no parameters of its own.
 
         Gradients of what it computes flow to where the tensors come from.
 
@@ -175,10 +162,16 @@ class Factorization(nn.Module):
             network: The network.
             stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
         """
-        model = cls.holding(network, [])
-        del model.stacks
-        object.__setattr__(model, "stacks", list(stacks))
-        return model
+        return cls.__new__(cls)._set(network, list(stacks))
+
+    def _set(self, network: Network, stacks: nn.ParameterList | list[Tensor]) -> Factorization:
+        super().__init__()
+        self.network = network
+        # Weights of equal nodes live in one parameter, so that a level is one batched call.
+        self.stacks = stacks
+        self._entry_plans: list[tuple[Tensor, Plan]] = []
+        self.error_bound: float | None = None
+        return self
 
     @property
     def tree(self) -> ModeTree:
@@ -193,14 +186,12 @@ class Factorization(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        dtype: torch.dtype = self.stacks[0].dtype
-        return dtype
+        return self.stacks[0].dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        device: torch.device = self.stacks[0].device
-        return device
+        return self.stacks[0].device
 
     @property
     def weights(self) -> dict[Node, Tensor]:
@@ -221,8 +212,8 @@ class Factorization(nn.Module):
         )
 
     def _by_node(self, parts: Sequence[Sequence[Tensor]]) -> dict[Node, Tensor]:
-        slots = self.network.slots
-        return {self.tree.nodes[p]: parts[slots[p][0]][slots[p][1]] for p in self.network.weighted}
+        slots = self.network.slots.items()
+        return {self.tree.nodes[p]: parts[stack][slot] for p, (stack, slot) in sorted(slots)}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[Node, Tensor]) -> None:
@@ -253,17 +244,17 @@ class Factorization(nn.Module):
                     f"the weight of node {node!r} has NaN or infinite entries, or too large ones for "
                     f"{self.dtype}."
                 )
-            checked.append((self.network.slots[position], value))
-        for (stack, slot), value in checked:
-            self.stacks[stack][slot].copy_(value)
+            checked.append((position, value))
+        for position, value in checked:
+            self._weight(position).copy_(value)
 
     def to_tensor(self) -> Tensor:
-        """The dense tensor, shape ``sizes``; axis n is mode n.
+        """Return the dense tensor, shape ``sizes``; axis n is mode n.
 
         Raises:
             SizeError: It would not fit into the memory available; nothing was allocated.
         """
-        return self._contracted(plan(self))
+        return self._contract(plan(self))
 
     def entries(self, index: Tensor | Plan) -> Tensor:
         """Entries of the tensor at multi-indices, without the dense tensor where that is cheaper.
@@ -285,10 +276,10 @@ class Factorization(nn.Module):
                     f"a plan of {index.kind} for another network cannot give the entries of this model.\n"
                     "  write tnreg.plan(model, index=index)"
                 )
-            return self._contracted(index)
-        return self._contracted(self._entry_plan(index))
+            return self._contract(index)
+        return self._contract(self._entry_plan(index))
 
-    def _contracted(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+    def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)
         return contract(within_memory(chosen, stacks), stacks, inputs)
 
@@ -297,7 +288,7 @@ class Factorization(nn.Module):
             index = index.to(self.device)
             for known, chosen in self._entry_plans:
                 # compared by value: an index that was changed in place must not meet its old plan
-                same_kind = known.dtype == index.dtype and known.device == index.device
+                same_kind = (known.dtype, known.device) == (index.dtype, index.device)
                 if same_kind and torch.equal(known, index):
                     return chosen
         chosen = within_memory(plan(self, index=index), list(self.stacks), index)
@@ -326,7 +317,7 @@ class Factorization(nn.Module):
         parts = check_features(features, self.sizes, self.dtype)
         batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
         inputs = features if isinstance(features, Tensor) else parts
-        return self._contracted(plan(self, batch=batch), inputs)
+        return self._contract(plan(self, batch=batch), inputs)
 
     # Norms
 
@@ -384,17 +375,20 @@ class Factorization(nn.Module):
         i = self.tree.position(node)
         if self.network.joins[i] != "diagonal":
             raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
-        slots = self.network.slots
-        parts = [self.stacks[slots[c][0]][slots[c][1]].flatten(0, -2) for c in self.tree.links[i]]
-        if i in slots:
-            own = self.stacks[slots[i][0]][slots[i][1]]
-            parts.append(own.unsqueeze(0) if own.ndim == 1 else own.transpose(0, 1))
-        return torch.stack([column_norms(part) for part in parts])
+        weights = [self._weight(c) for c in self.tree.links[i]]
+        if i in self.network.slots:
+            own = self._weight(i)
+            weights.append(own.reshape(len(own), -1).mT)
+        return torch.stack([column_norms(weight.flatten(0, -2)) for weight in weights])
+
+    def _weight(self, position: int) -> Tensor:
+        stack, slot = self.network.slots[position]
+        return self.stacks[stack][slot]
 
     def component_norms(self) -> dict[Node, Tensor]:
         """``{diagonal join: (K_v, R_v)}``: ``component_norms_at`` every node that has one."""
-        kinds = zip(self.tree.nodes, self.network.joins, strict=True)
-        return {node: self.component_norms_at(node) for node, kind in kinds if kind == "diagonal"}
+        joins = self.network.named_joins.items()
+        return {node: self.component_norms_at(node) for node, join in joins if join == "diagonal"}
 
     def local_components(self) -> dict[Node, Tensor]:
         """``{diagonal join v: (R_v,)}``: norm of every local component, the product of its vectors' norms.
@@ -410,11 +404,10 @@ class Factorization(nn.Module):
 
         Gradient flow from any weights conserves every such difference.
         """
-        found = [
-            (norms**2).amax(0) - (norms**2).amin(0) for norms in self.component_norms().values()
-        ]
+        squares = [norms**2 for norms in self.component_norms().values()]
+        differences = [(square.amax(0) - square.amin(0)).max() for square in squares]
         zero = torch.zeros((), dtype=self.stacks[0].real.dtype, device=self.device)
-        return torch.stack([zero, *(part.max() for part in found)]).max()
+        return torch.stack([zero, *differences]).max()
 
     # Files
 
@@ -500,7 +493,7 @@ def load(
 
 
 def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Whether a file's tensors are those of a network, before room is made for them."""
+    """Raise FileError unless a file's tensors are those of a network, before room is made for them."""
     last = (2,) if dtype.is_complex else ()
     shapes = {f"weight.{p}": (*network.shape(p), *last) for p in network.weighted}
     if set(shapes) != set(tensors):
