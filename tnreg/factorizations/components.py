@@ -42,7 +42,10 @@ def balance_(
     """
     net, tree = model.network, model.tree
     if "diagonal" not in net.joins:
-        raise OptionError("balance_ needs a diagonal join; this factorization has full joins only.")
+        raise OptionError(
+            "balance_ needs a diagonal join; this factorization has full joins only.",
+            argument="model",
+        )
     rtol = max(1e-12, torch.finfo(model.dtype).eps) if rtol is None else rtol
     wide = torch.complex128 if model.dtype.is_complex else torch.float64
     weights = [w.to(wide, copy=True) for w in model.weights.values()]
@@ -67,12 +70,13 @@ def balance_(
             return model
     raise OptionError(
         f"not balanced to rtol={rtol:.3g} after {sweeps} sweeps: norms still change by {change:.3g}.\n"
-        "  allow more sweeps, or a larger rtol; the model is as it was"
+        "  allow more sweeps, or a larger rtol; the model is as it was",
+        argument="sweeps",
     )
 
 
 def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Factorization:
-    """A copy that keeps the largest local components of every diagonal join and zeroes the others.
+    """Copy a model, keeping the largest local components of every diagonal join and zeroing the others.
 
     Args:
         model: A factorization with diagonal joins.
@@ -114,7 +118,7 @@ def drop_components(
     *,
     below: float | None = None,
 ) -> Factorization:
-    """A smaller factorization without the smallest local components; joins stay diagonal.
+    """Return a smaller factorization without the smallest local components; joins stay diagonal.
 
     Args:
         model: A factorization with diagonal joins.
@@ -125,7 +129,7 @@ def drop_components(
         A factorization with smaller bonds; at least one component stays at every node. Its
         ``error_bound`` is ``sum_v sum of the dropped sigma at v`` times the norms of all weights that are
         no part of them (at most ``distance_bound``, which takes the largest norm for each): far above
-        the error for trees of many nodes. ``(algebra.subtract(model, found)).norm()`` is
+        the error for trees of many nodes. ``algebra.subtract(model, smaller).norm()`` is
         the error itself.
 
     Raises:
@@ -135,16 +139,17 @@ def drop_components(
     if not isinstance(model, Factorization):
         raise OptionError(
             f"drop_components takes a Factorization, found {type(model).__name__}; "
-            "of a network: from_cnn(net)."
+            "of a network: from_cnn(net).",
+            argument="model",
         )
     if (ranks is None) == (below is None):
-        raise OptionError("drop_components: give either ranks or below.")
+        raise OptionError("drop_components: give either ranks or below.", argument="ranks")
     logs = _component_logs(model)
     if not logs:
-        raise OptionError("drop_components: full joins have no local components.")
+        raise OptionError("drop_components: full joins have no local components.", argument="model")
     if below is not None:
         if not (isinstance(below, int | float) and 0 <= below < 1):
-            raise OptionError(f"below must be in [0, 1), found {below!r}.")
+            raise OptionError(f"below must be in [0, 1), found {below!r}.", argument="below")
         edge = math.log(below) if below > 0 else -math.inf
         ranks = {node: int((s >= edge + s.max()).sum()) for node, s in logs.items()}
     with torch.no_grad():
@@ -165,13 +170,13 @@ def drop_components(
                 weights[v] = weights[v][..., kept]
             if node in weights:
                 weights[node] = weights[node][kept]
-        found = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
-        found.error_bound = bound
-        return found
+        smaller = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+        smaller.error_bound = bound
+        return smaller
 
 
 def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
-    """What to multiply the columns of each matrix by, ``(K, R)``, and the largest relative change."""
+    """Return factors ``(K, R)`` for the columns of the matrices, and the largest relative change."""
     largest = torch.stack([v.abs().amax(0) for v in vectors])
     alive = (largest > 0).all(0)
     safe = torch.where(largest > 0, largest, 1)
@@ -215,7 +220,9 @@ def _dropped(model: Factorization, ranks: int | Mapping[Node, int]) -> dict[Node
     for node, count in ranks.items():
         if node not in logs:
             model.tree.position(node)
-            raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
+            raise OptionError(
+                f"node {node!r} has no diagonal join, so no local components.", argument="ranks"
+            )
         order = logs[node].argsort(descending=True)
         out[node] = order[check_integer(count, 0, f"the rank at node {node!r}") :]
     return out

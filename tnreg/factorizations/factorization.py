@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import DataError, FileError, OptionError, ShapeError
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, blame
 from tnreg.machine.files import read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
@@ -216,6 +216,7 @@ class Factorization(nn.Module):
         return {self.tree.nodes[p]: parts[stack][slot] for p, (stack, slot) in sorted(slots)}
 
     @torch.no_grad()
+    @blame("weights")
     def load_weights(self, weights: Mapping[Node, Tensor]) -> None:
         """Copy weights in; nodes that are not named keep theirs.
 
@@ -274,7 +275,8 @@ class Factorization(nn.Module):
             if index.kind != "entries" or index.network != self.network:
                 raise OptionError(
                     f"a plan of {index.kind} for another network cannot give the entries of this model.\n"
-                    "  write tnreg.plan(model, index=index)"
+                    "  write tnreg.plan(model, index=index)",
+                    argument="index",
                 )
             return self._contract(index)
         return self._contract(self._entry_plan(index))
@@ -335,6 +337,7 @@ class Factorization(nn.Module):
         square, log2 = self._scaled_inner(self)
         return Scaled(square.real.clamp_min(0).sqrt(), log2 / 2).value()
 
+    @blame("other")
     def inner(self, other: Factorization) -> Tensor:
         """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
 
@@ -374,7 +377,9 @@ class Factorization(nn.Module):
         """
         i = self.tree.position(node)
         if self.network.joins[i] != "diagonal":
-            raise OptionError(f"node {node!r} has no diagonal join, so no local components.")
+            raise OptionError(
+                f"node {node!r} has no diagonal join, so no local components.", argument="node"
+            )
         weights = [self._weight(c) for c in self.tree.links[i]]
         if i in self.network.slots:
             own = self._weight(i)

@@ -89,7 +89,7 @@ def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Ein
 def find_path(
     equation: str, shapes: tuple[tuple[int, ...], ...], search: str
 ) -> tuple[tuple[int, ...], ...]:
-    """Pairwise path that opt_einsum finds for these shapes."""
+    """Return the pairwise path that opt_einsum finds for these shapes."""
     how = opt_einsum.DynamicProgramming(minimize="size") if search == "smallest" else search
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=how)
     return tuple(tuple(step) for step in path)
@@ -99,7 +99,7 @@ def find_path(
 def along(
     equation: str, shapes: tuple[tuple[int, ...], ...], path: tuple[tuple[int, ...], ...]
 ) -> Einsum:
-    """The einsum along a given path, with its cost for these shapes."""
+    """Make the einsum along a given path, with its cost for these shapes."""
     inputs, output = equation.split("->")
     terms = inputs.split(",")
     size = {

@@ -168,7 +168,8 @@ class Network:
                 raise ShapeError(
                     f"the children of node {tree.nodes[i]!r} have different ranks under a diagonal join.\n"
                     f"  found:    {found}\n"
-                    "  expected: one rank for all of them, as they share the bond; or join='full' there"
+                    "  expected: one rank for all of them, as they share the bond; or join='full' there",
+                    argument="ranks",
                 )
         return cls(tree, checked, bonds, joins, root == "ones")
 
@@ -225,7 +226,7 @@ class Network:
         return tuple(self.index_size(i) for i in self.inner(position)) + above
 
     def inner(self, position: int) -> tuple[int, ...]:
-        """Indices of a node's weight on the side of its children: its mode at a leaf."""
+        """Return the indices of a node's weight on the side of its children: its mode at a leaf."""
         below = self.tree.links[position]
         if not below:
             return (self.tree.nodes[position],)  # type: ignore[return-value]
@@ -359,7 +360,8 @@ def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, .
             )
         if not tree.links[tree.position(node)]:
             raise OptionError(
-                f"node {node!r} is a leaf and joins nothing; name interior nodes only."
+                f"node {node!r} is a leaf and joins nothing; name interior nodes only.",
+                argument="join",
             )
     return tuple(
         given.get(name, "diagonal") if below else "leaf"
@@ -378,7 +380,9 @@ def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, 
         return (int(ranks),) * len(names) + (1,)
     for node in ranks:
         if tree.position(node) == len(names):
-            raise ShapeError(f"the root {node!r} has no bond above it; leave it out of ranks.")
+            raise ShapeError(
+                f"the root {node!r} has no bond above it; leave it out of ranks.", argument="ranks"
+            )
         if not _is_size(ranks[node]):
             raise ShapeError(
                 f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}.",
@@ -388,7 +392,8 @@ def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, 
     if missing:
         raise ShapeError(
             f"ranks lack the bond above {len(missing)} of {len(names)} non-root nodes: {missing[:8]}.\n"
-            "  give one integer for all of them, or every non-root node its own"
+            "  give one integer for all of them, or every non-root node its own",
+            argument="ranks",
         )
     return (*(int(ranks[name]) for name in names), 1)
 

@@ -174,11 +174,14 @@ def plan(
     network = model if isinstance(model, Network) else getattr(model, "network", None)
     if not isinstance(network, Network):
         raise OptionError(
-            f"plan: expected a Factorization or its network, found {type(model).__name__}."
+            f"plan: expected a Factorization or its network, found {type(model).__name__}.",
+            argument="model",
         )
     if index is not None:
         if batch is not None:
-            raise OptionError("plan: give batch= for inputs or index= for entries, not both.")
+            raise OptionError(
+                "plan: give batch= for inputs or index= for entries, not both.", argument="batch"
+            )
         # made to be kept: a plan made in inference mode could not be trained with later
         with torch.inference_mode(False), torch.no_grad():
             plans = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
@@ -197,7 +200,7 @@ def plan(
 
 
 def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = None) -> Plan:
-    """A plan that can be carried out where these weights are: the one given, or another route.
+    """Return a plan that can be carried out where these weights are: the one given, or another route.
 
     Args:
         plan: The cheapest one.
@@ -296,7 +299,7 @@ def choose(counted: Mapping[str, int]) -> str:
 
 @lru_cache(maxsize=256)
 def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
-    """Both plans of the dense tensor or of a batch, the chosen one first."""
+    """Make both plans of the dense tensor or of a batch, the chosen one first."""
     joins = schedule(network, batch=batch, features=batch is not None)
     cost, whole = cost_of(network, joins), _whole(network, batch)
     routes = [
@@ -307,7 +310,7 @@ def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
 
 
 def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
-    """The plans of all routes to entries, the chosen one first."""
+    """Make the plans of all routes to entries, the chosen one first."""
     tree, count = network.tree, index.shape[0]
     columns = index.unbind(1)
     routes: list[_Route] = []

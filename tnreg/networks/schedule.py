@@ -225,7 +225,7 @@ def run(
 
 
 def _features(inputs: Tensor | Sequence[Tensor], modes: list[int]) -> Tensor:
-    """Inputs of these modes as ``(modes, B, D)``, without a copy where they are all in order."""
+    """Return inputs of these modes as ``(modes, B, D)``, without a copy where they are all in order."""
     if not isinstance(inputs, Tensor):
         parts = [inputs[mode] for mode in modes]
         return torch.stack(parts) if len(parts) > 1 else parts[0]

@@ -27,7 +27,7 @@ class Maps:
 
 
 def grid_of(tree: ModeTree) -> Maps | None:
-    """The image whose ``ModeTree.grid`` this tree is, with complete windows at every level.
+    """Return the image whose ``ModeTree.grid`` this tree is, with complete windows at every level.
 
     Its shape is the tree's own, or read off the first window: there a row of modes is followed by the next
     row, unless the window is as wide as the image.
@@ -58,7 +58,7 @@ def grid_of(tree: ModeTree) -> Maps | None:
 
 
 def maps_of(tree: ModeTree) -> Maps | None:
-    """The ordinary 2-D layout of a tree, if all its nodes of one height have equally many children below."""
+    """Return the 2-D layout of a tree all of whose nodes of one height have equally many children."""
     grid = grid_of(tree)
     if grid is not None:
         return grid

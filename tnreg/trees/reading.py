@@ -12,7 +12,7 @@ from typing import Any
 
 import networkx as nx
 
-from tnreg.errors import TreeError
+from tnreg.errors import TreeError, blame
 
 Node = Hashable
 
@@ -20,6 +20,7 @@ Node = Hashable
 LONGEST_CHAIN = 400
 
 
+@blame("structure")
 def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
     """Read nested sequences of mode numbers; interior nodes get their usual names.
 
@@ -72,6 +73,7 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
     return tuple(usual_names(links, names)), tuple(map(tuple, links))
 
 
+@blame("structure")
 def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
     """Read a graph with edges parent -> child; interior nodes keep their names.
 
@@ -176,7 +178,7 @@ def _is_int(value: Any) -> bool:
 
 
 def in_a_line(value: Any) -> str:
-    """What a value looks like, in a line; a dict may nest deeper than Python can write it."""
+    """Return a value as a line of text; a dict may nest deeper than Python can write it."""
     try:
         text = repr(value)
     except Exception:
@@ -185,7 +187,7 @@ def in_a_line(value: Any) -> str:
 
 
 def usual_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> list[Node]:
-    """Names that nested lists give: modes below, or (child,) for a node with one child."""
+    """Return the names that nested lists give: modes below, or (child,) for a node with one child."""
     modes: list[tuple[int, ...]] = []
     out: list[Node] = []
     chained: list[int] = []  # one-child nodes in a row
@@ -211,7 +213,7 @@ def usual_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> list[N
 
 
 def check_links(links: list[list[int]]) -> None:
-    """Whether links as a file gave them point down: every child stands before its parent and has no other."""
+    """Raise ValueError unless every child comes before its only parent."""
     seen: set[int] = set()
     for i, below in enumerate(links):
         for c in below:

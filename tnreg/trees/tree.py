@@ -334,6 +334,7 @@ class ModeTree:
         write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
+@blame("source")
 def load_tree(source: str | os.PathLike[str]) -> ModeTree:
     """Read a tree from the gallery by its name, or from a JSON file.
 
@@ -354,7 +355,7 @@ def load_tree(source: str | os.PathLike[str]) -> ModeTree:
 
 @blame("tree")
 def read_tree(text: str) -> ModeTree:
-    """A tree from one argument: nested lists as text, ``"[[0, 1], [2, 3]]"``, or what ``load_tree`` takes."""
+    """Read a tree from nested lists as text, ``"[[0, 1], [2, 3]]"``, or as ``load_tree`` does."""
     if not text.lstrip().startswith("["):
         return load_tree(text)
     try:
@@ -366,8 +367,9 @@ def read_tree(text: str) -> ModeTree:
     return ModeTree(nested)
 
 
+@blame("source")
 def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object of a tree file, with its optional ``modes``, ``sizes`` and ``about``."""
+    """Return the JSON object of a tree file, with its optional ``modes``, ``sizes`` and ``about``."""
     path = Path(source)
     if not path.suffix and not is_file(path):
         path = _gallery_folder() / f"{source}.json"
@@ -400,7 +402,7 @@ def gallery() -> tuple[str, ...]:
 
 
 def tree_to_json(tree: ModeTree) -> dict[str, Any]:
-    """The tree as plain JSON values; the inverse of ``tree_from_json``."""
+    """Return the tree as plain JSON values; the inverse of ``tree_from_json``."""
     plain = usual_names(tree.links, tree.nodes)
     names = {
         i: _name_to_json(name)
