@@ -8,7 +8,7 @@ import torch
 import zoo
 
 from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, network
-from tnreg.networks.network import Network
+from tnreg.networks.network import Network, Stacked
 
 TREE = ModeTree([[0, 1], [2, 3]])
 
@@ -26,31 +26,21 @@ def test_shapes_follow_the_contract():
 
 
 def test_sizes_and_ranks_of_any_integer_kind():
-    wanted = Network.build(TREE, (2, 3, 5, 7), 4)
-    for sizes in (
-        np.array([2, 3, 5, 7]),
-        torch.Size([2, 3, 5, 7]),
-        torch.tensor([2, 3, 5, 7]),
-        iter((2, 3, 5, 7)),
-    ):
-        assert Network.build(TREE, sizes, np.int64(4)) == wanted
+    sizes = (2, 3, 5, 7)
+    wanted = Network.build(TREE, sizes, 4)
+    for kind in (np.array, torch.Size, torch.tensor, iter):
+        assert Network.build(TREE, kind(sizes), np.int64(4)) == wanted
     assert Network.build(TREE, np.int32(3), 4).sizes == (3, 3, 3, 3)
-    assert Network.build(TREE, (2, 3, 5, 7), {v: np.int64(4) for v in TREE.nodes[:-1]}) == wanted
+    assert Network.build(TREE, sizes, {v: np.int64(4) for v in TREE.nodes[:-1]}) == wanted
 
 
 def test_indices_are_edges():
-    net = Network.build(
-        TREE, 6, {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}, join={(2, 3): "full"}
-    )
-    position = TREE.position
-    assert net.indices(position(0))[0] == 0 and net.index_size(0) == 6
-    assert (
-        net.indices(position(0))[1]
-        == net.indices(position(1))[1]
-        == net.indices(position((0, 1)))[0]
-    )
-    assert net.indices(position(2))[1] != net.indices(position(3))[1]
-    assert [net.index_size(i) for i in net.indices(position((2, 3)))] == [4, 5, 3]
+    ranks = {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}
+    net = Network.build(TREE, 6, ranks, join={(2, 3): "full"})
+    of = {node: net.indices(TREE.position(node)) for node in TREE.nodes}
+    assert of[0][0] == 0 and net.index_size(0) == 6
+    assert of[0][1] == of[1][1] == of[(0, 1)][0] and of[2][1] != of[3][1]
+    assert [net.index_size(i) for i in of[(2, 3)]] == [4, 5, 3]
     assert "(2, 3): full [bond 3: 4, bond 4: 5" in str(net)
 
 
@@ -64,8 +54,29 @@ def test_equal_networks_hash_equal():
 def test_equal_nodes_share_a_stack():
     net = Network.build(ModeTree.binary(16), 8, 4, join="full")
     assert [len(stack.positions) for stack in net.stacks] == [16, 8, 4, 2, 1]
+    assert [level.block for level in net.levels] == [None, 0, 1, 2, 3]
     uneven = Network.build(ModeTree.binary(4), (2, 3, 2, 3), 4)
     assert sorted(len(stack.positions) for stack in uneven.stacks) == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("kinds", [None, "height", "position"])
+def test_levels_know_where_children_and_weights_are(name, kinds):
+    """Every node once, children first; what is picked for its children and its weight is theirs."""
+    tree = zoo.TREES[name]
+    net = zoo.model_of(tree, root="ones").network
+    kinds = {"height": tree.heights, "position": range(len(tree.nodes))}.get(kinds)
+    weights = Stacked([torch.tensor(stack.positions) for stack in net.stacks])
+    results = Stacked()
+    for level in net.split_levels(kinds):
+        positions = torch.tensor(level.positions)
+        children = torch.tensor([tree.links[i] for i in level.positions]).long()
+        for found, wanted in zip(results.children(level), children.unbind(1), strict=True):
+            assert torch.equal(found, wanted)
+        assert (level.weight is None) == (len(tree.nodes) - 1 in level.positions)
+        assert level.weight is None or torch.equal(weights.pick(level.weight), positions)
+        results.append(positions)
+    assert sorted(torch.cat(results.tensors).tolist()) == list(range(len(tree.nodes)))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +117,8 @@ def test_tensornetwork_nodes_are_named_and_wired():
     assert all(isinstance(node, tensornetwork.CopyNode) for node in nodes[7:])
     edges = {edge.name for node in nodes for edge in node.edges}
     assert {"mode 0", "mode 3", "bond 0", "bond 3", "bond (0, 1)", "bond (0, 1) inside"} <= edges
-    assert not [
-        n for n in network(zoo.model_of(TREE, "full")) if isinstance(n, tensornetwork.CopyNode)
-    ]
+    full = network(zoo.model_of(TREE, "full"))
+    assert not any(isinstance(node, tensornetwork.CopyNode) for node in full)
 
 
 def test_gradients_flow_through_tensornetwork():
