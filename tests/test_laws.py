@@ -17,17 +17,21 @@ from hypothesis import HealthCheck, example, given, settings
 
 from tnreg import (
     Factorization,
+    GroupRMSprop,
     ModeTree,
     balance_,
+    completion,
     effective_rank,
     entanglement_entropy,
     fit,
     hierarchical_rank,
+    load,
     matricize,
     network,
     plan,
     spectra,
 )
+from tnreg.networks import plan as contraction
 
 ZOO = list(zoo.zoo())
 some = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -54,6 +58,12 @@ def contracted_by_tensornetwork(model):
     dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda e: int(e.name.split()[1]))
     assert [edge.name for edge in dangling] == [f"mode {n}" for n in range(model.tree.order)]
     return tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor
+
+
+def force(monkeypatch, route):
+    """Every plan takes this route; plans made before, and these ones, stay apart."""
+    monkeypatch.setattr(contraction, "choose", lambda costs: route)
+    monkeypatch.setattr(contraction, "_plans", contraction._plans.__wrapped__)
 
 
 def rank_one(features, b):
@@ -117,13 +127,11 @@ def test_entries_are_dense_random(model):
 @pytest.mark.parametrize("join", ["diagonal", "full", "mixed"])
 def test_every_route_to_entries(monkeypatch, route, name, join):
     """Each of the three routes by itself, whatever its cost."""
-    import tnreg.networks.plan as contraction
-
     tree = zoo.TREES[name]
     model = zoo.model_of(tree, zoo.joins_of(tree)[join])
     index = zoo.random_index(model.sizes, 30)
     index = torch.cat([index, index[:5]])
-    monkeypatch.setattr(contraction, "choose", lambda costs: route)
+    force(monkeypatch, route)
     chosen = plan(model, index=index)
     assert chosen.route == route
     assert_close(model.entries(chosen), defined(model)[tuple(index.T.numpy())])
@@ -132,11 +140,8 @@ def test_every_route_to_entries(monkeypatch, route, name, join):
 @pytest.mark.parametrize("model", ZOO)
 def test_forward_on_one_hot_is_entries(model):
     index = zoo.random_index(model.sizes, 9)
-    features = [
-        torch.nn.functional.one_hot(index[:, n], size).to(model.dtype)
-        for n, size in enumerate(model.sizes)
-    ]
-    assert_close(model(features), model.entries(index))
+    features = map(torch.nn.functional.one_hot, index.unbind(1), model.sizes)
+    assert_close(model([x.to(model.dtype) for x in features]), model.entries(index))
 
 
 def check_forward(model):
@@ -163,29 +168,22 @@ def test_forward_is_inner_product_random(model):
 @pytest.mark.parametrize("model", ZOO)
 def test_both_routes_agree(monkeypatch, model, route):
     """The tree schedule and opt_einsum's path, each by itself, dense and on a batch."""
-    import tnreg.networks.plan as contraction
-
     monkeypatch.setattr(contraction, "choose", lambda costs: route)
-    contraction._plans.cache_clear()
-    try:
-        assert plan(model).route == plan(model, batch=5).route == route
-        assert_close(model.to_tensor(), defined(model))
-        check_forward(model)
-    finally:
-        contraction._plans.cache_clear()
+    monkeypatch.setattr(
+        contraction, "_plans", contraction._plans.__wrapped__
+    )  # not the cached ones
+    assert plan(model).route == plan(model, batch=5).route == route
+    assert_close(model.to_tensor(), defined(model))
+    check_forward(model)
 
 
-def test_equal_sizes_take_one_tensor():
-    for tree in (
-        ModeTree.binary(4),
-        ModeTree.half(8),
-        ModeTree([[0, 2], [1, 3]]),
-        ModeTree([0, [2, 1]]),
-    ):
-        model = zoo.model_of(tree, "full", sizes=(3,) * tree.order)
-        x = torch.randn(6, tree.order, 3, dtype=torch.float64)
-        assert_close(model(x), model(list(x.unbind(1))))
-        check_forward(model)
+@pytest.mark.parametrize("nested", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [0, [2, 1]]])
+def test_equal_sizes_take_one_tensor(nested):
+    tree = ModeTree(nested)
+    model = zoo.model_of(tree, "full", sizes=(3,) * tree.order)
+    x = torch.randn(6, tree.order, 3, dtype=torch.float64)
+    assert_close(model(x), model(list(x.unbind(1))))
+    check_forward(model)
 
 
 def check_gradients(model):
@@ -200,12 +198,8 @@ def check_gradients(model):
             self.model = model
 
         def forward(self):
-            return (
-                self.model.to_tensor(),
-                self.model.entries(index),
-                self.model(features),
-                self.model.norm(),
-            )
+            m = self.model
+            return m.to_tensor(), m.entries(index), m(features), m.norm()
 
     whole = Everything()
 
@@ -221,12 +215,9 @@ def check_gradients(model):
 def test_gradients(name, kind):
     tree = zoo.TREES[name]
     sizes = tuple(min(n, 3) for n in zoo.sizes_of(tree))
-    dtype = torch.complex128 if kind == "complex" else torch.float64
-    join = zoo.joins_of(tree).get(
-        kind, "diagonal" if kind == "ones" else zoo.joins_of(tree)["mixed"]
-    )
-    root = "ones" if kind == "ones" else "trained"
-    assert check_gradients(zoo.model_of(tree, join, root=root, sizes=sizes, dtype=dtype))
+    options = {"ones": {"root": "ones"}, "complex": {"dtype": torch.complex128}}.get(kind, {})
+    join = zoo.joins_of(tree)[{"ones": "diagonal", "complex": "mixed"}.get(kind, kind)]
+    assert check_gradients(zoo.model_of(tree, join, sizes=sizes, **options))
 
 
 @given(zoo.models())
@@ -241,11 +232,8 @@ def test_tensornetwork_and_one_hot_random(model):
     if len(model.weights) > 1:  # a single node has no edge to contract
         assert_close(contracted_by_tensornetwork(model), model.to_tensor())
     index = zoo.random_index(model.sizes, 5)
-    features = [
-        torch.nn.functional.one_hot(index[:, n], size).double()
-        for n, size in enumerate(model.sizes)
-    ]
-    assert_close(model(features), model.entries(index))
+    features = map(torch.nn.functional.one_hot, index.unbind(1), model.sizes)
+    assert_close(model([x.double() for x in features]), model.entries(index))
 
 
 @pytest.mark.parametrize("model", ZOO)
@@ -258,9 +246,8 @@ def test_norm_and_inner(model):
     for kind in ("diagonal", flipped):
         other = zoo.model_of(model.tree, kind, seed=5, dtype=torch.complex128)
         found, wanted = model.inner(other), (dense.conj() * other.to_tensor()).sum()
-        assert abs(complex(found.detach()) - complex(wanted.detach())) < 1e-11 * number(
-            model.norm() * other.norm()
-        )
+        largest = number(model.norm() * other.norm())
+        assert abs(complex(found.detach()) - complex(wanted.detach())) < 1e-11 * largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
@@ -478,8 +465,6 @@ def test_scaling_one_weight_scales_the_tensor(model):
 
 @pytest.mark.parametrize("model", ZOO)
 def test_save_and_load(model, tmp_path):
-    from tnreg import load
-
     model.save(tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")
     assert again.network == model.network and again.dtype == model.dtype
@@ -525,8 +510,6 @@ def test_balancing_keeps_the_tensor(model):
 
 def test_conservation_under_gradient_descent():
     """‖w‖² - ‖w'‖² changes by exactly lr² (‖g‖² - ‖g'‖²) in a step with one common step size."""
-    from tnreg import GroupRMSprop, completion
-
     model = zoo.model_of(zoo.TREES["uneven"])
     task = completion(zoo.model_of(zoo.TREES["uneven"], seed=9), 100)
     optimizer = GroupRMSprop(model.parameters(), lr=1e-2)
