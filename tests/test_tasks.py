@@ -87,7 +87,7 @@ def test_any_module_with_entries():
 def test_own_entries():
     index = torch.tensor([[0, 0], [1, 2], [1, 2]])
     own = {"index": index, "values": torch.tensor([1.0, 2.0, 3.0]), "sizes": (2, 3)}
-    task, model = completion(**own), Factorization(ModeTree.star(2), (2, 3), 2, std=1.0)
+    task, model = completion(**own), zoo.model_of(ModeTree.star(2), dtype=torch.float32)
     difference = model.to_tensor().detach()[tuple(index.T)] - task.values
     assert task.loss(model).item() == pytest.approx(difference.square().mean().item())
     with pytest.raises(OptionError, match="no unseen entries are known"):
