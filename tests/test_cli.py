@@ -340,6 +340,12 @@ def test_tensors_on_disk(cli):
         ("fit covid19 --steps 1 --out theirs", "left alone", "--out"),
         ("fit covid19 --join full --root ones", "root='ones' needs", "--root"),
         ("run dynamics --model tiny --tree [0,1]", "a tree over 2 modes", "--tree"),
+        ("run dynamics --model tiny --target-tree nope", "no tree named 'nope'", "--target-tree"),
+        (
+            "run dynamics --model tiny --off-tree 0,9",
+            "is no set of some of the modes",
+            "--off-tree",
+        ),
         ("run dynamics --model tiny --out theirs", "left alone", "--out"),
         ("run dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
         ("run convac --trees htf-4 --out r", "64 pixels", "--trees"),

@@ -87,7 +87,8 @@ def _exit(error: TnregError, options: Collection[str]) -> None:
         message, name = str(error), error.argument or ""
         names = (name, f"{name}s", name.removesuffix("s"), _OPTIONS.get(name, ""))
         option = next((option for option in names if option in options), "")
-        if option and f"--{option}" not in message:
-            message += f"\n  option: --{option}"
+        flag = f"--{option.replace('_', '-')}"
+        if option and flag not in message:
+            message += f"\n  option: {flag}"
         print(f"tnreg: {type(error).__name__}: {message}", file=sys.stderr)
     raise SystemExit(1) from None

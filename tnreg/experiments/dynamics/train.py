@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnreg.dynamics import predicted_rate, predicted_singular_rate
-from tnreg.errors import DataError, FileError, OptionError
+from tnreg.errors import DataError, FileError, OptionError, blame
 from tnreg.experiments.dynamics.pictures import (
     rates_figure,
     spectra_figure,
@@ -217,8 +217,10 @@ def row(summary: dict[str, Any]) -> dict[str, Any]:
 def _task(config: Config, target: Any) -> tuple[Completion | Sensing, Tensor, float]:
     """Return the task, its dense target in double precision, and what the target was divided by."""
     if target is None and config.target is None:
+        with blame("target_tree"):
+            tree = read_tree(config.target_tree)
         target = Factorization(
-            read_tree(config.target_tree), config.target_sizes, config.target_rank,
+            tree, config.target_sizes, config.target_rank,
             root=config.target_root, std=1.0, dtype=torch.float64,
             generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
