@@ -74,8 +74,8 @@ def from_nodes(
 
     What ``tnreg.network(model)`` made gives the same model again, bit for bit. Otherwise every node gets
     a full join and every ``CopyNode`` a diagonal one. Where a node has dangling edges and bonds, or
-    several dangling edges, leaves of identities are put in, as for a tensor train. Nodes without modes
-    below them are multiplied into their neighbours.
+    several dangling edges, leaves of identities are put in, as for a tensor train. A node with no mode
+    below it is multiplied into its neighbour, and so is a node that this leaves with one child.
 
     Args:
         nodes: All nodes of the network, in any order.

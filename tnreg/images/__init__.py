@@ -6,12 +6,12 @@ thousand. ``split="train"`` and ``split="test"`` of one seed share no image.
 
 Pathfinder is described in ``tnreg.images.scene``. An IsSameClass image shows two small images ``distance``
 pixels apart; the label says whether they are of one class (Razin, Maman and Cohen (2022),
-arXiv:2201.11729). Files are read without pickle's power to run code.
+arXiv:2201.11729). No file that is read can run code.
 
 Example:
     >>> from tnreg import images
-    >>> found = images.pathfinder(8, length=3, size=32, matched=True, seed=1)
-    >>> found.images.shape, found.images.dtype, found.labels.tolist()
+    >>> paths = images.pathfinder(8, length=3, size=32, matched=True, seed=1)
+    >>> paths.images.shape, paths.images.dtype, paths.labels.tolist()
     ((8, 1, 32, 32), dtype('uint8'), [0, 1, 1, 1, 0, 0, 1, 0])
 """
 
