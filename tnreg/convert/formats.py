@@ -17,7 +17,7 @@ from tnreg.trees.tree import ModeTree
 
 
 def from_cp(weights: Any, factors: Sequence[Any]) -> Factorization:
-    """Make a star with a diagonal join of CP, ``sum_r w[r] a_r ⊗ b_r ⊗ ..``.
+    """Convert CP, ``sum_r w[r] a_r ⊗ b_r ⊗ ..``, to a star with a diagonal join.
 
     Args:
         weights: ``(R,)``, or ``None`` for ones (the root is then fixed to them).
@@ -37,7 +37,7 @@ def to_cp(model: Factorization) -> tuple[Tensor, list[Tensor]]:
 
 
 def from_tucker(core: Any, factors: Sequence[Any]) -> Factorization:
-    """Make a star with a full join of Tucker, ``core x_0 U_0 x_1 U_1 ..``.
+    """Convert Tucker, ``core x_0 U_0 x_1 U_1 ..``, to a star with a full join.
 
     Args:
         core: ``(R_0, ..., R_{N-1})``.
@@ -70,7 +70,7 @@ def _to_star(model: Factorization, join: str, what: str) -> tuple[Tensor, list[T
 
 
 def from_tensor_train(cores: Sequence[Any]) -> Factorization:
-    """Make a caterpillar with full joins of a tensor train; leaves beyond the first hold identities.
+    """Convert a tensor train to a caterpillar with full joins; leaves beyond the first hold identities.
 
     Args:
         cores: ``(r_n, D_n, r_{n+1})`` with ``r_0 = r_N = 1``.
@@ -135,7 +135,7 @@ def from_tensorly(tensor: Any) -> Factorization:
 
 
 def to_tensorly(model: Factorization) -> Any:
-    """Make a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of tensorly, in the arrays of its backend.
+    """Convert to a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of tensorly, in the arrays of its backend.
 
     Raises:
         OptionError: The factorization is none of them, or tensorly is missing.

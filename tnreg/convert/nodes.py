@@ -70,7 +70,7 @@ def network(model: Factorization) -> list[Any]:
 def from_nodes(
     nodes: Iterable[Any], *, modes: Sequence[Any] | None = None, root: str | None = None
 ) -> Factorization:
-    """Make a factorization of a tree of ``tensornetwork`` nodes; the mode tree is read off the wiring.
+    """Convert a tree of ``tensornetwork`` nodes to a factorization; the mode tree is read off the wiring.
 
     What ``tnreg.network(model)`` made gives the same model again, bit for bit. Otherwise every node gets
     a full join and every ``CopyNode`` a diagonal one. Where a node has dangling edges and bonds, or

@@ -57,7 +57,7 @@ def to_quimb(model: Factorization) -> Any:
 def from_quimb(
     net: Any, *, modes: Sequence[str] | None = None, root: str | None = None
 ) -> Factorization:
-    """Make a factorization of a ``quimb.tensor.TensorNetwork`` that is a tree; see ``from_nodes``.
+    """Convert a ``quimb.tensor.TensorNetwork`` that is a tree to a factorization; see ``from_nodes``.
 
     What ``to_quimb(model)`` made gives the same model again, bit for bit. Indices that three tensors or
     more share become diagonal joins. A ``MatrixProductState`` with open ends is a tensor train.
