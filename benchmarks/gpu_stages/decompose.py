@@ -48,14 +48,14 @@ def by(way: str) -> Iterator[list[bool]]:
     Gram matrices with an infinite one (whether the error stays within the real one is recorded). Frames:
     by Gram matrices where ``frames.orthogonalize`` stands. "as chosen" exchanges nothing.
     """
-    left, sufficed = hsvd._left_vectors, list[bool]()
-    allowed = {"QR": 0.0, "Gram": math.inf}.get(way)
+    left, sufficed = hsvd.left_vectors, list[bool]()
+    forced = {"QR": 0.0, "Gram": math.inf}.get(way)
 
-    def vectors_of(view: Tensor, given: float, exact: bool) -> Any:
-        return left(view, given if allowed is None else allowed, exact)
+    def vectors_of(rows: int, part: float | None, *calls: Any, eps: float) -> Any:
+        return left(rows, part if forced is None or part is None else forced, *calls, eps=eps)
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(patch.object(hsvd, "_left_vectors", vectors_of))
+        patches.enter_context(patch.object(hsvd, "left_vectors", vectors_of))
         if way == "Gram":
             by_gram = partial(orthogonalize_by_gram, frames.orthogonalize, sufficed)
             patches.enter_context(patch.object(frames, "orthogonalize", by_gram))

@@ -55,46 +55,6 @@ def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
     return Scaled(Scaled(weight, total - top).value(), top)
 
 
-def multiply(rows: Scaled, weight: Tensor) -> Scaled:
-    """Multiply a scaled matrix by a weight: ``rows @ weight``.
-
-    Args:
-        rows: ``(rows, R)``, columns of largest magnitude about 1 or 0; few rows beside those of the weight.
-        weight: ``(R, S)``.
-    """
-    matrix, log2 = rows
-    high, low = log2.max(), log2.min()
-    # one number per column, so that a large weight is neither copied nor read twice
-    largest = power_below(_largest(weight)).abs().max()
-    if bool(torch.maximum(high - low, largest) < _moderate(log2.dtype)):  # the usual case
-        matrix, more = scale_columns((matrix * torch.exp2(log2 - high)) @ weight)
-        return Scaled(matrix, more + high)
-    weight, more = absorb(weight, [log2])
-    matrix, rest = scale_columns(matrix @ weight)
-    return Scaled(matrix, more + rest)
-
-
-def combine_rows(below: Sequence[Scaled], weight: Tensor) -> Scaled:
-    """Multiply all combinations of the children's rows by the weight of a full join.
-
-    Args:
-        below: For every child a matrix ``(rows, bond)`` with a scale for each column.
-        weight: ``(R_c1, ..., R_ck, R_above)``.
-
-    Returns:
-        A matrix ``(product of rows, R_above)``, columns of largest magnitude about 1 or 0.
-    """
-    weight, log2 = absorb(weight, [child.log2 for child in below])
-    symbols = [get_symbol(k) for k in range(2 * len(below) + 1)]
-    bonds, rows, above = symbols[: len(below)], symbols[len(below) : -1], symbols[-1]
-    terms = [row + bond for row, bond in zip(rows, bonds, strict=True)]
-    equation = f"{','.join(terms)},{''.join(bonds)}{above}->{''.join(rows)}{above}"
-    operands = [*(child.x for child in below), weight]
-    product = einsum(equation, *(tuple(o.shape) for o in operands))(operands)
-    matrix, more = scale_columns(product.flatten(0, -2))
-    return Scaled(matrix, log2 + more)
-
-
 def column_norms(matrix: Tensor) -> Tensor:
     """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
     if matrix.is_complex():  # (n, R) -> (n, R, 2) -> (2n, R)

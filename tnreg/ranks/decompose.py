@@ -1,4 +1,4 @@
-"""Hierarchical singular value decomposition along any tree: from a dense tensor, or from a factorization.
+"""Hierarchical singular value decomposition along any tree, of a dense tensor or of a factorization.
 
 Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` rounds a
 factorization without its dense tensor: the squares of what is discarded anywhere bound that of the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
-from tnreg.ranks.rounding import built, limits_of, on_network, rounded, share_of
-from tnreg.tensors.arrays import as_tensor, axis_gram, axis_product, check_dense, ready
+from tnreg.ranks.rounding import limits_of, network_of, round_network, share_of, to_factorization
+from tnreg.tensors.arrays import as_tensor, check_dense, double, to_core
+from tnreg.tensors.axes import Core, axis_gram, axis_triangle, left_vectors
 from tnreg.tensors.blocks import (
     Compressed,
     as_blocks,
@@ -111,67 +113,41 @@ def decompose(
         tensor = small
     with torch.no_grad():
         dense = check_dense(tensor, tree).detach()
-        limits = limits_of(tree, ranks)
-        share = share_of(rtol)
-        core, log2 = ready(dense, tree)
+        limits, share = limits_of(tree, ranks), share_of(rtol)
+        core, log2 = to_core(dense, tree)
         random = torch.Generator(core.device).manual_seed(seed) if randomized else None
-        first = share if share is None else _FIRST_SHARE * share
-        sweep = _Sweep(core, tree, limits, first, random)
+        sweep = _Sweep(Core(core, tree), limits, share, random)
         top = len(tree.nodes) - 1
         weights = sweep.run(range(top), top)
-        if not share or sweep.total == 0:
-            return built(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
-        return _finished(tree, weights, limits, share, sweep, log2, dense.dtype)
-
-
-def _finished(
-    tree: ModeTree,
-    weights: Mapping[int, Tensor],
-    limits: Mapping[int, int],
-    share: float | None,
-    sweep: _Sweep,
-    log2: int,
-    dtype: torch.dtype,
-) -> Factorization:
-    """Rounded with what the sweep has left of the tolerance."""
-    left = None
-    if share is not None:
-        left = max(share**2 * sweep.total - sweep.lost, 0.0) / (sweep.total - sweep.lost)
-    net, stacks = on_network(tree, weights)
-    rest = rounded(net, stacks, limits, None if left is None else math.sqrt(left), orthonormal=True)
-    lost = sweep.lost + rest.lost * (rest.size * 2.0**rest.power) ** 2
-    found = rest.weights
-    found[len(tree.nodes) - 1] *= 2.0**rest.power
-    return built(tree, found, log2, dtype, math.sqrt(lost))
+        if share and sweep.total:
+            return sweep.finish(weights, log2, dense.dtype)
+        return to_factorization(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
 
 
 def _decompose_blocks(
     array: Any, tree: ModeTree, limits: Mapping[int, int], share: float | None, memory: int
 ) -> Factorization:
-    """The tensor reduced to a core block by block; the rest in memory."""
+    """Reduce the tensor to a core block by block, and decompose that in memory."""
     with torch.no_grad():
-        first = share if share is None else _FIRST_SHARE * share
-        found = compress(array, tree, limits, share, memory)
-        weights = _weights_below(found, tree)
-        sweep = _Sweep(
-            found.core, tree, limits, first, None,
-            front=found.front, total=found.total, lost=found.lost,
-        )  # fmt: skip
+        reduced = compress(array, tree, limits, share, memory)
+        weights = _weights_below(reduced, tree)
+        core = Core(reduced.core, tree, reduced.front)
+        sweep = _Sweep(core, limits, share, total=reduced.total, lost=reduced.lost)
         top = len(tree.nodes) - 1
         weights |= sweep.run([i for i in range(top) if i not in weights], top)
         dtype = getattr(torch, array.dtype.name)
-        if sweep.total == 0:
-            return built(tree, weights, found.log2, dtype, 0.0)
-        return _finished(tree, weights, limits, share, sweep, found.log2, dtype)
+        if sweep.total:
+            return sweep.finish(weights, reduced.log2, dtype)
+        return to_factorization(tree, weights, reduced.log2, dtype, 0.0)
 
 
-def _weights_below(found: Compressed, tree: ModeTree) -> dict[int, Tensor]:
-    """Weights of all nodes that have a basis, and of those below them."""
-    weights = dict(found.bases)
-    for i in found.split:
+def _weights_below(reduced: Compressed, tree: ModeTree) -> dict[int, Tensor]:
+    """Return weights of all nodes that have a basis, and of those below them."""
+    weights = dict(reduced.bases)
+    for i in reduced.split:
         inside = positions_below(tree, i)
         leaves = [c for c in sorted(inside) if not tree.links[c]]
-        sweep = _Sweep(found.bases[i], tree, {}, None, None, front=[*leaves, -1])
+        sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None)
         weights |= sweep.run(inside, i)
     return weights
 
@@ -179,163 +155,130 @@ def _weights_below(found: Compressed, tree: ModeTree) -> dict[int, Tensor]:
 class _Sweep:
     """From the leaves up: at every node a basis of the core's rows, then the core in that basis.
 
-    The core's axes are nodes in the order of the tree's leaves, so that the children of a node are
-    always neighbours and nothing has to be permuted.
-
     Args:
         core: The tensor.
-        tree: The tree.
         limits: Largest ranks by position.
-        share: Error allowed, relative to the norm; ``None`` cuts what is zero to rounding.
+        share: Error allowed, relative to the norm; ``None`` cuts what is zero to rounding. A part of it
+            is spent here, the rest by ``finish``.
         random: Draws the vectors of randomized sweeps.
-        front: What the axes are; the leaves if left out. -1 is an axis that stays.
         total: Square of the norm of the tensor, if the core has lost some of it.
         lost: What it has lost.
     """
 
     def __init__(
         self,
-        core: Tensor,
-        tree: ModeTree,
+        core: Core,
         limits: Mapping[int, int],
         share: float | None,
-        random: torch.Generator | None,
+        random: torch.Generator | None = None,
         *,
-        front: Sequence[int] | None = None,
         total: float | None = None,
         lost: float = 0.0,
     ) -> None:
-        self.core, self.tree, self.limits, self.random = core, tree, limits, random
-        self.exact = share is None
-        leaves = [i for i, below in enumerate(tree.links) if not below]
-        self.front = leaves if front is None else list(front)
-        self.sizes = list(core.shape)
-        self.total = float(_square(core)) if total is None else total
-        self.left = max((share or 0.0) ** 2 * self.total - lost, 0.0)
+        self.core, self.limits, self.share, self.random = core, limits, share, random
+        self.total = float(_square(core.tensor)) if total is None else total
+        self.budget = max((_FIRST_SHARE * (share or 0.0)) ** 2 * self.total - lost, 0.0)
         self.lost = lost
-        self.at = 0  # which axis of the core is looked at
 
     def run(self, nodes: Sequence[int], last: int) -> dict[int, Tensor]:
-        """Weights by position; that of the last node is the core that is left.
+        """Compute weights by position; that of the last node is the core that is left.
 
         Args:
             nodes: Positions of the nodes to handle, all of them below ``last``.
             last: Position of the node whose children's axes are left at the end.
         """
-        tree = self.tree
+        core, tree = self.core, self.core.tree
         weights: dict[int, Tensor] = {}
-        order = sorted(nodes, key=lambda i: tree.heights[i])
-        # the last child of a binary root has the rank of its sibling and discards nothing
-        shared = last == len(tree.nodes) - 1 and len(tree.links[last]) == 2
-        for count, i in enumerate(order):
-            shape = self._merge(i)
-            spenders = len(order) - shared - count
-            allowed = self.left / max(spenders, 1)
-            self.at = self.front.index(i)
-            behind = math.prod(self.sizes[self.at + 1 :])
-            view = self.core.reshape(-1, self.sizes[self.at], behind)
-            basis, lost = self._basis(view, allowed, self.limits.get(i))
-            self.left -= min(lost, self.left)
+        # of two ends of a cut one discards nothing: it has the rank of the other
+        spenders = len(nodes)
+        if last == len(tree.nodes) - 1:
+            spenders -= last - len(tree.cuts)
+        for count, i in enumerate(sorted(nodes, key=lambda i: tree.heights[i])):
+            shape = core.merge(i)
+            basis, lost = self._basis(i, self.budget / max(spenders - count, 1))
+            self.budget -= min(lost, self.budget)
             self.lost += lost
             weights[i] = basis.reshape(*shape, -1)
-        weights[last] = self.core.reshape(self.sizes)
+        weights[last] = core.tensor.reshape(core.sizes)
         return weights
 
-    def _merge(self, i: int) -> tuple[int, ...]:
-        below = self.tree.links[i]
-        if not below:
-            return (self.sizes[self.front.index(i)],)
-        k = self.front.index(below[0])
-        shape = tuple(self.sizes[k : k + len(below)])
-        self.front[k : k + len(below)] = [i]
-        self.sizes[k : k + len(below)] = [math.prod(shape)]
-        return shape
+    def finish(self, weights: Mapping[int, Tensor], log2: int, dtype: torch.dtype) -> Factorization:
+        """Round the weights of a whole tree with what is left of the tolerance."""
+        tree, rest, share = self.core.tree, self.total - self.lost, None
+        if self.share is not None:
+            share = math.sqrt(max(self.share**2 * self.total - self.lost, 0.0) / rest)
+        net, stacks = network_of(tree, weights)
+        rounded = round_network(net, stacks, self.limits, share, orthonormal=True)
+        lost = self.lost + rounded.lost * (rounded.size * 2.0**rounded.log2) ** 2
+        rounded.weights[len(tree.nodes) - 1] *= 2.0**rounded.log2
+        return to_factorization(tree, rounded.weights, log2, dtype, math.sqrt(lost))
 
-    def _basis(self, view: Tensor, allowed: float, limit: int | None) -> tuple[Tensor, float]:
-        """An orthonormal basis ``(rows, r)`` of what is kept, and the square of what is discarded."""
+    def _basis(self, i: int, allowed: float) -> tuple[Tensor, float]:
+        """Bring a node's axis into an orthonormal basis of what is kept.
+
+        Returns:
+            The basis ``(rows, rank)``, and the square of what is discarded.
+        """
+        view, limit = self.core.view(i), self.limits.get(i)
         rows, others = view.shape[1], view.numel() // view.shape[1]
         inside, outside = None, 0.0
         if self.random is not None and min(rows, others) > _RANDOMIZED_ROWS:
             inside, outside = self._range(view, allowed, limit)
         if inside is not None:
-            self._apply(view, inside)
-            view = self.core.reshape(view.shape[0], inside.shape[1], -1)
-        left, squares = _left_vectors(view, allowed, self.exact)
-        if self.exact:
+            self.core.project(i, inside)
+            view = self.core.view(i)
+        part, (before, width, behind) = None, view.shape
+        if self.share is not None:  # a Gram matrix of the short side only
+            kept = self.total - self.lost
+            part = allowed / kept if kept > 0 and width <= before * behind else 0.0
+        left, squares = left_vectors(
+            width, part, partial(axis_gram, view), partial(axis_triangle, view),
+            eps=torch.finfo(view.real.dtype).eps,
+        )  # fmt: skip
+        if self.share is None:
             floor = (max(rows, others) * torch.finfo(squares.dtype).eps) ** 2 * float(squares[0])
-            kept = int((squares > floor).sum())
+            rank = int((squares > floor).sum())
         else:  # the smallest first, as long as they fit
             fits = squares.flip(0).cumsum(0) <= allowed - outside
-            kept = len(squares) - int(fits.sum())
-        kept = max(1, kept if limit is None else min(kept, limit))
-        lost = outside + float(squares[kept:].sum())
-        if kept < view.shape[1]:
-            basis = left[:, :kept]
-            self._apply(view, basis)
+            rank = len(squares) - int(fits.sum())
+        rank = max(1, rank if limit is None else min(rank, limit))
+        lost = outside + float(squares[rank:].sum())
+        if rank < width:
+            basis = left[:, :rank]
+            self.core.project(i, basis)
         else:
-            basis = torch.eye(kept, dtype=view.dtype, device=view.device)
+            basis = torch.eye(rank, dtype=view.dtype, device=view.device)
         return basis if inside is None else inside @ basis, lost
-
-    def _apply(self, view: Tensor, basis: Tensor) -> None:
-        """The core in the coordinates of the basis."""
-        self.core = axis_product(view, basis)
-        self.sizes[self.at] = basis.shape[1]
 
     def _range(
         self, view: Tensor, allowed: float, limit: int | None
     ) -> tuple[Tensor | None, float]:
-        """A basis outside of which lies at most what may be discarded, and how much does.
+        """Find a basis outside of which lies at most what may be discarded, and how much does.
 
-        From products with random vectors, until what is outside is small enough; ``None`` if that
-        would not be fewer than half of the rows, or if differences of squares cannot tell so little.
+        It comes from products with random vectors, until what is outside is small enough; ``None`` if it
+        would not be smaller than half of the rows, or if differences of squares cannot tell so little.
         With nothing but a limit one set of vectors has to do.
         """
         before, rows, behind = view.shape
-        whole = float(_square(view))
-        hidden = 16 * torch.finfo(view.real.dtype).eps * whole
-        by_limit = self.exact and limit is not None
+        square = float(_square(view))
+        hidden = 16 * torch.finfo(view.real.dtype).eps * square
+        by_limit = self.share is None and limit is not None
         if not by_limit and hidden > allowed / 2:
             return None, 0.0
         basis = view.new_zeros(rows, 0)
         width = _RANDOMIZED_ROWS // 2 if limit is None else limit + 8
         while basis.shape[1] + width < min(rows, before * behind) // 2:
-            drawn = torch.randn(before, behind, width, generator=self.random, device=view.device,
-                                dtype=view.real.dtype).to(view.dtype)  # fmt: skip
-            sample = torch.bmm(view, drawn).sum(0)
+            vectors = torch.randn(before, behind, width, generator=self.random, device=view.device,
+                                  dtype=view.real.dtype).to(view.dtype)  # fmt: skip
+            sample = torch.bmm(view, vectors).sum(0)
             for _ in range(2):  # twice: once leaves the rounding of the first
                 sample = torch.linalg.qr(sample - basis @ (basis.mH @ sample))[0]
             basis = torch.cat([basis, sample], 1)
-            outside = max(whole - float(_square(torch.matmul(basis.mH, view))), 0.0)
+            outside = max(square - float(_square(torch.matmul(basis.mH, view))), 0.0)
             if by_limit or outside <= allowed / 2:
                 return basis, outside + hidden
             width *= 2
         return None, 0.0
-
-
-def _left_vectors(view: Tensor, allowed: float, exact: bool) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of the middle axis against the others, and squared singular values.
-
-    The squares are descending and rounded up by what rounding may hide. They come from the Gram matrix
-    where that is accurate enough for the tolerance, and from a QR factorization elsewhere.
-    """
-    before, rows, behind = view.shape
-    others = before * behind
-    eps = torch.finfo(view.real.dtype).eps
-    if rows <= others and not exact:
-        gram = axis_gram(view)
-        hidden = 2 * eps * float(gram.diagonal().real.sum()) / math.sqrt(rows)
-        if allowed > 8 * rows * hidden:
-            squares, vectors = torch.linalg.eigh(gram)
-            return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden
-    matrix = view.permute(1, 0, 2).reshape(rows, others)
-    if rows <= others:
-        triangle = torch.linalg.qr(matrix.mH, mode="r")[1]
-        left, values, _ = torch.linalg.svd(triangle.mH, full_matrices=False)
-    else:
-        outer, triangle = torch.linalg.qr(matrix)
-        left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
-        left = outer @ left
-    return left, (values + (0 if exact else 4 * eps * values[0])).square()
 
 
 def truncate(
@@ -373,10 +316,9 @@ def truncate(
     net = model.network
     limits, share = limits_of(model.tree, ranks), share_of(rtol)
     with torch.no_grad():
-        wide = torch.complex128 if model.dtype.is_complex else torch.float64
-        found = rounded(net, [stack.to(wide) for stack in model.stacks], limits, share)
-        lost = math.sqrt(found.lost) * found.size
-        return built(model.tree, found.weights, found.power, model.dtype, lost)
+        rounded = round_network(net, [double(stack) for stack in model.stacks], limits, share)
+        lost = math.sqrt(rounded.lost) * rounded.size
+        return to_factorization(model.tree, rounded.weights, rounded.log2, model.dtype, lost)
 
 
 def distance(
@@ -416,9 +358,9 @@ class _Parts:
         self.joins = model.network.named_joins
 
     def __call__(self, slab: Sequence[slice]) -> Tensor:
-        held = {n: w[slab[n]] if isinstance(n, int) else w for n, w in self.weights.items()}
+        weights = {n: w[slab[n]] if isinstance(n, int) else w for n, w in self.weights.items()}
         with torch.no_grad():
-            return Factorization.from_weights(self.tree, held, join=self.joins).to_tensor()
+            return Factorization.from_weights(self.tree, weights, join=self.joins).to_tensor()
 
 
 def _square(x: Tensor) -> Tensor:

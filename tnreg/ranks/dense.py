@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError
-from tnreg.tensors.arrays import (
-    axis_gram,
-    axis_product,
-    check_dense,
-    largest_of,
-    matricize,
-    ready,
-    squares_fit,
-)
+from tnreg.tensors.arrays import check_dense, largest_of, matricize, squares_fit, to_core
+from tnreg.tensors.axes import Core, axis_gram, axis_triangle
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -60,108 +53,92 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     x = check_dense(x, tree)
     if x.requires_grad and torch.is_grad_enabled():
         return _svdvals_of_nodes(x, tree)
-    found, log2 = scaled_spectra(x, tree)
-    return {node: (values * 2.0**log2).to(x.real.dtype) for node, values in found.items()}
+    values, log2 = scaled_spectra(x, tree)
+    return {node: (s * 2.0**log2).to(x.real.dtype) for node, s in values.items()}
 
 
 def scaled_spectra(x: Tensor, tree: ModeTree) -> tuple[dict[Node, Tensor], int]:
-    """``(found, log2)``: singular values are ``found * 2**log2``; in double precision, of moderate size.
+    """Compute singular values at all nodes but the root, in double precision and of moderate size.
 
     Args:
         x: What ``check_dense`` has passed.
         tree: Mode tree over its axes.
+
+    Returns:
+        ``(values, log2)``; the singular values are ``values * 2**log2``.
     """
-    if x.numel() <= _SMALL and _plain(x):
+    if x.numel() <= _SMALL and _fits_lapack(x):
         return _svdvals_of_nodes(x.detach(), tree), 0
-    shape = x.shape
-    total, top = math.prod(shape), len(tree.nodes) - 1
-    core, log2 = ready(x, tree)
-    # in the order of the tree's leaves the children of a node are always neighbours
-    axes = [i for i, below in enumerate(tree.links) if not below]
-    sizes = list(core.shape)
-    pair = tree.links[top] if len(tree.links[top]) == 2 else ()
-    found: dict[int, Tensor] = {}
-    for i in sorted(range(top), key=lambda i: tree.heights[i]):
-        below = tree.links[i]
-        if below:
-            k = axes.index(below[0])
-            sizes[k : k + len(below)] = [math.prod(sizes[k : k + len(below)])]
-            axes[k : k + len(below)] = [i]
-        if i in pair and (other := pair[i == pair[0]]) in found:
-            values = found[other]
-        else:
-            k = axes.index(i)
-            view = core.reshape(math.prod(sizes[:k]), sizes[k], -1)
-            values, basis = _svd_of_axis(view, last=i in tree.links[top])
-            if basis is not None:
-                core, sizes[k] = axis_product(view, basis), basis.shape[1]
-        rows = math.prod(shape[m] for m in tree.modes_below(tree.nodes[i]))
-        full = values.new_zeros(min(rows, total // rows))
+    tensor, log2 = to_core(x, tree)
+    core = Core(tensor, tree)
+    spectra: dict[int, Tensor] = {}
+    heights = tree.heights
+    for cut in sorted(tree.cuts, key=lambda cut: min(heights[i] for i in cut)):
+        i = min(cut, key=heights.__getitem__)
+        core.merge(i)
+        values, basis = _svd_of_axis(core.view(i), last=i in tree.links[-1])
+        if basis is not None:
+            core.project(i, basis)
+        rows = math.prod(x.shape[m] for m in tree.modes_below(tree.nodes[i]))
+        full = values.new_zeros(min(rows, x.numel() // rows))
         full[: min(len(values), len(full))] = values[: len(full)]
-        found[i] = full
-    return {tree.nodes[i]: found[i] for i in range(top)}, log2
+        spectra |= dict.fromkeys(cut, full)
+    return {node: spectra[i] for i, node in enumerate(tree.nodes[:-1])}, log2
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether LAPACK can take the numbers as they are: double precision, and scales that it can square."""
-    double = x.dtype in (torch.float64, torch.complex128)
-    return double and squares_fit(float(largest_of(x.detach())))
+def _fits_lapack(x: Tensor) -> bool:
+    """Return whether LAPACK can take the numbers as they are: doubles, on a scale that it can square."""
+    doubles = x.dtype in (torch.float64, torch.complex128)
+    return doubles and squares_fit(float(largest_of(x.detach())))
 
 
 def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
-    found: dict[Node, Tensor] = {}
-    pair = tree.children(tree.root)
-    for node in tree.nodes[:-1]:
-        if len(pair) == 2 and node == pair[1]:
-            found[node] = found[pair[0]]
-        else:
-            found[node] = torch.linalg.svdvals(matricize(x, tree.modes_below(node)))
-    return found
+    spectra: dict[int, Tensor] = {}
+    for cut in tree.cuts:
+        matrix = matricize(x, tree.modes_below(tree.nodes[cut[0]]))
+        spectra |= dict.fromkeys(cut, torch.linalg.svdvals(matrix))
+    return {node: spectra[i] for i, node in enumerate(tree.nodes[:-1])}
 
 
 def _svd_of_axis(view: Tensor, *, last: bool) -> tuple[Tensor, Tensor | None]:
-    """Singular values of the middle axis against the others, and a basis if its rows are dependent.
+    """Compute singular values of the middle axis against the others, and a basis of dependent rows.
 
     Args:
         view: ``(before, rows, behind)``.
         last: No basis is needed.
+
+    Returns:
+        The values, and the basis; ``None`` if the rows are independent.
     """
-    before, rows, behind = view.shape
-    if rows > before * behind:
-        matrix = view.transpose(0, 1).reshape(rows, -1)
-        if last:  # the transpose has the same values
-            return _svd_of_axis(matrix.mT.unsqueeze(0), last=True)
-        basis, triangle = torch.linalg.qr(matrix)
-        left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
-        kept = max(1, int((values > torch.finfo(values.dtype).eps * values[0]).sum()))
-        return values, basis @ left[:, :kept]
-    eps = torch.finfo(view.real.dtype).eps
-    gram = axis_gram(view)
-    squares, basis = torch.linalg.eigh((gram + gram.mH) / 2)
-    values = squares.clamp_min(0).sqrt().flip(0)
-    if values[0] == 0:
-        return values, None if last else basis[:, :1]
-    if values[-1] > _GRAM_FLOOR * values[0]:
-        return values, None
-    # R of the conjugate transpose has the same singular values; its right vectors are the basis
-    matrix = view.transpose(0, 1).reshape(rows, -1)
-    triangle = torch.linalg.qr(matrix.mH, mode="r")[1]
+    rows, others = view.shape[1], view.shape[0] * view.shape[2]
+    if rows > others and last:  # the transpose has the same values
+        view = view.transpose(0, 1).reshape(1, rows, others).mT
+        rows, others = others, rows
+    if rows <= others:
+        gram = axis_gram(view)
+        squares, basis = torch.linalg.eigh((gram + gram.mH) / 2)
+        values = squares.clamp_min(0).sqrt().flip(0)
+        if values[0] == 0:
+            return values, None if last else basis[:, :1]
+        if values[-1] > _GRAM_FLOOR * values[0]:
+            return values, None
+    factor = axis_triangle(view)
     if last:
-        return torch.linalg.svdvals(triangle), None
-    _, values, right = torch.linalg.svd(triangle, full_matrices=False)
-    kept = int((values > eps * values[0]).sum())
-    return values, right.mH[:, :kept] if kept < rows else None
+        return torch.linalg.svdvals(factor), None
+    left, values, _ = torch.linalg.svd(factor.mH, full_matrices=False)
+    count = max(1, int((values > torch.finfo(values.dtype).eps * values[0]).sum()))
+    return values, left[:, :count] if count < rows else None
 
 
 def numerical_rank(s: Tensor, rtol: float) -> int:
-    """Count of singular values ``> rtol * s_max``."""
+    """Count singular values ``> rtol * s_max``."""
     if not 0 <= rtol < 1:
         raise OptionError(f"rtol must be in [0, 1), found {rtol!r}.", argument="rtol")
     return int((s > rtol * s[0]).sum()) if len(s) else 0
 
 
 def effective_rank(s: Tensor | Sequence[float]) -> Tensor:
-    """Effective rank ``exp(-Σ p ln p)``, ``p = s / Σ s``, of a vector of singular values.
+    """Return the effective rank ``exp(-Σ p ln p)``, ``p = s / Σ s``, of a vector of singular values.
 
     Source: Roy and Vetterli (2007). It lies between 1 and the rank, is smooth where the rank jumps,
     and does not change when ``s`` is scaled. Differentiable; a zero vector gives 0.
@@ -181,7 +158,7 @@ def effective_rank(s: Tensor | Sequence[float]) -> Tensor:
 
 
 def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
-    """Entanglement entropy ``-Σ ρ ln ρ``, ``ρ = s² / Σ s²``, in nats, of a vector of singular values.
+    """Return the entanglement entropy ``-Σ ρ ln ρ``, ``ρ = s² / Σ s²``, of values s in nats.
 
     At most the logarithm of the rank. Differentiable; a zero vector gives 0.
 
@@ -202,7 +179,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _check_values(s: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The values, and the largest of them as a constant (0 for none)."""
+    """Return the values, and the largest of them as a constant (0 for none)."""
     s = torch.as_tensor(s)
     if s.ndim != 1 or not s.is_floating_point():
         raise ShapeError(

@@ -32,7 +32,7 @@ from tnreg.ranks.frames import (
     values_in_frames,
     values_through_bonds,
 )
-from tnreg.tensors.arrays import Scaled, check_dense
+from tnreg.tensors.arrays import Scaled, check_dense, double
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -211,8 +211,7 @@ def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:
 def _factored_spectra(model: Factorization) -> list[tuple[tuple[int, ...], Scaled]]:
     """Return positions and singular values ``(positions, count)``, together of every node but the root."""
     net = model.network
-    wide = torch.complex128 if model.dtype.is_complex else torch.float64
-    stacks = [stack.to(wide) for stack in model.stacks]
+    stacks = [double(stack) for stack in model.stacks]
     differentiable = torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks)
     if differentiable or not frames_fit(net):
         return values_through_bonds(net, stacks)

@@ -14,9 +14,6 @@ from torch import Tensor
 from tnreg.errors import DataError, ShapeError
 from tnreg.trees.tree import ModeTree
 
-# Numbers in the products of one call, before they are summed.
-_CHUNK = 2**19
-
 
 class Scaled(NamedTuple):
     """The tensor ``x * 2**log2``, for numbers that leave the range of the dtype.
@@ -62,7 +59,7 @@ def power_below(size: Tensor) -> Tensor:
 
 
 def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int) -> Tensor:
-    """Matrix of a tensor with the given modes as rows and the other modes as columns.
+    """Return the matrix of a tensor with the given modes as rows and the other modes as columns.
 
     Rows and columns run through their modes in ascending order, last index fastest. A view where
     possible; differentiable.
@@ -93,7 +90,7 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, DLPack, lists."""
+    """Read numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, DLPack, lists."""
     if isinstance(values, Tensor):
         return values.to_dense() if values.layout != torch.strided else values
     try:
@@ -110,7 +107,7 @@ def as_tensor(values: Any) -> Tensor:
 
 
 def check_dense(tensor: Any, tree: ModeTree, *, sizes: Sequence[int] | None = None) -> Tensor:
-    """The tensor as a finite floating-point torch tensor of ``tree.order`` axes, or one clear error."""
+    """Read a finite tensor of real or complex numbers with ``tree.order`` axes, or raise one clear error."""
     tensor = as_tensor(tensor)
     if tensor.ndim != tree.order:
         raise ShapeError(
@@ -148,14 +145,18 @@ def check_numbers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
-    """``(core, log2)``: the tensor is ``core * 2**log2`` with its axes in the order of the tree's leaves.
+def double(x: Tensor) -> Tensor:
+    """Return a tensor in double precision, where its device has that."""
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    return x if x.device.type == "mps" else x.to(wide)
+
+
+def to_core(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
+    """Return ``(core, log2)``: the tensor is ``core * 2**log2``, axes in the order of the tree's leaves.
 
     In double precision, on a scale whose squares stay in range.
     """
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    core = x.detach().permute(tree.leaf_order)
-    core = core.to(wide if x.device.type != "mps" else x.dtype).contiguous()
+    core = double(x.detach().permute(tree.leaf_order)).contiguous()
     largest = float(largest_of(core))
     if squares_fit(largest):
         return core, 0
@@ -164,47 +165,21 @@ def ready(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
 
 
 def times_power_of_two(x: Any, exponent: int) -> Any:
-    """``x * 2**exponent`` of a number or a tensor, also where the power itself leaves the range."""
+    """Return ``x * 2**exponent`` of a number or a tensor, also where the power itself leaves the range."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)
 
 
 def squares_fit(largest: float) -> bool:
-    """Whether squares of numbers up to this, and their sums, stay in the range of doubles with all digits."""
+    """Return whether squares of numbers up to this, and their sums, keep all digits of doubles."""
     return largest == 0 or 1e-100 < largest < 1e100
 
 
 def largest_of(x: Tensor) -> Tensor:
-    """Largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
+    """Return the largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
     parts = torch.view_as_real(x) if x.is_complex() else x
     low, high = torch.aminmax(parts)
     return torch.maximum(-low, high)
-
-
-def axis_gram(view: Tensor) -> Tensor:
-    """``Σ_ac v[a, i, c] conj(v[a, j, c])`` of a view ``(before, rows, behind)``, without moving axes."""
-    before, rows, behind = view.shape
-    if behind == 1:
-        flat = view.reshape(before, rows)
-        return flat.mT @ flat.conj()
-    if before == 1:
-        flat = view.reshape(rows, behind)
-        return flat @ flat.mH
-    chunk = max(1, _CHUNK // rows**2)
-    if before <= chunk:
-        return torch.bmm(view, view.mH).sum(0)
-    gram = view.new_zeros(rows, rows)
-    for part in torch.split(view, chunk):
-        gram += torch.bmm(part, part.mH).sum(0)
-    return gram
-
-
-def axis_product(view: Tensor, basis: Tensor) -> Tensor:
-    """``Σ_i conj(basis[i, r]) v[a, i, c]``: ``(before, r, behind)``."""
-    before, rows, behind = view.shape
-    if behind == 1:
-        return (view.reshape(before, rows) @ basis.conj()).unsqueeze(2)
-    return torch.matmul(basis.mH, view)
 
 
 def check_index(index: Tensor, mode_sizes: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch import Tensor
 from tnreg.errors import DataError, OptionError, ShapeError, SizeError
 from tnreg.machine.memory import available, limit_of, written
 from tnreg.tensors.arrays import squares_fit
+from tnreg.tensors.axes import left_vectors
 from tnreg.tensors.passes import (
     Core,
     Distance,
@@ -244,8 +246,7 @@ class _Compression:
         self.warned = False
         self.split = tuple(i for i in self.front if tree.links[i])
         inside = {c for i in self.front for c in positions_below(tree, i)}
-        # the second child of a binary root has the rank of its sibling and need not discard anything
-        self.spenders = len(tree.nodes) - 1 - len(inside) - (len(tree.links[-1]) == 2)
+        self.spenders = len(tree.cuts) - len(inside)
 
     def run(self) -> Compressed:
         first = [i for i in self.front if self.rows[i] <= self.most_rows]
@@ -349,7 +350,7 @@ class _Compression:
     def _left_vectors(
         self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, part: float
     ) -> tuple[Tensor, Tensor]:
-        """Left singular vectors of a node and squared singular values, rounded up as in ``hsvd``.
+        """Left singular vectors of a node and squared singular values, rounded up.
 
         Args:
             i: The node.
@@ -358,18 +359,13 @@ class _Compression:
             rows: Rows in these.
             part: Share of the square of the norm that may be cut off here.
         """
-        eps = torch.finfo(torch.float64).eps
-        hidden = 2 * eps / math.sqrt(rows)
-        if not self.exact and part > 8 * rows * hidden:
-            gram = self._pass(i, lengths, bases, rows, squares=True)
-            trace = float(gram.diagonal().real.sum())
-            squares, vectors = torch.linalg.eigh(gram)
-            return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden * trace
-        triangle = self._pass(i, lengths, bases, rows, squares=False)
-        left, values, _ = torch.linalg.svd(triangle.mH, full_matrices=len(triangle) < rows)
-        if len(values) < rows:  # fewer columns than rows
-            values = torch.cat([values, values.new_zeros(rows - len(values))])
-        return left, (values + (0 if self.exact else 4 * eps * values[0])).square()
+        arguments = i, lengths, bases, rows
+        return left_vectors(
+            rows,
+            None if self.exact else part,
+            partial(self._pass, *arguments, squares=True),
+            partial(self._pass, *arguments, squares=False),
+        )
 
     def _pass(
         self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, *, squares: bool

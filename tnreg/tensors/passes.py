@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.tensors.arrays import axis_gram, axis_product, largest_of, times_power_of_two
+from tnreg.tensors.arrays import largest_of, times_power_of_two
+from tnreg.tensors.axes import axis_gram, axis_product, axis_triangle, triangle
 
 
 class Source:
@@ -85,14 +86,14 @@ class Rows(Work):
         view = view.reshape(before, -1, behind)
         if self.squares:
             return axis_gram(view), largest, 0
-        return _triangle(view.permute(1, 0, 2).reshape(view.shape[1], -1).mH), largest, 0
+        return axis_triangle(view), largest, 0
 
     def joined(self, one: Any, other: Any) -> tuple[Tensor, float, int]:
         """Sums of Gram matrices, or the triangular factor of two below each other."""
         bad = one[2] + other[2]
         if bad:
             return one[0], 0.0, bad
-        both = one[0] + other[0] if self.squares else _triangle(torch.cat([one[0], other[0]]))
+        both = one[0] + other[0] if self.squares else triangle(torch.cat([one[0], other[0]]))
         return both, max(one[1], other[1]), 0
 
 
@@ -175,11 +176,6 @@ def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | N
         view = values.reshape(math.prod(shape[:k]), shape[k], -1)
         values, shape[k] = axis_product(view, basis), basis.shape[1]
     return values.reshape(shape)
-
-
-def _triangle(matrix: Tensor) -> Tensor:
-    triangle: Tensor = torch.linalg.qr(matrix, mode="r")[1]
-    return triangle
 
 
 def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
