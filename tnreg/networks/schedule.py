@@ -71,72 +71,58 @@ def schedule(
         first = level.positions[0]
         heights = [rows[c] for c in links[first]] or [level.shape[0]]
         call = None
-        if links[first]:
+        if links[first] or features:
             aligned = batch is not None or first in gathers
-            call = _node_einsum(
-                network, level, [rows[first]] * len(heights) if aligned else heights, aligned
-            )
-        elif features:
-            call = _leaf_einsum(level, rows[first])
+            read = [rows[first]] * len(heights) if aligned else heights
+            call = _node_einsum(network, level, read, aligned)
         flat = _flat([gathers[i] for i in level.positions], heights) if first in gathers else ()
         joins.append(Join(level, call, rows[first], flat))
     return tuple(joins)
 
 
 def _flat(gathers: Sequence[tuple[Tensor, ...]], heights: Sequence[int]) -> tuple[Tensor, ...]:
-    """Rows to take of every child, for all nodes of a level at once; ``heights`` are rows of one node's."""
+    """Join the rows to take of every child over the nodes of a level; ``heights`` are those of one node."""
     return tuple(
         torch.cat([rows + k * height for k, rows in enumerate(child)])
         for child, height in zip(zip(*gathers, strict=True), heights, strict=True)
     )
 
 
-def _leaf_einsum(level: Level, batch: int) -> Einsum:
-    """Plan the call of leaves: inputs ``(g, batch, size)`` and weights to ``(g, batch, bond)``."""
-    count = [len(level.positions)] if len(level.positions) > 1 else []
-    equation = "gbd,gdr->gbr" if count else "bd,dr->br"
-    return einsum(equation, (*count, batch, level.shape[0]), (*count, *level.shape))
-
-
 def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool) -> Einsum:
     """Plan the call of a level: children ``(g, rows, bond)`` and weights to ``(g, rows.., bond)``.
 
-    For a single node the axis g is left out.
+    For a single node the axis g is left out. A leaf has its input as a child, with the mode as its bond.
     """
-    position = level.positions[0]
-    below = network.tree.links[position]
-    diagonal = level.join == "diagonal"
-    symbols = iter(get_symbol(i) for i in range(2 * len(below) + 3))
-    group, above, shared = next(symbols), next(symbols), next(symbols)
-    sizes = [len(level.positions)]
-    if sizes == [1]:
-        group, sizes = "", []
-    bonds = [shared if diagonal else next(symbols) for _ in below]
-    row = next(symbols) if aligned else ""
-    heads = [row if aligned else next(symbols) for _ in below]
-    terms = [group + head + bond for head, bond in zip(heads, bonds, strict=True)]
-    shapes: list[tuple[int, ...]] = [
-        (*sizes, n, network.bonds[c]) for n, c in zip(rows, below, strict=True)
-    ]
+    position, diagonal = level.positions[0], level.join == "diagonal"
+    sizes = [network.bonds[c] for c in network.tree.links[position]] or [level.shape[0]]
     top = position == len(network.tree.nodes) - 1
+    symbols = map(get_symbol, range(2 * len(rows) + 4))
+    group, above, shared = (next(symbols) for _ in range(3))
+    count, above = [len(level.positions)], "" if top else above
+    if count == [1]:
+        group, count = "", []
+    bonds = [shared if diagonal else next(symbols) for _ in rows]
+    row = next(symbols)
+    heads = [row if aligned else next(symbols) for _ in rows]
+    terms = [group + head + bond for head, bond in zip(heads, bonds, strict=True)]
+    shapes = [(*count, n, size) for n, size in zip(rows, sizes, strict=True)]
     if level.weight is not None:
-        terms.append(group + (shared if diagonal else "".join(bonds)) + ("" if top else above))
-        shapes.append((*sizes, *level.shape))
-    out = group + (row if aligned else "".join(heads)) + ("" if top else above)
-    equation = f"{','.join(terms)}->{out}"
-    found = einsum(equation, *shapes)
+        terms.append(group + (shared if diagonal else "".join(bonds)) + above)
+        shapes.append((*count, *level.shape))
+    equation = f"{','.join(terms)}->{group}{row if aligned else ''.join(heads)}{above}"
+    call = einsum(equation, *shapes)
     if len(terms) < 3:
-        return found
+        return call
     # children one after another, then the weight: a search that minds sizes may miss it where all are 1
     last = range(len(terms) - 2, 0, -1)
     plain = along(equation, tuple(shapes), ((0, 1), *((0, k) for k in last)))
-    return min(found, plain, key=lambda call: call.cost.flops)
+    return min(call, plain, key=lambda call: call.cost.flops)
 
 
 def distinct_rows(
     network: Network, columns: Sequence[Tensor]
 ) -> tuple[dict[int, tuple[Tensor, ...]], Tensor]:
-    """For every node the combinations of its children's rows that occur, and each entry's row at the root.
+    """Find the combinations of children's rows that occur at every node, and each entry's row at the root.
 
     A node at which all combinations occur is left out: nothing has to be gathered there.
     """
@@ -236,7 +222,7 @@ def _features(inputs: Tensor | Sequence[Tensor], modes: list[int]) -> Tensor:
 
 
 def _gather(matrices: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``(m, r)`` of a matrix, or ``(g, m, r)`` of g matrices by flat numbers in ``0..g*n-1``."""
+    """Take rows ``(m, r)`` of a matrix, or ``(g, m, r)`` of g matrices by flat numbers in ``0..g*n-1``."""
     if matrices.ndim == 2:
         return matrices.index_select(0, rows)
     count, _, bond = matrices.shape
