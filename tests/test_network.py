@@ -59,12 +59,14 @@ def test_equal_nodes_share_a_stack():
     assert sorted(len(stack.positions) for stack in uneven.stacks) == [1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("name", zoo.TREES)
+SPACED = ModeTree([[0, [1, 2]], [3, [4, 5]], [6, [7, 8]]])
+
+
+@pytest.mark.parametrize("tree", [*zoo.TREES.values(), ModeTree.binary(8), SPACED], ids=repr)
 @pytest.mark.parametrize("kinds", [None, "height", "position"])
-def test_levels_know_where_children_and_weights_are(name, kinds):
+def test_levels_know_where_children_and_weights_are(tree, kinds):
     """Every node once, children first; what is picked for its children and its weight is theirs."""
-    tree = zoo.TREES[name]
-    net = zoo.model_of(tree, root="ones").network
+    net = Network.build(tree, 3, 2, root="ones")
     kinds = {"height": tree.heights, "position": range(len(tree.nodes))}.get(kinds)
     weights = Stacked([torch.tensor(stack.positions) for stack in net.stacks])
     results = Stacked()
