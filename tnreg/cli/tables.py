@@ -65,14 +65,16 @@ def convac_tables(summary: dict[str, Any]) -> list[Table]:
             }
         )
     columns = {
-        "classifier": "{model}", "how": "{how}", "asked": "{asked:.3g}", "error": "{error:.3g}",
+        "": "{model}", "how": "{how}", "asked": "{asked:.3g}", "error": "{error:.3g}",
         "bound": "{bound:.3g}", "test": "{accuracy:.1f} %", "weights": "{weights}",
         "largest bond": "{largest bond}",
     }  # fmt: skip
     smaller = [{**row, "accuracy": 100 * row["test"]} for row in summary["smaller"]]
+    heads = {"": "{classifier}"}
+    heads |= {key: f"{{{key}}}" for key in ("test", "train", "weights", "seconds", "equal in onnx")}
     title = "digits, test accuracy: mean and standard deviation over seeds"
     return [
-        table_of(means, tuple(means[0]) if means else (), title=title),
+        table_of(means, heads, title=title),
         table_of(smaller, columns, left=2, title="first seed, shrunk"),
     ]
 
