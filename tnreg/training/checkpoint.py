@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +39,32 @@ def set_random_state(state: RandomState) -> None:
 
 
 def save_whole(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a file for ``torch.load``, whole or not at all.
-
-    It is put together in memory: on a full disk torch's own writer does not say what is wrong.
-    """
-    raw = io.BytesIO()
+    """Write a file for ``torch.load``, whole or not at all."""
+    raw = io.BytesIO()  # on a full disk torch's own writer does not say what is wrong
     torch.save(state, raw)
     write_whole(path, lambda beside: beside.write_bytes(raw.getbuffer()))
 
 
+@dataclass
 class Checkpoint:
     """State of one training in a file: parameters, optimizer, random state and recorded rows.
 
-    Args:
-        path: The file; without one nothing is read or written.
-        model: Trained module; its state is read and written.
-        optimizer: Its optimizer, likewise.
-        settings: What must be the same when the training goes on; JSON can write it.
-        seconds: Least time between two writings.
+    Without a path nothing is read or written; ``settings`` must be the same when the training goes on;
+    ``seconds`` is the least time between two writings.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        settings: Mapping[str, Any],
-        seconds: float = 0.0,
-    ) -> None:
-        self.path = None if path is None else Path(path)
-        self.model, self.optimizer = model, optimizer
-        self.settings = json.loads(json.dumps(settings, default=str))
-        self.seconds, self.written = seconds, time.monotonic()
-        self.before: RandomState = []  # before the loss of the last row was computed
-        self.after: RandomState = []  # after that row; empty unless it was read and comes next
+    file: str | os.PathLike[str] | None
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: Mapping[str, Any]
+    seconds: float = 0.0
+    before: RandomState = field(default_factory=list)  # before the last row's loss was computed
+    after: RandomState = field(default_factory=list)  # after that row, if it was read and is next
+
+    def __post_init__(self) -> None:
+        self.path = None if self.file is None else Path(self.file)
+        self.settings = json.loads(json.dumps(self.settings, default=str))
+        self.written = time.monotonic()
 
     def write(self, run: Trajectory, *, at_once: bool = False) -> None:
         """Write the state at the last row of ``run`` if it is time, whole or not at all."""
@@ -88,12 +81,10 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def read(self, steps: int | None = None) -> Trajectory:
-        """Put the state into the model and the optimizer; nothing in the file is executed.
+        """Put the state into the model and the optimizer, and return the recorded rows.
 
-        ``steps`` is how many there will be now; a training that ended at fewer goes on.
-
-        Returns:
-            The recorded rows; none if there is no file.
+        There are none without a file. Nothing in it is executed. ``steps`` is how many there will be
+        now; a training that ended at fewer goes on.
 
         Raises:
             FileError: Not a checkpoint; nothing was changed.
@@ -115,11 +106,9 @@ class Checkpoint:
         self._check_training(settings, shapes)
         last = int(run.steps[-1])
         if steps is not None and last > steps:
-            raise OptionError(
-                f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}.\n"
-                f"  give steps >= {last}, or delete the file",
-                argument="steps",
-            )
+            message = f"fit: the checkpoint {self.path} is at step {last}, beyond steps={steps}."
+            hint = f"give steps >= {last}, or delete the file"
+            raise OptionError(f"{message}\n  {hint}", argument="steps")
         ours = copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
         try:
             self._load(state["model"], state["optimizer"])
@@ -137,22 +126,23 @@ class Checkpoint:
 
     def _check_training(self, settings: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         """Raise an ``OptionError`` if the file has other settings or another model."""
-        other, now = "", _shapes(self.model.state_dict())
-        differ = [
-            f"  {key}: {settings.get(key)!r} there, {self.settings.get(key)!r} now"
+        now, other = _shapes(self.model.state_dict()), "a training with other settings"
+        lines = [
+            f"{key}: {settings.get(key)!r} there, {self.settings.get(key)!r} now"
             for key in {**settings, **self.settings}
             if settings.get(key) != self.settings.get(key)
         ]
-        if differ:
-            other = "\n".join([f"{self.path} is of a training with other settings.", *differ])
-        elif now != shapes:
-            other = f"{self.path} is of another model.\n  there: {shapes}\n  now:   {now}"
-        if other:
-            message = f"{other}\n  delete {self.path}, or choose another file"
-            raise OptionError(message, argument="checkpoint")
+        if not lines and now != shapes:
+            other, lines = "another model", [f"there: {shapes}", f"now:   {now}"]
+        if lines:
+            first, end = (
+                f"{self.path} is of {other}.",
+                f"delete {self.path}, or choose another file",
+            )
+            raise OptionError("\n  ".join([first, *lines, end]), argument="checkpoint")
 
     def loss_at_row(self, loss: Callable[[], Tensor], run: Trajectory) -> Tensor:
-        """Return the loss; at the row that was read with its random numbers, and checked against it."""
+        """Return the loss; at the row that was read, check it and give it that row's random numbers."""
         if not self.after:
             self.before = random_state() if self.path is not None else []
             return loss()
@@ -173,7 +163,7 @@ class Checkpoint:
 
 
 def no_checkpoint(path: Path, error: Exception, instead: str = "file") -> FileError:
-    """Return the error for a file that is no checkpoint; ``instead`` is what else may be chosen."""
+    """Return the error for a file that is no checkpoint; ``instead`` is what else to choose."""
     said = " ".join(str(error).splitlines()[:1])
     return FileError(
         f"not a checkpoint: {path}\n  {type(error).__name__}: {said}\n"

@@ -14,13 +14,10 @@ from torch import Tensor
 class CapturedStep:
     """A step without arguments, recorded after three ordinary ones have warmed it up.
 
-    Args:
-        step: Must not wait for the device, and must read what changes from call to call from tensors
-            that stay in place; gradients that it leaves are lost at the next replay.
-        device: The CUDA device.
-        pool: Memory shared with steps that never run at the same time and leave nothing to each other,
-            from ``torch.cuda.graph_pool_handle()``.
-        side: Stream of the ordinary steps; one of its own if left out.
+    It must not wait for the device, and must read what changes from call to call from tensors that stay
+    in place; gradients that it leaves are lost at the next replay. A memory ``pool`` (see
+    ``torch.cuda.graph_pool_handle``) is shared by steps that never run at the same time and leave
+    nothing to each other; ``side`` is the stream of the ordinary steps.
     """
 
     def __init__(
@@ -37,17 +34,16 @@ class CapturedStep:
 
     def __call__(self) -> None:
         """Do the step."""
-        if self.ordinary > 0:  # on a stream of its own, as torch asks for before a capture
-            self.ordinary -= 1
-            main = torch.cuda.current_stream(self.device)
-            self.side.wait_stream(main)
-            with torch.cuda.stream(self.side):
-                self.step()
-            main.wait_stream(self.side)
+        if self.ordinary == 0:
+            self.graph = self.graph or self._record()
+            self.graph.replay()
             return
-        if self.graph is None:
-            self.graph = self._record()
-        self.graph.replay()
+        self.ordinary -= 1  # on a stream of its own, as torch asks for before a capture
+        main = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            self.step()
+        main.wait_stream(self.side)
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """Record the step without doing it."""
@@ -66,12 +62,7 @@ class CapturedStep:
 
 
 class CapturedSteps:
-    """A step of tensors that change from call to call, recorded once for every set of shapes.
-
-    Args:
-        step: Called with tensors on the device that stay in place; see ``CapturedStep``.
-        device: The CUDA device.
-    """
+    """A ``CapturedStep`` of tensors that change from call to call, one for every set of shapes."""
 
     def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
         self.step, self.device = step, device
@@ -80,7 +71,7 @@ class CapturedSteps:
         self.recorded: dict[tuple[torch.Size, ...], tuple[CapturedStep, list[Tensor]]] = {}
 
     def __call__(self, *values: Tensor) -> None:
-        """Do the step with these values, on the device or on the CPU."""
+        """Do the step with these values; they are copied to tensors on the device that stay in place."""
         shapes = tuple(value.shape for value in values)
         if shapes not in self.recorded:
             places = [torch.empty_like(value, device=self.device) for value in values]

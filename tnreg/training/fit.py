@@ -54,14 +54,11 @@ def fit(
         loss: Called with the model, returns a real scalar, e.g. ``task.loss``.
         steps: Number of updates.
         optimizer: ``"group-rmsprop"`` (one step size for all parameters, the optimizer of the
-            theory), ``"sgd"``, ``"adam"``, ``"lbfgs"``, a ``torch.optim.Optimizer`` of your own, or
-            its class.
+            theory), ``"sgd"``, ``"adam"``, ``"lbfgs"``, a ``torch.optim.Optimizer``, or its class.
         lr: Learning rate; not used with an optimizer of your own.
-        observe: ``{name: f(model)}``; numbers, tensors, or dicts of them. The loss is always
-            recorded.
+        observe: ``{name: f(model)}``; numbers, tensors, or dicts of them.
         every: Updates between rows.
-        stop: Called with the trajectory after each row; ends the training when it returns ``True``
-            or a reason.
+        stop: Called with the trajectory after each row; ends the training by ``True`` or a reason.
         progress: Show a progress bar with the loss, on a terminal or in a notebook.
         checkpoint: File for the state of the training, written whole at a row every
             ``checkpoint_seconds`` and at the end. If it exists at the start, the training resumes and
@@ -71,8 +68,7 @@ def fit(
             model as before: the file holds its parameters, the optimizer, torch's random state and
             the trajectory, but neither the loss nor generators of your own.
         checkpoint_seconds: Least time between two writings.
-        settings: What identifies the training, e.g. its config; a checkpoint with other settings is
-            refused.
+        settings: What identifies the training; a checkpoint with other settings is refused.
         graph: On a CUDA device, record the whole step as a CUDA graph after three ordinary ones and
             replay it: no launch costs, and no waiting between rows. The loss must not wait for the
             device (``.item()``) nor change its shapes, and an optimizer of torch's own needs
@@ -80,9 +76,8 @@ def fit(
 
     Returns:
         The trajectory. Its ``stop_reason`` is ``"steps"``, what ``stop`` returned, ``"interrupted"``
-        after Ctrl-C (recorded rows are kept), or says that the loss is no longer finite (checked at
-        every step on the CPU; at every row on other devices, where reading the loss would wait for
-        the device).
+        after Ctrl-C, or says that the loss is no longer finite (checked at every step on the CPU, at
+        every row elsewhere, where reading the loss would wait for the device).
 
     Raises:
         OptionError: Unknown optimizer, numbers out of range, or the checkpoint of another training.
@@ -90,14 +85,12 @@ def fit(
     """
     steps = check_integer(steps, 0, "fit: steps")
     every = check_integer(every, 1, "fit: every")
-    watched = dict(observe or {})
-    _check_functions(watched, stop)
+    watched = _check_functions(observe, stop)
     update = _make_optimizer(optimizer, model, lr)
     update_alone = _update_alone(model, loss, update, graph)
-    saved = Checkpoint(checkpoint, model, update, {
-        **(settings or {}), "optimizer": _describe(update), "every": every,
-        "observed": ["loss", *watched],
-    }, checkpoint_seconds)  # fmt: skip
+    identity = {**(settings or {}), "optimizer": _describe(update), "every": every}
+    identity["observed"] = ["loss", *watched]
+    saved = Checkpoint(checkpoint, model, update, identity, checkpoint_seconds)
     run = saved.read(steps)
     if run.stop_reason:
         return run
@@ -112,14 +105,11 @@ def fit(
         new = is_row(step) and step > last
         if new:
             with torch.no_grad():
-                row = {name: function(model) for name, function in watched.items()}
-            run.append(step, {"loss": value, **row})
+                run.append(step, {"loss": value, **{name: f(model) for name, f in watched.items()}})
             show(step, value)
         if not math.isfinite(value):
-            return (
-                f"the loss became {value} at step {step} of {steps}; "
-                "try a smaller lr or smaller initial weights"
-            )
+            advice = "try a smaller lr or smaller initial weights"
+            return f"the loss became {value} at step {step} of {steps}; {advice}"
         if new and stop is not None and (verdict := stop(run)):
             return verdict if isinstance(verdict, str) else "stop"
         if new and step < steps:
@@ -139,16 +129,15 @@ def fit(
                     run.stop_reason = record(step, float(value.detach()))
                     if run.stop_reason:
                         break
-                if update_alone is None:
+                if update_alone is not None:
+                    value = None  # a captured step must not reuse its graph
+                    update_alone()
+                else:
                     assert value is not None
                     value.backward()  # type: ignore[no-untyped-call]
                     update.step()
-                    # free memory before the next loss is computed
-                    value = None
+                    value = None  # free memory before the next loss is computed
                     update.zero_grad(set_to_none=True)
-                else:
-                    value = None  # a captured step must not reuse its graph
-                    update_alone()
             saved.write(run, at_once=True)
         except KeyboardInterrupt:
             run.stop_reason = "interrupted"
@@ -173,39 +162,34 @@ def _update_alone(
     return partial(update.step, evaluate) if needs_closure else None
 
 
+def _describe(update: torch.optim.Optimizer) -> dict[str, Any]:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in update.param_groups]
+    return {"kind": type(update).__name__, "groups": groups}
+
+
 def _captured_step(step: Callable[[], Any], model: nn.Module, needs_closure: bool) -> CapturedStep:
     device = next(model.parameters()).device
     if device.type != "cuda" or needs_closure:
         closed = "an optimizer that evaluates the loss itself"
         found = closed if needs_closure else f"a model on {device}"
-        raise OptionError(
-            f"fit: graph=True needs a CUDA device and an ordinary optimizer, found {found}.\n"
-            "  leave graph out",
-            argument="graph",
-        )
+        message = f"fit: graph=True needs a CUDA device and an ordinary optimizer, found {found}."
+        raise OptionError(f"{message}\n  leave graph out", argument="graph")
     return CapturedStep(step, device)
 
 
-def _describe(update: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimizer's kind and numbers, as far as they can be compared."""
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in update.param_groups]
-    return {"kind": type(update).__name__, "groups": groups}
-
-
-def _check_functions(watched: Mapping[str, Any], stop: Any) -> None:
+def _check_functions(observe: Mapping[str, Any] | None, stop: Any) -> dict[str, Any]:
+    """Return a copy of ``observe``."""
+    watched = dict(observe or {})
     if "loss" in watched:
-        raise OptionError(
-            "fit: the name 'loss' is taken by the training loss; call it something else.",
-            argument="observe",
-        )
+        message = "fit: the name 'loss' is taken by the training loss; call it something else."
+        raise OptionError(message, argument="observe")
     for name, function in [*watched.items(), *([("stop", stop)] if stop is not None else [])]:
         if not callable(function):
-            raise OptionError(
-                f"fit: {name!r} must be a function, found {function!r}.",
-                argument="observe" if name in watched else "stop",
-            )
+            message = f"fit: {name!r} must be a function, found {function!r}."
+            raise OptionError(message, argument="observe" if name in watched else "stop")
     if not torch.is_grad_enabled():
         raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
+    return watched
 
 
 def _check_loss(value: Any) -> Tensor:
@@ -213,39 +197,30 @@ def _check_loss(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() == 1 and value.is_floating_point() and value.requires_grad:
             return value
-        found = (
-            f"shape {tuple(value.shape)}, dtype {value.dtype}, requires_grad={value.requires_grad}"
-        )
-    raise OptionError(
-        "fit: loss(model) must return a real scalar tensor that depends on the model's parameters.\n"
-        f"  found: {found}",
-        argument="loss",
+        grad = value.requires_grad
+        found = f"shape {tuple(value.shape)}, dtype {value.dtype}, requires_grad={grad}"
+    message = (
+        "fit: loss(model) must return a real scalar tensor that depends on the model's parameters."
     )
+    raise OptionError(f"{message}\n  found: {found}", argument="loss")
 
 
 def _make_optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     if isinstance(chosen, torch.optim.Optimizer):
         return chosen
     make = _OPTIMIZERS.get(chosen) if isinstance(chosen, str) else chosen
-    if make is None and isinstance(chosen, str):
-        raise OptionError(
-            f"fit: unknown optimizer {chosen!r}; write one of {', '.join(_OPTIMIZERS)}, "
-            "or give a torch.optim.Optimizer.",
-            argument="optimizer",
-        )
     if not callable(make):
-        raise OptionError(
-            f"fit: optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}.",
-            argument="optimizer",
-        )
+        message = f"optimizer must be a name or a torch.optim.Optimizer, found {chosen!r}."
+        if isinstance(chosen, str):
+            names = ", ".join(_OPTIMIZERS)
+            message = f"unknown optimizer {chosen!r}; write one of {names}, or give a torch.optim.Optimizer."
+        raise OptionError(f"fit: {message}", argument="optimizer")
     if not isinstance(lr, int | float) or not (math.isfinite(lr) and lr >= 0):
         raise OptionError(f"fit: lr must be a finite number >= 0, found {lr!r}.", argument="lr")
     update = make(model.parameters(), lr=lr)
     if not isinstance(update, torch.optim.Optimizer):
-        raise OptionError(
-            f"fit: optimizer gave a {type(update).__name__}, not a torch.optim.Optimizer.",
-            argument="optimizer",
-        )
+        message = f"fit: optimizer gave a {type(update).__name__}, not a torch.optim.Optimizer."
+        raise OptionError(message, argument="optimizer")
     return update
 
 
@@ -262,14 +237,12 @@ def _progress_bar(steps: int, wanted: bool) -> Iterator[Callable[[int, float], N
     )  # fmt: skip
     # drawn from here, not from a thread of its own that would compete with the training
     with shown_progress(*columns, auto_refresh=False) as bar:
-        task = bar.add_task("fit", total=steps, loss=float("nan"))
-        drawn = -1.0
+        task, drawn = bar.add_task("fit", total=steps, loss=math.nan), -1.0
 
         def show(step: int, loss: float) -> None:
             nonlocal drawn
-            now = time.monotonic()
             bar.update(task, completed=step, loss=loss)
-            if now - drawn > 0.2:
+            if (now := time.monotonic()) - drawn > 0.2:
                 bar.refresh()
                 drawn = now
 

@@ -23,7 +23,7 @@ class GroupRMSprop(torch.optim.Optimizer):
     (2022), arXiv:2201.11729.
 
     Args:
-        params: Parameters or parameter groups; a group may have its own ``lr``.
+        params: Parameters or groups of them; a group may have its own ``lr``.
         lr: Step length, roughly the distance moved per step by all parameters together.
         alpha: Decay of the running average, in ``[0, 1)``.
         eps: Added to the root; dominates the denominator while gradients are smaller.
@@ -45,10 +45,8 @@ class GroupRMSprop(torch.optim.Optimizer):
                 raise OptionError(message, argument=name)
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
         if len({(group["alpha"], group["eps"]) for group in self.param_groups}) > 1:
-            raise OptionError(
-                "GroupRMSprop: alpha and eps are shared by all groups; only lr may differ.",
-                argument="params",
-            )
+            message = "GroupRMSprop: alpha and eps are shared by all groups; only lr may differ."
+            raise OptionError(message, argument="params")
 
     @property
     def step_size(self) -> float:
@@ -69,25 +67,17 @@ class GroupRMSprop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step; parameters without a gradient stay as they are.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Do one step and return the loss of the closure; parameters without a gradient stay."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         moved = [
             (p, p.grad, group["lr"])
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
         ]
-        if not moved:
-            return loss
-        square = torch.stack([_square(gradient) for _, gradient, _ in moved]).sum()
-        scale = self._next_scale(square)
+        if moved:
+            scale = self._next_scale(torch.stack([_square(g) for _, g, _ in moved]).sum())
         for p, gradient, lr in moved:
             if isinstance(scale, float):
                 p.add_(gradient, alpha=-lr * scale)
@@ -98,9 +88,8 @@ class GroupRMSprop(torch.optim.Optimizer):
     def _next_scale(self, square: Tensor) -> float | Tensor:
         """Add a squared gradient to the average; return ``1 / (root + eps)``, a float on the CPU."""
         group, on_host = self.param_groups[0], _on_host(square)
-        alpha = group["alpha"]
         # state lives at the first parameter, where torch saves and loads it like any other
-        shared = self.state[group["params"][0]]
+        alpha, shared = group["alpha"], self.state[group["params"][0]]
         if not shared:
             shared["step"] = 0 if on_host else torch.zeros_like(square)
             shared["square_average"], shared["scale"] = square * 0, square * 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,8 @@ class Completion:
 
     Attributes:
         sizes: Mode sizes.
-        index: Indices of the observed entries, ``(B, N)`` int64.
-        values: Observed entries, ``(B,)``.
-        test_index: Indices of unseen entries; ``None`` if none are known.
-        test_values: Unseen entries, or ``None``.
+        index: Indices of the observed entries, ``(B, N)`` int64; ``values`` are the entries, ``(B,)``.
+        test_index: The same of unseen entries, with ``test_values``; ``None`` if none are known.
     """
 
     def __init__(
@@ -40,19 +40,14 @@ class Completion:
     ) -> None:
         listed = tuple(sizes) if np.iterable(sizes) else ()
         if not listed:
-            raise ShapeError(
-                f"completion: sizes must be one integer for each mode, found {sizes!r}.",
-                argument="sizes",
-            )
+            message = f"completion: sizes must be one integer for each mode, found {sizes!r}."
+            raise ShapeError(message, argument="sizes")
         self.sizes = check_sizes(listed, len(listed))
         self.index, self.values = _check_entries(index, values, self.sizes)
-        self.test_index: Tensor | None = None
-        self.test_values: Tensor | None = None
         if (test_index is None) != (test_values is None):
-            raise OptionError(
-                "completion: give test_index and test_values together, or neither.",
-                argument="test_index",
-            )
+            message = "completion: give test_index and test_values together, or neither."
+            raise OptionError(message, argument="test_index")
+        self.test_index, self.test_values = test_index, test_values
         if test_index is not None and test_values is not None:
             self.test_index, self.test_values = _check_entries(test_index, test_values, self.sizes)
         self._plans: dict[tuple[Network, torch.device, bool], Plan] = {}
@@ -64,8 +59,6 @@ class Completion:
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
         """Return ``‖W - W*‖ / ‖W*‖`` over the unseen entries; predicting zero gives 1.0.
-
-        If all of them are zero, it is 0.0 or infinite.
 
         Raises:
             OptionError: No unseen entries are known.
@@ -87,14 +80,11 @@ class Completion:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Completion:
         """Return the same task on another device or in another dtype."""
-        test_index, test_values = self.test_index, self.test_values
-        return Completion(
-            self.index.to(device),
-            self.values.to(device, dtype),
-            self.sizes,
-            None if test_index is None else test_index.to(device),
-            None if test_values is None else test_values.to(device, dtype),
-        )
+        index, values = self.index.to(device), self.values.to(device, dtype)
+        tested: tuple[Tensor, ...] = ()
+        if self.test_index is not None and self.test_values is not None:
+            tested = self.test_index.to(device), self.test_values.to(device, dtype)
+        return Completion(index, values, self.sizes, *tested)
 
     def _predict(self, model: nn.Module, *, unseen: bool = False) -> Tensor:
         index = self.test_index if unseen else self.index
@@ -155,9 +145,8 @@ class Sensing:
     ) -> Sensing:
         """Return the same task on another device or in another dtype."""
         *features, values = (part.to(device, dtype) for part in (*self.features, self.values))
-        return Sensing(
-            features, values, None if self.target is None else self.target.to(device, dtype)
-        )
+        target = None if self.target is None else self.target.to(device, dtype)
+        return Sensing(features, values, target)
 
     def __repr__(self) -> str:
         return f"<Sensing of {self.sizes}: {len(self.values)} rank-one measurements>"
@@ -190,9 +179,6 @@ def completion(
         test_index: Unseen multi-indices to test on, if there are any.
         test_values: Their values.
 
-    Returns:
-        The task; ``task.loss`` is what ``fit`` minimises.
-
     Raises:
         DataError: NaN without ``missing="nan"``, infinite or integer data, an index out of range,
             nothing to observe.
@@ -206,22 +192,17 @@ def completion(
     if not (index is None and values is None and sizes is None):
         drawn = target is not None or samples is not None
         if drawn or index is None or values is None or sizes is None:
-            raise OptionError(
-                "completion: give either target and samples, or index=, values= and sizes=."
-            )
+            message = "completion: give either target and samples, or index=, values= and sizes=."
+            raise OptionError(message)
         if seed != 0 or missing is not None:
             raise OptionError("completion: seed and missing are for a target to sample from.")
         return Completion(index, values, sizes, test_index, test_values)
     if test_index is not None or test_values is not None:
-        raise OptionError(
-            "completion: a target brings its own test entries; leave test_index out.",
-            argument="test_index",
-        )
+        message = "completion: a target brings its own test entries; leave test_index out."
+        raise OptionError(message, argument="test_index")
     if missing not in (None, "nan"):
-        raise OptionError(
-            f"completion: unknown missing={missing!r}; write missing='nan' or leave it out.",
-            argument="missing",
-        )
+        message = f"completion: unknown missing={missing!r}; write missing='nan' or leave it out."
+        raise OptionError(message, argument="missing")
     dense = _check_target(target, "completion", may_miss=missing is not None)
     known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
     count = _count_samples(samples, len(known))
@@ -233,15 +214,10 @@ def completion(
 
 
 def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
-    """Measure a target's inner products with random Gaussian rank-one tensors.
+    """Measure inner products of a target, a dense tensor or a ``Factorization``, with rank-one tensors.
 
-    The factors of a measurement are normal with variance ``(Π D_n)^{-1/N}``, so that a measurement
-    tensor has norm 1 on average.
-
-    Args:
-        target: Dense tensor, or a ``Factorization``.
-        samples: Number of measurements.
-        seed: Draws the measurements, the same ones on every device.
+    Their factors are normal with variance ``(Π D_n)^{-1/N}``, so that a rank-one tensor has norm 1 on
+    average; ``seed`` draws the same ones on every device.
 
     Raises:
         DataError: NaN, infinite or integer data, or no measurements.
@@ -250,10 +226,8 @@ def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
     samples = check_integer(samples, 1, "sensing: samples", DataError)
     generator = torch.Generator().manual_seed(seed)
     scale = math.exp(-math.log(dense.numel()) / (2 * dense.ndim))
-    features = [
-        (scale * torch.randn(samples, size, generator=generator, dtype=torch.float64)).to(dense)
-        for size in dense.shape
-    ]
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    features = [(scale * normal(samples, size)).to(dense) for size in dense.shape]
     batch, *modes = (get_symbol(n) for n in range(dense.ndim + 1))
     words = [*(batch + mode for mode in modes), "".join(modes)]
     operands = [*features, dense]
@@ -269,19 +243,16 @@ def _check_target(target: Any, who: str, *, may_miss: bool = False) -> Tensor:
         dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
     dense = dense.detach()
     if dense.ndim == 0:
-        raise ShapeError(
-            f"{who}: the target is a single number; it needs at least one mode.", argument="target"
-        )
+        message = f"{who}: the target is a single number; it needs at least one mode."
+        raise ShapeError(message, argument="target")
     unknown = torch.isnan(dense)
     nan = int(unknown.sum())
     if nan and not may_miss:
-        raise DataError(
-            f"{who}: the target has {nan} NaN entries of {dense.numel()}.\n"
-            "  if they mark entries that were not measured: missing='nan'"
-            + ("" if who == "completion" else "; sensing needs all entries"),
-            argument="missing",
-        )
-    check_numbers(torch.where(unknown, torch.zeros_like(dense), dense))
+        message = f"{who}: the target has {nan} NaN entries of {dense.numel()}.\n"
+        message += "  if they mark entries that were not measured: missing='nan'"
+        message += "; sensing needs all entries" if who == "sensing" else ""
+        raise DataError(message, argument="missing")
+    check_numbers(torch.where(unknown, 0, dense))
     if nan == dense.numel():
         raise DataError(f"{who}: all {nan} entries of the target are NaN.", argument="target")
     return dense
@@ -290,27 +261,19 @@ def _check_target(target: Any, who: str, *, may_miss: bool = False) -> Tensor:
 def _count_samples(samples: int | float | None, known: int) -> int:
     if isinstance(samples, float | np.floating) and 0 < samples < 1:
         return max(1, round(float(samples) * known))
-    try:
-        count = check_integer(samples, 1, "samples")
-    except OptionError:
-        count = 0
-    if not 1 <= count <= known:
-        raise DataError(
-            f"completion: samples must be an integer from 1 to {known} (the known entries) or a share "
-            f"in (0, 1), found {samples!r}.",
-            argument="samples",
-        )
-    return count
+    with suppress(OptionError):
+        if (count := check_integer(samples, 1, "samples")) <= known:
+            return count
+    allowed = f"an integer from 1 to {known} (the known entries) or a share in (0, 1)"
+    message = f"completion: samples must be {allowed}, found {samples!r}."
+    raise DataError(message, argument="samples")
 
 
 def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     index, values = check_index(torch.as_tensor(index), sizes), torch.as_tensor(values)
-    if values.shape != (index.shape[0],):
-        raise ShapeError(
-            f"completion: {tuple(values.shape)} values for {index.shape[0]} rows of the index.\n"
-            f"  expected: ({index.shape[0]},)",
-            argument="values",
-        )
+    if values.shape != (rows := len(index),):
+        message = f"completion: {tuple(values.shape)} values for {rows} rows of the index."
+        raise ShapeError(f"{message}\n  expected: ({rows},)", argument="values")
     return index, check_numbers(values)
 
 
@@ -322,13 +285,10 @@ def _check_model(model: Factorization, sizes: tuple[int, ...]) -> None:
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    return (
-        difference.abs().square().mean() if difference.is_complex() else difference.square().mean()
-    )
+    return (difference.abs() if difference.is_complex() else difference).square().mean()
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
     """Return ``‖x - expected‖ / ‖expected‖``; 0.0 or infinite if ``expected`` is zero."""
-    norm = torch.linalg.vector_norm(expected)
-    error = torch.linalg.vector_norm(x - expected)
+    error, norm = torch.linalg.vector_norm(x - expected), torch.linalg.vector_norm(expected)
     return float(error / norm) if norm > 0 else (math.inf if error > 0 else 0.0)

@@ -8,7 +8,8 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,6 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
@@ -56,15 +54,10 @@ class Trajectory:
         return self.last(name, max(len(self), 1))
 
     def last(self, name: str, rows: int = 1) -> Any:
-        """Return the last ``rows`` rows of one name, or all if there are fewer, shaped as in ``run[name]``.
-
-        For stop functions: it does not read all the rows before.
-        """
+        """Return the last ``rows`` rows of ``run[name]``, or all if there are fewer, without reading more."""
         if name not in self._rows:
-            raise OptionError(
-                f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}.",
-                argument="name",
-            )
+            message = f"nothing named {name!r} was observed; there is: {', '.join(self._rows)}."
+            raise OptionError(message, argument="name")
         values = self._rows[name][-check_integer(rows, 1, "last: rows") :]
         if values and isinstance(values[0], dict):
             return {key: np.stack([row[key] for row in values]) for key in values[0]}
@@ -97,35 +90,28 @@ class Trajectory:
         Its arrays are ``steps``, every recorded name, and ``name/key`` for every key of a dict (a
         number is appended where two would have the same title); ``about`` maps names to arrays.
         """
-        data = self._to_bytes(zipfile.ZIP_DEFLATED)
+        data = self.to_bytes(zipfile.ZIP_DEFLATED)
         write_whole(path, lambda beside: beside.write_bytes(data))
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, compression: int = zipfile.ZIP_STORED) -> bytes:
         """Return what ``save`` writes, not compressed."""
-        return self._to_bytes(zipfile.ZIP_STORED)
-
-    def _to_bytes(self, compression: int) -> bytes:
         arrays: dict[str, Array] = {"steps": self.steps}
 
         def put(title: str, array: Array) -> str:
             unique, count = title, 1
-            while unique in arrays or unique == "about":
+            while unique in {*arrays, "about"}:
                 count += 1
                 unique = f"{title} {count}"
             arrays[unique] = array
             return unique
 
-        names: dict[str, Any] = {}
-        for name in self._rows:
-            value = self[name]
-            if isinstance(value, dict):
-                names[name] = [
-                    [repr(key), put(f"{name}/{key}", part)] for key, part in value.items()
-                ]
-            else:
-                names[name] = put(name, value)
-        arrays["about"] = np.array(json.dumps({"stop_reason": self.stop_reason, "names": names}))
+        def titles(name: str, value: Any) -> str | list[list[str]]:
+            if not isinstance(value, dict):
+                return put(name, value)
+            return [[repr(key), put(f"{name}/{key}", part)] for key, part in value.items()]
 
+        names = {name: titles(name, self[name]) for name in self._rows}
+        arrays["about"] = np.array(json.dumps({"stop_reason": self.stop_reason, "names": names}))
         # numpy's savez takes names as keyword arguments, of which some are its own
         data = io.BytesIO()
         with zipfile.ZipFile(data, "w", compression) as file:
@@ -137,12 +123,8 @@ class Trajectory:
     @classmethod
     def from_bytes(cls, data: bytes) -> Trajectory:
         """Read what ``to_bytes`` returned."""
-        return cls._read(io.BytesIO(data))
-
-    @classmethod
-    def _read(cls, raw: BinaryIO) -> Trajectory:
         run = cls()
-        with np.load(raw, allow_pickle=False) as file:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             run.stop_reason = str(about["stop_reason"])
             run._steps = [int(step) for step in file["steps"]]
@@ -157,9 +139,9 @@ class Trajectory:
                 if isinstance(titles, str):
                     run._rows[name] = list(column(titles))
                     continue
-                columns = {_read_key(key): column(title) for key, title in titles}
+                parts = {_read_key(key): column(title) for key, title in titles}
                 run._rows[name] = [
-                    {key: values[i] for key, values in columns.items()} for i in range(len(run))
+                    {k: part[i] for k, part in parts.items()} for i in range(len(run))
                 ]
         return run
 
@@ -171,9 +153,7 @@ class Trajectory:
             FileError: There is no such file, or it is not a trajectory.
         """
         try:
-            # opened here: numpy leaves a file open that it cannot read
-            with open(path, "rb") as raw:
-                return cls._read(raw)
+            return cls.from_bytes(Path(path).read_bytes())
         except FileNotFoundError:
             raise FileError(f"no such trajectory file: {path}", argument="path") from None
         except Exception as error:
@@ -198,21 +178,15 @@ def _freeze(name: str, value: Any) -> Any:
 def _freeze_array(name: str, value: Any) -> Array:
     if isinstance(value, torch.Tensor):
         value = value.detach().resolve_conj().resolve_neg().cpu()
-        if value.dtype == torch.bfloat16:
-            value = value.float()  # numpy has no such type
-        value = (
-            value.numpy()
-        )  # on the CPU it would go on changing with the weights, if not copied below
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     try:
-        array = np.array(value)
+        array = np.array(value)  # a copy: on the CPU the value goes on changing with the weights
     except ValueError:
         array = np.array(None)
     if array.dtype.kind not in "biufcU":
-        raise DataError(
-            f"the observation {name!r} is a {type(value).__name__}, which cannot be recorded.\n"
-            "  return a number, a tensor, or a dict of them",
-            argument="values",
-        )
+        message = f"the observation {name!r} is a {type(value).__name__}, which cannot be recorded."
+        hint = "return a number, a tensor, or a dict of them"
+        raise DataError(f"{message}\n  {hint}", argument="values")
     return array
 
 
