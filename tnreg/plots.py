@@ -52,22 +52,16 @@ def tree(
 ) -> Axes:
     """Draw the tree with its root on top; leaves along the bottom in the order of the tree.
 
-    Args:
-        data: The mode tree.
-        ax: Where to draw.
-        labels: ``{node: text}`` in place of the node's name, e.g. mode names at leaves.
-        edges: ``{non-root node: text}`` on the edge above it, e.g. hierarchical ranks.
+    ``labels`` are texts by node in place of its name, e.g. mode names at leaves; ``edges`` are texts by
+    non-root node on the edge above it, e.g. hierarchical ranks.
     """
     return draw_tree(data, _axes(ax), labels=labels, edges=edges)
 
 
 def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 1e-8) -> Axes:
-    """Draw the singular values of every node, relative to its largest, on a logarithmic axis.
+    """Draw what ``tnreg.spectra`` returns: singular values relative to the largest of their node.
 
-    Args:
-        data: What ``tnreg.spectra`` returns.
-        ax: Where to draw.
-        floor: Values below ``floor`` times the largest are left out.
+    The axis is logarithmic; values below ``floor`` times the largest are left out.
     """
     ax = _axes(ax, "index of the singular value", "relative to the largest")
     for node, values in data.items():
@@ -90,17 +84,16 @@ def decomposition(
 ) -> list[Axes]:
     """Draw a tensor's singular values, and its tree with ranks and the error budget on the edges.
 
+    On every edge is the rank, and the share of the tensor's norm that is beyond it. The squares of these
+    shares, one for both children of a binary root, bound that of the relative error.
+
     Args:
         data: What ``tnreg.spectra`` returns for the tensor that was decomposed.
         model: What ``decompose`` or ``truncate`` made of it.
-        axes: Where to draw: two of them.
+        axes: Two axes to draw on.
         labels: ``{node: text}`` in place of the node's name, e.g. mode names at leaves.
-
-    Returns:
-        The axes. On every edge is the rank, and the share of the tensor's norm that is beyond it. The
-        squares of these shares, one for both children of a binary root, bound that of the relative error.
     """
-    left, right = _pair(axes, 12, 4.5)
+    left, right = _new_axes(2, (12, 4.5)) if axes is None else axes
     spectra(data, left)
     edges: dict[Node, str] = {}
     for node, rank in model.network.named_bonds.items():
@@ -121,21 +114,16 @@ def trajectory(
 ) -> Axes:
     """Draw what was recorded under these names against the number of updates.
 
-    Args:
-        data: The trajectory.
-        ax: Where to draw.
-        names: Recorded numbers, vectors, or dicts of them; each component is a line.
-        log: Logarithmic vertical axis.
+    It may be numbers, vectors, or dicts of them; each component is a line. ``log``: the vertical axis
+    is logarithmic.
     """
     ax = _axes(ax, "step")
     for name in names:
         recorded = data[name]
-        by_label = {name: recorded}
-        if isinstance(recorded, dict):
-            by_label = {f"{name} {node_text(key)}": part for key, part in recorded.items()}
-        for label, values in by_label.items():
+        parts = recorded if isinstance(recorded, dict) else {"": recorded}
+        for key, values in parts.items():
             for line in ax.plot(data.steps, values.reshape(len(values), -1), lw=1.2)[:1]:
-                line.set_label(label)
+                line.set_label(f"{name} {node_text(key)}" if parts is recorded else name)
     if log and any((_array(line.get_ydata()) > 0).any() for line in ax.lines):
         ax.set_yscale("log")
     if len(ax.get_legend_handles_labels()[0]) <= 12:
@@ -164,16 +152,14 @@ def components(
     """
     recorded = data[name]
     if not isinstance(recorded, dict):
-        raise OptionError(
-            f"plots.components: {name!r} is no dict of nodes; observe model.local_components().",
-            argument="name",
+        message = (
+            f"plots.components: {name!r} is no dict of nodes; observe model.local_components()."
         )
+        raise OptionError(message, argument="name")
     node = list(recorded)[-1] if node is None else node
     if node not in recorded:
-        raise OptionError(
-            f"plots.components: no node {node!r}; there is {', '.join(map(str, recorded))}.",
-            argument="node",
-        )
+        message = f"plots.components: no node {node!r}; there is {', '.join(map(str, recorded))}."
+        raise OptionError(message, argument="node")
     ax = _axes(ax, "step", f"local components at {node_text(node)}")
     values = recorded[node]
     ax.plot(data.steps, values[:, np.argsort(-values[-1])[:top]], lw=1.2)
@@ -181,13 +167,9 @@ def components(
 
 
 def network(data: ConvNet, ax: Axes | None = None) -> Axes:
-    """Draw the layers of a convolutional network from left to right, as piles of channels.
+    """Draw the layers of a ``ConvNet`` or ``ConvAC`` from left to right, as piles of channels.
 
     Heights are numbers of nodes, widths numbers of channels, both on logarithmic scales.
-
-    Args:
-        data: A ``ConvNet``, as ``to_cnn`` returns it, or a ``ConvAC``.
-        ax: Where to draw.
     """
     data = _net(data, "network")
     ax = _axes(ax)
@@ -230,25 +212,17 @@ def component(
     """Draw where a local component is: in the tree, and in the filters of the network.
 
     On the left the node and its children; on the right magnitudes of their 1x1 convolutions (rows: channels
-    in, columns: channels out). What belongs to the component is framed: filter r of every child, and what
-    the node's own convolution reads from pooled channel r.
-
-    Args:
-        data: A ``ConvNet``.
-        node: A node with a diagonal join.
-        r: Number of the component.
-        axes: Two axes to draw on.
+    in, columns: channels out). What belongs to component r of the node, which has a diagonal join, is
+    framed: filter r of every child, and what the node's own convolution reads from pooled channel r.
     """
-    left, right = _pair(axes, 11, 4)
+    left, right = _new_axes(2, (11, 4)) if axes is None else axes
     data = _net(data, "component")
     net, whole = data.network, data.tree
     position = whole.position(node)
     bond = net.bonds[whole.links[position][0]] if net.joins[position] == "diagonal" else 0
     if not 0 <= r < bond:
-        raise OptionError(
-            f"plots.component: node {node!r} has {bond} local components, found number {r!r}.",
-            argument="r",
-        )
+        message = f"plots.component: node {node!r} has {bond} local components, found number {r!r}."
+        raise OptionError(message, argument="r")
     children, spots = whole.children(node), dict(zip(whole.nodes, node_spots(whole), strict=True))
     tree(whole, left, labels=dict.fromkeys(whole.leaves, "") if whole.order > 32 else None)
     for v in (node, *children):
@@ -256,21 +230,17 @@ def component(
     left.set_title(f"local component ({node_text(node)}, {r})", fontsize=10)
     weights = {v: _array(w.abs().float()) for v, w in data.weights.items()}
     x, tallest = 0, 0
-    shown = [*children, node] if node in weights else list(children)
-    for v in shown:
-        w = weights[v]
-        if v == node:
-            matrix, sign, what = w.reshape(len(w), -1), "", f"reads {r}"
-        else:
-            matrix, what = w.reshape(-1, w.shape[-1]), f"filter {r}"
-            sign = "×" if v != children[-1] else "→" if node in weights else ""
+    for v in [*children, *([node] if node in weights else [])]:
+        own, w = v == node, weights[v]
+        matrix = w.reshape(len(w), -1) if own else w.reshape(-1, w.shape[-1])
         rows, columns = matrix.shape
         extent = (x, x + columns, -rows, 0)
         right.imshow(matrix, extent=extent, cmap="Greys", aspect="equal", vmin=0)
-        place = (x, -r - 1, columns, 1) if v == node else (x + r, -rows, 1, rows)
+        place = (x, -r - 1, columns, 1) if own else (x + r, -rows, 1, rows)
         _rectangle(right, *place, fc="none", ec="C3", lw=1.8)
-        text = f"{node_text(v)}, layer {data.layer_of(v)}\n{what}"
+        text = f"{node_text(v)}, layer {data.layer_of(v)}\n{'reads' if own else 'filter'} {r}"
         _write(right, text, x + columns / 2, 0.3, "bottom", 7)
+        sign = "×" if v in children[:-1] else "→" if not own and node in weights else ""
         _write(right, sign, x + columns + 1, -rows / 2, "center", 12)
         x, tallest = x + columns + 2, max(tallest, rows)
     right.set_xlim(-0.5, x - 1)
@@ -294,13 +264,7 @@ def bars(
 def locality_profile(
     data: LocalityProfile | Mapping[str, LocalityProfile], ax: Axes | None = None
 ) -> Axes:
-    """Draw the interaction of two patches against the distance between them, with standard errors.
-
-    Args:
-        data: What ``tnreg.locality_profile`` returns, or several by name, e.g. of a model before and
-            after regularization.
-        ax: Where to draw.
-    """
+    """Draw what ``tnreg.locality_profile`` returns, or several by name, with standard errors."""
     ax = _axes(ax, "distance between the patches, pixels", "share of variance by interaction")
     profiles = data if isinstance(data, Mapping) else {"": data}
     for name, profile in profiles.items():
@@ -324,12 +288,10 @@ def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path
 
 
 def _net(data: Any, who: str) -> Any:
-    data = getattr(data, "net", data)
+    data, instead = getattr(data, "net", data), "of a factorization: to_cnn(model)"
     if not hasattr(data, "nodes_of"):
-        raise OptionError(
-            f"plots.{who} draws a ConvNet, found {type(data).__name__}; of a factorization: to_cnn(model).",
-            argument="data",
-        )
+        message = f"plots.{who} draws a ConvNet, found {type(data).__name__}; {instead}."
+        raise OptionError(message, argument="data")
     return data
 
 
@@ -351,9 +313,7 @@ def _rectangle(ax: Axes, x: float, y: float, width: float, height: float, **styl
 def _axes(ax: Axes | None, x_label: str = "", y_label: str = "") -> Axes:
     """Return the axes, or new ones; with these labels, where there are any."""
     if ax is None:
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots(layout="constrained")[1]
+        [ax] = _new_axes(1)
     if x_label:
         ax.set_xlabel(x_label)
     if y_label:
@@ -361,13 +321,11 @@ def _axes(ax: Axes | None, x_label: str = "", y_label: str = "") -> Axes:
     return ax
 
 
-def _pair(axes: Sequence[Axes] | None, width: float, height: float) -> Sequence[Axes]:
-    if axes is not None:
-        return axes
+def _new_axes(count: int, size: tuple[float, float] | None = None) -> list[Axes]:
     import matplotlib.pyplot as plt
 
-    pair: Sequence[Axes] = plt.subplots(1, 2, figsize=(width, height), layout="constrained")[1]
-    return pair
+    drawn = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)[1]
+    return list(drawn[0])
 
 
 def _array(values: Any) -> np.ndarray[Any, Any]:

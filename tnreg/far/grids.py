@@ -37,12 +37,10 @@ def grid_tensor(
     """Return a network's values on all combinations of templates, one template for each patch.
 
     Args:
-        net: Any module or function. A module runs in evaluation mode; every part of it is left in the mode
-            that it was in.
+        net: Any module or function. A module runs in evaluation mode; every part of it gets its mode back.
         templates: M templates for every patch, ``(M, *patch)``, or templates of their own for each,
             ``(N, M, *patch)`` with ``patch`` either ``(D,)`` or ``(C, h, w)``.
-        tree: Mode tree over the N patches, e.g. that for ``tnreg.spectra`` afterwards; only its order, and
-            its shape if it is a ``ModeTree.grid``, are used.
+        tree: Mode tree over the N patches; only its order, and its shape if it has one, are used.
         shape: Rows and columns of patches in an image, where the tree does not know them.
         arrange: Makes the network's input of patches ``(B, N, *patch)``. By default vectors are put channels
             first, ``(B, D, N)`` or ``(B, D, rows, columns)``, and pictures side by side,
@@ -99,10 +97,9 @@ def _check_templates(templates: Any, n: int) -> Tensor:
         )
     many = patches.shape[1]
     if many**n > _MOST:
-        raise ShapeError(
-            f"grid_tensor: {many} templates on {n} patches are {many**n} combinations, more than {_MOST}; "
-            "take fewer templates, or probe samples with tnreg.separation_spectrum."
-        )
+        count = f"{many} templates on {n} patches are {many**n} combinations, more than {_MOST}"
+        advice = "take fewer templates, or probe samples with tnreg.separation_spectrum"
+        raise ShapeError(f"grid_tensor: {count}; {advice}.")
     return patches
 
 
@@ -112,18 +109,16 @@ def _arrangement(
 ) -> Callable[[Tensor], Tensor]:
     """Return what makes a network's input of patches ``(B, N, *patch)``."""
     if shape is None:
-        grid = grid_of(tree)
-        shape = tree.shape or (None if grid is None else grid.shape)
+        shape = tree.shape or getattr(grid_of(tree), "shape", None)
     elif math.prod(shape) != tree.order:
         raise OptionError(f"grid_tensor: shape {shape} is not of {tree.order} patches.")
     if not pictures:
         places = (tree.order,) if shape is None else shape
         return lambda x: x.mT.reshape(x.shape[0], x.shape[2], *places)
     if shape is None:
-        raise OptionError(
-            "grid_tensor: where the patches lie in the image is not known, as the tree is no ModeTree.grid; "
-            "give shape=(rows, columns) or arrange=function."
-        )
+        problem = "where the patches lie in the image is not known, as the tree is no ModeTree.grid"
+        advice = "give shape=(rows, columns) or arrange=function"
+        raise OptionError(f"grid_tensor: {problem}; {advice}.")
     rows, columns = shape
 
     def side_by_side(x: Tensor) -> Tensor:
@@ -138,18 +133,14 @@ def _pick_output(values: Any, count: int, output: int | None) -> Tensor:
     """Return one value for each of ``count`` inputs."""
     values = torch.as_tensor(values)
     if values.ndim not in (1, 2) or len(values) != count:
-        raise ShapeError(
-            f"grid_tensor: the network must give one value for each of {count} inputs, "
-            f"found shape {tuple(values.shape)}.",
-            argument="net",
-        )
+        expected = f"one value for each of {count} inputs"
+        message = f"the network must give {expected}, found shape {tuple(values.shape)}."
+        raise ShapeError(f"grid_tensor: {message}", argument="net")
     columns: Tensor = values if values.ndim == 2 else values.unsqueeze(1)
     outputs = columns.shape[1]
     output = 0 if output is None and outputs == 1 else output
     if not isinstance(output, int) or not 0 <= output < outputs:
-        raise OptionError(
-            f"grid_tensor: the network has {outputs} outputs; say which, output=0 to "
-            f"output={outputs - 1}, found {output!r}.",
-            argument="output",
-        )
+        choices = f"say which, output=0 to output={outputs - 1}, found {output!r}"
+        message = f"grid_tensor: the network has {outputs} outputs; {choices}."
+        raise OptionError(message, argument="output")
     return columns[:, output]

@@ -32,14 +32,13 @@ def separation_spectrum(
 ) -> Tensor:
     """Return the singular values of ``[f(a_i, b_j)]``: what a region of the input shares with the rest.
 
-    Their number above rounding bounds the separation rank of f from below; ``effective_rank`` of them
-    is a softer measure.
+    Their number above rounding bounds the separation rank of f from below.
 
     Args:
         f: Takes a batch of values of the region and a batch, equally long, of values of the rest, and
             gives one number for each pair: shape ``(B,)`` or ``(B, 1)``, real or complex, a tensor or
-            an array. If it gives one number for a whole batch it is called again pair by pair, with
-            batches of one. A network is used in the mode it is in; call ``net.eval()`` first.
+            an array. If it gives one number for a whole batch it is called again pair by pair. A network
+            is used in the mode it is in; call ``net.eval()`` first.
         inside: The samples a_i, shape ``(k, ...)``.
         outside: The samples b_j, shape ``(l, ...)``.
         batch: Most pairs in one call.
@@ -61,8 +60,7 @@ def separation_spectrum(
     """
     batch = check_integer(batch, 1, "separation_spectrum: batch")
     a, b = (_check_samples(x, name) for x, name in ((inside, "inside"), (outside, "outside")))
-    rows = torch.arange(len(a)).repeat_interleave(len(b))
-    columns = torch.arange(len(b)).repeat(len(a))
+    rows, columns = torch.cartesian_prod(torch.arange(len(a)), torch.arange(len(b))).T
     parts: list[Tensor] = []
     start = 0
     while start < len(rows):
@@ -72,11 +70,9 @@ def separation_spectrum(
             batch = 1
             continue
         if values.shape not in ((len(i),), (len(i), 1)) and not values.numel() == len(i) == 1:
-            raise ShapeError(
-                f"separation_spectrum: f must give {len(i)} numbers for {len(i)} pairs, shape "
-                f"({len(i)},) or ({len(i)}, 1), found shape {tuple(values.shape)}.",
-                argument="f",
-            )
+            expected = f"{len(i)} numbers for {len(i)} pairs, shape ({len(i)},) or ({len(i)}, 1)"
+            found = f"found shape {tuple(values.shape)}"
+            raise ShapeError(f"separation_spectrum: f must give {expected}, {found}.", argument="f")
         parts.append(values.reshape(-1))
         start += len(i)
     matrix = torch.cat(parts).reshape(len(a), len(b))
@@ -98,8 +94,7 @@ class LocalityProfile:
         distances: Gap between the patches in pixels, shape ``(n,)``.
         interaction: Share of the variance over both patches that neither explains alone, in [0, 1], for
             every pair of patches: shape ``(n, pairs)``.
-        effective_rank: Effective rank of the interaction, ``M°``: shape ``(n, pairs)``, 0 where there is
-            none.
+        effective_rank: Effective rank of the interaction ``M°``, ``(n, pairs)``; 0 where there is none.
         spectra: Singular values of ``M°``, descending, in units of the model: ``(n, pairs, samples)``.
         size: Side of the patches in pixels.
     """
@@ -113,18 +108,17 @@ class LocalityProfile:
     @property
     def standard_error(self) -> np.ndarray[Any, Any]:
         """Standard error of the mean interaction at every distance, ``(n,)``; NaN of a single pair."""
-        pairs = self.interaction.shape[1]
+        count, pairs = self.interaction.shape
         if pairs == 1:
-            return np.full(len(self.interaction), math.nan)
-        error: np.ndarray[Any, Any] = self.interaction.std(axis=1, ddof=1) / math.sqrt(pairs)
-        return error
+            return np.full(count, math.nan)
+        return np.asarray(self.interaction.std(axis=1, ddof=1) / math.sqrt(pairs))
 
     def __str__(self) -> str:
-        lines = [f"{'distance':>8}  interaction        effective rank"]
         columns = (self.distances, self.interaction, self.standard_error, self.effective_rank)
-        for distance, share, error, rank in zip(*columns, strict=True):
-            lines.append(f"{distance:8}  {share.mean():.4f} ± {error:.4f}    {rank.mean():.2f}")
-        return "\n".join(lines)
+        return f"{'distance':>8}  interaction        effective rank" + "".join(
+            f"\n{distance:8}  {share.mean():.4f} ± {error:.4f}    {rank.mean():.2f}"
+            for distance, share, error, rank in zip(*columns, strict=True)
+        )
 
 
 @torch.no_grad()
@@ -155,7 +149,7 @@ def locality_profile(
         distances: Gaps in pixels; nine between 0 and the largest if left out.
         size: Side of the patches; an eighth of the image's shorter side if left out.
         samples: k.
-        pairs: How many pairs of patches for each distance.
+        pairs: Pairs of patches for each distance.
         where: ``"differing"``: places where images differ, see ``DifferingPatches``; ``"anywhere"``.
         seed: Same seed and data: the same patches and images, so that two models can be compared.
         progress: Show a progress bar.
@@ -169,10 +163,8 @@ def locality_profile(
     samples = check_integer(samples, 2, "locality_profile: samples")
     pairs = check_integer(pairs, 1, "locality_profile: pairs")
     if where not in ("differing", "anywhere"):
-        raise OptionError(
-            f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}.",
-            argument="where",
-        )
+        message = f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}."
+        raise OptionError(message, argument="where")
     images = check_images(_read_images(data), "locality_profile", samples + 1)
     height, width = images.shape[-2:]
     size = max(1, min(height, width) // 8) if size is None else size
@@ -197,14 +189,11 @@ def locality_profile(
                 noise = torch.finfo(values.dtype).eps * values.abs().max() * samples
                 ranks.append(effective_rank(torch.where(spectra[-1] > noise, spectra[-1], 0.0)))
                 advance(1)
-    shape = (len(distances), pairs)
-    return LocalityProfile(
-        distances=np.array(distances),
-        interaction=torch.stack(shares).reshape(shape).cpu().numpy(),
-        effective_rank=torch.stack(ranks).reshape(shape).cpu().numpy(),
-        spectra=torch.stack(spectra).reshape(*shape, -1).cpu().numpy(),
-        size=size,
-    )
+
+    def table(parts: list[Tensor]) -> np.ndarray[Any, Any]:
+        return torch.stack(parts).reshape(len(distances), pairs, *parts[0].shape).cpu().numpy()
+
+    return LocalityProfile(np.array(distances), table(shares), table(ranks), table(spectra), size)
 
 
 def _cross(net: Any, background: Tensor, images: Tensor, sampler: Any) -> Tensor:
@@ -223,11 +212,9 @@ def _check_samples(x: Any, name: str) -> Tensor:
         x = torch.stack([torch.as_tensor(part) for part in x]) if len(x) else torch.zeros(0)
     samples: Tensor = torch.as_tensor(x)
     if samples.ndim == 0 or len(samples) == 0:
-        raise ShapeError(
-            f"separation_spectrum: {name} must hold one sample or more along its first axis, found "
-            f"shape {tuple(samples.shape)}.",
-            argument=name,
-        )
+        expected = "one sample or more along its first axis"
+        message = f"{name} must hold {expected}, found shape {tuple(samples.shape)}."
+        raise ShapeError(f"separation_spectrum: {message}", argument=name)
     return samples
 
 
@@ -237,10 +224,8 @@ def _read_images(data: Any) -> Tensor:
     if isinstance(data, Tensor | np.ndarray):
         return torch.as_tensor(data)
     if not isinstance(data, Iterable):
-        raise ShapeError(
-            "locality_profile: data must be images (N, ..., H, W) or batches of them, found "
-            f"{type(data).__name__}."
-        )
+        expected = "images (N, ..., H, W) or batches of them"
+        raise ShapeError(f"locality_profile: data must be {expected}, found {type(data).__name__}.")
     batches: list[Tensor] = []
     for batch in data:
         batches.append(torch.as_tensor(batch[0] if isinstance(batch, list | tuple) else batch))
