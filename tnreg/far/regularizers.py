@@ -169,7 +169,7 @@ class InputGradientChange(Scheduled):
             before = gradient(net, x) if before is None else before
             after = gradient(net, other)
         change = gradient_change(before * inside, after * inside)
-        part = (change * len(x) + (count - len(x))) / sum(processes.every(count))
+        part = (change * len(x) + (count - len(x))) / sum(processes.lengths(count))
         return self._above_target(processes.with_gradient(processes.sum(part), part))
 
 

@@ -129,7 +129,7 @@ class Scheduled(ABC):
     def _count(self, x: Tensor, processes: Processes) -> int:
         """Return the size of the whole batch; a process alone needs two images, several need one each."""
         check_images(x, self.name, least=2 if processes.count == 1 else 0, floating=False)
-        lengths = processes.every(len(x))
+        lengths = processes.lengths(len(x))
         if not all(lengths):
             raise ShapeError(
                 f"{self.name}: every process needs one image or more of each batch, found {lengths} on "

@@ -58,8 +58,14 @@ class Processes:
         """Return the sum over the processes."""
         return x if self.count == 1 else torch.stack(self.gather(x)).sum(0, dtype=x.dtype)
 
+    def lengths(self, rows: int) -> list[int]:
+        """Return how many rows every process has; on a GPU this waits for it."""
+        if self.count == 1:
+            return [rows]
+        return [int(n) for n in self.gather(torch.tensor(rows, device=self.device))]
+
     def every(self, value: T) -> list[T]:
-        """Return the objects of all processes, small ones, which are pickled; on a GPU this waits for it."""
+        """Return the objects of all processes, pickled: for small ones, and not in every step."""
         values = [value] * self.count
         if self.count > 1:
             dist.all_gather_object(values, value, group=self.group)
@@ -67,7 +73,7 @@ class Processes:
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the rows of all processes, which may have different numbers of them."""
-        lengths = self.every(len(x))
+        lengths = self.lengths(len(x))
         padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
         parts = zip(self.gather(padded), lengths, strict=True)
         return torch.cat([part[:length] for part, length in parts])
@@ -76,7 +82,7 @@ class Processes:
         """Return the rows ``index`` of the whole; each process sends those that it has."""
         if self.count == 1:
             return x[index]
-        here = index - sum(self.every(len(x))[: self.rank])
+        here = index - sum(self.lengths(len(x))[: self.rank])
         own = ((here >= 0) & (here < len(x))).view(-1, *[1] * (x.ndim - 1))
         return self.sum(torch.where(own, x.detach()[here.clamp(0, len(x) - 1)], 0))
 
