@@ -23,7 +23,7 @@ from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.rounding import limits_of, network_of, round_network, share_of, to_factorization
 from tnreg.tensors.arrays import as_tensor, check_dense, double, to_core
-from tnreg.tensors.axes import Core, axis_gram, axis_triangle, left_vectors
+from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors
 from tnreg.tensors.blocks import (
     Compressed,
     as_blocks,
@@ -238,9 +238,8 @@ class _Sweep:
         if self.share is None:
             floor = (max(rows, others) * torch.finfo(squares.dtype).eps) ** 2 * float(squares[0])
             rank = int((squares > floor).sum())
-        else:  # the smallest first, as long as they fit
-            fits = squares.flip(0).cumsum(0) <= allowed - outside
-            rank = len(squares) - int(fits.sum())
+        else:
+            rank = int((~cut_smallest([squares], allowed - outside)[0]).sum())
         rank = max(1, rank if limit is None else min(rank, limit))
         lost = outside + float(squares[rank:].sum())
         if rank < width:

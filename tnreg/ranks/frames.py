@@ -142,7 +142,7 @@ def _batch(
 
 
 def _kinds(network: Network) -> list[Hashable]:
-    """Number the nodes so that those with equal numbers have equal frames, and are not too many."""
+    """Label the nodes so that those of one label have equal frames and are not too many."""
     numbers: dict[Hashable, int] = {}
     counts: dict[int, int] = {}
     ranks, kinds = list[int](), list[Hashable]()

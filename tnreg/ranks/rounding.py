@@ -23,6 +23,7 @@ from tnreg.ranks.frames import (
     scale_of,
     values_in_frames,
 )
+from tnreg.tensors.axes import cut_smallest
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -165,12 +166,8 @@ def _count_values(spectra: Sequence[Tensor], share: float | None) -> list[Tensor
         return [(values > 64 * values.shape[1] * eps * largest).sum(1) for values in spectra]
     # rounded up by what rounding may hide, unless nothing may be discarded anyway
     slack = 4 * eps if share > 0 else 0.0
-    squares = torch.cat([(values + slack).square().flatten() for values in spectra])
-    ascending, places = squares.sort(stable=True)
-    above = torch.ones_like(ascending, dtype=torch.bool)
-    above[places[ascending.cumsum(0) <= share**2]] = False
-    masks = torch.split(above, [values.numel() for values in spectra])
-    return [mask.reshape(v.shape).sum(1) for mask, v in zip(masks, spectra, strict=True)]
+    squares = [(values + slack).square() for values in spectra]
+    return [(~cut).sum(1) for cut in cut_smallest(squares, share**2)]
 
 
 def _project(

@@ -1,15 +1,8 @@
-"""Spectra of a factorization without its dense tensor.
+"""Singular values and ranks along a tree, of dense tensors, factorizations and tensors larger than memory.
 
-Three routes, chosen by rule; all work in double precision and on logarithmic scales.
-
-1. In orthonormal frames (``tnreg.ranks.frames``), equal nodes together. Gram matrices first: if every node's
-   smallest singular value is above 1e-4 of its largest, errors stay below 1e-11 of the largest.
-2. Otherwise the same without squares: values are right down to eps times the largest one.
-3. Node by node, for gradients, and for diagonal joins so wide that frames would not fit into memory.
-   With ``F_v`` the matrix of node v's tensors (entries below v by bond above v) and ``E_v`` that of
-   everything outside it, the matricization at v is ``F_v E_vᵀ``. Only the triangular factors of the two
-   matter for its singular values: ``T_v`` goes up the tree, ``S_v`` comes down, and the spectrum is that
-   of ``T_v S_vᵀ``. No squares either, and gradients at low rank are finite.
+Those of a factorization come from orthonormal frames, or through the bonds where gradients are needed or
+frames would not fit into memory, see ``tnreg.ranks.frames``. Both work in double precision at any scale, and
+values are right down to eps times the largest one.
 """
 
 from __future__ import annotations
@@ -69,9 +62,8 @@ def spectra(
 
     Cost: dense, see ``tnreg.ranks.dense.dense_spectra``; factorization, linear in the number of nodes,
     cubic in the bonds. Differentiable once, in the tensor or in the weights of the factorization
-    (under ``torch.no_grad()`` that is not paid for). Block by block, see
-    ``tnreg.tensors.blocks``; by QR, with
-    errors below 1e-12 of the largest singular value (float64), not differentiable.
+    (under ``torch.no_grad()`` that is not paid for). Block by block, see ``tnreg.tensors.blocks``: by QR,
+    with errors below 1e-12 of the largest singular value (float64), not differentiable.
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3)
@@ -82,30 +74,27 @@ def spectra(
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         real = x.stacks[0].real.dtype
-        found: dict[int, Tensor] = {}
-        for positions, values in _factored_spectra(x):
-            found |= zip(positions, values.value().to(real).unbind(0), strict=True)
-        return {node: found[i] for i, node in enumerate(x.tree.nodes[:-1])}
+        values: dict[int, Tensor] = {}
+        for positions, scaled in _factored_spectra(x):
+            values |= zip(positions, scaled.value().to(real).unbind(0), strict=True)
+        return {node: values[i] for i, node in enumerate(x.tree.nodes[:-1])}
     tree = _check_tree(tree)
-    if is_blocks(x):
-        return _spectra_of_blocks(x, tree, memory)
-    return dense_spectra(x, tree)
+    return _spectra_of_blocks(x, tree, memory) if is_blocks(x) else dense_spectra(x, tree)
 
 
 def _spectra_of_blocks(x: Any, tree: ModeTree, memory: int | str | None) -> dict[Node, Tensor]:
-    """All that is not zero to rounding is kept in a factorization; the other values are zeros."""
+    """Decompose to rounding, and fill up with zeros what that cuts off."""
     array, allowed = as_blocks(x), memory_of(memory)
     small = whole(array, allowed)
     if small is not None:
         return dense_spectra(small, tree)
-    found = spectra(decompose(array, tree, memory=allowed).requires_grad_(False))
+    spectra_of = spectra(decompose(array, tree, memory=allowed).requires_grad_(False))
     total = math.prod(array.shape)
-    out = {}
-    for node, values in found.items():
+    for node, values in spectra_of.items():
         rows = math.prod(array.shape[m] for m in tree.modes_below(node))
-        out[node] = values.new_zeros(min(rows, total // rows))
-        out[node][: len(values)] = values[: len(out[node])]
-    return out
+        spectra_of[node] = values.new_zeros(min(rows, total // rows))
+        spectra_of[node][: len(values)] = values[: len(spectra_of[node])]
+    return spectra_of
 
 
 def hierarchical_rank(
@@ -148,40 +137,31 @@ def hierarchical_rank(
         >>> hierarchical_rank(torch.einsum("ac,bd->abcd", pair, pair), tree)[(0, 1)]  # ties across it
         9
     """
-    out: dict[Node, int] = {}
     x = factorization_of(x)
-    if isinstance(x, Factorization):
-        _check_own_tree(x, tree)
-        sizes, limit = x.sizes, torch.finfo(x.dtype).eps
-        with torch.no_grad():
-            factored = _factored_spectra(x)
-        # before any scale is applied: a tiny or huge tensor has the same rank
-        found_at = {
-            i: one for places, values in factored for i, one in zip(places, values.x, strict=True)
-        }
-        for i, node in enumerate(x.tree.nodes[:-1]):
-            # The factors are small: their rounding does not grow with the matrix that they stand for.
-            rows = math.prod(sizes[m] for m in x.tree.modes_below(node))
-            longest = min(max(rows, math.prod(sizes) // rows), 1000)
-            out[node] = numerical_rank(found_at[i], longest * limit if rtol is None else rtol)
-        return out
-    tree = _check_tree(tree)
+    spectra_of: dict[Node, Tensor] = {}
+    most: float = math.inf
     with torch.no_grad():
-        if is_blocks(x):
-            found, sizes = _spectra_of_blocks(x, tree, memory), tuple(x.shape)
-            eps = max(torch.finfo(s.dtype).eps for s in found.values())
+        if isinstance(x, Factorization):
+            _check_own_tree(x, tree)
+            tree, sizes, eps = x.tree, x.sizes, torch.finfo(x.dtype).eps
+            most = 1000  # the factors are small: rounding does not grow with what they stand for
+            for positions, scaled in _factored_spectra(x):  # scales do not matter
+                spectra_of |= zip((tree.nodes[i] for i in positions), scaled.x, strict=True)
+        elif is_blocks(x):
+            tree, sizes = _check_tree(tree), tuple(x.shape)
+            spectra_of = _spectra_of_blocks(x, tree, memory)
+            eps = max(torch.finfo(s.dtype).eps for s in spectra_of.values())
         else:
+            tree = _check_tree(tree)
             dense = check_dense(x, tree)
-            found, sizes, eps = (
-                scaled_spectra(dense, tree)[0],
-                dense.shape,
-                torch.finfo(dense.dtype).eps,
-            )
-    for node, s in found.items():
+            sizes, eps = tuple(dense.shape), torch.finfo(dense.dtype).eps
+            spectra_of = scaled_spectra(dense, tree)[0]
+    ranks: dict[Node, int] = {}
+    for node in tree.nodes[:-1]:
         rows = math.prod(sizes[m] for m in tree.modes_below(node))
-        longest = max(rows, math.prod(sizes) // rows)
-        out[node] = numerical_rank(s, longest * eps if rtol is None else rtol)
-    return out
+        longest = min(max(rows, math.prod(sizes) // rows), most)
+        ranks[node] = numerical_rank(spectra_of[node], longest * eps if rtol is None else rtol)
+    return ranks
 
 
 def factorization_of(x: Any) -> Any:

@@ -90,20 +90,35 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Read numbers of any kind as a torch tensor: torch, numpy in any layout or byte order, DLPack, lists."""
+    """Read numbers of any kind as a torch tensor: torch, DLPack, numpy in any layout or byte order, lists."""
     if isinstance(values, Tensor):
         return values.to_dense() if values.layout != torch.strided else values
     try:
-        if hasattr(values, "__dlpack__") and not hasattr(values, "__array__"):
-            return torch.utils.dlpack.from_dlpack(values)
+        if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
+            try:
+                return torch.utils.dlpack.from_dlpack(values)
+            except (BufferError, RuntimeError, TypeError, ValueError):
+                if not hasattr(values, "__array__"):
+                    raise
         array = np.asarray(values)
         native = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
         return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
-    except (TypeError, ValueError) as error:
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"not a tensor of numbers: {type(values).__name__}.\n  {error}\n"
             "  a file or a named tensor is read by tnreg.load_tensor(...).values"
         ) from None
+
+
+def array_of(values: Any, axes: int | None, what: str) -> Tensor:
+    """Read an array of ``axes`` axes (any number if ``None``); ``what`` names it in errors."""
+    try:
+        array = as_tensor(values).detach()
+    except DataError as error:
+        raise DataError(f"{what} cannot be read: {error}") from None
+    if axes is not None and array.ndim != axes:
+        raise ShapeError(f"{what} needs {axes} axes, found shape {tuple(array.shape)}.")
+    return array
 
 
 def check_dense(tensor: Any, tree: ModeTree, *, sizes: Sequence[int] | None = None) -> Tensor:
@@ -284,17 +299,3 @@ def draw_normal(
     where = device if generator is None else generator.device
     values = torch.randn(shape, dtype=dtype, device=where, generator=generator)
     return values.to(device or values.device)
-
-
-def array_of(values: Any, axes: int | None, what: str) -> Tensor:
-    """Read an array of ``axes`` axes (any number if ``None``); ``what`` names it in errors."""
-    if not isinstance(values, Tensor | np.ndarray) and hasattr(values, "__dlpack__"):
-        try:
-            values = torch.utils.dlpack.from_dlpack(values)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            if not hasattr(values, "__array__"):
-                raise DataError(f"{what} cannot be read by DLPack: {error}.") from None
-    found = as_tensor(np.asarray(values) if isinstance(values, list | tuple) else values).detach()
-    if axes is not None and found.ndim != axes:
-        raise ShapeError(f"{what} needs {axes} axes, found shape {tuple(found.shape)}.")
-    return found

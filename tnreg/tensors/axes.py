@@ -122,3 +122,16 @@ def left_vectors(
         return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden * trace
     left, values, _ = torch.linalg.svd(factor().mH, full_matrices=False)
     return left, (values + (0 if part is None else 4 * eps * values[0])).square()
+
+
+def cut_smallest(squares: Sequence[Tensor], allowed: float) -> list[Tensor]:
+    """Choose the smallest squares of several groups whose sum is within what is allowed.
+
+    Returns:
+        For every group which of its squares may go, by number: equal ones need not all go.
+    """
+    ascending, places = torch.cat([group.flatten() for group in squares]).sort(stable=True)
+    cut = torch.zeros_like(ascending, dtype=torch.bool)
+    cut[places[ascending.cumsum(0) <= allowed]] = True
+    masks = torch.split(cut, [group.numel() for group in squares])
+    return [mask.reshape(group.shape) for mask, group in zip(masks, squares, strict=True)]

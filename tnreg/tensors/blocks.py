@@ -31,11 +31,10 @@ from torch import Tensor
 from tnreg.errors import DataError, OptionError, ShapeError, SizeError
 from tnreg.machine.memory import available, limit_of, written
 from tnreg.tensors.arrays import squares_fit
-from tnreg.tensors.axes import left_vectors
+from tnreg.tensors.axes import cut_smallest, left_vectors
 from tnreg.tensors.passes import (
     Core,
     Distance,
-    Look,
     Rows,
     Source,
     bytes_read,
@@ -96,13 +95,13 @@ class Compressed:
 
 
 def is_blocks(x: Any) -> bool:
-    """Whether this is an array that is read block by block: of dask, zarr or h5py."""
+    """Return whether this is an array that is read block by block: of dask, zarr or h5py."""
     kind = type(x).__module__.partition(".")[0]
     return kind in ("dask", "zarr", "h5py") and hasattr(x, "shape") and hasattr(x, "chunks")
 
 
 def as_blocks(x: Any) -> Any:
-    """The Dask array.
+    """Return the array as a Dask array.
 
     Raises:
         OptionError: Dask is not installed.
@@ -142,16 +141,16 @@ def as_blocks(x: Any) -> Any:
 
 
 def memory_of(memory: int | str | None) -> int:
-    """What arrays may take, in bytes: as given, or a quarter of what is available."""
-    given = limit_of(memory, "tensors read block by block")
-    if given is None:
+    """Return the bytes that arrays may take: as given, or a quarter of what is available."""
+    limit = limit_of(memory, "tensors read block by block")
+    if limit is None:
         free = available()
-        given = 2**30 if free is None else max(free // 4, 1)
-    return given
+        limit = 2**30 if free is None else max(free // 4, 1)
+    return limit
 
 
 def whole(array: Any, memory: int) -> Tensor | None:
-    """The tensor itself if it is small, else ``None``."""
+    """Return the tensor itself if it is small, else ``None``."""
     if array.nbytes * _WHOLE_SHARE > memory:
         return None
     return torch.from_numpy(np.ascontiguousarray(array.compute()).reshape(array.shape))
@@ -192,7 +191,7 @@ def compress(
 
 
 def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
-    """Norms of ``array - other`` and of ``array``, in one reading, at any scale.
+    """Compute norms of ``array - other`` and of ``array``, in one reading, at any scale.
 
     Args:
         array: From ``as_blocks``.
@@ -241,10 +240,9 @@ class _Compression:
         self.front = _first_nodes(tree, self.rows, min(_ROWS, self.most_rows))
         self.size = {i: self.rows[i] for i in self.front}  # of the axis that the core has for it
         self.bases: dict[int, Tensor] = {}
-        self.whole_bases: dict[int, Tensor] = {}  # (sizes of modes.., rank), for the core
         self.total = self.lost = 0.0
         self.warned = False
-        self.split = tuple(i for i in self.front if tree.links[i])
+        self.first = tuple(self.front)
         inside = {c for i in self.front for c in positions_below(tree, i)}
         self.spenders = len(tree.cuts) - len(inside)
 
@@ -255,13 +253,16 @@ class _Compression:
         else:
             slabs = slabs_of(self.source.array, (), self._budget(0))
             self._tell("a first look", slabs, 0)
-            self._scale(*run_parts(self.source, Look(), slabs, self.workers))
+            self._scale(*run_parts(self.source, Rows(0, 0), slabs, self.workers)[1:])
         while self._core_bytes() > self._core_limit():
             above = self._next()
             if above is None:
                 raise self._too_large()
             self._reduce(above)
         core = self._core()
+        for i in set(self.bases) - set(self.first):  # modes below that were left as they are
+            for c in self.tree.links[i]:
+                self.bases.setdefault(c, self._eye(self.size[c]))
         kept = float(torch.linalg.vector_norm(core)) ** 2
         # projections take away no more than the difference, which is known to rounding
         rounding = 64 * torch.finfo(torch.float64).eps * self.total
@@ -269,126 +270,95 @@ class _Compression:
         if not self.total:
             self.total = kept
         return Compressed(
-            core, tuple(self.front), self.bases, self.split, self.total, self.lost, self.source.log2
-        )
+            core, tuple(self.front), self.bases, tuple(i for i in self.first if self.tree.links[i]),
+            self.total, self.lost, self.source.log2,
+        )  # fmt: skip
 
     def _reduce_first(self, nodes: list[int]) -> None:
-        """A pass for each of these nodes, then all cuts together: the smallest values first."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        """Look at each of these nodes in a pass, then cut all together: the smallest values first."""
+        vectors: dict[int, Tensor] = {}
+        squares: dict[int, Tensor] = {}
         for i in nodes:
             part = (_SHARE * self.share) ** 2 / max(self.spenders, 1)
-            found[i] = self._left_vectors(i, [self.rows[i]], [None], self.rows[i], part)
+            vectors[i], squares[i] = self._left_vectors(i, part)
             if not self.total:
-                self.total = float(found[i][1].sum())
-        ascending, places = torch.cat([squares for _, squares in found.values()]).sort(stable=True)
-        count = int((ascending.cumsum(0) <= (_SHARE * self.share) ** 2 * self.total).sum())
-        cut = torch.zeros_like(ascending, dtype=torch.bool)
-        cut[places[:count]] = True  # by number: equal values are not all cut because one of them is
-        cuts = torch.split(cut, [len(squares) for _, squares in found.values()])
-        kept = {
-            i: self._kept(i, squares, len(squares) - int(here.sum()))
-            for (i, (_, squares)), here in zip(found.items(), cuts, strict=True)
-        }
-        self.size |= kept
-        for i, (left, squares) in found.items():
-            self.lost += float(squares[kept[i] :].sum())
-            if not self.tree.links[i] and kept[i] == self.rows[i]:
-                continue  # nothing gained: the mode stays as it is
-            self.bases[i] = left[:, : kept[i]].reshape(*self._sizes(i), -1)
-            self.whole_bases[i] = self.bases[i]
+                self.total = float(squares[i].sum())
+        allowed = (_SHARE * self.share) ** 2 * self.total
+        cuts = cut_smallest(list(squares.values()), allowed)
+        for i, cut in zip(nodes, cuts, strict=True):
+            rank = self._rank(i, squares[i], int((~cut).sum()))
+            self.size[i] = rank
+            self.lost += float(squares[i][rank:].sum())
+            if self.tree.links[i] or rank < self.rows[i]:  # else the mode stays as it is
+                sizes = [self.source.array.shape[m] for m in self.modes[i]]
+                self.bases[i] = vectors[i][:, :rank].reshape(*sizes, -1)
         self.spenders -= len(nodes)
 
-    def _kept(self, i: int, squares: Tensor, kept: int) -> int:
-        """How many singular values to keep: what the tolerance asks for, or all that are not zero."""
+    def _rank(self, i: int, squares: Tensor, rank: int) -> int:
+        """Return how many singular values to keep, if the tolerance asks for this many."""
         if self.exact:  # rounding of the entries gives no more than eps of the largest value
             eps = float(np.finfo(self.source.array.dtype).eps)
-            kept = int((squares > (_ZERO * eps) ** 2 * squares[0]).sum())
-        return max(1, min(kept, self.limits.get(i, kept)))
+            rank = int((squares > (_ZERO * eps) ** 2 * squares[0]).sum())
+        return max(1, min(rank, self.limits.get(i, rank)))
 
     def _reduce(self, i: int) -> None:
-        """A pass for a node above the front, which takes the place of its children there."""
-        below = list(self.tree.links[i])
+        """Let a node above the front take the place of its children there, after a pass for it."""
+        below = self.tree.links[i]
         rows = math.prod(self.size[c] for c in below)
         if rows > self.most_rows:
             raise self._too_large()
-        for c in below:
-            if c not in self.bases:  # a mode that was left as it is
-                self.bases[c] = self._eye(self.size[c])
-        if len(below) == 1:
-            self._pass_on(i, below[0])
-            return
-        allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
-        lengths, bases = [self.rows[c] for c in below], [self._flat(c) for c in below]
-        part = allowed / self.total if self.total else 0.0
-        left, squares = self._left_vectors(i, lengths, bases, rows, part)
-        fits = int((squares.flip(0).cumsum(0) <= allowed).sum())
-        kept = self._kept(i, squares, len(squares) - fits)
-        if (
-            8 * self.rows[i] * kept * self._item() > self.memory
-        ):  # its basis over all modes below it
-            raise self._too_large()
-        self.lost += float(squares[kept:].sum())
+        if len(below) == 1:  # it has the matricization of its child: no pass is needed
+            rank, self.bases[i] = rows, self._eye(rows)
+        else:
+            allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
+            left, squares = self._left_vectors(i, allowed / self.total if self.total else 0.0)
+            rank = self._rank(i, squares, int((~cut_smallest([squares], allowed)[0]).sum()))
+            if 8 * self.rows[i] * rank * self._item() > self.memory:  # its basis over all modes
+                raise self._too_large()
+            self.lost += float(squares[rank:].sum())
+            self.bases[i] = left[:, :rank].reshape(*(self.size[c] for c in below), rank)
+        self.size[i] = rank
         self.spenders -= 1
         k = self.front.index(below[0])
         self.front[k : k + len(below)] = [i]
-        self.bases[i] = left[:, :kept].reshape(*(self.size[c] for c in below), kept)
-        self.size[i] = kept
-        self.whole_bases[i] = self._whole_basis(i)
-        for c in below:
-            self.whole_bases.pop(c, None)
 
-    def _pass_on(self, i: int, child: int) -> None:
-        """A node with one child has its matricization; no pass is needed."""
-        size = self.size[child]
-        self.bases[i] = self._eye(size)
-        if child in self.whole_bases:
-            self.whole_bases[i] = self.whole_bases.pop(child)
-        self.front[self.front.index(child)] = i
-        self.size[i] = size
-        self.spenders -= 1
+    def _left_vectors(self, i: int, part: float) -> tuple[Tensor, Tensor]:
+        """Compute left singular vectors of a node and squared singular values, rounded up.
 
-    def _left_vectors(
-        self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, part: float
-    ) -> tuple[Tensor, Tensor]:
-        """Left singular vectors of a node and squared singular values, rounded up.
+        Args:
+            i: The node: one of the front, or one whose children are.
+            part: Share of the square of the norm that may be cut off here.
+        """
+        inside = [i] if i in self.front else self.tree.links[i]
+        rows = math.prod(self.size[c] for c in inside)
+        gram, factor = (partial(self._pass, i, inside, rows, squares=way) for way in (True, False))
+        return left_vectors(rows, None if self.exact else part, gram, factor)
+
+    def _pass(self, i: int, inside: Sequence[int], rows: int, *, squares: bool) -> Tensor:
+        """Compute the Gram matrix or triangular factor of a node, on a scale whose squares stay in range.
 
         Args:
             i: The node.
-            lengths: Rows of its children, or its own.
-            bases: Their bases.
-            rows: Rows in these.
-            part: Share of the square of the norm that may be cut off here.
+            inside: The nodes of the front that its rows are made of.
+            rows: How many rows.
+            squares: Gram matrix or triangular factor.
         """
-        arguments = i, lengths, bases, rows
-        return left_vectors(
-            rows,
-            None if self.exact else part,
-            partial(self._pass, *arguments, squares=True),
-            partial(self._pass, *arguments, squares=False),
-        )
-
-    def _pass(
-        self, i: int, lengths: list[int], bases: list[Tensor | None], rows: int, *, squares: bool
-    ) -> Tensor:
-        """Gram matrix or triangular factor of a node, on a scale whose squares stay in range."""
         modes = self.modes[i]
+        lengths, bases = [self.rows[c] for c in inside], [self._basis(c) for c in inside]
         first = self.source.order.index(modes[0])
         work = Rows(first, len(modes), lengths, bases, squares)
         slabs = slabs_of(self.source.array, modes, self._budget(3 * rows**2 * self._item()))
-        if squares:
-            kind = "Gram matrix"
-            flops = 2 * rows * self.numel // self.rows[i] * rows
-        else:
-            kind, flops = "QR", 4 * rows**2 * (self.numel // self.rows[i])
+        kind, flops = ("Gram matrix", 2 * rows**2) if squares else ("QR", 4 * rows**2)
+        flops *= self.numel // self.rows[i]
         self._tell(f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", slabs, flops)
-        found, largest, bad = run_parts(self.source, work, slabs, self.workers)
+        result: Tensor
+        result, largest, bad = run_parts(self.source, work, slabs, self.workers)
         if self._scale(largest, bad):
-            return self._pass(i, lengths, bases, rows, squares=squares)
-        result: Tensor = found
+            return self._pass(i, inside, rows, squares=squares)
         return result
 
     def _scale(self, largest: float, bad: int) -> bool:
-        """Whether the tensor has to be read again on a scale, which is then set."""
+        """Return whether the tensor has to be read again on a scale, which is then set."""
         if bad:
             raise DataError(
                 f"the tensor has entries that are not finite, {bad} of {self.numel} or more."
@@ -403,43 +373,42 @@ class _Compression:
         return max(self.memory // self.beside - held, 5) // 5
 
     def _core(self) -> Tensor:
-        bases = [self.whole_bases.get(i) for i in self.front]
         shape = tuple(self.size[i] for i in self.front)
-        work = Core([self.modes[i] for i in self.front], bases, shape)
+        work = Core([self.modes[i] for i in self.front], [], shape)
+        for modes, basis in zip(work.modes, map(self._basis, self.front), strict=True):
+            sizes = [self.source.array.shape[m] for m in modes]
+            work.bases.append(None if basis is None else basis.reshape(*sizes, -1))
         slabs = slabs_of(self.source.array, (), self._budget(self.memory // (2 * self.beside)))
-        ranks = [self.size[i] for i in self.front if i in self.whole_bases]
+        ranks = [n for n, basis in zip(shape, work.bases, strict=True) if basis is not None]
         self._tell(f"core of shape {shape}", slabs, 2 * min(ranks, default=0) * self.numel)
         core: Tensor = run_parts(self.source, work, slabs, self.workers)
         return core
 
     def _next(self) -> int | None:
-        """The node above the front with the fewest rows whose children are all in it."""
-        top = len(self.tree.nodes) - 1
-        found = [
-            (math.prod(self.size[c] for c in below), i)
-            for i, below in enumerate(self.tree.links[:top])
+        """Return the node above the front with the fewest rows whose children are all in it."""
+        rows = {
+            i: math.prod(self.size[c] for c in below)
+            for i, below in enumerate(self.tree.links[:-1])
             if below and all(c in self.front for c in below)
-        ]
-        return min(found)[1] if found else None
+        }
+        return min(rows, key=lambda i: (rows[i], i)) if rows else None
 
-    def _flat(self, i: int) -> Tensor | None:
-        basis = self.whole_bases.get(i)
-        return None if basis is None else basis.reshape(self.rows[i], -1)
-
-    def _whole_basis(self, i: int) -> Tensor:
-        """A node's basis over the modes below it."""
+    def _basis(self, i: int) -> Tensor | None:
+        """Return a node's basis over the modes below it, ``(rows, rank)``; ``None`` if it has all rows."""
+        links = self.tree.links[i]
+        if i in self.first:
+            return self.bases[i].reshape(self.rows[i], -1) if i in self.bases else None
+        if len(links) == 1:
+            return self._basis(links[0])
         basis = self.bases[i]
-        for k, c in enumerate(self.tree.links[i]):
-            inner = self._flat(c)
+        for k, c in enumerate(links):
+            inner = self._basis(c)
             if inner is not None:
                 basis = torch.tensordot(inner, basis.movedim(k, 0), dims=1).movedim(0, k)
-        return basis.reshape(*self._sizes(i), -1)
+        return basis.reshape(self.rows[i], -1)
 
     def _eye(self, size: int) -> Tensor:
         return torch.eye(size, dtype=torch.complex128 if self._item() == 16 else torch.float64)
-
-    def _sizes(self, i: int) -> list[int]:
-        return [self.source.array.shape[m] for m in self.modes[i]]
 
     def _item(self) -> int:
         return 16 if self.source.array.dtype.kind == "c" else 8
@@ -491,23 +460,23 @@ class _Compression:
 
 
 def _first_nodes(tree: ModeTree, rows: Sequence[int], most: int) -> list[int]:
-    """The highest nodes with few rows, single modes elsewhere; in the order of the tree's leaves."""
-    found: list[int] = []
+    """List the highest nodes with few rows, single modes elsewhere, in the order of the tree's leaves."""
+    nodes: list[int] = []
     waiting = list(reversed(tree.links[-1]))
     while waiting:
         i = waiting.pop()
         if rows[i] <= most or not tree.links[i]:
-            found.append(i)
+            nodes.append(i)
         else:
             waiting.extend(reversed(tree.links[i]))
-    return found
+    return nodes
 
 
 def positions_below(tree: ModeTree, i: int) -> list[int]:
-    """Positions of all nodes below a node."""
-    found, waiting = [], list(tree.links[i])
+    """List the positions of all nodes below a node."""
+    nodes, waiting = [], list(tree.links[i])
     while waiting:
         c = waiting.pop()
-        found.append(c)
+        nodes.append(c)
         waiting.extend(tree.links[c])
-    return found
+    return nodes

@@ -88,8 +88,7 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     text = os.fspath(source)
     if text in DATASETS:
         return _load_dataset(text)
-    name, _, key = text.partition(":") if not is_file(text) else (text, "", "")
-    path = Path(name)
+    path, key = _split(text, is_file)
     if not is_file(path):
         raise FileError(
             f"no such tensor: {text}\n"
@@ -104,11 +103,8 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     try:
         arrays = _READERS[path.suffix](path)
     except Exception as error:
-        reason = (
-            "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
-        )
         raise FileError(
-            f"not a readable {path.suffix} file of numbers: {path}\n  {reason or type(error).__name__}"
+            f"not a readable {path.suffix} file of numbers: {path}\n  {_reason(error)}"
         ) from None
     if key and key not in arrays:
         raise FileError(f"no array {key!r} in {path}; it holds: {', '.join(arrays) or 'none'}")
@@ -130,13 +126,13 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
 
 
 def is_large_file(source: str | os.PathLike[str]) -> bool:
-    """Whether this names a file or folder that is made for reading in parts: zarr or HDF5."""
+    """Return whether this names a file or folder that is made for reading in parts: zarr or HDF5."""
     name, _, _ = os.fspath(source).partition(":")
     return Path(name).suffix in (".zarr", ".h5", ".hdf5") and is_there(name)
 
 
 def open_tensor(source: str | os.PathLike[str]) -> Any:
-    """A tensor on disk as a Dask array, which ``spectra``, ``decompose`` and others read block by block.
+    """Open a tensor on disk as a Dask array, which ``spectra``, ``decompose`` and others read block by block.
 
     Args:
         source: A ``.zarr`` folder, a ``.h5`` or ``.hdf5`` file, or a ``.npy`` file. Where there are several
@@ -151,8 +147,7 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
         OptionError: The extra ``tnreg[scale]`` is not installed.
     """
     text = os.fspath(source)
-    name, _, key = text.partition(":") if not is_there(text) else (text, "", "")
-    path = Path(name)
+    path, key = _split(text, is_there)
     if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not is_there(path):
         raise FileError(
             f"no such tensor on disk: {text}\n"
@@ -170,10 +165,9 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
     except TnregError as error:
         raise type(error)(f"{error}\n  file: {path}") from None
     except Exception as error:
-        reason = (
-            "it holds Python objects, which are not loaded" if _is_pickle(error) else str(error)
-        )
-        raise FileError(f"not a readable {path.suffix} tensor: {path}\n  {reason}") from None
+        raise FileError(
+            f"not a readable {path.suffix} tensor: {path}\n  {_reason(error)}"
+        ) from None
 
 
 class _Stored:
@@ -181,17 +175,17 @@ class _Stored:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path.absolute(), key
-        with self._opened() as array:
+        with self._open() as array:
             self.shape, self.dtype = tuple(array.shape), array.dtype
             self.chunks = getattr(array, "chunks", None)
         self.ndim = len(self.shape)
 
     def __getitem__(self, part: Any) -> np.ndarray[Any, Any]:
-        with self._opened() as array:
+        with self._open() as array:
             return np.require(array[part], requirements="W")  # torch warns of arrays that are not
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[Any]:
         if self.path.suffix == ".npy":
             if self.key:
                 raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
@@ -207,33 +201,29 @@ class _Stored:
                 yield self._one_of(file, h5py.Dataset)
 
     def _one_of(self, group: Any, kind: Any) -> Any:
-        if isinstance(group, kind) and not self.key:
-            return group
         if isinstance(group, kind):
-            raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
+            if self.key:
+                raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
+            return group
         names = _arrays_in(group, kind)
-        if self.key and self.key in names:
-            return group[self.key]
-        if not self.key and len(names) == 1:
-            return group[names[0]]
-        listed = ", ".join(names) or "none"
-        asked = (
-            f"no array {self.key!r} in {self.path}"
-            if self.key
-            else f"{self.path} holds {len(names)}"
+        if self.key in names or (not self.key and len(names) == 1):
+            return group[self.key or names[0]]
+        missing = f"no array {self.key!r} in {self.path}"
+        raise FileError(
+            f"{missing if self.key else f'{self.path} holds {len(names)}'}; arrays there: "
+            f"{', '.join(names) or 'none'}\n  name one of them: {self.path}:NAME"
         )
-        raise FileError(f"{asked}; arrays there: {listed}\n  name one of them: {self.path}:NAME")
 
 
 def _arrays_in(group: Any, kind: Any, before: str = "") -> list[str]:
-    found = []
+    names = []
     for name in group:
-        one = group[name]
-        if isinstance(one, kind):
-            found.append(before + name)
-        elif hasattr(one, "keys"):
-            found += _arrays_in(one, kind, f"{before}{name}/")
-    return found
+        item = group[name]
+        if isinstance(item, kind):
+            names.append(before + name)
+        elif hasattr(item, "keys"):
+            names += _arrays_in(item, kind, f"{before}{name}/")
+    return names
 
 
 def _load_dataset(name: str) -> DenseTensor:
@@ -264,10 +254,6 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         return {key: as_tensor(file[key]) for key in file.files}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path)[1]
-
-
 def _read_pt(path: Path) -> dict[str, Tensor]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Tensor):
@@ -277,13 +263,21 @@ def _read_pt(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"it holds a {type(content).__name__}, not a tensor or a dict of tensors")
 
 
-def _is_pickle(error: Exception) -> bool:
-    return isinstance(error, pickle.UnpicklingError) or "pickle" in str(error).lower()
+def _split(source: str, exists: Callable[[str], bool]) -> tuple[Path, str]:
+    """Split ``PATH:NAME`` into the path and the name of an array in it, ``""`` if there is none."""
+    name, _, key = source.partition(":") if not exists(source) else (source, "", "")
+    return Path(name), key
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError) or "pickle" in str(error).lower():
+        return "it holds Python objects, which are not loaded"
+    return str(error) or type(error).__name__
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     ".npy": _read_npy,
     ".npz": _read_npz,
-    ".safetensors": _read_safetensors,
+    ".safetensors": lambda path: read_safetensors(path)[1],
     ".pt": _read_pt,
 }

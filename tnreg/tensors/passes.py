@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.tensors.arrays import largest_of, times_power_of_two
+from tnreg.tensors.arrays import double, largest_of, times_power_of_two
 from tnreg.tensors.axes import axis_gram, axis_product, axis_triangle, triangle
 
 
@@ -34,10 +34,9 @@ class Source:
         self.array, self.order, self.log2 = array, order, log2
 
     def read(self, slab: tuple[slice, ...]) -> Tensor:
-        """A part, in double precision; slices are by mode."""
-        part = self.array[slab].compute(scheduler="synchronous")
-        kind = np.complex128 if self.array.dtype.kind == "c" else np.float64
-        values = torch.from_numpy(np.ascontiguousarray(part, dtype=kind)).permute(self.order)
+        """Read a part in double precision; slices are by mode."""
+        part = np.ascontiguousarray(self.array[slab].compute(scheduler="synchronous"))
+        values = double(torch.from_numpy(part)).permute(self.order)
         if self.log2:
             values = times_power_of_two(values, -self.log2)
         return values
@@ -47,16 +46,16 @@ class Work:
     """What is done with every part; workers of a cluster get it by pickle."""
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> Any:
-        """The contribution of one part, in the order of the tree's leaves; slices are by mode."""
+        """Return the contribution of one part, in the order of the tree's leaves; slices are by mode."""
         raise NotImplementedError
 
-    def joined(self, one: Any, other: Any) -> Any:
-        """Two contributions put together; neither is changed, as tasks may be asked for theirs again."""
+    def join(self, one: Any, other: Any) -> Any:
+        """Put two contributions together; neither is changed, as tasks may be asked for theirs again."""
         raise NotImplementedError
 
     def onto(self, sum: Any, part: Tensor, slab: tuple[slice, ...]) -> Any:
-        """That of one more part added to a sum of its own, which may be changed."""
-        return self.joined(sum, self.of(part, slab))
+        """Add the contribution of one more part to a sum, which may be changed."""
+        return self.join(sum, self.of(part, slab))
 
 
 class Rows(Work):
@@ -64,22 +63,30 @@ class Rows(Work):
 
     Args:
         first: Axes of the part in front of the node's modes.
-        lengths: Rows of the children (of the node itself, if it is one of the first).
+        lengths: Rows of the children (of the node itself, if it is one of the first); none if nothing is
+            asked for but the largest entry.
         bases: Their bases, ``None`` where they were left as they are.
         squares: Gram matrix or triangular factor.
     """
 
     def __init__(
-        self, first: int, count: int, lengths: list[int], bases: list[Tensor | None], squares: bool
+        self,
+        first: int,
+        count: int,
+        lengths: Sequence[int] = (),
+        bases: Sequence[Tensor | None] = (),
+        squares: bool = True,
     ) -> None:
         self.first, self.end, self.squares = first, first + count, squares
         self.lengths, self.bases = lengths, bases
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[Tensor, float, int]:
-        """Of a part that is complete in the node's modes."""
+        """Look at a part that is complete in the node's modes."""
         largest = float(largest_of(part))
         if not math.isfinite(largest):
             return part.new_zeros(0, 0), 0.0, int((~torch.isfinite(part)).sum())
+        if not self.lengths:
+            return part.new_zeros(0, 0), largest, 0
         before = math.prod(part.shape[: self.first])
         behind = math.prod(part.shape[self.end :])
         view = _in_bases(part, [before, *self.lengths, behind], [None, *self.bases, None])
@@ -88,8 +95,8 @@ class Rows(Work):
             return axis_gram(view), largest, 0
         return axis_triangle(view), largest, 0
 
-    def joined(self, one: Any, other: Any) -> tuple[Tensor, float, int]:
-        """Sums of Gram matrices, or the triangular factor of two below each other."""
+    def join(self, one: Any, other: Any) -> tuple[Tensor, float, int]:
+        """Add Gram matrices, or factor two triangular factors below each other."""
         bad = one[2] + other[2]
         if bad:
             return one[0], 0.0, bad
@@ -112,11 +119,11 @@ class Core(Work):
         self.modes, self.bases, self.shape = modes, bases, shape
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
-        """The part in the bases, where it belongs in the core."""
+        """Return the part in the bases, where it belongs in the core."""
         return self.onto(part.new_zeros(self.shape), part, slab)
 
     def onto(self, sum: Tensor, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
-        """The part in the bases added where it belongs."""
+        """Add the part in the bases where it belongs."""
         lengths: list[int] = []
         bases: list[Tensor | None] = []
         places: list[slice] = []
@@ -128,8 +135,8 @@ class Core(Work):
         sum[tuple(places)] += _in_bases(part, lengths, bases)
         return sum
 
-    def joined(self, one: Tensor, other: Tensor) -> Tensor:
-        """Their sum."""
+    def join(self, one: Tensor, other: Tensor) -> Tensor:
+        """Add two parts of the core."""
         return one + other
 
 
@@ -143,8 +150,8 @@ class Distance(Work):
         """See ``squared_norms``."""
         return squared_norms(part, self.rows_of(slab))
 
-    def joined(self, one: Any, other: Any) -> tuple[int, float, float]:
-        """Sums of squares on the larger of two scales."""
+    def join(self, one: Any, other: Any) -> tuple[int, float, float]:
+        """Add squares on the larger of two scales."""
         parts = [p for p in (one, other) if p[1] or p[2]] or [one]
         log2 = max(p[0] for p in parts)
         scales = [2.0 ** max(2 * (p[0] - log2), -2000) if p[0] < log2 else 1.0 for p in parts]
@@ -152,22 +159,8 @@ class Distance(Work):
         return log2, first, second
 
 
-class Look(Work):
-    """The largest entry and how many are not finite, where no other pass tells."""
-
-    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[float, int]:
-        """Largest entry of the part."""
-        largest = float(largest_of(part))
-        bad = 0 if math.isfinite(largest) else int((~torch.isfinite(part)).sum())
-        return (0.0 if bad else largest), bad
-
-    def joined(self, one: Any, other: Any) -> tuple[float, int]:
-        """The larger one."""
-        return max(one[0], other[0]), one[1] + other[1]
-
-
 def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | None]) -> Tensor:
-    """Coordinates of some axes in bases ``(length, rank)``, those that shrink most first."""
+    """Compute coordinates of some axes in bases ``(length, rank)``, those that shrink most first."""
     shape = list(lengths)
     given = [(basis.shape[1] / len(basis), k) for k, basis in enumerate(bases) if basis is not None]
     for _, k in sorted(given):
@@ -179,7 +172,7 @@ def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | N
 
 
 def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
-    """``(log2, |x - y|² / 4**log2, |x|² / 4**log2)``: squares that stay in range."""
+    """Return ``(log2, |x - y|² / 4**log2, |x|² / 4**log2)``: squares that stay in range."""
     rest = x - y
     largest = max(float(largest_of(x)), float(largest_of(rest)))
     log2 = math.frexp(largest)[1] if math.isfinite(largest) else 0
@@ -188,14 +181,14 @@ def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
 
 
 def norms_of(found: tuple[int, float, float]) -> tuple[float, float]:
-    """Both norms; infinite if they leave the range of doubles."""
+    """Return both norms; infinite if they leave the range of doubles."""
     log2, *squares = found
     one, other = (times_power_of_two(math.sqrt(square), log2) for square in squares)
     return one, other
 
 
 def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[slice, ...]]:
-    """Parts that cover the array, complete in some modes, along the borders of blocks where they fit.
+    """List parts that cover the array, complete in some modes, along the borders of blocks where they fit.
 
     Args:
         array: The Dask array.
@@ -229,7 +222,7 @@ def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[
 
 
 def bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
-    """Bytes of all blocks that the parts touch; a block counts every time."""
+    """Count the bytes of all blocks that the parts touch; a block counts every time."""
     borders = [np.cumsum([0, *lengths]) for lengths in array.chunks]
     known: dict[tuple[int, int, int], int] = {}
 
@@ -246,7 +239,7 @@ def bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
 
 
 def tasks_at_a_time() -> tuple[int, int]:
-    """How many tasks Dask runs at a time, and how many of them in one process."""
+    """Return how many tasks Dask runs at a time, and how many of them in one process."""
     import dask
     from dask.base import get_scheduler
 
@@ -263,7 +256,7 @@ def tasks_at_a_time() -> tuple[int, int]:
 
 
 def dask_client() -> Any:
-    """The client of distributed that Dask uses, if there is one."""
+    """Return the client of distributed that Dask uses, if there is one."""
     from dask.base import get_scheduler
 
     client = getattr(get_scheduler(), "__self__", None)  # type: ignore[no-untyped-call]
@@ -271,7 +264,7 @@ def dask_client() -> Any:
 
 
 def run_parts(source: Source, work: Work, slabs: Sequence[tuple[slice, ...]], workers: int) -> Any:
-    """All parts worked on, by Dask, and put together."""
+    """Work on all parts by Dask, and put the contributions together."""
     from dask.base import compute
     from dask.delayed import delayed
 
@@ -303,4 +296,4 @@ def _some(shared: tuple[Source, Work], slabs: Sequence[tuple[slice, ...]]) -> An
 
 
 def _both(shared: tuple[Source, Work], one: Any, other: Any) -> Any:
-    return shared[1].joined(one, other)
+    return shared[1].join(one, other)
