@@ -59,8 +59,8 @@ class Factorization(nn.Module):
         generator: For reproducible weights, the same on every device.
 
     Attributes:
-        error_bound: Set by ``decompose`` and ``truncate``: bound on the Frobenius distance to what was
-            decomposed. ``None`` otherwise.
+        error_bound: Bound on the Frobenius distance to what ``decompose`` and ``truncate`` approximated;
+            otherwise ``None``.
 
     Raises:
         TreeError, ShapeError, OptionError: Arguments that do not fit the tree.
@@ -95,7 +95,10 @@ class Factorization(nn.Module):
             raise OptionError(f"std must be a finite number >= 0, found {std!r}.", argument="std")
         network = Network.build(tree, sizes, ranks, join=join, root=root)
         shapes = [(len(stack.positions), *stack.shape) for stack in network.stacks]
-        weights = (_initial(shape, std, dtype, device, generator) for shape in shapes)
+        if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
+            weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        else:
+            weights = [std * draw_normal(shape, dtype, device, generator) for shape in shapes]
         self._set(network, nn.ParameterList(weights))
 
     @classmethod
@@ -110,8 +113,8 @@ class Factorization(nn.Module):
 
         Args:
             tree: The mode tree.
-            weights: ``{node: weight}`` of all nodes, shaped as ``weights`` says; a diagonal root
-                that is left out is fixed to ones.
+            weights: ``{node: weight}`` of all nodes, shaped as the property ``weights`` says; a diagonal
+                root that is left out is fixed to ones.
             join: As for the class.
 
         Raises:
@@ -144,23 +147,14 @@ class Factorization(nn.Module):
 
     @classmethod
     def holding(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
-        """Make a factorization that takes these weights over as they are: no copy, no check.
-
-        Args:
-            network: The network.
-            stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
-        """
+        """Make a factorization of weights in the order of ``network.stacks``: no copy, no check."""
         return cls.__new__(cls)._set(network, nn.ParameterList(map(nn.Parameter, stacks)))
 
     @classmethod
     def viewing(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
         """Make a factorization that computes with these tensors and has no parameters of its own.
 
-        Gradients of what it computes flow to where the tensors come from.
-
-        Args:
-            network: The network.
-            stacks: Its weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
+        The tensors are in the order of ``network.stacks``; gradients flow to where they come from.
         """
         return cls.__new__(cls)._set(network, list(stacks))
 
@@ -199,17 +193,15 @@ class Factorization(nn.Module):
 
         Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
         ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has
-        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views: what is
-        computed from them differentiates back to the parameters; gradients by node are ``gradients``.
+        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views.
         """
         return self._by_node([stack.unbind(0) for stack in self.stacks])
 
     @property
     def gradients(self) -> dict[Node, Tensor]:
         """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it."""
-        return self._by_node(
-            [(torch.zeros_like(s) if s.grad is None else s.grad).unbind(0) for s in self.stacks]
-        )
+        gradients = (torch.zeros_like(s) if s.grad is None else s.grad for s in self.stacks)
+        return self._by_node([gradient.unbind(0) for gradient in gradients])
 
     def _by_node(self, parts: Sequence[Sequence[Tensor]]) -> dict[Node, Tensor]:
         slots = self.network.slots.items()
@@ -278,8 +270,9 @@ class Factorization(nn.Module):
                     "  write tnreg.plan(model, index=index)",
                     argument="index",
                 )
-            return self._contract(index)
-        return self._contract(self._entry_plan(index))
+        else:
+            index = self._entry_plan(index)
+        return self._contract(index)
 
     def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)
@@ -317,9 +310,8 @@ class Factorization(nn.Module):
         if not isinstance(features, Tensor | Sequence):
             features = torch.as_tensor(features)
         parts = check_features(features, self.sizes, self.dtype)
-        batch = features.shape[0] if isinstance(features, Tensor) else parts[0].shape[0]
         inputs = features if isinstance(features, Tensor) else parts
-        return self._contract(plan(self, batch=batch), inputs)
+        return self._contract(plan(self, batch=parts[0].shape[0]), inputs)
 
     # Norms
 
@@ -331,8 +323,7 @@ class Factorization(nn.Module):
     def norm(self) -> Tensor:
         """Frobenius norm of the tensor, without forming it; differentiable except at zero.
 
-        Intermediate results are rescaled at every node, so that only a norm which itself leaves the
-        range of the dtype overflows. Cost: linear in the number of nodes.
+        Only a norm which itself leaves the range of the dtype overflows. Cost: linear in the number of nodes.
         """
         square, log2 = self._scaled_inner(self)
         return Scaled(square.real.clamp_min(0).sqrt(), log2 / 2).value()
@@ -341,11 +332,7 @@ class Factorization(nn.Module):
     def inner(self, other: Factorization) -> Tensor:
         """Inner product ``Σ conj(self) * other`` over all entries, without forming either tensor.
 
-        Args:
-            other: A factorization over the same tree and sizes; ranks and joins may differ.
-
-        Returns:
-            Scalar tensor; complex if either is.
+        Both have the same tree and sizes; ranks and joins may differ. Complex if either is.
 
         Raises:
             ShapeError: Another tree or other sizes.
@@ -399,8 +386,8 @@ class Factorization(nn.Module):
         """``{diagonal join v: (R_v,)}``: norm of every local component, the product of its vectors' norms.
 
         ``σ(v, r) = ‖W_v[r, :]‖ ‖W_c1[:, r]‖ .. ‖W_ck[:, r]‖``, c_1, .., c_k the children of v; a root of ones
-        has no first factor. Definition 5 of Razin, Maman and Cohen (2022). Few large ones at every node
-        mean a tensor near low hierarchical rank. Nodes with a full join have none.
+        has no first factor (Definition 5 of Razin, Maman and Cohen 2022). Few large ones at every node
+        mean a tensor near low hierarchical rank.
         """
         return {node: norms.prod(0) for node, norms in self.component_norms().items()}
 
@@ -437,7 +424,8 @@ class Factorization(nn.Module):
         sizes = self.sizes if len(self.sizes) <= 16 else f"({len(self.sizes)} modes)"
         root = ", root of ones" if self.network.root_ones else ""
         joins, weights = self._in_words()
-        bonds = _span(self.network.bonds[:-1])
+        low, high = min(self.network.bonds[:-1]), max(self.network.bonds[:-1])
+        bonds = f"{low}" if low == high else f"{low} to {high}"
         return f"{self.tree!r}, sizes={sizes},\n{joins} joins{root}, bonds {bonds}, {weights}"
 
     def _in_words(self) -> tuple[str, str]:
@@ -509,19 +497,3 @@ def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.
                 f"{key} has another shape or dtype: {tuple(value.shape)} {value.dtype}, "
                 f"expected {shapes[key]} {dtype.to_real()}"
             )
-
-
-def _initial(
-    shape: tuple[int, ...],
-    std: float,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return std * draw_normal(shape, dtype, device, generator)
-
-
-def _span(values: Sequence[int]) -> str:
-    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"

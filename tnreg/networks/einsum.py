@@ -19,6 +19,8 @@ from opt_einsum.helpers import flop_count
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
+_Tuples = tuple[tuple[int, ...], ...]  # shapes, or the steps of a path
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -46,8 +48,6 @@ class Einsum:
     """One einsum as a sequence of steps, two operands each, with its counted cost.
 
     Attributes:
-        equation: The whole einsum.
-        shapes: Shapes of its operands.
         path: Operands taken at each step, as opt_einsum writes paths.
         steps: For each step the operands taken (positions in the shrinking list), its equation, and
             the call that does it.
@@ -55,8 +55,8 @@ class Einsum:
     """
 
     equation: str
-    shapes: tuple[tuple[int, ...], ...]
-    path: tuple[tuple[int, ...], ...]
+    shapes: _Tuples
+    path: _Tuples
     steps: tuple[tuple[tuple[int, ...], str, Callable[..., Tensor]], ...]
     cost: Cost
 
@@ -74,21 +74,16 @@ class Einsum:
 
 @lru_cache(maxsize=4096)
 def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Einsum:
-    """Plan an einsum with a path search of opt_einsum and count its cost.
+    """Plan an einsum of operands of these shapes with a path search of opt_einsum and count its cost.
 
-    Args:
-        equation: Explicit einsum equation; any number of distinct symbols.
-        *shapes: Shape of each operand.
-        search: Name of the path search, or "smallest": dynamic programming for the smallest intermediates.
+    ``search`` is its name, or "smallest": dynamic programming for the smallest intermediates. Equations
+    are explicit, with any number of distinct symbols.
     """
-    path = find_path(equation, shapes, search)
-    return along(equation, shapes, path)
+    return along(equation, shapes, find_path(equation, shapes, search))
 
 
 @lru_cache(maxsize=1024)
-def find_path(
-    equation: str, shapes: tuple[tuple[int, ...], ...], search: str
-) -> tuple[tuple[int, ...], ...]:
+def find_path(equation: str, shapes: _Tuples, search: str) -> _Tuples:
     """Return the pairwise path that opt_einsum finds for these shapes."""
     how = opt_einsum.DynamicProgramming(minimize="size") if search == "smallest" else search
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=how)
@@ -96,20 +91,13 @@ def find_path(
 
 
 @lru_cache(maxsize=4096)
-def along(
-    equation: str, shapes: tuple[tuple[int, ...], ...], path: tuple[tuple[int, ...], ...]
-) -> Einsum:
+def along(equation: str, shapes: _Tuples, path: _Tuples) -> Einsum:
     """Make the einsum along a given path, with its cost for these shapes."""
     inputs, output = equation.split("->")
     terms = inputs.split(",")
-    size = {
-        s: n
-        for term, shape in zip(terms, shapes, strict=True)
-        for s, n in zip(term, shape, strict=True)
-    }
-    holders = Counter(
-        s for term in terms for s in dict.fromkeys(term)
-    )  # terms that still have a symbol
+    pairs = zip(terms, shapes, strict=True)
+    size = {s: n for term, shape in pairs for s, n in zip(term, shape, strict=True)}
+    holders = Counter(s for term in terms for s in set(term))  # terms that still have a symbol
     holders.update(output)
     flops = largest = held = peak = 0
     made = [0] * len(terms)  # entries of what was made on the way; operands do not count
@@ -117,22 +105,17 @@ def along(
     for step in path:
         taken = tuple(sorted(step, reverse=True))
         parts = [terms.pop(i) for i in taken]
-        for part in parts:
-            holders.subtract(set(part))
+        holders.subtract(s for part in parts for s in set(part))
         union = dict.fromkeys("".join(parts))
         kept = {s for s in union if holders[s] > 0}
         # axes of the output first and axes to be summed last: the order in which a matrix product
         # needs no copy of its left factor
-        result = "".join(
-            [s for s in output if s in union] + [s for s in union if s in kept and s not in output]
-        )
+        result = "".join(s for s in dict.fromkeys([*output, *union]) if s in kept)
         flops += flop_count(frozenset(union), len(kept) < len(union), len(parts), size)
         entries = math.prod(size[s] for s in result)
         largest, held = max(largest, entries), held + entries
         peak = max(peak, sum(made) + entries)
-        for i in taken:
-            made.pop(i)
-        made.append(entries)
+        made = [*(n for i, n in enumerate(made) if i not in taken), entries]
         steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
         terms.append(result)
         holders.update(set(result))

@@ -16,26 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, ShapeError
+from tnreg.errors import OptionError, ShapeError, blame
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
 
 
 @dataclass(frozen=True)
 class Places:
-    """For every node of a level a slot of a stacked tensor.
-
-    Attributes:
-        pairs: ``(stack, slot)`` for every node.
-        span: The stack and its slots as a slice, if they are evenly spaced slots of one stack.
-    """
+    """For every node of a level ``(stack, slot)``; as a slice if these are evenly spaced in one stack."""
 
     pairs: tuple[tuple[int, int], ...]
     span: tuple[int, slice] | None
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[int, int]]) -> Places:
-        """Find the span of these pairs."""
+        """Find the slice."""
         stack, first = pairs[0]
         step = pairs[1][1] - first if len(pairs) > 1 else 1
         even = step > 0 and all(p == (stack, first + k * step) for k, p in enumerate(pairs))
@@ -52,9 +47,8 @@ class Level:
         join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
         shape: Shape of the weight of each of them.
         weight: Where the weights are among the model's ``stacks``; ``None`` at a root of ones.
-        children: For every child where its result is: which level, counted from the leaves, and which
-            slot of it.
-        block: The level whose slots are the children of the first node, then those of the second, and so
+        children: For every child the levels, counted from the leaves, and slots of its results.
+        block: The level whose slots are all children of the first node, then of the second, and so
             on, if there is one and a node has several children.
     """
 
@@ -69,21 +63,18 @@ class Level:
 class Stacked:
     """Tensors ``(slots, ...)`` such as weights or results of levels, from which slots are picked.
 
-    Slots that no slice reaches are unbound once for all picks: one backward instead of a full-size
-    gradient for each. With gradients that holds for every pick but a whole tensor.
+    With gradients a tensor is unbound once for all picks of less than the whole: one backward instead of
+    a full-size gradient for each.
     """
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         self.tensors = list(tensors)
         self._slots: dict[int, Sequence[Tensor]] = {}
 
-    def append(self, tensor: Tensor) -> None:
-        """Add the result of the next level, ``(nodes, ...)``."""
-        self.tensors.append(tensor)
-
-    def append_single(self, tensor: Tensor) -> None:
-        """Add the result of a level of one node without the axis of nodes; only ``slot`` returns it."""
-        self._slots[len(self.tensors)] = (tensor,)
+    def append(self, tensor: Tensor, *, single: bool = False) -> None:
+        """Add a level's ``(nodes, ...)``; a ``single`` node's lacks that axis and is for ``slot`` alone."""
+        if single:
+            self._slots[len(self.tensors)] = (tensor,)
         self.tensors.append(tensor)
 
     def slot(self, stack: int, slot: int) -> Tensor:
@@ -111,16 +102,14 @@ class Stacked:
         return list(block.reshape(len(level.positions), -1, *block.shape[1:]).unbind(1))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Network:
     """Nodes and their indices, indices and their sizes.
 
-    Tuples are in the order of ``tree.nodes``. Equal networks compare and hash equal, so that plans
-    can be cached by them. Build one with ``Network.build``, which checks its arguments.
+    Tuples are in the order of ``tree.nodes``. Plans are cached by networks. ``Network.build`` checks its
+    arguments.
 
     Attributes:
-        tree: The mode tree.
-        sizes: Size of every mode.
         bonds: Size of the bond above every node; 1 at the root, which has none.
         joins: ``"leaf"``, ``"diagonal"`` or ``"full"`` for every node.
         root_ones: Whether the root's weight is fixed to ones and so not part of the network.
@@ -149,8 +138,7 @@ class Network:
                 have different bonds.
             OptionError: An unknown join or root.
         """
-        checked = check_sizes(sizes, tree.order)
-        joins = _check_joins(tree, join)
+        checked, joins = check_sizes(sizes, tree.order), _check_joins(tree, join)
         if root not in ("trained", "ones"):
             raise OptionError(
                 f"unknown root {root!r}; write root='trained' or root='ones'.", argument="root"
@@ -161,17 +149,7 @@ class Network:
                 "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}",
                 argument="root",
             )
-        bonds = _check_ranks(tree, ranks)
-        for i, below in enumerate(tree.links):
-            if joins[i] == "diagonal" and len({bonds[c] for c in below}) > 1:
-                found = {tree.nodes[c]: bonds[c] for c in below}
-                raise ShapeError(
-                    f"the children of node {tree.nodes[i]!r} have different ranks under a diagonal join.\n"
-                    f"  found:    {found}\n"
-                    "  expected: one rank for all of them, as they share the bond; or join='full' there",
-                    argument="ranks",
-                )
-        return cls(tree, checked, bonds, joins, root == "ones")
+        return cls(tree, checked, _check_ranks(tree, ranks, joins), joins, root == "ones")
 
     def to_json(self) -> dict[str, Any]:
         """Return the network as plain JSON values; the inverse of ``from_json``."""
@@ -189,17 +167,8 @@ class Network:
         return cls.build(tree, content["sizes"], bonds, join=join, root=content["root"])
 
     @cached_property
-    def _key(self) -> tuple[Any, ...]:
-        return (self.tree, self.sizes, self.bonds, self.joins, self.root_ones)
-
-    @cached_property
     def _hash(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, Network) and self._hash == other._hash and self._key == other._key
+        return hash((self.tree, self.sizes, self.bonds, self.joins, self.root_ones))
 
     def __hash__(self) -> int:
         return self._hash
@@ -230,18 +199,17 @@ class Network:
         below = self.tree.links[position]
         if not below:
             return (self.tree.nodes[position],)  # type: ignore[return-value]
-        if self.joins[position] == "diagonal":
-            return (self.tree.order + below[0],)
+        below = below[:1] if self.joins[position] == "diagonal" else below
         return tuple(self.tree.order + c for c in below)
 
     @cached_property
     def above(self) -> tuple[int | None, ...]:
         """Index above every node: equal for siblings under a diagonal join; ``None`` at the root."""
-        out: list[int | None] = [None] * len(self.tree.nodes)
+        above: list[int | None] = [None] * len(self.tree.nodes)
         for i, below in enumerate(self.tree.links):
             for c in below:
-                out[c] = self.tree.order + (below[0] if self.joins[i] == "diagonal" else c)
-        return tuple(out)
+                above[c] = self.tree.order + (below[0] if self.joins[i] == "diagonal" else c)
+        return tuple(above)
 
     def indices(self, position: int) -> tuple[int, ...]:
         """All indices of a node's weight, in the order of its axes."""
@@ -272,31 +240,23 @@ class Network:
                 if p in self.weighted}  # fmt: skip
 
     def split_levels(self, kinds: Sequence[Hashable] | None = None) -> tuple[Level, ...]:
-        """Group nodes that are equal and of one kind, the leaves first, the root last.
-
-        Args:
-            kinds: What else equal nodes agree in, for every position.
-        """
+        """Group nodes that are equal, in ``kinds`` (one for every position) as well; leaves come first."""
         tree, levels = self.tree, list[Level]()
         places: dict[int, tuple[int, int]] = {}  # position -> (which level, which slot of it)
         groups = self._equal_nodes(kinds)
         for positions in sorted(groups, key=lambda group: (tree.heights[group[0]], group[0])):
-            below = [[places[c] for c in tree.links[i]] for i in positions]
-            block = None
-            if len(below[0]) > 1:
-                flat, first = [place for pairs in below for place in pairs], below[0][0][0]
-                if flat == [(first, slot) for slot in range(len(levels[first].positions))]:
-                    block = first
-            weight = None
-            if positions[0] in self.slots:
-                weight = Places.of([self.slots[i] for i in positions])
-            children = tuple(Places.of(pairs) for pairs in zip(*below, strict=True))
             first = positions[0]
-            levels.append(
-                Level(
-                    tuple(positions), self.joins[first], self.shape(first), weight, children, block
-                )
-            )
+            below = [[places[c] for c in tree.links[i]] for i in positions]
+            children = tuple(Places.of(pairs) for pairs in zip(*below, strict=True))
+            block = None
+            if len(children) > 1:
+                flat, source = [place for pairs in below for place in pairs], below[0][0][0]
+                if flat == [(source, slot) for slot in range(len(levels[source].positions))]:
+                    block = source
+            has_weight = first in self.slots
+            weight = Places.of([self.slots[i] for i in positions]) if has_weight else None
+            join, shape = self.joins[first], self.shape(first)
+            levels.append(Level(tuple(positions), join, shape, weight, children, block))
             places |= {p: (len(levels) - 1, slot) for slot, p in enumerate(positions)}
         return tuple(levels)
 
@@ -310,18 +270,19 @@ class Network:
 
     def __str__(self) -> str:
         lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]
+        order = self.tree.order
         for i in self.weighted:
-            axes = ", ".join(self._axis(index) for index in self.indices(i))
+            axes = ", ".join(
+                f"mode {k}: {self.sizes[k]}"
+                if k < order
+                else f"bond {k - order}: {self.index_size(k)}"
+                for k in self.indices(i)
+            )
             lines.append(f"  {self.tree.nodes[i]!s}: {self.joins[i]} [{axes}]")
         return "\n".join(lines)
 
-    def _axis(self, index: int) -> str:
-        order = self.tree.order
-        if index < order:
-            return f"mode {index}: {self.sizes[index]}"
-        return f"bond {index - order}: {self.index_size(index)}"
 
-
+@blame("sizes")
 def check_sizes(sizes: Sequence[int] | int, order: int) -> tuple[int, ...]:
     """Return the mode sizes, one for each of ``order`` modes; an integer is the size of all of them."""
     if _is_size(sizes):
@@ -333,69 +294,63 @@ def check_sizes(sizes: Sequence[int] | int, order: int) -> tuple[int, ...]:
     if len(listed) != order:
         raise ShapeError(
             f"{len(listed)} mode sizes for a tree over {order} modes.\n"
-            f"  found:    {listed}\n  expected: one size for each of the modes 0..{order - 1}",
-            argument="sizes",
+            f"  found:    {listed}\n  expected: one size for each of the modes 0..{order - 1}"
         )
-    for mode, size in enumerate(listed):
-        if not _is_size(size):
-            raise ShapeError(
-                f"the size of mode {mode} must be a positive integer, found {size!r}.",
-                argument="sizes",
-            )
-    return tuple(int(size) for size in listed)
+    return tuple(_check_size(n, f"the size of mode {mode}") for mode, n in enumerate(listed))
 
 
+@blame("join")
 def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:
     if not isinstance(join, str | Mapping):
         raise OptionError(
-            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}.",
-            argument="join",
+            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}."
         )
-    given = {node: join for node in tree.interior} if isinstance(join, str) else dict(join)
-    for node, kind in given.items():
+    joins = dict.fromkeys(tree.interior, join) if isinstance(join, str) else dict(join)
+    for node, kind in joins.items():
         if kind not in ("diagonal", "full"):
             raise OptionError(
-                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'.",
-                argument="join",
+                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'."
             )
         if not tree.links[tree.position(node)]:
             raise OptionError(
-                f"node {node!r} is a leaf and joins nothing; name interior nodes only.",
-                argument="join",
+                f"node {node!r} is a leaf and joins nothing; name interior nodes only."
             )
-    return tuple(
-        given.get(name, "diagonal") if below else "leaf"
-        for name, below in zip(tree.nodes, tree.links, strict=True)
-    )
+    names = zip(tree.nodes, tree.links, strict=True)
+    return tuple(joins.get(name, "diagonal") if below else "leaf" for name, below in names)
 
 
-def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int]) -> tuple[int, ...]:
+@blame("ranks")
+def _check_ranks(
+    tree: ModeTree, ranks: int | Mapping[Node, int], joins: Sequence[str]
+) -> tuple[int, ...]:
     names = tree.nodes[:-1]
     if not isinstance(ranks, Mapping):
-        if not _is_size(ranks):
-            raise ShapeError(
-                f"ranks must be a positive integer or {{non-root node: rank}}, found {ranks!r}.",
-                argument="ranks",
-            )
-        return (int(ranks),) * len(names) + (1,)
+        return (_check_size(ranks, "ranks", " or {non-root node: rank}"),) * len(names) + (1,)
     for node in ranks:
         if tree.position(node) == len(names):
-            raise ShapeError(
-                f"the root {node!r} has no bond above it; leave it out of ranks.", argument="ranks"
-            )
-        if not _is_size(ranks[node]):
-            raise ShapeError(
-                f"the rank at node {node!r} must be a positive integer, found {ranks[node]!r}.",
-                argument="ranks",
-            )
+            raise ShapeError(f"the root {node!r} has no bond above it; leave it out of ranks.")
+        _check_size(ranks[node], f"the rank at node {node!r}")
     missing = [name for name in names if name not in ranks]
     if missing:
         raise ShapeError(
             f"ranks lack the bond above {len(missing)} of {len(names)} non-root nodes: {missing[:8]}.\n"
-            "  give one integer for all of them, or every non-root node its own",
-            argument="ranks",
+            "  give one integer for all of them, or every non-root node its own"
         )
+    for i, below in enumerate(tree.links):
+        bonds = {tree.nodes[c]: ranks[tree.nodes[c]] for c in below}
+        if joins[i] == "diagonal" and len(set(bonds.values())) > 1:
+            raise ShapeError(
+                f"the children of node {tree.nodes[i]!r} have different ranks under a diagonal join.\n"
+                f"  found:    {bonds}\n"
+                "  expected: one rank for all of them, as they share the bond; or join='full' there"
+            )
     return (*(int(ranks[name]) for name in names), 1)
+
+
+def _check_size(value: Any, what: str, alternative: str = "") -> int:
+    if not _is_size(value):
+        raise ShapeError(f"{what} must be a positive integer{alternative}, found {value!r}.")
+    return int(value)
 
 
 def _is_size(value: Any) -> bool:

@@ -61,15 +61,13 @@ class Plan:
     """How a network will be contracted, chosen by counted cost; print it to read it.
 
     Attributes:
-        network: The network.
         kind: ``"dense"``, ``"batch"`` or ``"entries"``.
         route: What was chosen: ``"tree"`` or ``"opt_einsum"``; for entries ``"dense"``,
             ``"distinct"`` or ``"per-sample"``.
         cost: Counted cost, features and weights left out; its parts are ``flops``, ``largest``, ``held`` and
             ``peak`` of the plan.
-        candidates: Route -> counted cost of everything that was considered: flops for ``dense`` and
-            ``batch``; for entries flops plus 32 for every number moved, as gathering is bound by
-            memory and not by arithmetic.
+        candidates: Route -> counted cost of everything that was considered: flops; for entries plus 32 for
+            every number moved, as gathering is bound by memory and not by arithmetic.
         batch: Samples of a batch or of entries; ``None`` for the dense tensor.
         joins: The batched calls of the tree schedule, leaves first; empty for opt_einsum.
         whole: The einsum of the whole network; ``None`` for the tree schedule.
@@ -80,7 +78,7 @@ class Plan:
     kind: str
     route: str
     cost: Cost
-    candidates: Mapping[str, int]
+    candidates: Mapping[str, int] = field(default_factory=dict)
     batch: int | None = None
     joins: tuple[Join, ...] = field(default=(), repr=False)
     whole: Einsum | None = field(default=None, repr=False)
@@ -128,11 +126,8 @@ class Plan:
             gathered = " at distinct rows" if join.gathers else ""
             flops = f"{join.einsum.cost.flops:.3g} flops"
             lines.append(f"  {who}: {join.einsum.equation}{gathered}, {join.rows} rows, {flops}")
-        if self.whole is not None:
-            lines += [
-                f"  {' x '.join(map(str, taken))}: {equation}"
-                for taken, equation, _ in self.whole.steps
-            ]
+        for taken, equation, _ in self.whole.steps if self.whole is not None else ():
+            lines.append(f"  {' x '.join(map(str, taken))}: {equation}")
         if self.take is not None:
             lines.append(f"  then {self.take.numel()} entries taken")
         return "\n".join(lines)
@@ -148,10 +143,9 @@ def plan(
     """Plan the contraction of a factorization: dense tensor, batch of inputs, or entries.
 
     For the dense tensor and for batches it is the tree's schedule, unless that needs more than 2.5 times the
-    flops of opt_einsum: many small calls take longer than their flops tell. So the plan costs no more flops
-    than leaf-to-root, and at most 2.5 times those of opt_einsum's ``auto``. For entries it is the cheapest of
-    three routes by flops plus 32 for every number moved, as gathering is bound by memory. Plans for dense
-    tensors and batches are cached.
+    flops of opt_einsum's ``auto``: many small calls take longer than their flops tell. It never costs more
+    flops than leaf-to-root. For entries it is the cheapest of three routes by flops plus 32 for every
+    number moved. Plans for dense tensors and batches are cached.
 
     Args:
         model: A ``Factorization`` or its ``Network``.
@@ -159,8 +153,7 @@ def plan(
         index: Plan ``model.entries(index)``, shape ``(B, N)``, int64. Pass the plan to
             ``model.entries`` in place of the index to do the planning and checking once.
         memory: Bytes that intermediates and the result may take together, gradients included, or text
-            such as ``"4GiB"``: the cheapest route within them. Without it the cheapest route; whether it
-            fits is seen when it is carried out, against the memory available.
+            such as ``"4GiB"``. Without it, memory is checked when the plan is carried out.
 
     Returns:
         The plan; with neither ``batch`` nor ``index``, that of ``model.to_tensor()``.
@@ -173,9 +166,9 @@ def plan(
     limit = limit_of(memory, "plan")
     network = model if isinstance(model, Network) else getattr(model, "network", None)
     if not isinstance(network, Network):
+        found = type(model).__name__
         raise OptionError(
-            f"plan: expected a Factorization or its network, found {type(model).__name__}.",
-            argument="model",
+            f"plan: expected a Factorization or its network, found {found}.", argument="model"
         )
     if index is not None:
         if batch is not None:
@@ -202,10 +195,7 @@ def plan(
 def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = None) -> Plan:
     """Return a plan that can be carried out where these weights are: the one given, or another route.
 
-    Args:
-        plan: The cheapest one.
-        tensors: The weights.
-        index: The index of a plan for entries, to look for other routes.
+    Other routes to entries need their ``index``.
 
     Raises:
         SizeError: No route fits into the memory available; nothing was allocated.
@@ -250,76 +240,54 @@ def contract(
         out = run(network, plan.joins, stacks, inputs)
     if plan.take is not None:
         return out.reshape(-1).index_select(0, plan.take)
-    if plan.kind == "dense":
-        return out if plan.whole is not None else _ascending(out, network)
-    return out.reshape(-1)
-
-
-def _ascending(rows: Tensor, network: Network) -> Tensor:
+    if plan.kind != "dense":
+        return out.reshape(-1)
+    if plan.whole is not None:
+        return out
     order = network.tree.leaf_order
-    shaped = rows.reshape([network.sizes[mode] for mode in order])
+    shaped = out.reshape([network.sizes[mode] for mode in order])
     return shaped.permute([order.index(mode) for mode in range(len(order))])
 
 
 # Planning
 
 
-@dataclass(frozen=True, eq=False)
-class _Route:
-    """One way of contracting a network: what a plan holds of it, and what it counts in the choice."""
-
-    name: str
-    cost: Cost
-    counted: int
-    joins: tuple[Join, ...] = ()
-    whole: Einsum | None = None
-    take: Tensor | None = None
-
-
-def _rank(
-    network: Network, kind: str, routes: Sequence[_Route], batch: int | None
-) -> tuple[Plan, ...]:
-    """Make plans of routes: the chosen one, then the others by what they count."""
-    counted = {route.name: route.counted for route in routes}
+def _rank(plans: Sequence[Plan], counted: Mapping[str, int]) -> tuple[Plan, ...]:
+    """Put the chosen plan first, then the others by what their routes count."""
     chosen = choose(counted)
-    return tuple(
-        Plan(network, kind, r.name, r.cost, counted, batch, r.joins, r.whole, r.take)
-        for r in sorted(routes, key=lambda r: (r.name != chosen, r.counted))
-    )  # fmt: skip
+    order = sorted(plans, key=lambda plan: (plan.route != chosen, counted[plan.route]))
+    return tuple(replace(plan, candidates=counted) for plan in order)
 
 
 def choose(counted: Mapping[str, int]) -> str:
     """Return the route that counts least, the first of equals; opt_einsum's if it saves enough."""
-
-    def handicapped(route: str) -> float:
-        return counted[route] * (_OPT_EINSUM_SAVES if route == "opt_einsum" else 1)
-
-    return min(counted, key=handicapped)
+    handicap = {"opt_einsum": _OPT_EINSUM_SAVES}
+    return min(counted, key=lambda route: counted[route] * handicap.get(route, 1))
 
 
 @lru_cache(maxsize=256)
 def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
     """Make both plans of the dense tensor or of a batch, the chosen one first."""
+    kind = "dense" if batch is None else "batch"
     joins = schedule(network, batch=batch, features=batch is not None)
-    cost, whole = cost_of(network, joins), _whole(network, batch)
-    routes = [
-        _Route("tree", cost, cost.flops, joins=joins),
-        _Route("opt_einsum", whole.cost, whole.cost.flops, whole=whole),
-    ]
-    return _rank(network, "dense" if batch is None else "batch", routes, batch)
+    whole = _whole(network, batch)
+    plans = (
+        Plan(network, kind, "tree", cost_of(network, joins), batch=batch, joins=joins),
+        Plan(network, kind, "opt_einsum", whole.cost, batch=batch, whole=whole),
+    )
+    return _rank(plans, {plan.route: plan.flops for plan in plans})
 
 
 def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
     """Make the plans of all routes to entries, the chosen one first."""
     tree, count = network.tree, index.shape[0]
     columns = index.unbind(1)
-    routes: list[_Route] = []
+    plans: list[Plan] = []
 
-    def add(name: str, cost: Cost, taken: int, **how: Any) -> None:
+    def add(route: str, cost: Cost, taken: int, **how: Any) -> None:
         """Add a route that takes so many of its results in the end."""
-        moved, peak = cost.held + taken, cost.peak + taken
-        counted = cost.flops + _FLOPS_PER_MOVE * moved
-        routes.append(_Route(name, Cost(cost.flops, cost.largest, moved, peak), counted, **how))
+        cost = replace(cost, held=cost.held + taken, peak=cost.peak + taken)
+        plans.append(Plan(network, "entries", route, cost, batch=count, **how))
 
     if math.prod(network.sizes) <= DENSE_LIMIT:
         dense = _plans(network, None)[0]
@@ -336,7 +304,7 @@ def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
     rows = {tree.position(mode): (columns[mode],) for mode in tree.leaves}
     joins = schedule(network, batch=count, gathers=rows)
     add("per-sample", cost_of(network, joins), 0, joins=joins)
-    return _rank(network, "entries", routes, count)
+    return _rank(plans, {plan.route: plan.flops + _FLOPS_PER_MOVE * plan.held for plan in plans})
 
 
 def _within(
@@ -347,14 +315,10 @@ def _within(
     gradients: bool,
     device: str | None = None,
 ) -> Plan:
-    """Return the first plan that stays within a limit in bytes, or raise one clear error.
+    """Return the first plan, the chosen one leading, whose entries of ``item`` bytes stay within a limit.
 
-    Args:
-        plans: The chosen one first.
-        limit: Bytes.
-        item: Bytes of an entry.
-        gradients: Whether all intermediates are kept.
-        device: Where so much is available; ``None`` for a limit of the caller's own.
+    Raises:
+        SizeError: There is none; ``device`` is where so much is available, ``None`` for a caller's limit.
     """
     first, fits = plans[0], limit // item
     for plan in plans:
@@ -370,16 +334,19 @@ def _within(
     what = f"{first.batch} samples" if first.batch else f"a tensor of shape {first.network.sizes}"
     advice = _ADVICE[first.kind]
     if first.batch:  # by the route whose cost is in proportion to their number
-        each = item * min(
-            plan.cost.entries(gradients)
-            for plan in plans
-            if plan.kind == "batch" or plan.route == "per-sample"
-        )
+        own = (plan for plan in plans if plan.kind == "batch" or plan.route == "per-sample")
+        each = item * min(plan.cost.entries(gradients) for plan in own)
         most = first.batch * limit // each
         single = f"; one alone needs {written(each / first.batch)}"
         advice = f"{advice}, here no more than {most}" if most else f"give more memory{single}"
-    note = ", result and intermediates"
-    raise does_not_fit(f"{what}: the contraction", needed, limit, advice, note=note, device=device)
+    raise does_not_fit(
+        f"{what}: the contraction",
+        needed,
+        limit,
+        advice,
+        note=", result and intermediates",
+        device=device,
+    )
 
 
 def _whole(network: Network, batch: int | None, search: str | None = None) -> Einsum:

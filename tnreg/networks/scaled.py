@@ -22,16 +22,15 @@ from tnreg.tensors.arrays import Scaled, power_below
 
 def scale_columns(x: Tensor) -> Scaled:
     """Divide the slices along the last axis by the powers of two below their largest magnitudes."""
-    log2 = power_below(_largest(x.flatten(0, -2)))
+    columns = x.detach().flatten(0, -2)
+    real = not x.is_complex()  # without a copy of the magnitudes
+    largest = torch.maximum(columns.amax(0), -columns.amin(0)) if real else columns.abs().amax(0)
+    log2 = power_below(largest)
     return Scaled(x / torch.exp2(log2), log2)
 
 
 def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
-    """Multiply a weight by ``2**logs[i]`` along axis i, then scale its columns.
-
-    Args:
-        weight: Shape ``(R_1, ..., R_k, R)``.
-        logs: For each of the first k axes its binary logarithms, or ``None``.
+    """Multiply a weight ``(R_1, ..., R_k, R)`` by ``2**logs[i]`` along axis i, then scale its columns.
 
     Returns:
         The weight with columns of largest magnitude about 1 (or 0), and their logarithms ``(R,)``.
@@ -41,8 +40,8 @@ def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
         if log2 is not None:
             total = total + log2.reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
     high, low = total.max(), total.min()
-    if bool(high - low < _moderate(total.dtype)):
-        # the usual case: no product of a column's entries can leave the range
+    if bool(high - low < 0.2 * math.log2(torch.finfo(total.dtype).max)):
+        # the usual case: no product of a few moderate numbers can leave the range
         weight, first = scale_columns(weight)
         if total.ndim == 0:
             return Scaled(weight, first + total)
@@ -86,15 +85,12 @@ class _Gram(NamedTuple):
 
 
 def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tensor]]) -> Scaled:
-    """Inner product of two factorizations over one tree, without either dense tensor.
+    """Inner product of two factorizations over one tree and sizes, without either dense tensor.
 
     Args:
-        networks: Two networks over the same tree and sizes.
-        weights: For each of them its weights in the order of ``network.weighted``, of one dtype. The
-            first are conjugated.
-
-    Returns:
-        A scalar.
+        networks: Two networks.
+        weights: For each its weights in the order of ``network.weighted``, of one dtype; the first are
+            conjugated.
     """
     links = networks[0].tree.links
     grams: list[_Gram] = []
@@ -144,14 +140,3 @@ def _equilibrate(x: Tensor) -> _Gram:
     rows = power_below(x.detach().abs().amax(1))
     x, columns = scale_columns(x / torch.exp2(rows).unsqueeze(1))
     return _Gram(x, rows, columns)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Largest magnitude in every column of a matrix."""
-    x = x.detach()
-    return x.abs().amax(0) if x.is_complex() else torch.maximum(x.amax(0), -x.amin(0))
-
-
-def _moderate(dtype: torch.dtype) -> float:
-    """Binary logarithm of scales that no product of a few moderate numbers takes out of the range."""
-    return 0.2 * math.log2(torch.finfo(dtype).max)

@@ -75,17 +75,14 @@ def schedule(
             aligned = batch is not None or first in gathers
             read = [rows[first]] * len(heights) if aligned else heights
             call = _node_einsum(network, level, read, aligned)
-        flat = _flat([gathers[i] for i in level.positions], heights) if first in gathers else ()
+        columns = zip(*(gathers.get(i, ()) for i in level.positions), strict=True)
+        # the rows of the k-th node of a level are flat ones from k times its height on
+        flat = tuple(
+            torch.cat([taken + k * height for k, taken in enumerate(child)])
+            for child, height in zip(columns, heights, strict=False)
+        )
         joins.append(Join(level, call, rows[first], flat))
     return tuple(joins)
-
-
-def _flat(gathers: Sequence[tuple[Tensor, ...]], heights: Sequence[int]) -> tuple[Tensor, ...]:
-    """Join the rows to take of every child over the nodes of a level; ``heights`` are those of one node."""
-    return tuple(
-        torch.cat([rows + k * height for k, rows in enumerate(child)])
-        for child, height in zip(zip(*gathers, strict=True), heights, strict=True)
-    )
 
 
 def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool) -> Einsum:
@@ -185,8 +182,7 @@ def run(
     """
     weights, results = Stacked(stacks), Stacked()
     for join in joins:
-        level = join.level
-        single = len(level.positions) == 1
+        level, single = join.level, len(join.level.positions) == 1
         if level.join == "leaf" and join.einsum is not None:
             operands = [_features(inputs, [network.tree.nodes[i] for i in level.positions])]  # type: ignore[misc]
         elif single:
@@ -194,19 +190,15 @@ def run(
         else:
             operands = results.children(level)
         if level.weight is not None:
-            operands.append(
-                weights.slot(*level.weight.pairs[0]) if single else weights.pick(level.weight)
-            )
+            places = level.weight
+            operands.append(weights.slot(*places.pairs[0]) if single else weights.pick(places))
         for k, rows in enumerate(join.gathers):
             operands[k] = _gather(operands[k], rows)
         result = operands[0] if join.einsum is None else join.einsum(operands)
         if join.einsum is not None and join is not joins[-1] and result.ndim != 3 - single:
             # several row axes become one
             result = result.reshape(*result.shape[: 1 - single], join.rows, -1)
-        if single:
-            results.append_single(result)
-        else:
-            results.append(result)
+        results.append(result, single=single)
     return result
 
 

@@ -22,14 +22,7 @@ LONGEST_CHAIN = 400
 
 @blame("structure")
 def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
-    """Read nested sequences of mode numbers; interior nodes get their usual names.
-
-    Returns:
-        Names and links.
-
-    Raises:
-        TreeError: Not nested sequences, an empty one, one that contains itself, or modes other than 0..N-1.
-    """
+    """Read nested sequences of mode numbers as names and links; interior nodes get their usual names."""
     if not isinstance(structure, list | tuple):
         raise TreeError(
             f"not a mode tree: {in_a_line(structure)} ({type(structure).__name__}).\n"
@@ -40,19 +33,20 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
     links: list[list[int]] = []
     # Depth first without recursion: a caterpillar over a thousand modes nests a thousand lists.
     path: list[tuple[Any, Iterator[Any], list[int]]] = [(structure, iter(structure), [])]
-    last_leaf: dict[int, int | None] = {id(structure): None}  # of every list; None while it is read
+    seen = {id(structure)}
     while path:
-        sequence, rest, below = path[-1]
+        _, rest, below = path[-1]
         for item in rest:
+            if isinstance(item, list | tuple) and id(item) in seen:
+                if any(item is sequence for sequence, _, _ in path):
+                    raise TreeError("not a mode tree: a list contains itself.")
+                while isinstance(
+                    item, list | tuple
+                ):  # its modes come twice: the error needs only one
+                    item = item[0]
             if isinstance(item, list | tuple):
-                if id(item) in last_leaf:
-                    again = last_leaf[id(item)]
-                    if again is None:
-                        raise TreeError("not a mode tree: a list contains itself.")
-                    # refused at once: lists of a list that comes twice may have 2**60 leaves
-                    _check_leaves([*leaves, leaves[again]], graph=False)
                 path.append((item, iter(item), []))
-                last_leaf[id(item)] = None
+                seen.add(id(item))
                 break
             leaves.append(item)
             links.append([])
@@ -64,7 +58,6 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
                     "  write every leaf as its mode number, e.g. ModeTree([[0, 1], [2, 3]])"
                 )
             path.pop()
-            last_leaf[id(sequence)] = len(leaves) - 1
             links.append(below)
             if path:
                 path[-1][2].append(len(links) - 1)
@@ -75,14 +68,7 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
 
 @blame("structure")
 def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
-    """Read a graph with edges parent -> child; interior nodes keep their names.
-
-    Returns:
-        Names and links.
-
-    Raises:
-        TreeError: Not a tree hanging from one root, or leaves other than the modes 0..N-1.
-    """
+    """Read a graph with edges parent -> child as names and links; interior nodes keep their names."""
     order = list(nx.dfs_postorder_nodes(graph, _root_of(graph)))
     children = [list(graph.successors(node)) for node in order]
     for node, below in zip(order, children, strict=True):
@@ -95,8 +81,10 @@ def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[in
     leaves = [node for node, below in zip(order, children, strict=True) if not below]
     modes = iter(_check_leaves(leaves, graph=True))
     position = {node: i for i, node in enumerate(order)}
-    names = [node if below else next(modes) for node, below in zip(order, children, strict=True)]
-    return tuple(names), tuple(tuple(position[c] for c in below) for below in children)
+    names = tuple(
+        node if below else next(modes) for node, below in zip(order, children, strict=True)
+    )
+    return names, tuple(tuple(position[c] for c in below) for below in children)
 
 
 def _root_of(graph: nx.DiGraph[Any]) -> Node:
@@ -141,20 +129,19 @@ def _root_of(graph: nx.DiGraph[Any]) -> Node:
 
 
 def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
-    shown = f"[{', '.join(map(in_a_line, leaves[:20]))}]"
-    shown += f" and {len(leaves) - 20} more" if len(leaves) > 20 else ""
+    more = f" and {len(leaves) - 20} more" if len(leaves) > 20 else ""
+    shown = f"[{', '.join(map(in_a_line, leaves[:20]))}]{more}"
     tail = f"\n  leaves found:    {shown}\n  leaves expected: 0..N-1, each once"
     for leaf in leaves:
         if not _is_int(leaf):
-            hint = ""
             name = in_a_line(leaf)
             if graph:
-                tail += " (interior nodes may have any name)"
-                hint = (
+                tail += (
+                    " (interior nodes may have any name)"
                     f"\n  if {name} is an interior node it lacks its children, "
                     f"e.g. graph.add_edges_from([({name}, 0), ({name}, 1)])"
                 )
-            raise TreeError(f"not a mode tree: leaf {name} is not a mode number.{tail}{hint}")
+            raise TreeError(f"not a mode tree: leaf {name} is not a mode number.{tail}")
     modes = [operator.index(leaf) for leaf in leaves]
     seen: set[int] = set()
     for mode in modes:
@@ -189,27 +176,23 @@ def in_a_line(value: Any) -> str:
 def usual_names(links: Iterable[Sequence[int]], names: Sequence[Node]) -> list[Node]:
     """Return the names that nested lists give: modes below, or (child,) for a node with one child."""
     modes: list[tuple[int, ...]] = []
-    out: list[Node] = []
+    usual: list[Node] = []
     chained: list[int] = []  # one-child nodes in a row
-    for i, below in enumerate(links):
-        if not below:
+    for name, below in zip(names, links, strict=True):
+        if len(below) == 1:
+            modes.append(modes[below[0]])
+            usual.append((usual[below[0]],))
+            chained.append(1 + chained[below[0]])
+        else:
+            modes.append(tuple(sorted(m for c in below for m in modes[c])) if below else (name,))  # type: ignore[arg-type]
+            usual.append(modes[-1] if below else name)
             chained.append(0)
-            out.append(names[i])
-            modes.append((names[i],))  # type: ignore[arg-type]
-            continue
-        modes.append(
-            modes[below[0]]
-            if len(below) == 1
-            else tuple(sorted(m for c in below for m in modes[c]))
-        )
-        chained.append(1 + chained[below[0]] if len(below) == 1 else 0)
         if chained[-1] > LONGEST_CHAIN:
             raise TreeError(
-                f"not a mode tree: more than {LONGEST_CHAIN} nodes with one child in a row; their "
-                "names nest one in another."
+                f"not a mode tree: more than {LONGEST_CHAIN} nodes with one child in a row; "
+                "their names nest one in another."
             )
-        out.append((out[below[0]],) if len(below) == 1 else modes[-1])
-    return out
+    return usual
 
 
 def check_links(links: list[list[int]]) -> None:

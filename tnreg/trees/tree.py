@@ -49,10 +49,9 @@ class ModeTree:
 
     Attributes:
         nodes: All nodes, children before parents, the root last.
-        links: For every node of ``nodes``, the positions in ``nodes`` of its children.
-        heights: For every node of ``nodes``, the longest way down to a leaf; 0 at leaves.
+        links: For every node, the positions in ``nodes`` of its children.
+        heights: For every node, the longest way down to a leaf; 0 at leaves.
         order: Number of modes N.
-        shape: ``(height, width)`` of the image whose pixels the modes are, if it was given.
 
     Raises:
         TreeError: The structure is not a mode tree; the message names the node and the remedy.
@@ -93,18 +92,14 @@ class ModeTree:
             for c in below:
                 up[c] = i
             heights[i] = 1 + max((heights[c] for c in below), default=-1)
-        order = sum(not below for below in links)
+        order = heights.count(0)
+        shape = None if shape is None else _check_shape(shape, order)
         # the attributes of an immutable object are set here, and cached properties add theirs
         vars(self).update(
-            nodes=names,
-            links=links,
-            heights=tuple(heights),
-            order=order,
-            shape=None if shape is None else _check_shape(shape, order),
-            _up=tuple(up),
-            _position={name: i for i, name in enumerate(names)},
-            _hash=hash((names, links)),
+            nodes=names, links=links, heights=tuple(heights), order=order, shape=shape
         )
+        position = {name: i for i, name in enumerate(names)}
+        vars(self).update(_up=tuple(up), _position=position, _hash=hash((names, links)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a ModeTree is immutable; its {name} cannot be set.")
@@ -114,8 +109,7 @@ class ModeTree:
     @classmethod
     def star(cls, n: int) -> ModeTree:
         """All ``n`` modes under the root: the tree of CP and Tucker."""
-        n = check_integer(n, 1, "ModeTree.star: n", TreeError)
-        return cls(list(range(n)))
+        return cls(list(range(check_integer(n, 1, "ModeTree.star: n", TreeError))))
 
     @classmethod
     def binary(cls, n: int) -> ModeTree:
@@ -127,16 +121,18 @@ class ModeTree:
         """Neighbours joined ``arity`` at a time, level by level, the last group of a level being smaller."""
         n = check_integer(n, 1, "ModeTree.regular: n", TreeError)
         arity = check_integer(arity, 2, "ModeTree.regular: arity", TreeError)
-        return cls(_merge(list(range(n)), lambda level: _chunks(level, arity)))
+        return cls(
+            _merge(n, lambda level: [level[i : i + arity] for i in range(0, len(level), arity)])
+        )
 
     @classmethod
     def caterpillar(cls, n: int) -> ModeTree:
         """``[[[0, 1], 2], 3]`` and so on: the tree of the tensor train."""
         n = check_integer(n, 1, "ModeTree.caterpillar: n", TreeError)
-        nested: Any = 0 if n > 1 else [0]
+        nested: Any = 0
         for mode in range(1, n):
             nested = [nested, mode]
-        return cls(nested)
+        return cls(nested if n > 1 else [0])
 
     @classmethod
     def chain(cls, depth: int) -> ModeTree:
@@ -161,11 +157,9 @@ class ModeTree:
 
         def pair(level: list[Any]) -> list[list[Any]]:
             step = (len(level) + 1) // 2
-            return [[level[i], level[i + step]] for i in range(len(level) - step)] + [
-                [node] for node in level[len(level) - step : step]
-            ]
+            return [level[i::step] for i in range(step)]
 
-        return cls(_merge(list(range(n)), pair))
+        return cls(_merge(n, pair))
 
     @classmethod
     def grid(cls, shape: tuple[int, int], window: tuple[int, int] = (2, 2)) -> ModeTree:
@@ -200,8 +194,8 @@ class ModeTree:
                 for r in range(0, len(level), rows)
             ]
         rest = [node for row in level for node in row]
-        structure = rest if len(rest) > 1 or isinstance(rest[0], int) else rest[0]
-        return cls(structure, shape=(height, width))
+        joined = len(rest) == 1 and isinstance(rest[0], list)
+        return cls(rest[0] if joined else rest, shape=(height, width))
 
     # Structure
 
@@ -230,16 +224,13 @@ class ModeTree:
     def cuts(self) -> tuple[tuple[int, ...], ...]:
         """Edges of the tree without its root, children before parents.
 
-        Cutting an edge splits the modes in two, so that every edge has one matricization (up to its
-        transpose) and one rank.
-
-        Returns:
-            For every edge the positions in ``nodes`` of the nodes just below it: ``(i,)``, or both children
-            ``(i, j)`` of a binary root, which are the two ends of one edge; that edge comes last.
+        Every edge splits the modes in two, so it has one matricization (up to its transpose) and one
+        rank. An edge is given by the position in ``nodes`` of the node below it, ``(i,)``; the last one
+        by both children ``(i, j)`` of a binary root, which are its two ends.
         """
-        pair = self.links[-1] if len(self.links[-1]) == 2 else ()
-        edges = [(i,) for i in range(len(self.links) - 1) if i not in pair]
-        return (*edges, pair) if pair else tuple(edges)
+        pair = [self.links[-1]] if len(self.links[-1]) == 2 else []
+        edges = ((i,) for i in range(len(self.links) - 1) if not pair or i not in pair[0])
+        return (*edges, *pair)
 
     @cached_property
     def graph(self) -> nx.DiGraph[Any]:
@@ -279,12 +270,11 @@ class ModeTree:
         return tuple(modes)
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
         if not isinstance(other, ModeTree):
             return NotImplemented
-        ours, theirs = ((tree._hash, tree.nodes, tree.links) for tree in (self, other))
-        return ours == theirs
+        return self is other or (
+            self._hash == other._hash and self.nodes == other.nodes and self.links == other.links
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -302,9 +292,6 @@ class ModeTree:
             f"root with {len(self.links[-1])} children>"
         )
 
-    def __str__(self) -> str:
-        return self.text()
-
     def _repr_svg_(self) -> str | None:
         """Return the drawing that a notebook shows; ``None`` for a tree of more than 60 nodes."""
         return tree_svg(self)
@@ -316,17 +303,13 @@ class ModeTree:
             label: What to write for a node; its name by default.
             ascii_only: Use ``|``, ``-`` and ``+`` instead of box-drawing characters.
         """
-        graph = self.graph
-        labels = {name: label(name) for name in self.nodes}
-        shown = nx.relabel_nodes(
-            graph, {name: (i, labels[name]) for name, i in self._position.items()}
-        )
-        for node in shown:
-            shown.nodes[node]["label"] = node[1]
-        lines = nx.generate_network_text(
-            shown, sources=[(len(self.nodes) - 1, labels[self.root])], ascii_only=ascii_only
-        )
-        return "\n".join(lines)
+        shown = _graph_of(range(len(self.nodes)), self.links)
+        for i, name in enumerate(self.nodes):
+            shown.nodes[i]["label"] = label(name)
+        root = [len(self.nodes) - 1]
+        return "\n".join(nx.generate_network_text(shown, sources=root, ascii_only=ascii_only))
+
+    __str__ = text
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tree as a JSON file that ``load_tree`` reads; the file appears whole or not at all."""
@@ -404,19 +387,16 @@ def gallery() -> tuple[str, ...]:
 def tree_to_json(tree: ModeTree) -> dict[str, Any]:
     """Return the tree as plain JSON values; the inverse of ``tree_from_json``."""
     plain = usual_names(tree.links, tree.nodes)
-    names = {
-        i: _name_to_json(name)
-        for i, (name, usual) in enumerate(zip(tree.nodes, plain, strict=True))
-        if name != usual
-    }
+    pairs = enumerate(zip(tree.nodes, plain, strict=True))
+    names = {i: _name_to_json(name) for i, (name, usual) in pairs if name != usual}
     shape = {} if tree.shape is None else {"shape": list(tree.shape)}
     if tree.heights[-1] > _NESTED_DEPTH:
-        links = [list(below) if below else tree.nodes[i] for i, below in enumerate(tree.links)]
-        whole = {"links": links, "names": {str(i): name for i, name in names.items()}}
-        return {"tree": whole, **shape}
+        links = [list(below) or name for name, below in zip(tree.nodes, tree.links, strict=True)]
+        by_position = {str(i): name for i, name in names.items()}
+        return {"tree": {"links": links, "names": by_position}, **shape}
     nested: list[Any] = []
     for i, below in enumerate(tree.links):
-        value: Any = [nested[c] for c in below] if below else tree.nodes[i]
+        value: Any = [nested[c] for c in below] or tree.nodes[i]
         nested.append({"name": names[i], "children": value} if i in names else value)
     return {"tree": nested[-1], **shape}
 
@@ -450,23 +430,24 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
 
 
 def _flatten_json(tree: Any) -> tuple[list[list[int]], list[Node], dict[int, Node]]:
+    """Read nested lists and ``{"name": .., "children": ..}`` as links, modes at leaves, and given names."""
     links: list[list[int]] = []
-    names: list[Node] = []
+    leaves: list[Node] = []
     given: dict[int, Node] = {}
 
     def visit(value: Any) -> int:
-        name = None
-        if isinstance(value, dict):
-            name, value = _name_from_json(value["name"]), value["children"]
-        below = [visit(child) for child in value] if isinstance(value, list) else []
+        named = isinstance(value, dict)
+        inside = value["children"] if named else value
+        below = [visit(child) for child in inside] if isinstance(inside, list) else []
         links.append(below)
-        names.append(None if isinstance(value, list) else value)
-        if name is not None:
-            given[len(links) - 1] = name
-        return len(links) - 1
+        leaves.append(None if isinstance(inside, list) else inside)
+        position = len(links) - 1
+        if named and value["name"] is not None:
+            given[position] = _name_from_json(value["name"])
+        return position
 
     visit(tree)
-    return links, names, given
+    return links, leaves, given
 
 
 def _name_to_json(name: Node, depth: int = 0) -> Any:
@@ -492,11 +473,10 @@ def _gallery_folder() -> Path:
 
 def _check_shape(shape: Sequence[int], order: int) -> tuple[int, int]:
     try:
-        height, width = (check_integer(n, 1, "ModeTree: shape", TreeError) for n in shape)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, TreeError):
-            raise
+        height, width = shape
+    except (TypeError, ValueError):
         raise TreeError(f"ModeTree: shape must be (height, width), found {shape!r}.") from None
+    height, width = (check_integer(n, 1, "ModeTree: shape", TreeError) for n in (height, width))
     if height * width != order:
         raise TreeError(
             f"ModeTree: an image of {height} x {width} has {height * width} pixels, the tree {order} modes."
@@ -504,11 +484,7 @@ def _check_shape(shape: Sequence[int], order: int) -> tuple[int, int]:
     return height, width
 
 
-def _rebuild(
-    names: tuple[Node, ...],
-    links: tuple[tuple[int, ...], ...],
-    shape: tuple[int, int] | None = None,
-) -> ModeTree:
+def _rebuild(names: Sequence[Node], links: Sequence[Sequence[int]], shape: Any = None) -> ModeTree:
     return ModeTree(_graph_of(names, links), shape=shape)
 
 
@@ -525,22 +501,18 @@ def _join(nodes: list[Any]) -> Any:
     return nodes[0] if len(nodes) == 1 else nodes
 
 
-def _chunks(level: list[Any], size: int) -> list[list[Any]]:
-    return [level[i : i + size] for i in range(0, len(level), size)]
-
-
-def _merge(level: list[Any], group: Callable[[list[Any]], list[list[Any]]]) -> Any:
-    if len(level) == 1:
-        return level
+def _merge(n: int, group: Callable[[list[Any]], list[list[Any]]]) -> list[Any]:
+    """Join the nodes of a level by groups, level by level, until one is left."""
+    level: list[Any] = list(range(n))
     while len(level) > 1:
         level = [_join(nodes) for nodes in group(level)]
-    return level[0]
+    return level if n == 1 else level[0]
 
 
 def _nested_text(tree: ModeTree) -> str:
-    usual = usual_names(tree.links, tree.nodes)
     text: list[str] = []
-    for i, below in enumerate(tree.links):
-        inside = f"[{', '.join(text[c] for c in below)}]" if below else repr(tree.nodes[i])
-        text.append(inside if tree.nodes[i] == usual[i] else f"{tree.nodes[i]!r}: {inside}")
+    names = zip(tree.nodes, usual_names(tree.links, tree.nodes), tree.links, strict=True)
+    for name, usual, below in names:
+        inside = f"[{', '.join(text[c] for c in below)}]" if below else repr(name)
+        text.append(inside if name == usual else f"{name!r}: {inside}")
     return text[-1]
