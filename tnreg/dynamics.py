@@ -21,12 +21,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, check_integer
-from tnreg.factorizations.components import (
-    detached_norms,
-    distance_bound,
-    drop_components,
-    keep_components,
-)
+from tnreg.factorizations.components import distance_bound, drop_components, keep_components
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.reading import Node
 
@@ -63,8 +58,7 @@ def _drives(model: Factorization, loss: Loss) -> dict[Node, Tensor]:
 
 
 def _drive(pair: tuple[Tensor, Tensor]) -> Tensor:
-    vectors, velocities = pair
-    return (vectors.conj() * velocities).real.sum(0)
+    return (pair[0].conj() * pair[1]).real.sum(0)
 
 
 @torch.no_grad()
@@ -73,18 +67,17 @@ def _vectors(model: Factorization, loss: Loss) -> dict[Node, list[tuple[Tensor, 
     weights, velocities = model.weights, _velocity(model, loss).weights
     vectors: dict[Node, list[tuple[Tensor, Tensor]]] = {}
     for node, join in model.network.named_joins.items():
-        if join == "full":
-            continue
-        vectors[node] = [
-            (weights[c].flatten(0, -2), velocities[c].flatten(0, -2))
-            for c in model.tree.children(node)
-        ]
-        if node in weights:
-            rows = (w.reshape(len(w), -1).mT for w in (weights[node], velocities[node]))
-            vectors[node].append((next(rows), next(rows)))
+        if join == "diagonal":
+            columns = [
+                [w[c].flatten(0, -2) for c in model.tree.children(node)]
+                + ([w[node].reshape(len(w[node]), -1).mT] if node in w else [])
+                for w in (weights, velocities)
+            ]
+            vectors[node] = list(zip(*columns, strict=True))
     return vectors
 
 
+@torch.no_grad()
 def predicted_rate(
     model: Factorization,
     loss: Loss,
@@ -94,25 +87,20 @@ def predicted_rate(
 ) -> dict[Node, Tensor]:
     """Return ``{diagonal join: (R_v,)}``: ``d sigma/dt`` of every local component by the theory.
 
+    Rates are in units of sigma per unit of gradient-flow time; 0 for components of norm 0.
+    Cost: one backward pass.
+
     Args:
         model: A factorization with diagonal joins; nothing about it is changed.
         loss: Called with the model, e.g. ``task.loss``.
         form: ``"exact"`` holds for any weights; ``"balanced"`` is the law for weights whose
-            unbalancedness is zero, ``K sigma^(2 - 2/K) <-grad L, C>``.
+            unbalancedness is zero, ``K sigma^(2 - 2/K) <-grad L, C>``. OptionError for others.
         norms: ``model.component_norms()``, if known already.
-
-    Returns:
-        Rates in units of sigma per unit of gradient-flow time; 0 for components of norm 0.
-
-    Raises:
-        OptionError: Unknown form.
-
-    Cost: one backward pass.
     """
     _check_form(form)
     drives = _drives(model, loss)
     rates: dict[Node, Tensor] = {}
-    for node, lengths in (detached_norms(model) if norms is None else norms).items():
+    for node, lengths in (model.component_norms() if norms is None else norms).items():
         sigma, count = lengths.prod(0), len(lengths)
         alive = sigma > 0
         if form == "exact":  # drive = sigma <-grad L, C>
@@ -140,9 +128,6 @@ def measured_rate(
         step: Length of the step in gradient-flow time.
         of: What to measure: a tensor, or a dict of tensors. Local components by default, measured in
             double precision whatever the model's: single precision loses what a small step changes.
-
-    Returns:
-        What ``of`` returns, differentiated.
     """
     velocity = _velocity(model, loss)
     with torch.no_grad():
@@ -158,6 +143,7 @@ def measured_rate(
         return (after - before) / step
 
 
+@torch.no_grad()
 def rate_bounds(model: Factorization, loss: Loss) -> dict[Node, tuple[Tensor, Tensor]]:
     """Return ``{diagonal join: (lower, upper)}``: bounds on ``d sigma/dt`` for unbalanced weights.
 
@@ -167,7 +153,7 @@ def rate_bounds(model: Factorization, loss: Loss) -> dict[Node, tuple[Tensor, Te
     """
     drives = _drives(model, loss)
     bounds: dict[Node, tuple[Tensor, Tensor]] = {}
-    for node, norms in detached_norms(model).items():
+    for node, norms in model.component_norms().items():
         count, sigma = len(norms), norms.prod(0)
         alive = sigma > 0
         ip = torch.where(alive, drives[node] / torch.where(alive, sigma, 1), 0)
@@ -198,11 +184,9 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
         OptionError: Not of order 2, or an unknown form.
     """
     _check_form(form)
-    if model.tree.order != 2:
-        raise OptionError(
-            f"predicted_singular_rate is for matrices; this factorization has order {model.tree.order}.",
-            argument="model",
-        )
+    if (order := model.tree.order) != 2:
+        message = f"predicted_singular_rate is for matrices; this factorization has order {order}."
+        raise OptionError(message, argument="model")
     weights, velocities = model.weights, _velocity(model, loss).weights
     u, s, vh = torch.linalg.svd(model.to_tensor(), full_matrices=False)
     if form == "balanced":
@@ -245,15 +229,12 @@ def constant_drive(sigma: Any, drive: Any, vectors: int, time: Any) -> Tensor:
 def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tensor]) -> Tensor:
     """Return the largest change of ``|w|^2 - |w'|^2`` between two times; gradient flow conserves them all.
 
-    Args:
-        before: ``model.component_norms()`` at one time.
-        after: The same at another.
+    ``before`` and ``after`` are ``model.component_norms()`` at these times.
     """
     changes = [after[node].square() - before[node].square() for node in before]
     if not changes:
-        raise OptionError(
-            "conservation_drift: no diagonal joins, so nothing to conserve.", argument="before"
-        )
+        message = "conservation_drift: no diagonal joins, so nothing to conserve."
+        raise OptionError(message, argument="before")
     return torch.stack([(change.amax(0) - change.amin(0)).max() for change in changes]).max()
 
 
@@ -266,6 +247,5 @@ def _velocity(model: Factorization, loss: Loss) -> Factorization:
 
 def _check_form(form: str) -> None:
     if form not in ("exact", "balanced"):
-        raise OptionError(
-            f"unknown form {form!r}; write form='exact' or form='balanced'.", argument="form"
-        )
+        message = f"unknown form {form!r}; write form='exact' or form='balanced'."
+        raise OptionError(message, argument="form")

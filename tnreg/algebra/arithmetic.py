@@ -19,23 +19,17 @@ from tnreg.trees.reading import Node
 def add(one: Factorization, other: Factorization) -> Factorization:
     """Add entry by entry: ``one + other``, whose bonds are the sums of theirs.
 
-    Args:
-        one: A factorization.
-        other: Another over the same tree and sizes. Where one has a diagonal join and the other a
-            full one, the result has a full one.
-
-    Raises:
-        ShapeError: Another tree or other sizes.
+    Where one has a diagonal join and the other a full one, the result has a full one. ShapeError if their
+    trees or sizes differ.
     """
     pairs, joins = _pair_weights(one, other)
     weights: dict[Node, Tensor] = {}
     for node, (a, b) in pairs.items():
         modes = _mode_axes(one, node)  # all other axes hold the two blocks one after the other
-        sizes = list(enumerate(zip(a.shape, b.shape, strict=True)))
-        block = a.new_zeros([n if axis in modes else n + m for axis, (n, m) in sizes])
-        block[tuple(slice(n) for n in a.shape)] = a
-        block[tuple(slice(0 if axis in modes else n, None) for axis, (n, _) in sizes)] = b
-        weights[node] = block
+        starts = [0 if axis in modes else n for axis, n in enumerate(a.shape)]
+        weights[node] = a.new_zeros([n + m for n, m in zip(starts, b.shape, strict=True)])
+        weights[node][tuple(map(slice, a.shape))] = a
+        weights[node][tuple(slice(n, None) for n in starts)] = b
     return Factorization.from_weights(one.tree, weights, join=joins)
 
 
@@ -78,10 +72,7 @@ def linear_combination(
             f"found {len(models)} and {len(factors)}.",
             argument="models" if not models else "coefficients",
         )
-    terms = [
-        model if factor == 1 else scale(model, factor)
-        for model, factor in zip(models, factors, strict=True)
-    ]
+    terms = [m if c == 1 else scale(m, c) for m, c in zip(models, factors, strict=True)]
     for term in terms:
         _check_pair(terms[0], term)
     # half of the error allowed is spent on the partial sums, in equal parts
@@ -129,20 +120,19 @@ def hadamard(
     *,
     rtol: float | None = None,
     ranks: int | Mapping[Node, int] | None = None,
+    seed: int = 0,
 ) -> Factorization:
     """Multiply entry by entry: ``one * other``.
 
     Without ``rtol`` and ``ranks`` exact, and bonds are the products of theirs. With either, the exact
-    product is formed and rounded by ``truncate``.
+    product is formed and rounded by ``truncate``, to full joins; ``error_bound`` bounds the error.
 
     Args:
         one: A factorization.
         other: Another over the same tree and sizes.
         rtol: ``‖P - result‖ <= rtol ‖P‖`` for the exact product P, unless ``ranks`` cut further.
         ranks: Largest bond: one integer, or ``{node: integer}``.
-
-    Returns:
-        A factorization; where it is rounded, with full joins, and its ``error_bound`` bounds the error.
+        seed: Without effect, since nothing is random any more.
 
     Raises:
         ShapeError: Another tree or other sizes.
@@ -158,18 +148,14 @@ def hadamard(
     if not exact:
         _absorb_wide_leaves(one, pairs, joins, modes)
     shapes = {
-        node: [
-            n if axis in modes[node] else n * m
-            for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True))
-        ]
-        for node, (a, b) in pairs.items()
+        v: [n if axis in modes[v] else n * b.shape[axis] for axis, n in enumerate(a.shape)]
+        for v, (a, b) in pairs.items()
     }
     _check_memory(pairs[0][0], sum(map(math.prod, shapes.values())), exact)
     weights: dict[Node, Tensor] = {}
     for node, (a, b) in pairs.items():
         for axis in reversed(range(a.ndim)):  # mode axes stay aligned, all others are crossed
-            a = a.unsqueeze(axis + 1)
-            b = b.unsqueeze(axis + (axis in modes[node]))
+            a, b = a.unsqueeze(axis + 1), b.unsqueeze(axis + (axis in modes[node]))
         weights[node] = (a * b).reshape(shapes[node])
     product = Factorization.from_weights(one.tree, weights, join=joins)
     del weights  # the product holds copies
@@ -217,12 +203,10 @@ def _mode_axes(model: Factorization, node: Node) -> set[int]:
 
 def _check_pair(one: Factorization, other: Factorization) -> None:
     """Raise an error unless both are factorizations over the same tree and sizes."""
-    for model in (one, other):
+    for argument, model in {"one": one, "other": other}.items():
         if not isinstance(model, Factorization):
-            raise OptionError(
-                f"expected a Factorization, found {type(model).__name__}.",
-                argument="one" if model is one else "other",
-            )
+            message = f"expected a Factorization, found {type(model).__name__}."
+            raise OptionError(message, argument=argument)
     if one.tree != other.tree or one.sizes != other.sizes:
         raise ShapeError(
             "both factorizations need the same tree and sizes.\n"

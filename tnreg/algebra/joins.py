@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
+
 from tnreg.errors import OptionError
-from tnreg.factorizations.assembly import assemble, full_weight, product_joins, weights_of
+from tnreg.factorizations.assembly import assemble, full_weight, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.reading import Node
 
@@ -17,21 +19,15 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     removed and its weight multiplied into the neighbour. Diagonal joins on the way become full ones
     (R^children entries). Interior nodes get their usual names.
 
-    Args:
-        model: A factorization.
-        node: An interior node of its tree.
-
     Raises:
         TreeError: No such node.
-        OptionError: A leaf.
+        OptionError: The node is a leaf.
     """
     tree = model.tree
     target, top = tree.position(node), len(tree.nodes) - 1
     if not tree.links[target]:
-        raise OptionError(
-            f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}.",
-            argument="node",
-        )
+        message = f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}."
+        raise OptionError(message, argument="node")
     joins, named = model.network.named_joins, weights_of(model, ones=False)
     if target == top:
         return Factorization.from_weights(tree, named, join=joins)
@@ -75,4 +71,12 @@ def full_joins(model: Factorization) -> Factorization:
 
 def diagonal_joins(model: Factorization) -> Factorization:
     """Make all joins diagonal, exactly; siblings get the product of their bonds as their common one."""
-    return product_joins(model)
+    tree, weights = model.tree, weights_of(model)
+    full = {v: tree.children(v) for v, join in model.network.named_joins.items() if join == "full"}
+    wider = {v: w.flatten(0, len(full[v]) - 1) if v in full else w for v, w in weights.items()}
+    for children in full.values():
+        bonds = [torch.arange(weights[c].shape[-1], device=model.device) for c in children]
+        combined = torch.cartesian_prod(*bonds).reshape(-1, len(children))
+        for child, columns in zip(children, combined.unbind(1), strict=True):
+            wider[child] = wider[child].index_select(-1, columns)
+    return Factorization.from_weights(tree, wider, join="diagonal")

@@ -21,11 +21,7 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
 
     Args:
         model: A factorization.
-        matrices: ``{mode: (new size, size)}``.
-
-    Raises:
-        TreeError: No such mode.
-        ShapeError: A matrix of another shape.
+        matrices: ``{mode: (new size, size)}``; TreeError for other modes, ShapeError for other shapes.
     """
     weights = weights_of(model)
     for mode, matrix in _check_arrays(model, matrices, 2).items():
@@ -42,14 +38,10 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
 
     Args:
         model: A factorization.
-        vectors: ``{mode: (size,)}``.
+        vectors: ``{mode: (size,)}``; TreeError for other modes, ShapeError for other lengths.
 
     Returns:
         A factorization of fewer modes, or a 0-dimensional tensor if none is left.
-
-    Raises:
-        TreeError: No such mode.
-        ShapeError: A vector of another length.
     """
     with torch.no_grad():
         return contract_leaves(model, _check_arrays(model, vectors, 1))
@@ -58,8 +50,7 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
 def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization | Tensor:
     """Sum over some modes: a factorization of the others, or a 0-dimensional tensor.
 
-    Raises:
-        TreeError: No such mode; negative ones do not count from the end.
+    Negative modes do not count from the end: TreeError.
     """
     summed = list(modes) if isinstance(modes, Iterable) else [modes]
     for mode in summed:
@@ -93,22 +84,18 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
             try:
                 rows = list(range(*item.indices(size)))
             except (TypeError, ValueError) as error:
-                raise OptionError(
-                    f"select: {item} of mode {mode} is no slice: {error}.", argument="key"
-                ) from None
+                message = f"select: {item} of mode {mode} is no slice: {error}."
+                raise OptionError(message, argument="key") from None
             if not rows:
-                raise ShapeError(
-                    f"select: {item} takes nothing of mode {mode}, size {size}.", argument="key"
-                )
+                message = f"select: {item} takes nothing of mode {mode}, size {size}."
+                raise ShapeError(message, argument="key")
             weights[mode] = weights[mode][rows]
         elif -size <= item < size:
             vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
             vectors[mode][item] = 1
         else:
-            raise ShapeError(
-                f"select: index {item} is out of range for mode {mode}, size {size}.",
-                argument="key",
-            )
+            message = f"select: index {item} is out of range for mode {mode}, size {size}."
+            raise ShapeError(message, argument="key")
     shorter = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
     return contract_modes(shorter, vectors) if vectors else shorter
 
@@ -116,17 +103,15 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
 def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     """Reorder the modes as ``torch.permute`` does: mode n of the result is mode ``order[n]`` of the model.
 
-    The tree is the same with its leaves renamed; interior nodes get their usual names.
-
-    Raises:
-        OptionError: ``order`` does not hold every mode once.
+    The tree is the same with its leaves renamed; interior nodes get their usual names. OptionError if
+    ``order`` does not hold every mode once.
     """
     tree, order = model.tree, list(order)
     if sorted(order) != list(tree.leaves):
-        raise OptionError(
-            f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}.",
-            argument="order",
+        message = (
+            f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}."
         )
+        raise OptionError(message, argument="order")
     links = {i: below for i, below in enumerate(tree.links) if below}
     weights = {tree.position(node): weight for node, weight in weights_of(model).items()}
     joins = {tree.position(node): join for node, join in model.network.named_joins.items()}
@@ -141,9 +126,8 @@ def _check_mode(model: Factorization, mode: Any, argument: str = "modes") -> Non
     except TypeError:
         known = False
     if not known:
-        raise TreeError(
-            f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}.", argument=argument
-        )
+        message = f"there is no mode {mode!r}; modes are 0..{model.tree.order - 1}."
+        raise TreeError(message, argument=argument)
 
 
 def _check_arrays(model: Factorization, arrays: Mapping[int, Any], axes: int) -> dict[int, Tensor]:

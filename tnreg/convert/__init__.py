@@ -5,9 +5,8 @@ of full joins Tucker, a caterpillar of full joins a tensor train (matrix product
 ``tensornetwork`` nodes (made by ``tnreg.network``) and of quimb may be any tree. Every conversion is
 exact; weights are copied, except for ``to_quimb``.
 
-Arrays may be torch's, numpy's, anything with ``__array__`` or ``__dlpack__``, or nested lists. The other
-way, ``model.to_tensor().detach()`` and the weights are torch tensors: ``numpy.asarray``,
-``numpy.from_dlpack`` and any other ``from_dlpack`` take them without a copy.
+Arrays may be torch's, numpy's, anything with ``__array__`` or ``__dlpack__``, or nested lists. What comes
+out are torch tensors: ``numpy.asarray`` and any ``from_dlpack`` take them, detached, without a copy.
 """
 
 from tnreg.convert.formats import (

@@ -28,11 +28,7 @@ def from_cp(weights: Any, factors: Sequence[Any]) -> Factorization:
 
 
 def to_cp(model: Factorization) -> tuple[Tensor, list[Tensor]]:
-    """Return ``(weights, factors)`` of a star with a diagonal join.
-
-    Raises:
-        OptionError: Another tree or join.
-    """
+    """Return ``(weights, factors)`` of a star with a diagonal join; OptionError for any other model."""
     return _to_star(model, "diagonal", "CP")
 
 
@@ -47,11 +43,7 @@ def from_tucker(core: Any, factors: Sequence[Any]) -> Factorization:
 
 
 def to_tucker(model: Factorization) -> tuple[Tensor, list[Tensor]]:
-    """Return ``(core, factors)`` of a star with a full join.
-
-    Raises:
-        OptionError: Another tree or join.
-    """
+    """Return ``(core, factors)`` of a star with a full join; OptionError for any other model."""
     return _to_star(model, "full", "Tucker")
 
 
@@ -64,16 +56,15 @@ def _from_star(top: Tensor | None, factors: Sequence[Any], join: str) -> Factori
 
 def _to_star(model: Factorization, join: str, what: str) -> tuple[Tensor, list[Tensor]]:
     tree = model.tree
-    _check_format(model, tree == ModeTree.star(tree.order), join, what, "a star")
+    _check_format(model, tree == ModeTree.star(tree.order), join, f"{what} is a star")
     weights = {node: w.clone() for node, w in weights_of(model, ones=False).items()}
     return weights[tree.root], [weights[n] for n in tree.leaves]
 
 
 def from_tensor_train(cores: Sequence[Any]) -> Factorization:
-    """Convert a tensor train to a caterpillar with full joins; leaves beyond the first hold identities.
+    """Convert cores ``(r_n, D_n, r_{n+1})``, ``r_0 = r_N = 1``, to a caterpillar with full joins.
 
-    Args:
-        cores: ``(r_n, D_n, r_{n+1})`` with ``r_0 = r_N = 1``.
+    Leaves beyond the first hold identities. Raises ShapeError for other cores, or fewer than two.
     """
     cores = [array_of(core, 3, f"core {n}") for n, core in enumerate(cores)]
     if not cores or cores[0].shape[0] != 1 or cores[-1].shape[2] != 1:
@@ -84,10 +75,8 @@ def from_tensor_train(cores: Sequence[Any]) -> Factorization:
             argument="cores",
         )
     if len(cores) == 1:
-        raise ShapeError(
-            "a tensor train of one core has no joins; write decompose(vector, tree).",
-            argument="cores",
-        )
+        message = "a tensor train of one core has no joins; write decompose(vector, tree)."
+        raise ShapeError(message, argument="cores")
     tree = ModeTree.caterpillar(len(cores))
     weights: dict[Node, Tensor] = {0: cores[0][0]}
     for n, (node, core) in enumerate(zip(tree.interior, cores[1:], strict=True), 1):
@@ -97,16 +86,10 @@ def from_tensor_train(cores: Sequence[Any]) -> Factorization:
 
 
 def to_tensor_train(model: Factorization) -> list[Tensor]:
-    """Return the cores ``(r_n, D_n, r_{n+1})`` of a caterpillar with full joins.
-
-    Raises:
-        OptionError: Another tree or join.
-    """
+    """Return the cores ``(r_n, D_n, r_{n+1})`` of a caterpillar with full joins; OptionError for others."""
     tree = model.tree
-    caterpillar = tree.order > 1 and tree == ModeTree.caterpillar(tree.order)
-    _check_format(
-        model, caterpillar, "full", "a tensor train", "a caterpillar of two modes or more"
-    )
+    fits = tree.order > 1 and tree == ModeTree.caterpillar(tree.order)
+    _check_format(model, fits, "full", "a tensor train is a caterpillar of two modes or more")
     weights = weights_of(model)
     weights[tree.root] = weights[tree.root].unsqueeze(-1)
     cores = [weights[0].unsqueeze(0).clone()]
@@ -116,11 +99,7 @@ def to_tensor_train(model: Factorization) -> list[Tensor]:
 
 
 def from_tensorly(tensor: Any) -> Factorization:
-    """Convert a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of tensorly.
-
-    Raises:
-        OptionError: None of them.
-    """
+    """Convert a ``CPTensor``, ``TuckerTensor`` or ``TTTensor`` of tensorly; OptionError for others."""
     kind = type(tensor).__name__
     if kind == "CPTensor":
         return from_cp(tensor.weights, tensor.factors)
@@ -128,10 +107,8 @@ def from_tensorly(tensor: Any) -> Factorization:
         return from_tucker(tensor.core, tensor.factors)
     if kind == "TTTensor":
         return from_tensor_train(tensor.factors)
-    raise OptionError(
-        f"from_tensorly: expected CPTensor, TuckerTensor or TTTensor, found {kind}.",
-        argument="tensor",
-    )
+    message = f"from_tensorly: expected CPTensor, TuckerTensor or TTTensor, found {kind}."
+    raise OptionError(message, argument="tensor")
 
 
 def to_tensorly(model: Factorization) -> Any:
@@ -164,12 +141,12 @@ def to_tensorly(model: Factorization) -> Any:
     )
 
 
-def _check_format(model: Factorization, fits: bool, join: str, what: str, tree: str) -> None:
+def _check_format(model: Factorization, fits: bool, join: str, format_is: str) -> None:
     """Raise an error unless the tree fits and all joins are ``join``."""
     joins = set(model.network.joins) - {"leaf"}
     if not fits or joins != {join}:
         raise OptionError(
-            f"{what} is {tree} with {join} joins; this is {model.tree!r} with {sorted(joins)} joins.\n"
+            f"{format_is} with {join} joins; this is {model.tree!r} with {sorted(joins)} joins.\n"
             "  decompose the dense tensor along the tree you need, or see algebra.full_joins",
             argument="model",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 
@@ -20,39 +21,35 @@ def network(model: Factorization) -> list[Any]:
     Every weight is a ``tensornetwork.Node`` named like its tree node (in the order of
     ``model.tree.nodes``); a diagonal join of more than two indices is a ``CopyNode`` named
     ``"copy <node>"``. Bond edges are named ``"bond <node>"`` after the child below them, dangling
-    edges ``"mode <n>"``. The tensors are the model's own weights, so gradients flow through.
-
-    Returns:
-        List of nodes; contract it e.g. with ``tensornetwork.contractors.greedy``. The way back is
-        ``tnreg.convert.from_nodes``.
+    edges ``"mode <n>"``. The tensors are the model's own weights, so gradients flow through. Contract
+    them e.g. with ``tensornetwork.contractors.greedy``; the way back is ``tnreg.convert.from_nodes``.
     """
     import tensornetwork
 
     net, tree = model.network, model.tree
+
+    def label(index: int) -> str:
+        below = index - tree.order
+        return f"mode {index}" if below < 0 else f"bond {tree.nodes[below]}"
+
     nodes: list[Any] = []
     ends: dict[int, list[Any]] = {}  # index -> the axes that meet in it
     for position, (name, weight) in enumerate(model.weights.items()):
-        axes = [
-            f"mode {i}" if i < tree.order else f"bond {tree.nodes[i - tree.order]}"
-            for i in net.inner(position)
-        ]
-        if net.joins[position] == "diagonal":
-            axes = [f"bond {name}{INSIDE}"]
-        if net.above[position] is not None:
-            axes.append(f"{ABOVE}{name}")
+        diagonal = net.joins[position] == "diagonal"
+        axes = [f"bond {name}{INSIDE}"] if diagonal else list(map(label, net.inner(position)))
+        axes += [f"{ABOVE}{name}"] if net.above[position] is not None else []
         node = tensornetwork.Node(weight, name=str(name), axis_names=axes, backend="pytorch")
         nodes.append(node)
         for index, edge in zip(net.indices(position), node.edges, strict=True):
             ends.setdefault(index, []).append(edge)
     for index, edges in ends.items():
         if index < tree.order:
-            edges[0].set_name(f"mode {index}")
+            edges[0].set_name(label(index))
             continue
-        below = tree.nodes[index - tree.order]
-        parent, size = tree.parent(below), net.index_size(index)
         if len(edges) == 2:
-            tensornetwork.connect(*edges, name=f"bond {below}")
+            tensornetwork.connect(*edges, name=label(index))
             continue
+        parent, size = tree.parent(tree.nodes[index - tree.order]), net.index_size(index)
         if len(edges) == 1:  # one child under a root of ones: the bond is summed
             ones = torch.ones(size, dtype=model.dtype, device=model.device)
             hub = tensornetwork.Node(ones, name=f"{ONES}{parent}", backend="pytorch")
@@ -96,9 +93,9 @@ def from_nodes(
     import tensornetwork
 
     nodes = list(nodes)
+    _check_complete(nodes)
     copies = [node for node in nodes if isinstance(node, tensornetwork.CopyNode)]
     plain = [node for node in nodes if not isinstance(node, tensornetwork.CopyNode)]
-    _check_complete(nodes)
     index_of = _merge_copies(copies)
     dangling = list(dict.fromkeys(e for node in nodes for e in node.edges if e.is_dangling()))
     ordered = [index_of(edge) for edge in order_modes("from_nodes", dangling, modes)]
@@ -109,10 +106,8 @@ def from_nodes(
     }
     parts = [_part(node, [index_of(edge) for edge in node.edges]) for node in plain]
     number = {id(node): i for i, node in enumerate(plain)}
-    ends: dict[
-        Any, list[int]
-    ] = {}  # diagonal joins have their children in the order of a CopyNode's axes
-    for edge in [edge for node in [*copies, *plain] for edge in node.edges]:
+    ends: dict[Any, list[int]] = {}  # copies first: children in the order of a CopyNode's axes
+    for edge in (edge for node in [*copies, *plain] for edge in node.edges):
         wired = [number[id(node)] for node in (edge.node1, edge.node2) if id(node) in number]
         ends.setdefault(index_of(edge), []).extend(wired)
     return read_wiring("from_nodes", parts, ordered, root, hubs, ends)
@@ -120,15 +115,10 @@ def from_nodes(
 
 def _part(node: Any, indices: list[Any]) -> Part:
     """Return the tensor of a node, with what the names that ``network`` gives say of it."""
-    axes = list(map(str, node.axis_names)) or [""]
-    diagonal = "diagonal" if axes[0].endswith(INSIDE) else ""
-    return Part(
-        [str(node.name)],
-        array_of(node.tensor, None, f"node {node.name!r}"),
-        indices,
-        above=axes[-1].startswith(ABOVE),
-        mark="ones" if str(node.name).startswith(ONES) else diagonal,
-    )
+    axes, name = list(map(str, node.axis_names)) or [""], str(node.name)
+    mark = "ones" if name.startswith(ONES) else "diagonal" if axes[0].endswith(INSIDE) else ""
+    tensor = array_of(node.tensor, None, f"node {name!r}")
+    return Part([name], tensor, indices, axes[-1].startswith(ABOVE), mark)
 
 
 def _check_complete(nodes: Sequence[Any]) -> None:
@@ -146,17 +136,10 @@ def _check_complete(nodes: Sequence[Any]) -> None:
 
 def _merge_copies(copies: Sequence[Any]) -> Callable[[Any], Any]:
     """Return a function from an edge to the one that stands for all that meet in its ``CopyNode``."""
-    representative: dict[Any, Any] = {}
-
-    def index_of(edge: Any) -> Any:
-        while edge in representative:
-            edge = representative[edge]
-        return edge
-
+    representatives: nx.utils.UnionFind[Any] = nx.utils.UnionFind()
     for copy in copies:
         for edge in copy.edges[1:]:
-            first, other = index_of(copy.edges[0]), index_of(edge)
-            if first is other:
+            if representatives[copy.edges[0]] is representatives[edge]:
                 raise TreeError(loop("from_nodes", copy.name))
-            representative[other] = first
-    return index_of
+            representatives.union(copy.edges[0], edge)
+    return representatives.__getitem__

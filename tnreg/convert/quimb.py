@@ -26,11 +26,11 @@ def to_quimb(model: Factorization) -> Any:
     The tensors are the model's own weights, so gradients flow through; for numpy write
     ``net.apply_to_arrays(lambda x: x.detach().numpy())``. A matrix product state is
     ``quimb.tensor.MatrixProductState(cores, shape="lpr")`` with the cores of ``to_tensor_train``.
-
-    Raises:
-        OptionError: quimb is missing.
     """
-    quimb = _quimb()
+    try:
+        import quimb.tensor
+    except ImportError:
+        raise OptionError("quimb is missing: pip install 'tnreg[quimb]'") from None
     net, tree = model.network, model.tree
     top = len(tree.nodes) - 1
 
@@ -46,12 +46,12 @@ def to_quimb(model: Factorization) -> Any:
     tensors = []
     for i, (node, weight) in enumerate(model.weights.items()):
         tags = [str(node), net.joins[i], *(["root"] if i == top else [])]
-        tensors.append(quimb.Tensor(weight, [name(j) for j in net.indices(i)], tags))
+        tensors.append(quimb.tensor.Tensor(weight, list(map(name, net.indices(i))), tags))
     if net.root_ones and len(tree.links[top]) == 1:  # else its bond would be an outer index
         child = tree.links[top][0]
         ones = torch.ones(net.bonds[child], dtype=model.dtype, device=model.device)
-        tensors.append(quimb.Tensor(ones, [f"{ONES}{tree.root}"], ["ones"]))
-    return quimb.TensorNetwork(tensors)
+        tensors.append(quimb.tensor.Tensor(ones, [f"{ONES}{tree.root}"], ["ones"]))
+    return quimb.tensor.TensorNetwork(tensors)
 
 
 def from_quimb(
@@ -74,9 +74,8 @@ def from_quimb(
         OptionError: Not a network of quimb.
     """
     if not hasattr(net, "tensors") or not hasattr(net, "exponent"):
-        raise OptionError(
-            f"from_quimb: expected a TensorNetwork, found {type(net).__name__}.", argument="net"
-        )
+        message = f"from_quimb: expected a TensorNetwork, found {type(net).__name__}."
+        raise OptionError(message, argument="net")
     share = 10.0 ** (float(net.exponent) / max(len(net.tensors), 1))
     parts = []
     for tensor in net.tensors:
@@ -84,18 +83,10 @@ def from_quimb(
         array = array_of(tensor.data, None, f"tensor {tags}")
         mark = next((tag for tag in ("ones", "diagonal") if tag in tags), "")
         above = not {"leaf", "full", "diagonal"}.isdisjoint(tags) and "root" not in tags
-        array = array * share if net.exponent else array
-        parts.append(Part(tags, array, list(tensor.inds), above, mark))
+        scaled = array * share if net.exponent else array
+        parts.append(Part(tags, scaled, list(tensor.inds), above, mark))
     uses = Counter(index for part in parts for index in part.indices)
     outer = [index for index, times in uses.items() if times == 1 or index in (modes or ())]
     ordered = order_modes("from_quimb", outer, modes)
     hubs = {index: str(index).removeprefix(ONES) for index in uses}
     return read_wiring("from_quimb", parts, ordered, root, hubs)
-
-
-def _quimb() -> Any:
-    try:
-        import quimb.tensor
-    except ImportError:
-        raise OptionError("quimb is missing: pip install 'tnreg[quimb]'") from None
-    return quimb.tensor

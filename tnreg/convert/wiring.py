@@ -49,17 +49,9 @@ def read_wiring(
     If all tensors but one at most have their bond above marked, the network is one of tnreg's: the tree,
     root and names are then those of the model that it was made from.
 
-    Args:
-        caller: For messages.
-        parts: The tensors.
-        modes: The index of every mode; several tensors may share it.
-        root: Name of the root; ``None`` to find or choose one.
-        hubs: Names of roots of ones, by the index that they sum over.
-        ends: ``{index: numbers of its tensors}`` in the order of children; by default that of the tensors.
-
-    Raises:
-        ShapeError: No modes.
-        TreeError: A loop, tensors that are not connected, or not one tensor that is called ``root``.
+    ``modes`` are the indices of the modes; several tensors may share one. ``hubs`` are names of roots of
+    ones by the index that they sum over. ``ends`` are the numbers of the tensors of an index, in the order
+    of children; by default that of the tensors. The ``caller`` is named in errors.
     """
     if not parts or not modes:
         raise ShapeError(f"{caller}: the network has no modes; it is a number, or empty.")
@@ -71,10 +63,8 @@ def read_wiring(
         return wiring.hang(wiring.choose_root(), named=False)
     called = [i for i, part in enumerate(parts) if root in part.names]
     if len(called) != 1:
-        raise TreeError(
-            f"{caller}: the root must be one tensor; {len(called)} are called {root!r}.",
-            argument="root",
-        )
+        message = f"{caller}: the root must be one tensor; {len(called)} are called {root!r}."
+        raise TreeError(message, argument="root")
     return wiring.hang(called[0], named=False)
 
 
@@ -86,11 +76,7 @@ class _Wiring:
     """
 
     def __init__(
-        self,
-        caller: str,
-        parts: Sequence[Part],
-        modes: Sequence[Any],
-        ends: Mapping[Any, Sequence[int]],
+        self, caller: str, parts: Sequence[Part], modes: Sequence[Any], ends: Mapping[Any, Any]
     ) -> None:
         self.caller = caller
         self.parts: list[Part] = []
@@ -102,8 +88,6 @@ class _Wiring:
         self.joins: dict[int, str] = {}
         self.leaves: dict[int, int] = {}
         for part in parts:
-            if len(set(part.indices)) < len(part.indices):
-                raise TreeError(loop(caller, part.names[0]))
             self.add(part)
         for mode, j in enumerate(modes):
             own = j
@@ -116,11 +100,14 @@ class _Wiring:
 
     def add(self, part: Part) -> int:
         """Add a tensor and return its number."""
+        if len(set(part.indices)) < len(part.indices):
+            raise TreeError(loop(self.caller, part.names[0]))
+        number = len(self.parts)
         self.parts.append(part)
         for j in part.indices:
-            if len(self.parts) - 1 not in self.holders.setdefault(j, []):
-                self.holders[j].append(len(self.parts) - 1)
-        return len(self.parts) - 1
+            if number not in self.holders.setdefault(j, []):
+                self.holders[j].append(number)
+        return number
 
     def find_root(self, unmarked: Sequence[int], hubs: Mapping[Any, str]) -> int:
         """Return the number of the root of a network that tnreg made."""
@@ -148,7 +135,7 @@ class _Wiring:
 
     def hang(self, root: int, *, named: bool) -> Factorization:
         """Hang everything below the root, and assemble the factorization."""
-        visited: set[int] = set()
+        visited = set[int]()
         waiting: list[tuple[int, list[Any]]] = [(root, [])]  # tensors and the bonds above them
         while waiting:
             i, above = waiting.pop()
@@ -205,11 +192,9 @@ class _Wiring:
 
     def make_leaf(self, i: int, index: Any) -> None:
         """Make a node the leaf of the mode that the index is, or of one that is summed over."""
-        mode = self.mode_of.get(index)
-        if mode is None:
-            mode, weight = len(self.mode_of) + len(self.summed), self.weights[i]
-            self.summed[mode] = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
-        self.leaves[i] = mode
+        self.leaves[i] = self.mode_of.get(index, len(self.mode_of) + len(self.summed))
+        if index not in self.mode_of:
+            self.summed[self.leaves[i]] = self.weights[i].new_ones(len(self.weights[i]))
 
 
 def _rename(model: Factorization, names: Sequence[str]) -> Factorization:

@@ -1,7 +1,4 @@
-"""Factorizations taken apart and put together again: what changes a tree or its joins is made of this.
-
-Weights are taken as they are, detached; what is made of them is a new model with copies.
-"""
+"""Factorizations taken apart and put together again: detached weights, and new models with copies."""
 
 from __future__ import annotations
 
@@ -33,30 +30,20 @@ def assemble(
     joins: Mapping[int, str],
     modes: Mapping[int, int],
 ) -> tuple[Factorization, list[int]]:
-    """Make a factorization of the numbered nodes that hang below one of them.
+    """Make a factorization of the numbered nodes that hang below an interior one, the root.
 
-    Args:
-        root: Number of the root, an interior node.
-        links: Children of the interior nodes.
-        weights: By number; a diagonal root that has none is fixed to ones.
-        joins: Joins of the interior nodes.
-        modes: Modes of the leaves.
-
-    Returns:
-        The factorization, whose interior nodes have their usual names, and the numbers of its nodes in
-        the order of ``tree.nodes``.
+    All arguments are by number: ``links`` are the children and ``joins`` the joins of interior nodes,
+    ``modes`` those of leaves. A diagonal root without a weight is fixed to ones. Interior nodes get their
+    usual names; the numbers of all nodes in the order of ``tree.nodes`` are returned as well.
     """
     order, waiting = list[int](), [root]
-    while (
-        waiting
-    ):  # without recursion: a caterpillar over a thousand modes is a thousand nodes deep
+    while waiting:  # without recursion: a tensor train of a thousand modes is a thousand nodes deep
         order.append(waiting.pop())
         waiting.extend(links.get(order[-1], ()))
     order.reverse()
     nested: dict[int, Any] = {}
     for i in order:
-        below = links.get(i)
-        nested[i] = [nested.pop(c) for c in below] if below else modes[i]
+        nested[i] = [nested.pop(c) for c in links[i]] if links.get(i) else modes[i]
     tree = ModeTree(nested[root])
     numbers = dict(zip(tree.nodes, order, strict=True))
     model = Factorization.from_weights(
@@ -70,17 +57,15 @@ def assemble(
 def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
     """Contract modes with checked vectors; the others are renumbered from 0, in their order.
 
-    A node that is left with one child is removed, with its weight multiplied into that child.
-
-    Returns:
-        A factorization of fewer modes, or a 0-dimensional tensor if none is left.
+    A node that is left with one child is removed, with its weight multiplied into that child. If no mode
+    is left the result is a 0-dimensional tensor.
     """
     tree, joins = model.tree, model.network.named_joins
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()), model.dtype)
     weights = [weight.to(dtype) for weight in weights_of(model, ones=False).values()]
-    contracted: set[int] = (
-        set()
-    )  # of these a vector over the bond above is left, kept as their weight
+    contracted = set[
+        int
+    ]()  # what is left of these is a vector over the bond above, as their weight
     stand_in: dict[int, int] = {}  # a node that was removed -> the child in its place
     links: dict[int, list[int]] = {}
     top = len(tree.nodes) - 1
@@ -118,32 +103,12 @@ def _contract_children(weight: Tensor, join: str, vectors: Sequence[Tensor | Non
             weight = torch.tensordot(vector, weight, ([0], [axis]))
         elif vector is not None:
             weight = vector.reshape(-1, *[1] * (weight.ndim - 1)) * weight
-    if join == "diagonal" and all(vector is not None for vector in vectors):
-        weight = weight.sum(0)
-    return weight
+    whole = join == "diagonal" and all(vector is not None for vector in vectors)
+    return weight.sum(0) if whole else weight
 
 
 def full_weight(weight: Tensor, children: int) -> Tensor:
     """Return a diagonal weight ``(R, ...)`` as that of a full join, ``(R, .., R, ...)``."""
-    bond = weight.shape[0]
-    full = weight.new_zeros([bond] * children + list(weight.shape[1:]))
-    every = torch.arange(bond, device=weight.device)
-    full[(every,) * children] = weight
+    full = weight.new_zeros([len(weight)] * children + list(weight.shape[1:]))
+    full[(torch.arange(len(weight), device=weight.device),) * children] = weight
     return full
-
-
-@torch.no_grad()
-def product_joins(model: Factorization) -> Factorization:
-    """Return the factorization with diagonal joins, each bond the product of its siblings'."""
-    tree, joins, weights = model.tree, model.network.named_joins, weights_of(model)
-    full = [node for node in tree.interior if joins[node] == "full"]
-    wider = dict(weights)
-    for node in full:
-        wider[node] = weights[node].flatten(0, len(tree.children(node)) - 1)
-    for node in full:
-        children = tree.children(node)
-        bonds = [torch.arange(weights[c].shape[-1], device=model.device) for c in children]
-        combined = torch.cartesian_prod(*bonds).reshape(-1, len(children))
-        for child, columns in zip(children, combined.unbind(1), strict=True):
-            wider[child] = wider[child].index_select(-1, columns)
-    return Factorization.from_weights(tree, wider, join="diagonal")

@@ -29,23 +29,19 @@ def balance_(
     long chains and trees of a hundred modes (half a minute for 64 modes on a CPU).
 
     Args:
-        model: A factorization with at least one diagonal join; full joins are left as they are.
+        model: A factorization with at least one diagonal join; full joins are left as they are. It is
+            returned.
         rtol: Largest relative change of a norm in the last sweep; by default 1e-12, or the eps of the
             model's dtype if that is larger.
         sweeps: Give up after so many.
-
-    Returns:
-        The model.
 
     Raises:
         OptionError: It has no diagonal join, or ``sweeps`` were not enough; the model is as it was.
     """
     net, tree = model.network, model.tree
     if "diagonal" not in net.joins:
-        raise OptionError(
-            "balance_ needs a diagonal join; this factorization has full joins only.",
-            argument="model",
-        )
+        message = "balance_ needs a diagonal join; this factorization has full joins only."
+        raise OptionError(message, argument="model")
     rtol = max(1e-12, torch.finfo(model.dtype).eps) if rtol is None else rtol
     wide = torch.complex128 if model.dtype.is_complex else torch.float64
     weights = [w.to(wide, copy=True) for w in model.weights.values()]
@@ -56,8 +52,7 @@ def balance_(
         for i in joins if sweep % 2 == 0 else reversed(joins):
             vectors = [weights[c].flatten(0, -2) for c in tree.links[i]]
             if i < len(weights):
-                own = weights[i]
-                vectors.append(own.unsqueeze(0) if own.ndim == 1 else own.mT)
+                vectors.append(weights[i].reshape(len(weights[i]), -1).mT)
             factors, moved = _factors(vectors)
             change = max(change, moved)
             for c, factor in zip(tree.links[i], factors, strict=False):
@@ -65,8 +60,7 @@ def balance_(
             if i < len(weights):
                 weights[i] *= factors[-1] if weights[i].ndim == 1 else factors[-1].unsqueeze(1)
         if change <= rtol:
-            names = list(model.weights)
-            model.load_weights(dict(zip(names, weights, strict=True)))
+            model.load_weights(dict(zip(model.weights, weights, strict=True)))
             return model
     raise OptionError(
         f"not balanced to rtol={rtol:.3g} after {sweeps} sweeps: norms still change by {change:.3g}.\n"
@@ -75,27 +69,21 @@ def balance_(
     )
 
 
+@torch.no_grad()
 def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Factorization:
     """Copy a model, keeping the largest local components of every diagonal join and zeroing the others.
 
-    Args:
-        model: A factorization with diagonal joins.
-        ranks: How many to keep, for all joins or ``{node: number}`` (nodes left out keep all).
-
-    Returns:
-        A copy of the same shapes; the rank of the matricization at a child of v is at most the
-        number kept at v.
+    ``ranks`` is how many to keep, for all joins or ``{node: number}`` (nodes left out keep all). The copy
+    has the same shapes; the rank of its matricization at a child of v is at most the number kept at v.
     """
-    kept = copy.deepcopy(model)
-    slots, tree = model.network.slots, model.tree
-    with torch.no_grad():
-        for node, dropped in _dropped(model, ranks).items():
-            for c in tree.links[tree.position(node)]:
-                stack, slot = slots[c]
-                kept.stacks[stack][slot][..., dropped] = 0
-    return kept
+    smaller, slots, tree = copy.deepcopy(model), model.network.slots, model.tree
+    for node, dropped in _dropped(model, ranks).items():
+        for stack, slot in (slots[c] for c in tree.links[tree.position(node)]):
+            smaller.stacks[stack][slot][..., dropped] = 0
+    return smaller
 
 
+@torch.no_grad()
 def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Tensor:
     """Bound on ``|end tensor - end tensor of keep_components(model, ranks)|`` (Frobenius norm).
 
@@ -103,8 +91,8 @@ def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Ten
     vectors of a component at v, and ``B = max |W_v|``: few large local components mean a tensor near
     low hierarchical rank. Infinite where it leaves the range of the dtype.
     """
-    weights, norms = model.weights, detached_norms(model)
-    largest = torch.stack([torch.linalg.vector_norm(w.detach()) for w in weights.values()]).max()
+    weights, norms = model.weights, model.component_norms()
+    largest = torch.stack([torch.linalg.vector_norm(w) for w in weights.values()]).max()
     total = torch.zeros_like(largest)
     for node, dropped in _dropped(model, ranks).items():
         part = norms[node].prod(0)[dropped].sum()
@@ -112,6 +100,7 @@ def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Ten
     return total
 
 
+@torch.no_grad()
 def drop_components(
     model: Factorization,
     ranks: int | Mapping[Node, int] | None = None,
@@ -137,11 +126,8 @@ def drop_components(
             join.
     """
     if not isinstance(model, Factorization):
-        raise OptionError(
-            f"drop_components takes a Factorization, found {type(model).__name__}; "
-            "of a network: from_cnn(net).",
-            argument="model",
-        )
+        message = f"drop_components takes a Factorization, found {type(model).__name__}; "
+        raise OptionError(message + "of a network: from_cnn(net).", argument="model")
     if (ranks is None) == (below is None):
         raise OptionError("drop_components: give either ranks or below.", argument="ranks")
     logs = _component_logs(model)
@@ -152,27 +138,25 @@ def drop_components(
             raise OptionError(f"below must be in [0, 1), found {below!r}.", argument="below")
         edge = math.log(below) if below > 0 else -math.inf
         ranks = {node: int((s >= edge + s.max()).sum()) for node, s in logs.items()}
-    with torch.no_grad():
-        weights = {node: w.detach() for node, w in model.weights.items()}
-        sizes = {node: float(_log_norm(w)) for node, w in weights.items()}
-        bound = 0.0
-        for node, dropped in _dropped(model, ranks).items():  # type: ignore[arg-type]
-            if len(dropped) == len(logs[node]):  # a node needs one
-                dropped = dropped[1:]
-            if not len(dropped):
-                continue
-            children = model.tree.children(node)
-            rest = sum(size for v, size in sizes.items() if v != node and v not in children)
-            bound += _exponential(rest + float(logs[node][dropped].logsumexp(0)))
-            kept = torch.ones(len(logs[node]), dtype=torch.bool, device=model.device)
-            kept[dropped] = False
-            for v in children:
-                weights[v] = weights[v][..., kept]
-            if node in weights:
-                weights[node] = weights[node][kept]
-        smaller = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
-        smaller.error_bound = bound
-        return smaller
+    weights = {node: w.detach() for node, w in model.weights.items()}
+    sizes = {node: _log_norm(w) for node, w in weights.items()}
+    bound = 0.0
+    for node, dropped in _dropped(model, ranks).items():  # type: ignore[arg-type]
+        if len(dropped) == len(logs[node]):  # a node needs one
+            dropped = dropped[1:]
+        if not len(dropped):
+            continue
+        children = model.tree.children(node)
+        rest = sum(size for v, size in sizes.items() if v != node and v not in children)
+        bound += (rest + logs[node][dropped].logsumexp(0)).exp().item()
+        kept = torch.ones(len(logs[node]), dtype=torch.bool, device=model.device)
+        kept[dropped] = False
+        weights |= {v: weights[v][..., kept] for v in children}
+        if node in weights:
+            weights[node] = weights[node][kept]
+    smaller = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+    smaller.error_bound = bound
+    return smaller
 
 
 def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
@@ -192,43 +176,27 @@ def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
 
 
 def _component_logs(model: Factorization) -> dict[Node, Tensor]:
-    """Logarithms of the norms of all local components: products of many vectors leave the range of floats."""
-    return {node: part.double().log().sum(0) for node, part in detached_norms(model).items()}
+    """Return logarithms of the norms of all local components: the norms may leave the range of floats."""
+    return {node: part.double().log().sum(0) for node, part in model.component_norms().items()}
 
 
-def _log_norm(weight: Tensor) -> Tensor:
-    largest = weight.abs().max()
-    if largest == 0:
-        return largest.double().log()
-    log: Tensor = torch.linalg.vector_norm(weight / largest).double().log() + largest.double().log()
-    return log
-
-
-def _exponential(log: float) -> float:
-    try:
-        return math.exp(log)
-    except OverflowError:
-        return math.inf
+def _log_norm(weight: Tensor) -> float:
+    largest = weight.abs().max().double().item()
+    norm = torch.linalg.vector_norm(weight / largest).item() if largest else 0.0
+    return math.log(norm) + math.log(largest) if norm else -math.inf
 
 
 def _dropped(model: Factorization, ranks: int | Mapping[Node, int]) -> dict[Node, Tensor]:
-    """``{diagonal join: numbers of the components beyond the largest}``."""
+    """Return ``{diagonal join: numbers of the components beyond the largest}``."""
     logs = _component_logs(model)
     if not isinstance(ranks, Mapping):
         ranks = dict.fromkeys(logs, check_integer(ranks, 0, "ranks"))
-    out: dict[Node, Tensor] = {}
+    dropped: dict[Node, Tensor] = {}
     for node, count in ranks.items():
         if node not in logs:
             model.tree.position(node)
-            raise OptionError(
-                f"node {node!r} has no diagonal join, so no local components.", argument="ranks"
-            )
+            message = f"node {node!r} has no diagonal join, so no local components."
+            raise OptionError(message, argument="ranks")
         order = logs[node].argsort(descending=True)
-        out[node] = order[check_integer(count, 0, f"the rank at node {node!r}") :]
-    return out
-
-
-def detached_norms(model: Factorization) -> dict[Node, Tensor]:
-    """``model.component_norms()`` without gradients."""
-    with torch.no_grad():
-        return model.component_norms()
+        dropped[node] = order[check_integer(count, 0, f"the rank at node {node!r}") :]
+    return dropped
