@@ -113,51 +113,55 @@ def test_small_tensors_are_read_whole(monkeypatch):
     assert hierarchical_rank(in_blocks(x), tree, rtol=0.1) == hierarchical_rank(x, tree, rtol=0.1)
 
 
+def reducible(tree):
+    """Modes of size 6 that cannot be compressed below nodes of rank 3."""
+    bonds = {v: 6 if len(tree.modes_below(v)) == 1 else 3 for v in tree.nodes[:-1]}
+    return Factorization(
+        tree, 6, bonds, join="full", std=1.0, dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+    ).to_tensor().detach()  # fmt: skip
+
+
+@pytest.fixture
+def passes_told(monkeypatch):
+    """What is read is told to a list; small modes are not handled together."""
+    told = []
+    monkeypatch.setattr(blocks, "_ROWS", 6)
+    monkeypatch.setattr(blocks._Compression, "_tell", lambda self, what, *_: told.append(what))
+    return told
+
+
 @pytest.mark.parametrize(
-    ("tree", "sizes", "ranks"),
+    "nested",
     [
-        (ModeTree([[0, 1], [2, 3], [4, 5]]), (6,) * 6, 6),
-        (ModeTree([[[0, 1]], [[2], 3], [[[4]], 5]]), (6,) * 6, 6),
-        (ModeTree([[[0], [1, 2]], [3, [4, 5]]]), (6,) * 6, 6),
+        [[0, 1], [2, 3], [4, 5]],
+        [[[0, 1]], [[2], 3], [[[4]], 5]],
+        [[[0], [1, 2]], [3, [4, 5]]],
     ],
 )
-def test_nodes_further_up(tree, sizes, ranks, monkeypatch):
+def test_nodes_further_up(nested, passes_told):
     """Modes that cannot be compressed: the pass goes on at the nodes above them."""
-    monkeypatch.setattr(blocks, "_ROWS", 6)
-    single = [v for v in tree.nodes if len(tree.modes_below(v)) == 1]
-    bonds = {v: ranks if v in single else 3 for v in tree.nodes[:-1]}
-    model = Factorization(
-        tree, sizes, bonds, join="full", std=1.0, dtype=torch.float64,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    x = model.to_tensor().detach()
-    seen = []
-    monkeypatch.setattr(blocks._Compression, "_tell", lambda self, what, *_: seen.append(what))
+    tree = ModeTree(nested)
+    x = reducible(tree)
     with dask.config.set(num_workers=4):
         found = decompose(in_blocks(x), tree, rtol=1e-10, memory=7 * x.nbytes)
         values = spectra(in_blocks(x), tree, memory=7 * x.nbytes)
-    assert any("(" in what.partition("node ")[2] for what in seen)  # a node that is no leaf
+    assert any("(" in what.partition("node ")[2] for what in passes_told)  # a node that is no leaf
     assert float((found.to_tensor().detach() - x).norm()) < 1e-10 * float(x.norm())
     assert found.network.bonds == decompose(x, tree, rtol=1e-10).network.bonds
     for node, own in spectra(x, tree).items():
         assert torch.allclose(values[node], own, atol=1e-12 * float(own[0]))
 
 
-def test_nodes_with_one_child_further_up(monkeypatch):
+def test_nodes_with_one_child_further_up(passes_told, monkeypatch):
     """They have the matricization of their child, so nothing is read for them."""
-    monkeypatch.setattr(blocks, "_ROWS", 6)
     monkeypatch.setattr(blocks._Compression, "_core_limit", lambda self: 8 * 3**3)
     tree = ModeTree([[[0, 1]], [[2, 3]], [[4, 5]]])
-    bonds = {v: 6 if v in tree.leaves else 3 for v in tree.nodes[:-1]}
-    model = Factorization(
-        tree, 6, bonds, join="full", std=1.0, dtype=torch.float64,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    x, seen = model.to_tensor().detach(), []
-    monkeypatch.setattr(blocks._Compression, "_tell", lambda self, what, *_: seen.append(what))
+    x = reducible(tree)
     found = decompose(in_blocks(x), tree, rtol=1e-10, memory=7 * x.nbytes)
-    assert [what.partition("node ")[2] for what in seen[6:9]] == ["(0, 1)", "(2, 3)", "(4, 5)"]
-    assert len(seen) == 10  # six leaves, three pairs, the core
+    nodes = [what.partition("node ")[2] for what in passes_told]
+    assert nodes[6:9] == ["(0, 1)", "(2, 3)", "(4, 5)"]
+    assert len(nodes) == 10  # six leaves, three pairs, the core
     assert found.network.bonds == decompose(x, tree, rtol=1e-10).network.bonds
     assert float((found.to_tensor().detach() - x).norm()) < 1e-10 * float(x.norm())
 
@@ -281,6 +285,27 @@ def test_on_a_cluster():
     assert found.network.bonds == decompose(x, tree, rtol=1e-3).network.bonds
 
 
+REFUSED = {
+    "integers": (da.ones((3, 4), dtype=int), DataError, r"dtype int64.*\n.*astype"),
+    "float16": (da.ones((3, 4), dtype="float16"), DataError, "must be float32, float64, complex64"),
+    "longdouble": (da.ones((3, 4), dtype="longdouble"), DataError, "must be float32, float64"),
+    "clongdouble": (da.ones((3, 4), dtype="clongdouble"), DataError, "must be float32, float64"),
+    "masked": (da.ma.masked_greater(da.ones((3, 4)), 2), DataError, "is masked"),
+    "scalar": (da.ones(()), ShapeError, "0 axes and the tree 2 modes"),
+    "empty": (da.ones((0, 3)), DataError, r"empty: shape \(0, 3\)"),
+    "unknown": ((x := da.ones((3, 4)))[x[:, 0] > 0], ShapeError, "unknown size"),
+    "order": (da.ones((30, 40, 50)), ShapeError, "3 axes and the tree 2 modes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("function", [decompose, spectra])
+def test_refuses_arrays(name, function):
+    array, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        function(array, ModeTree.binary(2), memory=1000)
+
+
 def test_refuses():
     tree, x = tensor("binary")
     bad = x.clone()
@@ -290,34 +315,14 @@ def test_refuses():
         decompose(in_blocks(bad), tree, rtol=0.1, memory=memory)
     with pytest.raises(DataError, match="not finite"):
         spectra(in_blocks(bad), tree, memory=memory)
-    with pytest.raises(DataError, match=r"dtype int64.*\n.*astype"):
-        decompose(da.ones((3, 4), dtype=int), tree)
-    for other in ("float16", "longdouble", "clongdouble"):
-        with pytest.raises(DataError, match=r"must be float32, float64, complex64 or complex128"):
-            decompose(da.ones((3, 4), dtype=other), ModeTree.binary(2))
-    with pytest.raises(DataError, match=r"is masked"):
-        spectra(da.ma.masked_greater(da.ones((3, 4)), 2), ModeTree.binary(2))
-    with pytest.raises(ShapeError, match="0 axes and the tree 2 modes"):
-        spectra(da.ones(()), ModeTree.binary(2))
-    with pytest.raises(DataError, match=r"empty: shape \(0, 3\)"):
-        decompose(da.ones((0, 3)), ModeTree.binary(2))
-    with pytest.raises(ShapeError, match="3 axes and the tree 4 modes"):
-        decompose(da.ones((30, 40, 50)), tree, memory=1000)
-    with pytest.raises(ShapeError, match="unknown size"):
-        unknown = in_blocks(x)
-        decompose(unknown[unknown[:, 0, 0, 0] > 0], tree)
     with pytest.raises(OptionError, match="need a tree"):
         spectra(in_blocks(x))
     with pytest.raises(OptionError, match="memory must be a number of bytes"):
         decompose(in_blocks(x), tree, memory="much")
-    noise = torch.randn(
-        12, 11, 10, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    with pytest.raises(SizeError) as caught:
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    needed = f"no tolerance.*\n.*needed: {noise.nbytes:,} bytes"
+    with pytest.raises(SizeError, match=needed):
         spectra(in_blocks(noise), tree, memory=memory // 2)
-    assert "no tolerance" in str(caught.value) and f"needed: {noise.nbytes:,} bytes" in str(
-        caught.value
-    )
     with pytest.raises(ShapeError, match="other sizes than the model"):
         distance(x, Factorization(tree, 3, 2))
     swapped = in_blocks(x).astype(">f8")  # the other order of bytes, read whole

@@ -246,11 +246,7 @@ def _mask(vectors: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def to_factorization(
-    tree: ModeTree,
-    weights: Mapping[int, Tensor],
-    log2: float,
-    dtype: torch.dtype,
-    lost: float,
+    tree: ModeTree, weights: Mapping[int, Tensor], log2: float, dtype: torch.dtype, lost: float
 ) -> Factorization:
     """Return the factorization of weights times ``2**log2``; its error bound is ``lost`` times that."""
     top = len(tree.nodes) - 1

@@ -157,11 +157,7 @@ def whole(array: Any, memory: int) -> Tensor | None:
 
 
 def compress(
-    array: Any,
-    tree: ModeTree,
-    limits: Mapping[int, int],
-    share: float | None,
-    memory: int,
+    array: Any, tree: ModeTree, limits: Mapping[int, int], share: float | None, memory: int
 ) -> Compressed:
     """Read a tensor a few times and reduce it to a core that fits into memory.
 
