@@ -121,17 +121,15 @@ class Factorization(nn.Module):
             ShapeError, OptionError: Weights that do not fit the tree or each other.
         """
         tensors = {node: torch.as_tensor(weight) for node, weight in weights.items()}
-        for node in tree.nodes[:-1]:
-            if node not in tensors:
-                raise ShapeError(
-                    f"from_weights: there is no weight for node {node!r}.", argument="weights"
-                )
-            if tensors[node].ndim < 2:
-                raise ShapeError(
-                    f"the weight of node {node!r} needs two axes or more, with the bond above it last.\n"
-                    f"  found: shape {tuple(tensors[node].shape)}",
-                    argument="weights",
-                )
+        with blame("weights"):
+            for node in tree.nodes[:-1]:
+                if node not in tensors:
+                    raise ShapeError(f"from_weights: there is no weight for node {node!r}.")
+                if tensors[node].ndim < 2:
+                    raise ShapeError(
+                        f"the weight of node {node!r} needs two axes or more, with the bond above it last.\n"
+                        f"  found: shape {tuple(tensors[node].shape)}"
+                    )
         model = cls(
             tree,
             [tensors[mode].shape[0] for mode in tree.leaves],
@@ -161,8 +159,7 @@ class Factorization(nn.Module):
     def _set(self, network: Network, stacks: nn.ParameterList | list[Tensor]) -> Factorization:
         super().__init__()
         self.network = network
-        # Weights of equal nodes live in one parameter, so that a level is one batched call.
-        self.stacks = stacks
+        self.stacks = stacks  # those of equal nodes in one, so that a level is one batched call
         self._entry_plans: list[tuple[Tensor, Plan]] = []
         self.error_bound: float | None = None
         return self
@@ -263,16 +260,14 @@ class Factorization(nn.Module):
             ShapeError, DataError: Wrong shape or dtype, no rows, or an index out of range.
             SizeError: Intermediates would not fit into the memory available.
         """
-        if isinstance(index, Plan):
-            if index.kind != "entries" or index.network != self.network:
-                raise OptionError(
-                    f"a plan of {index.kind} for another network cannot give the entries of this model.\n"
-                    "  write tnreg.plan(model, index=index)",
-                    argument="index",
-                )
-        else:
-            index = self._entry_plan(index)
-        return self._contract(index)
+        chosen = index if isinstance(index, Plan) else self._entry_plan(index)
+        if chosen.kind != "entries" or chosen.network != self.network:
+            raise OptionError(
+                f"a plan of {chosen.kind} for another network cannot give the entries of this model.\n"
+                "  write tnreg.plan(model, index=index)",
+                argument="index",
+            )
+        return self._contract(chosen)
 
     def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)
@@ -405,7 +400,7 @@ class Factorization(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and tree to a safetensors file, whole or not at all; read it with ``load``."""
-        broken = [node for node, w in self.weights.items() if not torch.isfinite(w.detach()).all()]
+        broken = [node for node, w in self.weights.items() if not w.isfinite().all()]
         if broken:
             raise DataError(
                 f"not saved: the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}."
@@ -473,20 +468,17 @@ def load(
             )
         network, dtype = Network.from_json(about), getattr(torch, about["dtype"])
         _check_stored(network, tensors, dtype)
-        shapes = [(len(level.positions), *level.shape) for level in network.stacks]
-        stacks = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        model = Factorization.holding(network, stacks)
-        weights = {network.tree.nodes[p]: tensors[f"weight.{p}"] for p in network.weighted}
-        if dtype.is_complex:
-            weights = {node: torch.view_as_complex(pairs) for node, pairs in weights.items()}
-        model.load_weights(weights)
-        return model
+        stacks = []
+        for level in network.stacks:
+            stack = torch.stack([tensors[f"weight.{p}"] for p in level.positions]).to(device)
+            stacks.append(torch.view_as_complex(stack) if dtype.is_complex else stack)
+        return Factorization.holding(network, stacks)
 
     return read_model(path, "tnreg", "factorization of Factorization.save", build)
 
 
 def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise FileError unless a file's tensors are those of a network, before room is made for them."""
+    """Raise FileError unless a file's tensors are those of a network, all of them finite."""
     last = (2,) if dtype.is_complex else ()
     shapes = {f"weight.{p}": (*network.shape(p), *last) for p in network.weighted}
     if set(shapes) != set(tensors):
@@ -497,3 +489,6 @@ def _check_stored(network: Network, tensors: Mapping[str, Tensor], dtype: torch.
                 f"{key} has another shape or dtype: {tuple(value.shape)} {value.dtype}, "
                 f"expected {shapes[key]} {dtype.to_real()}"
             )
+        if not torch.isfinite(value).all():
+            node = network.tree.nodes[int(key.removeprefix("weight."))]
+            raise FileError(f"the weight of node {node!r} has NaN or infinite entries.")

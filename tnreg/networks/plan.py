@@ -320,32 +320,28 @@ def _within(
     Raises:
         SizeError: There is none; ``device`` is where so much is available, ``None`` for a caller's limit.
     """
-    first, fits = plans[0], limit // item
-    for plan in plans:
-        if plan.cost.entries(gradients) <= fits:
-            return plan
-    if first.kind != "entries":  # the smallest intermediates, at whatever cost
+    first = plans[0]
+    sizes = [item * plan.cost.entries(gradients) for plan in plans]
+    if (
+        min(sizes) > limit and first.kind != "entries"
+    ):  # the smallest intermediates, at whatever cost
         whole = _whole(first.network, first.batch, "smallest")
-        small = replace(first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole)
-        if small.cost.entries(gradients) <= fits:
-            return small
-        plans = (*plans, small)
-    needed = item * min(plan.cost.entries(gradients) for plan in plans)
+        plans = (*plans, replace(first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole))
+        sizes.append(item * whole.cost.entries(gradients))
+    for plan, size in zip(plans, sizes, strict=True):
+        if size <= limit:
+            return plan
     what = f"{first.batch} samples" if first.batch else f"a tensor of shape {first.network.sizes}"
     advice = _ADVICE[first.kind]
     if first.batch:  # by the route whose cost is in proportion to their number
-        own = (plan for plan in plans if plan.kind == "batch" or plan.route == "per-sample")
-        each = item * min(plan.cost.entries(gradients) for plan in own)
+        routes = zip(plans, sizes, strict=True)
+        each = min(n for plan, n in routes if plan.kind == "batch" or plan.route == "per-sample")
         most = first.batch * limit // each
         single = f"; one alone needs {written(each / first.batch)}"
         advice = f"{advice}, here no more than {most}" if most else f"give more memory{single}"
+    note = ", result and intermediates"
     raise does_not_fit(
-        f"{what}: the contraction",
-        needed,
-        limit,
-        advice,
-        note=", result and intermediates",
-        device=device,
+        f"{what}: the contraction", min(sizes), limit, advice, note=note, device=device
     )
 
 

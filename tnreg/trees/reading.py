@@ -40,9 +40,8 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
             if isinstance(item, list | tuple) and id(item) in seen:
                 if any(item is sequence for sequence, _, _ in path):
                     raise TreeError("not a mode tree: a list contains itself.")
-                while isinstance(
-                    item, list | tuple
-                ):  # its modes come twice: the error needs only one
+                # its modes come twice, and one of them is enough for the error
+                while isinstance(item, list | tuple):
                     item = item[0]
             if isinstance(item, list | tuple):
                 path.append((item, iter(item), []))
@@ -74,8 +73,7 @@ def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[in
     for node, below in zip(order, children, strict=True):
         if below and _is_int(node):
             raise TreeError(
-                f"not a mode tree: the interior node {node!r} is named like a mode.\n"
-                f"  its children: {below}\n"
+                f"not a mode tree: the interior node {node!r} is named like a mode; its children: {below}.\n"
                 "  integers are leaves; give interior nodes other names, e.g. a string or the tuple of modes"
             )
     leaves = [node for node, below in zip(order, children, strict=True) if not below]
@@ -100,9 +98,8 @@ def _root_of(graph: nx.DiGraph[Any]) -> Node:
     many = [node for node, degree in graph.in_degree() if degree > 1]
     if many:
         raise TreeError(
-            f"not a mode tree: node {many[0]!r} has more than one parent.\n"
-            f"  its parents: {list(graph.predecessors(many[0]))}\n"
-            "  edges point from parent to child and every node but the root has one parent"
+            f"not a mode tree: node {many[0]!r} has more than one parent: "
+            f"{list(graph.predecessors(many[0]))}.\n  edges point from parent to child"
         )
     if not roots:
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
