@@ -81,38 +81,70 @@ def table_rows(out):
 # What the commands print and write
 
 
-def test_tree(cli):
+def test_tree(cli, answer):
     out, _ = cli("tree htf-4 --ascii")
     assert "order 4, 7 nodes, height 2" in out and "(0, 1)" in out
     assert "(0, 2)" in cli("tree [[0,2],[1,3]] --png t.png")[0]
     assert Path("t.png").stat().st_size > 1000
     assert "0 ligand size 13" in cli("tree il2-4 --sizes")[0]
     ModeTree.star(3).save("own.json")
-    assert "order 3" in cli("tree own.json")[0]
-    assert "quad-8x8" in cli("tree list")[0]
+    assert "order 3" in cli("tree own.json")[0] and "quad-8x8" in cli("tree list")[0]
     for content in ('{"tree": [0, 1], "modes": ["a"]}', '{"tree": [0, 1], "sizes": 5}'):
         Path("t.json").write_text(content)
         assert "need one entry for each of 2 modes" in cli("tree t.json --sizes", 1)[1]
+    rows = answer("tree list")
+    assert [row["name"] for row in rows] == list(gallery())
+    assert all(row["order"] == load_tree(row["name"]).order and row["about"] for row in rows)
+    for source in ("il2-4", "[[0,2],[1,[3]]]"):
+        document, tree = answer(f"tree {source}"), read_tree(source)
+        assert tree_from_json(document) == tree and document["height"] == tree.heights[-1]
+        for row, node in zip(document["nodes"], tree.nodes, strict=True):
+            above = tree.parent(node)
+            assert row["node"] == str(node) and tuple(row["modes"]) == tree.modes_below(node)
+            assert row["parent"] == (None if above is None else str(above))
+    assert answer("tree il2-4")["modes"][0] == "ligand"
 
 
-def test_rank(cli, tensor):
-    out, _ = cli("rank x.npy --tree htf-4 --rtol 1e-9 --png r.png")
-    ranks = {row[0]: int(row[2]) for row in table_rows(out)}
-    assert ranks == {"0": 2, "1": 2, "(0, 1)": 2, "2": 3, "3": 3, "(2, 3)": 2}
-    assert Path("r.png").exists()
+def test_rank(cli, answer, tensor):
+    words, tree = "rank x.npy --tree across-4 --rtol 0.1", ModeTree([[0, 2], [1, 3]])
+    rows, document = table_rows(cli(f"{words} --png r.png")[0]), answer(words)
+    assert document["sizes"] == list(tensor.shape) and document["rtol"] == 0.1
+    ranks = {str(node): rank for node, rank in hierarchical_rank(tensor, tree, rtol=0.1).items()}
+    assert {row["node"]: row["rank"] for row in document["nodes"]} == ranks
+    assert {row[0]: int(row[2]) for row in rows} == ranks and Path("r.png").exists()
+    for row, s in zip(document["nodes"], spectra(tensor, tree).values(), strict=True):
+        assert row["singular values"] == len(s)
+        figures = {
+            "largest": s[0],
+            "effective rank": effective_rank(s),
+            "entropy": entanglement_entropy(s),
+        }
+        assert {key: row[key] for key in figures} == pytest.approx(
+            {k: float(v) for k, v in figures.items()}
+        )
     zoo.model_of(ModeTree.binary(4)).save("m.safetensors")
     assert "(2, 3)" in cli("rank m.safetensors")[0]
     assert "(0, 2)" in cli("rank m.safetensors --tree [[0,2],[1,3]]")[0]
 
 
-def test_decompose(cli, tensor):
-    out, _ = cli("decompose x.npy --tree htf-4 --rtol 0.2 --out m.safetensors --png d.png")
-    model = load("m.safetensors")
-    error = ((model.to_tensor() - tensor).norm() / tensor.norm()).item()
-    assert error <= 0.2 and f"reached {error:.4g}" in out and Path("d.png").exists()
-    assert f"of {tensor.numel()} " in out and "asked 0.2" in out
-    bonds = zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True)
-    assert {row[0]: int(row[2]) for row in table_rows(out)} == {str(v): r for v, r in bonds}
+def test_decompose(cli, answer, tensor):
+    words = "decompose x.npy --tree htf-4 --rtol 0.2 --out m.safetensors"
+    (out, _), document = cli(f"{words} --png d.png"), answer(words)
+    model, errors, norm = load("m.safetensors"), document["relative error"], tensor.norm()
+    error = ((model.to_tensor() - tensor).norm() / norm).item()
+    assert errors["reached"] == pytest.approx(error, rel=1e-9) and f"reached {error:.4g}" in out
+    assert errors["asked"] == 0.2 >= errors["bound"] >= error and "asked 0.2" in out
+    assert document["numbers before"] == tensor.numel() and f"of {tensor.numel()} " in out
+    assert document["numbers"] == sum(p.numel() for p in model.parameters())
+    assert document["written"] == ["m.safetensors"] and Path("d.png").exists()
+    bonds = {
+        str(v): r for v, r in zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True)
+    }
+    assert {row[0]: int(row[2]) for row in table_rows(out)} == bonds
+    assert {row["node"]: row["rank"] for row in document["nodes"]} == bonds
+    for row, s in zip(document["nodes"], spectra(tensor, model.tree).values(), strict=True):
+        rest = float(s[row["rank"] :].norm() / norm)
+        assert row["error of the cut"] == pytest.approx(rest, abs=1e-12)
     wide = zoo.model_of(ModeTree.binary(4))
     wide.save("wide.safetensors")
     out, _ = cli("decompose wide.safetensors --ranks 1 --out rounded.safetensors")
@@ -250,21 +282,30 @@ def test_run_locality_and_probe_it(cli):
     assert "effective rank" in cli(words)[0]
 
 
-def test_probe(cli):
+def test_probe(cli, answer):
     """The same network from three kinds of files gives the same table."""
-    net = build("small-cnn", 1)
+    net = build("small-cnn", 1).eval()
     safetensors.torch.save_model(net, "w.safetensors")
     torch.save(net.state_dict(), "w.pt")
     images = torch.randn(40, 1, 8, 40)
     np.save("x.npy", images.numpy())
-    export_pt2(net.eval(), "net.pt2", example=images[:2])
-    tables = []
+    export_pt2(net, "net.pt2", example=images[:2])
+    words, tables = "--data x.npy --distances 0 4 --pairs 3 --samples 4", []
     for model in ("small-cnn --weights w.safetensors", "small-cnn --weights w.pt", "net.pt2"):
-        out, _ = cli(f"probe {model} --data x.npy --distances 0 4 --pairs 3 --samples 4")
-        tables.append(out.split("pixels\n")[1])
+        tables.append(cli(f"probe {model} {words}")[0].split("pixels\n")[1])
     assert tables[0] == tables[1] == tables[2] and len(tables[0].splitlines()) == 3
     cli("probe net.pt2 --data digits:8 --pairs 2 --png p.png")
     assert Path("p.png").exists()
+    options = "--distances 0 4 --pairs 1 --samples 4 --anywhere"
+    [document] = answer(f"probe small-cnn --data x.npy --weights w.pt {options}")["models"]
+    profile = locality_profile(
+        net, images, distances=(0, 4), pairs=1, samples=4, where="anywhere", seed=0
+    )
+    assert document["model"] == "small-cnn" and document["size"] == profile.size == 1
+    rows = document["distances"]
+    assert [(row["distance"], row["standard error"]) for row in rows] == [(0, None), (4, None)]
+    interaction = profile.interaction[:, 0].tolist()
+    assert [row["interaction"] for row in rows] == pytest.approx(interaction, abs=1e-6)
     np.save("small.npy", images[..., :16].numpy())
     _, err = cli("probe net.pt2 --data small.npy", 1)
     assert "does not take images of shape (1, 8, 16)" in err
@@ -316,8 +357,6 @@ def test_tensors_on_disk(cli):
         ("rank il2", "192 missing entries", "--missing nan"),
         ("rank covid19 --tree nope", "no tree named 'nope'", "--tree"),
         ("rank covid19 --tree htf-4", "3 axes and the tree 4 modes", "--tree"),
-        ("rank covid19 --tree [0,1", "not nested lists", "--tree"),
-        ("rank covid19 --tree [0,2]", "mode 1 is missing", "--tree"),
         ("rank covid19 --tree x.json", "no such tree file", "--tree"),
         ("rank covid19 --rtol 2", "rtol must be in [0, 1)", "--rtol"),
         ("rank covid19 --memory lots", "memory must be a number of bytes", "--memory"),
@@ -325,8 +364,6 @@ def test_tensors_on_disk(cli):
         ("rank covid19 --png nowhere/x.png", "there is no folder", "--png"),
         ("decompose covid19 --rtol -1", "rtol must be a number in [0, 1)", "--rtol"),
         ("decompose covid19 --ranks 0", "needs a positive integer", "--ranks"),
-        ("decompose covid19 --memory 0", "memory must be a number of bytes", "--memory"),
-        ("decompose covid19 --tree htf-4", "3 axes and the tree 4 modes", "--tree"),
         ("decompose covid19 --out nowhere/x.safetensors", "there is no folder", "--out"),
         ("decompose covid19 --png .", "give the path of a file", "--png"),
         ("fit covid19 --tree htf-4", "3 mode sizes for a tree over 4 modes", "--tree"),
@@ -341,17 +378,12 @@ def test_tensors_on_disk(cli):
         ("fit covid19 --join full --root ones", "root='ones' needs", "--root"),
         ("run dynamics --model tiny --tree [0,1]", "a tree over 2 modes", "--tree"),
         ("run dynamics --model tiny --target-tree nope", "no tree named 'nope'", "--target-tree"),
-        (
-            "run dynamics --model tiny --off-tree 0,9",
-            "is no set of some of the modes",
-            "--off-tree",
-        ),
+        ("run dynamics --model tiny --off-tree 0,9", "is no set of some of the mode", "--off-tree"),
         ("run dynamics --model tiny --out theirs", "left alone", "--out"),
         ("run dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
         ("run convac --trees htf-4 --out r", "64 pixels", "--trees"),
         ("run convac --trees nope --out r", "no tree named 'nope'", "--trees"),
         ("run init-scale --model tiny --stds", "at least one std and one seed", "--stds"),
-        ("run init-scale --model tiny --seeds", "at least one std and one seed", ""),
         ("sweep dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
         ("export none.safetensors", "no such model file", ""),
         ("probe --data digits", "name one model or more", ""),
@@ -442,53 +474,6 @@ def test_a_process_count_without_a_rank_is_told(cli, monkeypatch):
 # JSON
 
 
-def test_json_of_trees(answer):
-    rows = answer("tree list")
-    assert [row["name"] for row in rows] == list(gallery())
-    assert all(row["order"] == load_tree(row["name"]).order and row["about"] for row in rows)
-    for source in ("il2-4", "[[0,2],[1,[3]]]"):
-        document, tree = answer(f"tree {source}"), read_tree(source)
-        assert tree_from_json(document) == tree and document["height"] == tree.heights[-1]
-        for row, node in zip(document["nodes"], tree.nodes, strict=True):
-            above = tree.parent(node)
-            assert row["node"] == str(node)
-            assert row["parent"] == (None if above is None else str(above))
-            assert tuple(row["modes"]) == tree.modes_below(node)
-    assert answer("tree il2-4")["modes"][0] == "ligand"
-
-
-def test_json_of_ranks(answer, tensor):
-    tree = ModeTree([[0, 2], [1, 3]])
-    document = answer("rank x.npy --tree across-4 --rtol 0.1 --png r.png")
-    assert document["sizes"] == list(tensor.shape) and document["rtol"] == 0.1
-    ranks = {str(node): rank for node, rank in hierarchical_rank(tensor, tree, rtol=0.1).items()}
-    assert {row["node"]: row["rank"] for row in document["nodes"]} == ranks
-    for row, s in zip(document["nodes"], spectra(tensor, tree).values(), strict=True):
-        assert row["singular values"] == len(s)
-        figures = [float(s[0]), float(effective_rank(s)), float(entanglement_entropy(s))]
-        assert [row[key] for key in ("largest", "effective rank", "entropy")] == pytest.approx(
-            figures
-        )
-
-
-def test_json_of_a_decomposition(answer, tensor):
-    document = answer("decompose x.npy --tree htf-4 --rtol 0.2 --out m.safetensors")
-    model = load("m.safetensors")
-    bonds = zip(model.tree.nodes[:-1], model.network.bonds[:-1], strict=True)
-    assert {row["node"]: row["rank"] for row in document["nodes"]} == {str(v): r for v, r in bonds}
-    assert document["numbers"] == sum(p.numel() for p in model.parameters())
-    assert document["numbers before"] == tensor.numel()
-    assert document["written"] == ["m.safetensors"]
-    errors, norm = document["relative error"], tensor.norm()
-    error = ((model.to_tensor() - tensor).norm() / norm).item()
-    assert errors["reached"] == pytest.approx(error, rel=1e-9)
-    assert errors["asked"] == 0.2 >= errors["bound"] >= error
-    values = spectra(tensor, model.tree)
-    for row, s in zip(document["nodes"], values.values(), strict=True):
-        rest = float(s[row["rank"] :].norm() / norm)
-        assert row["error of the cut"] == pytest.approx(rest, abs=1e-12)
-
-
 def test_json_of_trainings(answer, tensor):
     """The document says what the run folder says."""
     for words in ("fit x.npy --rank 2", "run dynamics --model tiny"):
@@ -520,9 +505,7 @@ class Net(nn.Sequential):
 
 
 def test_json_of_a_sweep_that_fails(cli, answer):
-    words = (
-        "sweep dynamics --model tiny --seed 0 --lr=-1 --workers 0 --retries 0 --no-progress --out s"
-    )
+    words = "sweep dynamics --model tiny --seed 0 --lr=-1 --workers 0 --retries 0 --out s"
     document = answer(words, 1)
     [(name, error)] = document["failed"].items()
     assert "lr must be" in error and not document["rows"]
@@ -552,23 +535,6 @@ def test_json_of_convac_and_locality(answer, monkeypatch):
     document = answer("run locality --set tiny --out r")
     assert document["means"] == [{**cell, "deviation": None, "cost": None}]
     assert bars == [False, False]  # no terminal here
-
-
-def test_json_of_a_probe(answer):
-    images = torch.rand(20, 1, 8, 24, generator=torch.Generator().manual_seed(0))
-    np.save("x.npy", images.numpy())
-    net = build("small-cnn", 1).eval()
-    torch.save(net.state_dict(), "w.pt")
-    words = "--distances 0 4 --pairs 1 --samples 4 --anywhere"
-    [document] = answer(f"probe small-cnn --data x.npy --weights w.pt {words}")["models"]
-    profile = locality_profile(
-        net, images, distances=(0, 4), pairs=1, samples=4, where="anywhere", seed=0
-    )
-    assert document["model"] == "small-cnn" and document["size"] == profile.size == 1
-    rows = document["distances"]
-    assert [(row["distance"], row["standard error"]) for row in rows] == [(0, None), (4, None)]
-    interaction = profile.interaction[:, 0].tolist()
-    assert [row["interaction"] for row in rows] == pytest.approx(interaction, abs=1e-6)
 
 
 def test_plain_values():
@@ -629,10 +595,8 @@ def test_work_shows_a_line_on_a_terminal(cli, tensor, monkeypatch):
 
 
 def test_nothing_is_drawn_where_there_is_no_terminal(cli, tensor):
-    for command in ("rank", "decompose"):
-        out, err = cli(f"{command} x.npy")
-        assert not err and "..." not in out
-    assert not Reply().shows(True)
+    out, err = cli("decompose x.npy")
+    assert not err and "..." not in out and not Reply().shows(True)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

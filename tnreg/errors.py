@@ -1,8 +1,7 @@
 """Errors that tnreg raises for bad input.
 
-All of them are ``TnregError``, which is a ``ValueError``: catching either one catches all. A
-message says what is wrong and where, what was found against what was expected, and what to write
-instead.
+All of them are ``TnregError``, which is a ``ValueError``: catching either one catches all. A message says
+what is wrong and where, what was found against what was expected, and what to write instead.
 """
 
 import contextlib
@@ -15,9 +14,8 @@ class TnregError(ValueError):
     """Base of every error that tnreg raises on purpose.
 
     Attributes:
-        argument: Name of the argument of a public function that the error is about, e.g. ``"rtol"``, in one
-            word; ``None`` if there is none. The command line names the option from it. It survives
-            pickling, so errors bring it along from other processes.
+        argument: The argument of a public function that the error is about, e.g. ``"rtol"``, or ``None``;
+            the command line names the option from it. Pickling keeps it.
     """
 
     def __init__(self, *message: object, argument: str | None = None) -> None:
@@ -56,19 +54,13 @@ def check_integer(value: Any, least: int, what: str, error: type[TnregError] = O
         value: What to check.
         least: Smallest value allowed.
         what: What the message calls it; the last word is the argument's name, e.g. ``"fit: steps"``.
-        error: Kind of error to raise.
-
-    Raises:
-        TnregError: Of that kind, if the value is no integer or too small.
+        error: Kind of error to raise if the value is no integer or too small.
     """
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        message = f"{what} must be an integer >= {least}, found {value!r}."
-        raise error(message, argument=what.rpartition(" ")[2])
-    return number
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    message = f"{what} must be an integer >= {least}, found {value!r}."
+    raise error(message, argument=what.rpartition(" ")[2])
 
 
 @contextlib.contextmanager

@@ -9,21 +9,19 @@ import torch
 
 from tnreg import Factorization, algebra, plots, spectra, truncate
 from tnreg import decompose as hierarchical_svd
-from tnreg.cli.inputs import Input, InputOptions, read_input
+from tnreg.cli.inputs import DEFAULTS, Input, InputOptions, read_input
 from tnreg.cli.output import Reply, table_of
 from tnreg.errors import OptionError
 from tnreg.ranks.decompose import distance
 from tnreg.tensors.blocks import is_blocks
 from tnreg.trees.reading import Node
 
-_READING = InputOptions()
-
 
 def decompose(
     file: str,
     /,
     *,
-    reading: InputOptions = _READING,
+    reading: InputOptions = DEFAULTS,
     rtol: float = 1e-3,
     ranks: int | None = None,
     randomized: bool = False,
@@ -66,22 +64,19 @@ def decompose(
         on_disk = is_blocks(source.x)
         values = spectra(model) if on_disk else spectra(source.x, source.tree)
         error, norm = _error_and_norm(source, model, reading.memory)
+        norm = norm or 1.0  # of zeros, whose error is zero
     rows = [_row(node, s, model, norm, on_disk) for node, s in values.items()]
     weights = sum(p.numel() for p in model.parameters())
     before = math.prod(source.sizes)
     if source.tree is None:
         before = sum(p.numel() for p in source.x.parameters())
-    errors = {
-        "asked": rtol,
-        "bound": (model.error_bound or 0.0) / norm if norm > 0 else 0.0,
-        "reached": error / norm if norm > 0 else 0.0,
-    }
+    bound = (model.error_bound or 0.0) / norm
+    errors = {"asked": rtol, "bound": bound, "reached": error / norm}
     cells = [{key: _in_table(value) for key, value in row.items()} for row in rows]
     title = f"{source.name} {model.sizes}, {seconds:.2f} s"
     reply.table(table_of(cells, tuple(rows[0]), title=title))
     if not json:
-        ratio = f"{before / weights:.4g} to 1"
-        reply.note(f"numbers: {weights} of {before} ({ratio})")
+        reply.note(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
         text = "relative error: asked {asked:g}, bound {bound:.4g}, reached {reached:.4g}"
         reply.note(text.format_map(errors))
     if out is not None:
@@ -101,9 +96,9 @@ def _error_and_norm(source: Input, model: Factorization, memory: str | None) -> 
     """Return the distance between input and result, and the norm of the input."""
     if source.tree is not None:
         return distance(source.x, model, memory=memory)
-    # norm of the rounded difference: inner products would lose what is below 1e-8 of the norm
-    rest = truncate(algebra.subtract(model, source.x))
-    return rest.norm().item(), source.x.norm().item()
+    # inner products of the two would lose what is below 1e-8 of the norm
+    difference = truncate(algebra.subtract(model, source.x))
+    return difference.norm().item(), source.x.norm().item()
 
 
 def _row(
@@ -116,16 +111,12 @@ def _row(
         count = min(rows, math.prod(model.sizes) // rows)
         return {"node": str(node), "singular values": count, "rank": bond}
     rest = s[bond:].double()
-    cut = bool(len(rest)) and norm > 0
     return {
         "node": str(node), "singular values": len(s), "rank": bond,
-        "largest cut": float(rest[0]) / norm if cut else 0.0,
-        "error of the cut": float(rest.norm()) / norm if cut else 0.0,
+        "largest cut": float(rest[0]) / norm if len(rest) else 0.0,
+        "error of the cut": float(rest.norm()) / norm,
     }  # fmt: skip
 
 
 def _in_table(value: Any) -> str:
-    """Return a count, or a relative error in two digits."""
-    if isinstance(value, float):
-        return f"{value:.2e}" if value else "0"
-    return str(value)
+    return f"{value:.2e}" if isinstance(value, float) and value else str(value or 0)

@@ -28,8 +28,11 @@ _OPTIONS = {"folder": "out", "sizes": "tree"}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the ``tnreg`` command; exit codes are those of ``tnreg.cli``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    presets = _read_presets(words)
-    run, sweep = make_run(presets.model, presets.set), make_sweep(presets.model, presets.set)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--model", "--set"):  # presets; defaults of other options come from them
+        parser.add_argument(option, nargs="?", default="", const="")
+    presets = vars(parser.parse_known_args(words)[0]).values()
+    run, sweep = make_run(*presets), make_sweep(*presets)
     commands = (demo, tree, rank, decompose, fit, run, sweep, export, probe, plot, doctor)
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -42,19 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         if "shtab" not in str(error):
             raise
-        text = "completion for tcsh needs shtab, which is not installed; pip install shtab"
-        _exit(OptionError(text), ())
+        _exit(OptionError("completion for tcsh needs shtab; pip install shtab"), ())
     except KeyboardInterrupt:
         print("tnreg: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _read_presets(words: Sequence[str]) -> argparse.Namespace:
-    """Return the ``model`` and the ``set`` that are named: the defaults of other options come from them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--model", "--set"):
-        parser.add_argument(option, nargs="?", default="", const="")
-    return parser.parse_known_args(words)[0]
 
 
 def _report_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,11 +65,9 @@ def _report_errors(command: Callable[..., None]) -> Callable[..., None]:
                 )
             command(*arguments, **options)
         except TnregError as error:
-            names = set(options)
-            for value in values:
-                if dataclasses.is_dataclass(value):  # its fields are options
-                    names |= {field.name for field in dataclasses.fields(value)}
-            _exit(error, names)
+            groups = filter(dataclasses.is_dataclass, values)  # their fields are options
+            fields = {field.name for group in groups for field in dataclasses.fields(group)}
+            _exit(error, {*options, *fields})
 
     return run
 

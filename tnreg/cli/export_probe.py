@@ -30,21 +30,19 @@ def export(
 
     Args:
         model: A .safetensors file: a factorization that tnreg saved, or a classifier of `run convac`.
-        format: ONNX, a torch.export program, or plain weights as safetensors with layers in the metadata.
-        out: The file; beside the model with the format's ending if left out.
+        format: ONNX, a torch.export program, or weights as safetensors with layers in the metadata.
+        out: The file; beside the model if left out.
         share: One convolution per layer, if the factorization's weights are equal at all nodes of a height.
         classes: The factorization's last mode is the outputs.
     """
     reply = Reply(out=out)
-    net: ConvNet | ConvAC
     with reply.working(f"reading {model} ..."):
         if is_classifier(model):
             if share or classes:
                 raise OptionError(
-                    f"--share and --classes are for factorizations; {model} is a classifier, whose network "
-                    "knows both."
+                    f"--share and --classes are for factorizations; {model} is a classifier."
                 )
-            net = ConvAC.load(model)
+            net: ConvNet | ConvAC = ConvAC.load(model)
         else:
             net = tnreg.to_cnn(tnreg.load(model), share=share, classes=classes)
     ending, write = _FORMATS[format]
@@ -52,8 +50,7 @@ def export(
     reply.text(net)
     with reply.working(f"writing {format} ..."):
         write(net, target)
-    checked = "" if format == "state" else ", values checked on fresh inputs"
-    reply.note(f"wrote {target}{checked}")
+    reply.note(f"wrote {target}{', values checked on fresh inputs' * (format != 'state')}")
 
 
 def probe(
@@ -79,7 +76,7 @@ def probe(
         data: An image set of tnreg.images (.npz), a file with images (N, C, H, W), or digits:24 for pairs of
             digits that far apart.
         weights: State dict of the network, .safetensors or .pt.
-        distances: Pixels between the patches; nine distances up to the largest if left out.
+        distances: Pixels between the patches; nine up to the largest if left out.
         size: Side of the patches in pixels; an eighth of the image's shorter side if left out.
         samples: Images whose patches are crossed.
         pairs: Pairs of patches for each distance.
@@ -108,20 +105,16 @@ def probe(
                 f"{name} does not take images of shape {tuple(images.shape[1:])}.\n"
                 f"  {str(error).splitlines()[0]}"
             ) from None
-        patch = f"{profiles[name].size}x{profiles[name].size}"
-        reply.text(f"{name}, patches of {patch} pixels")
-        reply.text(profiles[name])
+        side = profiles[name].size
+        reply.text(f"{name}, patches of {side}x{side} pixels\n{profiles[name]}")
     reply.picture(lambda axes: plots.locality_profile(profiles, axes))
     reply.document({"data": data, "models": [_means(*item) for item in profiles.items()]})
 
 
 def _means(name: str, profile: LocalityProfile) -> dict[str, Any]:
-    """Return means over the pairs of patches, and their standard errors, for JSON."""
     columns = {
-        "distance": profile.distances,
-        "interaction": profile.interaction.mean(1),
-        "standard error": profile.standard_error,
-        "effective rank": profile.effective_rank.mean(1),
-    }
+        "distance": profile.distances, "interaction": profile.interaction.mean(1),
+        "standard error": profile.standard_error, "effective rank": profile.effective_rank.mean(1),
+    }  # fmt: skip
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {"model": name, "size": profile.size, "distances": rows}

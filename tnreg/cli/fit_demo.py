@@ -23,8 +23,7 @@ def fit(
 ) -> None:
     """Complete a tensor from a part of its entries with a factorization along a tree.
 
-    Writes a folder with config.json, model.safetensors, trajectory.npz and training.png; Ctrl-C
-    ends the training and writes what was recorded.
+    Writes config.json, model.safetensors, trajectory.npz and training.png, also after Ctrl-C.
 
     Args:
         file: A .npy, .npz, .safetensors or .pt file, or kinetic, il2, covid19, indian-pines.

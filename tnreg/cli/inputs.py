@@ -19,12 +19,10 @@ class InputOptions:
     """Options on how a tensor or a model is read.
 
     Attributes:
-        tree: Gallery name, JSON file or nested lists; if left out, a binary tree (a model's own
-            tree for a model).
-        missing: "nan": entries that are NaN were not measured; they are set to the mean of the
-            others here.
-        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a
-            quarter of what is available.
+        tree: Gallery name, JSON file or nested lists; if left out, a binary tree, or a model's own.
+        missing: "nan": entries that are NaN were not measured; they are set to the mean of the others here.
+        memory: What arrays may take while a file is read block by block, e.g. 2GiB; if left out, a quarter
+            of what is available.
         device: Any torch device, e.g. cuda.
     """
 
@@ -34,17 +32,14 @@ class InputOptions:
     device: str = "cpu"
 
 
-class Input(NamedTuple):
-    """A tensor or a model.
+DEFAULTS = InputOptions()
 
-    Attributes:
-        x: A dense tensor, a Dask array, or a Factorization.
-        tree: The tree; ``None`` for a model along its own.
-        name: For titles.
-    """
+
+class Input(NamedTuple):
+    """A dense tensor, a Dask array or a ``Factorization``, and its name in titles."""
 
     x: Any
-    tree: ModeTree | None
+    tree: ModeTree | None  # None for a model along its own
     name: str
 
     @property
@@ -54,24 +49,18 @@ class Input(NamedTuple):
 
 
 def read_input(file: str, options: InputOptions) -> Input:
-    """Return the tensor or the model that a file or a name stands for.
-
-    Raises:
-        FileError, TreeError, OptionError: The file or an option cannot be used.
-    """
+    """Return the tensor or the model that a file or a name stands for."""
     limit_of(options.memory, "--memory")  # a tensor in memory does not use it
     device = check_device(options.device)
     tree = None if options.tree is None else read_tree(options.tree)
-    if file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file)):
-        if options.missing is not None:
-            raise OptionError(
-                f"--missing is for tensors; {file} is a model, which has all entries."
-            )
+    is_model = file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file))
+    if options.missing is not None and (is_model or is_large_file(file)):
+        kind = "a model, which has all entries" if is_model else "read block by block"
+        raise OptionError(f"--missing is for tensors in memory; {file} is {kind}.")
+    if is_model:
         model = load(file, device=device)
         return Input(model if tree is None else model.to_tensor().detach(), tree, Path(file).stem)
     if is_large_file(file):
-        if options.missing is not None:
-            raise OptionError(f"--missing is for tensors in memory; {file} is read block by block.")
         array = open_tensor(file)
         return Input(array, tree or ModeTree.binary(array.ndim), file)
     tensor = load_tensor(file)
@@ -88,11 +77,7 @@ def read_input(file: str, options: InputOptions) -> Input:
 
 
 def check_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        OptionError: No tensor can be made there.
-    """
+    """Return the device of that name; ``OptionError`` if no tensor can be made there."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

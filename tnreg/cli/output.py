@@ -1,14 +1,11 @@
-"""What a command prints: tables and notes on standard output, or with ``--json`` one JSON document.
-
-While a command works, a status line or a progress bar is shown on standard error, if that is a terminal.
-"""
+"""What a command prints: tables and notes on standard output, or with ``--json`` one JSON document."""
 
 import contextlib
 import json as json_format
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +21,10 @@ from tnreg.tensors.blocks import log as log_of_passes
 
 
 class Reply:
-    """Prints the parts of an answer.
-
-    Args:
-        json: Whether standard output holds one JSON document and nothing else.
-        out: File that the command is to write, option ``--out``.
-        png: Picture that the command is to write, option ``--png``.
+    """Prints the parts of an answer; where it is to be ``json``, standard output holds nothing else.
 
     Raises:
-        FileError: One of the files could not be written, which is checked before any work.
+        FileError: ``out`` or ``png`` could not be written, which is checked before any work.
     """
 
     def __init__(
@@ -108,14 +100,14 @@ def table_of(
     left: int = 1,
     **options: Any,
 ) -> Table:
-    """Return a table of rows.
+    """Return a table of rows, which are values by name; ``options`` are those of ``rich.table.Table``.
 
     Args:
-        rows: Values by name.
+        rows: One mapping a row.
         columns: ``{heading: format of a row's values}``, e.g. ``{"error": "{error:.2g}"}``; or names of
             values to be shown as they are.
         left: How many columns are aligned to the left; the others hold numbers.
-        options: Other arguments of ``rich.table.Table``, e.g. ``title``.
+        options: For example a ``title``.
     """
     table = Table(**{"title_justify": "left", **options})
     if not isinstance(columns, Mapping):
@@ -133,10 +125,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(v) for key, v in value.items()}
     if isinstance(value, np.ndarray | torch.Tensor | np.generic):
         return plain(value.tolist())
-    if isinstance(value, set | frozenset):
-        return [plain(v) for v in sorted(value)]
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+    if isinstance(value, list | tuple | Set):
+        return [plain(v) for v in (sorted(value) if isinstance(value, Set) else value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int) or value is None else str(value)

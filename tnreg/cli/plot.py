@@ -11,14 +11,11 @@ from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.sweep import pictures as sweep_pictures
 
-
-def _picture_of_dynamics(folder: Path, png: Path | None) -> Path:
-    return plots.save_figure(dynamics.panels([folder]), png) if png else dynamics.figure(folder)
-
-
 # Pictures of experiments; where there is a trajectory, its panels can be chosen as well.
 _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
-    "dynamics": _picture_of_dynamics,
+    "dynamics": lambda folder, png: (
+        plots.save_figure(dynamics.panels([folder]), png) if png else dynamics.figure(folder)
+    ),
     "demo": demo.figure,
     "init_scale": init_scale.figure,
     "convac": convac.figure,
@@ -40,12 +37,11 @@ def plot(
     """Draw what a run recorded; several runs of `dynamics` side by side.
 
     Args:
-        runs: Run folders, or one trajectory .npz file. Without further options the pictures in the
-            folder are drawn again.
+        runs: Run folders, or one trajectory .npz file.
         names: What to draw, one panel each.
         linear: Linear instead of logarithmic vertical axes.
-        png: Where to write the picture; if left out, the experiment's own pictures in its folder,
-            training.png beside a trajectory, panels.png beside several runs.
+        png: Where to write the picture; if left out, the experiment's own pictures in its folder are drawn
+            again, training.png beside a trajectory, panels.png beside several runs.
     """
     reply = Reply(png=png)
     if not runs:
@@ -60,7 +56,6 @@ def plot(
 def _draw(
     runs: tuple[Path, ...], names: tuple[str, ...], linear: bool, png: Path | None
 ) -> tuple[Path, str]:
-    """Return the path of the picture, and what a trajectory holds."""
     first, several = runs[0], len(runs) > 1
     kind = experiment_of(first)
     if names or linear:

@@ -1,7 +1,4 @@
-"""The commands ``run`` and ``sweep``, which train experiments.
-
-Each is made for the presets that the command line names, as these give the other options their defaults.
-"""
+"""The commands ``run`` and ``sweep``, made for the presets that are named: other defaults come from them."""
 
 import contextlib
 import functools
@@ -44,9 +41,8 @@ def make_run(model: str, image_set: str) -> Callable[..., None]:
     ) -> None:
         """Run an experiment of the paper, or the same on a tree and a target of your own.
 
-        Writes a run folder; a run of dynamics, init-scale or locality that was killed or interrupted goes on
-        when the same command is given. Several processes train locality together: torchrun --nproc-per-node 2
-        -m tnreg run locality.
+        A run of dynamics, init-scale or locality that was killed or interrupted goes on when the same
+        command is given. Several processes train locality: torchrun --nproc-per-node 2 -m tnreg run locality.
 
         Args:
             experiment: What to run.
@@ -119,8 +115,8 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
                 retries=retries, parquet=parquet, progress=reply.shows(progress),
             )  # fmt: skip
         reply.table(tables.sweep_table(result, kind.name))
-        reply.note(f"{len(result.rows)} runs, {len(result.computed)} of them now")
-        reply.note(f"wrote {folder}")
+        counts = f"{len(result.rows)} runs, {len(result.computed)} of them now"
+        reply.note(f"{counts}\nwrote {folder}")
         failed = {run.cell.name: str(run.error) for run in result.failed}
         reply.document(
             {
@@ -130,9 +126,8 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
         )  # fmt: skip
         if failed:
             print(f"tnreg: {len(failed)} of {len(cells)} runs failed:", file=sys.stderr)
-            for name, error in failed.items():
-                print(f"  {name}: {error}", file=sys.stderr)
-            print("  the same command tries them again", file=sys.stderr)
+            lines = (f"  {name}: {error}" for name, error in failed.items())
+            print(*lines, "  the same command tries them again", sep="\n", file=sys.stderr)
             raise SystemExit(1)
 
     return sweep
@@ -147,31 +142,34 @@ def _one_of(*choices: tuple[str, Any, str]) -> Any:
     return functools.reduce(operator.or_, kinds)
 
 
+# The module of an experiment, its name, and that of its folder.
+_EXPERIMENTS: dict[type, tuple[Any, str, str]] = {
+    dynamics.Config: (dynamics, "dynamics", "{0.model}-{0.seed}"),
+    init_scale.Config: (init_scale, "init-scale", "init-scale-{0.model}"),
+    convac.Config: (convac, "convac", "convac"),
+    locality.Config: (locality, "locality", "locality-{0.set}"),
+}
+
+
 def _run(config: Any, out: Path | None, progress: bool) -> tuple[Path, list[Table], dict[str, Any]]:
     """Run an experiment; return its folder, tables of the results, and the results for JSON."""
-    runs = Path("runs")
-    if isinstance(config, convac.Config):
-        folder = out or runs / "convac"
-        summary = convac.run(config, folder, progress=progress)
-        return folder, tables.convac_tables(summary), {"experiment": "convac", **summary}
-    if isinstance(config, init_scale.Config):
-        folder = out or runs / f"init-scale-{config.model}"
-        rows = init_scale.run(config, folder, progress=progress)
-        table = tables.init_scale_table(rows, config.model)
-        return folder, [table], {"experiment": "init-scale", "rows": rows}
-    if isinstance(config, locality.Config):
-        folder = out or runs / f"locality-{config.set}"
-        rows = locality.run(config, folder, progress=progress)
-        means, begun = locality.table(rows), locality.going_on(folder)
+    module, name, place = _EXPERIMENTS[type(config)]
+    folder = out or Path("runs") / place.format(config)
+    answer = result = module.run(config, folder, progress=progress)
+    if module is convac:
+        shown = tables.convac_tables(result)
+    elif module is init_scale:
+        answer, shown = {"rows": result}, [tables.init_scale_table(result, config.model)]
+    elif module is locality:
+        means, begun = locality.table(result), locality.going_on(folder)
+        answer = {"rows": result, "means": means, "going on": begun}
         title = f"{config.set}, {config.model}, {len(config.seeds)} seeds"
-        answer = {"experiment": "locality", "rows": rows, "means": means, "going on": begun}
-        unfinished = len(rows) < len(locality.cells(config))
-        more = [tables.unfinished_table(begun)] if unfinished else []
-        return folder, [tables.locality_table(means, title), *more], answer
-    folder = out or runs / f"{config.model}-{config.seed}"
-    summary = dynamics.run(config, folder, progress=progress)
-    table = tables.summary_table(summary, f"{config.model}, seed {config.seed}")
-    return folder, [table], {"experiment": "dynamics", **summary}
+        shown = [tables.locality_table(means, title)]
+        if len(result) < len(locality.cells(config)):
+            shown.append(tables.unfinished_table(begun))
+    else:
+        shown = [tables.summary_table(result, f"{config.model}, seed {config.seed}")]
+    return folder, shown, {"experiment": name, **answer}
 
 
 @contextlib.contextmanager
@@ -181,6 +179,6 @@ def _may_be_repeated() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if is_first():
-            message = "tnreg: interrupted; the same command goes on where this one stopped"
-            print(message, file=sys.stderr)
+            text = "tnreg: interrupted; the same command goes on where this one stopped"
+            print(text, file=sys.stderr)
         raise SystemExit(130) from None

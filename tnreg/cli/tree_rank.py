@@ -6,14 +6,12 @@ from typing import Any
 import torch
 
 from tnreg import ModeTree, effective_rank, entanglement_entropy, gallery, load_tree, plots, spectra
-from tnreg.cli.inputs import InputOptions, read_input
+from tnreg.cli.inputs import DEFAULTS, InputOptions, read_input
 from tnreg.cli.output import Reply, table_of
 from tnreg.errors import FileError
 from tnreg.ranks.dense import numerical_rank
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import read_tree, read_tree_file, tree_to_json
-
-_READING = InputOptions()
 
 
 def tree(
@@ -28,8 +26,7 @@ def tree(
     """Draw a mode tree.
 
     Args:
-        source: A gallery name (htf-4), a JSON file, or nested lists ("[[0,1],[2,3]]"); "list" lists
-            the gallery.
+        source: A gallery name (htf-4), a JSON file, or nested lists ("[[0,1],[2,3]]"); or "list".
         ascii: Draw with plain characters only.
         sizes: Show mode names and sizes, if the file has them.
         png: Also draw a picture into this file.
@@ -37,15 +34,13 @@ def tree(
     """
     reply = Reply(json, png=png)
     if source == "list":
-        _list_gallery(reply)
-        return
+        return _list_gallery(reply)
     mode_tree = read_tree(source)
     about = {} if source.lstrip().startswith("[") else read_tree_file(source)
     labels = _mode_labels(source, mode_tree, about) if sizes else {}
     reply.text(mode_tree.text(label=lambda node: labels.get(node, str(node)), ascii_only=ascii))
-    reply.text(
-        f"order {mode_tree.order}, {len(mode_tree.nodes)} nodes, height {mode_tree.heights[-1]}"
-    )
+    numbers = {"order": mode_tree.order, "height": mode_tree.heights[-1]}
+    reply.text(f"order {mode_tree.order}, {len(mode_tree.nodes)} nodes, height {numbers['height']}")
     reply.picture(lambda axes: plots.tree(mode_tree, axes, labels=labels))
     nodes = [
         {"node": str(node), "parent": None if above is None else str(above),
@@ -53,7 +48,6 @@ def tree(
         for node, above in ((node, mode_tree.parent(node)) for node in mode_tree.nodes)
     ]  # fmt: skip
     extras = {key: about[key] for key in ("about", "modes", "sizes") if key in about}
-    numbers = {"order": mode_tree.order, "height": mode_tree.heights[-1]}
     reply.document({**numbers, "nodes": nodes, **tree_to_json(mode_tree), **extras})
 
 
@@ -61,7 +55,7 @@ def rank(
     file: str,
     /,
     *,
-    reading: InputOptions = _READING,
+    reading: InputOptions = DEFAULTS,
     rtol: float = 1e-3,
     png: Path | None = None,
     json: bool = False,
@@ -97,25 +91,23 @@ def rank(
 
 
 def _list_gallery(reply: Reply) -> None:
-    rows = []
-    for name in gallery():
-        mode_tree, about = load_tree(name), read_tree_file(name).get("about", "")
-        rows.append(
-            {"name": name, "order": mode_tree.order, "nodes": len(mode_tree.nodes), "about": about}
-        )
+    rows = [
+        {"name": name, "order": mode_tree.order, "nodes": len(mode_tree.nodes),
+         "about": read_tree_file(name).get("about", "")}
+        for name, mode_tree in ((name, load_tree(name)) for name in gallery())
+    ]  # fmt: skip
     reply.table(table_of(rows, tuple(rows[0]), left=len(rows[0])))
     reply.document(rows)
 
 
 def _mode_labels(source: str, tree: ModeTree, about: dict[str, Any]) -> dict[Node, str]:
-    """Return ``{mode: number, name and size}``, as far as the file has them."""
+    """Return the number, name and size of modes, as far as the file has them."""
     names, counts = (about.get(key) or [""] * tree.order for key in ("modes", "sizes"))
     if not all(isinstance(part, list) and len(part) == tree.order for part in (names, counts)):
         raise FileError(
             f"{source}: 'modes' and 'sizes' need one entry for each of {tree.order} modes."
         )
-    labels: dict[Node, str] = {}
-    for mode in tree.leaves:
-        size = f"size {counts[mode]}" if counts[mode] else ""
-        labels[mode] = " ".join(part for part in (str(mode), str(names[mode]), size) if part)
-    return labels
+    rows = zip(names, (f"size {count}" if count else "" for count in counts), strict=True)
+    return {
+        mode: " ".join([str(mode), *map(str, filter(None, row))]) for mode, row in enumerate(rows)
+    }

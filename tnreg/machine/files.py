@@ -26,10 +26,6 @@ Model = TypeVar("Model")
 # What a disk that cannot hold the data reports; such errors come without a file's name.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
-_LONGEST_HEAD = (
-    100_000_000  # bytes of a safetensors file before its tensors; the format's own limit
-)
-
 
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Return whether a file or folder exists; False as well for a name that no file can have.
@@ -52,12 +48,10 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return metadata and tensors of a safetensors file, read at once.
-
-    The reader of safetensors opens a file twice by its name, and would mix two files if another process
-    replaces it in between.
-    """
-    data = path.read_bytes()
+    """Return metadata and tensors of a safetensors file."""
+    data = (
+        path.read_bytes()
+    )  # safetensors opens it twice; another process may replace it in between
     tensors = dict(sorted(safetensors.torch.load(data).items()))  # load returns them in any order
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
@@ -84,12 +78,10 @@ def read_model(
 ) -> Model:
     """Return what ``build`` makes of the JSON and the tensors of a file of ``write_safetensors``.
 
-    Nothing in the file is executed.
-
     Args:
-        path: The file.
+        path: The file; nothing in it is executed.
         key: Where its metadata hold the JSON.
-        kind: Name of what it holds and of what writes it: ``"classifier of ConvAC.save"``.
+        kind: What it holds and what writes it: ``"classifier of ConvAC.save"``.
         build: Whatever it raises says that the file is not of that kind.
 
     Raises:
@@ -118,7 +110,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            head = json.loads(file.read(min(length, _LONGEST_HEAD)))
+            head = json.loads(file.read(min(length, 100_000_000)))  # longest head of the format
             return dict(head.get("__metadata__") or {})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
@@ -128,7 +120,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
     """Call ``write`` with a temporary path, rename what it wrote to ``path``, and return that path.
 
     Raises:
-        FileError: The folder is missing or cannot be written; nothing was changed.
+        FileError: As for ``write_safetensors``.
     """
     target, partial = _names(path)
     try:
@@ -156,11 +148,9 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
     with _writing(target):
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return target
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         if "tnreg" in json.loads((target / "config.json").read_text(encoding="utf-8")):
             return target
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass
     raise FileError(
         f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
         "  choose another folder, or remove it first",
@@ -175,7 +165,7 @@ def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     An empty folder, or a run folder that tnreg wrote before, is replaced. An error changes nothing.
 
     Raises:
-        FileError: ``path`` is a file, or a folder that holds something else, or cannot be written.
+        FileError: As for ``check_folder``, or it cannot be written.
     """
     check_folder(path)
     target, partial = _names(path)
@@ -207,21 +197,20 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"cannot write {target}: {reason}") from None
+        raise FileError(
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _names(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Return the absolute path, and one beside it that no other process or thread uses."""
-    if not os.fspath(path):
+    name = os.fspath(path)
+    if not name:
         raise FileError("cannot write: the path is empty.")
     try:
         with contextlib.suppress(OSError):
-            os.stat(path)
+            os.stat(name)
     except ValueError as error:
-        raise FileError(
-            f"cannot write {os.fspath(path)!r}: no file can have that name, {error}"
-        ) from None
-    target = Path(os.path.abspath(path))
-    name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    return target, target.with_name(name)
+        raise FileError(f"cannot write {name!r}: no file can have that name, {error}") from None
+    target = Path(os.path.abspath(name))
+    return target, target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")

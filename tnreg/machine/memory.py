@@ -23,8 +23,8 @@ NEVER_MIND = 2**28
 def available(device: torch.device | str = "cpu") -> int | None:
     """Return how many bytes can still be allocated on a device; ``None`` if that is unknown.
 
-    On a GPU: free memory and what torch keeps cached. Elsewhere: what Linux says is available, or the
-    limit of the container if that is less; all memory on systems other than Linux.
+    On a GPU: free memory and what torch keeps cached. Elsewhere: what Linux says is available, at most the
+    container's limit; on other systems all memory.
     """
     kind = torch.device(device)
     if kind.type == "cuda":
@@ -37,8 +37,7 @@ def available(device: torch.device | str = "cpu") -> int | None:
         all_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
-    limit = _read(_LIMIT).strip()
-    free = int(match[1]) * 1024 if match else all_memory
+    free, limit = int(match[1]) * 1024 if match else all_memory, _read(_LIMIT).strip()
     return min(free, int(limit)) if limit.isdigit() else free
 
 
@@ -67,11 +66,11 @@ def limit_of(memory: int | str | None, what: str) -> int | None:
 
 def written(size: float) -> str:
     """Return a number of bytes as text for people: ``"8.59 GB"``."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB", "PB"):
-        if float(f"{size:.3g}") < 1000 or unit == "PB":
-            return f"{size:.3g} {unit}" if size < 1e6 else f"{size:.2e} {unit}"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if float(f"{size:.3g}") < 1000:
+            return f"{size:.3g} {unit}"
         size /= 1000
-    raise AssertionError
+    return f"{size:.3g} PB"
 
 
 def does_not_fit(
@@ -80,12 +79,12 @@ def does_not_fit(
     """Return the error for an array that would be too large.
 
     Args:
-        what: What it is.
+        what: Name of the array.
         needed: Its bytes, together with all that exists at the same time.
-        limit: Bytes that may be used.
+        limit: Bytes that may be used: what is available on ``device``, or without one the caller's own.
         advice: What to do instead.
         note: Printed after the bytes, e.g. ``", result and intermediates"``.
-        device: Where the limit is what is available; ``None`` for a limit of the caller's own.
+        device: See ``limit``.
     """
     whose = "allowed (memory=)" if device is None else f"available on {device}"
     return SizeError(

@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 
 def shown_progress(*columns: str | ProgressColumn, **options: Any) -> Any:
-    """Return a ``rich.progress.Progress`` that draws nothing where nobody would see it.
-
-    Args:
-        columns: Its columns; those of rich if left out.
-        options: Its other arguments.
-    """
+    """Return a ``rich.progress.Progress`` of these arguments; it draws nothing where nobody would see it."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -32,10 +27,7 @@ def shown_progress(*columns: str | ProgressColumn, **options: Any) -> Any:
 def advancing(text: str, total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a progress bar while the block runs; yield a function that advances it by a number.
 
-    Args:
-        text: What is counted.
-        total: How many there are.
-        wanted: If False, nothing is drawn and rich is not loaded.
+    If it is not ``wanted``, nothing is drawn and rich is not loaded.
     """
     if not wanted:
         yield lambda count: None
@@ -47,12 +39,7 @@ def advancing(text: str, total: int, wanted: bool = True) -> Iterator[Callable[[
 
 @contextlib.contextmanager
 def working(text: str, wanted: bool = True) -> Iterator[Callable[[str], None]]:
-    """Show a status line while the block runs; yield a function that changes its text.
-
-    Args:
-        text: What is being done.
-        wanted: If False, nothing is drawn and rich is not loaded.
-    """
+    """Show a status line while the block runs; yield a function that changes its text; see ``advancing``."""
     if not wanted:
         yield lambda text: None
         return
