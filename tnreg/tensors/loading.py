@@ -23,13 +23,11 @@ from tnreg.tensors.blocks import as_blocks
 
 @dataclass(frozen=True, eq=False)
 class DenseTensor:
-    """A dense tensor with what is known about it.
+    """A dense tensor with what is known about it: its name, for titles, and where it comes from.
 
     Attributes:
-        name: Short name, for titles.
         values: The numbers; NaN where an entry was not measured.
         modes: What each mode is, ``"mode n"`` if nothing is known.
-        source: Where it comes from.
     """
 
     name: str
@@ -43,30 +41,18 @@ class DenseTensor:
         return int(torch.isnan(self.values).sum())
 
 
-# name -> (function of tensorly.datasets, what the modes are, description)
-_LOADERS = {
-    "kinetic": (
-        "load_kinetic",
-        ("measurement", "emission", "excitation", "time"),
-        "fluorescence 64x12x10x60, 1,754 entries missing; Nikolajsen et al. 2003",
-    ),
-    "il2": (
-        "load_IL2data",
-        ("ligand", "time", "dose", "cell"),
-        "IL-2 responses 13x4x12x8, 192 entries missing; Orcutt-Jahns et al. 2021",
-    ),
-    "covid19": (
-        "load_covid19_serology",
-        ("sample", "antigen", "receptor"),
-        "COVID-19 serology 438x6x11; Zohar et al. 2020",
-    ),
-    "indian-pines": (
-        "load_indian_pines",
-        ("row", "column", "band"),
-        "hyperspectral image 145x145x200; Baumgardner et al. 2015",
-    ),
+DATASETS: Mapping[str, str] = {
+    "kinetic": "fluorescence 64x12x10x60, 1,754 entries missing; Nikolajsen et al. 2003",
+    "il2": "IL-2 responses 13x4x12x8, 192 entries missing; Orcutt-Jahns et al. 2021",
+    "covid19": "COVID-19 serology 438x6x11; Zohar et al. 2020",
+    "indian-pines": "hyperspectral image 145x145x200; Baumgardner et al. 2015",
 }
-DATASETS: Mapping[str, str] = {name: about for name, (_, _, about) in _LOADERS.items()}
+_LOADERS = {  # functions of tensorly.datasets, and what the modes are
+    "kinetic": ("load_kinetic", ("measurement", "emission", "excitation", "time")),
+    "il2": ("load_IL2data", ("ligand", "time", "dose", "cell")),
+    "covid19": ("load_covid19_serology", ("sample", "antigen", "receptor")),
+    "indian-pines": ("load_indian_pines", ("row", "column", "band")),
+}
 
 
 def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
@@ -91,9 +77,8 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     path, key = _split(text, is_file)
     if not is_file(path):
         raise FileError(
-            f"no such tensor: {text}\n"
-            f"  by name: {', '.join(DATASETS)}\n"
-            "  or the path of a .npy, .npz, .safetensors or .pt file"
+            f"no such tensor: {text}\n  by name: {', '.join(DATASETS)}\n"
+            f"  or the path of a file: {', '.join(_READERS)}"
         )
     if path.suffix not in _READERS:
         raise FileError(
@@ -103,17 +88,9 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     try:
         arrays = _READERS[path.suffix](path)
     except Exception as error:
-        raise FileError(
-            f"not a readable {path.suffix} file of numbers: {path}\n  {_reason(error)}"
-        ) from None
-    if key and key not in arrays:
-        raise FileError(f"no array {key!r} in {path}; it holds: {', '.join(arrays) or 'none'}")
-    if not key and len(arrays) != 1:
-        listed = ", ".join(arrays) or "none"
-        raise FileError(
-            f"{path} holds {len(arrays)} arrays: {listed}\n  name one of them: {path}:NAME"
-        )
-    values = arrays[key or next(iter(arrays))]
+        text = f"not a readable {path.suffix} file of numbers: {path}\n  {_reason(error)}"
+        raise FileError(text) from None
+    values = arrays[_choose(path, key, list(arrays))]
     if not (values.is_floating_point() or values.is_complex()):
         raise DataError(
             f"{path} has dtype {values.dtype}; real or complex numbers are needed.\n"
@@ -150,9 +127,8 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
     path, key = _split(text, is_there)
     if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not is_there(path):
         raise FileError(
-            f"no such tensor on disk: {text}\n"
-            "  expected: the path of a .zarr folder, or of a .h5, .hdf5 or .npy file; with several arrays "
-            "PATH:NAME"
+            f"no such tensor on disk: {text}\n  expected: the path of a .zarr folder, or of a .h5, .hdf5 or "
+            ".npy file; with several arrays PATH:NAME"
         )
     try:
         return as_blocks(_Stored(path, key))
@@ -165,9 +141,8 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
     except TnregError as error:
         raise type(error)(f"{error}\n  file: {path}") from None
     except Exception as error:
-        raise FileError(
-            f"not a readable {path.suffix} tensor: {path}\n  {_reason(error)}"
-        ) from None
+        text = f"not a readable {path.suffix} tensor: {path}\n  {_reason(error)}"
+        raise FileError(text) from None
 
 
 class _Stored:
@@ -187,32 +162,23 @@ class _Stored:
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         if self.path.suffix == ".npy":
-            if self.key:
-                raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
-            yield np.load(self.path, mmap_mode="r", allow_pickle=False)
+            yield self._pick(np.load(self.path, mmap_mode="r", allow_pickle=False), np.ndarray)
         elif self.path.suffix == ".zarr":
             import zarr
 
-            yield self._one_of(zarr.open(str(self.path), mode="r"), zarr.Array)
+            yield self._pick(zarr.open(str(self.path), mode="r"), zarr.Array)
         else:
             import h5py
 
             with h5py.File(self.path, "r") as file:
-                yield self._one_of(file, h5py.Dataset)
+                yield self._pick(file, h5py.Dataset)
 
-    def _one_of(self, group: Any, kind: Any) -> Any:
-        if isinstance(group, kind):
-            if self.key:
-                raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
-            return group
-        names = _arrays_in(group, kind)
-        if self.key in names or (not self.key and len(names) == 1):
-            return group[self.key or names[0]]
-        missing = f"no array {self.key!r} in {self.path}"
-        raise FileError(
-            f"{missing if self.key else f'{self.path} holds {len(names)}'}; arrays there: "
-            f"{', '.join(names) or 'none'}\n  name one of them: {self.path}:NAME"
-        )
+    def _pick(self, content: Any, kind: Any) -> Any:
+        if not isinstance(content, kind):
+            return content[_choose(self.path, self.key, _arrays_in(content, kind))]
+        if self.key:
+            raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
+        return content
 
 
 def _arrays_in(group: Any, kind: Any, before: str = "") -> list[str]:
@@ -233,12 +199,12 @@ def _load_dataset(name: str) -> DenseTensor:
         raise OptionError(
             f"the tensor {name!r} is part of tensorly, which is not installed; pip install 'tnreg[data]'"
         ) from None
-    loader, modes, about = _LOADERS[name]
+    loader, modes = _LOADERS[name]
     bunch = getattr(tensorly.datasets, loader)()
     values = np.array(bunch["tensor"], dtype=np.float64)
     if "missing_values_position" in bunch:  # the wheel has zeros there and a mask beside
         values[np.asarray(bunch["missing_values_position"], dtype=bool)] = np.nan
-    return DenseTensor(name, torch.from_numpy(values), modes, about)
+    return DenseTensor(name, torch.from_numpy(values), modes, DATASETS[name])
 
 
 def _read_npy(path: Path) -> dict[str, Tensor]:
@@ -269,6 +235,15 @@ def _split(source: str, exists: Callable[[str], bool]) -> tuple[Path, str]:
     return Path(name), key
 
 
+def _choose(path: Path, key: str, names: list[str]) -> str:
+    """Return the name of the array that is meant."""
+    if key in names or (not key and len(names) == 1):
+        return key or names[0]
+    problem = f"no array {key!r} in {path}" if key else f"{path} holds {len(names)}"
+    listed = ", ".join(names) or "none"
+    raise FileError(f"{problem}; arrays there: {listed}\n  name one of them: {path}:NAME")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) or "pickle" in str(error).lower():
         return "it holds Python objects, which are not loaded"
@@ -276,8 +251,6 @@ def _reason(error: Exception) -> str:
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-    ".safetensors": lambda path: read_safetensors(path)[1],
+    ".npy": _read_npy, ".npz": _read_npz, ".safetensors": lambda path: read_safetensors(path)[1],
     ".pt": _read_pt,
-}
+}  # fmt: skip
