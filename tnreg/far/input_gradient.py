@@ -1,20 +1,17 @@
 """Gradients with respect to the input of a network that can be differentiated again at less cost.
 
-Where a loss contains ``∇_x f(x)``, automatic differentiation does work whose result is zero: the second
-derivative of a ReLU vanishes, yet its backward pass is linked to the activations, so zeros are carried
-back through the whole network; and the derivative of a convolution's backward pass with respect to its
-weight is computed by a convolution with a kernel as large as the image. ``input_gradient`` replaces four
-operations while the network runs, and only there, by ones with the same values and derivatives:
+Where a loss contains ``∇_x f(x)``, automatic differentiation carries zeros, the second derivatives of
+ReLUs, back through the whole network, and differentiates a convolution's backward pass by a convolution
+with a kernel as large as the image. ``input_gradient`` replaces four operations while the network runs,
+and only there, by ones with the same values and derivatives:
 
-- ReLU: a backward pass that depends on the incoming gradient alone (torch takes the second derivative
-  to be zero as well);
+- ReLU and max pooling: a backward pass that depends on the incoming gradient alone;
 - convolution: its backward pass differentiated by the kernels that ordinary training uses;
-- batch normalization with running statistics: the affine map that it is;
-- max pooling: like ReLU.
+- batch normalization with running statistics: the affine map that it is.
 
-Attention runs by plain matrix products, as fused kernels have no second derivative. Everything else, and
-anything that does not call these functions of torch, is differentiated as usual. Under autocast they
-compute in the precision that autocast gives to the operation that they replace.
+Attention runs by plain matrix products, as fused kernels have no second derivative. Anything that does
+not call these functions of torch is differentiated as usual. Under autocast they compute in the precision
+that autocast gives to the operation that they replace.
 """
 
 from __future__ import annotations
@@ -34,15 +31,12 @@ _aten = torch.ops.aten
 
 
 def input_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, differentiable: bool) -> Tensor:
-    """Return ``∇_x Σ_b value(x)_b``, which has a graph of its own if asked.
+    """Return ``∇_x Σ_b value(x)_b``, of the shape of ``x``; zeros where the value does not depend on it.
 
     Args:
         value: Function of a batch, e.g. one logit of a network, shape ``(B,)``.
         x: The batch; taken as a constant, its own history is not seen.
         differentiable: Whether the gradient is to be differentiated with respect to parameters.
-
-    Returns:
-        The gradient, of the shape of ``x``; zeros where the value does not depend on it.
     """
     x = x.detach().requires_grad_()
     mode = _Replaced()
@@ -56,22 +50,18 @@ def input_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, differentiab
             return torch.zeros_like(x)
         mode.backward = True
         try:
-            (gradient,) = torch.autograd.grad(
+            return torch.autograd.grad(
                 total, x, create_graph=differentiable, materialize_grads=True
-            )
+            )[0]
         finally:
             mode.backward = False
-    return gradient
 
 
 class _Replaced(TorchFunctionMode):
-    """Replace calls of the functions at the end of this file, where the replacement is the same thing.
+    """Replace calls of the functions at the end of this file, where the replacement is the same thing."""
 
-    Attributes:
-        backward: Whether the inner backward pass runs, which asks for the gradient of the input alone. It is
-            not a context variable: on a GPU the backward pass runs in a thread of its own.
-    """
-
+    # Whether the inner backward pass runs, which asks for the gradient of the input alone. Not a context
+    # variable: on a GPU the backward pass runs in a thread of its own.
     backward = False
 
     def __torch_function__(
@@ -100,9 +90,7 @@ class _ReLU(Function):
 
 class _Convolution(Function):
     @staticmethod
-    def forward(
-        ctx: Any, mode: _Replaced, x: Tensor, weight: Tensor, bias: Any, options: Any
-    ) -> Any:
+    def forward(ctx: Any, mode: Any, x: Tensor, weight: Tensor, bias: Any, options: Any) -> Any:
         ctx.save_for_backward(x, weight)
         ctx.mode, ctx.options, ctx.has_bias = mode, options, bias is not None
         return _aten.convolution(x, weight, bias, *options)
@@ -111,11 +99,9 @@ class _Convolution(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[1:3]
-        if ctx.mode.backward:
-            gradient = (
-                _input_of_convolution(grad, weight, x.detach(), ctx.options) if to_x else None
-            )
-            return None, gradient, None, None, None
+        if ctx.mode.backward:  # of the input alone
+            inputs = (grad, weight, x.detach(), ctx.options)
+            return None, _input_of_convolution(*inputs) if to_x else None, None, None, None
         wanted = [to_x, to_weight, ctx.has_bias]
         size = [len(weight)]
         return None, *_aten.convolution_backward(grad, x, weight, size, *ctx.options, wanted), None

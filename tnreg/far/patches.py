@@ -1,14 +1,9 @@
 """Where a regularizer looks: ordered pairs (I, J) of disjoint boxes of pixels, given or drawn.
 
 A box is ``(top, left, bottom, right)`` in pixels of the last two axes of an image batch, bottom and
-right exclusive. A sampler has ``draw(x)``, which gives the next pair as an int64 tensor of shape
-``(2, 4)`` on the device of ``x``: row 0 is I, where gradients are taken, row 1 is J, whose pixels are
-swapped. Random numbers are drawn on the CPU and sent from there, so that drawing never waits for a GPU
-and gives the same boxes on every device. Each sampler has a random stream of its own, so that using one
-changes no other random number; ``state_dict`` holds it.
-
-A sampler that looks at the shape of the batch alone says so by ``shape_only = True``. Any other one is
-given the batch of all processes where several train one network, which must be sent for it.
+right exclusive. A sampler's ``draw(x)`` gives the next pair, int64 of shape ``(2, 4)`` on the device of
+``x``: row 0 is I, where gradients are taken, row 1 is J, whose pixels are swapped. Each sampler has a
+random stream of its own on the CPU: drawing never waits for a GPU and gives the same boxes on every device.
 
 The *gap* of two boxes is the number of pixel rows or columns between them, the larger of both: 0 for
 boxes that touch, at a corner too.
@@ -18,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,14 +27,12 @@ Box = tuple[int, int, int, int]
 class PatchSampler(Protocol):
     """What a regularizer needs of a sampler; write your own with these three methods.
 
-    Say ``shape_only = True`` in the class if ``draw`` does not look at the pixels.
+    ``shape_only = True`` says that ``draw`` looks at the shape alone and takes a batch on any device.
+    Where several processes train one network, any other sampler is sent the batch of all.
     """
 
     def draw(self, x: Tensor) -> Tensor:
-        """Return the next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``.
-
-        A sampler that looks at the shape alone takes a batch on any device.
-        """
+        """Return the next pair for the batch ``x``: int64, shape ``(2, 4)``, on the device of ``x``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next pairs depend on."""
@@ -63,11 +56,8 @@ class RandomStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         if set(state) != {"seed", "state"}:
-            raise OptionError(
-                f"{self.name}: not the state of its random stream; found the keys {sorted(state)}, "
-                "expected seed and state.",
-                argument="state",
-            )
+            message = f"not the state of its random stream; found the keys {sorted(state)}"
+            raise OptionError(f"{self.name}: {message}, expected seed and state.", argument="state")
         self.seed = state["seed"]
         self.generator.set_state(state["state"].cpu())  # a checkpoint may be mapped to a GPU
 
@@ -85,10 +75,9 @@ class FixedPatches:
     def __init__(self, pair: Sequence[Sequence[int]]) -> None:
         self.boxes = _check_boxes(pair, "a pair of patches", "patches")
         if len(self.boxes) != 2:
+            message = f"a pair of patches has two boxes, found {len(self.boxes)}"
             raise OptionError(
-                f"a pair of patches has two boxes, found {len(self.boxes)}; for more write "
-                "PresetPatches([box, box, ...]).",
-                argument="patches",
+                f"{message}; for more write PresetPatches([box, box, ...]).", argument="patches"
             )
         self._pair = torch.tensor(self.boxes)
 
@@ -108,10 +97,6 @@ class FixedPatches:
 
 class PresetPatches(RandomStream):
     """An ordered pair of two of the given boxes, all such pairs equally likely.
-
-    Args:
-        boxes: Two or more boxes, pairwise disjoint.
-        seed: Of its random stream.
 
     Raises:
         OptionError: Fewer than two boxes, or two that overlap.
@@ -144,7 +129,9 @@ class PresetPatches(RandomStream):
 class _Squares(RandomStream):
     """Two squares of one size, at least or exactly so far apart."""
 
-    def __init__(self, size: int, distance: int, exact: bool, seed: int) -> None:
+    def __init__(
+        self, size: int = 2, distance: int = 0, *, exact: bool = False, seed: int = 0
+    ) -> None:
         super().__init__(seed, type(self).__name__)
         self.size = check_integer(size, 1, f"{self.name}: size")
         self.distance = check_integer(distance, 0, f"{self.name}: distance")
@@ -164,7 +151,6 @@ class RandomPatches(_Squares):
         size: Side of the squares in pixels.
         distance: Least gap between them in pixels.
         exact: The gap is ``distance``, not more; with ``distance=0`` the patches are neighbours.
-        seed: Of its random stream.
 
     Raises:
         OptionError: ``size`` < 1 or ``distance`` < 0.
@@ -172,11 +158,6 @@ class RandomPatches(_Squares):
     """
 
     shape_only: ClassVar[bool] = True
-
-    def __init__(
-        self, size: int = 2, distance: int = 0, *, exact: bool = False, seed: int = 0
-    ) -> None:
-        super().__init__(size, distance, exact, seed)
 
     def draw(self, x: Tensor) -> Tensor:
         """Return the next ordered pair."""
@@ -189,24 +170,14 @@ class RandomPatches(_Squares):
 class DifferingPatches(_Squares):
     """Two squares where the samples of the batch differ, so that swapping pixels changes something.
 
-    In sparse images most small patches hold the same background in every sample, and a swap of
-    background for background teaches nothing. J is drawn with probability proportional to the number of
-    samples that the swap with the next sample changes by more than ``threshold`` somewhere in J; then
-    I, among the places that ``distance`` allows, proportional to the number of samples that are not
-    constant (up to ``threshold``) inside I. Where all these numbers are zero the draw is uniform.
-
-    Args:
-        size: Side of the squares in pixels.
-        distance: Least gap between them in pixels.
-        exact: The gap is ``distance``, not more.
-        threshold: Change of a pixel, in the units of the images, that counts.
-        seed: Of its random stream.
+    J is drawn with probability proportional to the number of samples that the swap with the next sample
+    changes by more than ``threshold`` (in the units of the images) somewhere in J; then I, among the
+    places that ``distance`` allows, proportional to the number of samples that are not constant (up to
+    ``threshold``) inside I. Where all these numbers are zero the draw is uniform. Arguments and errors
+    are otherwise those of ``RandomPatches``. A draw costs a few passes over the batch, on its device.
 
     Raises:
-        OptionError: ``size`` < 1, ``distance`` < 0 or ``threshold`` < 0.
-        ShapeError: At ``draw``, if no such pair fits into the image.
-
-    Cost: a few passes over the batch, on its device.
+        OptionError: Also for ``threshold`` < 0.
     """
 
     shape_only: ClassVar[bool] = False
@@ -220,12 +191,10 @@ class DifferingPatches(_Squares):
         threshold: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(size, distance, exact, seed)
+        super().__init__(size, distance, exact=exact, seed=seed)
         if not threshold >= 0:
-            raise OptionError(
-                f"DifferingPatches: threshold must be >= 0, found {threshold!r}.",
-                argument="threshold",
-            )
+            message = f"DifferingPatches: threshold must be >= 0, found {threshold!r}."
+            raise OptionError(message, argument="threshold")
         self.threshold = float(threshold)
 
     def draw(self, x: Tensor) -> Tensor:
@@ -243,14 +212,9 @@ class DifferingPatches(_Squares):
 
 
 def as_sampler(patches: Any, name: str) -> PatchSampler:
-    """Return a sampler as it is, and a pair of boxes as a sampler that gives it every time.
-
-    Raises:
-        OptionError: Neither.
-    """
+    """Return a sampler as it is, and a pair of boxes as a sampler that gives it every time."""
     if hasattr(patches, "draw"):
-        sampler: PatchSampler = patches
-        return sampler
+        return cast(PatchSampler, patches)
     if isinstance(patches, list | tuple):
         return FixedPatches(patches)
     raise OptionError(
@@ -272,30 +236,23 @@ def check_images(x: Any, name: str, least: int = 2, *, floating: bool = True) ->
     """Return the batch if it holds floating-point images of shape ``(B, ..., H, W)``, or raise."""
     if not isinstance(x, Tensor) or x.ndim < 3:
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ShapeError(
-            f"{name}: expected images of shape (B, ..., height, width), found {found}.",
-            argument="x",
-        )
+        message = f"expected images of shape (B, ..., height, width), found {found}."
+        raise ShapeError(f"{name}: {message}", argument="x")
     if floating and not x.is_floating_point():
-        raise DataError(
-            f"{name}: images must be floating point, found {x.dtype}; write x.float().",
-            argument="x",
-        )
+        message = f"images must be floating point, found {x.dtype}; write x.float()."
+        raise DataError(f"{name}: {message}", argument="x")
     if len(x) < least:
+        message = (
+            f"a batch of {len(x)} has no other sample to take pixels from; give {least} samples or "
+        )
         raise ShapeError(
-            f"{name}: a batch of {len(x)} has no other sample to take pixels from; "
-            f"give {least} samples or more, e.g. DataLoader(..., drop_last=True).",
-            argument="x",
+            f"{name}: {message}more, e.g. DataLoader(..., drop_last=True).", argument="x"
         )
     return x
 
 
 class _Places:
-    """Top left corners of a sampler's squares in images like ``x``, numbered row by row.
-
-    Raises:
-        ShapeError: No two squares fit.
-    """
+    """Top left corners of a sampler's squares in images like ``x``, numbered row by row."""
 
     def __init__(self, sampler: _Squares, x: Tensor, device: torch.device | str) -> None:
         (height, width), size, distance = x.shape[-2:], sampler.size, sampler.distance
@@ -337,21 +294,15 @@ class _Places:
 
 
 def _choose(weights: Tensor, number: Tensor) -> Tensor:
-    """Return a place chosen in proportion to its weight, shape ``(1,)``.
-
-    Args:
-        weights: Whole numbers, shape ``(places,)``, not all zero; their sums are exact in double precision.
-        number: Uniform in [0, 1), a scalar in double precision on the same device.
-    """
-    sums = weights.double().cumsum(0)
+    """Return a place chosen by a uniform number in [0, 1), in proportion to its weight; shape ``(1,)``."""
+    sums = weights.double().cumsum(0)  # weights are whole numbers, not all zero: sums are exact
     return torch.searchsorted(sums, number * sums[-1:], right=True)
 
 
 def _choose_if_any(weights: Tensor, allowed: Tensor, number: Tensor) -> Tensor:
     """Choose in proportion to the weights where allowed; uniformly there if all of them are zero."""
     free = (allowed > 0).float()
-    weights = weights * free
-    # no look at the value: it stays on the device
+    weights = weights * free  # the condition stays on the device: nobody looks at it
     return _choose(torch.where(weights.sum() > 0, weights, free), number)
 
 
@@ -368,10 +319,8 @@ def _check_boxes(boxes: Any, name: str, argument: str) -> tuple[Box, ...]:
         )
     for a, b in itertools.combinations(rows, 2):
         if max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3]):
-            raise OptionError(
-                f"{name}: the boxes {a} and {b} overlap; patches must be disjoint.",
-                argument=argument,
-            )
+            message = f"{name}: the boxes {a} and {b} overlap; patches must be disjoint."
+            raise OptionError(message, argument=argument)
     return tuple((top, left, bottom, right) for top, left, bottom, right in rows)
 
 

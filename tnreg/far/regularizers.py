@@ -1,23 +1,15 @@
 """One term for the loss of any network that makes it use dependencies between distant pixels.
 
-A convolutional network trained as usual learns local dependencies first and often only them: its
-separation rank between far patches stays low. Both terms here are low where the network's value at
-patches I and J does not split into a part for each: ``loss + penalty(net, x, y)`` asks for interaction.
-
-``InputGradientChange`` is the published one (Razin, Maman and Cohen 2022, arXiv:2201.11729): the
-direction of the gradient at I, before and after the pixels of J are swapped. ``InteractionEnergy`` asks
-the same of function values, needs first derivatives only, and is cheaper.
-
-A penalty runs the network apart from its training pass (but for ``with_logits``): dropout is off, running
-statistics are used (or, if asked, the batch's own) and never changed, and every module is left in the mode
-it had.
+Both terms are low where the network's value at patches I and J does not split into a part for each:
+``loss + penalty(net, x, y)`` asks for interaction. A penalty runs the network apart from its training pass
+(but for ``with_logits``): dropout is off, running statistics are used (or, if asked, the batch's own) and
+never changed, and every module is left in the mode it had.
 
 Where several processes train one network, give a penalty the ``DistributedDataParallel`` module and the
-process's own part of the batch, of any size, at least one sample. The penalty is then that of the whole
-batch, the parts one after another in the order of the ranks: every process gets its value, and the
-gradients that ``DistributedDataParallel`` averages are those of one process with the whole batch. All
-processes call it at the same time, and its result goes into the same backward pass as their loss. The
-module inside the wrapper gives the penalty of the process's part alone.
+process's own part of the batch, at least one sample. All processes call it at the same time, and its
+result goes into the same backward pass as their loss: value and averaged gradient are then those of one
+process with the whole batch, the parts in the order of the ranks. The module inside the wrapper gives the
+penalty of the process's part alone.
 """
 
 from __future__ import annotations
@@ -54,33 +46,24 @@ class InputGradientChange(Scheduled):
         warmup: The weight grows linearly over so many calls.
         until: After so many calls there is no penalty any more.
         target: Value of R that is low enough: the result is ``weight * max(R - target, 0)``. Without one
-            a large weight keeps pushing R down when the network already ties the patches together, at the
-            expense of what it should learn.
+            a large weight keeps pushing R down at the expense of what the network should learn.
         statistics: What normalization layers use inside the penalty: ``"frozen"``, their running
             statistics, so that R cannot be lowered through the statistics of the batch, or ``"batch"``.
             Layers that keep no running statistics use the batch's in either case.
 
-    Calling it:
-        ``penalty(net, x, y=None)`` with images ``x`` of shape ``(B, ..., H, W)``, B >= 2; ``net(x)``
-        of shape ``(B,)``, ``(B, 1)`` or ``(B, C)``, and for the last one the true classes ``y``, int64
-        of shape ``(B,)``. Returns the scalar ``weight * R``. Under ``torch.no_grad`` only the value.
+    ``penalty(net, x, y=None)`` takes images ``x`` of shape ``(B, ..., H, W)``, B >= 2; ``net(x)`` has
+    shape ``(B,)``, ``(B, 1)`` or ``(B, C)``, and for the last one ``y`` are the true classes, int64 of
+    shape ``(B,)``. It returns the scalar ``weight * R``. A training loop of your own can do the parts one
+    by one: ``next_weight``, ``draw``, then ``value`` or ``with_logits``.
 
     Raises:
-        OptionError: An argument out of range, or ``y`` missing where the network has several logits.
+        OptionError: An argument out of range; ``y`` missing where the network has several logits; in
+            several processes, batch normalization by the statistics of the batch.
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
 
-    In several processes (see the module): the last sample of a process takes its pixels from the first one
-    of the next process; a sampler that looks at pixels has the whole batch sent. ``statistics="batch"`` is
-    then refused where there is batch normalization, as are its layers without running statistics.
-
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
-    takes some 4 times that without (``benchmarks/regularizer.py``). A compiled network is run
-    uncompiled, as compiled graphs have no second derivative. With frozen statistics only the samples
-    that the swap changes are evaluated: for the others R is 1 and its gradient zero. On sparse images
-    that is most of the cost.
-
-    A training loop of your own can do the parts one by one: ``next_weight``, ``draw``, then ``value`` or
-    ``with_logits``.
+    takes some 4 times that without. With frozen statistics only the samples that the swap changes are
+    evaluated. A compiled network is run uncompiled, as compiled graphs have no second derivative.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
@@ -93,15 +76,9 @@ class InputGradientChange(Scheduled):
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
         """Draw the pair of boxes, and find the samples that the swap changes.
 
-        Args:
-            net: As for a call.
-            x: The batch. Where it is on a GPU, finding the samples waits for it; a copy on the CPU, of
-                any dtype, gives the same answer at once.
-            multiple: Unchanged samples are added until their number is a multiple of this: fewer
-                shapes, the same value.
-
-        Returns:
-            For ``value`` or ``with_logits``, on the device of ``x``.
+        Where the batch is on a GPU, finding the samples waits for it; a copy on the CPU, of any dtype, gives
+        the same answer at once. Unchanged samples are added until their number is a multiple of
+        ``multiple``: fewer shapes, the same value. The result is on the device of ``x``.
         """
         net, processes = unwrapped(net)
         self._count(x, processes)
@@ -115,9 +92,9 @@ class InputGradientChange(Scheduled):
     ) -> tuple[Tensor, Tensor]:
         """Return what the network gives in its training pass, and ``value`` after it.
 
-        With ``statistics="batch"`` the first of the penalty's two passes is the training pass, unless the
-        network has dropout, or frozen normalization layers: then one forward and one backward pass are
-        saved. Other layers are taken to do the same in training mode as in evaluation mode.
+        With ``statistics="batch"`` the first of the penalty's two passes is the training pass, which saves
+        one forward and one backward pass, unless the network has dropout or frozen normalization layers.
+        Other layers are taken to do the same in training mode as in evaluation mode.
         """
         if self.statistics != "batch" or not _trains_as_evaluated(net):
             return net(x), self.value(net, x, y, drawn)
@@ -140,17 +117,14 @@ class InputGradientChange(Scheduled):
     ) -> Tensor:
         """Return R of this batch, or what is above the target; without the weight.
 
-        Args:
-            net: As for a call.
-            x: The batch.
-            y: Its true classes.
-            drawn: From ``draw``; drawn here if left out.
-            training_pass: Called in place of the network for the gradient before the swap, in training mode.
+        ``training_pass`` is called in place of the network for the gradient before the swap, in training
+        mode; ``drawn`` is from ``draw``, which is called here if it is left out.
         """
         net, processes, drawn = self._prepare(net, x, drawn)
         net = getattr(net, "_orig_mod", net)
         inside, swapped = (box_mask(box, *x.shape[-2:]) for box in drawn.pair)
-        other, count = torch.where(swapped, _next_samples(x, processes), x), len(x)
+        after = processes.gather(x[:1])[(processes.rank + 1) % processes.count]
+        other, count = torch.where(swapped, torch.cat([x[1:], after]), x), len(x)
         if drawn.samples is not None and len(drawn.samples) < count:
             if not len(drawn.samples):
                 return self._above_target(torch.ones_like(zero(x)))
@@ -164,11 +138,11 @@ class InputGradientChange(Scheduled):
                 lambda z: _true_logit(net(z), y, len(z)), images, differentiable=differentiable
             )
 
-        before = None if training_pass is None else gradient(training_pass, x)
+        g = None if training_pass is None else gradient(training_pass, x)
         with evaluation(net, self.statistics):
-            before = gradient(net, x) if before is None else before
-            after = gradient(net, other)
-        change = gradient_change(before * inside, after * inside)
+            g = gradient(net, x) if g is None else g
+            h = gradient(net, other)
+        change = gradient_change(g * inside, h * inside)
         part = (change * len(x) + (count - len(x))) / sum(processes.lengths(count))
         return self._above_target(processes.with_gradient(processes.sum(part), part))
 
@@ -184,32 +158,20 @@ class InteractionEnergy(Scheduled):
     It is 1 for functions that are additive over J and the rest, and for constant ones. M is a sampled
     matricization of the function, so E is a differentiable probe of its separation rank (functional
     analysis of variance). A product ``g(x_J) h(rest)`` counts as interaction here, and as none under
-    ``InputGradientChange``. I is part of the pair for the sampler's sake and is not used.
+    ``InputGradientChange``. I is part of the pair for the sampler's sake and is not used. With several
+    logits, every sample drawn gives the whole matrix of the logit of its own class, and the energies are
+    summed before the division.
 
-    With several logits, every sample drawn gives the whole matrix of the logit of its own class, and the
-    energies are summed before the division.
+    Calls, errors and the other arguments are those of ``InputGradientChange``.
 
     Args:
-        patches: As in ``InputGradientChange``; so are ``weight``, ``every``, ``warmup``, ``until``,
-            ``target`` and ``statistics``.
         samples: k; if the batch is smaller, its size.
         eps: Absolute part of eps, in squared units of the network's value, for the mean over M; to it
             comes the rounding error of M, so that a function that is constant but for rounding gives 1.
         seed: Of the random stream that draws the samples.
 
-    Calling it:
-        As ``InputGradientChange``: ``penalty(net, x, y=None)`` gives the scalar ``weight * E``.
-
-    Raises:
-        OptionError: An argument out of range, or ``y`` missing where the network has several logits.
-        ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
-
-    In several processes (see the module): the k samples are of the whole batch, every process evaluates
-    its share of M, and the images drawn and M are sent. Batch normalization as in
-    ``InputGradientChange``.
-
-    Cost: one forward and backward pass of ``k²`` images. ``net`` may be compiled; ``interaction_energy``
-    of a matrix compiles as a whole.
+    Cost: one forward and backward pass of ``k²`` images, of which each of several processes evaluates a
+    share. ``net`` may be compiled; ``interaction_energy`` of a matrix compiles as a whole.
 
     Example:
         >>> product = lambda x: x[..., 0, 0] * x[..., 0, 3] + x[..., 0, 0] + x[..., 0, 3]
@@ -239,23 +201,18 @@ class InteractionEnergy(Scheduled):
         )  # fmt: skip
         self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
         if not eps >= 0:
-            raise OptionError(
-                f"InteractionEnergy: eps must be >= 0, found {eps!r}.", argument="eps"
-            )
+            message = f"InteractionEnergy: eps must be >= 0, found {eps!r}."
+            raise OptionError(message, argument="eps")
         self.eps = float(eps)
         self._stream = RandomStream(seed, "InteractionEnergy")
 
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
-        """Draw the k samples and the pair of boxes, of a batch or of a copy of it; all k are evaluated.
-
-        ``multiple`` is for ``InputGradientChange`` and has no effect here.
-        """
+        """Draw the k samples and the pair of boxes, of a batch or its copy; ``multiple`` has no effect."""
         processes = unwrapped(net)[1]
-        count = self._count(x, processes)
-        order = torch.randperm(count, generator=self._stream.generator)[: self.samples]
+        order = torch.randperm(self._count(x, processes), generator=self._stream.generator)
+        order = order[: self.samples]
         samples = processes.gather(order.to(x.device, non_blocking=True))[0]
-        # where these differ, for samplers that look
-        images = x if self._only_needs_shape() else processes.rows(x, samples)
+        images = x if self._only_needs_shape() else processes.rows(x, samples)  # where these differ
         return Draw(processes.gather(self.patches.draw(images))[0], samples)
 
     def value(
@@ -287,12 +244,7 @@ class InteractionEnergy(Scheduled):
 def gradient_change(before: Tensor, after: Tensor) -> Tensor:
     """Return the mean over the batch of the absolute cosine of two gradients; a zero vector counts as 1.
 
-    Args:
-        before: Shape ``(B, ...)``.
-        after: The same.
-
-    Returns:
-        Scalar in [0, 1], computed in at least float32.
+    Both have shape ``(B, ...)``; the result is a scalar in [0, 1], computed in at least float32.
     """
     g, h = _unit(before), _unit(after)
     both = (g != 0).any(1) & (h != 0).any(1)
@@ -321,33 +273,27 @@ def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
 def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor:
     """Evaluate the network at every image of ``rest`` with the box taken from every image of ``patch``.
 
-    Args:
-        net: Takes ``(k * l, ..., H, W)``, gives ``(k * l,)`` or ``(k * l, C)``.
-        rest: Shape ``(k, ..., H, W)``.
-        patch: Shape ``(l, ..., H, W)``.
-        box: ``(top, left, bottom, right)``, shape ``(4,)``.
-
-    Returns:
-        Shape ``(k, l, C)``; C is 1 for a network with one logit.
+    ``rest`` has shape ``(k, ..., H, W)``, ``patch`` ``(l, ..., H, W)``, ``box`` ``(4,)``. Returns shape
+    ``(k, l, C)``; C is 1 for a network with one logit.
     """
-    mask = box_mask(box, *rest.shape[-2:])
-    images = torch.where(mask, patch, rest[:, None])
-    out = net(images.flatten(0, 1))
-    return logits_of(out, len(rest) * len(patch)).reshape(len(rest), len(patch), -1)
+    images = torch.where(box_mask(box, *rest.shape[-2:]), patch, rest[:, None])
+    logits = logits_of(net(images.flatten(0, 1)), len(rest) * len(patch))
+    return logits.reshape(len(rest), len(patch), -1)
 
 
 @contextmanager
 def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
     """Put every module into evaluation mode; afterwards, errors included, each has its own mode again.
 
-    Args:
-        net: A module, or any other callable, which is left alone.
-        statistics: ``"frozen"``, or ``"batch"``: normalization layers use the statistics of the batch.
-            Either way no running statistic changes.
+    With the statistics of the ``"batch"``, normalization layers use them; either way no running statistic
+    changes. A callable that is no module is left alone.
     """
     modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
-    norms = norms if statistics == "batch" else []
+    norms = [
+        m
+        for m in modules
+        if statistics == "batch" and isinstance(m, nn.modules.batchnorm._NormBase)
+    ]
     modes, tracking = [m.training for m in modules], [m.track_running_stats for m in norms]
     try:
         for m in modules:
@@ -363,20 +309,15 @@ def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
 
 
 def logits_of(out: Any, batch: int) -> Tensor:
-    """Return what a network gave for a batch as logits of shape ``(batch, C)``, or one clear error."""
-    if (
-        not isinstance(out, Tensor)
-        or out.ndim not in (1, 2)
-        or len(out) != batch
-        or not out.numel()
-    ):
-        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ShapeError(
-            f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C) for {batch} "
-            f"images, found {found}.",
-            argument="net",
-        )
-    return out.reshape(batch, -1)
+    """Return what a network gave for a batch as logits of shape ``(batch, C)``, or raise."""
+    if isinstance(out, Tensor) and out.ndim in (1, 2) and len(out) == batch and out.numel():
+        return out.reshape(batch, -1)
+    found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+    raise ShapeError(
+        f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C) for {batch} "
+        f"images, found {found}.",
+        argument="net",
+    )
 
 
 def _changed_samples(x: Tensor, box: Tensor, multiple: int) -> Tensor:
@@ -405,12 +346,6 @@ def _trains_as_evaluated(net: Any) -> bool:
         or (isinstance(m, nn.modules.batchnorm._NormBase) and not m.training)
         for m in net.modules()
     )
-
-
-def _next_samples(x: Tensor, processes: Processes) -> Tensor:
-    """Return for every sample the next one of the whole batch, for the last one the first."""
-    firsts = processes.gather(x[:1])
-    return torch.cat([x[1:], firsts[(processes.rank + 1) % processes.count]])
 
 
 def _all_crossed_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:
@@ -442,8 +377,7 @@ def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
     logits = logits_of(out, batch)
     if logits.shape[1] == 1:
         return logits[:, 0]
-    classes = _check_classes(y, batch, logits.shape[1])
-    return logits.gather(1, classes[:, None])[:, 0]
+    return logits.gather(1, _check_classes(y, batch, logits.shape[1])[:, None])[:, 0]
 
 
 def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
@@ -453,20 +387,13 @@ def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
             "write penalty(net, x, y).",
             argument="y",
         )
-    if (
-        not isinstance(y, Tensor)
-        or y.shape != (batch,)
-        or y.dtype not in (torch.int64, torch.int32)
-    ):
+    integer = isinstance(y, Tensor) and y.dtype in (torch.int64, torch.int32)
+    if not integer or y.shape != (batch,):
         found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ShapeError(
-            f"y must hold {batch} class numbers, int64 ({batch},), found {found}.", argument="y"
-        )
+        message = f"y must hold {batch} class numbers, int64 ({batch},), found {found}."
+        raise ShapeError(message, argument="y")
     # on a GPU looking at the values would wait for it; torch reports them there
     if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
-        raise DataError(
-            f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
-            f"{count} logits.",
-            argument="y",
-        )
+        message = f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
+        raise DataError(f"{message}{count} logits.", argument="y")
     return y.long()

@@ -19,15 +19,10 @@ Net = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Draw:
-    """What one call of a penalty draws, for loops that draw before they evaluate.
+    """What one call of a penalty draws, for loops that draw before they evaluate."""
 
-    Attributes:
-        pair: The boxes I and J, int64 ``(2, 4)``.
-        samples: Numbers of the samples that are evaluated, int64; ``None`` for the whole batch.
-    """
-
-    pair: Tensor
-    samples: Tensor | None
+    pair: Tensor  # the boxes I and J, int64 (2, 4)
+    samples: Tensor | None  # numbers of the samples that are evaluated, int64; None for all
 
     def to(self, device: torch.device) -> Draw:
         """Return the same on another device, without waiting for it."""
@@ -37,11 +32,7 @@ class Draw:
 
 
 class Scheduled(ABC):
-    """A penalty with a weight that may grow, pause and end; arguments as in ``InputGradientChange``.
-
-    Raises:
-        OptionError: An argument out of range.
-    """
+    """A penalty with a weight that may grow, pause and end; arguments as in ``InputGradientChange``."""
 
     def __init__(
         self,
@@ -57,23 +48,19 @@ class Scheduled(ABC):
         self.name = name = type(self).__name__
         self.patches = as_sampler(patches, name)
         if not 0 <= weight < float("inf"):
-            raise OptionError(
-                f"{name}: weight must be a finite number >= 0, found {weight!r}.", argument="weight"
-            )
+            message = f"{name}: weight must be a finite number >= 0, found {weight!r}."
+            raise OptionError(message, argument="weight")
         self.weight = weight
         self.every = check_integer(every, 1, f"{name}: every")
         self.warmup = check_integer(warmup, 0, f"{name}: warmup")
         self.until = None if until is None else check_integer(until, 1, f"{name}: until")
         if target is not None and not 0 <= target < 1:
-            raise OptionError(
-                f"{name}: target must be >= 0 and < 1, found {target!r}.", argument="target"
-            )
+            message = f"{name}: target must be >= 0 and < 1, found {target!r}."
+            raise OptionError(message, argument="target")
         self.target = target
         if statistics not in ("frozen", "batch"):
-            raise OptionError(
-                f"{name}: statistics must be 'frozen' or 'batch', found {statistics!r}.",
-                argument="statistics",
-            )
+            message = f"{name}: statistics must be 'frozen' or 'batch', found {statistics!r}."
+            raise OptionError(message, argument="statistics")
         self.statistics = statistics
         self.calls = 0
 
@@ -110,10 +97,8 @@ class Scheduled(ABC):
         streams = self._streams()
         expected = sorted(["calls", *streams])
         if sorted(state) != expected:
-            raise OptionError(
-                f"{self.name}: not a state of it; found the keys {sorted(state)}, expected {expected}.",
-                argument="state",
-            )
+            message = f"not a state of it; found the keys {sorted(state)}, expected {expected}."
+            raise OptionError(f"{self.name}: {message}", argument="state")
         self.calls = state["calls"]
         for name, stream in streams.items():
             stream.load_state_dict(state[name])
@@ -131,11 +116,10 @@ class Scheduled(ABC):
         check_images(x, self.name, least=2 if processes.count == 1 else 0, floating=False)
         lengths = processes.lengths(len(x))
         if not all(lengths):
-            raise ShapeError(
-                f"{self.name}: every process needs one image or more of each batch, found {lengths} on "
-                f"ranks 0..{processes.count - 1}.",
-                argument="x",
+            message = (
+                f"every process needs one image or more of each batch, found {lengths} on ranks "
             )
+            raise ShapeError(f"{self.name}: {message}0..{processes.count - 1}.", argument="x")
         return sum(lengths)
 
     def _prepare(self, net: Net, x: Tensor, drawn: Draw | None) -> tuple[Any, Processes, Draw]:

@@ -1,8 +1,7 @@
 """The processes that train one network together, and what they send each other.
 
-``torchrun --nproc-per-node N`` starts N processes. ``joined`` makes one group of them from the environment
-that torchrun sets: gloo on CPUs, NCCL on GPUs, one GPU each. A process alone has the same methods, which
-send nothing. All processes must call the methods in the same order, as each waits for the others.
+``joined`` makes one group of the processes that ``torchrun`` started: gloo on CPUs, NCCL on GPUs, one GPU
+each. A process alone has the same methods, which send nothing. All processes call them in one order.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,19 +30,12 @@ class ProcessLost(TnregError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that work together, seen from one of them; what they send has no gradient.
-
-    Attributes:
-        rank: Number of this process.
-        count: How many there are.
-        device: Where tensors that are sent live.
-        group: The group of torch.distributed; ``None`` for a process alone.
-    """
+    """The processes that work together, seen from one of them; what they send has no gradient."""
 
     rank: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: Any = None
+    group: Any = None  # of torch.distributed; a process alone has none
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Return the tensors of all processes, in the order of their ranks; all have one shape."""
@@ -87,10 +79,9 @@ class Processes:
         return self.sum(torch.where(own, x.detach()[here.clamp(0, len(x) - 1)], 0))
 
     def with_gradient(self, value: Tensor, part: Tensor) -> Tensor:
-        """Return a value of the whole with the gradient of this process's part of it.
+        """Return a value of the whole with ``count`` times the gradient of this process's part of it.
 
-        ``DistributedDataParallel`` averages gradients, while those of parts of a sum add up: the gradient
-        of the part is multiplied by ``count``.
+        ``DistributedDataParallel`` averages gradients, while those of parts of a sum add up.
         """
         return part if self.count == 1 else value + self.count * (part - part.detach())
 
@@ -105,10 +96,10 @@ class Processes:
             except TnregError as error:
                 result[1] = error
         dist.broadcast_object_list(result, group=self.group, device=self.device, group_src=0)
-        if result[1] is not None:
-            raise result[1]
-        value: T = result[0]
-        return value
+        value, raised = result
+        if raised is not None:
+            raise raised
+        return cast(T, value)
 
 
 def started() -> int:
@@ -128,10 +119,8 @@ def is_first() -> bool:
 def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
     """Give the processes that torchrun started, as one group; or this process alone.
 
-    An existing group of torch.distributed is used. A new one stays until the process ends.
-
-    Args:
-        device: "cpu", or "cuda" for the GPU whose number is the process's on its machine.
+    An existing group of torch.distributed is used. A new one stays until the process ends; each process
+    on "cuda" takes the GPU of its number on its machine.
 
     Raises:
         OptionError: No GPU for this process, or an environment that is not torchrun's.
@@ -152,9 +141,8 @@ def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
             raise
         atexit.unregister(_leave)  # leaving can wait for the others, which are gone
         reason = re.sub(r"^\[.*?\] ", "", str(error)).splitlines()[0].partition(". ")[0]
-        raise ProcessLost(
-            f"another process of this training ended: the connection to it is lost.\n  {reason}"
-        ) from None
+        message = "another process of this training ended: the connection to it is lost."
+        raise ProcessLost(f"{message}\n  {reason}") from None
 
 
 def unwrapped(net: Any) -> tuple[Any, Processes]:
@@ -177,21 +165,21 @@ def _start(device: torch.device) -> torch.device:
             f"WORLD_SIZE is {started()}, but there is no {', '.join(missing)} in the environment.\n"
             f"  start several processes by: torchrun --nproc-per-node {started()} -m tnreg ..."
         )
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        message = ""
         if device.index is not None:
-            raise OptionError(
-                f"several processes need a GPU each: write cuda, not {device}.", argument="device"
+            message = f"several processes need a GPU each: write cuda, not {device}."
+        elif local >= count:
+            message = (
+                f"process {local} of this machine has no GPU: there are {count}; write torchrun "
             )
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise OptionError(
-                f"process {local} of this machine has no GPU: there are {there}; "
-                f"write torchrun --nproc-per-node {max(there, 1)}, or the device cpu.",
-                argument="device",
-            )
+            message += f"--nproc-per-node {max(count, 1)}, or the device cpu."
+        if message:
+            raise OptionError(message, argument="device")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     atexit.register(_leave)
     return device
