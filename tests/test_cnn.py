@@ -11,19 +11,9 @@ import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 
-from tnreg import (
-    ConvNet,
-    DataError,
-    Factorization,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    TreeError,
-    from_cnn,
-    spectra,
-    to_cnn,
-)
+from tnreg import ConvNet, Factorization, ModeTree, from_cnn, spectra, to_cnn
 from tnreg.cnns.pooling import pool, scaled_product
+from tnreg.errors import DataError, OptionError, ShapeError, TreeError
 
 F64 = torch.float64
 GRIDS = [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (3, 5), (6, 4), (7, 7)]
@@ -36,17 +26,19 @@ def assert_close(found, wanted, rtol=1e-12):
     assert float((found - wanted).abs().max()) <= rtol * float(wanted.abs().max())
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+def randn(*shape, dtype=F64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(4))
 
 
-def randn(*shape, seed=4, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=seeded(seed))
+def random_net(tree, *arguments, **options):
+    options = {"std": 0.7, "dtype": F64, "generator": torch.Generator().manual_seed(3), **options}
+    return ConvNet(tree, *(arguments or (3, 4)), **options)
 
 
-def random_net(tree, *arguments, seed=3, **options):
-    options = {"std": 0.7, "dtype": F64, **options}
-    return ConvNet(tree, *(arguments or (3, 4)), generator=seeded(seed), **options)
+def by_class(model, x):
+    """Values of a model whose last mode is five classes."""
+    inputs, one_hot = x.unbind(2), torch.eye(5, dtype=F64)
+    return torch.stack([model([*inputs, row.expand(len(x), 5)]) for row in one_hot], 1)
 
 
 def check_equal(model, net, features, images=None):
@@ -56,9 +48,12 @@ def check_equal(model, net, features, images=None):
     for module, x in ((model, features), (net, inputs)):
         module.zero_grad()
         module(x).abs().square().sum().backward()
-    if not net.share:
-        for node, gradient in model.gradients.items():
-            assert_close(net.gradients[node], gradient, 1e-11)
+    gradients, wanted = net.gradients, model.gradients
+    for layer in range(net.depth):
+        nodes = [node for node in net.nodes_of(layer) if node in wanted]
+        total = sum(wanted[node] for node in nodes)  # of the filters that a layer shares
+        for node in nodes:
+            assert_close(gradients[node], total if net.share else wanted[node], 1e-11)
     back = from_cnn(net)
     assert back.network == model.network and all(map(torch.equal, back.stacks, model.stacks))
 
@@ -82,8 +77,7 @@ def test_network_is_the_factorization_random(model):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_grids(shape, window):
     """Images as (B, D, H, W), as (B, D, N) and as N tensors; ragged edges as well."""
-    tree = ModeTree.grid(shape, window)
-    model = Factorization(tree, 3, 4, std=0.7, dtype=F64, generator=seeded(3))
+    model = from_cnn(random_net(ModeTree.grid(shape, window)))
     images = randn(4, 3, *shape)
     features = images.flatten(2).mT
     net = to_cnn(model)
@@ -109,29 +103,14 @@ def test_shared_filters_on_grids(shape, window, scaled):
     features = images.flatten(2).mT
     check_equal(model, net, features, images)
     check_equal(model, to_cnn(model, share=True, scaled=scaled), features, images)
-    # the gradient of a shared filter is the sum over the nodes of its layer
-    net.zero_grad()
-    model.zero_grad()
-    net(images).sum().backward()
-    model(features).sum().backward()
-    for layer in range(net.depth):
-        nodes = net.nodes_of(layer)
-        total = torch.stack([model.gradients[v] for v in nodes]).sum(0)
-        assert_close(net.gradients[nodes[0]], total, 1e-11)
 
 
-SEQUENCES = [
-    ModeTree.binary(8), ModeTree.half(8), ModeTree.star(5), ModeTree.binary(7), ModeTree.caterpillar(5)
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "tree", SEQUENCES, ids=["binary", "half", "star", "waiting", "caterpillar"]
-)
+@pytest.mark.parametrize("make", ["binary 8", "half 8", "star 5", "binary 7", "caterpillar 5"])
 @pytest.mark.parametrize("join", ["diagonal", "full"])
-def test_shared_filters_on_sequences(tree, join):
-    net = random_net(tree, 3, 3, join=join, share=True)
-    x = randn(6, 3, tree.order)
+def test_shared_filters_on_sequences(make, join):
+    shape, order = make.split()
+    net = random_net(getattr(ModeTree, shape)(int(order)), 3, 3, join=join, share=True)
+    x = randn(6, 3, int(order))
     assert_close(net(x), from_cnn(net)(x.mT))
     assert_close(net(list(x.unbind(2))), net(x))
 
@@ -247,21 +226,13 @@ def test_weights_of_any_size_in_single_precision(shape, share, size):
 def test_long_chains_of_convolutions():
     """Sixty one-child nodes above each other: no products, but sixty small filters."""
     tree = ModeTree.chain(60)
-    model = Factorization(tree, 4, 4, root="ones", std=1e-2, generator=seeded(0))
+    model = Factorization(tree, 4, 4, root="ones", generator=torch.Generator().manual_seed(0))
     x = randn(3, 4, 2, dtype=torch.float32)
     value, log = to_cnn(model, scaled=True).scaled_values(x)
     weights = {v: w.double() for v, w in model.weights.items()}
     wanted = Factorization.from_weights(tree, weights, join="diagonal")(x.mT.double())
     assert torch.allclose(value.double() * torch.exp2(log.double()), wanted, rtol=1e-4)
     assert bool((to_cnn(model)(x) == 0).all())
-
-
-def test_a_zero_patch_beside_values_beyond_the_range():
-    net = random_net(ModeTree.star(64), std=1.0, dtype=torch.float32)
-    x = 30 * randn(2, 3, 64, dtype=torch.float32)
-    x[0, :, 3] = 0
-    found = net(x)
-    assert found[0] == 0 and bool(torch.isinf(found[1]))
 
 
 def test_shapes_of_images():
@@ -301,6 +272,11 @@ def test_products_without_scales_do_underflow():
 
 
 def test_zeros_pass_through_scaled_products():
+    """Also beside values beyond the range."""
+    wide = random_net(ModeTree.star(64), std=1.0, dtype=torch.float32)
+    x = 30 * randn(2, 3, 64, dtype=torch.float32)
+    x[0, :, 3] = 0
+    assert wide(x)[0] == 0 and bool(torch.isinf(wide(x)[1]))
     net = random_net(ModeTree.star(40), 2, 3, std=1.0)
     x = randn(3, 2, 40)
     x[0, :, 7] = 0
@@ -326,10 +302,8 @@ def test_several_outputs_are_a_mode(join):
     net = random_net(tree, join=join, outputs=5)
     model = from_cnn(net)
     assert model.sizes == (3, 3, 3, 3, 5) and model.tree.parent(4) == model.tree.root
-    x, one_hot = randn(6, 3, 4), torch.eye(5, dtype=F64)
-    every = [model([*x.unbind(2), one_hot[c].expand(6, 5)]) for c in range(5)]
-    assert net(x).shape == (6, 5)
-    assert_close(net(x), torch.stack(every, 1))
+    x = randn(6, 3, 4)
+    assert_close(net(x), by_class(model, x))
     again = to_cnn(model, classes=True)
     assert again.tree == tree and torch.equal(again(x), net(x))
     for node, weight in net.weights.items():
@@ -337,11 +311,8 @@ def test_several_outputs_are_a_mode(join):
 
 
 def test_classes_of_a_model_with_a_trained_root():
-    model = zoo.model_of(ModeTree([[0, 1], [2, 3], 4]), sizes=(3, 3, 3, 3, 5))
-    net = to_cnn(model, classes=True)
-    x, one_hot = randn(6, 3, 4), torch.eye(5, dtype=F64)
-    for c in range(5):
-        assert_close(net(x)[:, c], model([*x.unbind(2), one_hot[c].expand(6, 5)]))
+    model, x = zoo.model_of(ModeTree([[0, 1], [2, 3], 4]), sizes=(3, 3, 3, 3, 5)), randn(6, 3, 4)
+    assert_close(to_cnn(model, classes=True)(x), by_class(model, x))
 
 
 def test_a_factorization_with_the_networks_weights():
@@ -356,10 +327,9 @@ def test_a_factorization_with_the_networks_weights():
 
 
 def test_pooling_all_pairs_keeps_their_order():
-    a, b, c = torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 2)
-    assert torch.allclose(
-        pool([a, b, c], "full"), torch.einsum("bi,bj,bk->bijk", a, b, c).flatten(1)
-    )
+    parts = [torch.randn(2, size) for size in (3, 4, 2)]
+    wanted = torch.einsum("bi,bj,bk->bijk", *parts).flatten(1)
+    assert torch.allclose(pool(parts, "full"), wanted)
 
 
 def test_wide_pooling_is_scaled_by_channel():
@@ -376,8 +346,7 @@ LINEAR, SIZES = torch.nn.Linear(2, 2), zoo.model_of(ModeTree.binary(4))
 MIXED = [torch.zeros(2, 2, dtype=F64), torch.zeros(2, 3), torch.zeros(2, 5, dtype=F64)]
 CHANNELS = "nodes of height 0 differ in their channels"
 REFUSED = [
-    (lambda: SMALL(torch.zeros(2, 3, 5)), ShapeError,
-     r"\(2, 3, 5\)\n  expected: \(B, 3, 4\) or"),
+    (lambda: SMALL(torch.zeros(2, 3, 5)), ShapeError, r"\(2, 3, 5\)\n  expected: \(B, 3, 4\) or"),
     (lambda: DEEPER(torch.zeros(2, 3, 2, 8)), ShapeError, r"\(B, 3, 16\) or \(B, 3, 4, 4\)"),
     (lambda: SMALL(torch.zeros(0, 3, 4)), DataError, "an empty batch"),
     (lambda: SMALL(torch.zeros(2, 3, 4, dtype=F64)), DataError, r"write x\.to\(net\.dtype\)"),
@@ -387,15 +356,12 @@ REFUSED = [
     (lambda: SMALL.nodes_of(4), OptionError, r"layers are 0\.\.1, found 4"),
     (lambda: to_cnn(LINEAR), OptionError, "to_cnn takes a Factorization, found Linear"),
     (lambda: from_cnn(LINEAR), OptionError, "from_cnn takes a ConvNet"),
-    (lambda: to_cnn(EQUAL, classes=True), OptionError,
-     "the last mode, 3, must be a leaf below the root"),
-    (lambda: to_cnn(EQUAL, share=True), OptionError,
-     "of height 0 differ in their weights, first"),
+    (lambda: to_cnn(EQUAL, classes=True), OptionError, "last mode, 3, must be a leaf below the root"),
+    (lambda: to_cnn(EQUAL, share=True), OptionError, "of height 0 differ in their weights, first"),
     (lambda: to_cnn(SIZES, share=True), OptionError, CHANNELS),
     (lambda: ConvNet(SIZES.tree, (2, 3, 2, 3), 3, share=True), OptionError, CHANNELS),
     (lambda: ConvNet(ModeTree.star(3), 2, 2, outputs=0), OptionError, "outputs must be an integer >= 1"),
-    (lambda: ConvNet(UNEVEN.tree, 2, 2, outputs=2, root="ones"), OptionError,
-     "several outputs need a root of"),
+    (lambda: ConvNet(UNEVEN.tree, 2, 2, outputs=2, root="ones"), OptionError, "need a root of their own"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -11,19 +12,10 @@ import pytest
 import torch
 import zoo
 
-from tnreg import (
-    ConvAC,
-    ConvNet,
-    DataError,
-    Factorization,
-    ModeTree,
-    OptionError,
-    Representation,
-    export_onnx,
-    to_cnn,
-)
+from tnreg import ConvAC, ConvNet, Factorization, ModeTree, Representation, to_cnn
 from tnreg.cnns import export
-from tnreg.cnns.export import example_inputs, export_pt2, export_state
+from tnreg.cnns.export import example_inputs, export_onnx, export_pt2, export_state
+from tnreg.errors import DataError, OptionError
 from tnreg.machine.files import read_safetensors
 
 
@@ -32,10 +24,9 @@ def networks():
     grid = ModeTree.grid((4, 4))
     deep = ConvNet(grid, 3, 4, share=True, std=0.7, generator=random)
     uneven = to_cnn(zoo.model_of(zoo.TREES["uneven"], "full"))
-    classifier = ConvAC(
-        Representation(3, kind="gaussian", patch=(2, 2), generator=random),
-        ConvNet(grid, 3, 4, outputs=5),
-    ).start_averaging_(generator=random)
+    representation = Representation(3, kind="gaussian", patch=(2, 2), generator=random)
+    classifier = ConvAC(representation, ConvNet(grid, 3, 4, outputs=5))
+    classifier.start_averaging_(generator=random)
     return {"deep": deep, "uneven": uneven, "classifier": classifier}
 
 
@@ -85,22 +76,12 @@ def test_exported_grids_take_images(tmp_path, shape):
     import onnxruntime
 
     net = to_cnn(Factorization(ModeTree.grid(shape), 3, 4))
-    export_onnx(net, tmp_path / "net.onnx")
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"]
-    )
+    path = str(export_onnx(net, tmp_path / "net.onnx"))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape[1:] == [3, *shape]
     x = 1e3 * torch.randn(1, 3, *shape)
     [found] = session.run(None, {"x": x.numpy()})
     assert torch.allclose(torch.from_numpy(found), net(x), rtol=1e-4) and found != 0
-
-
-def test_a_module_of_ones_own_with_an_example(tmp_path):
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten())
-    export_pt2(net, tmp_path / "net.pt2", example=torch.randn(2, 1, 5, 5))
-    x = torch.randn(3, 1, 5, 5)
-    loaded = torch.export.load(tmp_path / "net.pt2").module()
-    assert torch.allclose(loaded(x), net(x), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -111,13 +92,9 @@ def test_plain_weights_name_their_layers(tmp_path, name):
     about = json.loads(metadata["network"])
     inner = net.net if name == "classifier" else net
     assert set(state) == set(net.state_dict())
-    named = [node for layer in about["layers"] for node in layer["nodes"]]
-    assert sorted(named) == sorted(map(str, inner.tree.nodes))
-    layer_of = {str(node): inner.layer_of(node) for node in inner.tree.nodes}
-    for layer in about["layers"]:
-        assert layer["weight"] in state and {layer_of[v] for v in layer["nodes"]} == {
-            layer["layer"]
-        }
+    assert all(layer["weight"] in state for layer in about["layers"])
+    named = [(node, layer["layer"]) for layer in about["layers"] for node in layer["nodes"]]
+    assert sorted(named) == sorted((str(v), inner.layer_of(v)) for v in inner.tree.nodes)
 
 
 def test_a_network_by_hand_from_plain_weights(tmp_path):
@@ -131,10 +108,8 @@ def test_a_network_by_hand_from_plain_weights(tmp_path):
     for layer in layers:
         parts = zip(layer["nodes"], layer["children"], state[layer["weight"]], strict=True)
         for node, children, weight in parts:
-            given = x[:, :, int(node)] if not children else 1
-            for child in children:
-                given = given * values[child]
-            values[node] = given @ weight
+            factors = [values[child] for child in children] or [x[:, :, int(node)]]
+            values[node] = math.prod(factors) @ weight
     assert torch.allclose(values[str(net.tree.root)][:, 0], net(x))
 
 
@@ -175,7 +150,14 @@ def test_a_file_with_other_values_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_complex_networks_are_exported_by_torch(tmp_path):
-    export_pt2(COMPLEX, tmp_path / "net.pt2")
-    x = torch.randn(5, 3, 4, dtype=torch.complex128)
-    assert torch.allclose(torch.export.load(tmp_path / "net.pt2").module()(x), COMPLEX(x))
+CONVOLVED = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "options"),
+    [(COMPLEX, torch.randn(5, 3, 4, dtype=torch.complex128), {}),
+     (CONVOLVED, torch.randn(3, 1, 5, 5), {"example": torch.randn(2, 1, 5, 5)})],
+)  # fmt: skip
+def test_complex_networks_and_modules_of_ones_own_are_exported_by_torch(tmp_path, net, x, options):
+    loaded = torch.export.load(export_pt2(net, tmp_path / "net.pt2", **options)).module()
+    assert torch.allclose(loaded(x), net(x), rtol=1e-5)

@@ -1,8 +1,7 @@
 """Image classifiers whose network is a tree: a representation of patches, then a ``ConvNet``.
 
-The representation layer applies M template functions f_1..f_M to every patch (Cohen, Sharir and Shashua
-2016, arXiv:1509.05009); the convolutional arithmetic circuit above it has one root vector per class, so
-that the scores of an image with patches x_0..x_{N-1} are ``<f(x_0) ⊗ ... ⊗ f(x_{N-1}), W_c>``.
+The scores of an image with patches x_0..x_{N-1} are ``<f(x_0) ⊗ ... ⊗ f(x_{N-1}), W_c>``, f the M template
+functions (Cohen, Sharir and Shashua 2016, arXiv:1509.05009).
 """
 
 from __future__ import annotations
@@ -77,21 +76,16 @@ class Representation(nn.Module):
         super().__init__()
         self.templates = check_integer(templates, 1, "templates")
         if kind not in _KINDS:
-            raise OptionError(
-                f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}.",
-                argument="kind",
-            )
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise OptionError(
-                f"low and high must be finite with low < high, found {low} and {high}.",
-                argument="low",
-            )
+            message = f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}."
+            raise OptionError(message, argument="kind")
+        if not -math.inf < low < high < math.inf:
+            message = f"low and high must be finite with low < high, found {low} and {high}."
+            raise OptionError(message, argument="low")
         try:
             rows, columns = patch
         except (TypeError, ValueError):
-            raise OptionError(
-                f"patch must be (height, width), found {patch!r}.", argument="patch"
-            ) from None
+            message = f"patch must be (height, width), found {patch!r}."
+            raise OptionError(message, argument="patch") from None
         height = check_integer(rows, 1, "height of a patch")
         self.patch = height, check_integer(columns, 1, "width of a patch")
         self.kind, self.low, self.high, self.trained = kind, float(low), float(high), bool(trained)
@@ -119,8 +113,20 @@ class Representation(nn.Module):
             ShapeError: Another number of channels, or an image that patches do not fill.
             DataError: Images of another dtype than the templates, or of integers.
         """
-        self._check_images(images)
         rows, columns = self.patch
+        fits = images.ndim == 4 and images.shape[1] == self.channels
+        if not fits or images.shape[2] % rows or images.shape[3] % columns:
+            raise ShapeError(
+                "images do not fit the patches.\n"
+                f"  found:    {tuple(images.shape)}\n"
+                f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})",
+                argument="images",
+            )
+        weight = next(self.parameters(), images)
+        if not images.is_floating_point() or images.dtype != weight.dtype:
+            wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
+            message = f"images have dtype {images.dtype}; write images.to({wanted})."
+            raise DataError(message, argument="images")
         if self.kind == "affine":
             filters = self.weight.reshape(-1, self.channels, rows, columns)
             return nn.functional.conv2d(images, filters, self.bias, stride=self.patch).relu()
@@ -143,23 +149,6 @@ class Representation(nn.Module):
             math.sqrt(math.comb(last, m)) * cos ** (last - m) * sin**m for m in range(last + 1)
         ]
         return torch.cat(terms, 1)
-
-    def _check_images(self, images: Tensor) -> None:
-        rows, columns = self.patch
-        fits = images.ndim == 4 and images.shape[1] == self.channels
-        if not fits or images.shape[2] % rows or images.shape[3] % columns:
-            raise ShapeError(
-                "images do not fit the patches.\n"
-                f"  found:    {tuple(images.shape)}\n"
-                f"  expected: (B, {self.channels}, a multiple of {rows}, a multiple of {columns})",
-                argument="images",
-            )
-        weight = next(self.parameters(), images)
-        if not images.is_floating_point() or images.dtype != weight.dtype:
-            wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
-            raise DataError(
-                f"images have dtype {images.dtype}; write images.to({wanted}).", argument="images"
-            )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments that make a representation of the same shape."""
@@ -206,18 +195,15 @@ class ConvAC(nn.Module):
     ) -> None:
         super().__init__()
         if net.outputs is None:
-            raise OptionError(
-                "a classifier needs a net with outputs=number of classes.", argument="net"
-            )
-        if set(net.sizes) != {representation.templates}:
-            raise ShapeError(
-                f"{representation.templates} templates do not fit input channels {set(net.sizes)}.",
-                argument="representation",
-            )
+            message = "a classifier needs a net with outputs=number of classes."
+            raise OptionError(message, argument="net")
+        templates, channels = representation.templates, set(net.sizes)
+        if channels != {templates}:
+            message = f"{templates} templates do not fit input channels {channels}."
+            raise ShapeError(message, argument="representation")
         if scores not in ("normalized", "plain"):
-            raise OptionError(
-                f"unknown scores {scores!r}; write 'normalized' or 'plain'.", argument="scores"
-            )
+            message = f"unknown scores {scores!r}; write 'normalized' or 'plain'."
+            raise OptionError(message, argument="scores")
         self.representation, self.net = representation, net
         self.scores, self.temperature = scores, float(temperature)
 
@@ -250,6 +236,12 @@ class ConvAC(nn.Module):
         squares = values.square().mean(1, keepdim=True)
         return self.temperature * values / squares.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
 
+    def settings(self) -> dict[str, Any]:
+        """Return what files hold beside the network's indices and sizes."""
+        net = {"outputs": self.net.outputs, "share": self.net.share}
+        own = {"scores": self.scores, "temperature": self.temperature}
+        return {**net, "representation": self.representation.settings(), **own}
+
     def as_factorization(self) -> Factorization:
         """Return the factorization with the network's weights: its gradients flow to them."""
         return self.net.as_factorization()
@@ -261,8 +253,7 @@ class ConvAC(nn.Module):
     def with_factorization(self, model: Factorization) -> ConvAC:
         """Return a classifier with a copy of this representation and the network of another tensor.
 
-        Args:
-            model: As ``factorization`` gives it, e.g. truncated; the classes are its last mode.
+        The model is as ``factorization`` gives it, e.g. truncated; the classes are its last mode.
         """
         weight = next(self.net.parameters())
         net = to_cnn(model, classes=True, shape=self.net.shape).to(weight)
@@ -274,29 +265,17 @@ class ConvAC(nn.Module):
     ) -> ConvAC:
         """Return the classifier of lower hierarchical rank: its tensor rounded by ``tnreg.truncate``.
 
-        Joins become full: product pooling of all pairs of channels, of which fewer are left.
-
-        Args:
-            ranks: Largest number of channels: one integer, or ``{node: integer}``.
-            rtol: Relative error of the tensor of all classes together (Frobenius norm).
+        Joins become full: product pooling of all pairs of channels, of which fewer are left. ``ranks`` are
+        the largest numbers of channels, ``rtol`` is relative to the tensor of all classes together.
         """
         return self.with_factorization(truncate(self.factorization(), ranks=ranks, rtol=rtol))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, tree and settings to a safetensors file, whole or not at all."""
         net, state = self.net, self.state_dict()
-        about = {
-            "format": _FORMAT,
-            **net.network.to_json(),
-            "outputs": net.outputs,
-            "share": net.share,
-            "scaled": net.scaled,
-            "image": net.shape,
-            "representation": self.representation.settings(),
-            "scores": self.scores,
-            "temperature": self.temperature,
-            "dtype": str(net.dtype).removeprefix("torch."),
-        }
+        dtype = str(net.dtype).removeprefix("torch.")
+        about = {"format": _FORMAT, "scaled": net.scaled, "image": net.shape, "dtype": dtype}
+        about |= {**net.network.to_json(), **self.settings()}
         broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
         if broken:
             raise DataError(f"not saved: {broken[0]} has NaN or infinite entries.")

@@ -2,15 +2,8 @@
 
 ``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>``, computed from the leaves to the root, is a convolutional arithmetic
 circuit (Cohen, Sharir and Shashua 2016, arXiv:1509.05009; Razin, Maman and Cohen 2022,
-arXiv:2201.11729): every leaf's weight is a 1x1 convolution at its position, every interior node
-multiplies the channels of its children and convolves the product, and the root is linear. A star is a
-shallow network, a binary tree a deep one.
-
-| tree | network |
-|---|---|
-| nodes of one height | one layer |
-| bond above a node | channels of its convolution |
-| local component (v, r) | pooled channel r at v: filter r of every child, and what v reads from it |
+arXiv:2201.11729). The bond above a node is the channels of its convolution; the local component (v, r) is
+pooled channel r at v: filter r of every child, and what v reads from it.
 """
 
 from __future__ import annotations
@@ -33,11 +26,8 @@ from tnreg.trees.grid import grid_of, maps_of
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
-# Networks of more modes than this multiply on scales, unless told otherwise.
-_UNSCALED_MODES = 8
-
-# Longer descriptions of a network are cut in the middle.
-_LINES = 60
+_UNSCALED_MODES = 8  # networks of more multiply on scales, unless told otherwise
+_LINES = 60  # longer descriptions of a network are cut in the middle
 
 
 @final
@@ -66,10 +56,9 @@ class ConvNet(nn.Module):
         generator: For reproducible weights.
 
     Attributes:
-        network: Indices and sizes, without the numbers.
-        outputs: Number of outputs, or ``None``.
-        share: Whether filters are shared over the nodes of a layer.
-        shape: ``(height, width)`` of the images, if the tree is a ``ModeTree.grid`` or it was given.
+        network: Indices and sizes, without the numbers; ``tree`` and ``sizes`` are the network's.
+        depth: Number of layers; layer 0 convolves the inputs.
+        shape: ``(height, width)`` of the images, if the tree knows it or it was given.
         scaled: Whether products are multiplied on scales.
 
     Raises:
@@ -108,10 +97,8 @@ class ConvNet(nn.Module):
         if outputs is not None:
             check_integer(outputs, 1, "outputs")
             if root == "ones":
-                raise OptionError(
-                    "several outputs need a root of their own: leave out root='ones'.",
-                    argument="outputs",
-                )
+                message = "several outputs need a root of their own: leave out root='ones'."
+                raise OptionError(message, argument="outputs")
             last = weights[model.tree.root]
             noise = draw_normal((*last.shape, outputs), last.dtype, last.device, generator)
             weights[model.tree.root] = std * noise
@@ -127,10 +114,7 @@ class ConvNet(nn.Module):
     def holding(cls, network: Network, weights: Mapping[Node, Tensor], **settings: Any) -> ConvNet:
         """Return a network with copies of these weights, shaped as ``weights`` says.
 
-        Args:
-            network: Indices and sizes.
-            weights: ``{node: filters}``.
-            settings: ``outputs``, ``share``, ``scaled`` and ``shape``, as for the class.
+        Settings are ``outputs``, ``share``, ``scaled`` and ``shape``, as for the class.
 
         Raises:
             OptionError: ``share`` with weights that differ between nodes of a layer.
@@ -152,6 +136,7 @@ class ConvNet(nn.Module):
         tree = network.tree if shape is None else ModeTree(network.tree, shape=shape)
         grid = grid_of(tree)
         self.network, self.outputs, self.share = network, outputs, share
+        self.tree, self.sizes, self.depth = network.tree, network.sizes, tree.heights[-1] + 1
         self.scaled = tree.order > _UNSCALED_MODES if scaled is None else bool(scaled)
         self.shape = tree.shape or (None if grid is None else grid.shape)
         self._windows = None if grid is None else grid.windows
@@ -162,11 +147,10 @@ class ConvNet(nn.Module):
         self.convs = self._convolutions(weights)
         for g, level in enumerate(self._levels):
             if level.join == "leaf":
-                modes = self._modes(level)
-                # on the device, so that no call has to wait for the host
-                order = torch.tensor(modes, device=self.device)
-                in_order = modes == list(tree.leaves)
-                self.register_buffer(f"_order{g}", None if in_order else order, persistent=False)
+                modes, order = self._modes(level), None
+                if modes != list(tree.leaves):  # on the device, so that no call waits for the host
+                    order = torch.tensor(modes, device=self.device)
+                self.register_buffer(f"_order{g}", order, persistent=False)
 
     def _name_levels(self) -> list[str]:
         """Return the levels' keys in ``convs``: one a level, or one a layer if filters are shared."""
@@ -195,18 +179,6 @@ class ConvNet(nn.Module):
             convs[name] = shared or LocalConv(torch.stack(filters))
         return convs
 
-    # What it is
-
-    @property
-    def tree(self) -> ModeTree:
-        """The mode tree over the positions."""
-        return self.network.tree
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Channels of the input at every position."""
-        return self.network.sizes
-
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
@@ -216,11 +188,6 @@ class ConvNet(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.parameters()).device
-
-    @property
-    def depth(self) -> int:
-        """Number of layers; layer 0 convolves the inputs."""
-        return self.tree.heights[-1] + 1
 
     def layer_of(self, node: Node) -> int:
         """Return the number of the layer that holds a node: its height in the tree."""
@@ -289,17 +256,12 @@ class ConvNet(nn.Module):
         stacks = [torch.stack([weights[nodes[p]] for p in s.positions]) for s in network.stacks]
         return Factorization.viewing(network, stacks)
 
-    # What it does
-
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Return the values of the network.
+        """Return the values of the network, ``(B,)`` or ``(B, outputs)``.
 
         Args:
             x: Channels first: ``(B, D, N)``, or ``(B, D, H, W)`` with ``H * W = N`` and position
                 ``row * W + column``; with unequal sizes N tensors ``(B, D_n)``.
-
-        Returns:
-            ``(B,)``, or ``(B, outputs)``.
 
         Raises:
             ShapeError: Sizes that do not fit the positions.
@@ -318,9 +280,8 @@ class ConvNet(nn.Module):
     def scaled_values(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return ``(values, log)``, ``forward(x) = values * 2^log``, also beyond the dtype's range.
 
-        Returns:
-            Values as ``forward``, and ``(B,)`` binary logarithms, constant to autograd, or ``None`` if the
-            network does not multiply on scales.
+        Values are shaped as those of ``forward``; the binary logarithms ``(B,)``, constant to autograd, are
+        ``None`` if the network does not multiply on scales.
         """
         logs: list[Tensor] = []
         through = self._through_blocks if self._maps is None else self._through_maps
@@ -351,8 +312,7 @@ class ConvNet(nn.Module):
                 if not isinstance(x, Tensor):
                     block = torch.stack([x[mode] for mode in self._modes(level)])
                 else:
-                    block = x.permute(2, 0, 1)
-                    block = block.contiguous() if order is None else block[order]
+                    block = x.permute(2, 0, 1)[slice(None) if order is None else order].contiguous()
                 parts = [self._rescale(block, 2, logs)]
             values.append(self._convolve(g, parts, 2, logs))
         return values.tensors[-1][0]
@@ -373,13 +333,9 @@ class ConvNet(nn.Module):
         return x.flatten(1)
 
     def _convolve(self, g: int, parts: Sequence[Tensor], dim: int, logs: list[Tensor]) -> Tensor:
-        """Pool the children of a level's nodes and convolve; scales that are divided out join ``logs``.
+        """Pool the children of level g's nodes (or leaves' inputs) and convolve; scales join ``logs``.
 
-        Args:
-            g: Number of the level.
-            parts: Values of each child, or the inputs of leaves.
-            dim: Axis of the channels; the axis before it is that of the batch.
-            logs: Binary logarithms: ``(B,)``, or scalars.
+        ``dim`` is the axis of the channels; the one before it is the batch's.
         """
         level = self._levels[g]
         if self.scaled and level.join == "diagonal" and len(parts) > FACTORS:
@@ -407,8 +363,6 @@ class ConvNet(nn.Module):
 
     def _rescale(self, x: Tensor, dim: int, logs: list[Tensor]) -> Tensor:
         return _keep_scale(rescale(x, dim), dim, logs) if self.scaled else x
-
-    # How it reads
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -486,7 +440,9 @@ def to_cnn(
     scaled: bool | None = None,
     shape: tuple[int, int] | None = None,
 ) -> ConvNet:
-    """Return the convolutional network of a factorization: ``to_cnn(model)(x) == model(features)``.
+    """Return the network of a factorization, with copies of its weights.
+
+    ``to_cnn(model)(x) == model(features)``, where x has the channels first, as ``ConvNet.forward`` says.
 
     Args:
         model: Any tree, joins and root.
@@ -495,10 +451,6 @@ def to_cnn(
             nodes keep their names, the root too.
         scaled: See ``ConvNet``.
         shape: ``(height, width)`` of the images, where the tree does not know it.
-
-    Returns:
-        A ``ConvNet`` with copies of the weights. It takes channels first: ``(B, D, N)`` or
-        ``(B, D, H, W)``, or N tensors ``(B, D_n)``.
 
     Raises:
         OptionError: ``share`` with weights that differ, or ``classes`` without such a leaf.
@@ -510,17 +462,15 @@ def to_cnn(
         True
     """
     if not isinstance(model, Factorization):
-        raise OptionError(
-            f"to_cnn takes a Factorization, found {type(model).__name__}.", argument="model"
-        )
+        message = f"to_cnn takes a Factorization, found {type(model).__name__}."
+        raise OptionError(message, argument="model")
     network, outputs = model.network, None
     weights = {node: w.detach() for node, w in model.weights.items()}
     if classes:
         network, weights = _without_classes(network, weights)
         outputs = model.sizes[-1]
-    return ConvNet.holding(
-        network, weights, outputs=outputs, share=share, scaled=scaled, shape=shape
-    )
+    settings = {"outputs": outputs, "share": share, "scaled": scaled, "shape": shape}
+    return ConvNet.holding(network, weights, **settings)
 
 
 def from_cnn(net: ConvNet) -> Factorization:
@@ -547,11 +497,10 @@ def _with_classes(network: Network, outputs: int) -> Network:
     tree = network.tree
     graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
     graph.add_edge(tree.root, tree.order)
-    diagonal = network.joins[-1] == "diagonal"
-    bonds = network.named_bonds
-    bonds[tree.order] = bonds[tree.children(tree.root)[0]] if diagonal else outputs
-    root = "ones" if diagonal else "trained"
-    sizes = (*network.sizes, outputs)
+    bonds, sizes, root = network.named_bonds, (*network.sizes, outputs), "trained"
+    bonds[tree.order] = outputs
+    if network.joins[-1] == "diagonal":
+        bonds[tree.order], root = bonds[tree.children(tree.root)[0]], "ones"
     return Network.build(ModeTree(graph), sizes, bonds, join=network.named_joins, root=root)
 
 
@@ -566,8 +515,6 @@ def _without_classes(
             f"  found: {tree!r}",
             argument="classes",
         )
-    graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
-    graph.remove_node(last)
     leaf = weights.pop(last)
     if network.joins[-1] == "diagonal":
         root = weights.get(tree.root)
@@ -575,7 +522,8 @@ def _without_classes(
     else:
         axis = tree.children(tree.root).index(last)
         weights[tree.root] = torch.tensordot(weights[tree.root], leaf, ([axis], [1]))
-    bonds = network.named_bonds
-    bonds.pop(last)
-    sizes, joins = network.sizes[:-1], network.named_joins
-    return Network.build(ModeTree(graph), sizes, bonds, join=joins), weights
+    graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
+    graph.remove_node(last)
+    bonds = {node: bond for node, bond in network.named_bonds.items() if node != last}
+    joins = network.named_joins
+    return Network.build(ModeTree(graph), network.sizes[:-1], bonds, join=joins), weights

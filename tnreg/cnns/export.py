@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import os
@@ -37,27 +38,24 @@ def export_onnx(
             is put in place.
 
     Returns:
-        The path.
+        The path. Tracing takes a second or more.
 
     Raises:
         OptionError: Complex weights, a module that needs an example, or the extra ``onnx`` is missing.
         DataError: onnxruntime gives other values than the network.
         FileError: The file cannot be written.
-
-    Cost: a second or more for tracing; the file holds the weights.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
 
         if check:
-            import onnxruntime
+            import onnxruntime  # noqa: F401
     except ImportError as error:
         raise OptionError(f"{error.name} is missing: pip install 'tnreg[onnx]'") from None
     if any(p.is_complex() for p in net.parameters()):
-        raise OptionError(
-            "ONNX has no complex numbers; export_pt2 writes complex networks.", argument="net"
-        )
+        message = "ONNX has no complex numbers; export_pt2 writes complex networks."
+        raise OptionError(message, argument="net")
     module, inputs = _prepare(net, example, torch.float32)
     names = ["x"] if isinstance(inputs, Tensor) else [f"x{n}" for n in range(len(inputs))]
     logged = logging.root.manager.disable
@@ -72,22 +70,24 @@ def export_onnx(
         finally:
             logging.disable(logged)
 
-    def values(file: Path, fresh: Any) -> Tensor:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
-            file.read_bytes(), options, providers=["CPUExecutionProvider"]
-        )
-        parts = [fresh] if isinstance(fresh, Tensor) else fresh
-        feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), parts, strict=True)}
-        return torch.from_numpy(session.run(None, feed)[0])
-
     def write(file: Path) -> None:
         program.save(str(file), external_data=False)
         if check:
-            _compare(module, inputs, lambda fresh: values(file, fresh), path)
+            _compare(module, inputs, functools.partial(_run_onnx, file), path)
 
     return write_whole(path, write)
+
+
+def _run_onnx(file: Path, inputs: Any) -> Tensor:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=providers)
+    parts = [inputs] if isinstance(inputs, Tensor) else inputs
+    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), parts, strict=True)}
+    return torch.from_numpy(session.run(None, feed)[0])
 
 
 def export_pt2(
@@ -95,16 +95,8 @@ def export_pt2(
 ) -> Path:
     """Write a network as a ``torch.export`` program with a dynamic batch; ``torch.export.load`` reads it.
 
-    Args:
-        net: A ``ConvNet``, a ``ConvAC``, or any module together with ``example``.
-        path: The file (``.pt2``); it appears whole or not at all.
-        example: As for ``export_onnx``.
-        check: Load the file again and compare its values on fresh inputs.
-
-    Raises:
-        OptionError: A module that needs an example.
-        DataError: The loaded program gives other values.
-        FileError: The file cannot be written.
+    Arguments and errors are those of ``export_onnx``, but weights may be complex, numbers keep their dtype,
+    and ``check`` loads the file again and compares its values on fresh inputs.
     """
     module, inputs = _prepare(net, example)
     program = _trace(torch.export.export, module, inputs)
@@ -128,8 +120,7 @@ def load_pt2(file: Path | IO[bytes]) -> nn.Module:
     """Return the network in a file of ``torch.export``, without a warning that users cannot act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.9
-        loaded: nn.Module = torch.export.load(file).module()
-    return loaded
+        return torch.export.load(file).module()
 
 
 def export_state(net: ConvNet | ConvAC, path: str | os.PathLike[str]) -> Path:
@@ -151,10 +142,8 @@ def export_state(net: ConvNet | ConvAC, path: str | os.PathLike[str]) -> Path:
          "children": [[str(c) for c in inner.tree.children(node)] for node in nodes]}
         for name, join, nodes in inner.layers()
     ]  # fmt: skip
-    about: dict[str, Any] = {"outputs": inner.outputs, "share": inner.share, "layers": layers}
-    if isinstance(net, ConvAC):
-        about |= {"representation": net.representation.settings(), "scores": net.scores,
-                  "temperature": net.temperature}  # fmt: skip
+    about = {"outputs": inner.outputs, "share": inner.share, "layers": layers}
+    about |= net.settings() if isinstance(net, ConvAC) else {}
     return write_safetensors(path, net.state_dict(), "network", about)
 
 

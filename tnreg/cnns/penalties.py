@@ -1,8 +1,7 @@
 """Penalties on the rank of a factorization, or of the convolutional network that it is.
 
-Local components and singular values belong to the tensor's network, so a penalty is the same number with
-the same gradients on a ``Factorization``, on the ``ConvNet`` that ``to_cnn`` makes of it, and on a
-``ConvAC``.
+A penalty is the same number with the same gradients on a ``Factorization``, on the ``ConvNet`` that
+``to_cnn`` makes of it, and on a ``ConvAC``.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class LocalComponentPenalty:
     Args:
         p: Power; ``None`` for ``2/K_v`` at every node.
         promote: Turn the sign: a smaller penalty then means larger components, so a higher rank.
-        weights: c_v: ``{node: number}``, or by layer ``{height in the tree: number}``; what is left out
-            counts 0. ``None``: 1 everywhere.
+        weights: c_v: ``{node: number}``, or by layer ``{height in the tree: number}`` if all keys are
+            integers; what is left out counts 0. ``None``: 1 everywhere.
         eps: Norms below ``eps`` count as ``eps``: the power has no gradient at zero.
 
     Example:
@@ -76,9 +75,8 @@ class LocalComponentPenalty:
         view = _factorization_of(model)
         norms = view.component_norms()
         if not norms:
-            raise OptionError(
-                "LocalComponentPenalty: full joins have no local components.", argument="model"
-            )
+            message = "LocalComponentPenalty: full joins have no local components."
+            raise OptionError(message, argument="model")
         return _weighted_sum(self, view, norms, self._sum_of_powers)
 
     def _sum_of_powers(self, norms: Tensor) -> Tensor:
@@ -97,8 +95,7 @@ class EffectiveRankPenalty:
     Args:
         kind: ``"effective_rank"`` or ``"entropy"`` (entanglement entropy).
         promote: Turn the sign: a smaller penalty then means a higher rank.
-        weights: c_v: ``{node: number}``, or by layer ``{height: number}`` if all keys are integers; what is
-            left out counts 0. ``None``: 1 at every node but the root.
+        weights: As for ``LocalComponentPenalty``; ``None``: 1 at every node but the root.
 
     Cost: that of ``tnreg.spectra`` with gradients, node by node; far more than a training step of a small
     network, so use it every few steps.
@@ -111,9 +108,8 @@ class EffectiveRankPenalty:
 
     def __post_init__(self) -> None:
         if self.kind not in _MEASURES:
-            raise OptionError(
-                f"unknown kind {self.kind!r}; write 'effective_rank' or 'entropy'.", argument="kind"
-            )
+            message = f"unknown kind {self.kind!r}; write 'effective_rank' or 'entropy'."
+            raise OptionError(message, argument="kind")
         self.weights = _check_weights(self.weights, self)
 
     def __call__(self, model: Model) -> Tensor:
@@ -149,13 +145,12 @@ def _check_positive(value: Any, name: str, expected: str) -> float:
 
 @blame("weights")
 def _check_weights(weights: Any, penalty: Any) -> Weights | None:
-    who = type(penalty).__name__
     if weights is None:
         return None
+    who = type(penalty).__name__
     if not isinstance(weights, Mapping):
-        raise OptionError(
-            f"{who}: weights must be {{node: number}} or {{height: number}}, found {weights!r}."
-        )
+        expected = "{node: number} or {height: number}"
+        raise OptionError(f"{who}: weights must be {expected}, found {weights!r}.")
     for key, value in weights.items():
         if isinstance(value, bool | str) or not math.isfinite(value):
             raise OptionError(f"{who}: the weight of {key!r} must be a number, found {value!r}.")

@@ -1,9 +1,5 @@
 """Product pooling and 1x1 convolutions: the layers of the networks that trees are.
 
-A layer holds the nodes of one height of a mode tree. Product pooling multiplies the channels of
-siblings: channel by channel under a diagonal join, all pairs of channels (R_1 ... R_k of them) under a
-full join. A 1x1 convolution with filters of its own at every node follows.
-
 Positions come first in memory, ``(positions, batch, channels)``: equal nodes are then one batched
 matrix product, and siblings are next to each other.
 """
@@ -19,11 +15,8 @@ from torch import Tensor, nn
 from tnreg.networks.network import Network
 from tnreg.tensors.arrays import Scaled, power_below, rescale
 
-FACTORS = 4
-"""As many moderate factors may meet without a scale of their own."""
-
-# Factors with magnitudes in [1, 2) that are multiplied before their product is scaled.
-_SCALED_FACTORS = 64
+FACTORS = 4  # as many moderate ones may meet without a scale of their own
+_SCALED_FACTORS = 64  # with magnitudes in [1, 2), multiplied before their product is scaled
 
 
 def which_rescale(network: Network) -> list[bool]:
@@ -44,13 +37,10 @@ def which_rescale(network: Network) -> list[bool]:
 
 
 def pool(parts: Sequence[Tensor], join: str, dim: int = -1) -> Tensor:
-    """Multiply siblings.
+    """Multiply siblings, whose channels are along ``dim``: product pooling.
 
-    Args:
-        parts: For each child its channels along ``dim``, all of one shape but for ``dim``.
-        join: ``"diagonal"``: channel by channel; ``"full"``: all products of one channel of each child,
-            the channel of the last child running fastest.
-        dim: Axis of the channels.
+    A diagonal join multiplies channel by channel; a full one makes all products of one channel of each
+    child, the channel of the last child running fastest.
     """
     product, dim = parts[0], dim % parts[0].ndim
     for part in parts[1:]:
@@ -88,11 +78,7 @@ def _scale_each(x: Tensor) -> Scaled:
 
 
 class LocalConv(nn.Module):
-    """1x1 convolutions with filters of their own at every position.
-
-    Args:
-        weight: ``(positions, *channels in, channels out)``.
-    """
+    """1x1 convolutions with filters at every position, ``(positions, *channels in, channels out)``."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

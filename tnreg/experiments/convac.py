@@ -2,10 +2,7 @@
 
 scikit-learn's 8x8 digits, one pixel a patch. The quad tree pools neighbouring pixels first, the mirrored
 one a pixel with its mirror image, the random one pixels drawn by chance: which dependencies are cheap for
-a network of that depth is decided by the tree (Cohen and Shashua 2017, arXiv:1605.06743). Every classifier
-is trained from several seeds, each of which also splits the images; beside it stands logistic regression
-on the same split. The classifier of the first seed is then truncated at several tolerances, thinned by
-dropping small local components, and exported.
+a network of that depth is decided by the tree (Cohen and Shashua 2017, arXiv:1605.06743).
 """
 
 from __future__ import annotations
@@ -47,17 +44,13 @@ class Config:
     Attributes:
         trees: ``quad``, ``mirrored``, ``random``, or what ``tnreg tree`` reads, over 64 pixels.
         channels: Size of every bond.
-        templates: Template functions per pixel.
-        kind: Their kind.
-        epochs: Passes over the training images.
-        batch: Images in an update.
-        lr: Learning rate of Adam.
+        templates, kind: Number and kind of the template functions per pixel.
+        epochs, batch, lr: Passes over the training images, images in an update, learning rate of Adam.
         std: Spread of the initial filters around averaging.
         test: Share of the images that test.
         seeds: Each draws a split, a random tree and initial filters.
         rtols: Relative errors of the truncated tensors.
         thin: Local components below these shares of the largest at their node are dropped.
-        device: Torch device.
     """
 
     trees: tuple[str, ...] = ("quad", "mirrored", "random")
@@ -75,9 +68,7 @@ class Config:
     device: str = "cpu"
 
 
-tiny = Config(
-    trees=("quad", "random"), channels=3, epochs=1, seeds=(1, 2), rtols=(0.5,), thin=(0.5,)
-)
+tiny = Config(("quad", "random"), channels=3, epochs=1, seeds=(1, 2), rtols=(0.5,), thin=(0.5,))
 
 
 def run(
@@ -85,12 +76,9 @@ def run(
 ) -> dict[str, Any]:
     """Train, shrink, export, draw, and return the summary.
 
-    Args:
-        config: Settings.
-        folder: Where ``config.json``, the classifiers and the picture go; it appears as a whole.
-        progress: Show a progress bar.
-        onnx: Export the first seed's classifiers and compare onnxruntime's decisions with them (needs the
-            extra ``onnx``).
+    ``config.json``, the classifiers and the picture go to the folder, which appears as a whole. With
+    ``onnx`` the first seed's classifiers are exported and onnxruntime's decisions compared with them (needs
+    the extra ``onnx``).
 
     Raises:
         OptionError: No trees or seeds, or scikit-learn is missing.
@@ -99,13 +87,9 @@ def run(
         raise OptionError("convac: give at least one tree and one seed.", argument="trees")
     images, labels = _digits(config.device)
     start = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    smaller: list[dict[str, Any]] = []
+    rows, smaller = list[dict[str, Any]](), list[dict[str, Any]]()
     epochs = len(config.seeds) * len(config.trees) * config.epochs
-    with (
-        folder_written_whole(folder) as beside,
-        advancing("epochs", epochs, progress) as advance,
-    ):
+    with folder_written_whole(folder) as beside, advancing("epochs", epochs, progress) as advance:
         for seed in config.seeds:
             random = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(images), generator=random)
@@ -115,13 +99,9 @@ def run(
             for name in config.trees:
                 began = time.perf_counter()
                 model = _train(tree_of(name, seed), config, split, seed, advance)
-                row = {
-                    "train": split.accuracy(model, train=True),
-                    "test": split.accuracy(model),
-                    "weights": _count_weights(model),
-                    "seconds": time.perf_counter() - began,
-                }
-                rows.append({"seed": seed, "model": name, **row})
+                rates = {"train": split.accuracy(model, train=True), "test": split.accuracy(model)}
+                cost = {"weights": _count_weights(model), "seconds": time.perf_counter() - began}
+                rows.append({"seed": seed, "model": name, **rates, **cost})
                 if seed == config.seeds[0]:
                     model.save(beside / f"{name}.safetensors")
                     smaller += [{"model": name, **row} for row in _shrink(model, config, split)]
@@ -152,10 +132,8 @@ def tree_of(name: str, seed: int = 0) -> ModeTree:
     elif name != "quad":
         tree = read_tree(name)
         if tree.order != _SIDE**2:
-            raise OptionError(
-                f"the digits have {_SIDE**2} pixels, the tree {name!r} {tree.order} modes.",
-                argument="trees",
-            )
+            message = f"the digits have {_SIDE**2} pixels, the tree {name!r} {tree.order} modes."
+            raise OptionError(message, argument="trees")
         return tree
     level: list[list[Any]] = [[int(p) for p in row] for row in pixels]
     while len(level) > 1:
@@ -177,8 +155,7 @@ class _Split:
     def accuracy(self, model: Callable[[Tensor], Tensor], *, train: bool = False) -> float:
         """Return the share of right decisions on the test images, or on the training images."""
         index = self.train if train else self.test
-        decisions = model(self.images[index]).argmax(1)
-        return float((decisions == self.labels[index]).double().mean())
+        return float((model(self.images[index]).argmax(1) == self.labels[index]).double().mean())
 
 
 def _digits(device: str) -> tuple[Tensor, Tensor]:
@@ -187,23 +164,20 @@ def _digits(device: str) -> tuple[Tensor, Tensor]:
     except ImportError:
         raise OptionError("scikit-learn is missing: pip install 'tnreg[images]'") from None
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, _SIDE, _SIDE)
-    return images.to(device), torch.tensor(labels).to(device)
+    images = torch.tensor(pixels / 16, dtype=torch.float32, device=device)
+    return images.reshape(-1, 1, _SIDE, _SIDE), torch.tensor(labels, device=device)
 
 
 def _logistic(split: _Split) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
 
     flat, labels = split.images.flatten(1).cpu().numpy(), split.labels.cpu().numpy()
-    train, test = split.train.numpy(), split.test.numpy()
+    parts = {"train": split.train.numpy(), "test": split.test.numpy()}
     began = time.perf_counter()
-    model = LogisticRegression(max_iter=2000).fit(flat[train], labels[train])
-    return {
-        "train": float(model.score(flat[train], labels[train])),
-        "test": float(model.score(flat[test], labels[test])),
-        "weights": int(model.coef_.size + model.intercept_.size),
-        "seconds": time.perf_counter() - began,
-    }
+    model = LogisticRegression(max_iter=2000).fit(flat[parts["train"]], labels[parts["train"]])
+    rates = {name: float(model.score(flat[at], labels[at])) for name, at in parts.items()}
+    weights = int(model.coef_.size + model.intercept_.size)
+    return {**rates, "weights": weights, "seconds": time.perf_counter() - began}
 
 
 def _train(
@@ -237,14 +211,10 @@ def _shrink(model: ConvAC, config: Config, split: _Split) -> list[dict[str, Any]
     for how, asked, smaller in ways:
         shrunk = model.with_factorization(smaller)
         error = float(algebra.subtract(tensor, smaller).norm().detach())
-        numbers = {
-            "error": error / norm,
-            "bound": (smaller.error_bound or 0.0) / norm,
-            "test": split.accuracy(shrunk),
-            "weights": _count_weights(shrunk),
-            "largest bond": max(smaller.network.bonds[:-1]),
-        }
-        rows.append({"how": how, "asked": asked, **numbers})
+        row = {"how": how, "asked": asked, "test": split.accuracy(shrunk)}
+        row |= {"error": error / norm, "bound": (smaller.error_bound or 0.0) / norm}
+        row |= {"weights": _count_weights(shrunk), "largest bond": max(smaller.network.bonds[:-1])}
+        rows.append(row)
     return rows
 
 
@@ -256,20 +226,17 @@ def _compare_onnxruntime(model: ConvAC, path: Path, split: _Split) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     images = split.images[split.test]
     [scores] = session.run(None, {"x": images.cpu().numpy()})
-    with torch.no_grad():
-        decisions = model(images).argmax(1).cpu().numpy()
-    return float((scores.argmax(1) == decisions).mean())
+    return float((scores.argmax(1) == model(images).argmax(1).cpu().numpy()).mean())
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Return ``{model: [mean, standard deviation over seeds]}`` of the test accuracy."""
-    tests: dict[str, list[float]] = {}
-    for row in rows:
-        tests.setdefault(row["model"], []).append(row["test"])
-    return {
-        name: [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0]
-        for name, values in tests.items()
-    }
+    means = {}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        values = [row["test"] for row in rows if row["model"] == name]
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        means[name] = [float(np.mean(values)), spread]
+    return means
 
 
 def _count_weights(model: ConvAC) -> int:
@@ -277,10 +244,7 @@ def _count_weights(model: ConvAC) -> int:
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
-    """Draw a tree and its network, accuracies by tree, and accuracy against weights when shrunk.
-
-    Into ``convac.png`` of the folder, or another file.
-    """
+    """Draw tree and network, accuracies by tree and when shrunk, into ``convac.png`` or another file."""
     from matplotlib.figure import Figure
 
     folder = Path(folder)

@@ -19,14 +19,10 @@ from tnreg.errors import OptionError, blame
 
 
 class SmallCNN(nn.Module):
-    """Five convolutions, global average pooling, one logit.
+    """Five convolutions, global average pooling, logits ``(B, num_classes)``.
 
-    Args:
-        in_channels: Channels of the images.
-        num_classes: Logits.
-        dropout: Share of the pooled features that is dropped in training.
-
-    ``forward`` takes ``(B, in_channels, height, width)`` of any size and gives ``(B, num_classes)``.
+    Images ``(B, in_channels, height, width)`` may have any size; ``dropout`` is the share of the pooled
+    features that is dropped in training.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
@@ -46,15 +42,7 @@ class SmallCNN(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Eight residual blocks of two 3x3 convolutions with batch normalization, one logit.
-
-    Args:
-        in_channels: Channels of the images.
-        num_classes: Logits.
-        dropout: Share of the pooled features that is dropped in training.
-
-    ``forward`` takes ``(B, in_channels, height, width)`` of any size and gives ``(B, num_classes)``.
-    """
+    """Eight residual blocks of two 3x3 convolutions with batch normalization; otherwise as ``SmallCNN``."""
 
     def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -62,12 +50,8 @@ class ResNet18(nn.Module):
             nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
             nn.MaxPool2d(3, 2, padding=1),
         )  # fmt: skip
-        blocks, width = [], 64
-        for channels in (64, 128, 256, 512):
-            blocks += [_Block(width, channels, 1 if width == channels else 2)]
-            blocks += [_Block(channels, channels, 1)]
-            width = channels
-        self.blocks = nn.Sequential(*blocks)
+        widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+        self.blocks = nn.Sequential(*map(_Block, widths, widths[1:]))
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(512, num_classes)
         _he_normal(self.stem, "fan_out")
@@ -79,18 +63,18 @@ class ResNet18(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, inside: int, channels: int, stride: int) -> None:
+    def __init__(self, inside: int, channels: int) -> None:
         super().__init__()
+        stride = 1 if inside == channels else 2
         self.straight = nn.Sequential(
             nn.Conv2d(inside, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels),
             nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
         )  # fmt: skip
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inside != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inside, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        if inside != channels:
+            narrow = nn.Conv2d(inside, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(narrow, nn.BatchNorm2d(channels))
         self.last = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +106,7 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
             names none of its own).
         in_channels: Channels of the images. Where ``in_channels`` is not a keyword of the callable and
             its first convolution takes more, gray images are repeated.
-        num_classes: Logits.
+        num_classes: Number of logits.
         dropout: Share of dropped features.
 
     Raises:
@@ -146,9 +130,8 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
     if first is None or first.in_channels == in_channels:
         return net
     if in_channels != 1:
-        raise OptionError(
-            f"{name} takes {first.in_channels} channels, the images have {in_channels}."
-        )
+        message = f"{name} takes {first.in_channels} channels, the images have {in_channels}."
+        raise OptionError(message)
     return _Repeated(net, first.in_channels)
 
 

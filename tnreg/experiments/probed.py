@@ -123,10 +123,11 @@ def images_of(data: str) -> Tensor:
         FileError, OptionError, ShapeError: No such file, or other than images.
     """
     if data == "digits" or data.startswith("digits:"):
-        text = data.partition(":")[2] or "24"
-        if not text.isdigit():
+        distance = data.partition(":")[2] or "24"
+        if not distance.isdigit():
             raise OptionError(f"digits:DISTANCE needs a number of pixels, found {data!r}.")
-        return torch.from_numpy(images.is_same_class(512, distance=int(text), split="test").images)
+        pairs = images.is_same_class(512, distance=int(distance), split="test")
+        return torch.from_numpy(pairs.images)
     if data.endswith(".npz"):
         try:
             return as_input(torch.from_numpy(images.load(data).images))
