@@ -96,17 +96,15 @@ def plain_energy(net, x, y, box):
     above = below = 0
     for c in [0] if values.shape[-1] == 1 else y:
         m = values[..., c]
-        centred = torch.empty_like(m)
         for i, j in itertools.product(range(k), range(k)):
-            centred[i, j] = m[i, j] - m[i].mean() - m[:, j].mean() + m.mean()
-        above, below = above + (centred**2).sum(), below + ((m - m.mean()) ** 2).sum()
+            above = above + (m[i, j] - m[i].mean() - m[:, j].mean() + m.mean()) ** 2
+        below = below + ((m - m.mean()) ** 2).sum()
     return 1 - above / below
 
 
 def gradients_of(value, net):
-    return torch.autograd.grad(
-        value, list(net.parameters()), allow_unused=True, materialize_grads=True
-    )
+    options = {"allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(value, list(net.parameters()), **options)
 
 
 def assert_same(net, value, expected, tolerance=1e-10):
@@ -118,35 +116,24 @@ def assert_same(net, value, expected, tolerance=1e-10):
         assert torch.allclose(g, h, rtol=1e-8, atol=1e-11)
 
 
-def whole(kind):
-    """The penalty that its definition can be compared with."""
-    return kind(PAIR) if kind is InputGradientChange else kind(PAIR, samples=9, eps=0)
+# penalties as their definitions say, beside these
+DEFINITIONS = [
+    (InputGradientChange(PAIR), lambda net, x, y: plain_change(net, x, y, PAIR)),
+    (InteractionEnergy(PAIR, samples=9, eps=0), lambda net, x, y: plain_energy(net, x, y, PAIR[1])),
+]
 
 
-def definition(kind, net, x, y):
-    if kind is InputGradientChange:
-        return plain_change(net, x, y, PAIR)
-    return plain_energy(net, x, y, PAIR[1])
-
-
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("penalty", "definition"), DEFINITIONS, ids=["change", "energy"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_penalties_are_their_definition(kind, smooth, classes, norm):
+def test_penalties_are_their_definition(penalty, definition, smooth, classes, norm):
     net, (x, y) = network(smooth, classes, norm).train(), batch()
-    value = whole(kind)(net, x, y if classes > 1 else None)
-    expected = definition(kind, net.eval(), x, y)
+    value = penalty(net, x, y if classes > 1 else None)
+    expected = definition(net.eval(), x, y)
     assert 0 < expected < 0.999  # else nothing is tested
-    assert any(g.abs().max() > 1e-3 for g in gradients_of(definition(kind, net, x, y), net))
+    assert any(g.abs().max() > 1e-3 for g in gradients_of(definition(net, x, y), net))
     assert_same(net, value, expected)
-
-
-def test_logits_of_shape_b_are_the_same():
-    net, (x, _) = network(), batch()
-    for kind in BOTH:
-        flat = kind(PAIR)(lambda z: net(z)[:, 0], x)
-        assert torch.equal(flat, kind(PAIR)(net, x))
 
 
 def cheap_gradient(value, x):
@@ -176,10 +163,12 @@ def test_cheap_second_derivatives_have_no_link_to_activations():
     """What makes them cheap: no zeros are carried back through the network."""
     net, (x, _) = network(norm=True).eval(), batch()
     visited = []
+
+    def watch(module, inputs, output):
+        output.register_hook(lambda g: visited.append(1))
+
     for layer in (net[0], net[3].a):
-        layer.register_forward_hook(
-            lambda m, i, out: out.register_hook(lambda g: visited.append(1)) and None
-        )
+        layer.register_forward_hook(watch)
     g = input_gradient(net, x, differentiable=True)
     first = len(visited)
     assert first >= 2
@@ -205,8 +194,8 @@ def test_operations_outside_the_list_are_torchs_own():
     assert_same(net, *(g(net, x).pow(3).sum() for g in (cheap_gradient, plain_gradient)))
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_transformers(kind):
+@pytest.mark.parametrize(("penalty", "definition"), DEFINITIONS, ids=["change", "energy"])
+def test_transformers(penalty, definition):
     """Fused attention has no second derivative; the penalty must not need it."""
 
     class Transformer(nn.Module):
@@ -221,9 +210,9 @@ def test_transformers(kind):
 
     torch.manual_seed(0)
     net, (x, y) = Transformer().double(), batch()
-    value = whole(kind)(net, x)
+    value = penalty(net, x)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert_same(net, value, definition(kind, net.eval(), x, y))
+        assert_same(net, value, definition(net.eval(), x, y))
 
 
 class Split(nn.Module):
@@ -233,13 +222,10 @@ class Split(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         top, left, bottom, right = box
-        self.register_buffer("mask", torch.zeros(8, 9, dtype=torch.float64))
+        self.mask, self.join = torch.zeros(8, 9, dtype=torch.float64), join
         self.mask[top:bottom, left:right] = 1
-        self.g, self.h = (
-            nn.Sequential(nn.Flatten(), nn.Linear(144, 7), nn.Tanh(), nn.Linear(7, 1)).double()
-            for _ in range(2)
-        )
-        self.join = join
+        self.g, self.h = (nn.Sequential(linear(7), nn.Tanh(), nn.Linear(7, 1)) for _ in range(2))
+        self.double()
 
     def forward(self, x):
         return self.join(self.g(x * self.mask), self.h(x * (1 - self.mask)))
@@ -267,8 +253,7 @@ def test_functions_without_interaction_give_one(kind, net):
 def test_energy_of_a_product():
     """g(a) h(b): interaction is the product of the variances, the rest what the means let through."""
     net, (x, _) = Split(PAIR[1], torch.mul), batch()
-    mask = net.mask
-    g, h = net.g(x * mask)[:, 0], net.h(x * (1 - mask))[:, 0]
+    g, h = net.g(x * net.mask)[:, 0], net.h(x * (1 - net.mask))[:, 0]
     vg, vh = g.var(unbiased=False), h.var(unbiased=False)
     expected = 1 - vg * vh / (vg * vh + vg * h.mean() ** 2 + vh * g.mean() ** 2)
     assert InteractionEnergy(PAIR, eps=0)(net, x).item() == pytest.approx(expected.item(), rel=1e-9)
@@ -310,11 +295,9 @@ def test_degenerate_patches_give_one_without_nan(kind):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_change_does_not_depend_on_the_scale_of_the_network(scale):
-    net, (x, _) = network().float(), batch()
-    x = x.float()
-    expected = InputGradientChange(PAIR)(net, x)
-    found = InputGradientChange(PAIR)(lambda z: net(z) * scale, x)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    net, x, change = network().float(), batch()[0].float(), InputGradientChange(PAIR)
+    found = change(lambda z: net(z) * scale, x)
+    assert found.item() == pytest.approx(change(net, x).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -349,7 +332,7 @@ def test_statistics(kind):
     assert torch.equal(expected, net.train()(x))
 
 
-def train(penalty, steps=6, resume_at=None, autocast=False):
+def train(penalty, steps=6, resume_at=None, autocast=False, make_penalty=None):
     """An ordinary loop; at ``resume_at`` everything is saved, made anew and loaded."""
 
     def make():
@@ -363,8 +346,7 @@ def train(penalty, steps=6, resume_at=None, autocast=False):
         if step == resume_at:
             saved = copy.deepcopy([thing.state_dict() for thing in (net, optimizer, penalty)])
             random = torch.random.get_rng_state()
-            (net, optimizer), sampler = make(), sampler_of(type(penalty.patches))
-            penalty = type(penalty)(sampler, weight=penalty.weight, every=penalty.every)
+            (net, optimizer), penalty = make(), make_penalty()
             for thing, state in zip((net, optimizer, penalty), saved, strict=True):
                 thing.load_state_dict(state)
             torch.random.set_rng_state(random)
@@ -379,10 +361,6 @@ def train(penalty, steps=6, resume_at=None, autocast=False):
         loss.backward()
         optimizer.step()
     return net, values
-
-
-def sampler_of(kind):
-    return kind(PAIR if kind in (PresetPatches, FixedPatches) else 2)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -438,10 +416,11 @@ def test_target(kind):
 @pytest.mark.parametrize("sampler", [RandomPatches, DifferingPatches, PresetPatches, FixedPatches])
 def test_a_resumed_training_is_the_same(kind, sampler):
     def make():
-        return kind(sampler_of(sampler), every=2, weight=0.5)
+        patches = sampler(PAIR if sampler in (PresetPatches, FixedPatches) else 2)
+        return kind(patches, every=2, weight=0.5)
 
     net, values = train(make(), steps=7)
-    again, resumed = train(make(), steps=7, resume_at=3)
+    again, resumed = train(make(), steps=7, resume_at=3, make_penalty=make)
     assert values == resumed and len({v for v in values if v}) == 4
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in net.state_dict().items())
 
@@ -462,9 +441,10 @@ def test_mixed_precision(kind):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_without_gradients_only_the_value(kind):
+def test_logits_of_shape_b_are_the_same_and_without_gradients_only_the_value(kind):
     net, (x, _) = network(), batch()
     expected = kind(PAIR)(net, x)
+    assert torch.equal(kind(PAIR)(lambda z: net(z)[:, 0], x), expected)
     with torch.no_grad():
         found = kind(PAIR)(net, x)
     assert found.item() == pytest.approx(expected.item(), rel=1e-12) and not found.requires_grad
@@ -473,22 +453,18 @@ def test_without_gradients_only_the_value(kind):
     assert leaf.grad is not None  # frozen or not, the input of the caller is left as it is
 
 
-def test_energy_compiles_as_a_whole():
-    net, (x, _) = network(norm=True).eval(), batch()
-    box = torch.tensor(PAIR[1])
-
-    def energy(x):
-        return interaction_energy(crossed_values(net, x, x, box))
-
-    assert_same(net, torch.compile(energy, fullgraph=True, backend="aot_eager")(x), energy(x))
-
-
-def test_a_compiled_network():
+def test_compiled_networks_and_the_energy_as_a_whole():
     net, (x, _) = network(norm=True).train(), batch()
     compiled = torch.compile(net, backend="aot_eager")
     for kind in BOTH:
         assert_same(net, kind(PAIR)(compiled, x), kind(PAIR)(net, x))
         assert compiled.training and net.training
+    net.eval()
+
+    def energy(x):
+        return interaction_energy(crossed_values(net, x, x, torch.tensor(PAIR[1])))
+
+    assert_same(net, torch.compile(energy, fullgraph=True, backend="aot_eager")(x), energy(x))
 
 
 # a graph break keeps the loss so far, and dynamo asks for its gradient
@@ -519,13 +495,9 @@ def test_refuses_what_it_is_called_with(kind):
         ((net, x[:, 0, 0, 0], y), ShapeError, r"\(B, ..., height, width\), found shape \(5,\)"),
         ((net, [1.0], y), ShapeError, "found list"),
         ((net, x.long(), y), DataError, r"write x.float\(\)"),
-        (
-            (lambda z: net(z)[..., None], x, y),
-            ShapeError,
-            r"logits of .* found shape \((5|25), 3, 1\)",
-        ),
+        ((lambda z: net(z)[..., None], x, y), ShapeError, r"logits of .* found shape \((5|25), 3, 1\)"),
         ((lambda z: (net(z), 1), x, y), ShapeError, "logits of shape .* found tuple"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(error, match=message):
             kind(PAIR)(*given)
     with pytest.raises(OptionError, match="not a state of it"):
