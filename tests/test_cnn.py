@@ -51,9 +51,9 @@ def check_equal(model, net, features, images=None):
     gradients, wanted = net.gradients, model.gradients
     for layer in range(net.depth):
         nodes = [node for node in net.nodes_of(layer) if node in wanted]
-        total = sum(wanted[node] for node in nodes)  # of the filters that a layer shares
-        for node in nodes:
-            assert_close(gradients[node], total if net.share else wanted[node], 1e-11)
+        for node in nodes:  # with shared filters the sum over a layer
+            total = sum(wanted[v] for v in (nodes if net.share else [node]))
+            assert_close(gradients[node], total, 1e-11)
     back = from_cnn(net)
     assert back.network == model.network and all(map(torch.equal, back.stacks, model.stacks))
 
