@@ -12,23 +12,15 @@ import torch
 import zoo
 from command import screen
 
-from tnreg import (
-    Factorization,
-    GroupRMSprop,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    completion,
-    fit,
-    hierarchical_rank,
-)
+import tnreg
+from tnreg import GroupRMSprop, ModeTree, OptionError, ShapeError, completion, fit
 from tnreg.training.cuda_graph import CapturedStep
 
 TREE = ModeTree.binary(4)
 
 
-def start(seed=0):
-    return zoo.model_of(TREE, seed=seed), completion(zoo.model_of(TREE, seed=9), 150)
+def start():
+    return zoo.model_of(TREE), completion(zoo.model_of(TREE, seed=9), 150)
 
 
 def train(steps, loss=None, **options):
@@ -65,33 +57,27 @@ def test_it_is_gradient_descent():
     assert torch.allclose(model.to_tensor(), by_hand.to_tensor(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["group-rmsprop", "sgd", "adam", "lbfgs", torch.optim.AdamW])
-def test_optimizers(optimizer):
-    _, run = train(12, optimizer=optimizer, lr=1e-2, every=6)
-    assert run["loss"][-1] < run["loss"][0]
-
-
-def test_own_optimizer():
+def test_optimizers():
+    for optimizer in ("group-rmsprop", "sgd", "adam", "lbfgs", torch.optim.AdamW):
+        _, run = train(12, optimizer=optimizer, lr=1e-2, every=6)
+        assert run["loss"][-1] < run["loss"][0]
     model, task = start()
-    optimizer = GroupRMSprop(model.parameters(), lr=1e-3)
-    fit(model, task.loss, steps=2, optimizer=optimizer, progress=False)
-    assert optimizer.step_size > 0
+    own = GroupRMSprop(model.parameters(), lr=1e-3)
+    fit(model, task.loss, steps=2, optimizer=own, progress=False)
+    assert own.step_size > 0
 
 
 def test_completes_a_low_rank_tensor():
     """From near zero: the hierarchical rank of the target is found and unseen entries are predicted."""
-    generator = torch.Generator().manual_seed(0)
-    target = Factorization(
-        TREE, 6, 1, std=1.0, dtype=torch.float64, generator=generator
-    ).to_tensor()
-    target = target.detach() * 36 / target.detach().norm()
-    task = completion(target, 500, seed=0)
-    model = Factorization(TREE, 6, 12, std=0.1, dtype=torch.float64, generator=generator)
-    run = fit(model, task.loss, steps=3000, every=100, progress=False,
-              stop=lambda run: run["loss"][-1] < 1e-4)  # fmt: skip
+    options = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
+    target = tnreg.Factorization(TREE, 6, 1, std=1.0, **options).to_tensor().detach()
+    task = completion(target * 36 / target.norm(), 500, seed=0)
+    model = tnreg.Factorization(TREE, 6, 12, std=0.1, **options)
+    small = lambda run: run["loss"][-1] < 1e-4  # noqa: E731
+    run = fit(model, task.loss, steps=3000, every=100, progress=False, stop=small)
     assert run.stop_reason == "stop"
     assert task.test_error(model) < 2e-2
-    assert set(hierarchical_rank(model, rtol=1e-2).values()) == {1}
+    assert set(tnreg.hierarchical_rank(model, rtol=1e-2).values()) == {1}
 
 
 def test_stop():
@@ -103,14 +89,19 @@ def test_stop():
     assert train(np.int64(3), every=np.int32(2))[1].steps.tolist() == [0, 2, 3]
 
 
-def test_stops_when_the_loss_is_not_finite():
-    _, task = start()
-    calls = []
+def loss_until(call, event):
+    """Return the loss of a task, with an event at this call, and the list of calls before it."""
+    task, calls = start()[1], []
 
     def loss(m):
         calls.append(1)
-        return task.loss(m) * (math.nan if len(calls) > 7 else 1.0)
+        return task.loss(m) * (event() if len(calls) > call else 1.0)
 
+    return loss, calls
+
+
+def test_stops_when_the_loss_is_not_finite():
+    loss, calls = loss_until(7, lambda: math.nan)
     model, run = train(100, loss, every=50)
     assert run.stop_reason.startswith("the loss became nan at step 7 of 100; try a smaller lr")
     assert run.steps.tolist() == [0] and torch.isfinite(model.to_tensor()).all()
@@ -119,16 +110,10 @@ def test_stops_when_the_loss_is_not_finite():
 
 
 def test_interruption_keeps_what_was_recorded():
-    _, task = start()
-    calls = []
+    def press():
+        raise KeyboardInterrupt
 
-    def loss(m):
-        if len(calls) == 30:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return task.loss(m)
-
-    _, run = train(1000, loss, every=10)
+    _, run = train(1000, loss_until(30, press)[0], every=10)
     assert run.stop_reason == "interrupted" and run.steps.tolist() == [0, 10, 20]
     assert run["loss"].shape == (3,)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import io
 import json
-import struct
 import tempfile
-import warnings
 import zipfile
+from functools import cache, partial
 from pathlib import Path
 
 import h5py
@@ -22,22 +21,8 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tnreg import (
-    ConvAC,
-    ConvNet,
-    Factorization,
-    FileError,
-    ModeTree,
-    Representation,
-    TnregError,
-    Trajectory,
-    TreeError,
-    images,
-    load,
-    load_tensor,
-    load_tree,
-    open_tensor,
-)
+import tnreg
+from tnreg import ConvAC, FileError, ModeTree, TnregError, Trajectory, TreeError, images
 from tnreg.cli import main
 from tnreg.experiments.folder import experiment_of, read_run
 from tnreg.experiments.locality import state as locality_state
@@ -74,14 +59,8 @@ words = st.one_of(
     st.just(np.array([0, 1])), st.just(np.int64(1)), st.just(int), st.just({0}), st.just({"a": 1}),
     st.just(torch.tensor([0, 1])),
 )  # fmt: skip
-names = st.one_of(
-    st.integers(-1, 4), st.text("ab", max_size=1), st.tuples(st.integers(0, 2)), st.just(int)
-)
+names = st.integers(-1, 4) | st.text("ab", max_size=1) | st.tuples(st.integers(0, 2)) | st.just(int)
 stars = st.integers(1, 5).flatmap(lambda order: st.permutations(range(order)))
-
-
-def sequences(inner):
-    return st.lists(inner, max_size=4) | st.tuples(inner, inner)
 
 
 def test_any_nested_data():
@@ -90,19 +69,19 @@ def test_any_nested_data():
         assert tree.leaves == tuple(range(tree.order))
         assert len(tree.text().splitlines()) == len(tree.nodes)
 
+    sequences = lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner)  # noqa: E731
     accepts(st.recursive(words, sequences, max_leaves=12) | stars, check, 100)
 
 
 def test_any_graph():
-    def check(drawn):
-        edges, kind = drawn
-        graph = kind(edges)
+    def check(graph):
         tree = ModeTree(graph)
         assert set(tree.nodes) == set(graph) and tree.order + len(tree.interior) == len(graph)
 
     edges = st.lists(st.tuples(names, names), max_size=8)
     edges |= stars.map(lambda modes: [("top", mode) for mode in modes])
-    accepts(st.tuples(edges, st.sampled_from([nx.DiGraph, nx.MultiDiGraph, nx.Graph])), check, 100)
+    kinds = st.sampled_from([nx.DiGraph, nx.MultiDiGraph, nx.Graph])
+    accepts(st.builds(lambda kind, edges: kind(edges), kinds, edges), check, 100)
 
 
 def chained(inner, times, wrap=lambda x: [x]):
@@ -164,10 +143,9 @@ def test_ten_thousand_levels_in_a_graph():
 )
 def test_tree_files_that_are_none(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(
-        (TreeError, FileError), match="not a (readable JSON |mode )?tree|shape must be"
-    ):
-        load_tree(tmp_path / "t.json")
+    message = "not a (readable JSON |mode )?tree|shape must be"
+    with pytest.raises((TreeError, FileError), match=message):
+        tnreg.load_tree(tmp_path / "t.json")
     if text.startswith("["):
         with pytest.raises(TreeError):
             read_tree(text)
@@ -177,26 +155,21 @@ def test_tree_files_that_are_none(tmp_path, text):
 # that mutations get past its checksums.
 
 
-def run_of():
-    run = Trajectory()
-    for step in (0, 5):
-        run.append(step, {"loss": 1.0, "components": {(0, 1): torch.ones(2)}})
-    run.stop_reason = "steps"
-    return run
-
-
 def model_of():
-    tree = ModeTree.binary(3)
-    return Factorization(tree, (2, 3, 2), 2, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return tnreg.Factorization(ModeTree.binary(3), (2, 3, 2), 2, generator=generator)
 
 
-VALUES, SETTINGS, RUN = np.arange(6.0).reshape(2, 3), {"seed": 1}, run_of()
+VALUES, SETTINGS, RUN = np.arange(6.0).reshape(2, 3), {"seed": 1}, Trajectory()
+for step in (0, 5):
+    RUN.append(step, {"loss": 1.0, "components": {(0, 1): torch.ones(2)}})
+RUN.stop_reason = "steps"
 TENSORS = {"x": torch.from_numpy(VALUES)}
 BOXES = ((0, 0, 2, 2), (0, 2, 2, 4))
 PAIRS = images.ImageSet(
     np.zeros((2, 1, 4, 4), np.uint8), np.array([0, 1]), BOXES, np.empty(0), {"set": "pairs"}
 )
-CLASSIFIER = ConvAC(Representation(2), ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=3))
+CLASSIFIER = ConvAC(tnreg.Representation(2), tnreg.ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=3))
 
 
 def in_memory(write):
@@ -209,25 +182,25 @@ def in_tensor(run):
     return torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8)
 
 
-def optimizer_of(model):
-    return torch.optim.Adam(model.parameters())
+def training(path):
+    model = model_of()
+    return Checkpoint(path, model, torch.optim.Adam(model.parameters()), SETTINGS)
 
 
 def write_training(path):
-    model = model_of()
-    optimizer = optimizer_of(model)
-    model.norm().backward()
-    optimizer.step()
-    Checkpoint(path, model, optimizer, SETTINGS).write(RUN)
+    saved = training(path)
+    saved.model.norm().backward()
+    saved.optimizer.step()
+    saved.write(RUN)
 
 
 def read_training(path):
-    model = model_of()
-    before = [p.detach().clone() for p in model.parameters()]
+    saved = training(path)
+    before = copy.deepcopy(saved.model.state_dict())
     try:
-        run = Checkpoint(path, model, optimizer_of(model), SETTINGS).read()
+        run = saved.read()
     except TnregError:
-        assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        assert all(torch.equal(p, before[name]) for name, p in saved.model.state_dict().items())
         raise
     assert len(run)
     return run.to_bytes()
@@ -258,37 +231,30 @@ def read_trajectory(path):
     return run.to_bytes()
 
 
-def read_images(path):
-    pairs = images.load(path)
+def description(pairs):
     assert repr(pairs).startswith("<") and len(pairs.images) == len(pairs)
     return repr((pairs.images.tolist(), pairs.labels.tolist(), pairs.boxes))
 
 
 def read_values(path):
-    return load_tensor(path).values
+    return tnreg.load_tensor(path).values
 
 
 KINDS = {  # name of the file: (write it, read it, what was written)
     "model.safetensors": (
-        lambda path: model_of().save(path), lambda path: load(path).to_tensor().detach(),
+        lambda path: model_of().save(path), lambda path: tnreg.load(path).to_tensor().detach(),
         model_of().to_tensor().detach(),
     ),
-    "convac.safetensors": (
-        CLASSIFIER.save, lambda path: repr(ConvAC.load(path)), repr(CLASSIFIER),
-    ),
+    "convac.safetensors": (CLASSIFIER.save, lambda path: repr(ConvAC.load(path)), repr(CLASSIFIER)),
     "run.npz": (RUN.save, read_trajectory, RUN.to_bytes()),
-    "images.npz": (
-        PAIRS.save, read_images, repr((PAIRS.images.tolist(), PAIRS.labels.tolist(), BOXES)),
-    ),
-    "x.npy": (lambda path: np.save(path, VALUES), read_values, VALUES),
-    "x.npz": (lambda path: np.savez(path, x=VALUES), read_values, VALUES),
-    "x.safetensors": (
-        lambda path: safetensors.torch.save_file(TENSORS, path), read_values, VALUES,
-    ),
-    "x.pt": (lambda path: torch.save(TENSORS, path), read_values, VALUES),
-    "open.npy": (lambda path: np.save(path, VALUES), open_tensor, VALUES),
-    "open.h5": (write_hdf5, open_tensor, VALUES),
-    "tree.json": (ModeTree.chain(4).save, load_tree, ModeTree.chain(4)),
+    "images.npz": (PAIRS.save, lambda path: description(images.load(path)), description(PAIRS)),
+    "x.npy": (partial(np.save, arr=VALUES), read_values, VALUES),
+    "x.npz": (partial(np.savez, x=VALUES), read_values, VALUES),
+    "x.safetensors": (partial(safetensors.torch.save_file, TENSORS), read_values, VALUES),
+    "x.pt": (partial(torch.save, TENSORS), read_values, VALUES),
+    "open.npy": (partial(np.save, arr=VALUES), tnreg.open_tensor, VALUES),
+    "open.h5": (write_hdf5, tnreg.open_tensor, VALUES),
+    "tree.json": (ModeTree.chain(4).save, tnreg.load_tree, ModeTree.chain(4)),
     "fit.checkpoint": (write_training, read_training, RUN.to_bytes()),
     "locality.checkpoint": (
         write_locality, lambda path: locality_state.read_state(path, SETTINGS)["about"],
@@ -298,7 +264,7 @@ KINDS = {  # name of the file: (write it, read it, what was written)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@functools.cache
+@cache
 def valid(kind):
     """Return a valid file's bytes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -344,14 +310,11 @@ def test_any_bytes_and_mutated_files(kind, tmp_path, data):
     assert_read_or_refused(kind, tmp_path, mutated(valid(kind), data.draw))
 
 
-def containers(inner):
-    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
-
-
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4),
               st.sampled_from(["diagonal", "full", "leaf", "complex32", "float16", "int64", "save"])),
-    containers, max_leaves=6,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
 )  # fmt: skip
 
 
@@ -370,13 +333,13 @@ def replaced(value, draw):
 
 def with_header(data, change):
     """Return a safetensors file with other metadata."""
-    length = struct.unpack("<Q", data[:8])[0]
-    head = json.loads(data[8 : 8 + length])
-    about = head["__metadata__"]
-    key = next(iter(about))
-    about[key] = json.dumps(change(json.loads(about[key])))
+    end = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:end])
+    head["__metadata__"] = {
+        key: json.dumps(change(json.loads(text))) for key, text in head["__metadata__"].items()
+    }
     text = json.dumps(head).encode()
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def with_member(data, name, change):
@@ -402,9 +365,7 @@ def with_about(data, change):
     return with_member(data, "about.npy", changed)
 
 
-@pytest.mark.parametrize(
-    "kind", ["model.safetensors", "convac.safetensors", "run.npz", "images.npz"]
-)
+@pytest.mark.parametrize("kind", [*list(KINDS)[:2], "run.npz", "images.npz"])
 @given(st.data())
 @settings(quick, max_examples=60)
 def test_other_descriptions_in_valid_files(kind, tmp_path, data):
@@ -443,7 +404,7 @@ def test_run_folders(tmp_path):
 def test_a_zarr_folder_with_other_descriptions(tmp_path):
     path = tmp_path / "x.zarr"
     zarr.create_array(store=str(path), data=VALUES, chunks=(1, 3))
-    assert open_tensor(path).shape == (2, 3)
+    assert tnreg.open_tensor(path).shape == (2, 3)
     text = (path / "zarr.json").read_text()
     empty_blocks = json.loads(text)
     empty_blocks["chunk_grid"]["configuration"]["chunk_shape"] = [0, 3]
@@ -452,7 +413,7 @@ def test_a_zarr_folder_with_other_descriptions(tmp_path):
                     json.dumps(empty_blocks)):  # fmt: skip
         (path / "zarr.json").write_text(changed)
         with pytest.raises(TnregError):
-            open_tensor(path)
+            tnreg.open_tensor(path)
 
 
 def test_descriptions_that_crashed(tmp_path):
@@ -472,21 +433,16 @@ def test_descriptions_that_crashed(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["sizes", "bonds", "dtype"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, once, about complex32
 def test_a_small_file_asks_for_no_large_model(tmp_path, key):
     """Weights of a terabyte, by the description of a file of a kilobyte, or of a dtype of another kind."""
-    large = {"sizes": [10**6] * 3, "bonds": [10**6] * 5, "dtype": "complex32"}
-
-    def change(about):
-        return {**about, key: large[key]}
-
-    (tmp_path / "m").write_bytes(with_header(valid("model.safetensors"), change))
-    with pytest.raises(FileError, match=r"weight\.\d has another shape or dtype: .* expected .*"):
-        load(tmp_path / "m")
-    (tmp_path / "c").write_bytes(with_header(valid("convac.safetensors"), change))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, once, about complex32: it must not refuse it
-        with pytest.raises(FileError, match=f"not a classifier: {tmp_path / 'c'}"):
-            ConvAC.load(tmp_path / "c")
+    large = {"sizes": [10**6] * 3, "bonds": [10**6] * 5, "dtype": "complex32"}[key]
+    refused = r"weight\.\d has another shape or dtype: .* expected .*"
+    classifier = (ConvAC.load, "convac.safetensors", "not a classifier: .*/m")
+    for read, kind, message in ((tnreg.load, "model.safetensors", refused), classifier):
+        (tmp_path / "m").write_bytes(with_header(valid(kind), lambda about: {**about, key: large}))
+        with pytest.raises(FileError, match=message):
+            read(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -507,9 +463,10 @@ def test_a_checkpoint_that_is_half_right_changes_nothing(tmp_path, part, broken)
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "a\0b", "\ud800"], ids=["long", "null", "surrogate"])
 def test_names_that_no_file_can_have(name):
-    for read, ending in [(load, ""), (ConvAC.load, ""), (load_tree, ""), (load_tree, ".json"),
-                         (Trajectory.load, ".npz"), (images.load, ".npz"), (load_tensor, ".npy"),
-                         (open_tensor, ".npy"), (read_run, "")]:  # fmt: skip
+    readers = [(read, "") for read in (tnreg.load, ConvAC.load, tnreg.load_tree, read_run)]
+    readers += [(tnreg.load_tree, ".json"), (Trajectory.load, ".npz"), (images.load, ".npz")]
+    readers += [(tnreg.load_tensor, ".npy"), (tnreg.open_tensor, ".npy")]
+    for read, ending in readers:
         with pytest.raises(FileError):
             read(name + ending)
     for save in (model_of().save, RUN.save, PAIRS.save, ModeTree.star(2).save):

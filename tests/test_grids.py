@@ -9,35 +9,27 @@ import torch
 import zoo
 from torch import nn
 
-from tnreg import (
-    ConvNet,
-    DataError,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    from_cnn,
-    grid_tensor,
-    hierarchical_rank,
-    spectra,
-    to_cnn,
-)
+import tnreg
+from tnreg import ConvNet, DataError, ModeTree, OptionError, ShapeError, grid_tensor, spectra
 
 F64 = torch.float64
 
 
 def test_one_hot_templates_give_the_tensor_itself():
     model = zoo.model_of(ModeTree([[0, 2], [1, 3]]), sizes=(3, 3, 3, 3))
-    found = grid_tensor(to_cnn(model), torch.eye(3, dtype=F64), model.tree, batch=7)
+    found = grid_tensor(tnreg.to_cnn(model), torch.eye(3, dtype=F64), model.tree, batch=7)
     assert torch.allclose(found, model.to_tensor(), rtol=1e-12)
 
 
 def test_templates_that_span_the_inputs_have_the_models_ranks():
     net = ConvNet(ModeTree.grid((2, 2), (1, 2)), 3, 2, std=0.7, dtype=F64)
-    model = from_cnn(net)
+    model = tnreg.from_cnn(net)
     tree = net.tree
     templates = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     found = grid_tensor(net, templates, tree)
-    assert hierarchical_rank(found, tree, rtol=1e-9) == hierarchical_rank(model, rtol=1e-9)
+    assert tnreg.hierarchical_rank(found, tree, rtol=1e-9) == tnreg.hierarchical_rank(
+        model, rtol=1e-9
+    )
 
 
 def test_ordinary_networks_entry_by_entry():
@@ -85,7 +77,9 @@ def test_an_arrangement_of_ones_own():
 
 
 TREE, TEMPLATES, PICTURES = ModeTree.binary(4), torch.eye(2), torch.zeros(2, 1, 2, 2)
-REFUSED = [
+
+
+@pytest.mark.parametrize(("net", "templates", "options", "error", "message"), [
     (lambda x: x, torch.zeros(3, 2, 2), {}, ShapeError,
      r"expected: \(M, D\) or \(M, C, h, w\).*\(4, M, \.\.\.\)"),
     (lambda x: x, torch.eye(65), {}, ShapeError, "more than 16777216; take fewer templates"),
@@ -96,10 +90,7 @@ REFUSED = [
     (lambda x: x, TEMPLATES, {"shape": (3, 2)}, OptionError, r"shape \(3, 2\) is not of 4 patches"),
     (lambda x: x, PICTURES, {}, OptionError, "give shape="),
     (lambda x: x[:, 0, 0] / 0, TEMPLATES, {}, DataError, "NaN or infinite"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("net", "templates", "options", "error", "message"), REFUSED)
+])  # fmt: skip
 def test_what_is_refused(net, templates, options, error, message):
     with pytest.raises(error, match=message):
         grid_tensor(net, templates, TREE, **options)

@@ -53,9 +53,7 @@ def test_one_number_for_a_batch_is_asked_pair_by_pair():
     expected = torch.linalg.svdvals(A @ W @ B.T)
     assert torch.allclose(separation_spectrum(f, A, B), expected)
     assert calls == [63] + [1] * 63
-    assert torch.allclose(
-        separation_spectrum(f, A[:1], B[:1]), expected.new_tensor([(A[0] @ W @ B[0]).abs()])
-    )
+    assert torch.allclose(separation_spectrum(f, A[:1], B[:1]), (A[0] @ W @ B[0]).abs())
 
 
 def test_other_kinds_of_values():
@@ -76,18 +74,13 @@ def test_a_network_is_not_differentiated():
     assert not s.requires_grad and (s[2:] < 1e-12).all()  # a sum: rank two
 
 
-REFUSED_BY_SPECTRA = [
+@pytest.mark.parametrize(("f", "inside", "outside", "options", "error", "message"), [
     (lambda x, y: x, A, B, {}, ShapeError, r"63 numbers for 63 pairs, .* found shape \(63, 3\)"),
     (lambda x, y: x[:, 0] / 0, A, B, {}, DataError, "NaN or infinite"),
     (lambda x, y: x, [], B, {}, ShapeError, r"inside must hold one sample or more .* \(0,\)"),
     (lambda x, y: x, A, torch.tensor(1.0), {}, ShapeError, r"outside must hold one sample or more .* \(\)"),
     (lambda x, y: x, A, B, {"batch": 0}, OptionError, "batch must be an integer >= 1"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("f", "inside", "outside", "options", "error", "message"), REFUSED_BY_SPECTRA
-)
+])  # fmt: skip
 def test_spectrum_refuses(f, inside, outside, options, error, message):
     with pytest.raises(error, match=message):
         separation_spectrum(f, inside, outside, **options)
@@ -116,10 +109,8 @@ class Near(nn.Module):
 @pytest.mark.parametrize("where", ["differing", "anywhere"])
 def test_profile_of_known_reach(classes, where):
     """Products of pixels five apart: patches of side 2 interact at gaps 2 to 4 only."""
-    net, options = (
-        Near(5, classes).train(),
-        {"size": 2, "distances": [0, 2, 3, 4, 5, 9], "where": where},
-    )
+    net = Near(5, classes).train()
+    options = {"size": 2, "distances": [0, 2, 3, 4, 5, 9], "where": where}
     profile = locality_profile(net, images(), pairs=30, **options)
     assert net.training and net.dropout.training
     share, rank = profile.interaction, profile.effective_rank
@@ -172,7 +163,7 @@ def test_profile_of_functions_without_interaction():
         assert (profile.interaction < 1e-5).all() and (profile.effective_rank == 0).all()
 
 
-REFUSED_BY_PROFILES = [
+@pytest.mark.parametrize(("net", "data", "options", "error", "message"), [
     (Near(3), images(8), {}, ShapeError, "give 9 samples or more"),
     (Near(3), images(), {"size": 2, "distances": [13]}, ShapeError, "gap of 13 fit into an image of 6 x 16"),
     (Near(3), None, {}, ShapeError, "found NoneType"),
@@ -182,10 +173,7 @@ REFUSED_BY_PROFILES = [
      "where must be 'differing' or 'anywhere', found 'here'"),
     (Near(3), images(), {"samples": 1}, OptionError, "samples must be an integer >= 2"),
     (Near(3), images(), {"pairs": 0}, OptionError, "pairs must be an integer >= 1"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("net", "data", "options", "error", "message"), REFUSED_BY_PROFILES)
+])  # fmt: skip
 def test_profile_refuses(net, data, options, error, message):
     with pytest.raises(error, match=message):
         locality_profile(net, data, **options)

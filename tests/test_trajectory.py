@@ -68,8 +68,7 @@ def test_files(tmp_path):
 def test_any_name_survives_a_file(tmp_path):
     run = Trajectory()
     values = {"file": 1.0, "allow_pickle": 2.0, "steps": 3.0, "about": 4.0, "err/test": 5.0}
-    values["err"] = {"test": 6.0, 1: 7.0, "1": 8.0}
-    values["half"] = torch.tensor(0.5, dtype=torch.bfloat16)
+    values |= {"err": {"test": 6.0, 1: 7.0, "1": 8.0}, "half": torch.tensor(0.5).bfloat16()}
     run.append(0, values)
     run.save(tmp_path / "run.npz")
     again = Trajectory.load(tmp_path / "run.npz")
@@ -97,8 +96,9 @@ def test_refuses_changed_forms():
         with pytest.raises(ShapeError, match="changed its form at step 30"):
             run.append(30, changed)
     assert len(run) == 3 and run["loss"].shape == (3,)
-    message = "nothing named 'los' was observed; there is: loss, vector"
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(
+        OptionError, match="nothing named 'los' was observed; there is: loss, vector"
+    ):
         run["los"]
 
 
