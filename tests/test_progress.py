@@ -19,8 +19,7 @@ PACKAGE = Path(tnreg.__file__).parent
 
 
 def in_a_sweep(folder):
-    named = sweep.Experiment(lambda cell, *_: {"y": cell["seed"] / 2}, headline="y")
-    sweep.run(named, [{"seed": 1}], folder, workers=0, progress=True)
+    sweep.run(lambda cell, *_: {"y": 1}, [{"seed": 1}], folder, workers=0, progress=True)
 
 
 def on_pathfinder(folder):
@@ -47,7 +46,7 @@ DRAWN = {
         9, length=4, size=32, progress=True
     ),
     "pairs of patches": lambda path: on_probing(),
-    "seed-1 y 0.5": in_a_sweep,
+    "cells": in_a_sweep,
 }
 
 

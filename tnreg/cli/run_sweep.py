@@ -68,10 +68,9 @@ def make_run(model: str, image_set: str) -> Callable[..., None]:
 def make_sweep(model: str, image_set: str) -> Callable[..., None]:
     """Return the command ``sweep``; its default lists are those of the presets, as for ``run``."""
     choices = []
-    for kind in sweep_command.KINDS.values():
-        named = model if kind.cell is dynamics.Config else image_set
-        default = sweep_command.preset(kind, named.split(",")[0])
-        choices.append((kind.name, sweep_command.options(kind)(**default), kind.about))
+    for name, named in (("locality", image_set), ("dynamics", model)):
+        default = sweep_command.options(name, named.split(",")[0])
+        choices.append((name, default, sweep_command.KINDS[name][3]))
     experiments: Any = _one_of(*choices)
 
     def sweep(
@@ -82,7 +81,6 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
         threads: int = 1,
         scheduler: str | None = None,
         retries: int = 1,
-        parquet: bool = False,
         progress: bool = True,
         json: bool = False,
     ) -> None:
@@ -100,27 +98,26 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
             scheduler: Address of a running Dask cluster, tcp://HOST:PORT, or its scheduler file, instead of
                 processes here. Its workers write into the same folder, and are started with --nthreads 1.
             retries: How often a run that failed is tried again before it is reported.
-            parquet: Write results.parquet beside results.csv.
             progress: Show a progress bar.
             json: Print one JSON document instead of the table.
         """
-        kind, cells = sweep_command.cells(experiment)
+        name, cells = sweep_command.cells(experiment)
         if scheduler is None:
             for device in dict.fromkeys(cell["device"] for cell in cells):
                 check_device(device)
-        folder, reply = out or Path("runs") / f"sweep-{kind.name}", Reply(json)
+        folder, reply = out or Path("runs") / f"sweep-{name}", Reply(json)
         with _may_be_repeated(), reply.undisturbed():
             result = run_cells(
-                kind.experiment, cells, folder, workers=workers, threads=threads, scheduler=scheduler,
-                retries=retries, parquet=parquet, progress=reply.shows(progress),
+                sweep_command.KINDS[name][0], cells, folder, workers=workers, threads=threads,
+                scheduler=scheduler, retries=retries, progress=reply.shows(progress),
             )  # fmt: skip
-        reply.table(tables.sweep_table(result, kind.name))
+        reply.table(tables.sweep_table(result, name))
         counts = f"{len(result.rows)} runs, {len(result.computed)} of them now"
         reply.note(f"{counts}\nwrote {folder}")
         failed = {run.cell.name: str(run.error) for run in result.failed}
         reply.document(
             {
-                "experiment": kind.name, "folder": folder, "rows": result.rows, "means": result.table,
+                "experiment": name, "folder": folder, "rows": result.rows, "means": result.table,
                 "computed": result.computed, "failed": failed,
             }
         )  # fmt: skip

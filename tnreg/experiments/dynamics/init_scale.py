@@ -1,8 +1,7 @@
 """What the scale of the initial weights does: small ones give the staircase, large ones lose it.
 
 The same factorization is trained from several scales and seeds: a ``sweep`` of ``dynamics``, whose run
-folders are ``std-0.01-seed-1`` and so on. Beside them are ``init-scale.png``, ``results.csv`` and
-``config.json`` with the table of results.
+folders are ``std-0.01-seed-1`` and so on, with the picture ``init-scale.png``.
 """
 
 from __future__ import annotations
@@ -64,52 +63,42 @@ def run(
     """
     if not config.stds or not config.seeds:
         raise OptionError("init-scale: give at least one std and one seed.", argument="stds")
-    start = dynamics.MODELS[config.model] if base is None else base
-    start = dataclasses.replace(start, steps=config.steps, device=config.device)
-    cells = [
-        dataclasses.asdict(dataclasses.replace(start, std=std, seed=seed))
-        for std in config.stds
-        for seed in config.seeds
-    ]
-    about = {"config": dataclasses.asdict(config), "base": dataclasses.asdict(start)}
+    start = dataclasses.asdict(dynamics.MODELS[config.model] if base is None else base)
+    start |= {"steps": config.steps, "device": config.device}
+    cells = [start | {"std": std, "seed": seed} for std in config.stds for seed in config.seeds]
     result = sweep.run(
-        EXPERIMENT, cells, folder, workers=0, threads=None, retries=0, progress=progress, about=about
-    )  # fmt: skip
+        EXPERIMENT, cells, folder, workers=0, threads=None, retries=0, progress=progress
+    )
     if result.failed:
         raise result.failed[0].exception
     return result.rows
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
-    """Draw components by scale for the first seed, then errors of all seeds.
-
-    Into ``init-scale.png`` of the folder, or another file.
-    """
+    """Draw components by scale for the first seed, then errors of all seeds, into ``init-scale.png``."""
     from matplotlib.figure import Figure
 
     place = Path(folder)
     with reading("a finished sweep", place):
-        about = read_about(place)
-        rows, stds, seeds = about["summary"], about["config"]["stds"], about["config"]["seeds"]
-    drawn = Figure(figsize=(3.1 * max(len(stds), 2), 6), layout="constrained")
-    upper, lower = drawn.subfigures(2, 1, squeeze=False)[:, 0]
-    for std, ax in zip(stds, upper.subplots(1, len(stds), squeeze=False)[0], strict=True):
-        tracks = dynamics.tracks(read_run(place / _name({"std": std, "seed": seeds[0]})).trajectory)
+        rows = read_about(place)["summary"]
+        stds, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("std", "seed"))
+        first = [read_run(place / _name({"std": std, "seed": seeds[0]})).trajectory for std in stds]
+    drawn: Any = Figure(figsize=(3.1 * max(len(stds), 2), 6), layout="constrained")
+    upper, lower = drawn.subfigures(2, 1)
+    for k, (std, trajectory) in enumerate(zip(stds, first, strict=True)):
+        tracks, ax = dynamics.tracks(trajectory), upper.add_subplot(1, len(stds), k + 1)
         ax.plot(tracks.steps, tracks.norms, lw=1.2)
-        ax.set_title(f"std {std:g}")
-        ax.set_xlabel("step")
+        ax.set(title=f"std {std:g}", xlabel="step")
     upper.suptitle(f"components, seed {seeds[0]}", fontsize=10)
-    left, right = lower.subplots(1, 2)
-    for name, ax in (("test error", left), ("effective rank", right)):
-        for seed in seeds:
-            known = [row for row in rows if row["seed"] == seed and row[name] is not None]
-            ax.plot([row["std"] for row in known], [row[name] for row in known], "o-", ms=4, lw=1)
-        both = [[r[name] for r in rows if r["std"] == std and r[name] is not None] for std in stds]
-        ax.plot(stds, [np.mean(part) if part else np.nan for part in both], color="0.3", lw=2)
-        ax.set_xscale("log")
-        ax.set_xlabel("standard deviation of the initial weights")
+    names = ("test error", "effective rank")
+    by_cell = {(row["std"], row["seed"]): row for row in rows}
+    for name, scale, ax in zip(names, ("log", "linear"), lower.subplots(1, 2), strict=True):
+        values = [[by_cell.get((std, seed), {}).get(name) for seed in seeds] for std in stds]
+        table = np.array(values, dtype=float)  # NaN for None
+        ax.plot(stds, table, "o-", ms=4, lw=1)
+        ax.plot(stds, table.mean(1), color="0.3", lw=2)
+        ax.set(xscale="log", yscale=scale, xlabel="standard deviation of the initial weights")
         ax.set_title(f"{name} at the end (grey: mean of {len(seeds)} seeds)")
-    left.set_yscale("log")
     return save_figure(drawn, png or place / "init-scale.png")
 
 

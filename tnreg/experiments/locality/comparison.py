@@ -182,7 +182,6 @@ def _sweep(
     result = sweep.run(
         dataclasses.replace(EXPERIMENT, work=work), cells(config), folder,
         workers=0 if alone else config.workers, threads=None if alone else 1, progress=progress,
-        about={"config": dataclasses.asdict(config)},
     )  # fmt: skip
     if failed := result.failed:
         raise TnregError(

@@ -6,8 +6,7 @@ tried again, then reported, and stops none of the others. At the end there are `
 row a cell, ``config.json`` with the same rows, their means over seeds and what failed, and a picture.
 
 Dask does the scheduling and the communication (``pip install 'tnreg[scale]'``). Where it is not installed,
-Python's own processes compute on this machine. With ``workers=0`` this process computes the cells, one
-after another.
+Python's own processes compute on this machine.
 """
 
 from tnreg.experiments.sweep.cell import Work, cell_name

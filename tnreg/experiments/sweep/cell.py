@@ -3,7 +3,6 @@
 A cell is done if its run folder is there; its results are ``summary`` in that folder's ``config.json``.
 A process computes a cell under a file lock beside the folder and looks for the folder again first. So
 two sweeps in one folder, or a task on a cluster that outlives its sweep, never compute a cell twice.
-The lock needs a file system with ``flock``, as shared file systems of clusters have it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import dataclasses
 import glob
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -36,21 +34,16 @@ Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 
 # A training uses the process's random state and its flag for denormal numbers.
 _ONE_AT_A_TIME = threading.RLock()
-
-_LONGEST = 120  # file systems take 255 bytes; temporary names beside are longer
 _HASH = "[0-9a-f]" * 8
 
 
 class Unfinished(TnregError):
-    """The time for a computation is over; what it needs to go on is kept.
+    """The time for a computation is over; what it needs to go on is kept: ``Unfinished(message, so_far)``."""
 
-    Attributes:
-        so_far: What it has reached, values for JSON.
-    """
-
-    def __init__(self, message: str, so_far: Mapping[str, Any]) -> None:
-        super().__init__(message, so_far)
-        self.so_far = dict(so_far)
+    @property
+    def so_far(self) -> dict[str, Any]:
+        """What it has reached, values for JSON."""
+        return dict(self.args[1])
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -74,11 +67,12 @@ class Cell:
 
     @property
     def checkpoint(self) -> Path:
-        """A file that survives a kill; other settings have another one.
+        """A file that survives a kill, of these settings alone.
 
         Further files of a computation begin with its name before ``.checkpoint``.
         """
-        return self.folder / f"{self.name}.{_short_hash(as_text(self.settings))}.checkpoint"
+        digest = hashlib.sha256(as_text(self.settings).encode()).hexdigest()
+        return self.folder / f"{self.name}.{digest[:8]}.checkpoint"
 
 
 def find(cell: Cell) -> dict[str, Any] | None:
@@ -136,9 +130,9 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
         summary = find(cell)
         computed = summary is None
         if summary is None:
-            # folders half-written by the sweep and by work itself, checkpoints
+            # folders half-written by the sweep and by work itself, and half-written checkpoints
             for start in (f".{name}", f"..{name}", f".{name}.{_HASH}.*"):
-                _remove(cell.folder, f"{start}.partial-*")
+                _remove(cell, f"{start}.partial-*")
             before = torch.get_num_threads()
             torch.set_num_threads(threads or before)
             try:
@@ -147,7 +141,7 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
                     summary = _describe(cell, folder, summary)
             finally:
                 torch.set_num_threads(before)
-            _remove(cell.folder, f"{name}.{_HASH}.*")  # checkpoints, of other settings as well
+            _remove(cell, f"{name}.{_HASH}.*")  # checkpoints, of other settings as well
         lock.unlink(missing_ok=True)  # a process that waits for it finds the cell done
     return summary, computed
 
@@ -155,24 +149,23 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
 def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Write ``config.json`` unless ``work`` did; return the results as the next sweep reads them."""
     summary = as_json(summary, "the function of a sweep must return a dict of values for JSON")
-    folder.mkdir(exist_ok=True)
     file = folder / "config.json"
     if not file.exists():
         about = {"experiment": "cell", "config": cell.settings, "summary": summary}
+        folder.mkdir(exist_ok=True)
         file.write_text(json.dumps({**versions(), **about}, indent=1) + "\n", encoding="utf-8")
     try:
         return find(dataclasses.replace(cell, name=folder.name)) or {}
-    except (OptionError, FileError) as error:
+    except TnregError as error:
         raise OptionError(
-            f"the function of a sweep wrote a config.json that is not that of the cell {cell.name!r}.\n"
-            f"  {error}\n  write the cell under 'config', the results under 'summary' and "
-            "tnreg.__version__ under 'tnreg', or leave the file to the sweep"
+            "work wrote a config.json without 'tnreg', the cell under 'config' or results under "
+            f"'summary': {error}"
         ) from None
 
 
-def _remove(folder: Path, pattern: str) -> None:
-    """Remove files and folders whose names match; the caller holds the lock."""
-    for path in folder.glob(pattern):
+def _remove(cell: Cell, pattern: str) -> None:
+    """Remove files and folders beside a cell whose names match; the caller holds the lock."""
+    for path in cell.folder.glob(pattern):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -180,82 +173,30 @@ def _remove(folder: Path, pattern: str) -> None:
 
 
 def as_json(values: Any, message: str) -> dict[str, Any]:
-    """Return a dict as JSON returns it.
-
-    Raises:
-        OptionError: ``values`` is no dict of values for JSON, or holds text that no file can hold.
-    """
+    """Return a dict as JSON returns it, or raise an ``OptionError`` with this message."""
     try:
-        if not isinstance(values, Mapping):
-            raise TypeError(f"found a {type(values).__name__}")
-        text = json.dumps(dict(values), ensure_ascii=False)
-        text.encode()  # half a surrogate pair cannot be encoded
-        copy: dict[str, Any] = json.loads(text)
+        copy: dict[str, Any] = json.loads(json.dumps(dict(values)))
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{message}: {error}") from None
     return copy
 
 
-def distinct(cells: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return the values of every field, each once.
-
-    Raises:
-        OptionError: No cells, or cells with different fields.
-    """
-    if not cells:
-        raise OptionError("sweep: no cells; give at least one.", argument="cells")
-    some = set().union(*cells).difference(set(cells[0]).intersection(*cells))
-    if some:
-        raise OptionError(
-            f"sweep: cells with different fields: not all have {', '.join(sorted(some))}.",
-            argument="cells",
-        )
-    # compared as text, for a list is no key and NaN is not equal to itself
-    return {key: list({as_text(c[key]): c[key] for c in cells}.values()) for key in cells[0]}
-
-
-def names(
-    cells: list[dict[str, Any]],
-    fields: tuple[str, ...],
-    name: Callable[[Mapping[str, Any], Sequence[str]], str],
-) -> list[str]:
-    """Return each cell's name; one that is long or that cells share ends with a hash of its fields.
-
-    Raises:
-        OptionError: A name that no folder can have, or two cells with the same settings.
-    """
-    wanted = [name(cell, fields) for cell in cells]
-    shared, repeated = Counter(wanted), Counter(map(as_text, cells))
-    unique = []
-    for one, cell in zip(wanted, cells, strict=True):
-        if not re.fullmatch(r"[^./\\][^/\\]*", one):
-            raise OptionError(f"sweep: a cell cannot be named {one!r}; it names a folder.")
-        if repeated[as_text(cell)] > 1:
+def check_names(names: list[str]) -> None:
+    """Raise an ``OptionError`` for a name of several cells, or one that no folder can have."""
+    for name, count in Counter(names).items():
+        if count > 1 or len(name.encode()) > 200 or not re.fullmatch(r"[^./\\][^/\\]*", name):
+            reason = f"{count} cells have it" if count > 1 else "no folder can have it"
             raise OptionError(
-                f"sweep: two cells have the same settings, those of {one!r}; give each cell once."
+                f"sweep: a cell cannot be named {name!r}, {reason}; give each cell once, or names "
+                "of your own by Experiment.name."
             )
-        if shared[one] > 1 or len(os.fsencode(one)) > _LONGEST:
-            start = os.fsencode(one)[: _LONGEST - 9].decode(errors="ignore")
-            one = f"{start}-{_short_hash(as_text({key: cell[key] for key in fields}))}"
-        unique.append(one)
-    return unique
 
 
 def cell_name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """Return ``FIELD-VALUE-FIELD-VALUE``; a value that no file name can hold is shortened, with a hash."""
-    return "-".join(f"{name}-{_as_name(cell[name])}" for name in fields)
-
-
-def _as_name(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    short = re.sub(r"[^A-Za-z0-9._+=-]+", "_", text).strip("_")[:48]
-    # values that are shortened to the same text never share a name
-    return short if short == text else f"{short}-{_short_hash(text)}"
-
-
-def _short_hash(text: str) -> str:
-    """Return eight digits that tell texts apart."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Return ``FIELD-VALUE-FIELD-VALUE``, with ``_`` for what a file name cannot hold."""
+    values = [v if isinstance(v, str) else json.dumps(v) for v in (cell[name] for name in fields)]
+    clean = [re.sub(r"[^\w.+=-]", "_", value) for value in values]
+    return "-".join(f"{name}-{value}" for name, value in zip(fields, clean, strict=True))
 
 
 def as_text(value: Any) -> str:

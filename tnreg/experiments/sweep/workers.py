@@ -38,8 +38,7 @@ class Failed:
     @property
     def error(self) -> str:
         """Kind of the exception and first line of its message."""
-        lines = str(self.exception).strip().splitlines()
-        return f"{type(self.exception).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+        return f"{type(self.exception).__name__}: {self.exception}".splitlines()[0].rstrip(": ")
 
 
 def results(
@@ -59,9 +58,8 @@ def results(
     if workers == 0 and scheduler is None:
         yield from (_attempt(cell, work, threads, retries) for cell in cells)
     elif cells:
-        most = min(workers or max(1, _processors() // (threads or 1)), len(cells))
-        with _executor(most, scheduler) as executor:
-            jobs = {executor.submit(_send, c, work, threads, retries): c for c in cells}
+        with _executor(min(workers or _processors(threads), len(cells)), scheduler) as executor:
+            jobs = {executor.submit(_attempt, c, work, threads, retries): c for c in cells}
             try:
                 for job in concurrent.futures.as_completed(jobs):
                     error = job.exception()
@@ -76,26 +74,26 @@ def results(
                     job.cancel()
 
 
+def _processors(threads: int | None) -> int:
+    """Return how many processes of so many threads this machine has processors for."""
+    affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, count // (threads or 1))
+
+
 def _attempt(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | Failed:
     """Compute one cell, again after an error that another attempt may not have."""
-    for attempt in range(retries + 1):
-        try:
-            return Done(cell, *compute(cell, work, threads))
-        except Exception as error:
-            if attempt == retries or isinstance(error, OptionError | Unfinished):
-                return Failed(cell, error)
-    raise AssertionError("not reached: there is at least one attempt")
-
-
-def _send(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | Failed:
-    """Compute one cell in a worker; an error that cannot be sent becomes a ``RuntimeError``."""
-    outcome = _attempt(cell, work, threads, retries)
     try:
-        pickle.loads(pickle.dumps(outcome))
+        return Done(cell, *compute(cell, work, threads))
+    except Exception as error:
+        if retries and not isinstance(error, OptionError | Unfinished):
+            return _attempt(cell, work, threads, retries - 1)
+        failed = Failed(cell, error)
+    try:  # workers send the error
+        pickle.loads(pickle.dumps(failed.exception))
     except Exception:
-        assert isinstance(outcome, Failed)
-        return Failed(cell, RuntimeError(outcome.error))
-    return outcome
+        return Failed(cell, RuntimeError(failed.error))
+    return failed
 
 
 @contextlib.contextmanager
@@ -114,18 +112,17 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[concurrent.future
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
             yield pool
         return
-    if scheduler is not None:
-        with _connect(distributed, scheduler) as client:
-            yield client.get_executor(pure=False)  # a cluster never returns an older result
-        return
-    with (
-        distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0,
-            silence_logs=logging.CRITICAL, dashboard_address=None,
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):  # fmt: skip
-        yield client.get_executor(pure=False)
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            cluster = distributed.LocalCluster(
+                n_workers=workers, threads_per_worker=1, memory_limit=0,
+                silence_logs=logging.CRITICAL, dashboard_address=None,
+            )  # fmt: skip
+            client = distributed.Client(stack.enter_context(cluster), set_as_default=False)
+        else:
+            client = _connect(distributed, scheduler)
+        # a cluster never returns an older result
+        yield stack.enter_context(client).get_executor(pure=False)
 
 
 def _connect(distributed: Any, scheduler: str) -> Any:
@@ -141,16 +138,7 @@ def _connect(distributed: Any, scheduler: str) -> Any:
             argument="scheduler",
         ) from None
     threads = client.nthreads().values()
-    wide = sum(count > 1 for count in threads)
-    if wide or not threads:
-        message = "the cluster has no workers yet"
-        if wide:
-            message = (
-                f"{wide} of the workers have more than one thread, which wait for each other here"
-            )
-        warnings.warn(f"{message}; start some with: dask worker ADDRESS --nthreads 1", stacklevel=2)
+    if not threads or max(threads) > 1:
+        message = "have more than one thread" if threads else "are not there yet"
+        warnings.warn(f"workers {message}; start: dask worker ADDRESS --nthreads 1", stacklevel=2)
     return client
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
