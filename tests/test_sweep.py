@@ -388,7 +388,7 @@ def writes(about):
     return lambda _, folder: {"y": (folder / "config.json").write_text(json.dumps(about))}
 
 
-OTHER = r"config.json that is not the cell's: (.|\n)*"
+OTHER = r"config.json without 'tnreg', the cell under 'config' or results under 'summary': (.|\n)*"
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ OTHER = r"config.json that is not the cell's: (.|\n)*"
         (writes({"tnreg": "1", "config": {"a": 2}, "summary": {}}), OTHER + "a: 2 there, 1 now"),
         (writes({"tnreg": "1"}), OTHER + "KeyError: 'config'"),
         (writes([]), OTHER + "no run folder of tnreg"),
-        (writes({"config": {"a": 1}, "summary": {"y": 1}}), OTHER + "'tnreg'"),
+        (writes({"config": {"a": 1}, "summary": {"y": 1}}), OTHER + "left alone"),
     ],
 )
 def test_a_function_that_does_wrong_is_called_once(value, message, tmp_path):
