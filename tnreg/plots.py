@@ -143,12 +143,8 @@ def components(
 ) -> Axes:
     """Draw the largest local components of one node along training: the theory's incremental learning.
 
-    Args:
-        data: A trajectory that observed ``lambda m: m.local_components()``.
-        ax: Where to draw.
-        name: The name it was observed under.
-        node: Which node; the root if left out.
-        top: How many, chosen by their size at the end.
+    The trajectory observed ``lambda m: m.local_components()`` under ``name``; the node is the root if left
+    out; the ``top`` components are chosen by their size at the end.
     """
     recorded = data[name]
     if not isinstance(recorded, dict):

@@ -58,17 +58,15 @@ class Completion:
 
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
-        """Return ``‖W - W*‖ / ‖W*‖`` over the unseen entries; predicting zero gives 1.0.
+        """Return ``‖W - W*‖ / ‖W*‖`` over the unseen entries; for zeros it is 0.0 or infinite.
 
         Raises:
             OptionError: No unseen entries are known.
         """
         if self.test_values is None:
-            raise OptionError(
-                "test_error: no unseen entries are known to this task.\n"
-                "  give completion(index=, values=, sizes=, test_index=, test_values=),\n"
-                "  or a target to sample from"
-            )
+            message = "test_error: no unseen entries are known to this task."
+            hint = "completion(index=, values=, sizes=, test_index=, test_values=)"
+            raise OptionError(f"{message}\n  give {hint},\n  or a target to sample from")
         return relative_error(self._predict(model, unseen=True), self.test_values)
 
     @torch.no_grad()
@@ -93,10 +91,8 @@ class Completion:
             return model.entries(index)  # type: ignore[operator, no-any-return]
         _check_model(model, self.sizes)
         if model.device.type != self.values.device.type:
-            raise OptionError(
-                f"the model is on {model.device}, the task on {self.values.device}; "
-                "write task.to(model.device)."
-            )
+            places = f"the model is on {model.device}, the task on {self.values.device}"
+            raise OptionError(f"{places}; write task.to(model.device).")
         key = (model.network, model.device, unseen)
         if key not in self._plans:  # checked and planned once, not at every step
             self._plans[key] = plan(model.network, index=index.to(model.device))
@@ -111,8 +107,7 @@ class Sensing:
     """Inner products of a tensor with random rank-one tensors.
 
     Attributes:
-        features: For every mode n the factors ``(B, D_n)`` of the measurements.
-        values: The measurements ``(B,)``.
+        features: For every mode n the factors ``(B, D_n)`` of the measurements ``values``, ``(B,)``.
         target: The dense tensor, to test against.
     """
 
@@ -279,9 +274,8 @@ def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tup
 
 def _check_model(model: Factorization, sizes: tuple[int, ...]) -> None:
     if model.sizes != sizes:
-        raise ShapeError(
-            f"the model has other mode sizes than the task.\n  model: {model.sizes}\n  task:  {sizes}"
-        )
+        found = f"model: {model.sizes}\n  task:  {sizes}"
+        raise ShapeError(f"the model has other mode sizes than the task.\n  {found}")
 
 
 def _mean_square(difference: Tensor) -> Tensor:

@@ -74,12 +74,10 @@ class Trajectory:
         for name in {**row, **self._rows} if self._steps else ():
             now, before = _form(row.get(name)), _form(self._rows.get(name, [None])[-1])
             if now != before:
-                raise ShapeError(
-                    f"the observation {name!r} changed its form at step {step}.\n"
-                    f"  before: {before}\n  now:    {now}\n"
-                    "  an observation returns the same shapes (and keys) every time",
-                    argument="values",
-                )
+                message = f"the observation {name!r} changed its form at step {step}."
+                message += f"\n  before: {before}\n  now:    {now}"
+                hint = "an observation returns the same shapes (and keys) every time"
+                raise ShapeError(f"{message}\n  {hint}", argument="values")
         for name, value in row.items():
             self._rows.setdefault(name, []).append(value)
         self._steps.append(int(step))
@@ -157,11 +155,9 @@ class Trajectory:
         except FileNotFoundError:
             raise FileError(f"no such trajectory file: {path}", argument="path") from None
         except Exception as error:
-            raise FileError(
-                f"not a trajectory file: {path}\n  {type(error).__name__}: {error}\n"
-                "  expected: an .npz file that Trajectory.save wrote",
-                argument="path",
-            ) from None
+            message = f"not a trajectory file: {path}\n  {type(error).__name__}: {error}"
+            expected = "expected: an .npz file that Trajectory.save wrote"
+            raise FileError(f"{message}\n  {expected}", argument="path") from None
 
     def __repr__(self) -> str:
         last = f", last step {self._steps[-1]}" if self._steps else ""
