@@ -45,19 +45,12 @@ _TOLERANCE = 0.1  # how closely a negative meets its distance, by paddle: short 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows, in units of the window.
+    """What one image shows, in units of the window."""
 
-    Attributes:
-        bars: Tail and head (y, x) of every paddle, ``(n, 2, 2)``, the two paths first.
-        discs: Centres of the discs, ``(2, 2)``.
-        label: 1 if both are on one path.
-        window: Side of the window.
-    """
-
-    bars: Array
-    discs: Array
-    label: int
-    window: float
+    bars: Array  # tail and head (y, x) of every paddle, (n, 2, 2), the two paths first
+    discs: Array  # their centres, (2, 2)
+    label: int  # 1 if both discs are on one path
+    window: float  # its side
 
     @property
     def distance(self) -> float:
@@ -79,25 +72,19 @@ def longest(size: int) -> int:
 
 
 def sample_scene(rng: np.random.Generator, length: int, size: int, *, matched: bool) -> Scene:
-    """Draw paths, label, discs and distractors at random.
+    """Draw paths of ``length`` paddles, label, discs and distractors for an image of ``size`` pixels.
 
-    Args:
-        rng: Source of all randomness.
-        length: Paddles of each of the two paths.
-        size: Pixels of the image that this is for; sets the window.
-        matched: Whether negatives have the distances of positives.
+    If ``matched``, negatives have the distances of positives.
     """
     side = window(size)
     label, start = int(rng.integers(2)), int(rng.integers(2))
-    pairs = _pairs(rng, length, side, matched)
-    while not len(pairs):
-        pairs = _pairs(rng, length, side, matched)
+    while not len(pairs := _pairs(rng, length, side, matched)):
+        pass
     paths = pairs[0]
     if matched and label == 0:
         distance = float(_distances(pairs)[0, start, start])
         paths, start = _pair_at(rng, length, side, distance)
-    end = start if label else 1 - start
-    discs = np.stack([paths[start, 0, 0], paths[end, -1, 1]])
+    discs = np.stack([paths[start, 0, 0], paths[start if label else 1 - start, -1, 1]])
     bars = paths.reshape(-1, 2, 2)
     bars = np.concatenate([bars, _distractors(rng, bars, length, side)])
     return Scene(bars, discs, label, side)
@@ -134,15 +121,14 @@ def _pair_at(
     rng: np.random.Generator, length: int, side: float, distance: float
 ) -> tuple[Array, int]:
     """Return two paths, and which of them starts at this distance from the end of the other."""
-    tolerance = _TOLERANCE * length
-    while True:
+    tolerance, near = _TOLERANCE * length, np.empty((0, 2), dtype=int)
+    while not len(near):
         pairs = _pairs(rng, length, side, True, 8 * _PAIRS)
         across = _distances(pairs)[:, [0, 1], [1, 0]]
         near = np.argwhere(np.abs(across - distance) <= tolerance)
-        if len(near):
-            pair, start = near[rng.integers(len(near))]
-            return pairs[pair], int(start)
         tolerance *= 1.1  # so that it ends, however unusual the distance
+    pair, start = near[rng.integers(len(near))]
+    return pairs[pair], int(start)
 
 
 def _distances(pairs: Array) -> Array:
@@ -166,11 +152,10 @@ def _distractors(rng: np.random.Generator, paths: Array, length: int, side: floa
     """Return tails and heads of all distractors, ``(n, 2, 2)``."""
     count = round(90 / length * (side / 300) ** 2)
     steps, frame = max(length // 3, 1), _FRAME * side / 300
-    occupied = _core(paths[:, 1], _angle(paths)).reshape(-1, 2)
+    occupied = _points_of(paths)
     distractors: list[Array] = []
     for _ in range(_ROUNDS):
-        missing = count - len(distractors)
-        if not missing:
+        if not (missing := count - len(distractors)):
             break
         low, high = np.ceil(frame + _MARGIN), np.floor(side - frame - _MARGIN)
         tails = rng.integers(low, high + 1, (missing, _SEED_TRIES, 2)).astype(float)
@@ -183,7 +168,7 @@ def _distractors(rng: np.random.Generator, paths: Array, length: int, side: floa
         tails = np.take_along_axis(tails, pick[..., None], 1)[seeds]
         angles = np.take_along_axis(angles, pick, 1)[seeds]
         for distractor in _grow(rng, tails, angles, steps, side, occupied, True)[:, 0]:
-            points = _core(distractor[:, 1], _angle(distractor)).reshape(-1, 2)
+            points = _points_of(distractor)
             if _nearest(points, occupied).min() >= _APART**2:
                 distractors.append(distractor)
                 occupied = np.concatenate([occupied, points])
@@ -201,24 +186,16 @@ def _grow(
 ) -> Array:
     """Grow paths from their first paddles, those of one row in turn and clear of each other.
 
-    Args:
-        rng: Source of randomness.
-        tails: Where the first paddles start, ``(rows, paths, 2)``.
-        angles: Where they point, ``(rows, paths)``.
-        steps: Paddles of a path.
-        side: Side of the window.
-        occupied: Points of other bars, ``(points, 2)``, for all rows.
-        nearest: Round pixels to the nearest one, not pivots up and heads down.
-
-    Returns:
-        Tails and heads, ``(rows, paths, steps, 2, 2)``, of the rows that could be grown.
+    First paddles start at ``tails``, ``(rows, paths, 2)``, and point to ``angles``, ``(rows, paths)``.
+    ``occupied`` holds points of other bars, ``(points, 2)``, for all rows. Pixels are rounded to the
+    ``nearest`` one, else pivots up and heads down. Returns tails and heads,
+    ``(rows, paths, steps, 2, 2)``, of the rows that could be grown.
     """
     rows, paths = angles.shape
     bars = np.zeros((rows, paths, steps, 2, 2))
     points = np.full((rows, paths, steps, len(_CORE), 2), _FAR)
     heading = angles.copy()
-    bars[:, :, 0, 0] = tails
-    bars[:, :, 0, 1] = tails + _LENGTH * _direction(angles)
+    bars[:, :, 0] = np.stack([tails, tails + _LENGTH * _direction(angles)], 2)
     points[:, :, 0] = _core(bars[:, :, 0, 1], angles)
     alive: Array = np.all(_is_inside(points[:, :, 0], side), (1, 2))
     offsets, around = _circle(nearest)
@@ -244,8 +221,7 @@ def _grow(
             weight = np.cos(np.minimum(_CONTINUITY * turn, np.pi / 2)) ** 2
             heads = pivot[:, None] + offsets[pixels]
             weight *= _nearest(heads, others, occupied) >= _CLEAR**2
-            weight *= _is_inside(heads, side, 0.0)
-            sums = weight.cumsum(1)
+            sums = (weight * _is_inside(heads, side, 0.0)).cumsum(1)
             alive &= sums[:, -1] > 1e-4
 
             # the first of some draws whose bar is clear of all others
@@ -259,10 +235,9 @@ def _grow(
             fits &= _is_inside(core, side).all(-1)
             alive &= fits.any(1)
             pick = fits.argmax(1)
-            heading[:, path] = drawn_angles[each, pick]
-            head = drawn_heads[each, pick]
-            bars[:, path, step, 0] = head - _LENGTH * _direction(heading[:, path])
-            bars[:, path, step, 1] = head
+            heading[:, path], head = drawn_angles[each, pick], drawn_heads[each, pick]
+            tail = head - _LENGTH * _direction(heading[:, path])
+            bars[:, path, step] = np.stack([tail, head], 1)
             points[:, path, step] = core[each, pick]
     return bars[alive]
 
@@ -282,9 +257,10 @@ def _direction(angle: Array) -> Array:
     return np.stack([np.sin(angle), np.cos(angle)], -1)
 
 
-def _angle(bars: Array) -> Array:
-    way = bars[..., 1, :] - bars[..., 0, :]
-    return np.asarray(np.arctan2(way[..., 0], way[..., 1]))
+def _points_of(bars: Array) -> Array:
+    """Return the points along the middle lines of bars, ``(points, 2)``."""
+    y, x = np.moveaxis(bars[:, 1] - bars[:, 0], -1, 0)
+    return _core(bars[:, 1], np.arctan2(y, x)).reshape(-1, 2)
 
 
 def _core(heads: Array, angles: Array) -> Array:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,27 +61,22 @@ class ImageSet:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
-        settings = ", ".join(
-            f"{k}={v}" for k, v in self.config.items() if k not in ("tnreg", "set")
-        )
+        shown = self.config.keys() - {"tnreg", "set"}
+        settings = ", ".join(f"{k}={v}" for k, v in self.config.items() if k in shown)
         return f"<{self.config.get('set')}: {len(self)} images {shape}; {settings}>"
 
     @property
     def control_boxes(self) -> tuple[Box, ...]:
-        """Two boxes of the size of ``boxes`` that touch neither image.
+        """Two boxes of the size of ``boxes`` that touch neither image: above, between or beside them.
 
-        Above the images where there is room, else between them or at both sides.
-
-        Raises:
-            OptionError: No boxes to begin with, or no room.
+        OptionError if the set has no boxes, or no room for two more.
         """
         if not self.boxes:
             raise OptionError("control boxes: this set has no boxes; pairs have (is_same_class).")
         (top, left, bottom, inner), (_, far, _, right) = self.boxes
         size, width = inner - left, self.images.shape[-1]
         if top >= bottom - top:
-            rows = (0, bottom - top)
-            return tuple((rows[0], a, rows[1], a + size) for a in (left, far))
+            return tuple((0, a, bottom - top, a + size) for a in (left, far))
         for first, last in ((inner, far - size), (0, width - size)):
             fits = last - first >= size and (last >= right or first == inner)
             if fits and (first != 0 or left >= size):
@@ -122,11 +118,9 @@ class ImageSet:
             cells = cells.repeat(zoom, 2).repeat(zoom, 3)
             cells = np.pad(cells, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
             lines += [np.concatenate(list(line), -1) for line in np.split(cells, half)]
-        picture = np.concatenate(lines, 1).transpose(1, 2, 0)
+        picture = np.concatenate(lines, 1).transpose(1, 2, 0).clip(0, 1)
         picture = picture if picture.shape[-1] == 3 else picture[..., :1].repeat(3, -1)
-        return write_whole(
-            path, lambda beside: imsave(beside, np.clip(picture, 0, 1), format="png")
-        )
+        return write_whole(path, lambda beside: imsave(beside, picture, format="png"))
 
 
 def pathfinder(
@@ -166,15 +160,14 @@ def pathfinder(
     length = check_integer(length, 2, "pathfinder: length")
     size = check_integer(size, 32, "pathfinder: size")
     if size > 300:
-        raise OptionError(f"pathfinder: size is 32 to 300 pixels, found {size}.")
+        raise OptionError(f"pathfinder: size is 32 to 300 pixels, found {size}.", argument="size")
     if length > longest(size):
-        raise OptionError(
-            f"pathfinder: paths of {length} paddles have no room on {size} pixels; "
-            f"at most {longest(size)}."
-        )
+        message = f"pathfinder: paths of {length} paddles have no room on {size} pixels; "
+        raise OptionError(f"{message}at most {longest(size)}.", argument="length")
     key = (check_integer(seed, 0, "pathfinder: seed"), _split(split))
-    job = _Pathfinder(length, size, bool(matched), key)
-    chunks = zip(*_run_chunks(job, count, workers, progress), strict=True)
+    job = functools.partial(_draw_scenes, length, size, bool(matched), key)
+    text = f"images, paths of {length} paddles"
+    chunks = zip(*_run_chunks(job, count, workers, text, progress), strict=True)
     images, labels, distances = map(np.concatenate, chunks)
     config = {
         "tnreg": __version__, "set": "pathfinder", "count": count, "length": length,
@@ -222,13 +215,14 @@ def is_same_class(
     count = check_integer(count, 2, "is_same_class: count")
     distance = check_integer(distance, 0, "is_same_class: distance")
     number = check_integer(seed, 0, "is_same_class: seed")
-    part = _split(split)
-    digits = source == "digits"
+    part, digits = _split(split), source == "digits"
     if noise is not None and not digits:
-        raise OptionError("is_same_class: noise is for the digits only; leave it out for CIFAR-10.")
-    std = (0.2 if noise is None else noise) if digits else 0.0
+        message = "is_same_class: noise is for the digits only; leave it out for CIFAR-10."
+        raise OptionError(message, argument="noise")
+    std = noise if noise is not None else 0.2 * digits
     if not 0 <= std < np.inf:
-        raise OptionError(f"is_same_class: noise must be >= 0 and finite, found {noise!r}.")
+        message = f"is_same_class: noise must be >= 0 and finite, found {noise!r}."
+        raise OptionError(message, argument="noise")
     small, classes = _digits(number, part) if digits else _cifar(source, split)
     side = small.shape[-1]
     height, width = canvas or ((8, 40) if digits else (224, 224))
@@ -262,17 +256,9 @@ def distance_only_accuracy(
 ) -> float | None:
     """Return the accuracy of predicting the label from the distance between the discs alone.
 
-    The ``neighbours`` nearest distances vote, in cross-validation: fold i is every ``folds``-th image
-    from the i-th on. A good set gives about 0.5.
-
-    Args:
-        distances: One number an image, ``(N,)``.
-        labels: 0 or 1, ``(N,)``.
-        neighbours: How many vote; odd.
-        folds: Parts of the set, each tested on the others.
-
-    Returns:
-        The share, or ``None`` for fewer images than the vote needs.
+    The ``neighbours`` nearest distances (an odd number) vote, in cross-validation: fold i is every
+    ``folds``-th image from the i-th on. A good set gives about 0.5. ``distances`` and ``labels`` (0 or 1)
+    are ``(N,)``; for fewer images than the vote needs the result is ``None``.
     """
     distances, labels = np.asarray(distances, dtype=float), np.asarray(labels)
     if len(distances) != len(labels):
@@ -296,11 +282,7 @@ def distance_only_accuracy(
 
 
 def load(path: str | os.PathLike[str]) -> ImageSet:
-    """Read a set that ``ImageSet.save`` wrote.
-
-    Raises:
-        FileError: There is no such file, or it is not an image set.
-    """
+    """Read a set that ``ImageSet.save`` wrote; FileError if there is none, or it is something else."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
@@ -324,35 +306,29 @@ def load(path: str | os.PathLike[str]) -> ImageSet:
         ) from None
 
 
-@dataclass(frozen=True)
-class _Pathfinder:
-    """What a worker needs to make the images of some numbers."""
-
-    length: int
-    size: int
-    matched: bool
-    key: tuple[int, int]
-
-    def __call__(self, numbers: range) -> tuple[Array, Array, Array]:
-        """Return images, labels and distances."""
-        images = np.empty((len(numbers), 1, self.size, self.size), dtype=np.uint8)
-        labels, distances = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers))
-        for i, number in enumerate(numbers):
-            rng = np.random.default_rng(np.random.SeedSequence([*self.key, number]))
-            scene = sample_scene(rng, self.length, self.size, matched=self.matched)
-            images[i, 0] = render(scene, self.size)
-            labels[i], distances[i] = scene.label, scene.distance * self.size
-        return images, labels, distances
+def _draw_scenes(
+    length: int, size: int, matched: bool, key: tuple[int, int], numbers: range
+) -> tuple[Array, Array, Array]:
+    """Return images, labels and distances of Pathfinder images of these numbers."""
+    images = np.empty((len(numbers), 1, size, size), dtype=np.uint8)
+    labels, distances = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers))
+    for i, number in enumerate(numbers):
+        rng = np.random.default_rng(np.random.SeedSequence([*key, number]))
+        scene = sample_scene(rng, length, size, matched=matched)
+        images[i, 0] = render(scene, size)
+        labels[i], distances[i] = scene.label, scene.distance * size
+    return images, labels, distances
 
 
-def _run_chunks(job: _Pathfinder, count: int, workers: int | None, progress: bool) -> Iterator[Any]:
+def _run_chunks(
+    job: Callable[[range], Any], count: int, workers: int | None, text: str, progress: bool
+) -> Iterator[Any]:
     """Yield the results of all chunks in order."""
     chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
     workers = os.cpu_count() or 1 if workers is None else check_integer(workers, 1, "workers")
     processes = min(workers, len(chunks))
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_pool(processes)).map if processes > 1 else map
-        text = f"images, paths of {job.length} paddles"
         advance = stack.enter_context(advancing(text, count, progress))
         for chunk, result in zip(chunks, run(job, chunks), strict=True):
             advance(len(chunk))
@@ -381,21 +357,20 @@ def _digits(seed: int, part: int) -> tuple[Array, Array]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise OptionError(
+        message = (
             "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"
-        ) from None
+        )
+        raise OptionError(message) from None
     values, classes = load_digits(return_X_y=True)
     small = (values / 16 - 0.3).astype(np.float32).reshape(-1, 1, 8, 8)
     order = np.random.default_rng([seed, 0]).permutation(len(small))
-    cut = 2 * len(small) // 3
-    picked = order[:cut] if part == 0 else order[cut:]
+    picked = np.split(order, [2 * len(small) // 3])[part]
     return small[picked], classes[picked]
 
 
 def _cifar(source: str, split: str) -> tuple[Array, Array]:
-    folder = Path(source)
-    if (folder / "cifar-10-batches-py").is_dir():
-        folder = folder / "cifar-10-batches-py"
+    inside = Path(source) / "cifar-10-batches-py"
+    folder = inside if inside.is_dir() else Path(source)
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     images, classes = [], []
     for name in names:
@@ -413,10 +388,8 @@ def _cifar(source: str, split: str) -> tuple[Array, Array]:
                 argument="source",
             ) from None
         except Exception as error:
-            raise FileError(
-                f"not a batch of CIFAR-10: {path}\n  {type(error).__name__}: {error}",
-                argument="source",
-            ) from None
+            message = f"not a batch of CIFAR-10: {path}\n  {type(error).__name__}: {error}"
+            raise FileError(message, argument="source") from None
         images.append(data.reshape(-1, 3, 32, 32))
         classes.append(np.asarray(labels))
     return np.concatenate(images), np.concatenate(classes)
