@@ -35,8 +35,7 @@ def assert_equal(found, expected, size=0.0):
     """Equal to rounding of the expected tensor, or of terms of norm ``size`` that it is the sum of."""
     found = dense(found)
     assert found.shape == expected.shape and found.dtype == expected.dtype
-    error = torch.linalg.vector_norm(found - expected)
-    assert error <= 1e-12 * max(torch.linalg.vector_norm(expected).item(), size)
+    assert (found - expected).norm() <= 1e-12 * max(expected.norm().item(), size)
 
 
 def every(name, dtype):
@@ -72,13 +71,10 @@ def test_of_one_model(name, dtype):
         assert set(al.diagonal_joins(model).network.joins) <= {"leaf", "diagonal"}
         turned = torch.randperm(order, generator=generator).tolist()
         assert_equal(al.permute_modes(model, turned), x.permute(turned))
-        matrices = {
-            mode: torch.randn(3, model.sizes[mode], dtype=dtype, generator=generator)
-            for mode in range(0, order, 2)
-        }
-        expected = x
-        for mode, matrix in matrices.items():
-            expected = torch.tensordot(expected, matrix, ([mode], [1])).movedim(-1, mode)
+        matrices, expected = {}, x
+        for mode in range(0, order, 2):
+            matrices[mode] = torch.randn(3, model.sizes[mode], dtype=dtype, generator=generator)
+            expected = torch.tensordot(expected, matrices[mode], ([mode], [1])).movedim(-1, mode)
         assert_equal(al.mode_product(model, matrices), expected)
 
 
@@ -93,12 +89,9 @@ def test_every_set_of_modes_can_be_taken_away(name, dtype):
                 assert_equal(al.marginal(model, modes), x.sum(modes))
                 key = tuple(1 if m in modes else slice(None) for m in range(order))
                 assert_equal(al.select(model, key), x[key])
-        vectors = {
-            m: torch.randn(model.sizes[m], dtype=dtype, generator=generator)
-            for m in range(0, order, 2)
-        }
-        expected = x
-        for mode in sorted(vectors, reverse=True):
+        vectors, expected = {}, x
+        for mode in range(0, order, 2)[::-1]:
+            vectors[mode] = torch.randn(model.sizes[mode], dtype=dtype, generator=generator)
             expected = torch.tensordot(expected, vectors[mode], ([mode], [0]))
         assert_equal(al.contract_modes(model, vectors), expected)
 
@@ -174,7 +167,7 @@ def test_random_models(model, data):
     x, order = dense(model), model.tree.order
     modes = data.draw(st.sets(st.integers(0, order - 1), min_size=1))
     # terms may cancel: rounding is that of the terms
-    size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
+    size = math.prod(w.norm().item() for w in model.weights.values())
     assert_equal(al.marginal(model, sorted(modes)), x.sum(sorted(modes)), size)
     assert_equal(al.add(model, al.scale(model, 0.5)), 1.5 * x, size)
     assert_equal(al.hadamard(model, model), x * x, size**2)
@@ -190,23 +183,17 @@ def test_random_models(model, data):
 def test_guarantees_on_random_models(dtype, rtol, data):
     """decompose, truncate, sums and products: any tree, joins, sizes and dtype, any tolerance."""
     model = data.draw(zoo.models(dtype))
-    wide = torch.promote_types(dtype, torch.float64)
-    joins = {
-        v: k for v, k in zip(model.tree.nodes, model.network.joins, strict=True) if k != "leaf"
-    }
-    x = dense(model)
-    exact = dense(Factorization.from_weights(
-        model.tree, {v: w.to(wide) for v, w in model.weights.items()}, join=joins
-    ))  # fmt: skip
-    size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
+    wide, x = torch.promote_types(dtype, torch.float64), dense(model)
+    weights = {v: w.to(wide) for v, w in model.weights.items()}
+    exact = dense(Factorization.from_weights(model.tree, weights, join=model.network.named_joins))
+    size = math.prod(w.norm().item() for w in model.weights.values())
     for found, expected, terms in (
         (decompose(x, model.tree, rtol=rtol), x.to(wide), 0.0),
         (truncate(model, rtol=rtol), exact, size),
         (al.linear_combination([model, model], [1.0, -0.5], rtol=rtol), 0.5 * exact, size),
         (al.hadamard(model, model, rtol=rtol), exact * exact, size**2),
     ):
-        norm = torch.linalg.vector_norm(expected).item()
-        error = torch.linalg.vector_norm(dense(found).to(wide) - expected).item()
+        norm, error = expected.norm().item(), (dense(found).to(wide) - expected).norm().item()
         rounding = 50 * len(model.tree.nodes) * torch.finfo(dtype).eps * max(norm, terms)
         assert error <= min(rtol * norm, found.error_bound) + rounding
         assert found.dtype == dtype and found.tree == model.tree
@@ -218,8 +205,7 @@ def test_bonds_are_no_larger_than_said():
     assert list(al.add(one, other).network.bonds[:-1]) == [a + b for a, b in bonds]
     assert list(al.hadamard(one, other).network.bonds[:-1]) == [a * b for a, b in bonds]
     rounded = truncate(al.add(one, one), rtol=1e-10)
-    ranks = truncate(one).network.bonds
-    assert rounded.network.bonds == ranks  # twice the same needs no more
+    assert rounded.network.bonds == truncate(one).network.bonds  # twice the same needs no more
     assert_equal(rounded, 2 * dense(one))
 
 
@@ -268,6 +254,7 @@ def test_nothing_given_is_changed():
          r"(?s)matrix of mode 1 does not fit.*\(3, 2\).*\(any, 3\)"),
         (lambda m: al.mode_product(m, {-1: torch.ones(3, 2)}), TreeError, "matrices", "no mode -1"),
         (lambda m: al.permute_modes(m, (0, 1, 2, 2)), OptionError, "order", "each of 0..3 once"),
+        (lambda m: al.reroot(m, "nowhere"), TreeError, "node", "nowhere"),
         (lambda m: al.reroot(m, 0), OptionError, "node", "0 is a leaf; name an interior node"),
         (lambda m: al.linear_combination([m], [1, 2], rtol=1e-3), OptionError, "coefficients", "1 and 2"),
         (lambda m: al.linear_combination([], rtol=1e-3), OptionError, "models", "as many coefficients"),
@@ -289,10 +276,9 @@ def test_every_interior_node_can_be_the_root(name, dtype):
             assert_equal(found, x)
             # what hangs below the new root is what the old node's neighbours separate
             below = {found.tree.modes_below(c) for c in found.tree.children(found.tree.root)}
-            whole = set(model.tree.leaves)
             inside = {model.tree.modes_below(c) for c in model.tree.children(node)}
-            rest = tuple(sorted(whole - set(model.tree.modes_below(node))))
-            assert below == inside | ({rest} if rest else set())
+            rest = set(model.tree.leaves) - set(model.tree.modes_below(node))
+            assert below == inside | ({tuple(sorted(rest))} if rest else set())
 
 
 def test_reroot_moves_a_chain_of_bonds():
@@ -304,8 +290,6 @@ def test_reroot_moves_a_chain_of_bonds():
     assert_equal(found, dense(model))
     assert found.tree.root == tuple(range(6)) and len(found.tree.children(found.tree.root)) == 3
     assert sum(p.numel() for p in found.parameters()) <= sum(p.numel() for p in model.parameters())
-    with pytest.raises(TreeError):
-        al.reroot(model, "nowhere")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
@@ -317,10 +301,9 @@ def test_linear_combinations_keep_their_promise(dtype, rtol):
     wide = torch.complex128 if dtype.is_complex else torch.float64
     exact = sum(c * dense(m).to(wide) for c, m in zip(factors, models, strict=True))
     found = al.linear_combination(models, factors, rtol=rtol)
-    error = torch.linalg.vector_norm(dense(found).to(wide) - exact)
-    size = torch.linalg.vector_norm(exact)
+    error = (dense(found).to(wide) - exact).norm()
     rounding = 1e4 * torch.finfo(dtype).eps * sum(m.norm().item() for m in models)
-    assert error <= rtol * size + rounding and error <= found.error_bound + rounding
+    assert error <= min(rtol * exact.norm(), found.error_bound) + rounding
 
 
 def test_a_long_sum_never_grows():
@@ -330,15 +313,13 @@ def test_a_long_sum_never_grows():
         Factorization(tree, 3, 2, join="full", std=0.5, dtype=torch.float64,
                       generator=torch.Generator().manual_seed(k)) for k in range(2)
     ]  # fmt: skip
-    models = [base[k % 2] for k in range(20)]
+    models = base * 10
     factors = [(-1.0) ** (k // 2) * (1 + k) for k in range(20)]
     found = al.linear_combination(models, factors, rtol=1e-8)
-    pair = [sum(c for c in factors[k::2]) for k in range(2)]
-    exact = pair[0] * dense(base[0]) + pair[1] * dense(base[1])
-    assert torch.linalg.vector_norm(dense(found) - exact) <= 1e-8 * torch.linalg.vector_norm(exact)
+    exact = sum(factors[::2]) * dense(base[0]) + sum(factors[1::2]) * dense(base[1])
+    assert (dense(found) - exact).norm() <= 1e-8 * exact.norm()
     assert max(found.network.bonds) <= 4
-    one = al.linear_combination(models[:1], rtol=1e-8)
-    assert_equal(one, dense(base[0]))
+    assert_equal(al.linear_combination(models[:1], rtol=1e-8), dense(base[0]))
 
 
 def test_a_sum_that_cancels():
@@ -357,42 +338,33 @@ def decaying(tree, size, rank, seed, dtype=torch.float64):
     return Factorization.from_weights(tree, weights, join="full")
 
 
-def relative_error(found, one, other):
-    """At any order: the norm of the difference to the exact product, by squares."""
-    exact = al.hadamard(one, other)
-    return math.exp((al.subtract(exact, found).log_norm() - exact.log_norm()).item())
-
-
 @pytest.mark.parametrize("name", zoo.TREES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounded_products_keep_the_tolerance(name, dtype):
     models = every(name, dtype)
     for one, other in zip(models, [*models[1:], models[0]], strict=True):
         exact = dense(one) * dense(other)
-        size = torch.linalg.vector_norm(exact)
         for rtol in (1e-10, 1e-2):
-            found = al.hadamard(one, other, rtol=rtol)
-            error = torch.linalg.vector_norm(dense(found) - exact)
-            assert error <= rtol * size and error <= found.error_bound * (1 + 1e-9)
+            found = al.hadamard(one, other, rtol=rtol, seed=3)  # which nothing depends on
+            error = (dense(found) - exact).norm()
+            assert error <= rtol * exact.norm() and error <= found.error_bound * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(
-    "tree", [ModeTree.binary(8), ModeTree.caterpillar(8)], ids=["binary", "train"]
-)
+@pytest.mark.parametrize("tree", [ModeTree.binary(8), ModeTree.caterpillar(8)], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounded_products_of_wide_bonds(tree, dtype):
     """Bonds of a product beyond the size of its modes; the result is hardly larger than the best one."""
     one, other = (decaying(tree, 4, 8, seed, dtype) for seed in (0, 1))
     exact = dense(one) * dense(other)
-    size = torch.linalg.vector_norm(exact)
+    size = exact.norm()
     for rtol in (1e-1, 1e-3, 1e-8):
         found = al.hadamard(one, other, rtol=rtol)
-        error = torch.linalg.vector_norm(dense(found) - exact)
+        error = (dense(found) - exact).norm()
         assert error <= rtol * size and error <= found.error_bound <= 1.01 * rtol * size
         best = truncate(decompose(exact, tree, rtol=1e-10), rtol=rtol)
         assert sum(found.network.bonds) <= 1.3 * sum(best.network.bonds)
     found, best = al.hadamard(one, other, ranks=8), truncate(decompose(exact, tree), ranks=8)
-    error, least = (torch.linalg.vector_norm(dense(m) - exact) for m in (found, best))
+    error, least = ((dense(m) - exact).norm() for m in (found, best))
     assert max(found.network.bonds) == 8 and least <= found.error_bound <= 2 * least
     assert error <= 1.2 * least
     assert max(al.hadamard(one, other, ranks=8, rtol=1e-8).network.bonds) == 8
@@ -405,7 +377,8 @@ def test_rounded_products_of_any_order_and_scale(order, rank, power):
     one = al.scale(al.scale(one, 10.0 ** (power / 2)), 10.0 ** (power / 2))
     found = al.hadamard(one, other, rtol=1e-3)
     assert all(bool(torch.isfinite(w).all()) for w in found.weights.values())
-    assert relative_error(found, one, other) <= 1e-3
+    exact = al.hadamard(one, other)
+    assert al.subtract(exact, found).log_norm() - exact.log_norm() <= math.log(1e-3)
 
 
 def test_rounded_products_of_columns_of_far_apart_scales():
@@ -416,7 +389,7 @@ def test_rounded_products_of_columns_of_far_apart_scales():
     weights[(0, 1)][0] /= 1e150
     found = al.hadamard(Factorization.from_weights(one.tree, weights), one, rtol=1e-8)
     exact = dense(one) ** 2
-    assert torch.linalg.vector_norm(dense(found) - exact) <= 1e-8 * torch.linalg.vector_norm(exact)
+    assert (dense(found) - exact).norm() <= 1e-8 * exact.norm()
 
 
 def test_products_that_vanish():

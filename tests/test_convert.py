@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
@@ -19,16 +20,8 @@ from tensorly.decomposition import parafac, tensor_train, tucker
 from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 
-from tnreg import (
-    Factorization,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    TreeError,
-    convert,
-    decompose,
-    network,
-)
+import tnreg
+from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, convert, network
 
 SIZES = (4, 5, 3, 6)
 HTF = zoo.model_of(ModeTree.binary(4))
@@ -85,11 +78,9 @@ def test_torch_backend_of_tensorly():
 
 def test_a_decomposition_leaves_as_a_tensor_train():
     x = torch.from_numpy(random())
-    model = decompose(x, ModeTree.caterpillar(4), rtol=1e-12)
-    cores = convert.to_tensor_train(model)
-    assert [c.shape[1] for c in cores] == list(SIZES)
-    found = torch.einsum("xay,ybz,zcu,udv->abcd", *cores)
-    assert torch.allclose(found, x, atol=1e-10)
+    cores = convert.to_tensor_train(tnreg.decompose(x, ModeTree.caterpillar(4), rtol=1e-12))
+    assert tuple(core.shape[1] for core in cores) == SIZES
+    assert torch.allclose(torch.einsum("xay,ybz,zcu,udv->abcd", *cores), x, atol=1e-10)
     assert torch.allclose(convert.from_tensor_train(cores).to_tensor(), x, atol=1e-10)
 
 
@@ -144,9 +135,8 @@ def test_what_to_quimb_makes_comes_back(model):
     dense = net.contract(output_inds=order, preserve_tensor=True).data
     assert torch.allclose(dense, model.to_tensor(), rtol=1e-12, atol=1e-12)
     assert_same_model(convert.from_quimb(net), model)
-    arrays = net.copy()
-    arrays.apply_to_arrays(lambda x: x.detach().numpy())
-    assert_same_model(convert.from_quimb(arrays), model)
+    net.apply_to_arrays(lambda x: x.detach().numpy())
+    assert_same_model(convert.from_quimb(net), model)
 
 
 @settings(max_examples=25, deadline=None)
@@ -182,14 +172,11 @@ def test_matrix_product_states_of_quimb(dtype):
     again = quimb.tensor.MatrixProductState(cores, shape="lpr")
     assert abs(again.H @ state - state.H @ state) < 1e-13
     state.exponent = 2.0
-    loud = convert.from_quimb(state).to_tensor().detach().numpy()
-    assert np.allclose(loud, 100 * dense, atol=1e-11)
+    assert np.allclose(convert.from_quimb(state).to_tensor().detach(), 100 * dense, atol=1e-11)
 
 
 def test_cp_of_quimb():
-    factors = [
-        quimb.tensor.Tensor(random((3, n)), ("r", m)) for n, m in ((4, "x"), (5, "y"), (2, "z"))
-    ]
+    factors = [quimb.tensor.Tensor(random((3, 4)), ("r", mode)) for mode in "xyz"]
     weights = quimb.tensor.Tensor(np.array([1.0, 2.0, 3.0]), ("r",))
     model = convert.from_quimb(quimb.tensor.TensorNetwork(factors), modes="xyz")
     assert model.network.root_ones and model.tree == ModeTree.star(3)
@@ -228,11 +215,9 @@ def wired(shapes, bonds, dtype=np.float64):
     generator = np.random.default_rng(1)
     ends, nodes = {}, {}
     for name, axes in shapes.items():
-        size = [bonds.get(a, 2) for a in axes]
-        x = generator.standard_normal(size)
-        if np.issubdtype(dtype, np.complexfloating):
-            x = x + 1j * generator.standard_normal(size)
-        nodes[name] = tensornetwork.Node(x.astype(dtype), name=name, backend="numpy")
+        x = generator.standard_normal([bonds.get(a, 2) for a in axes]).astype(dtype)
+        x = x * (1 + 1j * x) if np.iscomplexobj(x) else x
+        nodes[name] = tensornetwork.Node(x, name=name, backend="numpy")
         for axis, a in zip(nodes[name].edges, axes, strict=True):
             ends.setdefault(a, []).append(axis)
     for a, edges in ends.items():
@@ -268,26 +253,24 @@ def test_trees_wired_by_hand(name, dtype):
     sizes = {"mode 0": 3, "mode 1": 4, "mode 2": 5, 1: 3, 2: 4, 3: 2, 4: 5, 5: 3, 6: 4}
     nodes = list(wired(shapes, sizes, dtype).values())
     model = convert.from_nodes(nodes)
-    assert model.tree == tree
-    assert set(model.network.joins) == {"leaf", "full"}
-    exact = contracted(nodes)
-    found = model.to_tensor().detach()
+    assert model.tree == tree and set(model.network.joins) == {"leaf", "full"}
+    exact, found = contracted(nodes), model.to_tensor().detach()
     assert found.dtype == exact.dtype
     assert torch.allclose(found, exact, rtol=1e-5 if dtype == np.float32 else 1e-12, atol=1e-5)
+    if name == "train":
+        assert [c.shape for c in convert.to_tensor_train(model)] == [
+            (1, 3, 3),
+            (3, 4, 4),
+            (4, 5, 1),
+        ]
     for root in {node.name for node in nodes if len(node.edges) > 1}:
         turned = convert.from_nodes(nodes, root=root).to_tensor().detach()
         assert torch.allclose(turned, exact, rtol=1e-5, atol=1e-4 if dtype == np.float32 else 1e-11)
 
 
-def test_a_train_by_hand_is_a_tensor_train():
-    train = convert.from_nodes(wired(WIRINGS["train"][0], {}).values())
-    assert [c.shape for c in convert.to_tensor_train(train)] == [(1, 2, 2), (2, 2, 2), (2, 2, 1)]
-
-
 def test_modes_by_edges_and_names():
-    nodes = wired(
-        {"A": ["left", 1], "B": [1, "middle", 2], "C": [2, "right"]}, {"left": 3, "right": 5}
-    )
+    shapes = {"A": ["left", 1], "B": [1, "middle", 2], "C": [2, "right"]}
+    nodes = wired(shapes, {"left": 3, "right": 5})
     edges = [nodes["C"][1], nodes["A"][0], nodes["B"][1]]
     model = convert.from_nodes(nodes.values(), modes=edges)
     assert model.sizes == (5, 3, 2)
@@ -323,17 +306,9 @@ def test_a_long_chain_of_nodes():
     assert_same_model(convert.from_quimb(convert.to_quimb(model)), model)
 
 
-class OnlyDLPack:
+def only_dlpack(x):
     """An array of a library that knows nothing of numpy."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __dlpack__(self, **options):
-        return self.x.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.x.__dlpack_device__()
+    return SimpleNamespace(__dlpack__=x.__dlpack__, __dlpack_device__=x.__dlpack_device__)
 
 
 class OnlyArray:
@@ -346,31 +321,27 @@ class OnlyArray:
         return np.array(self.x, dtype=dtype)
 
 
+def read_only(x):
+    x.flags.writeable = False
+    return x
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64, np.complex128])
 @pytest.mark.parametrize(
-    "kind", [np.asarray, torch.from_numpy, OnlyDLPack, OnlyArray, np.ndarray.tolist]
+    "kind", [np.asarray, torch.from_numpy, only_dlpack, OnlyArray, read_only, np.ndarray.tolist]
 )
 def test_arrays_of_any_kind(kind, dtype):
-    arrays = [(random((n, 3)) + (1j if np.issubdtype(dtype, np.complexfloating) else 0) * n).astype(dtype)
-              for n in (4, 5)]  # fmt: skip
+    i = 1j if np.issubdtype(dtype, np.complexfloating) else 0
+    arrays = [(random((n, 3)) + i * n).astype(dtype) for n in (4, 5)]
     model = convert.from_cp(None, [kind(x) for x in arrays])
-    exact = np.einsum("ar,br->ab", *arrays)
     dense = model.to_tensor().detach()
-    assert np.allclose(dense, exact, atol=1e-5)
-    if kind is not np.ndarray.tolist:
-        assert dense.numpy().dtype == dtype
+    assert np.allclose(dense, arrays[0] @ arrays[1].T, atol=1e-5)
+    assert kind is np.ndarray.tolist or dense.numpy().dtype == dtype
     # and out again: the same memory, so the same bits
     weight = model.weights[0].detach()
     for out in (np.asarray(weight), np.from_dlpack(weight), torch.from_dlpack(weight)):
         assert np.array_equal(np.asarray(out), arrays[0])
         assert np.asarray(out).ctypes.data == weight.data_ptr()
-
-
-def test_read_only_arrays():
-    fixed = random((4, 3))
-    fixed.flags.writeable = False
-    model = convert.from_cp(None, [fixed, fixed])
-    assert np.allclose(model.to_tensor().detach(), fixed @ fixed.T)
 
 
 def nodes_of(**shapes):
@@ -407,7 +378,7 @@ def numbered_twice():
 
 
 LOOP, TOLD = "the network has a loop through ", "cannot be told from their names"
-DANGLES = "everything that dangles once"
+DANGLES, STATE = "everything that dangles once", quimb.tensor.MPS_rand_state(3, 2, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -438,26 +409,15 @@ def test_nodes_that_are_no_tree(nodes, options, error, message):
         convert.from_nodes(nodes(), **options)
 
 
-def test_quimb_that_is_no_tree(monkeypatch):
-    state = quimb.tensor.MPS_rand_state(3, 2, seed=0)
-    ring = quimb.tensor.MPS_rand_state(4, 2, cyclic=True, seed=0)
-    for net, options, error, message in [
-        (3, {}, OptionError, "expected a TensorNetwork, found int"),
-        (state, {"modes": ["k0", "k1"]}, ShapeError, DANGLES),
-        (state, {"root": "top"}, TreeError, "0 are called 'top'"),
-        (quimb.tensor.MPO_rand(3, 2, seed=0), {}, ShapeError, TOLD),
-        (ring, {}, TreeError, f"from_quimb: {LOOP}'I"),
-    ]:
-        with pytest.raises(error, match=message):
-            convert.from_quimb(net, **options)
-    monkeypatch.setitem(sys.modules, "quimb.tensor", None)
-    with pytest.raises(OptionError, match="quimb is missing: pip install 'tnreg.quimb.'"):
-        convert.to_quimb(HTF)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: convert.from_quimb(3), OptionError, "expected a TensorNetwork, found int"),
+        (lambda: convert.from_quimb(STATE, modes=["k0", "k1"]), ShapeError, DANGLES),
+        (lambda: convert.from_quimb(STATE, root="top"), TreeError, "0 are called 'top'"),
+        (lambda: convert.from_quimb(quimb.tensor.MPO_rand(3, 2, seed=0)), ShapeError, TOLD),
+        (lambda: convert.from_quimb(quimb.tensor.MPS_rand_state(4, 2, cyclic=True, seed=0)), TreeError,
+         f"from_quimb: {LOOP}'I"),
         (lambda: convert.to_cp(HTF), OptionError, "CP is a star with diagonal"),
         (lambda: convert.to_tucker(HTF), OptionError, "Tucker is a star with full"),
         (lambda: convert.to_tensor_train(HTF), OptionError, "a caterpillar"),
@@ -478,3 +438,9 @@ def test_quimb_that_is_no_tree(monkeypatch):
 def test_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_without_quimb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "quimb.tensor", None)
+    with pytest.raises(OptionError, match="quimb is missing: pip install 'tnreg.quimb.'"):
+        convert.to_quimb(HTF)

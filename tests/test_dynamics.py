@@ -8,25 +8,19 @@ import pytest
 import torch
 import zoo
 
-from tnreg import (
-    Factorization,
-    GroupRMSprop,
-    ModeTree,
-    OptionError,
-    balance_,
-    completion,
-    hierarchical_rank,
-)
+import tnreg
+from tnreg import Factorization, ModeTree, OptionError, completion
 from tnreg.dynamics import (
     component_drive,
     conservation_drift,
     constant_drive,
+    distance_bound,
+    keep_components,
     measured_rate,
     predicted_rate,
     predicted_singular_rate,
     rate_bounds,
 )
-from tnreg.factorizations.components import distance_bound, keep_components
 
 MODELS = [
     pytest.param(zoo.model_of(tree, join, root=root, dtype=dtype), id=f"{name}-{root}-{kind}")
@@ -61,10 +55,8 @@ def others_zeroed(model, node, r):
     """The end tensor with all components at the node but the r-th set to zero."""
     alone = copy.deepcopy(model)
     for child in model.tree.children(node):
-        weight = model.weights[child].detach().clone()
-        mask = torch.zeros(weight.shape[-1], dtype=weight.dtype)
-        mask[r] = 1
-        alone.load_weights({child: weight * mask})
+        weight = model.weights[child].detach()
+        alone.load_weights({child: weight * (torch.arange(weight.shape[-1]) == r)})
     return alone.to_tensor().detach()
 
 
@@ -122,7 +114,7 @@ def test_balanced_form(name, root):
     loss = task_of(model).loss
     exact, balanced = (predicted_rate(model, loss, form=f) for f in ("exact", "balanced"))
     assert any(not torch.allclose(exact[v], balanced[v], rtol=1e-3) for v in exact)
-    balance_(model)
+    tnreg.balance_(model)
     exact, balanced = (predicted_rate(model, loss, form=f) for f in ("exact", "balanced"))
     assert all(torch.allclose(exact[v], balanced[v], rtol=1e-8, atol=1e-12) for v in exact)
 
@@ -131,11 +123,10 @@ def test_cp_component_is_the_product_of_unit_vectors():
     """Law 3 for CP."""
     model = zoo.model_of(ModeTree.star(3), root="ones")
     loss = task_of(model).loss
-    pull = dense_gradient(model, loss)
     weights = [w.detach() for w in model.weights.values()]
-    units = [w / w.norm(dim=0) for w in weights]
-    ip = torch.einsum("ijk,ir,jr,kr->r", pull, *units)
     norms = torch.stack([w.norm(dim=0) for w in weights])
+    units = [w / norm for w, norm in zip(weights, norms, strict=True)]
+    ip = torch.einsum("ijk,ir,jr,kr->r", dense_gradient(model, loss), *units)
     wanted = ip * norms.prod(0) ** 2 * norms.pow(-2).sum(0)
     assert torch.allclose(predicted_rate(model, loss)[model.tree.root], wanted, rtol=1e-10)
 
@@ -168,8 +159,9 @@ def test_singular_values_of_deep_matrix_factorization(depth):
     factors = [left @ turns[0].T]
     factors += [turns[k] @ middle @ turns[k + 1].T for k in range(depth - 2)]
     last = (turns[-1] @ middle @ rotation(6)[:5]).T
-    zero_side = [v for v in tree.interior[:-1] if tree.modes_below(v) == (0,)]
-    one_side = [v for v in tree.interior[:-1] if tree.modes_below(v) == (1,)]
+    zero_side, one_side = (
+        [v for v in tree.interior[:-1] if tree.modes_below(v) == (n,)] for n in (0, 1)
+    )
     weights = {0: factors[0], 1: last}
     weights |= dict(zip(zero_side, factors[1:], strict=False))
     weights |= {v: f.T for v, f in zip(one_side, reversed(factors[1:]), strict=False)}
@@ -230,7 +222,7 @@ def test_few_components_mean_near_low_rank(model):
         kept = keep_components(model, count)
         distance = (kept.to_tensor().detach() - dense).abs().square().sum().sqrt()
         assert distance <= distance_bound(model, count) * (1 + 1e-12)
-        ranks = hierarchical_rank(kept, rtol=1e-10)
+        ranks = tnreg.hierarchical_rank(kept, rtol=1e-10)
         for node, child in ((v, c) for v in nodes for c in model.tree.children(v)):
             assert ranks[child] <= count, (node, child)
     assert distance_bound(model, 99).item() == 0.0
@@ -249,7 +241,7 @@ def drift(tree, make, steps):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "order"), [(torch.optim.SGD, 2), (GroupRMSprop, 2), (torch.optim.Adam, 1)]
+    ("optimizer", "order"), [(torch.optim.SGD, 2), (tnreg.GroupRMSprop, 2), (torch.optim.Adam, 1)]
 )
 def test_one_common_step_size_conserves_to_second_order(optimizer, order):
     coarse, fine = (drift("uneven", lambda p, h=h: optimizer(p, lr=h), 2) for h in (1e-3, 5e-4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 
@@ -13,17 +14,8 @@ from tnreg.images.scene import longest, render, sample_scene, window
 
 
 def scenes(length, size, matched, count=60):
-    return [
-        sample_scene(np.random.default_rng([5, i]), length, size, matched=matched)
-        for i in range(count)
-    ]
-
-
-def middle(bars, points=21):
-    """Points along the middle line of bars, without their flat ends."""
-    way = bars[:, 1] - bars[:, 0]
-    share = np.linspace(0.2, 0.8, points)[:, None]
-    return bars[:, None, 0] + share * way[:, None]
+    rngs = (np.random.default_rng([5, i]) for i in range(count))
+    return [sample_scene(rng, length, size, matched=matched) for rng in rngs]
 
 
 @pytest.mark.parametrize("matched", [False, True])
@@ -35,7 +27,8 @@ def test_geometry(length, size, matched):
         assert shown.window == side and shown.bars.shape[1:] == (2, 2)
         way = shown.bars[:, 1] - shown.bars[:, 0]
         assert np.allclose(np.linalg.norm(way, axis=1), 5)
-        lines = middle(shown.bars)
+        # points along the middle lines, without their flat ends
+        lines = shown.bars[:, None, 0] + np.linspace(0.2, 0.8, 21)[:, None] * way[:, None]
         frame = 22 * side / 300
         assert (lines >= frame + 4 - 1e-9).all() and (lines <= side - frame - 4 + 1e-9).all()
 
@@ -75,14 +68,15 @@ def test_distractors(length):
 @pytest.mark.parametrize("length", [3, 7])
 def test_distances_match_in_both_classes(length):
     """The two means differ by a small share of what they differ by in the published images."""
-    gap, spread = {}, {}
+    spread = {}
     for matched in (False, True):
-        found = scenes(length, 150, matched, 110)
-        both = [[s.distance * 300 for s in found if s.label == k] for k in (0, 1)]
-        gap[matched] = abs(np.median(both[0]) - np.median(both[1]))
-        spread[matched] = np.std(both[0]) / np.std(both[1])
-    assert gap[True] < 1.5 and spread[False] > 3
-    assert 0.6 < spread[True] < 1.7
+        shown = scenes(length, 150, matched, 110)
+        both = [[s.distance * 300 for s in shown if s.label == k] for k in (0, 1)]
+        gap, spread[matched] = (
+            abs(np.subtract(*map(np.median, both))),
+            np.divide(*map(np.std, both)),
+        )
+    assert gap < 1.5 and spread[False] > 3 and 0.6 < spread[True] < 1.7
 
 
 def test_distance_only_accuracy():
@@ -127,43 +121,30 @@ def test_drawing(size):
 
 
 def test_pathfinder_set(tmp_path):
-    first = images.pathfinder(75, length=3, size=32, matched=True, seed=4, workers=1)
-    again = images.pathfinder(75, length=3, size=32, matched=True, seed=4, workers=3, progress=True)
-    assert np.array_equal(first.images, again.images) and first.images.shape == (75, 1, 32, 32)
-    assert np.array_equal(first.labels, again.labels) and set(first.labels) == {0, 1}
-    assert np.array_equal(first.distances, again.distances)
-    fewer = images.pathfinder(7, length=3, size=32, matched=True, seed=4)
+    draw = functools.partial(images.pathfinder, length=3, size=32, matched=True)
+    first, again = draw(75, seed=4, workers=1), draw(75, seed=4, workers=3, progress=True)
+    for name in ("images", "labels", "distances"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    assert first.images.shape == (75, 1, 32, 32) and set(first.labels) == {0, 1}
+    fewer = draw(7, seed=4)
     assert np.array_equal(first.images[:7], fewer.images)
-    for other in ({"split": "test", "seed": 4}, {"seed": 5}):
-        more = images.pathfinder(7, length=3, size=32, matched=True, **other)
+    for more in (draw(7, seed=4, split="test"), draw(7, seed=5)):
         assert not any(np.array_equal(a, b) for a in first.images for b in more.images)
     assert 0 < first.config["distance-only accuracy"] < 1
     assert fewer.config["distance-only accuracy"] is None
     assert "pathfinder: 75 images 1x32x32" in repr(first) and "distance-only" in repr(first)
 
-    path = first.save(tmp_path / "set.npz")
-    found = images.load(path)
+    found = images.load(first.save(tmp_path / "set.npz"))
     assert np.array_equal(found.images, first.images) and found.config == first.config
     assert found.boxes == () and found.images.dtype == np.uint8 and len(found) == 75
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(tmp_path / "set.npz", allow_pickle=False) as file:
         assert json.loads(str(file["about"]))["config"]["matched"] is True
     assert first.sheet(tmp_path / "sheet.png").stat().st_size > 1000
     with pytest.raises(OptionError, match="this set has no boxes"):
         _ = first.control_boxes
 
 
-def test_pathfinder_refuses():
-    for given, said in [
-        ({"size": 31}, "size must be an integer >= 32"),
-        ({"size": 301}, "size is 32 to 300 pixels, found 301"),
-        ({"length": 10, "size": 32}, "paths of 10 paddles have no room on 32 pixels; at most 9"),
-        ({"length": 1}, "length must be an integer >= 2"),
-        ({"split": "all"}, "split must be 'train' or 'test', found 'all'"),
-        ({"seed": -1}, "seed must be an integer >= 0"),
-        ({"workers": 0}, "workers must be an integer >= 1"),
-    ]:
-        with pytest.raises(OptionError, match=said):
-            images.pathfinder(5, **given)
+def test_longest_paths():
     assert longest(150) == 17 and longest(32) == 9
 
 
@@ -196,14 +177,13 @@ def test_pairs_are_of_the_classes_that_the_labels_say():
     used = {}
     for split in ("train", "test"):
         found = images.is_same_class(400, distance=8, split=split, seed=1, noise=0)
-        halves = [
-            [known[np.ascontiguousarray(x).tobytes()] for x in found.images[:, 0, :, a:c]]
-            for _, a, _, c in found.boxes
-        ]
-        same = [a[0] == b[0] for a, b in zip(*halves, strict=True)]
-        assert same == found.labels.astype(bool).tolist()
-        assert all(a[1] != b[1] for a, b in zip(*halves, strict=True))
-        used[split] = {i for half in halves for _, i in half}
+        halves = (
+            [known[x.tobytes()] for x in found.images[:, 0, :, a:c]] for _, a, _, c in found.boxes
+        )
+        pairs = list(zip(*halves, strict=True))
+        assert [a[0] == b[0] for a, b in pairs] == found.labels.astype(bool).tolist()
+        assert all(a[1] != b[1] for a, b in pairs)
+        used[split] = {i for pair in pairs for _, i in pair}
     assert not used["train"] & used["test"]
 
 
@@ -231,17 +211,31 @@ def test_control_boxes_without_room():
     assert tall.control_boxes == ((0, 6, 8, 14), (0, 26, 8, 34))
 
 
-def test_pairs_refuse():
-    for given, said in [
-        ({"distance": 25}, "25 apart, do not fit on 8x40.\n  distance: at most 24"),
-        ({"distance": 0, "noise": -1.0}, "noise must be >= 0"),
-        ({"distance": 0, "source": "x", "noise": 0.1}, "noise is for the digits only"),
-        ({"distance": -1}, "distance must be an integer >= 0"),
-    ]:
-        with pytest.raises(OptionError, match=said):
-            images.is_same_class(10, **given)
-    with pytest.raises(FileError, match=r"no such file: .*data_batch_1"):
-        images.is_same_class(10, distance=0, source="nowhere")
+PATHS = functools.partial(images.pathfinder, 5)
+PAIRS = functools.partial(images.is_same_class, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (PATHS, {"size": 31}, OptionError, "size must be an integer >= 32"),
+        (PATHS, {"size": 301}, OptionError, "size is 32 to 300 pixels, found 301"),
+        (PATHS, {"length": 10, "size": 32}, OptionError,
+         "paths of 10 paddles have no room on 32 pixels; at most 9"),
+        (PATHS, {"length": 1}, OptionError, "length must be an integer >= 2"),
+        (PATHS, {"split": "all"}, OptionError, "split must be 'train' or 'test', found 'all'"),
+        (PATHS, {"seed": -1}, OptionError, "seed must be an integer >= 0"),
+        (PATHS, {"workers": 0}, OptionError, "workers must be an integer >= 1"),
+        (PAIRS, {"distance": 25}, OptionError, "25 apart, do not fit on 8x40.\n  distance: at most 24"),
+        (PAIRS, {"distance": 0, "noise": -1.0}, OptionError, "noise must be >= 0"),
+        (PAIRS, {"distance": 0, "source": "x", "noise": 0.1}, OptionError, "noise is for the digits only"),
+        (PAIRS, {"distance": -1}, OptionError, "distance must be an integer >= 0"),
+        (PAIRS, {"distance": 0, "source": "nowhere"}, FileError, "no such file: .*data_batch_1"),
+    ],
+)  # fmt: skip
+def test_refuses(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)
 
 
 def cifar(folder, change):
@@ -264,9 +258,8 @@ def test_cifar(tmp_path):
     assert found.images.shape == (20, 3, 64, 128) and found.images.dtype == np.uint8
     assert found.boxes == ((16, 12, 48, 44), (16, 84, 48, 116)) and found.labels.sum() == 10
     assert found.images[:, 0, 16, 12].max() < 5
-    test = images.is_same_class(
-        4, distance=160, source=str(tmp_path / "cifar-10-batches-py"), split="test"
-    )
+    folder = str(tmp_path / "cifar-10-batches-py")
+    test = images.is_same_class(4, distance=160, source=folder, split="test")
     assert test.images.shape == (4, 3, 224, 224) and (test.images[:, 0, 96, 0] == 5).all()
     assert found.sheet(tmp_path / "c.png", rows=2, columns=2).exists()
 

@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import torch
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, blame
 from tnreg.factorizations.assembly import assemble, full_weight, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.reading import Node
 
 
+@blame("node")
 def reroot(model: Factorization, node: Node) -> Factorization:
     """Hang the tree from another interior node: the same tensor, exactly, on the same bonds.
 
@@ -27,7 +28,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     target, top = tree.position(node), len(tree.nodes) - 1
     if not tree.links[target]:
         message = f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}."
-        raise OptionError(message, argument="node")
+        raise OptionError(message)
     joins, named = model.network.named_joins, weights_of(model, ones=False)
     if target == top:
         return Factorization.from_weights(tree, named, join=joins)
