@@ -82,6 +82,9 @@ def test_dense_is_definition(model):
 @some
 def test_dense_is_definition_random(model):
     assert_close(model.to_tensor(), defined(model))
+    check_one_hot(model)
+    if len(model.weights) > 1:  # a single node has no edge to contract
+        assert_close(contracted_by_tensornetwork(model), model.to_tensor())
 
 
 @pytest.mark.parametrize("model", ZOO)
@@ -137,8 +140,7 @@ def test_every_route_to_entries(monkeypatch, route, name, join):
     assert_close(model.entries(chosen), defined(model)[tuple(index.T.numpy())])
 
 
-@pytest.mark.parametrize("model", ZOO)
-def test_forward_on_one_hot_is_entries(model):
+def check_one_hot(model):
     index = zoo.random_index(model.sizes, 9)
     features = map(torch.nn.functional.one_hot, index.unbind(1), model.sizes)
     assert_close(model([x.to(model.dtype) for x in features]), model.entries(index))
@@ -154,6 +156,7 @@ def check_forward(model):
 @pytest.mark.parametrize("model", ZOO)
 def test_forward_is_inner_product_with_rank_one(model):
     check_forward(model)
+    check_one_hot(model)
     assert model(zoo.random_features(model.sizes, 1, model.dtype)).shape == (1,)
 
 
@@ -168,10 +171,7 @@ def test_forward_is_inner_product_random(model):
 @pytest.mark.parametrize("model", ZOO)
 def test_both_routes_agree(monkeypatch, model, route):
     """The tree schedule and opt_einsum's path, each by itself, dense and on a batch."""
-    monkeypatch.setattr(contraction, "choose", lambda costs: route)
-    monkeypatch.setattr(
-        contraction, "_plans", contraction._plans.__wrapped__
-    )  # not the cached ones
+    force(monkeypatch, route)
     assert plan(model).route == plan(model, batch=5).route == route
     assert_close(model.to_tensor(), defined(model))
     check_forward(model)
@@ -193,15 +193,12 @@ def check_gradients(model):
     features = zoo.random_features(model.sizes, 2, model.dtype)
 
     class Everything(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
         def forward(self):
             m = self.model
             return m.to_tensor(), m.entries(index), m(features), m.norm()
 
     whole = Everything()
+    whole.model = model
 
     def function(*values):
         given = {f"model.{name}": value for name, value in zip(names, values, strict=True)}
@@ -226,16 +223,6 @@ def test_gradients_random(model):
     assert check_gradients(model)
 
 
-@given(zoo.models())
-@some
-def test_tensornetwork_and_one_hot_random(model):
-    if len(model.weights) > 1:  # a single node has no edge to contract
-        assert_close(contracted_by_tensornetwork(model), model.to_tensor())
-    index = zoo.random_index(model.sizes, 5)
-    features = map(torch.nn.functional.one_hot, index.unbind(1), model.sizes)
-    assert_close(model([x.double() for x in features]), model.entries(index))
-
-
 @pytest.mark.parametrize("model", ZOO)
 def test_norm_and_inner(model):
     dense = model.to_tensor()
@@ -258,15 +245,13 @@ def test_norm_survives_high_order_and_scale(dtype, tree):
     """A tensor of rank one has the product of its vectors' norms as its norm, at any order."""
     wanted = 0.0
     model = Factorization(tree, 3, 2, join="full", dtype=dtype, std=1.0)
-    weights = {}
-    for v, w in model.weights.items():
-        value = torch.zeros_like(w)
+    weights = {v: torch.zeros_like(w) for v, w in model.weights.items()}
+    for v, weight in weights.items():
         if isinstance(v, int):
-            value[:, 0] = 5.0 if v % 2 else 0.1
+            weight[:, 0] = 5.0 if v % 2 else 0.1
             wanted += math.log((5.0 if v % 2 else 0.1) * math.sqrt(3))
         else:
-            value.view(-1)[0] = 1.0
-        weights[v] = value
+            weight.view(-1)[0] = 1.0
     model.load_weights(weights)
     assert number(model.log_norm()) == pytest.approx(wanted, rel=1e-5)
     assert number(model.inner(model).real) >= 0
@@ -306,30 +291,27 @@ def test_zero_weights():
     assert all(number(s.abs().max()) == 0 for s in spectra(model).values())
 
 
-@pytest.mark.parametrize("model", ZOO)
-def test_spectra_against_brute_force(model):
-    dense = model.to_tensor().detach()
-    tree = model.tree
-    wanted = {v: np.linalg.svd(matricize(dense, tree.modes_below(v)).numpy(), compute_uv=False)
-              for v in tree.nodes[:-1]}  # fmt: skip
+def check_spectra(model, rtol):
+    dense, tree = model.to_tensor().detach(), model.tree
     found, factored = spectra(dense, tree), spectra(model)
     assert list(found) == list(factored) == list(tree.nodes[:-1])
-    for v, s in wanted.items():
-        assert_close(found[v], torch.from_numpy(s), 1e-11)
-        short = torch.from_numpy(s)[: len(factored[v])]
-        assert_close(factored[v], short, 1e-11)
-        assert s[len(factored[v]) :].max(initial=0) < 1e-12 * s[0]
+    for v in found:
+        matrix = matricize(dense, tree.modes_below(v)).numpy()
+        wanted = torch.from_numpy(np.linalg.svd(matrix, compute_uv=False))
+        assert_close(found[v], wanted, rtol)
+        assert_close(factored[v], wanted[: len(factored[v])], rtol)
+        assert (wanted[len(factored[v]) :] <= 1e-12 * wanted[0]).all()
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_spectra_against_brute_force(model):
+    check_spectra(model, 1e-11)
 
 
 @given(zoo.models())
 @some
 def test_spectra_random(model):
-    dense = model.to_tensor().detach()
-    found, factored = spectra(dense, model.tree), spectra(model)
-    for v in model.tree.nodes[:-1]:
-        wanted = torch.linalg.svdvals(matricize(dense, model.tree.modes_below(v)))
-        assert_close(found[v], wanted, 1e-10)
-        assert_close(factored[v], wanted[: len(factored[v])], 1e-10)
+    check_spectra(model, 1e-10)
 
 
 @pytest.mark.parametrize("model", ZOO)
