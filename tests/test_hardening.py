@@ -61,21 +61,22 @@ def set_of(version):
     return images.ImageSet(pixels, labels, (), np.empty(0), {"set": "pairs", "version": version})
 
 
-def training():
-    """A module and its optimizer."""
-    return torch.nn.Linear(20, 20), torch.optim.SGD(model_of(1).parameters(), lr=1.0)
+def checkpoint_of(path):
+    module = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model_of(1).parameters(), lr=1.0)
+    return module, Checkpoint(path, module, optimizer, {"version": 0})
 
 
 def write_folder(path, version):
+    settings, run, model = Config(seed=version), run_of(version), model_of(version)
     with folder_written_whole(path) as partial:
-        settings, run, model = Config(seed=version), run_of(version), model_of(version)
         write_run(partial, "completion", settings, run, model, {"v": version})
 
 
 def write_training(path, version):
-    module, optimizer = training()
+    module, checkpoint = checkpoint_of(path)
     torch.nn.init.constant_(module.weight, version)
-    Checkpoint(path, module, optimizer, {"version": 0}).write(run_of(version))
+    checkpoint.write(run_of(version))
 
 
 # The versions that a reader sees in a file.
@@ -92,26 +93,21 @@ def read_set(path):
 
 
 def read_training(path):
-    module, optimizer = training()
-    run = Checkpoint(path, module, optimizer, {"version": 0}).read()
+    module, checkpoint = checkpoint_of(path)
+    run = checkpoint.read()
     return {int(run["loss"][0]), len(run) // 40, *module.weight.detach().unique().tolist()}
 
 
 def read_folder(path):
-    run = read_run(path)
-    return {
-        run.config["seed"],
-        run.summary["v"],
-        *run.trajectory["loss"].tolist(),
-        len(run.trajectory) // 40,
-    }
+    run, steps = read_run(path), read_run(path).trajectory
+    return {run.config["seed"], run.summary["v"], *steps["loss"].tolist(), len(steps) // 40}
 
 
 KINDS = {  # name: (write a version, read the versions)
     "model": (lambda path, v: model_of(v).save(path), read_model),
     "trajectory": (
         lambda path, v: run_of(v).save(path),
-        lambda path: {*Trajectory.load(path)["loss"].tolist()},
+        lambda path: {*Trajectory.load(path)["loss"]},
     ),
     "images": (lambda path, v: set_of(v).save(path), read_set),
     "tree": (lambda path, v: ModeTree.star(v).save(path), lambda path: {load_tree(path).order}),
@@ -122,11 +118,8 @@ FILES = [kind for kind in KINDS if kind != "run"]
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # Several processes
@@ -211,27 +204,26 @@ def test_full_disk_in_a_training(tmp_path):
     task = completion(model_of(1), 20)
     start = {v: torch.rand(w.shape) for v, w in model_of(1).weights.items()}
 
-    def train(steps, watch=lambda m: 0.0):
-        model = Factorization(ModeTree.binary(4), 6, 3)
+    def train(watch=lambda m: 0.0):
+        model = model_of(1)
         model.load_weights(start)
-        return model, fit(model, task.loss, steps=steps, every=2, progress=False, observe={"w": watch},
-                          checkpoint=tmp_path / "c", checkpoint_seconds=0)  # fmt: skip
+        return fit(model, task.loss, steps=10, every=2, progress=False, observe={"w": watch},
+                   checkpoint=tmp_path / "c", checkpoint_seconds=0)  # fmt: skip
 
-    calls = []
+    calls = iter(range(3))
 
     def watch(model):
-        calls.append(1)
-        if len(calls) == 3:
+        if next(calls) == 2:
             stack.enter_context(disk_of(100))
         return 0.0
 
     with contextlib.ExitStack() as stack, pytest.raises(FileError, match="File too large"):
-        train(10, watch)
+        train(watch)
     assert os.listdir(tmp_path) == ["c"]
-    _, run = train(10)
+    run = train()
     (tmp_path / "c").unlink()
     assert run.steps.tolist() == [0, 2, 4, 6, 8, 10]
-    assert np.array_equal(run["loss"], train(10)[1]["loss"])
+    assert np.array_equal(run["loss"], train()["loss"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

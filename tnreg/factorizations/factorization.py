@@ -210,11 +210,10 @@ class Factorization(nn.Module):
         """Copy weights in; nodes that are not named keep theirs.
 
         Raises:
-            TreeError: A node that the tree does not have.
-            ShapeError: A weight of another shape; nothing is copied then.
-            DataError: NaN or infinite weights, or complex ones for a real model.
+            TreeError, ShapeError: A node that the tree does not have, or a weight of another shape.
+            DataError: NaN or infinite weights, or complex ones for a real model. Nothing is copied then.
         """
-        checked = []
+        checked: dict[int, Tensor] = {}
         for node, weight in weights.items():
             position = self.tree.position(node)
             if position not in self.network.slots:
@@ -230,12 +229,10 @@ class Factorization(nn.Module):
                 raise DataError(f"a complex weight at node {node!r} for a model of {self.dtype}.")
             value = value.to(self.dtype)
             if not torch.isfinite(value).all():
-                raise DataError(
-                    f"the weight of node {node!r} has NaN or infinite entries, or too large ones for "
-                    f"{self.dtype}."
-                )
-            checked.append((position, value))
-        for position, value in checked:
+                problem = f"NaN or infinite entries, or too large ones for {self.dtype}"
+                raise DataError(f"the weight of node {node!r} has {problem}.")
+            checked[position] = value
+        for position, value in checked.items():
             self._weight(position).copy_(value)
 
     def to_tensor(self) -> Tensor:
@@ -298,8 +295,7 @@ class Factorization(nn.Module):
             Shape ``(B,)``.
 
         Raises:
-            ShapeError: Sizes that do not fit the modes.
-            DataError: No samples, or another dtype than the weights.
+            ShapeError, DataError: Sizes that do not fit the modes, no samples, or another dtype.
             SizeError: Intermediates would not fit into the memory available.
         """
         if not isinstance(features, Tensor | Sequence):
@@ -362,11 +358,11 @@ class Factorization(nn.Module):
             raise OptionError(
                 f"node {node!r} has no diagonal join, so no local components.", argument="node"
             )
-        weights = [self._weight(c) for c in self.tree.links[i]]
+        matrices = [self._weight(c).flatten(0, -2) for c in self.tree.links[i]]
         if i in self.network.slots:
             own = self._weight(i)
-            weights.append(own.reshape(len(own), -1).mT)
-        return torch.stack([column_norms(weight.flatten(0, -2)) for weight in weights])
+            matrices.append(own.reshape(len(own), -1).mT)
+        return torch.stack([column_norms(matrix) for matrix in matrices])
 
     def _weight(self, position: int) -> Tensor:
         stack, slot = self.network.slots[position]

@@ -36,8 +36,7 @@ _FLOPS_PER_MOVE = 32
 
 # opt_einsum is taken where the tree needs more than so many times its flops, as flops of many small calls
 # are not time. Over 63 training steps (six trees, both joins, batches of 64 and 1,024) the mean time over
-# that of the faster route is 1.04, at worst 1.58; by flops alone 1.14 and 1.94, always by the tree 1.205
-# and 9.5.
+# that of the faster route is 1.04, at worst 1.58; by flops alone 1.14 and 1.94.
 _OPT_EINSUM_SAVES = 2.5
 
 # Networks of at most this many tensors get an exhaustive path search (some milliseconds, once).
@@ -64,8 +63,7 @@ class Plan:
         kind: ``"dense"``, ``"batch"`` or ``"entries"``.
         route: What was chosen: ``"tree"`` or ``"opt_einsum"``; for entries ``"dense"``,
             ``"distinct"`` or ``"per-sample"``.
-        cost: Counted cost, features and weights left out; its parts are ``flops``, ``largest``, ``held`` and
-            ``peak`` of the plan.
+        cost: Counted cost, features and weights left out: ``flops``, ``largest``, ``held``, ``peak``.
         candidates: Route -> counted cost of everything that was considered: flops; for entries plus 32 for
             every number moved, as gathering is bound by memory and not by arithmetic.
         batch: Samples of a batch or of entries; ``None`` for the dense tensor.
@@ -120,12 +118,11 @@ class Plan:
             who = ", ".join(str(names[i]) for i in nodes[:4])
             who += f" and {len(nodes) - 4} more" if len(nodes) > 4 else ""
             if join.einsum is None:
-                how = "the weight itself" if not join.gathers else "rows of the weight"
-                lines.append(f"  {who}: {how}, {join.rows} rows")
-                continue
-            gathered = " at distinct rows" if join.gathers else ""
-            flops = f"{join.einsum.cost.flops:.3g} flops"
-            lines.append(f"  {who}: {join.einsum.equation}{gathered}, {join.rows} rows, {flops}")
+                how = "rows of the weight" if join.gathers else "the weight itself"
+            else:
+                how = join.einsum.equation + (" at distinct rows" if join.gathers else "")
+            flops = f", {join.einsum.cost.flops:.3g} flops" if join.einsum is not None else ""
+            lines.append(f"  {who}: {how}, {join.rows} rows{flops}")
         for taken, equation, _ in self.whole.steps if self.whole is not None else ():
             lines.append(f"  {' x '.join(map(str, taken))}: {equation}")
         if self.take is not None:
@@ -220,12 +217,7 @@ def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = 
 def contract(
     plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()
 ) -> Tensor:
-    """Carry out a plan.
-
-    Args:
-        plan: From ``plan``.
-        stacks: The weights as ``network.stacks`` groups them, each ``(nodes, *shape)``.
-        inputs: For a batch: features ``(B, N, D)``, or mode n's features ``(B, D_n)`` for every n.
+    """Carry out a plan with the weights as ``network.stacks`` groups them, and the features of a batch.
 
     Returns:
         The dense tensor (axis n is mode n), or one value per sample ``(B,)``.

@@ -168,17 +168,10 @@ def run(
     stacks: Sequence[Tensor],
     inputs: Tensor | Sequence[Tensor],
 ) -> Tensor:
-    """Carry out a schedule.
+    """Carry out a schedule with the weights as ``network.stacks`` groups them, and return the root's rows.
 
-    Args:
-        network: The network.
-        joins: From ``schedule``.
-        stacks: The weights as ``network.stacks`` groups them.
-        inputs: Features, where leaves contract them: ``(B, N, D)``, or ``(B, D_n)`` for every mode.
-
-    Returns:
-        The root's rows. On the way results are ``(nodes, rows, bond)``, or ``(rows, bond)`` where a call is
-        for one node only.
+    Inputs are the features that leaves contract: ``(B, N, D)``, or ``(B, D_n)`` for every mode. Results
+    are ``(nodes, rows, bond)``, or ``(rows, bond)`` where a call is for one node only.
     """
     weights, results = Stacked(stacks), Stacked()
     for join in joins:

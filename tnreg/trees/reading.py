@@ -26,8 +26,8 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
     if not isinstance(structure, list | tuple):
         raise TreeError(
             f"not a mode tree: {in_a_line(structure)} ({type(structure).__name__}).\n"
-            "  expected: nested lists of mode numbers, e.g. ModeTree([[0, 1], [2, 3]]),\n"
-            "            or a networkx.DiGraph with edges parent -> child"
+            "  expected: nested lists of mode numbers, e.g. ModeTree([[0, 1], [2, 3]]), "
+            "or a networkx.DiGraph with edges parent -> child"
         )
     leaves: list[Any] = []
     links: list[list[int]] = []

@@ -95,9 +95,8 @@ class ModeTree:
         order = heights.count(0)
         shape = None if shape is None else _check_shape(shape, order)
         # the attributes of an immutable object are set here, and cached properties add theirs
-        vars(self).update(
-            nodes=names, links=links, heights=tuple(heights), order=order, shape=shape
-        )
+        vars(self).update(nodes=names, links=links, heights=tuple(heights))
+        vars(self).update(order=order, shape=shape)
         position = {name: i for i, name in enumerate(names)}
         vars(self).update(_up=tuple(up), _position=position, _hash=hash((names, links)))
 
@@ -122,7 +121,7 @@ class ModeTree:
         n = check_integer(n, 1, "ModeTree.regular: n", TreeError)
         arity = check_integer(arity, 2, "ModeTree.regular: arity", TreeError)
         return cls(
-            _merge(n, lambda level: [level[i : i + arity] for i in range(0, len(level), arity)])
+            _merge(n, lambda nodes: [nodes[i : i + arity] for i in range(0, len(nodes), arity)])
         )
 
     @classmethod
@@ -265,8 +264,8 @@ class ModeTree:
         """Modes below every node of ``nodes``."""
         modes: list[tuple[int, ...]] = []
         for name, below in zip(self.nodes, self.links, strict=True):
-            found = tuple(sorted(m for c in below for m in modes[c])) if below else (name,)
-            modes.append(name if name == found else found)
+            inside = tuple(sorted(m for c in below for m in modes[c])) if below else (name,)
+            modes.append(name if name == inside else inside)  # one object for both where they agree
         return tuple(modes)
 
     def __eq__(self, other: object) -> bool:
@@ -285,12 +284,17 @@ class ModeTree:
     # Text and files
 
     def __repr__(self) -> str:
-        if self.heights[-1] <= 12 and len(self.nodes) <= 64:
-            return f"ModeTree({_nested_text(self)})"
-        return (
-            f"<ModeTree of order {self.order}: {len(self.nodes)} nodes, height {self.heights[-1]}, "
-            f"root with {len(self.links[-1])} children>"
-        )
+        if self.heights[-1] > 12 or len(self.nodes) > 64:
+            return (
+                f"<ModeTree of order {self.order}: {len(self.nodes)} nodes, height {self.heights[-1]}, "
+                f"root with {len(self.links[-1])} children>"
+            )
+        text: list[str] = []
+        names = zip(self.nodes, usual_names(self.links, self.nodes), self.links, strict=True)
+        for name, usual, below in names:
+            inside = f"[{', '.join(text[c] for c in below)}]" if below else repr(name)
+            text.append(inside if name == usual else f"{name!r}: {inside}")
+        return f"ModeTree({text[-1]})"
 
     def _repr_svg_(self) -> str | None:
         """Return the drawing that a notebook shows; ``None`` for a tree of more than 60 nodes."""
@@ -372,8 +376,7 @@ def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
         content = {"tree": content}
     if not isinstance(content, dict) or "tree" not in content:
         raise FileError(
-            f"not a tree file: {path}\n"
-            f"  found:    a JSON {type(content).__name__} without the key 'tree'\n"
+            f"not a tree file: {path}, a JSON {type(content).__name__} without the key 'tree'\n"
             '  expected: {"tree": [[0, 1], [2, 3]]}'
         )
     return content
@@ -507,12 +510,3 @@ def _merge(n: int, group: Callable[[list[Any]], list[list[Any]]]) -> list[Any]:
     while len(level) > 1:
         level = [_join(nodes) for nodes in group(level)]
     return level if n == 1 else level[0]
-
-
-def _nested_text(tree: ModeTree) -> str:
-    text: list[str] = []
-    names = zip(tree.nodes, usual_names(tree.links, tree.nodes), tree.links, strict=True)
-    for name, usual, below in names:
-        inside = f"[{', '.join(text[c] for c in below)}]" if below else repr(name)
-        text.append(inside if name == usual else f"{name!r}: {inside}")
-    return text[-1]
