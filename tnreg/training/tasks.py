@@ -58,7 +58,9 @@ class Completion:
 
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
-        """Return ``‖W - W*‖ / ‖W*‖`` over the unseen entries; for zeros it is 0.0 or infinite.
+        """Return ``‖W - W*‖ / ‖W*‖`` over the unseen entries: 1.0 for a prediction of zeros.
+
+        If all of them are zero, it is 0.0 or infinite.
 
         Raises:
             OptionError: No unseen entries are known.
