@@ -291,7 +291,7 @@ class ConvNet(nn.Module):
         return (values if self.outputs is not None else values[:, 0]), total
 
     def _check(self, x: Any) -> Tensor | list[Tensor]:
-        """Return the inputs as ``(B, D, N)``, or as N tensors ``(B, D_n)``."""
+        """Return the inputs as ``(B, D, N)``, or for unequal sizes as N tensors ``(B, D_n)``."""
         order, size = self.tree.order, self.sizes[0]
         layouts: list[tuple[int, ...]] = [(size, order)]
         if self.shape is not None:
@@ -299,7 +299,9 @@ class ConvNet(nn.Module):
         elif isinstance(x, Tensor) and x.ndim == 4 and math.prod(x.shape[2:]) == order:
             layouts.append((size, *x.shape[2:]))
         parts = check_features(x, self.sizes, self.dtype, layouts=layouts, name="x", owner="net")
-        return parts[0].flatten(2) if isinstance(x, Tensor) else parts
+        if isinstance(x, Tensor):
+            return parts[0].flatten(2)
+        return torch.stack(parts, 2) if len(set(self.sizes)) == 1 else parts
 
     def _through_blocks(self, x: Tensor | list[Tensor], logs: list[Tensor]) -> Tensor:
         """Return ``(B, outputs)``; values are ``(positions, B, channels)`` on the way."""
@@ -320,11 +322,10 @@ class ConvNet(nn.Module):
     def _through_maps(self, x: Tensor | list[Tensor], logs: list[Tensor]) -> Tensor:
         """Return ``(B, outputs)`` of an ordinary 2-D network, ``(B, channels, H, W)`` all the way."""
         assert self._maps is not None
-        x = self._rescale(x if isinstance(x, Tensor) else torch.stack(x, 2), 1, logs)
+        x = self._rescale(cast(Tensor, x), 1, logs)
         if self._maps.order is not None:
             x = x.index_select(2, cast(Tensor, self._order0))
-        x = x.reshape(*x.shape[:2], *self._maps.shape)
-        x = self._convolve(0, [x], 1, logs)
+        x = self._convolve(0, [x.reshape(*x.shape[:2], *self._maps.shape)], 1, logs)
         for g, (rows, columns) in enumerate(self._maps.windows, 1):
             b, c, height, width = x.shape
             cut = x.reshape(b, c, height // rows, rows, width // columns, columns)

@@ -31,8 +31,7 @@ class SmallCNN(nn.Module):
         for channels, stride in ((32, 2), (48, 2), (48, 1), (48, 2), (48, 1)):
             layers += [nn.Conv2d(in_channels, channels, 3, stride, padding=1), nn.ReLU()]
             in_channels = channels
-        self.features = nn.Sequential(*layers)
-        self.drop = nn.Dropout(dropout)
+        self.features, self.drop = nn.Sequential(*layers), nn.Dropout(dropout)
         self.head = nn.Linear(in_channels, num_classes)
         _he_normal(self)
 
@@ -52,8 +51,7 @@ class ResNet18(nn.Module):
         )  # fmt: skip
         widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
         self.blocks = nn.Sequential(*map(_Block, widths, widths[1:]))
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(512, num_classes)
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(512, num_classes)
         _he_normal(self.stem, "fan_out")
         _he_normal(self.blocks, "fan_out")
 
@@ -99,15 +97,10 @@ BUILT_IN: dict[str, Any] = {"small-cnn": SmallCNN, "resnet-18": ResNet18}
 def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float = 0.0) -> nn.Module:
     """Return a network by name, with initial weights from torch's own random numbers.
 
-    Args:
-        name: "small-cnn", "resnet-18", or an import path such as ``torchvision.models:resnet18``: anything
-            that returns an ``nn.Module``. It is called with those of the keywords ``in_channels``,
-            ``num_classes`` and ``dropout`` that its signature has (all, if it takes any keyword but
-            names none of its own).
-        in_channels: Channels of the images. Where ``in_channels`` is not a keyword of the callable and
-            its first convolution takes more, gray images are repeated.
-        num_classes: Number of logits.
-        dropout: Share of dropped features.
+    A name is "small-cnn", "resnet-18", or an import path such as ``torchvision.models:resnet18``: anything
+    that returns an ``nn.Module``. It is called with those of the other arguments that its signature names;
+    ``num_classes`` also where it takes any keyword. Where ``in_channels`` is not one of them and the first
+    convolution takes more channels, gray images are repeated.
 
     Raises:
         OptionError: Nothing importable of that name, no module, or dropout that it does not know.
@@ -129,10 +122,9 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
     first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first.in_channels == in_channels:
         return net
-    if in_channels != 1:
-        message = f"{name} takes {first.in_channels} channels, the images have {in_channels}."
-        raise OptionError(message)
-    return _Repeated(net, first.in_channels)
+    if in_channels == 1:
+        return _Repeated(net, first.in_channels)
+    raise OptionError(f"{name} takes {first.in_channels} channels, the images have {in_channels}.")
 
 
 def as_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -28,8 +28,8 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
 
     Args:
         source: A run folder of one training of ``locality``; a ``.pt2`` file of ``torch.export``; a
-            ``.safetensors`` file of a classifier or a factorization; or the name or import path of a
-            network (``small-cnn``, ``resnet-18``, ``torchvision.models:resnet18``), then with ``weights``.
+            ``.safetensors`` file of a classifier or a factorization; or what ``nets.build`` takes, then
+            with ``weights``.
         channels: Channels of the images.
         weights: Its state dict as safetensors, or as a ``.pt`` file that holds tensors only.
 
@@ -57,8 +57,8 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
     with blame("weights"):
         state = _read_state(weights)
     # as many logits as the last weight of the state says
-    last = [value for value in state.values() if value.ndim >= 1]
-    net = build(source, channels, num_classes=len(last[-1]) if last else 1)
+    logits = [len(value) for value in state.values() if value.ndim >= 1] or [1]
+    net = build(source, channels, num_classes=logits[-1])
     with blame("weights"):
         return _load_state(net, state, weights)
 
@@ -115,9 +115,8 @@ def _load_state(net: nn.Module, state: dict[str, Tensor], file: Path) -> nn.Modu
 def images_of(data: str) -> Tensor:
     """Return images ``(N, C, H, W)`` of floats to probe with.
 
-    Args:
-        data: An image set of ``tnreg.images`` (``.npz``), an array or tensor file ``(N, C, H, W)``, or
-            ``digits`` or ``digits:DISTANCE`` for fresh pairs of digits.
+    They are an image set of ``tnreg.images`` (``.npz``), an array or tensor file ``(N, C, H, W)``, or
+    ``digits`` or ``digits:DISTANCE`` for fresh pairs of digits.
 
     Raises:
         FileError, OptionError, ShapeError: No such file, or other than images.
