@@ -278,15 +278,13 @@ def test_degenerate_patches_give_one_without_nan(kind):
     nn.init.constant_(dead[0].bias, -1e6)
     constant = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
     x = batch()[0]
-    nets = [
+    for net, parameters in (
         (lambda z: sees(z)[:, :, 3, 3].sum(1), list(sees.parameters())),
         (lambda z: dead(z).sum((1, 2, 3)), list(dead.parameters())),
         (lambda z: constant.expand(len(z)), [constant]),
         (lambda z: torch.ones(len(z), dtype=z.dtype), []),
-    ]
-    pair = ((0, 0, 2, 2), (6, 0, 8, 2))
-    for net, parameters in nets:
-        value = kind(pair)(net, x)
+    ):
+        value = kind(((0, 0, 2, 2), (6, 0, 8, 2)))(net, x)
         assert value.item() == 1
         if value.requires_grad:
             found = torch.autograd.grad(value, parameters, allow_unused=True)
@@ -309,10 +307,9 @@ def test_nothing_of_the_network_changes(kind, statistics):
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     kind(PAIR, statistics=statistics)(net, x).backward()
     assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
-    hook = net[-1].register_forward_hook(lambda *_: 1 / 0)
+    net[-1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         kind(PAIR, statistics=statistics)(net, x)
-    hook.remove()
     assert [m.training for m in net.modules()] == modes
     assert all(m.track_running_stats for m in norms)
 
@@ -391,10 +388,9 @@ def test_every_warmup_and_until(kind):
     net, (x, _) = network(), batch()
     full = kind(PAIR)(net, x).item()
     penalty = kind(PAIR, every=3, warmup=8, weight=2)
-    found = [penalty(net, x) for _ in range(10)]
-    weights = [2 * min(1, (i + 1) / 8) if i % 3 == 0 else 0 for i in range(10)]
-    assert [v.item() for v in found] == pytest.approx([w * full for w in weights])
-    assert [v.requires_grad for v in found] == [w > 0 for w in weights]
+    for i in range(10):
+        found, weight = penalty(net, x), 2 * min(1, (i + 1) / 8) if i % 3 == 0 else 0
+        assert found.item() == pytest.approx(weight * full) and found.requires_grad == (weight > 0)
     short = kind(PAIR, every=2, until=4)
     assert [short(net, x).item() > 0 for _ in range(8)] == [True, False, True] + [False] * 5
 

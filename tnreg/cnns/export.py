@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import logging
 import math
 import os
@@ -46,11 +47,8 @@ def export_onnx(
         FileError: The file cannot be written.
     """
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-
-        if check:
-            import onnxruntime  # noqa: F401
+        for name in ("onnx", "onnxscript", "onnxruntime")[: 3 if check else 2]:
+            importlib.import_module(name)
     except ImportError as error:
         raise OptionError(f"{error.name} is missing: pip install 'tnreg[onnx]'") from None
     if any(p.is_complex() for p in net.parameters()):
