@@ -48,9 +48,10 @@ class LocalComponentPenalty:
         eps: Norms below ``eps`` count as ``eps``: the power has no gradient at zero.
 
     Example:
+        >>> from tnreg import ModeTree
         >>> model = Factorization(ModeTree.star(3), 4, 2, root="ones", std=1.0)
         >>> norms = model.local_components()[(0, 1, 2)]
-        >>> bool(torch.isclose(LocalComponentPenalty(p=1)(model), norms.sum()))
+        >>> bool(LocalComponentPenalty(p=1)(model).isclose(norms.sum()))
         True
     """
 
