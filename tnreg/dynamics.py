@@ -87,8 +87,7 @@ def predicted_rate(
 ) -> dict[Node, Tensor]:
     """Return ``{diagonal join: (R_v,)}``: ``d sigma/dt`` of every local component by the theory.
 
-    Rates are in units of sigma per unit of gradient-flow time; 0 for components of norm 0.
-    Cost: one backward pass.
+    In units of sigma per unit of gradient-flow time; 0 for components of norm 0. One backward pass.
 
     Args:
         model: A factorization with diagonal joins; nothing about it is changed.
@@ -170,8 +169,7 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
     """Return ``d s_r/dt`` of the singular values of a two-mode factorization's end matrix, descending.
 
     Args:
-        model: A factorization of order 2, of any depth, such as ``ModeTree.chain(L)`` with
-            ``root="ones"``.
+        model: Of order 2 and any depth, such as one over ``ModeTree.chain(L)`` with ``root="ones"``.
         loss: Called with the model.
         form: ``"exact"``: ``u_r' W' v_r`` with ``W'`` the velocity of the end matrix, for any weights;
             ``"balanced"``: ``L s_r^(2 - 2/L) <-grad L, u_r v_r'>`` with L the number of weights, the
@@ -179,9 +177,7 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
 
     Returns:
         Shape ``(min(D_0, D_1),)``. Where singular values coincide the rates are those of some basis.
-
-    Raises:
-        OptionError: Not of order 2, or an unknown form.
+        OptionError if the order is not 2, or for an unknown form.
     """
     _check_form(form)
     if (order := model.tree.order) != 2:

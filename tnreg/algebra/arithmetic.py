@@ -60,9 +60,8 @@ def linear_combination(
         OptionError: No models, another number of coefficients, or ``rtol`` outside ``[0, 1)``.
         ShapeError: Another tree or other sizes.
 
-    Cost: an inner product for every pair of models, which give the norm of the sum, and one rounding per
-    model. If the terms cancel to less than 1e-7 of their size, that norm is lost in rounding: partial
-    sums then lose only what is zero to rounding.
+    Cost: an inner product for every pair of models, for the norm of the sum, and a rounding per model. If
+    the terms cancel to less than 1e-7 of their size, partial sums lose only what is zero to rounding.
     """
     models = list(models)
     factors = [1.0] * len(models) if coefficients is None else list(coefficients)

@@ -1,7 +1,4 @@
-"""Local components of a factorization: balanced, kept, or dropped.
-
-Zeroing the vectors of a component takes it out of the tensor; leaving them out makes the bonds smaller.
-"""
+"""Local components of a factorization: balanced, kept with the others zeroed, or dropped from the bonds."""
 
 from __future__ import annotations
 
@@ -117,13 +114,11 @@ def drop_components(
     Returns:
         A factorization with smaller bonds; at least one component stays at every node. Its
         ``error_bound`` is ``sum_v sum of the dropped sigma at v`` times the norms of all weights that are
-        no part of them (at most ``distance_bound``, which takes the largest norm for each): far above
-        the error for trees of many nodes. ``algebra.subtract(model, smaller).norm()`` is
-        the error itself.
+        no part of them (at most ``distance_bound``): far above the error for trees of many nodes.
+        ``algebra.subtract(model, smaller).norm()`` is the error itself.
 
     Raises:
-        OptionError: Both or none of ``ranks`` and ``below``, ``below`` outside ``[0, 1)``, or no diagonal
-            join.
+        OptionError: Both or none of the two, ``below`` outside ``[0, 1)``, or no diagonal join.
     """
     if not isinstance(model, Factorization):
         message = f"drop_components takes a Factorization, found {type(model).__name__}; "

@@ -77,10 +77,10 @@ class ImageSet:
         size, width = inner - left, self.images.shape[-1]
         if top >= bottom - top:
             return tuple((0, a, bottom - top, a + size) for a in (left, far))
-        for first, last in ((inner, far - size), (0, width - size)):
-            fits = last - first >= size and (last >= right or first == inner)
-            if fits and (first != 0 or left >= size):
-                return (top, first, bottom, first + size), (top, last, bottom, last + size)
+        if far - inner >= 2 * size:
+            return (top, inner, bottom, inner + size), (top, far - size, bottom, far)
+        if left >= size and width - right >= size:
+            return (top, 0, bottom, size), (top, width - size, bottom, width)
         raise OptionError(
             f"control boxes: no room for two boxes of {size} pixels beside {self.boxes} on "
             f"{self.images.shape[-2]} x {width} pixels; choose a smaller or a larger distance."
@@ -101,10 +101,7 @@ class ImageSet:
         return write_whole(path, write)
 
     def sheet(self, path: str | os.PathLike[str], *, rows: int = 4, columns: int = 8) -> Path:
-        """Write a PNG of the first images: label 0 in the upper rows, label 1 in the lower ones.
-
-        Small images are enlarged to some 128 pixels.
-        """
+        """Write a PNG of the first images, enlarged if small: label 0 in the upper rows, 1 in the lower."""
         from matplotlib.image import imsave
 
         half = max(check_integer(rows, 1, "sheet: rows") // 2, 1)
@@ -421,7 +418,6 @@ def _draw_pairs(rng: np.random.Generator, classes: Array, count: int) -> tuple[A
 
 def _visible(images: Array) -> Array:
     """Scale pixels to 0..1."""
-    if images.dtype == np.uint8:
-        return np.asarray(images.astype(np.float32) / 255)
     low, high = (images.min(), images.max()) if images.size else (0.0, 1.0)
+    low, high = (0.0, 255.0) if images.dtype == np.uint8 else (low, high)
     return np.asarray((images - low) / max(high - low, 1e-9))
