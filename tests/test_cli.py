@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,24 +17,8 @@ import torch
 import zoo
 from command import call, screen
 
-from tnreg import (
-    ConvAC,
-    ConvNet,
-    DataError,
-    Factorization,
-    ModeTree,
-    Representation,
-    Trajectory,
-    effective_rank,
-    entanglement_entropy,
-    export_pt2,
-    gallery,
-    hierarchical_rank,
-    load,
-    load_tree,
-    locality_profile,
-    spectra,
-)
+import tnreg
+from tnreg import ConvAC, ConvNet, ModeTree, Representation, load, spectra
 from tnreg.cli.output import Reply, plain
 from tnreg.experiments import completion, convac, locality
 from tnreg.experiments.dynamics import init_scale, train
@@ -93,8 +78,8 @@ def test_tree(cli, answer):
         Path("t.json").write_text(content)
         assert "need one entry for each of 2 modes" in cli("tree t.json --sizes", 1)[1]
     rows = answer("tree list")
-    assert [row["name"] for row in rows] == list(gallery())
-    assert all(row["order"] == load_tree(row["name"]).order and row["about"] for row in rows)
+    assert [row["name"] for row in rows] == list(tnreg.gallery())
+    assert all(row["order"] == tnreg.load_tree(row["name"]).order and row["about"] for row in rows)
     for source in ("il2-4", "[[0,2],[1,[3]]]"):
         document, tree = answer(f"tree {source}"), read_tree(source)
         assert tree_from_json(document) == tree and document["height"] == tree.heights[-1]
@@ -109,15 +94,17 @@ def test_rank(cli, answer, tensor):
     words, tree = "rank x.npy --tree across-4 --rtol 0.1", ModeTree([[0, 2], [1, 3]])
     rows, document = table_rows(cli(f"{words} --png r.png")[0]), answer(words)
     assert document["sizes"] == list(tensor.shape) and document["rtol"] == 0.1
-    ranks = {str(node): rank for node, rank in hierarchical_rank(tensor, tree, rtol=0.1).items()}
+    ranks = {
+        str(node): rank for node, rank in tnreg.hierarchical_rank(tensor, tree, rtol=0.1).items()
+    }
     assert {row["node"]: row["rank"] for row in document["nodes"]} == ranks
     assert {row[0]: int(row[2]) for row in rows} == ranks and Path("r.png").exists()
     for row, s in zip(document["nodes"], spectra(tensor, tree).values(), strict=True):
         assert row["singular values"] == len(s)
         figures = {
             "largest": s[0],
-            "effective rank": effective_rank(s),
-            "entropy": entanglement_entropy(s),
+            "effective rank": tnreg.effective_rank(s),
+            "entropy": tnreg.entanglement_entropy(s),
         }
         assert {key: row[key] for key in figures} == pytest.approx(
             {k: float(v) for k, v in figures.items()}
@@ -162,7 +149,7 @@ def test_fit_and_plot(cli, tensor):
     run = Path("run")
     about = json.loads((run / "config.json").read_text())
     assert about["config"]["seed"] == 3 and about["summary"]["observed entries"] == 105
-    trajectory = Trajectory.load(run / "trajectory.npz")
+    trajectory = tnreg.Trajectory.load(run / "trajectory.npz")
     assert trajectory.steps[-1] == 60 and trajectory["loss"][-1] < trajectory["loss"][0]
     assert load(run / "model.safetensors").tree == ModeTree.binary(4)
     (run / "training.png").unlink()
@@ -181,11 +168,10 @@ def test_run_dynamics(cli):
     assert config["rank"] == 8  # the preset's, not the default of the class
     (run / "rates.png").unlink()
     for words, picture in (
-        (f"plot {run}", run / "rates.png"), (f"plot {run} {run}", run.parent / "panels.png"),
-        (f"plot {run} --png one.png", Path("one.png")),
-        (f"plot {run} --names spectra loss", run / "training.png"),
+        ("", run / "rates.png"), (run, run.parent / "panels.png"), ("--png one.png", Path("one.png")),
+        ("--names spectra loss", run / "training.png"),
     ):  # fmt: skip
-        cli(words)
+        cli(f"plot {run} {words}")
         assert picture.exists()
 
 
@@ -217,12 +203,12 @@ def test_run_init_scale(cli):
 
 
 def test_an_interrupted_run_says_how_to_go_on(cli, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
+    interrupt = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(train, "fit", interrupt)
-    _, err = cli("run dynamics --model tiny", 130)
-    assert "the same command goes on where this one stopped" in err
+    text = "the same command goes on where this one stopped"
+    assert text in cli("run dynamics --model tiny", 130)[1]
+    monkeypatch.setattr("tnreg.cli.tree_rank.read_tree", interrupt)
+    assert cli("tree htf-4", 130)[1] == "tnreg: interrupted\n"
 
 
 def test_same_seed_same_run(cli, tensor):
@@ -289,7 +275,7 @@ def test_probe(cli, answer):
     torch.save(net.state_dict(), "w.pt")
     images = torch.randn(40, 1, 8, 40)
     np.save("x.npy", images.numpy())
-    export_pt2(net, "net.pt2", example=images[:2])
+    tnreg.export_pt2(net, "net.pt2", example=images[:2])
     words, tables = "--data x.npy --distances 0 4 --pairs 3 --samples 4", []
     for model in ("small-cnn --weights w.safetensors", "small-cnn --weights w.pt", "net.pt2"):
         tables.append(cli(f"probe {model} {words}")[0].split("pixels\n")[1])
@@ -298,7 +284,7 @@ def test_probe(cli, answer):
     assert Path("p.png").exists()
     options = "--distances 0 4 --pairs 1 --samples 4 --anywhere"
     [document] = answer(f"probe small-cnn --data x.npy --weights w.pt {options}")["models"]
-    profile = locality_profile(
+    profile = tnreg.locality_profile(
         net, images, distances=(0, 4), pairs=1, samples=4, where="anywhere", seed=0
     )
     assert document["model"] == "small-cnn" and document["size"] == profile.size == 1
@@ -320,7 +306,7 @@ def test_tensors_on_disk(cli):
     """Files of zarr and HDF5 are read block by block; ranks are those of the tensor in memory."""
     h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
     tree, generator = ModeTree.binary(4), torch.Generator().manual_seed(0)
-    model = Factorization(
+    model = tnreg.Factorization(
         tree, (12, 11, 10, 9), 3, std=1.0, dtype=torch.float64, generator=generator
     )
     x = model.to_tensor().detach().numpy()
@@ -433,12 +419,9 @@ def test_unknown_options(cli, words, message):
 def test_the_option_that_an_error_is_about(cli, monkeypatch, command, argument, option):
     """Only options that the command has; an error that names its option stays as it is."""
     for text in ("not so", f"not so; change {option}"):
-
-        def fail(*arguments, text=text, **options):
-            raise DataError(text, argument=argument)
-
         for module in (completion, init_scale):
-            monkeypatch.setattr(module, "run", fail)
+            error = tnreg.DataError(text, argument=argument)
+            monkeypatch.setattr(module, "run", Mock(side_effect=error))
         more = f"\n  option: {option}" if option and text == "not so" else ""
         assert cli(command, 1)[1] == f"tnreg: DataError: {text}{more}\n"
 
@@ -450,17 +433,13 @@ def test_options_that_would_be_ignored_are_refused(cli):
     Path("run").mkdir()
     about = {"tnreg": "0", "experiment": "convac", "config": {}}
     Path("run/config.json").write_text(json.dumps(about))
-    for words, option in (
-        ("rank m.safetensors --missing nan", "--missing"),
-        ("decompose m.safetensors --randomized", "--randomized"),
-        ("export c.safetensors --share", "--share"),
-        ("export c.safetensors --classes", "--classes"),
-        ("plot run --linear", "--linear"),
-        ("plot run --names loss", "--names"),
-        ("plot run run --linear", "--linear"),
-    ):
-        out, err = cli(words, 1)
-        assert not out and option in err
+    for command, option in (
+        ("rank m.safetensors", "--missing nan"), ("decompose m.safetensors", "--randomized"),
+        ("export c.safetensors", "--share"), ("export c.safetensors", "--classes"),
+        ("plot run", "--linear"), ("plot run", "--names loss"), ("plot run run", "--linear"),
+    ):  # fmt: skip
+        out, err = cli(f"{command} {option}", 1)
+        assert not out and option.split()[0] in err
 
 
 def test_a_process_count_without_a_rank_is_told(cli, monkeypatch):
@@ -518,23 +497,15 @@ def test_json_of_convac_and_locality(answer, monkeypatch):
     cell = {"arm": "plain", "distance": 8, "test accuracy": 0.5, "deviation": math.nan, "epochs": 2,
             "seconds": 1.0, "cost": math.nan, "cost an epoch": 1.0}  # fmt: skip
     summary = {"accuracy": [], "mean and spread": {}, "smaller": [], "seconds": 2.0}
-    bars = []
-
-    def returns(result):
-        def run(config, folder, *, progress):
-            bars.append(progress)
-            return result
-
-        return run
-
-    monkeypatch.setattr(convac, "run", returns(summary))
-    monkeypatch.setattr(locality, "run", returns([cell]))
+    runs = Mock(return_value=summary), Mock(return_value=[cell])
+    monkeypatch.setattr(convac, "run", runs[0])
+    monkeypatch.setattr(locality, "run", runs[1])
     monkeypatch.setattr(locality, "table", lambda rows: rows)
     document = {"folder": "r", "experiment": "convac", **summary}
     assert answer("run convac --out r") == document
     document = answer("run locality --set tiny --out r")
     assert document["means"] == [{**cell, "deviation": None, "cost": None}]
-    assert bars == [False, False]  # no terminal here
+    assert [run.call_args.kwargs for run in runs] == [{"progress": False}] * 2  # no terminal here
 
 
 def test_plain_values():
@@ -599,21 +570,17 @@ def test_nothing_is_drawn_where_there_is_no_terminal(cli, tensor):
     assert not err and "..." not in out and not Reply().shows(True)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion(cli, shell):
-    script, _ = cli(f"--tyro-print-completion {shell}")
-    for word in ("--rtol", "--memory", "decompose", "init-scale", "doctor"):
-        assert word in script
-    if shell == "bash":
-        # complete -F FUNCTION tnreg; asked for what may follow "tnreg rank x.npy --r"
-        Path("script").write_text(f"""{script}
-            f=$(complete -p tnreg | sed 's/.*-F \\([^ ]*\\).*/\\1/')
-            COMP_WORDS=(tnreg rank x.npy --r); COMP_CWORD=3; COMP_LINE='tnreg rank x.npy --r'
-            COMP_POINT=20; COMPREPLY=(); $f; echo ${{COMPREPLY[@]}}""")
-        done = subprocess.run(["bash", "script"], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == ["--rtol"]
-
-
-def test_completion_for_tcsh_says_what_it_needs(cli, monkeypatch):
+def test_completion(cli, monkeypatch):
+    for shell in ("zsh", "bash"):
+        script, _ = cli(f"--tyro-print-completion {shell}")
+        for word in ("--rtol", "--memory", "decompose", "init-scale", "doctor"):
+            assert word in script
+    # complete -F FUNCTION tnreg; asked for what may follow "tnreg rank x.npy --r"
+    Path("script").write_text(f"""{script}
+        f=$(complete -p tnreg | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        COMP_WORDS=(tnreg rank x.npy --r); COMP_CWORD=3; COMP_LINE='tnreg rank x.npy --r'
+        COMP_POINT=20; COMPREPLY=(); $f; echo ${{COMPREPLY[@]}}""")
+    done = subprocess.run(["bash", "script"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--rtol"]
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert "pip install shtab" in cli("--tyro-print-completion tcsh", 1)[1]

@@ -13,17 +13,8 @@ import safetensors.torch
 import torch
 from command import start, wait
 
-from tnreg import (
-    ConvAC,
-    ConvNet,
-    DataError,
-    Factorization,
-    FileError,
-    ModeTree,
-    Representation,
-    load,
-    load_tensor,
-)
+import tnreg
+from tnreg import DataError, Factorization, FileError, ModeTree
 from tnreg.machine.files import folder_written_whole, write_whole
 
 
@@ -146,15 +137,17 @@ def test_a_file_that_is_replaced_while_it_is_read(kind, tmp_path, monkeypatch):
         if kind == "model":
             Factorization(ModeTree.star(size), 2, 3).save(path)
         elif kind == "classifier":
-            net = ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=size)
-            ConvAC(Representation(2), net).save(path)
+            net = tnreg.ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=size)
+            tnreg.ConvAC(tnreg.Representation(2), net).save(path)
         else:
             safetensors.torch.save_file({"x": torch.ones(size)}, path)
 
     def read():
         if kind == "tensor":
-            return len(load_tensor(path).values)
-        return load(path).tree.order if kind == "model" else ConvAC.load(path).net.outputs
+            return len(tnreg.load_tensor(path).values)
+        return (
+            tnreg.load(path).tree.order if kind == "model" else tnreg.ConvAC.load(path).net.outputs
+        )
 
     def read_and_replace(self):
         data = read_bytes(self)

@@ -13,27 +13,18 @@ import safetensors.torch
 import torch
 import zarr
 
-from tnreg import (
-    DataError,
-    FileError,
-    ModeTree,
-    OptionError,
-    hierarchical_rank,
-    load_tensor,
-    open_tensor,
-)
+import tnreg
+from tnreg import DataError, FileError, ModeTree, OptionError, load_tensor, open_tensor
 from tnreg.tensors.loading import DATASETS
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "missing"),
     [
-        ("kinetic", (64, 12, 10, 60), 1754),
-        ("il2", (13, 4, 12, 8), 192),
-        ("covid19", (438, 6, 11), 0),
-        ("indian-pines", (145, 145, 200), 0),
+        ("kinetic", (64, 12, 10, 60), 1754), ("il2", (13, 4, 12, 8), 192),
+        ("covid19", (438, 6, 11), 0), ("indian-pines", (145, 145, 200), 0),
     ],
-)
+)  # fmt: skip
 def test_datasets(name, shape, missing):
     found = load_tensor(name)
     assert tuple(found.values.shape) == shape and found.missing == missing
@@ -144,7 +135,8 @@ def test_open_tensor(stored, name):
     assert np.array_equal(array[:, 1].compute(), x[:, 1])
     again = pickle.loads(pickle.dumps(array))  # as it is sent to a worker
     assert np.array_equal(again.compute(), x)
-    assert hierarchical_rank(array, ModeTree.binary(4)) == hierarchical_rank(x, ModeTree.binary(4))
+    ranks = [tnreg.hierarchical_rank(y, ModeTree.binary(4)) for y in (array, x)]
+    assert ranks[0] == ranks[1]
 
 
 def test_open_tensor_refuses(stored, monkeypatch):

@@ -52,10 +52,7 @@ def decompose(
                 memory=reading.memory,
             )  # fmt: skip
         elif randomized:
-            raise OptionError(
-                "--randomized is for tensors; a saved model is rounded without its dense tensor.\n"
-                "  leave it out, or give --tree to decompose the dense tensor along another tree"
-            )
+            raise OptionError("--randomized is for tensors; leave it out, or give --tree.")
         else:
             model = truncate(source.x, rtol=rtol, ranks=ranks)
         seconds = time.perf_counter() - start
@@ -70,15 +67,13 @@ def decompose(
     before = math.prod(source.sizes)
     if source.tree is None:
         before = sum(p.numel() for p in source.x.parameters())
-    bound = (model.error_bound or 0.0) / norm
-    errors = {"asked": rtol, "bound": bound, "reached": error / norm}
+    errors = {"asked": rtol, "bound": (model.error_bound or 0.0) / norm, "reached": error / norm}
     cells = [{key: _in_table(value) for key, value in row.items()} for row in rows]
     title = f"{source.name} {model.sizes}, {seconds:.2f} s"
     reply.table(table_of(cells, tuple(rows[0]), title=title))
-    if not json:
-        reply.note(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
-        text = "relative error: asked {asked:g}, bound {bound:.4g}, reached {reached:.4g}"
-        reply.note(text.format_map(errors))
+    reply.text(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
+    text = "relative error: asked {asked:g}, bound {bound:.4g}, reached {reached:.4g}"
+    reply.text(text.format_map(errors))
     if out is not None:
         model.save(out)
         reply.note(f"wrote {out}")
@@ -106,16 +101,13 @@ def _row(
 ) -> dict[str, Any]:
     """Return how many singular values a node has, and what was cut off of them."""
     bond = model.network.bonds[model.tree.position(node)]
+    row = {"node": str(node), "singular values": len(s), "rank": bond}
     if on_disk:
         rows = math.prod(model.sizes[m] for m in model.tree.modes_below(node))
-        count = min(rows, math.prod(model.sizes) // rows)
-        return {"node": str(node), "singular values": count, "rank": bond}
+        return {**row, "singular values": min(rows, math.prod(model.sizes) // rows)}
     rest = s[bond:].double()
-    return {
-        "node": str(node), "singular values": len(s), "rank": bond,
-        "largest cut": float(rest[0]) / norm if len(rest) else 0.0,
-        "error of the cut": float(rest.norm()) / norm,
-    }  # fmt: skip
+    largest = float(rest[0]) / norm if len(rest) else 0.0
+    return {**row, "largest cut": largest, "error of the cut": float(rest.norm()) / norm}
 
 
 def _in_table(value: Any) -> str:

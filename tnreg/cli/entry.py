@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _exit(OptionError("completion for tcsh needs shtab; pip install shtab"), ())
     except KeyboardInterrupt:
-        print("tnreg: interrupted", file=sys.stderr)
+        kept = words[:1] in (["run"], ["sweep"])
+        more = "; the same command goes on where this one stopped" if kept else ""
+        if is_first():
+            print(f"tnreg: interrupted{more}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -37,7 +37,6 @@ class Reply:
                 raise FileError(f"{option}: cannot write {path}: there is no folder {path.parent}")
         self.json, self._png = json, png
         self.console = Console(stderr=json)
-        self._errors = Console(stderr=True)
 
     def table(self, table: Table) -> None:
         """Print a table, unless a JSON document replaces it."""
@@ -72,7 +71,7 @@ class Reply:
 
     def shows(self, progress: bool = True) -> bool:
         """Return whether to show a progress bar: one is wanted and standard error is a terminal."""
-        return progress and self._errors.is_terminal
+        return progress and Console(stderr=True).is_terminal
 
     def undisturbed(self) -> contextlib.AbstractContextManager[Any]:
         """Keep what other people's code prints in this block out of the JSON document."""

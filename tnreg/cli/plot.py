@@ -23,7 +23,6 @@ _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
     "sweep": sweep_pictures.figure,
     init_scale.DYNAMICS.title: sweep_pictures.figure,
 }
-_WITH_TRAJECTORY = ("dynamics", "demo")
 
 
 def plot(
@@ -46,30 +45,22 @@ def plot(
     reply = Reply(png=png)
     if not runs:
         raise OptionError("plot: give a run folder.")
+    first, several, about = runs[0], len(runs) > 1, ""
+    kind, panels = experiment_of(first), bool(names or linear)
+    if panels and (several or (kind in _PICTURES and kind not in ("dynamics", "demo"))):
+        what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
+        raise OptionError(
+            f"plot: --names and --linear choose panels of one trajectory; {what} has a picture of its own."
+        )
     with reply.working("drawing ..."):
-        picture, about = _draw(runs, names, linear, png)
-    if about:
-        reply.note(about)
-    reply.note(f"wrote {picture}")
-
-
-def _draw(
-    runs: tuple[Path, ...], names: tuple[str, ...], linear: bool, png: Path | None
-) -> tuple[Path, str]:
-    first, several = runs[0], len(runs) > 1
-    kind = experiment_of(first)
-    if names or linear:
-        if several or (kind in _PICTURES and kind not in _WITH_TRAJECTORY):
-            what = "several runs side by side" if several else f"a run of {kind.replace('_', '-')}"
-            raise OptionError(
-                "plot: --names and --linear choose panels of one trajectory; "
-                f"{what} has a picture of its own."
-            )
-    elif several:
-        return plots.save_figure(dynamics.panels(runs), png or first.parent / "panels.png"), ""
-    elif kind in _PICTURES:
-        return _PICTURES[kind](first, png), ""
-    file = first / "trajectory.npz" if first.is_dir() else first
-    run = Trajectory.load(file)
-    figure = completion.draw(run, names or run.names, log=not linear)
-    return plots.save_figure(figure, png or file.with_name("training.png")), repr(run)
+        if several:
+            figure = dynamics.panels(runs)
+            picture = plots.save_figure(figure, png or first.parent / "panels.png")
+        elif kind in _PICTURES and not panels:
+            picture = _PICTURES[kind](first, png)
+        else:
+            file = first / "trajectory.npz" if first.is_dir() else first
+            run = Trajectory.load(file)
+            figure, about = completion.draw(run, names or run.names, log=not linear), f"{run!r}\n"
+            picture = plots.save_figure(figure, png or file.with_name("training.png"))
+    reply.note(f"{about}wrote {picture}")

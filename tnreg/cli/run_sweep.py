@@ -1,10 +1,9 @@
 """The commands ``run`` and ``sweep``, made for the presets that are named: other defaults come from them."""
 
-import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +22,9 @@ from tnreg.machine.processes import is_first
 
 def make_run(model: str, image_set: str) -> Callable[..., None]:
     """Return the command ``run`` with the defaults of these presets of dynamics and of locality."""
-    watched = dynamics.MODELS.get(model, dynamics.htf)
     far = locality.SETS.get(image_set, locality.SETS["digits"])
     experiments: Any = _one_of(
-        ("dynamics", watched, "One training, watched."),
+        ("dynamics", dynamics.MODELS.get(model, dynamics.htf), "One training, watched."),
         ("init-scale", init_scale.Config(), "Trainings from several initial scales."),
         ("convac", convac.Config(), "Digits by networks of three trees, then shrunk."),
         ("locality", far, "Regularizers that make networks see far."),
@@ -53,7 +51,7 @@ def make_run(model: str, image_set: str) -> Callable[..., None]:
         """
         check_device(experiment.device)
         reply = Reply(json)
-        with _may_be_repeated(), reply.undisturbed():
+        with reply.undisturbed():
             folder, results, answer = _run(experiment, out, reply.shows(progress))
         if not is_first():
             return
@@ -106,7 +104,7 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
             for device in dict.fromkeys(cell["device"] for cell in cells):
                 check_device(device)
         folder, reply = out or Path("runs") / f"sweep-{name}", Reply(json)
-        with _may_be_repeated(), reply.undisturbed():
+        with reply.undisturbed():
             result = run_cells(
                 sweep_command.KINDS[name][0], cells, folder, workers=workers, threads=threads,
                 scheduler=scheduler, retries=retries, progress=reply.shows(progress),
@@ -167,15 +165,3 @@ def _run(config: Any, out: Path | None, progress: bool) -> tuple[Path, list[Tabl
     else:
         shown = [tables.summary_table(result, f"{config.model}, seed {config.seed}")]
     return folder, shown, {"experiment": name, **answer}
-
-
-@contextlib.contextmanager
-def _may_be_repeated() -> Iterator[None]:
-    """Say after Ctrl-C that the same command goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if is_first():
-            text = "tnreg: interrupted; the same command goes on where this one stopped"
-            print(text, file=sys.stderr)
-        raise SystemExit(130) from None

@@ -53,25 +53,23 @@ def convac_tables(summary: dict[str, Any]) -> list[Table]:
     means = []
     for name, (mean, deviation) in summary["mean and spread"].items():
         rows = [row for row in summary["accuracy"] if row["model"] == name]
-        equal = [row[key] for row in rows for key in row if key.startswith("equal")]
+        train, seconds = (sum(row[key] for row in rows) / len(rows) for key in ("train", "seconds"))
+        equal = [100 * row[key] for row in rows for key in row if key.startswith("equal")]
         means.append(
-            {
-                "classifier": name,
-                "test": f"{100 * mean:.1f} ± {100 * deviation:.1f} %",
-                "train": f"{100 * sum(row['train'] for row in rows) / len(rows):.1f} %",
-                "weights": rows[0]["weights"],
-                "seconds": f"{sum(row['seconds'] for row in rows) / len(rows):.1f}",
-                "equal in onnx": f"{100 * equal[0]:.0f} %" if equal else "",
-            }
-        )
+            {"model": name, "mean": 100 * mean, "deviation": 100 * deviation, "train": 100 * train,
+             "seconds": seconds, "weights": rows[0]["weights"],
+             "equal": f"{equal[0]:.0f} %" if equal else ""}
+        )  # fmt: skip
+    heads = {
+        "": "{model}", "test": "{mean:.1f} ± {deviation:.1f} %", "train": "{train:.1f} %",
+        "weights": "{weights}", "seconds": "{seconds:.1f}", "equal in onnx": "{equal}",
+    }  # fmt: skip
     columns = {
         "": "{model}", "how": "{how}", "asked": "{asked:.3g}", "error": "{error:.3g}",
         "bound": "{bound:.3g}", "test": "{accuracy:.1f} %", "weights": "{weights}",
         "largest bond": "{largest bond}",
     }  # fmt: skip
     smaller = [{**row, "accuracy": 100 * row["test"]} for row in summary["smaller"]]
-    heads = {"": "{classifier}"}
-    heads |= {key: f"{{{key}}}" for key in ("test", "train", "weights", "seconds", "equal in onnx")}
     title = "digits, test accuracy: mean and standard deviation over seeds"
     return [
         table_of(means, heads, title=title),

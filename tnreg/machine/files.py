@@ -28,11 +28,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file or folder exists; False as well for a name that no file can have.
-
-    Raises:
-        FileError: Permission denied.
-    """
+    """Return whether a file or folder exists; ``FileError`` if that may not be known."""
     try:
         os.stat(path)
     except PermissionError as error:
@@ -60,11 +56,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], key: str, about: Any
 ) -> Path:
-    """Write tensors, and ``about`` as JSON under ``key`` in the metadata, whole or not at all.
-
-    Raises:
-        FileError: The folder is missing or cannot be written; nothing was changed.
-    """
+    """Write tensors, and ``about`` as JSON under ``key`` in the metadata; see ``write_whole``."""
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = {key: json.dumps(about)}
     return write_whole(path, lambda file: safetensors.torch.save_file(copies, file, metadata=text))
@@ -78,14 +70,11 @@ def read_model(
 ) -> Model:
     """Return what ``build`` makes of the JSON and the tensors of a file of ``write_safetensors``.
 
-    Args:
-        path: The file; nothing in it is executed.
-        key: Where its metadata hold the JSON.
-        kind: What it holds and what writes it: ``"classifier of ConvAC.save"``.
-        build: Whatever it raises says that the file is not of that kind.
+    The JSON is under ``key`` in the metadata; nothing in the file is executed. ``kind`` says what the file
+    holds and what writes it: ``"classifier of ConvAC.save"``.
 
     Raises:
-        FileError: No such file, truncated, of another kind (a pickle, say), or inconsistent.
+        FileError: No such file, truncated, of another kind, or ``build`` raised an error.
     """
     file, (name, writer) = Path(path), kind.split(" of ")
     if not is_file(file):
@@ -120,7 +109,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
     """Call ``write`` with a temporary path, rename what it wrote to ``path``, and return that path.
 
     Raises:
-        FileError: As for ``write_safetensors``.
+        FileError: The folder is missing or cannot be written; nothing was changed.
     """
     target, partial = _names(path)
     try:
@@ -139,11 +128,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
 
 
 def check_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a run folder that is to be written.
-
-    Raises:
-        FileError: ``path`` is a file, or a folder that holds something else than a run of tnreg.
-    """
+    """Return the absolute path of a run folder to be written; ``FileError`` if something else is there."""
     target, _ = _names(path)
     with _writing(target):
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -162,10 +147,8 @@ def check_folder(path: str | os.PathLike[str]) -> Path:
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``path`` when the block ends without an error.
 
-    An empty folder, or a run folder that tnreg wrote before, is replaced. An error changes nothing.
-
-    Raises:
-        FileError: As for ``check_folder``, or it cannot be written.
+    An empty folder, or a run folder that tnreg wrote before, is replaced. An error changes nothing; it is a
+    ``FileError`` if the folder cannot be written, or holds something else.
     """
     check_folder(path)
     target, partial = _names(path)
