@@ -41,14 +41,11 @@ def test_packages_and_extras(capsys, install):
     assert code == 0 and not err and "tnreg 9.9" in out
     rows = [re.split(r"\s*│\s*", line)[1:-1] for line in out.splitlines() if line.startswith("│")]
     assert rows == [
-        ["old", "1.10", ">=1.10", "ok", "tnreg"],
-        ["new", "1.10", ">=1.9", "ok", "tnreg"],
-        ["short", "2.6", ">=2.6.0", "ok", "tnreg"],
-        ["local", "2.6.1.dev3+cpu", ">=2.6", "ok", "tnreg"],
-        ["gone", "", ">=3.0", "missing", "scale"],
-        ["any", "0.1", "", "ok", "scale"],
+        ["old", "1.10", ">=1.10", "ok", "tnreg"], ["new", "1.10", ">=1.9", "ok", "tnreg"],
+        ["short", "2.6", ">=2.6.0", "ok", "tnreg"], ["local", "2.6.1.dev3+cpu", ">=2.6", "ok", "tnreg"],
+        ["gone", "", ">=3.0", "missing", "scale"], ["any", "0.1", "", "ok", "scale"],
         ["new", "1.10", ">=1", "ok", "onnx"],
-    ]
+    ]  # fmt: skip
     assert "for scale: pip install 'tnreg[scale]'" in out and "tnreg[onnx]" not in out
 
 
@@ -58,7 +55,7 @@ def test_a_package_that_is_too_old_or_missing(capsys, install):
     assert code == 1 and "problem: old is too old; pip install 'old>=1.10'" in out
     code, out, _ = call(capsys, "doctor", "--json")
     answer = json.loads(out)
-    assert code == 1 and answer["works"] is False and answer["packages"][0]["state"] == "too old"
+    assert code == 1 and not answer["works"] and answer["packages"][0]["state"] == "too old"
     install("tnreg", "9.9", "Requires-Dist: gone>=2")
     code, out, _ = call(capsys, "doctor")
     assert code == 1 and "problem: gone is missing; pip install 'gone>=2'" in out

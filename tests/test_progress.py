@@ -64,17 +64,12 @@ def test_nothing_is_drawn_into_a_file(draw, capsys, tmp_path):
     assert out == "" and err == ""
 
 
-def test_not_wanted(capsys, monkeypatch):
-    shown = screen(monkeypatch)
-    with advancing("steps", 3, False) as advance:
-        advance(3)
-    with working("looking ...", False) as say:
-        say("still looking ...")
-    assert shown.getvalue() == "" and capsys.readouterr().out == ""
-
-
 def test_line_while_working(capsys, monkeypatch):
     shown = screen(monkeypatch)
+    with advancing("steps", 3, False) as advance, working("looking ...", False) as say:
+        advance(3)
+        say("still looking ...")
+    assert shown.getvalue() == ""  # not wanted
     with working("looking ...") as say:
         say("still looking ...")
     assert "looking ..." in shown.getvalue() and capsys.readouterr().out == ""
