@@ -119,7 +119,6 @@ def hadamard(
     *,
     rtol: float | None = None,
     ranks: int | Mapping[Node, int] | None = None,
-    seed: int = 0,
 ) -> Factorization:
     """Multiply entry by entry: ``one * other``.
 
@@ -131,7 +130,6 @@ def hadamard(
         other: Another over the same tree and sizes.
         rtol: ``‖P - result‖ <= rtol ‖P‖`` for the exact product P, unless ``ranks`` cut further.
         ranks: Largest bond: one integer, or ``{node: integer}``.
-        seed: Without effect, since nothing is random any more.
 
     Raises:
         ShapeError: Another tree or other sizes.
