@@ -197,6 +197,7 @@ LOOP.append(LOOP)
         ([0, True], "leaf True is not a mode number"),
         ([0, 1.0], "leaf 1.0 is not a mode number"),
         ([0, [1, 0]], "mode 0 appears twice"),
+        ([[0, 1]] * 2, "mode 0 appears twice"),
         ([0, 2], "mode 1 is missing"),
         ([1, 2], "mode 0 is missing"),
         ([0, -1], "mode 1 is missing"),
