@@ -1,11 +1,10 @@
 """Hierarchical singular value decomposition along any tree, of a dense tensor or of a factorization.
 
-Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` rounds a
-factorization without its dense tensor: the squares of what is discarded anywhere bound that of the
-error, so the smallest singular values of all nodes together go first. ``decompose`` goes from the
-leaves up on a core that shrinks with every node, where what is discarded adds up to the error exactly;
-it spends a part of the tolerance there and the rest by ``truncate``. In both the tolerance is an upper
-bound on the relative error, always (down to the rounding of the dtype).
+Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` cuts the
+smallest of all nodes together: the squares of what is discarded anywhere bound that of the error.
+``decompose`` goes from the leaves up on a core that shrinks with every node, where what is discarded
+adds up to the error exactly; it spends a part of the tolerance there and the rest by ``truncate``. In
+both the tolerance bounds the relative error, always (down to the rounding of the dtype).
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from tnreg.ranks.rounding import limits_of, network_of, round_network, share_of,
 from tnreg.tensors.arrays import as_tensor, check_dense, double, to_core
 from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors
 from tnreg.tensors.blocks import (
-    Compressed,
     as_blocks,
     compress,
     distance_of,
@@ -56,16 +54,14 @@ def decompose(
     seed: int = 0,
     memory: int | str | None = None,
 ) -> Factorization:
-    """Hierarchical singular value decomposition of a dense tensor, with full joins.
+    """Decompose a dense tensor by hierarchical singular values, with full joins.
 
     All weights but the root's have orthonormal columns. With the singular values ``σ_i(v)`` of ``A`` at
     node v and the bond ``R_v`` above it (not ``randomized``)
 
         ‖A - A_H‖² <= Σ_v Σ_{i > R_v} σ_i(v)²
 
-    over all nodes but the root, where the children of a binary root count once (Grasedyck 2010). What was
-    in fact cut off is summed up in ``error_bound``. What a node does not need of the tolerance is there
-    for the others.
+    over all nodes but the root, where the children of a binary root count once (Grasedyck 2010).
 
     Args:
         tensor: Real or complex tensor ``(D_0, ..., D_{N-1})``; or an array of Dask, zarr or h5py, which may
@@ -76,15 +72,14 @@ def decompose(
         rtol: ``‖A - A_H‖ <= rtol ‖A‖``, unless ``ranks`` cut further. With neither, only what is
             zero to rounding is cut.
         randomized: Look for the columns to keep of large nodes with random vectors first (Halko,
-            Martinsson and Tropp 2011). The error is measured, not estimated, so that the guarantee is
-            the same; bonds may be a little larger. Where the tolerance is too tight to measure it by
-            (below some 1e-6) random vectors are not used.
+            Martinsson and Tropp 2011), where the tolerance is above some 1e-6. The guarantee is the
+            same, as the error is measured; bonds may be a little larger.
         seed: Draws those vectors.
-        memory: For arrays that are read block by block: bytes that arrays may take, or text such as
+        memory: Bytes that arrays may take where a tensor is read block by block, or text such as
             ``"1GiB"``; a quarter of what is available if left out.
 
     Returns:
-        A ``Factorization`` of the tensor's dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
+        A ``Factorization`` of the tensor's dtype; its ``error_bound`` sums up what was cut off.
 
     Raises:
         ShapeError, DataError: The tensor does not fit the tree, or has NaN or infinite entries.
@@ -93,31 +88,29 @@ def decompose(
 
     Cost: a Gram matrix per node, of the tensor for the first leaf, of a smaller core afterwards; QR
     factorizations where the tolerance is too tight for squares. Works in double precision. Block by
-    block: the tensor is read once per mode (small modes together) and once more, see
-    ``tnreg.tensors.blocks``.
+    block the tensor is read once per mode (small modes together) and once more.
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3, dtype=torch.float64)
-        >>> found = decompose(torch.einsum("ac,bd->abcd", pair, pair), tree)
-        >>> found.weights[(0, 1)].shape, bool(found.error_bound < 1e-10)
+        >>> model = decompose(torch.einsum("ac,bd->abcd", pair, pair), tree)
+        >>> model.weights[(0, 1)].shape, bool(model.error_bound < 1e-10)
         (torch.Size([3, 3, 9]), True)
     """
     if isinstance(tensor, Factorization):
         raise OptionError("decompose is for dense tensors; write truncate(model, rtol=...).")
     tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
+    top = len(tree.nodes) - 1
     if is_blocks(tensor):
         array, allowed = as_blocks(tensor), memory_of(memory)
-        small = whole(array, allowed)
-        if small is None:
+        tensor = whole(array, allowed)
+        if tensor is None:
             return _decompose_blocks(array, tree, limits_of(tree, ranks), share_of(rtol), allowed)
-        tensor = small
     with torch.no_grad():
         dense = check_dense(tensor, tree).detach()
         limits, share = limits_of(tree, ranks), share_of(rtol)
         core, log2 = to_core(dense, tree)
         random = torch.Generator(core.device).manual_seed(seed) if randomized else None
         sweep = _Sweep(Core(core, tree), limits, share, random)
-        top = len(tree.nodes) - 1
         weights = sweep.run(range(top), top)
         if share and sweep.total:
             return sweep.finish(weights, log2, dense.dtype)
@@ -130,7 +123,12 @@ def _decompose_blocks(
     """Reduce the tensor to a core block by block, and decompose that in memory."""
     with torch.no_grad():
         reduced = compress(array, tree, limits, share, memory)
-        weights = _weights_below(reduced, tree)
+        weights = dict(reduced.bases)
+        for i in reduced.split:  # from the basis of a node, weights of all nodes below it
+            inside = positions_below(tree, i)
+            leaves = [c for c in sorted(inside) if not tree.links[c]]
+            sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None)
+            weights |= sweep.run(inside, i)
         core = Core(reduced.core, tree, reduced.front)
         sweep = _Sweep(core, limits, share, total=reduced.total, lost=reduced.lost)
         top = len(tree.nodes) - 1
@@ -141,28 +139,12 @@ def _decompose_blocks(
         return to_factorization(tree, weights, reduced.log2, dtype, 0.0)
 
 
-def _weights_below(reduced: Compressed, tree: ModeTree) -> dict[int, Tensor]:
-    """Return weights of all nodes that have a basis, and of those below them."""
-    weights = dict(reduced.bases)
-    for i in reduced.split:
-        inside = positions_below(tree, i)
-        leaves = [c for c in sorted(inside) if not tree.links[c]]
-        sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None)
-        weights |= sweep.run(inside, i)
-    return weights
-
-
 class _Sweep:
     """From the leaves up: at every node a basis of the core's rows, then the core in that basis.
 
-    Args:
-        core: The tensor.
-        limits: Largest ranks by position.
-        share: Error allowed, relative to the norm; ``None`` cuts what is zero to rounding. A part of it
-            is spent here, the rest by ``finish``.
-        random: Draws the vectors of randomized sweeps.
-        total: Square of the norm of the tensor, if the core has lost some of it.
-        lost: What it has lost.
+    ``limits`` are the largest ranks by position. ``share`` is the error allowed, relative to the norm
+    (``None``: only zeros are cut); ``run`` spends a part of it, ``finish`` the rest. A core that has lost
+    some of the tensor comes with the ``total`` squared norm and what is ``lost`` of it.
     """
 
     def __init__(
@@ -176,22 +158,16 @@ class _Sweep:
         lost: float = 0.0,
     ) -> None:
         self.core, self.limits, self.share, self.random = core, limits, share, random
-        self.total = float(_square(core.tensor)) if total is None else total
+        self.total = _square(core.tensor) if total is None else total
         self.budget = max((_FIRST_SHARE * (share or 0.0)) ** 2 * self.total - lost, 0.0)
         self.lost = lost
 
     def run(self, nodes: Sequence[int], last: int) -> dict[int, Tensor]:
-        """Compute weights by position; that of the last node is the core that is left.
-
-        Args:
-            nodes: Positions of the nodes to handle, all of them below ``last``.
-            last: Position of the node whose children's axes are left at the end.
-        """
+        """Compute the weights of nodes below the last one; that of the last is the core that is left."""
         core, tree = self.core, self.core.tree
         weights: dict[int, Tensor] = {}
-        # of two ends of a cut one discards nothing: it has the rank of the other
         spenders = len(nodes)
-        if last == len(tree.nodes) - 1:
+        if last == len(tree.nodes) - 1:  # of two ends of a cut the second discards nothing
             spenders -= last - len(tree.cuts)
         for count, i in enumerate(sorted(nodes, key=lambda i: tree.heights[i])):
             shape = core.merge(i)
@@ -214,11 +190,7 @@ class _Sweep:
         return to_factorization(tree, rounded.weights, log2, dtype, math.sqrt(lost))
 
     def _basis(self, i: int, allowed: float) -> tuple[Tensor, float]:
-        """Bring a node's axis into an orthonormal basis of what is kept.
-
-        Returns:
-            The basis ``(rows, rank)``, and the square of what is discarded.
-        """
+        """Bring a node's axis into a basis ``(rows, rank)``; return it, and the square of what is lost."""
         view, limit = self.core.view(i), self.limits.get(i)
         rows, others = view.shape[1], view.numel() // view.shape[1]
         inside, outside = None, 0.0
@@ -254,12 +226,11 @@ class _Sweep:
     ) -> tuple[Tensor | None, float]:
         """Find a basis outside of which lies at most what may be discarded, and how much does.
 
-        It comes from products with random vectors, until what is outside is small enough; ``None`` if it
-        would not be smaller than half of the rows, or if differences of squares cannot tell so little.
-        With nothing but a limit one set of vectors has to do.
+        It grows by products with random vectors (once, with nothing but a limit). ``None`` if it would not
+        be smaller than half of the rows, or if differences of squares cannot tell so little.
         """
         before, rows, behind = view.shape
-        square = float(_square(view))
+        square = _square(view)
         hidden = 16 * torch.finfo(view.real.dtype).eps * square
         by_limit = self.share is None and limit is not None
         if not by_limit and hidden > allowed / 2:
@@ -273,7 +244,7 @@ class _Sweep:
             for _ in range(2):  # twice: once leaves the rounding of the first
                 sample = torch.linalg.qr(sample - basis @ (basis.mH @ sample))[0]
             basis = torch.cat([basis, sample], 1)
-            outside = max(square - float(_square(torch.matmul(basis.mH, view))), 0.0)
+            outside = max(square - _square(torch.matmul(basis.mH, view)), 0.0)
             if by_limit or outside <= allowed / 2:
                 return basis, outside + hidden
             width *= 2
@@ -288,15 +259,13 @@ def truncate(
 ) -> Factorization:
     """Round a factorization to smaller bonds, with full joins, without its dense tensor.
 
-    Singular values of all nodes are pooled, and the smallest of them discarded as long as the sum of their
-    squares, ``error_bound²`` (see ``decompose``), is less than the tolerance allows: the two children of
-    a binary root share theirs, and count once (Grasedyck 2010).
+    The smallest singular values of all nodes together are discarded, as long as the sum of their squares,
+    ``error_bound²`` (see ``decompose``), is less than the tolerance allows (Grasedyck 2010).
 
     Args:
         model: Any joins, any root. Wide diagonal joins are never expanded.
         ranks: Largest bond: one integer, or ``{node: integer}``.
-        rtol: ``‖A - A_H‖ <= rtol ‖A‖``, unless ``ranks`` cut further. With neither, only what is
-            zero to rounding is cut.
+        rtol: As in ``decompose``.
 
     Returns:
         A ``Factorization`` of the same dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
@@ -323,18 +292,10 @@ def truncate(
 def distance(
     tensor: Any, model: Factorization, *, memory: int | str | None = None
 ) -> tuple[float, float]:
-    """How far a factorization is from a tensor, and how large the tensor is.
+    """Return the Frobenius norms of the difference between a tensor and a factorization, and of the tensor.
 
-    Args:
-        tensor: Dense, or an array of Dask, zarr or h5py, which is read once.
-        model: A factorization of the same sizes.
-        memory: As in ``decompose``.
-
-    Returns:
-        Frobenius norms of the difference and of the tensor.
-
-    Raises:
-        ShapeError: Other sizes.
+    The tensor is dense, or an array of Dask, zarr or h5py, which is read once with the ``memory`` allowed
+    (as in ``decompose``). Other sizes than the model's raise a ``ShapeError``.
     """
     tensor = as_blocks(tensor) if is_blocks(tensor) else as_tensor(tensor)
     sizes = tuple(tensor.shape)
@@ -343,25 +304,21 @@ def distance(
             f"the tensor has other sizes than the model.\n  found: {sizes}\n  model: {model.sizes}"
         )
     with torch.no_grad():
-        if is_blocks(tensor):
-            return distance_of(tensor, _Parts(model), memory_of(memory))
-        return norms_of(squared_norms(check_dense(tensor, model.tree), model.to_tensor()))
+        if not is_blocks(tensor):
+            return norms_of(squared_norms(check_dense(tensor, model.tree), model.to_tensor()))
+        weights = {node: w.detach().cpu() for node, w in model.weights.items()}
+        rows_of = partial(_dense_part, model.tree, weights, model.network.named_joins)
+        return distance_of(tensor, rows_of, memory_of(memory))
 
 
-class _Parts:
-    """Dense parts of a factorization."""
-
-    def __init__(self, model: Factorization) -> None:
-        self.tree = model.tree
-        self.weights = {node: w.detach().cpu() for node, w in model.weights.items()}
-        self.joins = model.network.named_joins
-
-    def __call__(self, slab: Sequence[slice]) -> Tensor:
-        weights = {n: w[slab[n]] if isinstance(n, int) else w for n, w in self.weights.items()}
-        with torch.no_grad():
-            return Factorization.from_weights(self.tree, weights, join=self.joins).to_tensor()
+def _dense_part(
+    tree: ModeTree, weights: Mapping[Node, Tensor], joins: Any, slab: Sequence[slice]
+) -> Tensor:
+    """Return the part of a factorization within slices by mode."""
+    part = {n: w[slab[n]] if isinstance(n, int) else w for n, w in weights.items()}
+    with torch.no_grad():
+        return Factorization.from_weights(tree, part, join=joins).to_tensor()
 
 
-def _square(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x)
-    return norm.square()
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x)) ** 2

@@ -25,28 +25,15 @@ _SMALL = 2**14
 
 
 def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node, Tensor]:
-    """Singular values of a dense tensor's matricization at every node but the root.
+    """Compute what ``spectra`` promises of a dense tensor.
 
     Leaves come first; every node with fewer independent rows than rows is then replaced by its
-    coordinates in them, so that larger nodes work on a smaller core with the same singular values. The
-    two children of a binary root share theirs.
+    coordinates in them, so that larger nodes work on a smaller core with the same singular values.
 
     Each spectrum comes from the Gram matrix of the shorter side in float64; if it reaches below 1e-3 of
     its largest value, where squaring loses digits, it is computed again from a QR factorization. Errors
-    stay below 1e-11 of the largest singular value (float64). A small tensor gets one SVD per node.
-
-    Args:
-        x: Real or complex tensor ``(D_0, ..., D_{N-1})``. If it requires a gradient, every node
-            gets a plain, differentiable ``torch.linalg.svdvals`` instead.
-        tree: Mode tree over ``0..N-1``.
-
-    Returns:
-        ``{node: singular values}``, descending, ``min(rows, columns)`` of them, children before
-        parents. A zero tensor has zeros only.
-
-    Raises:
-        ShapeError: ``x`` does not have ``tree.order`` axes.
-        DataError: ``x`` has NaN, infinite or integer entries, or is empty.
+    stay below 1e-11 of the largest singular value (float64). A small tensor gets one SVD per node; so
+    does one that requires a gradient, which is then differentiable.
 
     Cost: one Gram product with ``x`` per leaf, then per node on the core that is left.
     """
@@ -58,16 +45,9 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
 
 
 def scaled_spectra(x: Tensor, tree: ModeTree) -> tuple[dict[Node, Tensor], int]:
-    """Compute singular values at all nodes but the root, in double precision and of moderate size.
-
-    Args:
-        x: What ``check_dense`` has passed.
-        tree: Mode tree over its axes.
-
-    Returns:
-        ``(values, log2)``; the singular values are ``values * 2**log2``.
-    """
-    if x.numel() <= _SMALL and _fits_lapack(x):
+    """Compute ``(values, log2)`` of a checked tensor; its singular values are ``values * 2**log2``."""
+    doubles = x.dtype in (torch.float64, torch.complex128)
+    if x.numel() <= _SMALL and doubles and squares_fit(float(largest_of(x.detach()))):
         return _svdvals_of_nodes(x.detach(), tree), 0
     tensor, log2 = to_core(x, tree)
     core = Core(tensor, tree)
@@ -86,12 +66,6 @@ def scaled_spectra(x: Tensor, tree: ModeTree) -> tuple[dict[Node, Tensor], int]:
     return {node: spectra[i] for i, node in enumerate(tree.nodes[:-1])}, log2
 
 
-def _fits_lapack(x: Tensor) -> bool:
-    """Return whether LAPACK can take the numbers as they are: doubles, on a scale that it can square."""
-    doubles = x.dtype in (torch.float64, torch.complex128)
-    return doubles and squares_fit(float(largest_of(x.detach())))
-
-
 def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
     spectra: dict[int, Tensor] = {}
     for cut in tree.cuts:
@@ -101,14 +75,9 @@ def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
 
 
 def _svd_of_axis(view: Tensor, *, last: bool) -> tuple[Tensor, Tensor | None]:
-    """Compute singular values of the middle axis against the others, and a basis of dependent rows.
+    """Compute singular values of the middle axis against the others, and a basis of its rows.
 
-    Args:
-        view: ``(before, rows, behind)``.
-        last: No basis is needed.
-
-    Returns:
-        The values, and the basis; ``None`` if the rows are independent.
+    The basis is ``None`` if the rows are independent, or at the ``last`` nodes, which need none.
     """
     rows, others = view.shape[1], view.shape[0] * view.shape[2]
     if rows > others and last:  # the transpose has the same values
@@ -140,11 +109,9 @@ def numerical_rank(s: Tensor, rtol: float) -> int:
 def effective_rank(s: Tensor | Sequence[float]) -> Tensor:
     """Return the effective rank ``exp(-Σ p ln p)``, ``p = s / Σ s``, of a vector of singular values.
 
-    Source: Roy and Vetterli (2007). It lies between 1 and the rank, is smooth where the rank jumps,
-    and does not change when ``s`` is scaled. Differentiable; a zero vector gives 0.
-
-    Args:
-        s: Non-negative singular values, shape ``(k,)``.
+    Source: Roy and Vetterli (2007). The values are not negative, of shape ``(k,)``. The effective rank lies
+    between 1 and the rank, is smooth where that jumps, and does not change when ``s`` is scaled.
+    Differentiable; a zero vector gives 0.
 
     Example:
         >>> effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]))
@@ -160,10 +127,8 @@ def effective_rank(s: Tensor | Sequence[float]) -> Tensor:
 def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
     """Return the entanglement entropy ``-Σ ρ ln ρ``, ``ρ = s² / Σ s²``, of values s in nats.
 
-    At most the logarithm of the rank. Differentiable; a zero vector gives 0.
-
-    Args:
-        s: Non-negative singular values, shape ``(k,)``.
+    The values are not negative, of shape ``(k,)``; the entropy is at most the logarithm of the rank.
+    Differentiable; a zero vector gives 0.
     """
     s, largest = _check_values(s)
     if largest == 0:

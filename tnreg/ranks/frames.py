@@ -8,12 +8,10 @@ a triangular factor ``T_v``. Two ways lead down again:
 - In the frames: the matricization at v is ``U_v C_v`` for a small ``C_v``, which has the singular values and
   left singular vectors of the node.
 - Through the bonds: ``E_v = O_v S_v`` is split in the same way, and the spectrum is that of ``T_v S_vᵀ``. It
-  stores no frames and is differentiable, since it holds the weights' own contributions: to first order
-  only the components of a change in the fixed bases ``U_v`` and ``O_v`` matter, so that no QR
-  factorization is differentiated, which would be infinite at low rank.
+  stores no frames and is differentiable: to first order only the components of a change in the fixed bases
+  ``U_v`` and ``O_v`` matter, so that no QR factorization is differentiated, which fails at low rank.
 
-Equal nodes are handled in one call. Scales are powers of two kept per column, so that they are exact and
-nothing leaves the range of the dtype.
+Scales are powers of two kept per column, so that they are exact and nothing leaves the range of the dtype.
 """
 
 from __future__ import annotations
@@ -51,8 +49,6 @@ class Batch:
 
     Attributes:
         nodes: Positions in ``tree.nodes``; for a step those of the nodes that it belongs to.
-        step: Whether this is such a step.
-        join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
         weight: Where the weights are among the network's stacks; ``None`` for steps and a root of ones.
         below: For every child where its frames are: which batch, and which slot of it.
         shape: Sizes of the children's frames, last child first; of the mode at a leaf.
@@ -79,12 +75,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Frame:
-    """Frames of a batch.
+    """Frames of a batch, and the factors ``T_v``.
 
-    Attributes:
-        rows: ``(nodes, *shape, rank)``, the frames' orthonormal columns in the frames of the children;
-            ``None`` where a frame is all of that space, or not kept. At the root the tensor itself.
-        factor: ``T_v``, ``(nodes, rank, bond)``, with a scale ``(nodes, bond)`` for every column.
+    ``rows`` are the frames' orthonormal columns in the frames of the children, ``(nodes, *shape, rank)``;
+    ``None`` where a frame is all of that space, or not kept. At the root they are the tensor itself.
+    ``factor`` is ``(nodes, rank, bond)``, with a scale ``(nodes, bond)`` for every column.
     """
 
     rows: Tensor | None
@@ -93,11 +88,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class Values:
-    """Singular values of a batch, for a tensor of norm 1.
+    """Singular values ``(nodes, count)`` of a batch, descending, for a tensor of norm 1.
 
-    Attributes:
-        values: ``(nodes, count)``, descending; with vectors, the count is the rank.
-        vectors: ``(nodes, rank, rank)`` left singular vectors in the frame, if asked for.
+    With left singular vectors in the frame, ``(nodes, rank, rank)``, the count is the rank.
     """
 
     values: Tensor
@@ -166,17 +159,11 @@ def frames_fit(network: Network) -> bool:
 
 
 def frames(network: Network, stacks: Sequence[Tensor], *, bases: bool = True) -> list[Frame]:
-    """Compute the frames of all batches, leaves first.
+    """Compute the frames of all batches, leaves first, from stacks of weights in double precision.
 
-    Args:
-        network: The network.
-        stacks: Its weights, as ``network.stacks`` groups them, in double precision.
-        bases: Keep ``rows``; otherwise the factors alone are kept.
-
-    Returns:
-        A frame for every batch. Factors are differentiable in the weights.
+    Without ``bases`` the factors alone are kept. They are differentiable in the weights.
     """
-    weights, factors, found = Stacked(stacks), _Factors(), list[Frame]()
+    weights, factors, results = Stacked(stacks), _Factors(), list[Frame]()
     for batch in batches(network):
         below = factors.below(batch)
         weight = _weight(batch, weights, below)
@@ -194,26 +181,21 @@ def frames(network: Network, stacks: Sequence[Tensor], *, bases: bool = True) ->
             basis = None
         shape = (*rows.shape[:-1], -1)
         factor = Scaled(flat, log2 + more)
-        found.append(Frame(None if basis is None else basis.reshape(shape), factor))
+        results.append(Frame(None if basis is None else basis.reshape(shape), factor))
         factors.append(factor)
-    return found
+    return results
 
 
 def orthogonalize(matrix: Tensor, *, basis: bool = True) -> tuple[Tensor, Tensor]:
     """Factor matrices ``(n, rows, columns)`` into an orthonormal basis and coordinates in it.
 
-    The basis is a constant to autograd. All orthonormal bases come from here: a route by Gram matrices, for
-    devices on which QR factorizations are slow, has its place in this function.
-
-    Args:
-        matrix: The matrices.
-        basis: Whether the basis is needed; without it, and without gradients, an empty one is returned.
+    The basis is a constant to autograd, and may be empty if it is not asked for. A route by Gram matrices,
+    for devices on which QR factorizations are slow, has its place here.
     """
     if matrix.requires_grad:
         fixed = torch.linalg.qr(matrix.detach())[0]
         return fixed, fixed.mH @ matrix
-    q, r = torch.linalg.qr(matrix, mode="reduced" if basis else "r")
-    return q, r
+    return tuple(torch.linalg.qr(matrix, mode="reduced" if basis else "r"))
 
 
 class _Factors:
@@ -267,16 +249,10 @@ def _tie(below: Sequence[Scaled]) -> Scaled:
 
 
 def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled:
-    """Combine the rows of children through weights ``(n, R_1, .., R_k, R)``.
+    """Combine rows ``(n, K_i, R_i)`` of children through weights ``(n, R_1, .., R_k, R)``.
 
-    Args:
-        weight: The weights.
-        below: For every child its rows, ``(n, K_i, R_i)``.
-        with_care: Let the weights take over the scales, column by column, so that nothing can leave the
-            range, at the cost of a logarithm of every weight.
-
-    Returns:
-        ``(n, K_k, .., K_1, R)``, with scales ``(n, R)`` or ``(n, 1)``.
+    With care, the weights take over the scales, column by column, so that nothing can leave the range, at
+    the cost of a logarithm of every weight. Return ``(n, K_k, .., K_1, R)``, scales ``(n, R)`` or ``(n, 1)``.
     """
     total = weight.real.new_zeros(len(weight), *[1] * (weight.ndim - 1))
     if not with_care:
@@ -298,12 +274,9 @@ def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled
 
 
 def climb(weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Multiply every axis of weights ``(n, R_1, .., R_k, R)`` by ``(n, K_i, R_i)``.
+    """Multiply every axis of weights ``(n, R_1, .., R_k, R)`` by ``(n, K_i, R_i)``: ``(n, K_k, .., K_1, R)``.
 
     An axis is brought to the front, where it is one long product per node, and stays there.
-
-    Returns:
-        ``(n, K_k, .., K_1, R)``, children in reversed order.
     """
     for axis, factor in enumerate(factors, 1):
         turned = weight.movedim(axis, 1)
@@ -315,9 +288,7 @@ def climb(weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
 def _rescale(matrix: Tensor) -> tuple[Scaled, Tensor]:
     """Divide columns of matrices by the powers of two below their largest magnitudes.
 
-    Returns:
-        The columns with scales ``(n, columns)``, and whether what they were computed from cannot have
-        left the range.
+    Return them, and whether what they were computed from cannot have left the range.
     """
     largest = matrix.detach().abs().amax(1)
     safe = ((largest > _SMALL) & (largest < 1 / _SMALL)).all()
@@ -336,13 +307,8 @@ def values_in_frames(
 ) -> list[Values]:
     """Compute singular values of all nodes but the root in their frames, from the root down.
 
-    Args:
-        network: The network.
-        found: Its frames, with bases.
-        vectors: Singular vectors as well.
-
-    Returns:
-        Values for every batch but the last, for the tensor divided by its norm; none for steps.
+    Return values, and vectors if asked for, of every batch but the last (none for steps), for the tensor
+    divided by its norm.
     """
     parts = batches(network)
     pieces = [_Pieces() for _ in parts]
@@ -369,9 +335,7 @@ def values_in_frames(
             block = inner.reshape(len(inner), *batch.shape, -1)
         for axis, child in enumerate(reversed(batch.below), 1):
             matrix = block.movedim(axis, 1).flatten(2)
-            if (
-                matrix.shape[2] > matrix.shape[1]
-            ):  # a square one has the same values and left vectors
+            if matrix.shape[2] > matrix.shape[1]:  # a square one has the same values, left vectors
                 matrix = orthogonalize(matrix.mH, basis=False)[1].mH
             pieces[child.pairs[0][0]].add(child, matrix)
     return results[::-1]
@@ -380,15 +344,10 @@ def values_in_frames(
 def values_through_bonds(
     network: Network, stacks: Sequence[Tensor]
 ) -> list[tuple[tuple[int, ...], Scaled]]:
-    """Compute singular values of all nodes but the root, differentiable in the weights.
+    """Compute singular values of all nodes but the root, differentiable in the weights (double precision).
 
-    Args:
-        network: The network.
-        stacks: Its weights in double precision.
-
-    Returns:
-        Some nodes' positions and their singular values ``(nodes, count)`` with scales ``(nodes, 1)``;
-        together every node but the root.
+    Return some nodes' positions and their values ``(nodes, count)`` with scales ``(nodes, 1)``, again and
+    again, together for every node but the root.
     """
     parts, weights = batches(network), Stacked(stacks)
     factors = _Factors([frame.factor for frame in frames(network, stacks, bases=False)])
@@ -401,7 +360,7 @@ def values_through_bonds(
         below = factors.below(batch)
         if batch.root:
             one = stacks[0].new_ones(1, 1, 1)
-            above = Scaled(one, one.real[0] * 0)
+            above = Scaled(one, 0 * one.real[0])
         else:
             above = Scaled(matrices[b].assemble().mT, scales[b].assemble())
         around = _around(batch, _weight(batch, weights, below), below, above)
@@ -470,8 +429,7 @@ class _Pieces:
     """What the nodes of a batch get from several parents or sides."""
 
     def __init__(self) -> None:
-        self._slots: list[int] = []
-        self._parts: list[Tensor] = []
+        self._slots, self._parts = list[int](), list[Tensor]()
 
     def add(self, places: Places, part: Tensor) -> None:
         self._slots += [slot for _, slot in places.pairs]

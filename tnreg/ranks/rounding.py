@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +34,9 @@ _LARGEST_CORE = 2**31
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded network.
+    """A rounded network: the tensor of the ``weights``, by position, times ``2**log2``.
 
-    Attributes:
-        weights: By position; the tensor is theirs times ``2**log2``.
-        lost: Share of the squared norm that was cut off.
-        size: The norm before was ``size * 2**log2``.
-        log2: A whole number.
+    The norm before was ``size * 2**log2``; ``lost`` is the share of its square that was cut off.
     """
 
     weights: dict[int, Tensor]
@@ -64,9 +61,6 @@ def round_network(
         limits: Largest bonds by position.
         share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
         orthonormal: Whether weights but the root's are to have orthonormal columns to rounding.
-
-    Raises:
-        ShapeError: A node's core would have too many entries.
     """
     parts = batches(net)
     widest = max(parts, key=lambda batch: batch.numbers // len(batch.nodes))
@@ -85,8 +79,7 @@ def _match_root(
 ) -> Sequence[Values]:
     """Pair the singular vectors of a binary root's second child with its sibling's.
 
-    They are the two ends of one cut and have to belong to the same singular values; computed apart they
-    need not, where values are equal.
+    They have to belong to the same singular values; computed apart they need not, where values are equal.
     """
     ends = net.tree.cuts[-1]
     if len(ends) == 1:
@@ -120,17 +113,9 @@ def _check_size(net: Network, node: int, numbers: int, total: int = 0) -> None:
 def _choose_ranks(
     net: Network, results: Sequence[Values], limits: Mapping[int, int], share: float | None
 ) -> tuple[list[int], float]:
-    """Choose how many singular values to keep: the smallest of all cuts together go first.
+    """Choose a rank for every position: the smallest singular values of all cuts together go first.
 
-    Args:
-        net: The network.
-        results: Singular values of the tensor divided by its norm.
-        limits: Largest bonds by position.
-        share: Root of what the squares of the others may sum up to; ``None`` keeps all that are not zero
-            to rounding.
-
-    Returns:
-        A rank for every position, and the sum of the squares of the other values.
+    Return the ranks as well as the sum of the squares of the values that are cut off.
     """
     cuts = net.tree.cuts
     seconds = {cut[1] for cut in cuts if len(cut) == 2}  # their values are their siblings'
@@ -179,8 +164,8 @@ def _project(
 ) -> dict[int, Tensor]:
     """Compute the weights between the first singular vectors of all nodes.
 
-    Nodes of a batch are cut to the largest rank among them first, with zeros beyond their own, and to
-    their own at the end. ``ranks`` shrink where the children of a node leave it fewer rows.
+    Nodes of a batch have the largest rank among them first, with zeros beyond their own, which they are cut
+    to at the end. ``ranks`` shrink where the children of a node leave it fewer rows.
     """
     links = net.tree.links
     inside = Stacked()  # (nodes, rank, size of the frame): singular vectors in the frame
@@ -200,27 +185,21 @@ def _project(
             continue
         block = block.reshape(len(block), *(axes or batch.shape), -1)
         if vectors is not None:
-            most = [
-                math.prod(ranks[c] for c in links[i]) if axes else ranks[i] for i in batch.nodes
-            ]
-            turned = vectors.mH
-            if orthonormal or any(ranks[i] > n for i, n in zip(batch.nodes, most, strict=True)):
+            before = [ranks[i] for i in batch.nodes]
+            for i in batch.nodes if axes else ():
+                ranks[i] = min(ranks[i], math.prod(ranks[c] for c in links[i]))
+            own, turned = [ranks[i] for i in batch.nodes], vectors.mH
+            if orthonormal or own != before:
                 basis, triangle = torch.linalg.qr(block.flatten(1, -2))
                 block = basis.reshape(*block.shape[:-1], -1)
-                own = [min(ranks[i], n) for i, n in zip(batch.nodes, most, strict=True)]
                 turned = _mask((triangle @ turned).mH, own).mH
-                for i, rank in zip(batch.nodes, own, strict=True):
-                    ranks[i] = rank
             inside.append(turned)
             axes_of.append([turned.shape[1]])
         weights |= zip(batch.nodes, block.unbind(0), strict=True)
-    return {i: _narrow(net, i, weight, ranks) for i, weight in weights.items()}
-
-
-def _narrow(net: Network, i: int, weight: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Cut a weight to the ranks of its node and of the children; the root has no bond above it."""
-    axes = [slice(ranks[c]) for c in net.tree.links[i]]
-    return weight[(*axes, ..., slice(ranks[i]) if i < len(ranks) - 1 else 0)]
+    ends: list[Any] = [*map(slice, ranks[:-1]), 0]  # the root has no bond above it
+    return {
+        i: weight[(*(ends[c] for c in links[i]), ..., ends[i])] for i, weight in weights.items()
+    }
 
 
 def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:
@@ -306,6 +285,6 @@ def share_of(rtol: float | None) -> float | None:
     if rtol is None:
         return None
     number = isinstance(rtol, int | float | np.floating) and not isinstance(rtol, bool)
-    if not number or not 0 <= rtol < 1:
+    if not (number and 0 <= rtol < 1):
         raise OptionError(f"rtol must be a number in [0, 1), found {rtol!r}.", argument="rtol")
     return max(float(rtol) - 16 * torch.finfo(torch.float64).eps, 0.0)

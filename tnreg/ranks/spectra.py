@@ -34,7 +34,7 @@ from tnreg.trees.tree import ModeTree
 def spectra(
     x: Any, tree: ModeTree | None = None, *, memory: int | str | None = None
 ) -> dict[Node, Tensor]:
-    """Singular values of the matricization at every node but the root.
+    """Compute the singular values of the matricization at every node but the root.
 
     At node v the rows are the modes below v and the columns all other modes: ``[x]_v = Σ_i σ_i u_i w_i*``,
     ``σ_1 >= σ_2 >= ..``, and ``Σ_i σ_i² = ‖x‖²`` at every node.
@@ -44,26 +44,23 @@ def spectra(
             n; or a ``Factorization``, or the network that it is, whose dense tensor is never formed; or
             an array of Dask, zarr or h5py, which may be larger than memory.
         tree: Mode tree over ``0..N-1``; the factorization's own if left out, and no other.
-        memory: For arrays that are read block by block: bytes that arrays may take, or text such as
-            ``"1GiB"``; a quarter of what is available if left out.
+        memory: As in ``decompose``.
 
     Returns:
         ``{node: singular values}``, descending, ``min(rows, columns)`` of them for a dense tensor
-        and at most the rank of the bond for a factorization; children before parents, without the
-        root. Zero tensors give zeros.
+        and at most the rank of the bond for a factorization; children before parents. Zero tensors give
+        zeros.
 
     Raises:
-        ShapeError: ``x`` does not have ``tree.order`` axes.
-        DataError: ``x`` has NaN, infinite or integer entries.
-        OptionError: A dense tensor without a tree, or a factorization with another tree than its
-            own.
+        ShapeError, DataError: ``x`` does not fit the tree, or has NaN, infinite or integer entries.
+        OptionError: A dense tensor without a tree, or a factorization with another tree than its own.
         SizeError: Read block by block, the tensor's ranks do not let it become small enough for the
             memory allowed; ``spectra(decompose(x, tree, rtol=...))`` is then off by at most ``rtol ‖x‖``.
 
-    Cost: dense, see ``tnreg.ranks.dense.dense_spectra``; factorization, linear in the number of nodes,
-    cubic in the bonds. Differentiable once, in the tensor or in the weights of the factorization
-    (under ``torch.no_grad()`` that is not paid for). Block by block, see ``tnreg.tensors.blocks``: by QR,
-    with errors below 1e-12 of the largest singular value (float64), not differentiable.
+    Cost: dense, one Gram product with ``x`` per leaf, then on smaller cores; factorization, by QR, linear in
+    the number of nodes, cubic in the bonds. Differentiable once, in the tensor or in the weights of the
+    factorization (under ``torch.no_grad()`` that is not paid for). Block by block, by QR, with errors below
+    1e-12 of the largest singular value (float64), not differentiable.
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3)
@@ -104,31 +101,23 @@ def hierarchical_rank(
     rtol: float | None = None,
     memory: int | str | None = None,
 ) -> dict[Node, int]:
-    """Rank of the matricization of ``x`` at every node of ``tree`` but the root.
+    """Compute the rank of the matricization of ``x`` at every node of ``tree`` but the root.
 
-    At node v the rows are the modes below v and the columns all other modes. Together the ranks are
-    the hierarchical tensor rank of Razin, Maman and Cohen (2022), arXiv:2201.11729; on a star tree
-    they are the multilinear (Tucker) rank. With the singular values ``σ_1 >= σ_2 >= ..`` of node v its rank
-    is ``#{i: σ_i > rtol σ_1}``.
+    Together these are the hierarchical tensor rank of Razin, Maman and Cohen (2022), arXiv:2201.11729; on a
+    star tree the multilinear (Tucker) rank. With the singular values ``σ_1 >= σ_2 >= ..`` of node v (see
+    ``spectra``) its rank is ``#{i: σ_i > rtol σ_1}``.
 
     Args:
-        x: Dense real or complex tensor of shape ``(D_0, ..., D_{N-1})``, axis n being mode n, or a
-            ``Factorization``, whose dense tensor is never formed, or an array of Dask, zarr or h5py.
-        tree: Mode tree over ``0..N-1``; the factorization's own if left out.
-        rtol: A singular value counts if it is ``> rtol * s_max``, ``s_max`` the largest of the same
-            matricization. Default ``max(rows, columns) * eps``, for a factorization at most
-            ``1000 * eps``. For a trained model take e.g. 1e-3.
+        x: As in ``spectra``.
+        tree: As in ``spectra``.
+        rtol: Default ``max(rows, columns) * eps``, for a factorization at most ``1000 * eps``. For a
+            trained model take e.g. 1e-3.
         memory: As in ``spectra``.
 
     Returns:
-        ``{node: rank}``, children before parents, without the root. A zero tensor gives 0
-        everywhere.
+        ``{node: rank}``, children before parents. A zero tensor gives 0 everywhere.
 
-    Raises:
-        ShapeError: ``x`` does not have ``tree.order`` axes.
-        DataError: ``x`` has NaN, infinite or integer entries.
-
-    Cost: see ``spectra``. Not differentiable; a smooth stand-in is ``effective_rank``.
+    Cost, errors: as ``spectra``. Not differentiable; a smooth stand-in is ``effective_rank``.
 
     Example:
         >>> tree, pair = ModeTree.binary(4), torch.eye(3)
@@ -172,10 +161,10 @@ def factorization_of(x: Any) -> Any:
 def _check_tree(tree: ModeTree | None) -> ModeTree:
     if isinstance(tree, ModeTree):
         return tree
-    found_kind = "none" if tree is None else repr(tree)
     raise OptionError(
         "spectra of a dense tensor need a tree: spectra(tensor, tree).\n"
-        f"  found: {found_kind}; write a ModeTree, e.g. ModeTree.binary(4) or load_tree('htf-4')"
+        f"  found: {'none' if tree is None else repr(tree)}; write a ModeTree, e.g. "
+        "ModeTree.binary(4) or load_tree('htf-4')"
     )
 
 
@@ -196,10 +185,10 @@ def _factored_spectra(model: Factorization) -> list[tuple[tuple[int, ...], Scale
     if differentiable or not frames_fit(net):
         return values_through_bonds(net, stacks)
     with torch.no_grad():
-        found = frames(net, stacks)
-        size, log2 = scale_of(found)
+        in_frames = frames(net, stacks)
+        size, log2 = scale_of(in_frames)
         return [
             (batch.nodes, Scaled(part.values * size, log2))
-            for batch, part in zip(batches(net), values_in_frames(net, found), strict=False)
+            for batch, part in zip(batches(net), values_in_frames(net, in_frames), strict=False)
             if not batch.step
         ]

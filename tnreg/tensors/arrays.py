@@ -18,13 +18,8 @@ from tnreg.trees.tree import ModeTree
 class Scaled(NamedTuple):
     """The tensor ``x * 2**log2``, for numbers that leave the range of the dtype.
 
-    Scales are whole numbers wherever possible, so that they are exact, and constants to autograd:
-    what is multilinear does not depend on them.
-
-    Attributes:
-        x: Numbers of moderate size.
-        log2: One binary logarithm, or several that broadcast against ``x``: ``(R,)`` for the columns of
-            a matrix.
+    Scales broadcast against ``x``, ``(R,)`` for the columns of a matrix. They are whole numbers wherever
+    possible, so that they are exact, and constants to autograd: what is multilinear does not depend on them.
     """
 
     x: Tensor
@@ -42,10 +37,7 @@ class Scaled(NamedTuple):
 
 
 def rescale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Scaled:
-    """Divide by the power of two below the largest magnitude along ``dim`` (of all numbers if ``None``).
-
-    Zeros keep their scale.
-    """
+    """Divide by the power of two below the largest magnitude along ``dim`` (``None``: of all numbers)."""
     size = x.detach().abs()
     size = size.amax() if dim is None else size.amax(dim, keepdim=True)
     log2 = power_below(size)
@@ -61,18 +53,9 @@ def power_below(size: Tensor) -> Tensor:
 def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int) -> Tensor:
     """Return the matrix of a tensor with the given modes as rows and the other modes as columns.
 
-    Rows and columns run through their modes in ascending order, last index fastest. A view where
-    possible; differentiable.
-
-    Args:
-        tensor: Shape ``(D_0, ..., D_{N-1})``.
-        modes: Modes of the rows, in any order; a proper or improper subset of ``0..N-1``.
-
-    Returns:
-        Shape ``(product of D_n over modes, product over the others)``.
-
-    Raises:
-        ShapeError: A mode is out of range or named twice.
+    Rows and columns run through their modes in ascending order, last index fastest, in whatever order the
+    modes are given: shape ``(product of D_n over modes, product over the others)``. A view where possible;
+    differentiable. A mode out of range or named twice raises a ``ShapeError``.
 
     Example:
         >>> matricize(torch.zeros(2, 3, 5), (0, 2)).shape
@@ -121,22 +104,22 @@ def array_of(values: Any, axes: int | None, what: str) -> Tensor:
     return array
 
 
-def check_dense(tensor: Any, tree: ModeTree, *, sizes: Sequence[int] | None = None) -> Tensor:
+def check_dense(tensor: Any, tree: ModeTree) -> Tensor:
     """Read a finite tensor of real or complex numbers with ``tree.order`` axes, or raise one clear error."""
     tensor = as_tensor(tensor)
-    if tensor.ndim != tree.order:
+    check_order(tuple(tensor.shape), tree)
+    return check_numbers(tensor)
+
+
+def check_order(shape: Sequence[int], tree: ModeTree) -> None:
+    """Refuse shapes of another order than the tree's."""
+    if len(shape) != tree.order:
         raise ShapeError(
-            f"the tensor has {tensor.ndim} axes and the tree {tree.order} modes.\n"
-            f"  found:    shape {tuple(tensor.shape)}\n"
+            f"the tensor has {len(shape)} axes and the tree {tree.order} modes.\n"
+            f"  found:    shape {shape}\n"
             f"  expected: one axis for each of the modes 0..{tree.order - 1}",
             argument="tree",
         )
-    if sizes is not None and tuple(tensor.shape) != tuple(sizes):
-        raise ShapeError(
-            f"the tensor has other sizes than expected.\n"
-            f"  found:    {tuple(tensor.shape)}\n  expected: {tuple(sizes)}"
-        )
-    return check_numbers(tensor)
 
 
 def check_numbers(tensor: Tensor) -> Tensor:
@@ -167,7 +150,7 @@ def double(x: Tensor) -> Tensor:
 
 
 def to_core(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
-    """Return ``(core, log2)``: the tensor is ``core * 2**log2``, axes in the order of the tree's leaves.
+    """Return ``(core, log2)``, the tensor as ``core * 2**log2``, axes in the order of the tree's leaves.
 
     In double precision, on a scale whose squares stay in range.
     """
@@ -237,16 +220,9 @@ def check_features(
 ) -> list[Tensor]:
     """Refuse features that do not fit the modes, empty batches, and other dtypes than the weights'.
 
-    Args:
-        features: N tensors ``(B, D_n)``; or one tensor, if all modes have one size.
-        sizes: Size of every mode.
-        dtype: Type of the weights.
-        layouts: Shapes that one tensor may have behind the batch; ``(N, D)`` if left out.
-        name: Argument that the features are.
-        owner: What the message calls the owner of the weights.
-
-    Returns:
-        A list of the tensors as they came.
+    Features are N tensors ``(B, D_n)``; or one tensor, if all modes have one size, whose shape behind the
+    batch is one of ``layouts``, ``(N, D)`` if left out. Messages call them ``name`` and the weights those of
+    ``owner``. Return a list of the tensors as they came.
     """
     order = len(sizes)
     if len(set(sizes)) > 1:
@@ -264,12 +240,17 @@ def check_features(
     else:
         parts, fits = [], False
     if not fits:
-        found = str(tuple(features.shape)) if isinstance(features, Tensor) else _shapes(parts)
+        shapes = [tuple(part.shape) for part in parts]
+        if isinstance(features, Tensor):
+            found = str(shapes[0])
+        elif len(shapes) > 16:
+            found = f"{len(parts)} tensors, {shapes[0]} first"
+        else:
+            found = str(shapes) if shapes else type(features).__name__
         whole = "".join(f"(B, {', '.join(map(str, layout))}) or " for layout in layouts)
         each = str(tuple(sizes)) if order <= 16 else f"({', '.join(map(str, sizes[:8]))}, ...)"
         raise ShapeError(
-            "features do not fit the modes.\n"
-            f"  found:    {found if parts else type(features).__name__}\n"
+            f"features do not fit the modes.\n  found:    {found}\n"
             f"  expected: {whole}{order} tensors (B, D_n) with D = {each}",
             argument=name,
         )
@@ -282,11 +263,6 @@ def check_features(
             argument=name,
         )
     return parts
-
-
-def _shapes(parts: Sequence[Tensor]) -> str:
-    shapes = [tuple(part.shape) for part in parts]
-    return str(shapes) if len(parts) <= 16 else f"{len(parts)} tensors, {shapes[0]} first"
 
 
 def draw_normal(

@@ -17,13 +17,8 @@ _CHUNK = 2**19
 class Core:
     """A tensor whose axes are nodes of a tree, and become those of nodes further up.
 
-    The axes stand in the order of the tree's leaves, so that the children of a node are always
-    neighbours and nothing has to be permuted.
-
-    Args:
-        tensor: The tensor.
-        tree: The tree.
-        front: Positions of the nodes that the axes are; the leaves if left out. -1 is an axis that stays.
+    ``front`` are the positions of these nodes, at first the leaves if left out, in the order of the tree's
+    leaves: the children of a node are neighbours, and nothing is permuted. -1 is an axis that stays.
     """
 
     def __init__(self, tensor: Tensor, tree: ModeTree, front: Sequence[int] | None = None) -> None:
@@ -79,9 +74,9 @@ def axis_product(view: Tensor, basis: Tensor) -> Tensor:
 
 
 def axis_triangle(view: Tensor) -> Tensor:
-    """Return a matrix of at most ``rows`` rows whose conjugate transpose can replace the matricization.
+    """Return a matrix of at most ``rows`` rows; its conjugate transpose has the matricization's values.
 
-    That, ``(rows, before * behind)``, has the same singular values and left singular vectors.
+    So it has its left singular vectors; the matricization is ``(rows, before * behind)``.
     """
     matrix = view.transpose(0, 1).reshape(view.shape[1], -1)
     return triangle(matrix.mH) if matrix.shape[1] > matrix.shape[0] else matrix.mH
@@ -104,15 +99,14 @@ def left_vectors(
     """Compute left singular vectors of a matrix, from its Gram matrix if that is accurate enough.
 
     Args:
-        rows: Its rows.
+        rows: How many it has.
         part: Share of the squared norm that may be cut off; ``None`` for nothing but zeros.
         gram: Computes the Gram matrix of its rows.
         factor: Computes what ``axis_triangle`` returns; used where squares would lose digits.
         eps: That of the numbers in both.
 
     Returns:
-        The vectors, and the squared singular values, descending, rounded up (unless ``part`` is ``None``)
-        by what rounding may hide.
+        The vectors, and the squared singular values, descending, rounded up (with a ``part``).
     """
     hidden = 2 * eps / math.sqrt(rows)
     if part is not None and part > 8 * rows * hidden:
@@ -125,11 +119,7 @@ def left_vectors(
 
 
 def cut_smallest(squares: Sequence[Tensor], allowed: float) -> list[Tensor]:
-    """Choose the smallest squares of several groups whose sum is within what is allowed.
-
-    Returns:
-        For every group which of its squares may go, by number: equal ones need not all go.
-    """
+    """Return for each group which squares may go: the smallest of all whose sum is within what is allowed."""
     ascending, places = torch.cat([group.flatten() for group in squares]).sort(stable=True)
     cut = torch.zeros_like(ascending, dtype=torch.bool)
     cut[places[ascending.cumsum(0) <= allowed]] = True

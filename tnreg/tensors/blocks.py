@@ -4,14 +4,12 @@
 
 1. For a node, a part of the tensor that is complete in the modes below it gives a part of the Gram
    matrix of its matricization, or of its triangular factor (tall and skinny QR; Demmel, Grigori,
-   Hoemmen and Langou 2012), where squares would lose digits. The parts are added up, and give the node's
-   orthonormal basis.
+   Hoemmen and Langou 2012), where squares would lose digits. Together they give an orthonormal basis.
 2. Where the core that is left would not fit into memory, nodes further up follow in the same way, in the
    coordinates of the nodes below them.
 3. The core is what remains of the tensor in all bases.
 
-Everything after that is done in memory, on a tensor of the size of the core. How the parts are read, and
-what runs them, is in ``passes``.
+Everything after that is done in memory on the core. How the parts are read is in ``passes``.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, SizeError
 from tnreg.machine.memory import available, limit_of, written
-from tnreg.tensors.arrays import squares_fit
+from tnreg.tensors.arrays import check_order, squares_fit
 from tnreg.tensors.axes import cut_smallest, left_vectors
 from tnreg.tensors.passes import (
     Core,
@@ -48,24 +46,12 @@ from tnreg.trees.tree import ModeTree
 
 log = logging.getLogger(__name__)
 
-# Modes of a subtree are handled as one while together they have no more rows than this.
-_ROWS = 256
-
-# A pass that reads the tensor more often than this is warned about.
-_OFTEN = 20
-
-# Bytes of a block, where the caller has not said.
-_BLOCK = 2**23
-
-# Singular values up to this many times eps of the largest are zero to rounding.
-_ZERO = 16
-
+_ROWS = 256  # modes of a subtree are handled as one while together they have no more rows
+_OFTEN = 20  # a pass that reads the tensor more often is warned about
+_ZERO = 16  # singular values up to this many times eps of the largest are zero to rounding
 # Share of the tolerance that the first nodes may use. They count noise once each, although what one of
 # them cuts off is not there for the others; what they did not need is known once the core is.
 _SHARE = 0.9
-
-# A tensor that takes no more than this share of the memory allowed is read whole.
-_WHOLE_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -74,8 +60,7 @@ class Compressed:
 
     Attributes:
         core: One axis for every node of ``front``, in double precision.
-        front: Positions in ``tree.nodes``, in the order of the tree's leaves; every leaf is one of them
-            or below one of them.
+        front: Positions of nodes, in the order of the tree's leaves; all leaves are among or below them.
         bases: By position: ``(sizes of the modes below in the order of the tree's leaves.., rank)`` for
             the first nodes that were handled, ``(sizes of the children's axes.., rank)`` for nodes
             above those. Leaves that were left as they are have none.
@@ -101,21 +86,25 @@ def is_blocks(x: Any) -> bool:
 
 
 def as_blocks(x: Any) -> Any:
-    """Return the array as a Dask array.
+    """Return the array as a Dask array, in blocks of some 8 MiB made of whole blocks as they are stored.
 
     Raises:
         OptionError: Dask is not installed.
         DataError, ShapeError: Blocks of unknown size, or no real or complex numbers.
     """
     try:
-        import dask.array
+        import dask.array as da
     except ImportError:
         raise OptionError(
             "tensors on disk are read with Dask, which is not installed; pip install 'tnreg[scale]'"
         ) from None
     array = x
-    if not isinstance(x, dask.array.Array):
-        array = dask.array.from_array(x, chunks=_chunks(x))  # type: ignore[no-untyped-call]
+    if not isinstance(x, da.Array):
+        stored = x.chunks if isinstance(x.chunks, tuple) else None
+        chunks = da.core.normalize_chunks(  # type: ignore[no-untyped-call]
+            "auto", tuple(x.shape), limit=2**23, dtype=x.dtype, previous_chunks=stored
+        )
+        array = da.from_array(x, chunks=chunks)  # type: ignore[no-untyped-call]
     if any(math.isnan(n) for n in array.shape):
         raise ShapeError("blocks of unknown size; write array.compute_chunk_sizes() first.")
     if array.dtype.newbyteorder("=").name not in ("float32", "float64", "complex64", "complex128"):
@@ -143,15 +132,12 @@ def as_blocks(x: Any) -> Any:
 def memory_of(memory: int | str | None) -> int:
     """Return the bytes that arrays may take: as given, or a quarter of what is available."""
     limit = limit_of(memory, "tensors read block by block")
-    if limit is None:
-        free = available()
-        limit = 2**30 if free is None else max(free // 4, 1)
-    return limit
+    return max((available() or 2**32) // 4, 1) if limit is None else limit
 
 
 def whole(array: Any, memory: int) -> Tensor | None:
-    """Return the tensor itself if it is small, else ``None``."""
-    if array.nbytes * _WHOLE_SHARE > memory:
+    """Return the tensor itself if it takes no more than an eighth of the memory allowed, else ``None``."""
+    if 8 * array.nbytes > memory:
         return None
     return torch.from_numpy(np.ascontiguousarray(array.compute()).reshape(array.shape))
 
@@ -176,39 +162,19 @@ def compress(
     Cost: one reading of the tensor and ``2 rows`` flops per entry for every mode, more for QR; one
     reading more for the core. Each pass is logged (``logging``, level INFO, ``tnreg.tensors.blocks``).
     """
-    if array.ndim != tree.order:
-        raise ShapeError(
-            f"the tensor has {array.ndim} axes and the tree {tree.order} modes.\n"
-            f"  found:    shape {array.shape}\n"
-            f"  expected: one axis for each of the modes 0..{tree.order - 1}",
-            argument="tree",
-        )
+    check_order(array.shape, tree)
     return _Compression(array, tree, limits, share, memory).run()
 
 
 def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
     """Compute norms of ``array - other`` and of ``array``, in one reading, at any scale.
 
-    Args:
-        array: From ``as_blocks``.
-        rows_of: Gives the other tensor's entries for a list of slices, one for each mode; it is called
-            in the tasks.
-        memory: Bytes that arrays may take.
+    ``rows_of`` gives the other tensor's entries for a list of slices, one for each mode; tasks call it.
     """
     source = Source(array, tuple(range(array.ndim)))
     workers, beside = tasks_at_a_time()
     slabs = slabs_of(array, (), memory // (6 * beside))
     return norms_of(run_parts(source, Distance(rows_of), slabs, workers))
-
-
-def _chunks(x: Any) -> Any:
-    """Blocks of some 8 MiB, made of whole blocks as they are stored."""
-    from dask.array.core import normalize_chunks
-
-    stored = x.chunks if isinstance(x.chunks, tuple) else None
-    return normalize_chunks(  # type: ignore[no-untyped-call]
-        "auto", tuple(x.shape), limit=_BLOCK, dtype=x.dtype, previous_chunks=stored
-    )
 
 
 class _Compression:
@@ -239,8 +205,7 @@ class _Compression:
         self.total = self.lost = 0.0
         self.warned = False
         self.first = tuple(self.front)
-        inside = {c for i in self.front for c in positions_below(tree, i)}
-        self.spenders = len(tree.cuts) - len(inside)
+        self.spenders = len(tree.cuts) - sum(len(positions_below(tree, i)) for i in self.front)
 
     def run(self) -> Compressed:
         first = [i for i in self.front if self.rows[i] <= self.most_rows]
@@ -319,12 +284,7 @@ class _Compression:
         self.front[k : k + len(below)] = [i]
 
     def _left_vectors(self, i: int, part: float) -> tuple[Tensor, Tensor]:
-        """Compute left singular vectors of a node and squared singular values, rounded up.
-
-        Args:
-            i: The node: one of the front, or one whose children are.
-            part: Share of the square of the norm that may be cut off here.
-        """
+        """Compute left vectors and squared values, as ``left_vectors``, of the front or one node above."""
         inside = [i] if i in self.front else self.tree.links[i]
         rows = math.prod(self.size[c] for c in inside)
         gram, factor = (partial(self._pass, i, inside, rows, squares=way) for way in (True, False))
@@ -333,11 +293,7 @@ class _Compression:
     def _pass(self, i: int, inside: Sequence[int], rows: int, *, squares: bool) -> Tensor:
         """Compute the Gram matrix or triangular factor of a node, on a scale whose squares stay in range.
 
-        Args:
-            i: The node.
-            inside: The nodes of the front that its rows are made of.
-            rows: How many rows.
-            squares: Gram matrix or triangular factor.
+        Its rows are made of those of the nodes ``inside``, which are in the front.
         """
         modes = self.modes[i]
         lengths, bases = [self.rows[c] for c in inside], [self._basis(c) for c in inside]
@@ -470,9 +426,7 @@ def _first_nodes(tree: ModeTree, rows: Sequence[int], most: int) -> list[int]:
 
 def positions_below(tree: ModeTree, i: int) -> list[int]:
     """List the positions of all nodes below a node."""
-    nodes, waiting = [], list(tree.links[i])
-    while waiting:
-        c = waiting.pop()
-        nodes.append(c)
-        waiting.extend(tree.links[c])
+    nodes = list(tree.links[i])
+    for c in nodes:  # grows
+        nodes += tree.links[c]
     return nodes

@@ -23,12 +23,7 @@ from tnreg.tensors.blocks import as_blocks
 
 @dataclass(frozen=True, eq=False)
 class DenseTensor:
-    """A dense tensor with what is known about it: its name, for titles, and where it comes from.
-
-    Attributes:
-        values: The numbers; NaN where an entry was not measured.
-        modes: What each mode is, ``"mode n"`` if nothing is known.
-    """
+    """A dense tensor, NaN where an entry was not measured, with what is known about it and its modes."""
 
     name: str
     values: Tensor
@@ -88,8 +83,7 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     try:
         arrays = _READERS[path.suffix](path)
     except Exception as error:
-        text = f"not a readable {path.suffix} file of numbers: {path}\n  {_reason(error)}"
-        raise FileError(text) from None
+        raise _unreadable(path, "file of numbers", error) from None
     values = arrays[_choose(path, key, list(arrays))]
     if not (values.is_floating_point() or values.is_complex()):
         raise DataError(
@@ -98,8 +92,7 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
         )
     if not values.numel():
         raise DataError(f"{path} holds an empty tensor of shape {tuple(values.shape)}.")
-    modes = tuple(f"mode {n}" for n in range(values.ndim))
-    return DenseTensor(path.stem, values, modes, str(path))
+    return DenseTensor(path.stem, values, tuple(f"mode {n}" for n in range(values.ndim)), str(path))
 
 
 def is_large_file(source: str | os.PathLike[str]) -> bool:
@@ -116,8 +109,8 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
             arrays the name of one comes after a colon, ``"run.h5:fields/u"``.
 
     Returns:
-        A ``dask.array.Array``; its blocks are some 8 MiB and made of whole blocks as they are stored. It
-        can be sent to the workers of a cluster that see the same path.
+        A ``dask.array.Array``, see ``as_blocks``. It can be sent to the workers of a cluster that see
+        the same path.
 
     Raises:
         FileError: No such file, or none of these, or an array of that name is not there.
@@ -141,8 +134,7 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
     except TnregError as error:
         raise type(error)(f"{error}\n  file: {path}") from None
     except Exception as error:
-        text = f"not a readable {path.suffix} tensor: {path}\n  {_reason(error)}"
-        raise FileError(text) from None
+        raise _unreadable(path, "tensor", error) from None
 
 
 class _Stored:
@@ -184,11 +176,10 @@ class _Stored:
 def _arrays_in(group: Any, kind: Any, before: str = "") -> list[str]:
     names = []
     for name in group:
-        item = group[name]
-        if isinstance(item, kind):
+        if isinstance(group[name], kind):
             names.append(before + name)
-        elif hasattr(item, "keys"):
-            names += _arrays_in(item, kind, f"{before}{name}/")
+        elif hasattr(group[name], "keys"):
+            names += _arrays_in(group[name], kind, f"{before}{name}/")
     return names
 
 
@@ -244,10 +235,11 @@ def _choose(path: Path, key: str, names: list[str]) -> str:
     raise FileError(f"{problem}; arrays there: {listed}\n  name one of them: {path}:NAME")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError) or "pickle" in str(error).lower():
-        return "it holds Python objects, which are not loaded"
-    return str(error) or type(error).__name__
+def _unreadable(path: Path, what: str, error: Exception) -> FileError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError) or "pickle" in reason.lower():
+        reason = "it holds Python objects, which are not loaded"
+    return FileError(f"not a readable {path.suffix} {what}: {path}\n  {reason}")
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {

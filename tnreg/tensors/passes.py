@@ -1,9 +1,8 @@
 """Passes over a tensor larger than memory: its parts, the work on each of them, and how Dask runs them.
 
 A part is complete in some modes. ``Work`` on a part gives a contribution, and contributions are put together.
-Dask runs the parts in threads of this process, or on the workers of a cluster if a ``distributed.Client`` is
-there. A part is read inside the task that uses it, so that no more than one part for each thread is in memory
-at a time.
+Dask runs the parts in threads of this process, or on the workers of a ``distributed.Client`` if there is one.
+A part is read inside the task that uses it: no more than one for each thread is in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,7 @@ from tnreg.tensors.axes import axis_gram, axis_product, axis_triangle, triangle
 
 
 class Source:
-    """The array in the order of the tree's leaves, on a scale; a class that Dask does not look into.
-
-    Args:
-        array: From ``blocks.as_blocks``.
-        order: Modes in the order of the tree's leaves.
-        log2: Entries are read times ``2**-log2``.
-    """
+    """The array, modes in the given order, times ``2**-log2``; a class that Dask does not look into."""
 
     def __init__(self, array: Any, order: tuple[int, ...], log2: int = 0) -> None:
         self.array, self.order, self.log2 = array, order, log2
@@ -37,9 +31,7 @@ class Source:
         """Read a part in double precision; slices are by mode."""
         part = np.ascontiguousarray(self.array[slab].compute(scheduler="synchronous"))
         values = double(torch.from_numpy(part)).permute(self.order)
-        if self.log2:
-            values = times_power_of_two(values, -self.log2)
-        return values
+        return times_power_of_two(values, -self.log2) if self.log2 else values
 
 
 class Work:
@@ -59,14 +51,11 @@ class Work:
 
 
 class Rows(Work):
-    """Gram matrix or triangular factor of a node, the largest entry, and how many entries are not finite.
+    """Gram matrix (``squares``) or triangular factor of a node, the largest entry, how many are not finite.
 
-    Args:
-        first: Axes of the part in front of the node's modes.
-        lengths: Rows of the children (of the node itself, if it is one of the first); none if nothing is
-            asked for but the largest entry.
-        bases: Their bases, ``None`` where they were left as they are.
-        squares: Gram matrix or triangular factor.
+    The node has ``count`` modes behind the ``first`` axes of a part. ``lengths`` are the rows of the children
+    (of the node itself, if it is one of the first), none for the largest entry alone; ``bases`` are theirs,
+    ``None`` where they were left as they are.
     """
 
     def __init__(
@@ -91,9 +80,7 @@ class Rows(Work):
         behind = math.prod(part.shape[self.end :])
         view = _in_bases(part, [before, *self.lengths, behind], [None, *self.bases, None])
         view = view.reshape(before, -1, behind)
-        if self.squares:
-            return axis_gram(view), largest, 0
-        return axis_triangle(view), largest, 0
+        return axis_gram(view) if self.squares else axis_triangle(view), largest, 0
 
     def join(self, one: Any, other: Any) -> tuple[Tensor, float, int]:
         """Add Gram matrices, or factor two triangular factors below each other."""
@@ -107,10 +94,7 @@ class Rows(Work):
 class Core(Work):
     """The tensor in the bases of the front nodes.
 
-    Args:
-        modes: Modes of every node, in the order of the tree's leaves.
-        bases: ``(sizes of these.., rank)``, ``None`` for a mode that was left as it is.
-        shape: Of the core.
+    The bases are ``(sizes of the node's modes.., rank)``, ``None`` for a mode that was left as it is.
     """
 
     def __init__(
@@ -162,10 +146,8 @@ class Distance(Work):
 def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | None]) -> Tensor:
     """Compute coordinates of some axes in bases ``(length, rank)``, those that shrink most first."""
     shape = list(lengths)
-    given = [(basis.shape[1] / len(basis), k) for k, basis in enumerate(bases) if basis is not None]
-    for _, k in sorted(given):
-        basis = bases[k]
-        assert basis is not None
+    present = [(k, basis) for k, basis in enumerate(bases) if basis is not None]
+    for k, basis in sorted(present, key=lambda pair: pair[1].shape[1] / len(pair[1])):
         view = values.reshape(math.prod(shape[:k]), shape[k], -1)
         values, shape[k] = axis_product(view, basis), basis.shape[1]
     return values.reshape(shape)
@@ -180,25 +162,22 @@ def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
     return log2, float(norms[0]) ** 2, float(norms[1]) ** 2
 
 
-def norms_of(found: tuple[int, float, float]) -> tuple[float, float]:
-    """Return both norms; infinite if they leave the range of doubles."""
-    log2, *squares = found
-    one, other = (times_power_of_two(math.sqrt(square), log2) for square in squares)
-    return one, other
+def norms_of(squares: tuple[int, float, float]) -> tuple[float, float]:
+    """Return both norms from ``squared_norms``; infinite if they leave the range of doubles."""
+    log2, rest, whole = squares
+    return times_power_of_two(math.sqrt(rest), log2), times_power_of_two(math.sqrt(whole), log2)
 
 
 def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[slice, ...]]:
     """List parts that cover the array, complete in some modes, along the borders of blocks where they fit.
 
-    Args:
-        array: The Dask array.
-        whole_modes: Modes that every part holds in full.
-        budget: Bytes of one part in double precision.
+    The budget is for the bytes of one part in double precision.
     """
     most = max(budget // (16 if array.dtype.kind == "c" else 8), 1)
-    steps: list[list[int]] = []  # lengths along every mode
-    for mode, lengths in enumerate(array.chunks):
-        steps.append([array.shape[mode]] if mode in whole_modes else list(lengths))
+    steps = [  # lengths along every mode
+        [array.shape[mode]] if mode in whole_modes else list(lengths)
+        for mode, lengths in enumerate(array.chunks)
+    ]
 
     def numbers() -> int:
         return math.prod(max(part) for part in steps)
@@ -214,27 +193,26 @@ def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[
             if numbers() > most:
                 steps[mode] = before
                 break
-    ranges = []
-    for lengths in steps:
-        ends = list(itertools.accumulate(lengths))
-        ranges.append([slice(end - n, end) for end, n in zip(ends, lengths, strict=True)])
+    ranges = [
+        [slice(end - n, end) for end, n in zip(itertools.accumulate(lengths), lengths, strict=True)]
+        for lengths in steps
+    ]
     return list(itertools.product(*ranges))
 
 
 def bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
     """Count the bytes of all blocks that the parts touch; a block counts every time."""
     borders = [np.cumsum([0, *lengths]) for lengths in array.chunks]
-    known: dict[tuple[int, int, int], int] = {}
 
-    def touched(mode: int, part: slice) -> int:
-        key = (mode, part.start, part.stop)
-        if key not in known:
-            edges = borders[mode]
-            first = np.searchsorted(edges, part.start, side="right") - 1
-            known[key] = int(edges[np.searchsorted(edges, part.stop)] - edges[first])
-        return known[key]
+    @cache
+    def touched(mode: int, start: int, stop: int) -> int:
+        edges = borders[mode]
+        first = np.searchsorted(edges, start, side="right") - 1
+        return int(edges[np.searchsorted(edges, stop)] - edges[first])
 
-    count = sum(math.prod(touched(m, part) for m, part in enumerate(slab)) for slab in slabs)
+    count = sum(
+        math.prod(touched(m, s.start, s.stop) for m, s in enumerate(slab)) for slab in slabs
+    )
     return int(count * array.dtype.itemsize)
 
 
@@ -243,12 +221,11 @@ def tasks_at_a_time() -> tuple[int, int]:
     import dask
     from dask.base import get_scheduler
 
-    get = get_scheduler()  # type: ignore[no-untyped-call]
     client = dask_client()
     if client is not None:
         threads = client.nthreads().values()
         return max(sum(threads), 1), max(threads, default=1)
-    name = getattr(get, "__module__", "dask.threaded")
+    name = getattr(get_scheduler(), "__module__", "dask.threaded")  # type: ignore[no-untyped-call]
     if name.startswith("dask.local"):  # one after another
         return 1, 1
     count = dask.config.get("num_workers", None) or dask.system.CPU_COUNT
@@ -288,11 +265,10 @@ def run_parts(source: Source, work: Work, slabs: Sequence[tuple[slice, ...]], wo
 
 def _some(shared: tuple[Source, Work], slabs: Sequence[tuple[slice, ...]]) -> Any:
     source, work = shared
-    out = None
-    for slab in slabs:
-        part = source.read(slab)
-        out = work.of(part, slab) if out is None else work.onto(out, part, slab)
-    return out
+    total = work.of(source.read(slabs[0]), slabs[0])
+    for slab in slabs[1:]:
+        total = work.onto(total, source.read(slab), slab)
+    return total
 
 
 def _both(shared: tuple[Source, Work], one: Any, other: Any) -> Any:
