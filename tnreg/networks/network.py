@@ -139,16 +139,14 @@ class Network:
             OptionError: An unknown join or root.
         """
         checked, joins = check_sizes(sizes, tree.order), _check_joins(tree, join)
-        if root not in ("trained", "ones"):
-            raise OptionError(
-                f"unknown root {root!r}; write root='trained' or root='ones'.", argument="root"
-            )
-        if root == "ones" and joins[-1] != "diagonal":
-            raise OptionError(
-                "root='ones' needs a diagonal join at the root; with a full join the root's weight is "
-                "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}",
-                argument="root",
-            )
+        with blame("root"):
+            if root not in ("trained", "ones"):
+                raise OptionError(f"unknown root {root!r}; write root='trained' or root='ones'.")
+            if root == "ones" and joins[-1] != "diagonal":
+                raise OptionError(
+                    "root='ones' needs a diagonal join at the root; with a full join the root's weight is "
+                    "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}"
+                )
         return cls(tree, checked, _check_ranks(tree, ranks, joins), joins, root == "ones")
 
     def to_json(self) -> dict[str, Any]:
@@ -272,13 +270,10 @@ class Network:
         lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]
         order = self.tree.order
         for i in self.weighted:
-            axes = ", ".join(
-                f"mode {k}: {self.sizes[k]}"
-                if k < order
-                else f"bond {k - order}: {self.index_size(k)}"
-                for k in self.indices(i)
-            )
-            lines.append(f"  {self.tree.nodes[i]!s}: {self.joins[i]} [{axes}]")
+            names = [f"mode {k}" if k < order else f"bond {k - order}" for k in self.indices(i)]
+            axes = zip(names, self.shape(i), strict=True)
+            shape = ", ".join(f"{name}: {size}" for name, size in axes)
+            lines.append(f"  {self.tree.nodes[i]!s}: {self.joins[i]} [{shape}]")
         return "\n".join(lines)
 
 

@@ -169,9 +169,8 @@ def plan(
         )
     if index is not None:
         if batch is not None:
-            raise OptionError(
-                "plan: give batch= for inputs or index= for entries, not both.", argument="batch"
-            )
+            both = "plan: give batch= for inputs or index= for entries, not both."
+            raise OptionError(both, argument="batch")
         # made to be kept: a plan made in inference mode could not be trained with later
         with torch.inference_mode(False), torch.no_grad():
             plans = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
@@ -202,16 +201,16 @@ def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = 
     size = item * plan.cost.entries(gradients)
     if size < NEVER_MIND:
         return plan
-    limit = available(tensors[0].device)
+    device = tensors[0].device
+    limit = available(device)
     if limit is None or size <= limit:
         return plan
-    others: tuple[Plan, ...] = ()
+    plans: tuple[Plan, ...] = (plan,)
     if plan.kind != "entries":
-        others = _plans(plan.network, plan.batch)
+        plans = _plans(plan.network, plan.batch)
     elif index is not None:
-        others = _plans_of_entries(plan.network, index)
-    device = str(tensors[0].device)
-    return _within((plan, *others), limit, item, gradients=gradients, device=device)
+        plans = _plans_of_entries(plan.network, index)
+    return _within(plans, limit, item, gradients=gradients, device=str(device))
 
 
 def contract(

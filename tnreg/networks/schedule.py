@@ -75,14 +75,17 @@ def schedule(
             aligned = batch is not None or first in gathers
             read = [rows[first]] * len(heights) if aligned else heights
             call = _node_einsum(network, level, read, aligned)
-        columns = zip(*(gathers.get(i, ()) for i in level.positions), strict=True)
-        # the rows of the k-th node of a level are flat ones from k times its height on
-        flat = tuple(
-            torch.cat([taken + k * height for k, taken in enumerate(child)])
-            for child, height in zip(columns, heights, strict=False)
-        )
+        flat = _flat([gathers[i] for i in level.positions], heights) if first in gathers else ()
         joins.append(Join(level, call, rows[first], flat))
     return tuple(joins)
+
+
+def _flat(gathers: Sequence[tuple[Tensor, ...]], heights: Sequence[int]) -> tuple[Tensor, ...]:
+    """Join the rows to take of every child over the nodes of a level; ``heights`` are those of one node."""
+    return tuple(
+        torch.cat([rows + k * height for k, rows in enumerate(child)])
+        for child, height in zip(zip(*gathers, strict=True), heights, strict=True)
+    )
 
 
 def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool) -> Einsum:

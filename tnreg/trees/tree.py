@@ -180,17 +180,14 @@ class ModeTree:
         rows = check_integer(rows, 1, "ModeTree.grid: rows of the window", TreeError)
         columns = check_integer(columns, 1, "ModeTree.grid: columns of the window", TreeError)
         if rows * columns == 1:
-            raise TreeError(
-                "ModeTree.grid: a window of (1, 1) joins nothing; write e.g. window=(2, 2)."
-            )
+            raise TreeError("ModeTree.grid: a window of (1, 1) joins nothing; write window=(2, 2).")
         level: list[list[Any]] = [[r * width + c for c in range(width)] for r in range(height)]
         while (len(level) > 1 and rows > 1) or (len(level[0]) > 1 and columns > 1):
+            bands = [level[r : r + rows] for r in range(0, len(level), rows)]
+            starts = range(0, len(level[0]), columns)
             level = [
-                [
-                    _join([node for row in level[r : r + rows] for node in row[c : c + columns]])
-                    for c in range(0, len(level[0]), columns)
-                ]
-                for r in range(0, len(level), rows)
+                [_join([node for row in band for node in row[c : c + columns]]) for c in starts]
+                for band in bands
             ]
         rest = [node for row in level for node in row]
         joined = len(rest) == 1 and isinstance(rest[0], list)
