@@ -61,6 +61,8 @@ class Training(Images):
 
 
 _EXECUTION = Execution()
+_Split = Literal["train", "test"]
+_SPLITS: tuple[_Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
     """Train what is missing, write table and figure, and return one row of results for each training.
 
     Args:
-        config: ``SETS`` has presets to start from with ``dataclasses.replace``.
+        config: ``SETS`` has presets to start from with ``dataclasses.replace``. With more than one worker a
+            script of your own needs ``if __name__ == "__main__":``.
         folder: Where the runs, the table and the picture go.
         progress: Show a progress bar, one step a training.
 
@@ -118,37 +121,31 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
         TnregError: Settings that do not fit, or a run that is there was made with other ones; or
             trainings failed: then the rest is complete.
 
-    Processes are spawned if ``config.workers`` > 1: a script of your own then needs
-    ``if __name__ == "__main__":``. For a cluster, and for any other field that varies, see ``sweep``.
-
-    Started by torchrun, all processes call this with the same arguments and work on one training
-    together, one training after the other. Rank 0 reads and writes the files, and tells the others.
+    Started by torchrun, all processes call this with the same arguments and work on one training after
+    the other together. For a cluster, and for any other field that varies, see ``sweep``.
     """
     check_integer(config.workers, 1, "locality: workers")
     if not config.until >= 0:
-        raise OptionError(
-            f"locality: until must be seconds >= 0, found {config.until!r}.", argument="until"
-        )
+        message = f"locality: until must be seconds >= 0, found {config.until!r}."
+        raise OptionError(message, argument="until")
     with joined(config.device) as processes:
         end = time.monotonic() + config.until if config.until else math.inf
         work = functools.partial(_work, execution=config.execution, deadline=end)
         if processes.count == 1:
             return _sweep(config, folder, progress, work)
         if config.workers > 1:
-            raise OptionError(
-                f"locality: {processes.count} processes train together here, one training after the "
-                "other; leave workers at 1.",
-                argument="workers",
+            message = (
+                f"locality: {processes.count} processes train together here, one training after "
             )
+            raise OptionError(f"{message}the other; leave workers at 1.", argument="workers")
         return _sweep_together(processes, config, folder, progress, work)
 
 
 def cells(config: Config) -> list[dict[str, Any]]:
     """Return the settings of every training: all arms of a distance, all distances of a seed."""
     if not (config.arms and config.distances and config.seeds):
-        raise OptionError(
-            "locality: give at least one arm, one distance and one seed.", argument="arms"
-        )
+        message = "locality: give at least one arm, one distance and one seed."
+        raise OptionError(message, argument="arms")
     for name in ("arms", "distances", "seeds"):
         values = getattr(config, name)
         if len(set(values)) < len(values):
@@ -169,9 +166,8 @@ def check(cell: Mapping[str, Any]) -> None:
     """Raise an ``OptionError`` for settings that no training takes."""
     for name, choices in (("arm", ARMS), ("set", SETS)):
         if cell[name] not in choices:
-            raise OptionError(
-                f"locality: no {name} {cell[name]!r}; there is {', '.join(choices)}.", argument=name
-            )
+            message = f"locality: no {name} {cell[name]!r}; there is {', '.join(choices)}."
+            raise OptionError(message, argument=name)
 
 
 def _sweep(
@@ -184,11 +180,11 @@ def _sweep(
         workers=0 if alone else config.workers, threads=None if alone else 1, progress=progress,
     )  # fmt: skip
     if failed := result.failed:
-        raise TnregError(
+        message = (
             f"{len(failed)} of {len(failed) + len(result.rows)} trainings failed; the same command "
-            "tries them again.\n"
-            + "\n".join(f"  {names}: {error}" for error, names in _by_error(failed).items())
         )
+        errors = (f"\n  {names}: {error}" for error, names in _by_error(failed).items())
+        raise TnregError(f"{message}tries them again.{''.join(errors)}")
     if not result.rows and going_on(folder):  # the sweep draws what is finished
         figure(folder)
     return result.rows
@@ -206,7 +202,7 @@ def _by_error(failed: Sequence[sweep.Failed]) -> dict[str, str]:
 
 
 class _Ended(BaseException):
-    """What ends the whole sweep and not one cell: processes that are not all at the same place."""
+    """An error that ends the whole sweep, not one cell: processes are not all at the same place."""
 
 
 def _sweep_together(
@@ -216,28 +212,27 @@ def _sweep_together(
 
     def lead(cell: dict[str, Any], beside: Path, checkpoint: Path) -> dict[str, Any]:
         try:
-            processes.from_first(lambda: cell)
-            return work(cell, beside, checkpoint)
+            return work(processes.from_first(lambda: cell), beside, checkpoint)
         except Exception as error:
             if isinstance(error, TnregError) and not isinstance(error, ProcessLost):
                 raise  # the others have it as well, and wait for the next cell
-            raise _Ended from error
+            raise _Ended(error) from None
 
     if processes.rank == 0:
         try:
             return processes.from_first(lambda: _sweep(config, folder, progress, lead))
         except _Ended as ended:
-            raise ended.__cause__ from None  # type: ignore[misc]
+            raise ended.args[0] from None
     while True:
         message: Any = processes.from_first(dict)  # a cell, or the rows of all
         if not isinstance(message, dict):
             return list(message)
         try:
             work(message, Path(), Path())
-        except ProcessLost:
-            raise
-        except TnregError:
-            pass  # rank 0 has it as well, and reports it
+        except TnregError as error:
+            if isinstance(error, ProcessLost):
+                raise
+            # else rank 0 has it as well, and reports it
 
 
 def _work(
@@ -255,7 +250,7 @@ def _work(
     def load() -> list[images.ImageSet]:
         if time.monotonic() >= deadline:
             raise Unfinished("the time is over before it was begun", {"epochs": 0})
-        return [_images(training, place, split) for split in ("train", "test")]
+        return [_images(training, place, split) for split in _SPLITS]
 
     with joined(training.device) as processes:
         data, test = processes.from_first(load)
@@ -267,29 +262,37 @@ def _work(
 
 
 def _prepare(missing: list[dict[str, Any]], place: Path, progress: bool) -> None:
-    """Make the sets of Pathfinder, each once and with all processors."""
-    for cell in missing:
-        if cell["set"] == "pathfinder":
-            for split in ("train", "test"):
-                _images(Training(**cell), place, split, progress)
+    """Make the sets of Pathfinder, or see that they can be read, each once and with all processors."""
+    sets = {
+        _set_of(training, place, split): (training, split)
+        for training in (Training(**cell) for cell in missing if cell["set"] == "pathfinder")
+        for split in _SPLITS
+    }
+    for training, split in sets.values():
+        _images(training, place, split, progress)
+
+
+def _set_of(training: Training, place: Path, split: _Split) -> tuple[int, int, Path]:
+    """Return the size of a set, its seed, and where a sweep keeps it if it is one of Pathfinder."""
+    count = training.train if split == "train" else training.test
+    seed = training.seed if training.data_seed is None else training.data_seed
+    name = f"{training.distance}-{training.size}-{split}-{seed}-{count}.npz"
+    return count, seed, place / "sets" / f"{'matched-' if training.matched else ''}{name}"
 
 
 def _images(
-    training: Training, place: Path, split: Literal["train", "test"], progress: bool = False
+    training: Training, place: Path, split: _Split, progress: bool = False
 ) -> images.ImageSet:
-    """Return the set of a training; Pathfinder sets are kept in ``sets``, as they take minutes."""
-    seed = training.seed if training.data_seed is None else training.data_seed
-    count = training.train if split == "train" else training.test
-    distance, size, matched = training.distance, training.size, training.matched
+    """Return the set of a training."""
+    distance, (count, seed, path) = training.distance, _set_of(training, place, split)
     if training.set != "pathfinder":
         source = training.source if training.set == "cifar" else "digits"
         return images.is_same_class(count, distance=distance, source=source, split=split, seed=seed)
-    name = f"{'matched-' if matched else ''}{distance}-{size}-{split}-{seed}-{count}.npz"
-    path = place / "sets" / name
-    if not path.exists():
+    if not path.exists():  # making it takes minutes
         path.parent.mkdir(exist_ok=True)
         images.pathfinder(
-            count, length=distance, size=size, matched=matched, split=split, seed=seed, progress=progress
+            count, length=distance, size=training.size, matched=training.matched, split=split,
+            seed=seed, progress=progress,
         ).save(path)  # fmt: skip
     return images.load(path)
 

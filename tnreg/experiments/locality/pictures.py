@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABELS = {
-    "igc": "input gradient change",
-    "interaction": "interaction energy",
-    "weight-decay": "weight decay",
-}
+    "igc": "input gradient change", "interaction": "interaction energy", "weight-decay": "weight decay",
+}  # fmt: skip
 
 # Means and deviations of test accuracy (%) by distance, ResNet-18, Razin, Maman and Cohen (2022): Pathfinder
 # as printed; CIFAR-10 read off a plot, without deviations.
@@ -48,40 +44,22 @@ def table(
     ``cost an epoch`` the same by epoch; NaN without a plain arm. The deviation is that of a sample (n - 1).
     """
     by = [name for name in fields if name != "seed"]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
 
-    def key(row: dict[str, Any], **changed: str) -> str:
-        return json.dumps([{**row, **changed}[name] for name in by])
+    def costs(mean: dict[str, Any], arm: str) -> list[float]:
+        """Return mean epochs, seconds and seconds an epoch of an arm with the same other fields."""
+        group = [row for row in rows if all(row[n] == {**mean, "arm": arm}[n] for n in by)]
+        numbers = [(row["epochs"], row["seconds"], row["seconds"] / row["epochs"]) for row in group]
+        return [float(number) for number in np.mean(numbers or [(np.nan, np.nan, np.nan)], axis=0)]
 
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        for row in rows:
-            if row["arm"] == arm:
-                groups.setdefault(key(row), []).append(row)
     means = []
-    for group in groups.values():
-        accuracies = np.array([row["test accuracy"] for row in group])
-        seconds, epoch = _seconds(group)
-        plain, plain_epoch = _seconds(groups.get(key(group[0], arm="plain"), []))
-        means.append(
-            {
-                **{name: group[0][name] for name in by},
-                "seeds": len(group),
-                "test accuracy": float(accuracies.mean()),
-                "deviation": float(accuracies.std(ddof=1)) if len(group) > 1 else math.nan,
-                "epochs": float(np.mean([row["epochs"] for row in group])),
-                "seconds": seconds,
-                "cost": seconds / plain,
-                "cost an epoch": epoch / plain_epoch,
-            }
-        )
+    ordered = sorted(rows, key=lambda row: arms.index(row["arm"]))
+    for mean in sweep_figure.means(ordered, fields, "test accuracy"):
+        epochs, seconds, epoch = costs(mean, mean["arm"])
+        _, plain, plain_epoch = costs(mean, "plain")
+        relative = {"cost": seconds / plain, "cost an epoch": epoch / plain_epoch}
+        means.append({**mean, "epochs": epochs, "seconds": seconds, **relative})
     return means
-
-
-def _seconds(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the mean seconds of trainings and of their epochs; NaN without a training."""
-    seconds = [(row["seconds"], row["seconds"] / row["epochs"]) for row in rows]
-    whole, epoch = np.mean(seconds or [(np.nan, np.nan)], axis=0)
-    return float(whole), float(epoch)
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
@@ -116,14 +94,7 @@ def picture(
     fields: Sequence[str],
     config: Mapping[str, Any],
 ) -> Figure:
-    """Draw rows of ``table`` and of ``going_on`` beside the published values.
-
-    Args:
-        means: Trainings that are finished.
-        begun: Trainings that are not.
-        fields: Fields of the rows.
-        config: Names of ``set`` and ``model``.
-    """
+    """Draw rows of ``table`` and of ``going_on`` beside the published values of ``config["set"]``."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(5.4, 3.8), layout="constrained")

@@ -104,11 +104,7 @@ class Execution:
 def penalty_of(
     settings: Settings, arm: str, seed: int, data: ImageSet
 ) -> InputGradientChange | InteractionEnergy | None:
-    """Return the penalty that an arm adds, at ``settings.patches``; ``None`` for arms without one.
-
-    Raises:
-        OptionError: Patches that these images do not have.
-    """
+    """Return the penalty that an arm adds, at ``settings.patches``; ``None`` for arms without one."""
     if arm not in ("igc", "interaction"):
         return None
     patches = _patches(settings, seed, data)
@@ -121,24 +117,20 @@ def penalty_of(
 
 
 def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:
-    kind = settings.patches
-    if kind == "random":
-        return RandomPatches(settings.patch_size, seed=seed)
-    if kind == "differing":
-        return DifferingPatches(settings.patch_size, seed=seed)
-    if not data.boxes:
-        raise OptionError(
-            f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or 'differing'.",
-            argument="patches",
-        )
-    if kind == "images":
-        return PresetPatches(data.boxes, seed=seed)
+    kind, boxes = settings.patches, data.boxes
+    if kind in ("random", "differing"):
+        squares = RandomPatches if kind == "random" else DifferingPatches
+        return squares(settings.patch_size, seed=seed)
+    if not boxes:
+        message = f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or "
+        raise OptionError(f"{message}'differing'.", argument="patches")
     if kind == "off":
-        return PresetPatches(data.control_boxes, seed=seed)
-    if kind == "near":
-        top, left, bottom, right = data.boxes[0]
+        boxes = data.control_boxes
+    elif kind == "near":
+        top, left, bottom, right = boxes[0]
         middle = (top + bottom) // 2
-        return PresetPatches([(top, left, middle, right), (middle, left, bottom, right)], seed=seed)
-    raise OptionError(
-        f"no patches {kind!r}; there is images, off, near, random, differing.", argument="patches"
-    )
+        boxes = ((top, left, middle, right), (middle, left, bottom, right))
+    elif kind != "images":
+        message = f"no patches {kind!r}; there is images, off, near, random, differing."
+        raise OptionError(message, argument="patches")
+    return PresetPatches(boxes, seed=seed)

@@ -2,8 +2,8 @@
 
 A state is exact and in one file, or it travels: then it is at most 56 MiB, in parts of at most 14 MiB, and
 ``NAME.checkpoint`` is a list in JSON of the parts beside it. Where the optimizer's momentum does not fit
-into that beside the weights it is kept in bfloat16, and where that does not fit either it is left out and
-starts at zero; the state says which. For ResNet-18 the weights alone are 42.6 MiB, so it is left out.
+it is kept in bfloat16 or left out, and then starts at zero; the state says which. For ResNet-18 the weights
+alone are 42.6 MiB, so it is left out.
 """
 
 from __future__ import annotations
@@ -36,20 +36,12 @@ def check_travels(net: nn.Module) -> None:
     """Raise an ``OptionError`` for a network whose weights alone are too large to travel."""
     size = sum(value.nbytes for value in net.state_dict().values())
     if size + _BESIDE > _WHOLE:
-        raise OptionError(
-            f"the network has {size:,} bytes of weights; a state that travels has at most {_WHOLE:,}.\n"
-            "  leave out portable, and the state is one file"
-        )
+        message = f"the network has {size:,} bytes of weights; a state that travels has at most {_WHOLE:,}."
+        raise OptionError(f"{message}\n  leave out portable, and the state is one file")
 
 
 def write_state(path: Path, state: Mapping[str, Any], *, portable: bool) -> None:
-    """Write a state whole or not at all, and remove the parts of the one before.
-
-    Args:
-        path: Replaced if it is there.
-        state: What ``torch.load`` reads with ``weights_only``; the optimizer's state under "optimizer".
-        portable: Whether it is to travel.
-    """
+    """Write a state, its optimizer's under "optimizer", whole or not at all; remove the parts before it."""
     parts: list[Path] = []
     if not portable:
         save_whole(path, state)
@@ -61,8 +53,9 @@ def write_state(path: Path, state: Mapping[str, Any], *, portable: bool) -> None
             parts.append(path.with_name(f"{path.name}.{digest[:8]}.{i}-of-{len(pieces)}"))
             write_whole(parts[-1], functools.partial(Path.write_bytes, data=piece))
         names = [part.name for part in parts]
-        text = json.dumps({"format": _PARTS, "sha256": digest, "parts": names}, indent=1) + "\n"
-        write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        write_text(
+            path, json.dumps({"format": _PARTS, "sha256": digest, "parts": names}, indent=1) + "\n"
+        )
     _remove_parts(path, parts)
 
 
@@ -82,10 +75,8 @@ def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         raise no_checkpoint(path, error, "folder") from None
     if before != json.loads(json.dumps(about)):
-        raise OptionError(
-            f"{path} is of a training with other settings.\n"
-            f"  delete {path}, or choose another folder"
-        )
+        message = f"{path} is of a training with other settings."
+        raise OptionError(f"{message}\n  delete {path}, or choose another folder")
     return state
 
 
@@ -95,33 +86,17 @@ def remove_state(path: Path) -> None:
     _remove_parts(path, [])
 
 
-class History:
-    """The rows of a training as they come, one line an epoch, for whoever looks meanwhile."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        name = checkpoint.name.removesuffix(".checkpoint")
-        self.path = checkpoint.with_name(f"{name}.history.csv")
-        self.begun = False
-
-    def add(self, rows: Trajectory) -> None:
-        """Add the last row; the first time write all rows anew."""
-        if self.begun:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(rows_of(rows, len(rows) - 1))
-        else:
-            text = rows_of(rows)
-            write_whole(self.path, lambda beside: beside.write_text(text, encoding="utf-8"))
-        self.begun = True
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    write_whole(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
 
 
-def rows_of(rows: Trajectory, first: int = 0) -> str:
-    """Return the rows from the first one on as CSV, with a header before row 0."""
-    text = io.StringIO()
+def rows_of(rows: Trajectory) -> str:
+    """Return the rows of a training, one an epoch, as CSV."""
+    text, columns = io.StringIO(), (rows[name].tolist() for name in rows.names)
     writer = csv.writer(text, lineterminator="\n")
-    if first == 0:
-        writer.writerow(["epoch", *rows.names])
-    for k in range(first, len(rows)):
-        writer.writerow([int(rows.steps[k]), *(float(rows[name][k]) for name in rows.names)])
+    writer.writerow(["epoch", *rows.names])
+    writer.writerows(zip(rows.steps.tolist(), *columns, strict=True))
     return text.getvalue()
 
 
@@ -149,20 +124,18 @@ def _remove_parts(path: Path, but: list[Path]) -> None:
 
 def _small_enough(state: Mapping[str, Any]) -> bytes:
     """Return the state in bytes, with as much of the momentum as fits."""
-    momentum = state["optimizer"]["state"]
+    momentum, wide = state["optimizer"]["state"], (torch.float32, torch.float64)
     halves = {
-        key: {name: _half(value) for name, value in values.items()}
+        key: {
+            name: value.bfloat16() if isinstance(value, Tensor) and value.dtype in wide else value
+            for name, value in values.items()
+        }
         for key, values in momentum.items()
     }
-    for kept, some in (("exact", momentum), ("bfloat16", halves), ("left out", {})):
+    for kept, values in (("exact", momentum), ("bfloat16", halves), ("left out", {})):
         raw = io.BytesIO()
-        optimizer = {**state["optimizer"], "state": some}
+        optimizer = {**state["optimizer"], "state": values}
         torch.save({**state, "optimizer": optimizer, "momentum": kept}, raw)
         if raw.tell() <= _WHOLE:
             return raw.getvalue()
     raise AssertionError("check_travels was not asked")
-
-
-def _half(value: Any) -> Any:
-    wide = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
-    return value.bfloat16() if wide else value

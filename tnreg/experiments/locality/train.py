@@ -1,17 +1,15 @@
 """One training of ``locality``: a network, an image set, perhaps a penalty, into a run folder.
 
-The loop is written out here: it is short and has to be resumed bit for bit, penalties and random streams
-included, which a trainer library would hide. Images stay on the device, as bytes where they are; all that
-is random is drawn on the CPU, and nothing in a step waits for the device.
+The loop is written out here: it has to be resumed bit for bit, penalties and random streams included.
+Images stay on the device, as bytes where they are; all that is random is drawn on the CPU, and nothing in
+a step waits for the device.
 
 A run folder holds ``config.json``, ``model.safetensors``, and one row per epoch as ``trajectory.npz`` and
 ``history.csv``. While it trains, ``FOLDER.checkpoint`` beside it holds the state after some epoch, and
-``FOLDER.history.csv`` the rows so far. A training that a deadline ends leaves these two, and goes on from
-them, on this machine or on another.
+``FOLDER.history.csv`` the rows so far. A training that a deadline ends goes on from them, on any machine.
 
-Under torchrun the processes train one network on parts of every batch: its updates are those of one
-process with the whole batch, penalties included, but for rounding. Only dropout draws masks of its own in
-every process. Rank 0 alone reads and writes files.
+Under torchrun the processes train one network on parts of every batch, and rank 0 alone reads and writes
+files. Updates are those of one process with the whole batch but for rounding and the masks of dropout.
 """
 
 from __future__ import annotations
@@ -36,12 +34,12 @@ from tnreg.errors import DataError, OptionError, check_integer
 from tnreg.experiments.locality.settings import ARMS, Execution, Settings, penalty_of
 from tnreg.experiments.locality.state import (
     FORMAT,
-    History,
     check_travels,
     read_state,
     remove_state,
     rows_of,
     write_state,
+    write_text,
 )
 from tnreg.experiments.nets import as_input, build
 from tnreg.experiments.sweep.cell import Unfinished
@@ -75,9 +73,9 @@ def train(
 
     On a CPU the same settings give the same weights bit for bit, interrupted or not, but where a state that
     travels lost some of the momentum. Denormal numbers are flushed to zero while it runs: with them single
-    steps of the penalties are ten times slower. In several processes (torchrun's, or those of a group of
-    torch.distributed) all call this with the same arguments and train together. Another number of processes
-    may go on from a checkpoint; dropout masks are then not those of the uninterrupted training.
+    steps of the penalties are ten times slower. Several processes (torchrun's, or those of a group of
+    torch.distributed) all call this with the same arguments. Another number of them may go on from a
+    checkpoint; dropout masks are then not those of the uninterrupted training.
 
     Args:
         settings: All but the two that follow.
@@ -87,8 +85,7 @@ def train(
         test: Test images. They choose nothing: the accuracy that counts is that of the last epoch.
         folder: Where the run goes.
         about: What made the sets, for ``config.json``; a run goes on only where it is the same.
-        checkpoint: Where the state is kept while it trains, ``.checkpoint`` at its end;
-            ``FOLDER.checkpoint`` if left out.
+        checkpoint: Where the state is kept while it trains; ``FOLDER.checkpoint`` if left out.
         execution: How it is carried out.
         deadline: Reading of ``time.monotonic()`` before which the training ends, with its state written. No
             epoch is begun that would end too late if it took half as long again as the longest so far.
@@ -107,8 +104,7 @@ def train(
         raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.", argument="arm")
     for name in ("epochs", "stop_epochs", "batch", "test_every"):
         check_integer(getattr(settings, name), 1, f"locality: {name}")
-    about = {"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)}
-    saved = _Saved()
+    run = _Run({"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)})
 
     def places() -> tuple[Path, Path]:
         place = check_folder(folder)
@@ -119,109 +115,88 @@ def train(
         with joined(settings.device) as processes:
             device = processes.device
             _check_batches(len(data.images), settings.batch, processes.count)
-            place, saved.path = processes.from_first(places)
+            run.folder, run.checkpoint = processes.from_first(places)
             cuda = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(devices=cuda), _fast():
                 torch.manual_seed(seed)
                 state = _State(settings, arm, seed, data, processes, execution)
                 try:
-                    return _train(state, test, place, about, saved, deadline)
+                    return _train(state, test, run, deadline)
                 finally:
                     state.graphs = None  # they hold the state, and memory of the device
     except ProcessLost as lost:
-        raise ProcessLost(f"{lost}\n  {saved}") from None
+        raise ProcessLost(f"{lost}\n  {run}") from None
 
 
-def _train(
-    state: _State,
-    test: ImageSet,
-    place: Path,
-    about: dict[str, Any],
-    saved: _Saved,
-    deadline: float,
-) -> dict[str, Any]:
+def _train(state: _State, test: ImageSet, run: _Run, deadline: float) -> dict[str, Any]:
     """Train from the checkpoint, if there is one, to the run folder."""
-    processes, execution = state.processes, state.execution
+    from_first, execution = state.processes.from_first, state.execution
+    name = run.checkpoint.name.removesuffix(".checkpoint")
+    history = run.checkpoint.with_name(f"{name}.history.csv")
 
     def decide(flag: bool) -> bool:
-        return processes.from_first(lambda: flag)
+        return from_first(lambda: flag)
 
-    def write_state() -> None:
-        state.write(saved.path, about)
-        saved.epochs = len(state.rows)
-
-    state.read(saved.path, about)
-    saved.epochs = len(state.rows)
-    history = History(saved.path)
-    test_x, test_y = (part.to(processes.device) for part in _tensors(test))
+    state.read(run)
+    test_x, test_y = (part.to(state.x.device) for part in _tensors(test))
     longest = state.seconds["seconds"] / max(len(state.rows), 1)
     written = time.monotonic()
     while not state.stopped():
         # of the longest epoch and half of it more, for the state and what else has to end
         if decide(time.monotonic() + 1.5 * longest >= deadline):
-            if saved.epochs < len(state.rows):
-                write_state()
-            raise Unfinished(f"the time is over; {saved}", state.progress())
+            if run.epochs < len(state.rows):
+                state.write(run)
+            raise Unfinished(f"the time is over; {run}", state.progress())
         began = time.monotonic()
         row = state.epoch()
         epoch = len(state.rows) + 1
         tested = epoch % state.settings.test_every == 0
         row["test accuracy"] = state.accuracy(test_x, test_y) if tested else math.nan
         state.rows.append(epoch, row)
-        processes.from_first(lambda: history.add(state.rows))
+        from_first(lambda: write_text(history, rows_of(state.rows)))
         if decide(time.monotonic() - written >= execution.checkpoint_seconds):
-            write_state()
+            state.write(run)
             written = time.monotonic()
         longest = max(longest, time.monotonic() - began)
     summary = state.summary(state.accuracy(test_x, test_y))
 
     def write_run() -> dict[str, Any]:
-        with folder_written_whole(place) as beside:
+        with folder_written_whole(run.folder) as beside:
             if execution.model_file:
                 save_model(state.net, str(beside / "model.safetensors"))
             state.rows.save(beside / "trajectory.npz")
             (beside / "history.csv").write_text(rows_of(state.rows), encoding="utf-8")
             config = {
-                **versions(), "experiment": "locality_run", "config": about,
+                **versions(), "experiment": "locality_run", "config": run.about,
                 "inputs": state.inputs, "summary": summary,
             }  # fmt: skip
             text = json.dumps(config, indent=1) + "\n"
             (beside / "config.json").write_text(text, encoding="utf-8")
-        remove_state(saved.path)
-        history.path.unlink(missing_ok=True)
+        remove_state(run.checkpoint)
+        history.unlink(missing_ok=True)
         return summary
 
-    return processes.from_first(write_run)
+    return from_first(write_run)
 
 
-class _Saved:
-    """What can be said of the checkpoint when the training cannot go on: its path, its epochs."""
+@dataclasses.dataclass
+class _Run:
+    """Where a run goes, and what can be said of its checkpoint when the training cannot go on."""
 
-    path, epochs = Path(), 0
+    about: dict[str, Any]
+    folder: Path = Path()
+    checkpoint: Path = Path()
+    epochs: int = 0  # that the checkpoint has
 
     def __str__(self) -> str:
         if not self.epochs:
             return "no state was written yet; the same command starts again"
-        return (
-            f"the state after epoch {self.epochs} is in {self.path}; "
-            "the same command goes on from there"
-        )
+        state = f"the state after epoch {self.epochs} is in {self.checkpoint}"
+        return f"{state}; the same command goes on from there"
 
 
 class _State:
-    """Everything that changes along a training.
-
-    Attributes:
-        net: The network.
-        wrapped: It, or in several processes the ``DistributedDataParallel`` around it.
-        penalty: That of the arm, or ``None``.
-        rows: One row per epoch.
-        host: The images on the CPU.
-        x: The images on the device.
-        inputs: Mean and deviation by which images are standardized, or ``None``.
-        sums: Of the epoch so far: loss of the images, right answers, penalty.
-        graphs: Steps as CUDA graphs, where that is asked for.
-    """
+    """Everything that changes along a training."""
 
     def __init__(
         self,
@@ -259,13 +234,14 @@ class _State:
         self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
         self.epoch_seconds: list[float] = []  # in this process
         self.resumed: list[dict[str, Any]] = []
-        self.host, labels = _tensors(data)
+        self.host, labels = _tensors(data)  # images on the CPU, for what is drawn
         self.x, self.y = self.host.to(device), labels.to(device)
         self.inputs = _standard(data) if settings.standardize else None
         self.scale = [
             torch.tensor(numbers, dtype=_dtype(settings), device=device).view(-1, 1, 1)
             for numbers in (self.inputs or {}).values()
         ]
+        # of the epoch so far: loss of the images, right answers, penalty
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         if execution.portable:
             check_travels(self.net)
@@ -286,9 +262,8 @@ class _State:
         self.seconds["seconds"] += self.epoch_seconds[-1]
         total = self.processes.sum(torch.tensor(sums, dtype=torch.float64, device=self.x.device))
         if not bool(torch.isfinite(total).all()):
-            raise DataError(
-                f"the loss is not finite in epoch {len(self.rows) + 1}; take a smaller lr or penalty."
-            )
+            message = f"the loss is not finite in epoch {len(self.rows) + 1}"
+            raise DataError(f"{message}; take a smaller lr or penalty.")
         loss, right, penalty, cpu_seconds = total.tolist()
         self.seconds["cpu seconds"] += cpu_seconds
         return {
@@ -322,8 +297,8 @@ class _State:
         if getattr(self.penalty.patches, "shape_only", False) and self.processes.count == 1:
             # few different shapes for a GPU; on a CPU no image more than needed
             multiple = 1 if self.x.device.type == "cpu" else 8
-            drawn = self.penalty.draw(self.wrapped, self.host[order], multiple=multiple)
-            return drawn.to(self.x.device)
+            images = self.host[order]
+            return self.penalty.draw(self.wrapped, images, multiple=multiple).to(self.x.device)
         return self.penalty.draw(self.wrapped, self._scaled(self.x[there]))
 
     def update(self, index: Tensor, weight: float, drawn: Draw | None, share: float = 1.0) -> None:
@@ -343,14 +318,9 @@ class _State:
         samples: Tensor | None = None,
         share: float = 1.0,
     ) -> None:
-        """Update once.
+        """Update once by the images of some numbers, with the boxes and samples that the penalty has drawn.
 
-        Args:
-            index: Numbers of the images, on the device.
-            weight: That of the penalty.
-            pair: The boxes that the penalty has drawn; ``None`` for a step without a penalty.
-            samples: The samples that it has drawn, if it has.
-            share: Factor of the loss.
+        Without boxes there is no penalty. ``share`` is a factor of the loss.
         """
         images, labels = self._scaled(self.x[index]), self.y[index]
         penalty = None
@@ -393,9 +363,8 @@ class _State:
     def stopped(self) -> bool:
         """Return whether this is the last epoch, or there were enough good ones in a row; note which."""
         epochs, wanted = len(self.rows), self.settings.stop_epochs
-        good = epochs >= wanted and bool(
-            (self.rows.last("train accuracy", wanted) >= self.settings.stop_above).all()
-        )
+        last = self.rows.last("train accuracy", wanted) if epochs >= wanted else [-math.inf]
+        good = bool(min(last) >= self.settings.stop_above)
         ended = epochs >= self.settings.epochs
         if ended or good:
             self.rows.stop_reason = "epochs" if ended else "train accuracy"
@@ -432,12 +401,13 @@ class _State:
         parts = {"net": self.net, "optimizer": self.optimizer, "penalty": self.penalty}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def write(self, path: Path, about: dict[str, Any]) -> None:
+    def write(self, run: _Run) -> None:
         """Have rank 0 write the state, with the random numbers of all."""
-        random, *others = self.processes.every(_random_state())
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        random, *others = self.processes.every({"random": torch.get_rng_state(), "cuda": cuda})
         state = {
             "format": FORMAT,
-            "about": json.dumps(about),
+            "about": json.dumps(run.about),
             "penalty": None,
             **{name: part.state_dict() for name, part in self._parts().items()},
             "shuffle": self.shuffle.get_state(),
@@ -449,12 +419,14 @@ class _State:
             "found": torch.frombuffer(bytearray(self.rows.to_bytes()), dtype=torch.uint8),
         }
         portable = self.execution.portable
-        self.processes.from_first(lambda: write_state(path, state, portable=portable))
+        self.processes.from_first(lambda: write_state(run.checkpoint, state, portable=portable))
+        run.epochs = len(self.rows)
 
-    def read(self, path: Path, about: dict[str, Any]) -> None:
+    def read(self, run: _Run) -> None:
         """Go on from the checkpoint that rank 0 has, if it has one."""
+        path = run.checkpoint
         state = self.processes.from_first(
-            lambda: read_state(path, about) if path.exists() else None
+            lambda: read_state(path, run.about) if path.exists() else None
         )
         if state is None:
             return
@@ -464,25 +436,25 @@ class _State:
             self.shuffle.set_state(state["shuffle"])
             random = [state, *state.get("others", [])]
             if self.processes.rank == 0 or len(random) == self.processes.count:
-                _set_random_state(random[self.processes.rank])
+                own = random[self.processes.rank]
+                torch.set_rng_state(own["random"])
+                if own["cuda"] is not None and torch.cuda.is_available():
+                    torch.cuda.set_rng_state(own["cuda"])
             self.seconds = dict(state["seconds"])
             self.rows = Trajectory.from_bytes(state["found"].numpy().tobytes())
-            change = {"from": state["device"], "on": _device_name(self.x.device)}
-            momentum = state.get("momentum", "exact")
-            now = {"epoch": len(self.rows), "momentum": momentum, **change}
-            self.resumed = [*state["resumed"], now]
+            now = {"epoch": len(self.rows), "momentum": state.get("momentum", "exact")}
+            devices = {"from": state["device"], "on": _device_name(self.x.device)}
+            self.resumed = [*state["resumed"], now | devices]
         except Exception as error:  # the training ends here, so that nothing has to be put back
             raise no_checkpoint(path, error, "folder") from None
+        run.epochs = len(self.rows)
 
 
 def check_graph(device: torch.device, processes: int) -> None:
     """Raise an ``OptionError`` where steps cannot be CUDA graphs."""
     if device.type != "cuda" or processes > 1:
-        raise OptionError(
-            f"locality: graph needs a CUDA device and one process, found {device} and {processes}.\n"
-            "  leave graph out",
-            argument="graph",
-        )
+        message = f"graph needs a CUDA device and one process, found {device} and {processes}."
+        raise OptionError(f"locality: {message}\n  leave graph out", argument="graph")
 
 
 def _sizes(count: int, batch: int) -> list[int]:
@@ -499,9 +471,8 @@ def _check_batches(count: int, batch: int, processes: int) -> None:
 
     if processes == 1 or fits(batch):
         return
-    sizes = sorted(range(processes, count + 1), key=lambda size: (abs(size - batch), size))
-    size = next(filter(fits, sizes), None)
-    instead = f"take e.g. batch {size}" if size else f"take {count} processes or fewer"
+    sizes = sorted(filter(fits, range(processes, count + 1)), key=lambda size: abs(size - batch))
+    instead = f"take e.g. batch {sizes[0]}" if sizes else f"take {count} processes or fewer"
     raise OptionError(
         f"locality: {count} images in batches of {batch} leave {_sizes(count, batch)[-1:] or 'none'} "
         f"for a last batch of {processes} processes, and each needs an image of it; {instead}.",
@@ -511,9 +482,8 @@ def _check_batches(count: int, batch: int, processes: int) -> None:
 
 def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
     """Return the network with batch normalization by the statistics of the whole batch."""
-    if processes.count == 1 or not any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()
-    ):
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if processes.count == 1 or not norms:
         return net
     if processes.device.type != "cuda":
         raise OptionError(
@@ -523,17 +493,6 @@ def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
         )
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
     return converted
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    return {"random": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["random"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
@@ -547,16 +506,14 @@ def _dtype(settings: Settings) -> torch.dtype:
 def _standard(data: ImageSet) -> dict[str, list[float]]:
     """Return mean and standard deviation of every channel, of images as networks get them without."""
     images = torch.from_numpy(data.images)
-    count = images[:, 0].numel()
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros(images.shape[1], dtype=torch.float64)
-        for some in torch.split(images, _EVALUATED):  # not all in double precision at once
-            total += function(as_input(some, torch.float64)).sum((0, 2, 3))
-        return total / count
+        parts = torch.split(images, _EVALUATED)  # not all in double precision at once
+        sums = (function(as_input(part, torch.float64)).sum((0, 2, 3)) for part in parts)
+        return sum(sums, torch.zeros(1, dtype=torch.float64)) / images[:, 0].numel()
 
-    mean = mean_of(lambda some: some)
-    deviation = mean_of(lambda some: (some - mean.view(-1, 1, 1)).square()).sqrt()
+    mean = mean_of(lambda part: part)
+    deviation = mean_of(lambda part: (part - mean.view(-1, 1, 1)).square()).sqrt()
     return {"mean": mean.tolist(), "deviation": deviation.clamp(min=1e-12).tolist()}
 
 
