@@ -39,109 +39,28 @@ from tnreg.machine.processes import Processes
 from tnreg.training import cuda_graph
 
 QUICK = Settings(epochs=4, test_every=2, igc_every=1, interaction_every=2, lr=0.02)
+SETS = {"train": 130, "test": 50}
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return tuple(
-        images.is_same_class(count, distance=24, seed=1, split=split)
-        for count, split in ((130, "train"), (50, "test"))
-    )
+    return [images.is_same_class(n, distance=24, seed=1, split=s) for s, n in SETS.items()]
 
 
-@pytest.mark.parametrize(("make", "count"), [(nets.SmallCNN, 76_593), (nets.ResNet18, 11_170_753)])
-def test_networks(make, count):
-    net = make()
-    assert sum(p.numel() for p in net.parameters()) == count
-    assert net(torch.randn(2, 1, 64, 64)).shape == (2, 1)
-    assert make(3, 5)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
-    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in make(dropout=0.5).modules())
-    first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).weight
-    assert (
-        abs(float(first.detach().std()) / (2 / (9 if count < 1e6 else 64 * 49)) ** 0.5 - 1) < 0.15
-    )
+@pytest.fixture
+def run(pairs, tmp_path):
+    """Train into a folder of the test by settings like QUICK."""
 
+    def run(name, arm="plain", data=pairs, **changes):
+        options = {k: changes.pop(k) for k in ("execution", "deadline") if k in changes}
+        settings = dataclasses.replace(QUICK, **changes)
+        return train(settings, arm, 1, *data, tmp_path / name, **options)
 
-def test_network_by_import_path(monkeypatch):
-    module = types.ModuleType("someones")
-
-    def colour(weights=None, **options):
-        assert options == {"num_classes": 1}  # as torchvision's builders take it
-        net = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.LazyLinear(1)
-        )
-        return net
-
-    module.colour, module.number, module.bare = colour, lambda: 3, lambda: torch.nn.Flatten()
-    monkeypatch.setitem(sys.modules, "someones", module)
-    net = nets.build("someones:colour", 1)
-    assert net(torch.randn(2, 1, 8, 8)).shape == (2, 1)
-    assert isinstance(nets.build("someones:bare", 1), torch.nn.Flatten)
-    with pytest.raises(OptionError, match="has no keyword 'dropout'"):
-        nets.build("someones:colour", 1, dropout=0.5)
-    with pytest.raises(OptionError, match="gave a int, not an nn.Module"):
-        nets.build("someones:number", 1)
-    with pytest.raises(OptionError, match="takes 3 channels, the images have 2"):
-        nets.build("someones:colour", 2)
-    for name in ("nothing", "someones:none", "no_such_module:net", ":x"):
-        with pytest.raises(OptionError, match=f"no network '{name}'"):
-            nets.build(name, 1)
-
-
-@pytest.mark.parametrize("arm", locality_run.ARMS)
-def test_every_arm(arm, pairs, tmp_path):
-    before = torch.get_rng_state()
-    summary = train(QUICK, arm, 1, *pairs, tmp_path / "run")
-    assert torch.equal(before, torch.get_rng_state())
-    assert summary["epochs"] == 4 and summary["stopped by"] == "epochs"
-    assert 0 <= summary["test accuracy"] <= 1 and summary["cpu seconds"] > 0
-    assert (summary["penalty"] > 0) == (arm in ("igc", "interaction"))
-    about = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert about["config"]["arm"] == arm and about["summary"] == summary
-    found = Trajectory.load(tmp_path / "run" / "trajectory.npz")
-    assert found.names == ("loss", "penalty", "train accuracy", "test accuracy")
-    assert np.isfinite(found["test accuracy"]).tolist() == [False, True, False, True]
-    assert found["test accuracy"][-1] == summary["test accuracy"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
-    with open(tmp_path / "run" / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
-    assert [float(row["loss"]) for row in rows] == found["loss"].tolist()
-
-
-def test_all_arms_see_the_images_in_one_order(pairs, tmp_path, monkeypatch):
-    """Also those that draw random numbers in between."""
-    step, orders = locality_run._State.step, {}
-
-    def seen(self, index, *given, **named):
-        orders.setdefault(arm, []).append(index.tolist())
-        step(self, index, *given, **named)
-
-    monkeypatch.setattr(locality_run._State, "step", seen)
-    for arm in locality_run.ARMS:
-        train(QUICK, arm, 1, *pairs, tmp_path / arm)
-    assert all(order == orders["plain"] for order in orders.values())
-    first, second = ([*itertools.chain(*orders["plain"][i : i + 3])] for i in (0, 3))
-    assert sorted(first) == sorted(second) == list(range(130)) and first != second
+    return run
 
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
-
-
-def test_arms_that_add_nothing_are_plain(pairs, tmp_path):
-    """With weight 0, and with patches off the digits: a swap of background changes nothing."""
-    train(QUICK, "plain", 1, *pairs, tmp_path / "plain")
-    same = dataclasses.replace(QUICK, igc=0.0, interaction=0.0)
-    off = dataclasses.replace(QUICK, patches="off")
-    for arm in ("igc", "interaction"):
-        for name, settings in (("zero", same), ("off", off)):
-            train(settings, arm, 1, *pairs, tmp_path / f"{arm}-{name}")
-            there = weights(tmp_path / f"{arm}-{name}")
-            for key, value in weights(tmp_path / "plain").items():
-                assert torch.allclose(value, there[key], atol=0 if name == "zero" else 1e-4)
-    train(QUICK, "igc", 1, *pairs, tmp_path / "igc")
-    assert not torch.equal(weights(tmp_path / "igc")["head.weight"], value)
 
 
 def assert_same_run(one, other):
@@ -152,24 +71,88 @@ def assert_same_run(one, other):
     assert all(np.array_equal(a[name], b[name], equal_nan=True) for name in a.names)
 
 
-def test_interrupted_and_resumed_bit_for_bit(pairs, tmp_path, monkeypatch):
-    train(QUICK, "dropout", 1, *pairs, tmp_path / "whole")
-    epoch = locality_run._State.epoch
+@pytest.mark.parametrize(("make", "count"), [(nets.SmallCNN, 76_593), (nets.ResNet18, 11_170_753)])
+def test_networks(make, count):
+    net = make()
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert net(torch.randn(2, 1, 64, 64)).shape == (2, 1)
+    assert make(3, 5)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in make(dropout=0.5).modules())
+    first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).weight
+    he = (2 / (9 if count < 1e6 else 64 * 49)) ** 0.5
+    assert float(first.detach().std()) == pytest.approx(he, rel=0.15)
 
-    def interrupted(self):
-        if len(self.rows) == 2:
-            raise KeyboardInterrupt
-        return epoch(self)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(locality_run._State, "epoch", interrupted)
-        train(QUICK, "dropout", 1, *pairs, tmp_path / "cut")
-    assert (tmp_path / "cut.checkpoint").exists() and not (tmp_path / "cut").exists()
-    with pytest.raises(OptionError, match="of a training with other settings"):
-        train(dataclasses.replace(QUICK, lr=0.03), "dropout", 1, *pairs, tmp_path / "cut")
-    torch.rand(7)  # whatever else the process did with torch's generator
-    train(QUICK, "dropout", 1, *pairs, tmp_path / "cut")
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+def test_network_by_import_path(monkeypatch):
+    module = types.ModuleType("someones")
+
+    def colour(weights=None, **options):
+        assert options == {"num_classes": 1}  # as torchvision's builders take it
+        layers = torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.LazyLinear(1)
+        return torch.nn.Sequential(*layers)
+
+    module.colour, module.number, module.bare = colour, lambda: 3, lambda: torch.nn.Flatten()
+    monkeypatch.setitem(sys.modules, "someones", module)
+    assert nets.build("someones:colour", 1)(torch.randn(2, 1, 8, 8)).shape == (2, 1)
+    assert isinstance(nets.build("someones:bare", 1), torch.nn.Flatten)
+    for name, channels, options, message in (
+        ("someones:colour", 1, {"dropout": 0.5}, "has no keyword 'dropout'"),
+        ("someones:number", 1, {}, "gave a int, not an nn.Module"),
+        ("someones:colour", 2, {}, "takes 3 channels, the images have 2"),
+        *((n, 1, {}, f"no network '{n}'") for n in ("nothing", "someones:none", "no_one:net", ":x")),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            nets.build(name, channels, **options)
+
+
+@pytest.mark.parametrize("arm", locality_run.ARMS)
+def test_every_arm(arm, run, tmp_path):
+    before = torch.get_rng_state()
+    summary = run("run", arm)
+    assert torch.equal(before, torch.get_rng_state())
+    assert summary["epochs"] == 4 and summary["stopped by"] == "epochs"
+    assert 0 <= summary["test accuracy"] <= 1 and summary["cpu seconds"] > 0
+    assert (summary["penalty"] > 0) == (arm in ("igc", "interaction"))
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["config"]["arm"] == arm and about["summary"] == summary
+    history = Trajectory.load(tmp_path / "run" / "trajectory.npz")
+    assert history.names == ("loss", "penalty", "train accuracy", "test accuracy")
+    assert np.isfinite(history["test accuracy"]).tolist() == [False, True, False, True]
+    assert history["test accuracy"][-1] == summary["test accuracy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    with open(tmp_path / "run" / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["loss"]) for row in rows] == history["loss"].tolist()
+
+
+def test_all_arms_see_the_images_in_one_order(run, monkeypatch):
+    """Also those that draw random numbers in between."""
+    step, orders = locality_run._State.step, {}
+
+    def record(self, index, *arguments):
+        orders.setdefault(arm, []).append(index.tolist())
+        step(self, index, *arguments)
+
+    monkeypatch.setattr(locality_run._State, "step", record)
+    for arm in locality_run.ARMS:
+        run(arm, arm)
+    assert all(order == orders["plain"] for order in orders.values())
+    first, second = ([*itertools.chain(*orders["plain"][i : i + 3])] for i in (0, 3))
+    assert sorted(first) == sorted(second) == list(range(130)) and first != second
+
+
+def test_arms_that_add_nothing_are_plain(run, tmp_path):
+    """With weight 0, and with patches off the digits: a swap of background changes nothing."""
+    run("plain")
+    plain = weights(tmp_path / "plain")
+    for arm in ("igc", "interaction"):
+        for changes, tolerance in (({arm: 0.0}, 0), ({"patches": "off"}, 1e-4)):
+            run(f"{arm}-{tolerance}", arm, **changes)
+            there = weights(tmp_path / f"{arm}-{tolerance}")
+            assert all(torch.allclose(plain[key], there[key], atol=tolerance) for key in plain)
+    run("igc", "igc")
+    assert not torch.equal(weights(tmp_path / "igc")["head.weight"], plain["head.weight"])
 
 
 KILLED = """
@@ -201,13 +184,13 @@ def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("arm", ["dropout", "igc", "interaction"])
-def test_a_deadline_ends_with_the_state_written(arm, portable, pairs, tmp_path, monkeypatch):
+def test_a_deadline_ends_with_the_state_written(arm, portable, run, tmp_path, monkeypatch):
     execution = Execution(portable=portable, checkpoint_seconds=1e9)
-    train(QUICK, arm, 1, *pairs, tmp_path / "whole")
+    run("whole", arm)
     with monkeypatch.context() as patched:
-        options = {"execution": execution, "deadline": deadline_after(2, patched)}
+        deadline = deadline_after(2, patched)
         with pytest.raises(Unfinished, match=r"after epoch 2 is in .*cut.checkpoint") as ended:
-            train(QUICK, arm, 1, *pairs, tmp_path / "cut", **options)
+            run("cut", arm, execution=execution, deadline=deadline)
     reached = ended.value.so_far
     assert (reached["epochs"], reached["of"]) == (2, 4)
     assert pickle.loads(pickle.dumps(ended.value)).so_far == reached
@@ -215,9 +198,12 @@ def test_a_deadline_ends_with_the_state_written(arm, portable, pairs, tmp_path, 
     assert len(lines) == 3 and lines[0] == "epoch,loss,penalty,train accuracy,test accuracy"
     assert float(lines[2].split(",")[4]) == reached["test accuracy"]
     assert len(list(tmp_path.glob("cut.checkpoint.*"))) == portable
-    # what a training does before it is killed does not change where the next one goes on
+    with pytest.raises(OptionError, match="of a training with other settings"):
+        run("cut", arm, lr=0.03)
+    # nothing else that was done meanwhile changes where the next one goes on
+    torch.rand(7)
     (tmp_path / "cut.history.csv").write_text("lost")
-    (resumed,) = train(QUICK, arm, 1, *pairs, tmp_path / "cut")["resumed"]
+    (resumed,) = run("cut", arm)["resumed"]
     assert resumed == {"epoch": 2, "momentum": "exact", "from": "cpu", "on": "cpu"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
@@ -226,17 +212,15 @@ def test_a_deadline_ends_with_the_state_written(arm, portable, pairs, tmp_path, 
 @pytest.mark.parametrize(
     ("limit", "kept"), [(700_000, "exact"), (560_000, "bfloat16"), (400_000, "left out")]
 )
-def test_a_state_that_travels(limit, kept, pairs, tmp_path, monkeypatch):
+def test_a_state_that_travels(limit, kept, run, tmp_path, monkeypatch):
     """306 kB of weights and as much momentum: what does not fit is rounded, then left out, and said."""
-    monkeypatch.setattr(locality_state, "_WHOLE", limit)
-    monkeypatch.setattr(locality_state, "_PART", 150_000)
-    monkeypatch.setattr(locality_state, "_BESIDE", 50_000)
+    for name, size in (("_WHOLE", limit), ("_PART", 150_000), ("_BESIDE", 50_000)):
+        monkeypatch.setattr(locality_state, name, size)
     execution = Execution(portable=True, model_file=False)
     there, here = tmp_path / "there", tmp_path / "here"
     there.mkdir(), here.mkdir()
     with monkeypatch.context() as patched, pytest.raises(Unfinished):
-        deadline = deadline_after(2, patched)
-        train(QUICK, "plain", 1, *pairs, there / "a", execution=execution, deadline=deadline)
+        run("there/a", execution=execution, deadline=deadline_after(2, patched))
     parts = sorted(there.glob("a.checkpoint.*"))
     raw = [part.read_bytes() for part in parts]
     assert len(parts) > 2 and max(map(len, raw)) <= 150_000 and sum(map(len, raw)) <= limit
@@ -249,32 +233,30 @@ def test_a_state_that_travels(limit, kept, pairs, tmp_path, monkeypatch):
     assert (state["optimizer"]["state"] == {}) == (kept == "left out")
     before = torch.load(io.BytesIO(b"".join(raw)), weights_only=True)["net"]
     assert all(torch.equal(before[key], value) for key, value in state["net"].items())
-    summary = train(QUICK, "plain", 1, *pairs, here / "a", execution=execution)
+    summary = run("here/a", execution=execution)
     assert summary["resumed"][0]["momentum"] == kept and summary["epochs"] == 4
     assert sorted(p.name for p in here.iterdir()) == ["a"]
     assert not (here / "a" / "model.safetensors").exists()
-    whole = train(QUICK, "plain", 1, *pairs, tmp_path / "whole")
+    whole = run("whole")
     assert (summary["loss"] == whole["loss"]) == (kept == "exact")
     assert summary["loss"] == pytest.approx(whole["loss"], rel=0.1)
     # a part that is damaged or missing is noticed
     middle = len(raw[1]) // 2
     parts[1].write_bytes(raw[1][:middle] + bytes([raw[1][middle] ^ 1]) + raw[1][middle + 1 :])
     with pytest.raises(FileError, match="its parts are not those that were written"):
-        train(QUICK, "plain", 1, *pairs, there / "a")
+        run("there/a")
     parts[1].unlink()
     with pytest.raises(FileError, match="not a checkpoint"):
-        train(QUICK, "plain", 1, *pairs, there / "a")
+        run("there/a")
 
 
-def test_a_network_too_large_to_travel_is_refused_before_it_is_trained(
-    pairs, tmp_path, monkeypatch
-):
+def test_a_network_too_large_to_travel_is_refused_before_it_is_trained(run, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="leave out portable, and the state is one file"):
         locality_state.check_travels(torch.nn.Linear(4000, 4000))
     locality_state.check_travels(nets.ResNet18())
     monkeypatch.setattr(locality_state, "_WHOLE", 2**20)
     with pytest.raises(OptionError, match="the network has 306,372 bytes of weights"):
-        train(QUICK, "plain", 1, *pairs, tmp_path / "a", execution=Execution(portable=True))
+        run("a", execution=Execution(portable=True))
     assert not list(tmp_path.iterdir())
 
 
@@ -284,46 +266,42 @@ def test_the_state_of_resnet_18_travels_without_momentum(tmp_path):
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    held = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-    locality_state.write_state(tmp_path / "a.checkpoint", held, portable=True)
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+    locality_state.write_state(tmp_path / "a.checkpoint", state, portable=True)
     sizes = [part.stat().st_size for part in tmp_path.glob("a.checkpoint.*")]
     assert len(sizes) == 4 and max(sizes) == 14 * 2**20 and 42 < sum(sizes) / 2**20 < 43
-    found = locality_state._read(tmp_path / "a.checkpoint")
-    assert found["momentum"] == "left out" and found["optimizer"]["state"] == {}
-    net.load_state_dict(found["net"])
-    locality_state.write_state(tmp_path / "a.checkpoint", held, portable=False)
+    written = locality_state._read(tmp_path / "a.checkpoint")
+    assert written["momentum"] == "left out" and written["optimizer"]["state"] == {}
+    net.load_state_dict(written["net"])
+    locality_state.write_state(tmp_path / "a.checkpoint", state, portable=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.checkpoint"]
     assert "momentum" not in locality_state._read(tmp_path / "a.checkpoint")
 
 
-def test_states_are_written_every_so_many_seconds(pairs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("seconds", "count"), [(0.0, 4), (1e9, 0)])
+def test_states_are_written_every_so_many_seconds(seconds, count, run, monkeypatch):
     written = []
-    monkeypatch.setattr(
-        locality_run, "write_state", lambda path, held, **_: written.append(len(written))
-    )
-    for seconds, count in ((0.0, 4), (1e9, 0)):
-        written.clear()
-        execution = Execution(checkpoint_seconds=seconds)
-        train(QUICK, "plain", 1, *pairs, tmp_path / f"{count}", execution=execution)
-        assert len(written) == count
+    monkeypatch.setattr(locality_run, "write_state", lambda *_, **options: written.append(options))
+    run("a", execution=Execution(checkpoint_seconds=seconds))
+    assert len(written) == count
 
 
-def test_inputs_are_standardized(pairs, tmp_path):
+def test_inputs_are_standardized(pairs, run, tmp_path):
     """Training and test images by the numbers of the training images; what was trained is probed so."""
     data, test = pairs
-    settings = dataclasses.replace(QUICK, standardize=True)
     by_hand = [
         dataclasses.replace(s, images=(s.images - data.images.mean()) / data.images.std())
-        for s in (data, test)
+        for s in pairs
     ]
-    train(settings, "igc", 1, data, test, tmp_path / "run")
-    train(QUICK, "igc", 1, *by_hand, tmp_path / "hand")
+    run("run", "igc", standardize=True)
+    run("hand", "igc", by_hand)
     a, b = (weights(tmp_path / name) for name in ("run", "hand"))
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
-    x = torch.from_numpy(test.images[:4])
-    found = probed.network_of(str(tmp_path / "run"), 1)(x)
-    expected = probed.network_of(str(tmp_path / "hand"), 1)(torch.from_numpy(by_hand[1].images[:4]))
-    assert torch.allclose(found, expected, atol=1e-3)
+    a, b = (
+        probed.network_of(str(tmp_path / name), 1)(torch.from_numpy(part.images[:4]))
+        for name, part in (("run", test), ("hand", by_hand[1]))
+    )
+    assert torch.allclose(a, b, atol=1e-3)
     colours = images.ImageSet(np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2), None, (), None, {})
     numbers = locality_run._standard(colours)
     assert np.allclose(numbers["mean"], (colours.images / 255).mean((0, 2, 3)))
@@ -359,76 +337,60 @@ class Replayed:
 
 
 @pytest.mark.parametrize("arm", ["plain", "igc", "interaction"])
-def test_steps_by_tensors_that_stay_are_the_same(arm, tmp_path, monkeypatch):
+def test_steps_by_tensors_that_stay_are_the_same(arm, run, tmp_path, monkeypatch):
     """What CUDA graphs replay, on a CPU: all that changes from step to step is copied in."""
-    data = images.pathfinder(40, length=3, size=32, seed=1)
-    settings = dataclasses.replace(
-        QUICK, batch=12, patches="random", patch_size=6, igc_warmup=5, interaction_every=2, epochs=2
-    )
-    train(settings, arm, 1, data, data, tmp_path / "eager")
+    data = [images.pathfinder(40, length=3, size=32, seed=1)] * 2
+    changes = {"batch": 12, "patches": "random", "patch_size": 6, "igc_warmup": 5, "epochs": 2}
+    run("eager", arm, data, **changes)
+    graph = Execution(graph=True)
     with pytest.raises(OptionError, match="graph needs a CUDA device and one process, found cpu"):
-        execution = Execution(graph=True)
-        train(settings, arm, 1, data, data, tmp_path / "graph", execution=execution)
+        run("graph", arm, data, execution=graph, **changes)
     monkeypatch.setattr(cuda_graph, "CapturedStep", Replayed)
     monkeypatch.setattr(locality_run, "check_graph", lambda device, count: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(Replayed, "calls", 0)
-    train(settings, arm, 1, data, data, tmp_path / "graph", execution=execution)
+    run("graph", arm, data, execution=graph, **changes)
     assert Replayed.calls == 8
-    eager, graph = (weights(tmp_path / name) for name in ("eager", "graph"))
-    assert all(torch.equal(eager[key], graph[key]) for key in eager)
+    assert_same_run(tmp_path / "eager", tmp_path / "graph")
 
 
-def test_early_stop(pairs, tmp_path):
-    settings = Settings(epochs=50, stop_above=0.4, stop_epochs=3)
-    summary = train(settings, "plain", 1, *pairs, tmp_path / "run")
+def test_early_stop(run, tmp_path):
+    summary = run("run", epochs=50, stop_above=0.4, stop_epochs=3, test_every=10, lr=0.05)
     reached = Trajectory.load(tmp_path / "run" / "trajectory.npz")["train accuracy"]
     assert summary["stopped by"] == "train accuracy" and summary["epochs"] == len(reached) < 50
     assert (reached[-3:] >= 0.4).all()
 
 
-def test_a_last_batch_of_one_is_left_out(tmp_path):
-    data = images.is_same_class(33, distance=0, seed=1)
-    train(dataclasses.replace(QUICK, batch=32), "igc", 1, data, data, tmp_path / "run")
+def test_a_last_batch_of_one_is_left_out(run, tmp_path):
+    run("run", "igc", [images.is_same_class(33, distance=0, seed=1)] * 2, batch=32)
     assert (tmp_path / "run").exists()
 
 
-def test_bytes_colours_and_half_precision(tmp_path):
+def test_bytes_colours_and_half_precision(run):
     """uint8 images, logits for two classes, bfloat16."""
-    found = images.pathfinder(8, length=3, size=32, seed=1)
-    settings = dataclasses.replace(
-        QUICK, patches="differing", patch_size=4, epochs=1, batch=4, precision="bfloat16"
-    )
-    summary = train(settings, "interaction", 1, found, found, tmp_path / "half")
+    data = [images.pathfinder(8, length=3, size=32, seed=1)] * 2
+    changes = {"patches": "differing", "patch_size": 4, "batch": 4, "precision": "bfloat16"}
+    summary = run("half", "interaction", data, epochs=1, **changes)
     assert summary["epochs"] == 1 and 0 < summary["penalty"] <= 1
-    two = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
-    labels = torch.tensor([1, 1])
+    two, labels = torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([1, 1])
     assert locality_run._right(two, labels) == 1 and locality_run._right(two[:, 1:], labels) == 2
-    expected = torch.nn.functional.cross_entropy(two, labels)
-    assert locality_run._loss(two, labels) == expected
+    assert locality_run._loss(two, labels) == torch.nn.functional.cross_entropy(two, labels)
 
 
-def test_trainings_refuse(pairs, tmp_path):
+def test_trainings_refuse(pairs, run, tmp_path):
     (tmp_path / "b.checkpoint").write_text("hello")
-    dots = (images.pathfinder(4, length=3, size=32, seed=1),) * 2
-    for arm, changes, data, error, message in [
-        ("none", {}, pairs, OptionError, "no arm 'none'; there is plain, weight-decay"),
-        ("plain", {"epochs": 0}, pairs, OptionError, "epochs must be an integer >= 1"),
-        (
-            "igc",
-            {"patches": "all"},
-            pairs,
-            OptionError,
-            "no patches 'all'; there is images, off, near",
-        ),
-        ("igc", {}, dots, OptionError, "patches 'images' need the boxes of image pairs"),
-        ("plain", {"lr": 1e30}, pairs, DataError, "the loss is not finite in epoch 1"),
+    dots = [images.pathfinder(4, length=3, size=32, seed=1)] * 2
+    for name, arm, changes, data, error, message in [
+        ("a", "none", {}, pairs, OptionError, "no arm 'none'; there is plain, weight-decay"),
+        ("a", "plain", {"epochs": 0}, pairs, OptionError, "epochs must be an integer >= 1"),
+        ("a", "igc", {"patches": "all"}, pairs, OptionError, "no patches 'all'; there is images"),
+        ("a", "igc", {}, dots, OptionError, "patches 'images' need the boxes of image pairs"),
+        ("a", "plain", {"lr": 1e30}, pairs, DataError, "the loss is not finite in epoch 1"),
+        ("b", "plain", {}, pairs, FileError, "not a checkpoint"),
     ]:
         with pytest.raises(error, match=message):
-            train(dataclasses.replace(QUICK, **changes), arm, 1, *data, tmp_path / "a")
-    with pytest.raises(FileError, match="not a checkpoint"):
-        train(QUICK, "plain", 1, *pairs, tmp_path / "b")
+            run(name, arm, data, **changes)
 
 
 def test_sweep(tmp_path):
@@ -441,9 +403,8 @@ def test_sweep(tmp_path):
     about = json.loads((place / "config.json").read_text())
     assert about["experiment"] == "locality" and about["summary"] == rows
     with open(place / "results.csv", newline="") as file:
-        assert [float(row["test accuracy"]) for row in csv.DictReader(file)] == [
-            row["test accuracy"] for row in rows
-        ]
+        in_file = [float(row["test accuracy"]) for row in csv.DictReader(file)]
+    assert in_file == [row["test accuracy"] for row in rows]
     means = {(row["arm"], row["distance"]): row for row in about["table"]}
     some = [r["test accuracy"] for r in rows if (r["arm"], r["distance"]) == ("igc", 24)]
     assert means["igc", 24]["test accuracy"] == np.mean(some)
@@ -458,13 +419,11 @@ def test_sweep(tmp_path):
     assert (place / "plain-0-seed-1" / "config.json").stat().st_mtime_ns == before
     (place / "locality.png").unlink()
     assert locality.figure(place).stat().st_size > 1000
-    with pytest.raises(
-        OptionError, match=r"made with other settings(.|\n)*lr: 0.05 there, 0.1 now"
-    ):
+    with pytest.raises(OptionError, match=r"other settings(.|\n)*lr: 0.05 there, 0.1 now"):
         locality.run(dataclasses.replace(locality.tiny, lr=0.1), place)
 
 
-def test_sweep_of_pathfinder(tmp_path):
+def test_sweep_of_pathfinder(tmp_path, monkeypatch):
     """The command of the full experiment, small: its sets are kept and used by all arms."""
     config = dataclasses.replace(
         locality.SETS["pathfinder"], distances=(3,), seeds=(1,), train=20, test=10, size=32, epochs=1,
@@ -472,9 +431,14 @@ def test_sweep_of_pathfinder(tmp_path):
     )  # fmt: skip
     rows = locality.run(config, tmp_path / "p")
     assert [row["arm"] for row in rows] == ["plain", "igc", "interaction"]
-    kept = sorted(path.name for path in (tmp_path / "p" / "sets").iterdir())
-    assert kept == ["matched-3-32-test-0-10.npz", "matched-3-32-train-0-20.npz"]
-    assert images.load(tmp_path / "p" / "sets" / kept[1]).config["length"] == 3
+    names = sorted(path.name for path in (tmp_path / "p" / "sets").iterdir())
+    assert names == ["matched-3-32-test-0-10.npz", "matched-3-32-train-0-20.npz"]
+    assert images.load(tmp_path / "p" / "sets" / names[1]).config["length"] == 3
+    # each is read once for all the trainings that are missing
+    read, load = [], images.load
+    monkeypatch.setattr(images, "load", lambda path: read.append(path.name) or load(path))
+    comparison._prepare(locality.cells(config), tmp_path / "p", False)
+    assert sorted(read) == names
 
 
 def test_a_sweep_with_a_deadline(tmp_path, monkeypatch):
@@ -497,8 +461,6 @@ def test_a_sweep_with_a_deadline(tmp_path, monkeypatch):
     assert [row["epochs"] for row in rows] == [4, 4] and locality.going_on(place) == []
     there = sorted(p.name for p in place.iterdir() if p.is_dir())
     assert there == ["plain-0-seed-1", "plain-24-seed-1"]
-    with pytest.raises(OptionError, match="until must be seconds >= 0"):
-        locality.run(dataclasses.replace(config, until=-1.0), place)
 
 
 def draw(folder, monkeypatch, module, rows, fields, set):
@@ -560,15 +522,16 @@ def test_presets_are_the_published_settings():
 
 
 def test_sweeps_refuse(tmp_path):
-    for given, said in [
+    for changes, message in [
         ({"arms": ()}, "give at least one arm"),
         ({"arms": ("plain", "all")}, "no arm 'all'"),
         ({"seeds": (1, 1)}, "seeds has one twice"),
         ({"set": "faces"}, "no set 'faces'"),
         ({"workers": 0}, "workers must be an integer >= 1"),
+        ({"until": -1.0}, "until must be seconds >= 0"),
     ]:
-        with pytest.raises(OptionError, match=said):
-            locality.run(dataclasses.replace(locality.tiny, **given), tmp_path / "no")
+        with pytest.raises(OptionError, match=message):
+            locality.run(dataclasses.replace(locality.tiny, **changes), tmp_path / "no")
     assert not (tmp_path / "no").exists()
     with pytest.raises(FileError, match="not a sweep of locality"):
         locality.figure(tmp_path)

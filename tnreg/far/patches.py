@@ -75,10 +75,8 @@ class FixedPatches:
     def __init__(self, pair: Sequence[Sequence[int]]) -> None:
         self.boxes = _check_boxes(pair, "a pair of patches", "patches")
         if len(self.boxes) != 2:
-            message = f"a pair of patches has two boxes, found {len(self.boxes)}"
-            raise OptionError(
-                f"{message}; for more write PresetPatches([box, box, ...]).", argument="patches"
-            )
+            message = f"a pair of patches has two boxes, found {len(self.boxes)}; for more write "
+            raise OptionError(f"{message}PresetPatches([box, box, ...]).", argument="patches")
         self._pair = torch.tensor(self.boxes)
 
     def draw(self, x: Tensor) -> Tensor:
@@ -114,9 +112,8 @@ class PresetPatches(RandomStream):
         super().__init__(seed, "PresetPatches")
         self.boxes = _check_boxes(boxes, "PresetPatches", "boxes")
         if len(self.boxes) < 2:
-            raise OptionError(
-                f"PresetPatches needs two boxes or more, found {len(self.boxes)}.", argument="boxes"
-            )
+            message = f"PresetPatches needs two boxes or more, found {len(self.boxes)}."
+            raise OptionError(message, argument="boxes")
         self._boxes = torch.tensor(self.boxes)
 
     def draw(self, x: Tensor) -> Tensor:
@@ -242,12 +239,9 @@ def check_images(x: Any, name: str, least: int = 2, *, floating: bool = True) ->
         message = f"images must be floating point, found {x.dtype}; write x.float()."
         raise DataError(f"{name}: {message}", argument="x")
     if len(x) < least:
-        message = (
-            f"a batch of {len(x)} has no other sample to take pixels from; give {least} samples or "
-        )
-        raise ShapeError(
-            f"{name}: {message}more, e.g. DataLoader(..., drop_last=True).", argument="x"
-        )
+        message = f"a batch of {len(x)} has no other sample to take pixels from"
+        more = f"give {least} samples or more, e.g. DataLoader(..., drop_last=True)."
+        raise ShapeError(f"{name}: {message}; {more}", argument="x")
     return x
 
 

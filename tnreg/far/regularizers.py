@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.far.input_gradient import input_gradient
@@ -131,12 +132,12 @@ class InputGradientChange(Scheduled):
             if isinstance(y, Tensor) and len(y) == count:
                 y = y[drawn.samples]
             x, other = x[drawn.samples], other[drawn.samples]
-        differentiable = torch.is_grad_enabled()
 
         def gradient(net: Net, images: Tensor) -> Tensor:
-            return input_gradient(
-                lambda z: _true_logit(net(z), y, len(z)), images, differentiable=differentiable
-            )
+            def value(z: Tensor) -> Tensor:
+                return _true_logit(net(z), y, len(z))
+
+            return input_gradient(value, images, differentiable=torch.is_grad_enabled())
 
         g = None if training_pass is None else gradient(training_pass, x)
         with evaluation(net, self.statistics):
@@ -289,11 +290,7 @@ def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
     changes. A callable that is no module is left alone.
     """
     modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    norms = [
-        m
-        for m in modules
-        if statistics == "batch" and isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
+    norms = [m for m in modules if statistics == "batch" and isinstance(m, _NormBase)]
     modes, tracking = [m.training for m in modules], [m.track_running_stats for m in norms]
     try:
         for m in modules:
@@ -313,11 +310,8 @@ def logits_of(out: Any, batch: int) -> Tensor:
     if isinstance(out, Tensor) and out.ndim in (1, 2) and len(out) == batch and out.numel():
         return out.reshape(batch, -1)
     found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-    raise ShapeError(
-        f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C) for {batch} "
-        f"images, found {found}.",
-        argument="net",
-    )
+    message = f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C)"
+    raise ShapeError(f"{message} for {batch} images, found {found}.", argument="net")
 
 
 def _changed_samples(x: Tensor, box: Tensor, multiple: int) -> Tensor:
@@ -332,8 +326,7 @@ def _changed_samples(x: Tensor, box: Tensor, multiple: int) -> Tensor:
 def _is_samplewise(net: Any) -> bool:
     """Return whether a sample's value depends on no other sample, where statistics are frozen."""
     return isinstance(net, nn.Module) and not any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
-        for m in net.modules()
+        isinstance(m, _BatchNorm) and m.running_mean is None for m in net.modules()
     )
 
 
@@ -343,7 +336,7 @@ def _trains_as_evaluated(net: Any) -> bool:
         return False
     return not any(
         (isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0)
-        or (isinstance(m, nn.modules.batchnorm._NormBase) and not m.training)
+        or (isinstance(m, _NormBase) and not m.training)
         for m in net.modules()
     )
 
@@ -382,11 +375,8 @@ def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
 
 def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
     if y is None:
-        raise OptionError(
-            f"the network has {count} logits and the penalty is on that of the true class: "
-            "write penalty(net, x, y).",
-            argument="y",
-        )
+        message = f"the network has {count} logits and the penalty is on that of the true class"
+        raise OptionError(f"{message}: write penalty(net, x, y).", argument="y")
     integer = isinstance(y, Tensor) and y.dtype in (torch.int64, torch.int32)
     if not integer or y.shape != (batch,):
         found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tnreg.errors import OptionError, ShapeError, check_integer
 from tnreg.far.patches import as_sampler, check_images
@@ -128,15 +129,13 @@ class Scheduled(ABC):
         inner, processes = unwrapped(net)
         check_images(x, self.name, least=0)
         for name, m in inner.named_modules() if processes.count > 1 else ():
-            # a part of the batch would have statistics of its own, which is another penalty
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and (
-                self.statistics == "batch" or m.running_mean is None
-            ):
+            if isinstance(m, _BatchNorm) and (self.statistics == "batch" or m.running_mean is None):
+                message = f"{name or 'the network'} would normalize by the statistics of one process's part "
+                message += (
+                    "of the batch; in several processes give it running statistics and write "
+                )
                 raise OptionError(
-                    f"{self.name}: {name or 'the network'} would normalize by the statistics of one "
-                    "process's part of the batch; in several processes give it running statistics and "
-                    "write statistics='frozen'.",
-                    argument="statistics",
+                    f"{self.name}: {message}statistics='frozen'.", argument="statistics"
                 )
         return inner, processes, drawn
 

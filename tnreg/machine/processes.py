@@ -89,17 +89,16 @@ class Processes:
         """Return what ``make`` gives on rank 0, where alone it is called; all raise its ``TnregError``."""
         if self.count == 1:
             return make()
-        result: list[Any] = [None, None]
+        result: list[Any] = [None]
         if self.rank == 0:
             try:
-                result[0] = make()
+                result = [make()]
             except TnregError as error:
-                result[1] = error
+                result = [error]
         dist.broadcast_object_list(result, group=self.group, device=self.device, group_src=0)
-        value, raised = result
-        if raised is not None:
-            raise raised
-        return cast(T, value)
+        if isinstance(result[0], TnregError):
+            raise result[0]
+        return cast(T, result[0])
 
 
 def started() -> int:
@@ -167,17 +166,14 @@ def _start(device: torch.device) -> torch.device:
         )
     on_gpu = device.type == "cuda"
     if on_gpu:
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        message = ""
         if device.index is not None:
             message = f"several processes need a GPU each: write cuda, not {device}."
-        elif local >= count:
-            message = (
-                f"process {local} of this machine has no GPU: there are {count}; write torchrun "
-            )
-            message += f"--nproc-per-node {max(count, 1)}, or the device cpu."
-        if message:
             raise OptionError(message, argument="device")
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            message = f"process {local} of this machine has no GPU: there are {count}"
+            instead = f"torchrun --nproc-per-node {max(count, 1)}, or the device cpu."
+            raise OptionError(f"{message}; write {instead}", argument="device")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)

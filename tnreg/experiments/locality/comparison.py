@@ -18,6 +18,7 @@ from tnreg.experiments.locality.pictures import figure, going_on, table
 from tnreg.experiments.locality.settings import ARMS, Execution, Settings
 from tnreg.experiments.locality.train import train
 from tnreg.experiments.sweep.cell import Unfinished
+from tnreg.images.sets import ImageSet
 from tnreg.machine.processes import Processes, ProcessLost, joined
 
 
@@ -135,9 +136,9 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
             return _sweep(config, folder, progress, work)
         if config.workers > 1:
             message = (
-                f"locality: {processes.count} processes train together here, one training after "
+                f"{processes.count} processes train together here, one training after the other"
             )
-            raise OptionError(f"{message}the other; leave workers at 1.", argument="workers")
+            raise OptionError(f"locality: {message}; leave workers at 1.", argument="workers")
         return _sweep_together(processes, config, folder, progress, work)
 
 
@@ -180,11 +181,9 @@ def _sweep(
         workers=0 if alone else config.workers, threads=None if alone else 1, progress=progress,
     )  # fmt: skip
     if failed := result.failed:
-        message = (
-            f"{len(failed)} of {len(failed) + len(result.rows)} trainings failed; the same command "
-        )
+        message = f"{len(failed)} of {len(failed) + len(result.rows)} trainings failed"
         errors = (f"\n  {names}: {error}" for error, names in _by_error(failed).items())
-        raise TnregError(f"{message}tries them again.{''.join(errors)}")
+        raise TnregError(f"{message}; the same command tries them again.{''.join(errors)}")
     if not result.rows and going_on(folder):  # the sweep draws what is finished
         figure(folder)
     return result.rows
@@ -247,7 +246,7 @@ def _work(
     training = Training(**cell)
     place = checkpoint.parent  # that of the sweep
 
-    def load() -> list[images.ImageSet]:
+    def load() -> list[ImageSet]:
         if time.monotonic() >= deadline:
             raise Unfinished("the time is over before it was begun", {"epochs": 0})
         return [_images(training, place, split) for split in _SPLITS]
@@ -280,9 +279,7 @@ def _set_of(training: Training, place: Path, split: _Split) -> tuple[int, int, P
     return count, seed, place / "sets" / f"{'matched-' if training.matched else ''}{name}"
 
 
-def _images(
-    training: Training, place: Path, split: _Split, progress: bool = False
-) -> images.ImageSet:
+def _images(training: Training, place: Path, split: _Split, progress: bool = False) -> ImageSet:
     """Return the set of a training."""
     distance, (count, seed, path) = training.distance, _set_of(training, place, split)
     if training.set != "pathfinder":

@@ -17,6 +17,8 @@ from tnreg.plots import save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Rows = list[dict[str, Any]]
+
 _LABELS = {
     "igc": "input gradient change", "interaction": "interaction energy", "weight-decay": "weight decay",
 }  # fmt: skip
@@ -35,9 +37,7 @@ _PUBLISHED: dict[str, tuple[tuple[str, str, dict[int, tuple[float, float]]], ...
 }  # fmt: skip
 
 
-def table(
-    rows: list[dict[str, Any]], fields: Sequence[str] = ("arm", "distance", "seed")
-) -> list[dict[str, Any]]:
+def table(rows: Rows, fields: Sequence[str] = ("arm", "distance", "seed")) -> Rows:
     """Return mean and standard deviation over seeds, one row for each arm, distance and other field.
 
     ``cost`` is the mean of processor seconds over that of the plain arm with the same other fields,
@@ -88,18 +88,13 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     return save_figure(picture(means, begun, fields, config), png or place / "locality.png")
 
 
-def picture(
-    means: list[dict[str, Any]],
-    begun: list[dict[str, Any]],
-    fields: Sequence[str],
-    config: Mapping[str, Any],
-) -> Figure:
+def picture(means: Rows, begun: Rows, fields: Sequence[str], config: Mapping[str, Any]) -> Figure:
     """Draw rows of ``table`` and of ``going_on`` beside the published values of ``config["set"]``."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = canvas.subplots()
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, Rows] = {}
     for row in means:
         lines.setdefault(_label(row, fields), []).append(row)
     distances = sorted({row["distance"] for row in [*means, *begun]})
@@ -139,7 +134,7 @@ def picture(
     return canvas
 
 
-def going_on(folder: str | Path) -> list[dict[str, Any]]:
+def going_on(folder: str | Path) -> Rows:
     """Return name, arm, distance, epochs and last test accuracy of trainings without a run folder yet."""
     begun = []
     for path in sorted(Path(folder).glob("*.history.csv")):
@@ -147,13 +142,9 @@ def going_on(folder: str | Path) -> list[dict[str, Any]]:
         with path.open(newline="", encoding="utf-8") as file:
             tested = [r for r in csv.DictReader(file) if r["test accuracy"] not in ("", "nan")]
         if match and tested:
-            begun.append(
-                {
-                    "name": path.name.split(".")[0], "arm": match[1], "distance": int(match[2]),
-                    "epochs": int(tested[-1]["epoch"]),
-                    "test accuracy": float(tested[-1]["test accuracy"]),
-                }
-            )  # fmt: skip
+            about = {"name": path.name.split(".")[0], "arm": match[1], "distance": int(match[2])}
+            epochs, accuracy = int(tested[-1]["epoch"]), float(tested[-1]["test accuracy"])
+            begun.append({**about, "epochs": epochs, "test accuracy": accuracy})
     return begun
 
 

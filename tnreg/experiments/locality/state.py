@@ -52,10 +52,8 @@ def write_state(path: Path, state: Mapping[str, Any], *, portable: bool) -> None
         for i, piece in enumerate(pieces, 1):
             parts.append(path.with_name(f"{path.name}.{digest[:8]}.{i}-of-{len(pieces)}"))
             write_whole(parts[-1], functools.partial(Path.write_bytes, data=piece))
-        names = [part.name for part in parts]
-        write_text(
-            path, json.dumps({"format": _PARTS, "sha256": digest, "parts": names}, indent=1) + "\n"
-        )
+        about = {"format": _PARTS, "sha256": digest, "parts": [part.name for part in parts]}
+        write_text(path, json.dumps(about, indent=1) + "\n")
     _remove_parts(path, parts)
 
 

@@ -256,8 +256,7 @@ class _State:
         self.net.train()
         self.sums.zero_()
         shown, penalized = self.steps()
-        sums = self.sums.tolist()  # on a GPU this waits for the epoch to be done
-        sums.append(time.process_time() - cpu)
+        sums = [*self.sums.tolist(), time.process_time() - cpu]  # on a GPU this waits for the epoch
         self.epoch_seconds.append(time.perf_counter() - wall)
         self.seconds["seconds"] += self.epoch_seconds[-1]
         total = self.processes.sum(torch.tensor(sums, dtype=torch.float64, device=self.x.device))
@@ -425,9 +424,8 @@ class _State:
     def read(self, run: _Run) -> None:
         """Go on from the checkpoint that rank 0 has, if it has one."""
         path = run.checkpoint
-        state = self.processes.from_first(
-            lambda: read_state(path, run.about) if path.exists() else None
-        )
+        from_first = self.processes.from_first
+        state = from_first(lambda: read_state(path, run.about) if path.exists() else None)
         if state is None:
             return
         try:
@@ -486,11 +484,11 @@ def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
     if processes.count == 1 or not norms:
         return net
     if processes.device.type != "cuda":
-        raise OptionError(
-            "locality: the network has batch normalization, which torch shares between processes on GPUs "
-            "only; take the device cuda, one process, or a network without it such as small-cnn.",
-            argument="model",
+        message = (
+            "the network has batch normalization, which torch shares between processes on GPUs only"
         )
+        more = "take the device cuda, one process, or a network without it such as small-cnn."
+        raise OptionError(f"locality: {message}; {more}", argument="model")
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
     return converted
 
