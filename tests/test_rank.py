@@ -26,17 +26,15 @@ from tnreg.ranks.dense import dense_spectra
 
 
 def brute_force_matrix(tensor, modes):
-    rows = sorted(modes)
-    columns = [m for m in range(tensor.ndim) if m not in rows]
-    sizes = [[tensor.shape[m] for m in side] for side in (rows, columns)]
-    out = np.zeros([math.prod(size) for size in sizes])
+    sides = sorted(modes), [m for m in range(tensor.ndim) if m not in modes]
+    matrix = np.zeros([math.prod(tensor.shape[m] for m in side) for side in sides])
     for index in np.ndindex(*tensor.shape):
         place = [0, 0]
-        for k, side in enumerate((rows, columns)):
+        for k, side in enumerate(sides):
             for m in side:
                 place[k] = place[k] * tensor.shape[m] + index[m]
-        out[tuple(place)] = tensor[index]
-    return out
+        matrix[tuple(place)] = tensor[index]
+    return matrix
 
 
 @pytest.mark.parametrize("modes", [(0,), (2, 0), (1, 3), (3, 2, 1), (0, 1, 2, 3), ()])
@@ -70,22 +68,16 @@ def test_spectra_of_hard_tensors(scale):
     """Singular values over 15 decades, low rank, one huge entry: errors stay below 1e-11 of the largest."""
     generator = torch.Generator().manual_seed(1)
 
-    def rotated(size):
-        return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    decay = (
-        rotated(30)
-        @ torch.diag(10.0 ** torch.linspace(0, -15, 30, dtype=torch.float64))
-        @ rotated(30)
-    )
-    spiked = torch.randn(6, 5, 6, 5, generator=generator, dtype=torch.float64)
+    left, right = torch.linalg.qr(normal(2, 30, 30))[0]
+    decay = left * 10.0 ** torch.linspace(0, -15, 30, dtype=torch.float64) @ right
+    spiked = normal(6, 5, 6, 5)
     spiked[1, 2, 3, 4] = 1e9
-    low = torch.einsum(
-        "ir,jr,kr,lr->ijkl",
-        *(torch.randn(6, 2, generator=generator, dtype=torch.float64) for _ in range(4)),
-    )
+    low = torch.einsum("ir,jr,kr,lr->ijkl", *normal(4, 6, 2))
+    tree = ModeTree.binary(4)
     for tensor in (decay.reshape(6, 5, 6, 5), spiked, low):
-        tree = ModeTree.binary(4)
         for v, s in spectra(tensor * scale, tree).items():
             wanted = torch.linalg.svdvals(matricize(tensor, tree.modes_below(v)))
             assert torch.allclose(s / scale, wanted, rtol=0, atol=1e-11 * wanted[0].item())
@@ -201,10 +193,8 @@ def test_ranks_at_both_ends_of_the_range(dtype, place):
     tree = ModeTree.binary(4)
     x = zoo.model_of(tree, dtype=dtype).to_tensor().detach()
     info = torch.finfo(dtype)
-    size = 0.5 * info.max if place == "top" else 0.5 * info.tiny
-    half = math.sqrt(
-        size
-    )  # complex numbers cannot be divided by numbers below the smallest normal one
+    # complex numbers cannot be divided by numbers below the smallest normal one
+    half = math.sqrt(0.5 * info.max if place == "top" else 0.5 * info.tiny)
     scaled = x / x.abs().max() * half * half
     assert hierarchical_rank(scaled, tree, rtol=1e-3) == hierarchical_rank(x, tree, rtol=1e-3)
     if place == "top":  # what is in between on the way to the dense tensor may leave the range
@@ -220,9 +210,8 @@ def test_rank_does_not_depend_on_scale():
         model = Factorization(ModeTree.binary(64), 8, 4, std=std, dtype=dtype, generator=generator)
         found = hierarchical_rank(model, rtol=1e-9 if dtype == torch.float64 else 1e-5)
         assert set(found.values()) == {4}
-    assert torch.isinf(
-        spectra(Factorization(ModeTree.binary(256), 8, 16, join="full", std=1.0))[0][0]
-    )
+    huge = Factorization(ModeTree.binary(256), 8, 16, join="full", std=1.0)
+    assert torch.isinf(spectra(huge)[0][0])
 
 
 def test_wide_star_spectra():

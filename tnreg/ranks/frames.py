@@ -30,11 +30,9 @@ from tnreg.tensors.arrays import Scaled, power_below
 
 # Numbers in all frames together (a GiB), and in those of one batch of several nodes.
 _MOST_NUMBERS, _MOST_AT_ONCE = 2**27, 2**24
-
 # Where scales of one node's columns differ by less than this power of two, and what comes out of a product
 # is larger than this and smaller than its inverse, nothing in it can have left the range of doubles.
 _CLOSE, _SMALL = 200, 1e-100
-
 # The last steps before a root have one column above them. Up to so many times the bond it is cheaper to keep
 # all rows of a step than to orthogonalize them.
 _ROWS_KEPT = 4
@@ -226,16 +224,14 @@ def _weight(batch: Batch, weights: Stacked, below: Sequence[Scaled]) -> Tensor |
 
 def _join(batch: Batch, weight: Tensor | None, below: Sequence[Scaled], with_care: bool) -> Scaled:
     """Combine the rows of a batch's children through its weights: ``(nodes, *shape, bond)``."""
-    if weight is None:
-        rows, log2 = _tie(below)
-        return Scaled(rows.reshape(len(rows), *batch.shape, -1), log2)
-    if batch.join == "diagonal" and len(below) == 2 and weight.shape[-1] < batch.shape[0]:
+    diagonal = batch.join == "diagonal"
+    if diagonal and weight is not None and len(below) == 2 and weight.shape[-1] < batch.shape[0]:
         # the last child has more rows than there are columns: it is multiplied last
         weight = below[0].x.mT.unsqueeze(3) * weight.unsqueeze(2)
         below = [Scaled(below[1].x, below[0].log2 + below[1].log2)]
-    elif batch.join == "diagonal":
+    elif diagonal:
         below = [_tie(below)]
-    rows, log2 = _through(weight, below, with_care)
+    rows, log2 = below[0] if weight is None else _through(weight, below, with_care)
     return Scaled(rows.reshape(len(rows), *batch.shape, -1), log2)
 
 
@@ -358,10 +354,8 @@ def values_through_bonds(
         if not batch.below:
             continue
         below = factors.below(batch)
-        if batch.root:
-            one = stacks[0].new_ones(1, 1, 1)
-            above = Scaled(one, 0 * one.real[0])
-        else:
+        above = Scaled(stacks[0].new_ones(1, 1, 1), stacks[0].real.new_zeros(1, 1))
+        if not batch.root:
             above = Scaled(matrices[b].assemble().mT, scales[b].assemble())
         around = _around(batch, _weight(batch, weights, below), below, above)
         for place, own, outside in zip(batch.below, below, around, strict=True):

@@ -230,7 +230,7 @@ def check_features(
     elif layouts is None:
         layouts = [(order, sizes[0])]
     if isinstance(features, Tensor):
-        parts, fits = [features], features.ndim > 0 and tuple(features.shape[1:]) in layouts
+        parts, fits = [features], tuple(features.shape[1:]) in layouts
     elif isinstance(features, Sequence):
         parts = [torch.as_tensor(part) for part in features]
         fits = len(parts) == order and all(

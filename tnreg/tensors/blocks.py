@@ -190,15 +190,15 @@ class _Compression:
     ) -> None:
         order = tree.leaf_order
         self.source, self.tree = Source(array, order), tree
+        self.item = 16 if array.dtype.kind == "c" else 8  # bytes of a number
         self.limits, self.memory = limits, memory
         self.exact, self.share = share is None, share or 0.0
         self.workers, self.beside = tasks_at_a_time()
-        shape = array.shape
         self.modes = [tuple(sorted(tree.modes_below(node), key=order.index)) for node in tree.nodes]
-        self.rows = [math.prod(shape[m] for m in modes) for modes in self.modes]
-        self.numel = math.prod(shape)
+        self.rows = [math.prod(array.shape[m] for m in modes) for modes in self.modes]
+        self.numel = self.rows[-1]
         # every task holds three such matrices: its sum, what is added, and the new sum
-        self.most_rows = math.isqrt(memory // (6 * max(self.beside, 2) * self._item()))
+        self.most_rows = math.isqrt(memory // (6 * max(self.beside, 2) * self.item))
         self.front = _first_nodes(tree, self.rows, min(_ROWS, self.most_rows))
         self.size = {i: self.rows[i] for i in self.front}  # of the axis that the core has for it
         self.bases: dict[int, Tensor] = {}
@@ -274,7 +274,7 @@ class _Compression:
             allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
             left, squares = self._left_vectors(i, allowed / self.total if self.total else 0.0)
             rank = self._rank(i, squares, int((~cut_smallest([squares], allowed)[0]).sum()))
-            if 8 * self.rows[i] * rank * self._item() > self.memory:  # its basis over all modes
+            if 8 * self.rows[i] * rank * self.item > self.memory:  # its basis over all modes
                 raise self._too_large()
             self.lost += float(squares[rank:].sum())
             self.bases[i] = left[:, :rank].reshape(*(self.size[c] for c in below), rank)
@@ -299,9 +299,9 @@ class _Compression:
         lengths, bases = [self.rows[c] for c in inside], [self._basis(c) for c in inside]
         first = self.source.order.index(modes[0])
         work = Rows(first, len(modes), lengths, bases, squares)
-        slabs = slabs_of(self.source.array, modes, self._budget(3 * rows**2 * self._item()))
-        kind, flops = ("Gram matrix", 2 * rows**2) if squares else ("QR", 4 * rows**2)
-        flops *= self.numel // self.rows[i]
+        slabs = slabs_of(self.source.array, modes, self._budget(3 * rows**2 * self.item))
+        kind, flops = ("Gram matrix", 2) if squares else ("QR", 4)
+        flops *= rows**2 * (self.numel // self.rows[i])
         self._tell(f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", slabs, flops)
         result: Tensor
         result, largest, bad = run_parts(self.source, work, slabs, self.workers)
@@ -353,20 +353,16 @@ class _Compression:
         if len(links) == 1:
             return self._basis(links[0])
         basis = self.bases[i]
-        for k, c in enumerate(links):
-            inner = self._basis(c)
+        for k, inner in enumerate(map(self._basis, links)):
             if inner is not None:
                 basis = torch.tensordot(inner, basis.movedim(k, 0), dims=1).movedim(0, k)
         return basis.reshape(self.rows[i], -1)
 
     def _eye(self, size: int) -> Tensor:
-        return torch.eye(size, dtype=torch.complex128 if self._item() == 16 else torch.float64)
-
-    def _item(self) -> int:
-        return 16 if self.source.array.dtype.kind == "c" else 8
+        return torch.eye(size, dtype=torch.complex128 if self.item == 16 else torch.float64)
 
     def _core_bytes(self) -> int:
-        return int(math.prod(self.size[i] for i in self.front) * self._item())
+        return int(math.prod(self.size[i] for i in self.front) * self.item)
 
     def _core_limit(self) -> int:
         return self.memory // (2 * (self.beside + 1))
@@ -377,8 +373,7 @@ class _Compression:
         long = [m for m, size in enumerate(self.source.array.shape) if size > self.most_rows]
         looked = ""
         if long:
-            size = max(self.source.array.shape[m] for m in long)
-            needed = 6 * max(self.beside, 2) * self._item() * size**2
+            needed = 6 * max(self.beside, 2) * self.item * max(self.source.array.shape) ** 2
             looked = (
                 f"  modes {', '.join(map(str, long))} are longer than {self.most_rows} and were not looked "
                 f"at, which takes memory={written(needed)} with {self.beside} tasks at a time\n"
@@ -398,10 +393,8 @@ class _Compression:
         array = self.source.array
         reads = bytes_read(array, slabs)
         times = reads / array.nbytes
-        log.info(
-            "%s: %d parts, %s read (%.2f times the tensor), %.3g flops",
-            what, len(slabs), written(reads), times, flops,
-        )  # fmt: skip
+        message = "%s: %d parts, %s read (%.2f times the tensor), %.3g flops"
+        log.info(message, what, len(slabs), written(reads), times, flops)
         if times > _OFTEN and not self.warned:
             self.warned = True
             warnings.warn(
@@ -413,8 +406,7 @@ class _Compression:
 
 def _first_nodes(tree: ModeTree, rows: Sequence[int], most: int) -> list[int]:
     """List the highest nodes with few rows, single modes elsewhere, in the order of the tree's leaves."""
-    nodes: list[int] = []
-    waiting = list(reversed(tree.links[-1]))
+    nodes, waiting = list[int](), list(reversed(tree.links[-1]))
     while waiting:
         i = waiting.pop()
         if rows[i] <= most or not tree.links[i]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -50,6 +51,7 @@ class Work:
         return self.join(sum, self.of(part, slab))
 
 
+@dataclass
 class Rows(Work):
     """Gram matrix (``squares``) or triangular factor of a node, the largest entry, how many are not finite.
 
@@ -58,16 +60,11 @@ class Rows(Work):
     ``None`` where they were left as they are.
     """
 
-    def __init__(
-        self,
-        first: int,
-        count: int,
-        lengths: Sequence[int] = (),
-        bases: Sequence[Tensor | None] = (),
-        squares: bool = True,
-    ) -> None:
-        self.first, self.end, self.squares = first, first + count, squares
-        self.lengths, self.bases = lengths, bases
+    first: int
+    count: int
+    lengths: Sequence[int] = ()
+    bases: Sequence[Tensor | None] = ()
+    squares: bool = True
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[Tensor, float, int]:
         """Look at a part that is complete in the node's modes."""
@@ -77,7 +74,7 @@ class Rows(Work):
         if not self.lengths:
             return part.new_zeros(0, 0), largest, 0
         before = math.prod(part.shape[: self.first])
-        behind = math.prod(part.shape[self.end :])
+        behind = math.prod(part.shape[self.first + self.count :])
         view = _in_bases(part, [before, *self.lengths, behind], [None, *self.bases, None])
         view = view.reshape(before, -1, behind)
         return axis_gram(view) if self.squares else axis_triangle(view), largest, 0
@@ -91,16 +88,16 @@ class Rows(Work):
         return both, max(one[1], other[1]), 0
 
 
+@dataclass
 class Core(Work):
     """The tensor in the bases of the front nodes.
 
     The bases are ``(sizes of the node's modes.., rank)``, ``None`` for a mode that was left as it is.
     """
 
-    def __init__(
-        self, modes: list[tuple[int, ...]], bases: list[Tensor | None], shape: tuple[int, ...]
-    ) -> None:
-        self.modes, self.bases, self.shape = modes, bases, shape
+    modes: list[tuple[int, ...]]
+    bases: list[Tensor | None]
+    shape: tuple[int, ...]
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
         """Return the part in the bases, where it belongs in the core."""
@@ -108,9 +105,7 @@ class Core(Work):
 
     def onto(self, sum: Tensor, part: Tensor, slab: tuple[slice, ...]) -> Tensor:
         """Add the part in the bases where it belongs."""
-        lengths: list[int] = []
-        bases: list[Tensor | None] = []
-        places: list[slice] = []
+        lengths, bases, places = list[int](), list[Tensor | None](), list[slice]()
         for modes, basis in zip(self.modes, self.bases, strict=True):
             here = tuple(slab[m] for m in modes)
             lengths.append(math.prod(s.stop - s.start for s in here))
@@ -250,11 +245,9 @@ def run_parts(source: Source, work: Work, slabs: Sequence[tuple[slice, ...]], wo
     task = delayed(_some, pure=False)
     join = delayed(_both, pure=False)
     parts = [task(shared, list(slabs[k::count])) for k in range(count)]
-    while len(parts) > 1:
-        parts = [
-            join(shared, *parts[k : k + 2]) if k + 1 < len(parts) else parts[k]
-            for k in range(0, len(parts), 2)
-        ]
+    while len(parts) > 1:  # two by two
+        pairs = [parts[k : k + 2] for k in range(0, len(parts), 2)]
+        parts = [join(shared, *pair) if len(pair) == 2 else pair[0] for pair in pairs]
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))  # threads of Dask and of torch would fight
     try:
