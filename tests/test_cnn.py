@@ -12,7 +12,7 @@ import zoo
 from hypothesis import HealthCheck, given, settings
 
 from tnreg import ConvNet, Factorization, ModeTree, from_cnn, spectra, to_cnn
-from tnreg.cnns.pooling import pool, scaled_product
+from tnreg.cnns.pooling import scaled_product
 from tnreg.errors import DataError, OptionError, ShapeError, TreeError
 
 F64 = torch.float64
@@ -48,61 +48,49 @@ def check_equal(model, net, features, images=None):
     for module, x in ((model, features), (net, inputs)):
         module.zero_grad()
         module(x).abs().square().sum().backward()
-    gradients, wanted = net.gradients, model.gradients
     for layer in range(net.depth):
-        nodes = [node for node in net.nodes_of(layer) if node in wanted]
+        nodes = [node for node in net.nodes_of(layer) if node in model.gradients]
         for node in nodes:  # with shared filters the sum over a layer
-            total = sum(wanted[v] for v in (nodes if net.share else [node]))
-            assert_close(gradients[node], total, 1e-11)
+            total = sum(model.gradients[v] for v in (nodes if net.share else [node]))
+            assert_close(net.gradients[node], total, 1e-11)
     back = from_cnn(net)
     assert back.network == model.network and all(map(torch.equal, back.stacks, model.stacks))
 
 
 @pytest.mark.parametrize("model", list(zoo.zoo()))
-@pytest.mark.parametrize("scaled", [False, True])
-def test_network_is_the_factorization(model, scaled):
-    features = zoo.random_features(model.sizes, 5, model.dtype)
-    check_equal(model, to_cnn(model, scaled=scaled), features)
+def test_network_is_the_factorization(model):
+    for scaled in (False, True):
+        features = zoo.random_features(model.sizes, 5, model.dtype)
+        check_equal(model, to_cnn(model, scaled=scaled), features)
 
 
 @given(zoo.models())
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_network_is_the_factorization_random(model):
-    features = zoo.random_features(model.sizes, 3)
-    check_equal(model, to_cnn(model), features)
-    check_equal(model, to_cnn(model, scaled=True), features)
+    test_network_is_the_factorization(model)
 
 
 @pytest.mark.parametrize("shape", GRIDS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_grids(shape, window):
+@pytest.mark.parametrize("share", [False, True])
+def test_grids(shape, window, share):
     """Images as (B, D, H, W), as (B, D, N) and as N tensors; ragged edges as well."""
-    model = from_cnn(random_net(ModeTree.grid(shape, window)))
     images = randn(4, 3, *shape)
     features = images.flatten(2).mT
-    net = to_cnn(model)
-    check_equal(model, net, features, images)
-    assert torch.equal(net(images), net(images.flatten(2)))
-    assert_close(net(list(features.unbind(1))), net(images))
-    assert net.shape == shape
+    for scaled in (False, True):
+        net = random_net(ModeTree.grid(shape, window), share=share, scaled=scaled)
+        assert not share or len(net.convs) == net.depth
+        assert not share or all(isinstance(c, torch.nn.Conv2d) for c in net.convs.values())
+        model = from_cnn(net)
+        check_equal(model, net, features, images)
+        check_equal(model, to_cnn(model, share=share, scaled=scaled), features, images)
+        assert torch.equal(net(images), net(images.flatten(2)))
+        assert_close(net(list(features.unbind(1))), net(images))
+        assert net.shape == shape
+        complete = all(n in (2, 4, 8) for n in shape)
+        assert ("pooling 2x" in repr(net) or "pooling 4x" in repr(net)) == complete
     with pytest.raises(ShapeError, match=rf"or \(B, 3, {shape[0]}, {shape[1]}\)"):
         net(images.reshape(4, 3, 1, -1))
-    complete = all(n in (2, 4, 8) for n in shape)
-    assert ("pooling 2x" in repr(net) or "pooling 4x" in repr(net)) == complete
-
-
-@pytest.mark.parametrize("shape", GRIDS)
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_shared_filters_on_grids(shape, window, scaled):
-    net = random_net(ModeTree.grid(shape, window), share=True, scaled=scaled)
-    assert all(isinstance(conv, torch.nn.Conv2d) for conv in net.convs.values())
-    assert len(net.convs) == net.depth
-    model = from_cnn(net)
-    images = randn(4, 3, *shape)
-    features = images.flatten(2).mT
-    check_equal(model, net, features, images)
-    check_equal(model, to_cnn(model, share=True, scaled=scaled), features, images)
 
 
 @pytest.mark.parametrize("make", ["binary 8", "half 8", "star 5", "binary 7", "caterpillar 5"])
@@ -118,58 +106,52 @@ def test_shared_filters_on_sequences(make, join):
 def test_conserved_quantity_of_shared_filters():
     """Gradient flow conserves p |row|² - |column|² for filters shared over the p nodes of a window."""
     net = random_net(ModeTree.grid((4, 4)), share=True)
-    x = randn(9, 3, 4, 4)
-    (net(x) - 1).square().mean().backward()
+    (net(randn(9, 3, 4, 4)) - 1).square().mean().backward()
     for layer in range(1, net.depth):
         child, node = net.nodes_of(layer - 1)[0], net.nodes_of(layer)[0]
-        below, own = net.weights[child], net.weights[node]
-        g_below, g_own = net.gradients[child], net.gradients[node]
-        own, g_own = own.reshape(len(own), -1), g_own.reshape(len(g_own), -1)
-        rows, columns = (own * g_own).sum(1).detach(), (below * g_below).sum(0).detach()
+        columns = (net.weights[child] * net.gradients[child]).sum(0).detach()
+        own = (net.weights[node] * net.gradients[node]).detach()
+        rows = own.reshape(len(own), -1).sum(1)
         assert_close(4 * rows, columns)
-        gap = float((rows - columns).abs().max())
-        assert gap > 0.1 * float(columns.abs().max())  # not without the 4
+        assert float((rows - columns).abs().max()) > 0.1 * float(columns.abs().max())
 
 
 def test_layers_nodes_and_channels():
-    model = zoo.model_of(ModeTree([[0, 3], [[1, 4], 2]]))
-    net, tree = to_cnn(model), model.tree
-    assert net.depth == 4 and net.nodes_of(0) == (0, 3, 1, 4, 2)
-    assert net.nodes_of(1) == ((0, 3), (1, 4)) and net.nodes_of(3) == (tree.root,)
-    nodes = [node for layer in range(4) for node in net.nodes_of(layer)]
-    assert [net.layer_of(node) for node in nodes] == [0] * 5 + [1] * 2 + [2, 3]
+    tree = ModeTree([[0, 3], [[1, 4], 2]])
+    net = to_cnn(zoo.model_of(tree))
+    layers = [(0, 3, 1, 4, 2), ((0, 3), (1, 4)), (tree.parent(2),), (tree.root,)]
+    assert net.depth == 4 and [net.nodes_of(layer) for layer in range(4)] == layers
+    assert all(net.layer_of(node) == k for k, nodes in enumerate(layers) for node in nodes)
     convolved = [node for _, _, nodes in net.layers() for node in nodes]
-    assert set(nodes) == set(convolved) == set(tree.nodes) and len(nodes) == len(convolved) == 9
+    assert set(convolved) == set(tree.nodes) and len(convolved) == 9
 
 
 def test_a_local_component_is_a_pooled_channel():
-    """Without channel r at v the network is the factorization without the local component (v, r)."""
-    model = zoo.model_of(ModeTree.binary(4))
-    features = zoo.random_features(model.sizes, 5)
-    node, r = (0, 1), 1
-    net = to_cnn(model)
+    """Without channel 1 at a node the network is the factorization without that local component."""
+    model, node = zoo.model_of(ModeTree.binary(4)), (0, 1)
+    features, net = zoo.random_features(model.sizes, 5), to_cnn(model)
     with torch.no_grad():
         for child in model.tree.children(node):
-            model.weights[child][:, r] = 0
-        net.weights[node][r] = 0
+            model.weights[child][:, 1] = 0
+        net.weights[node][1] = 0
     assert_close(net(features), model(features))
 
 
 def test_reads_like_a_network():
     waiting = to_cnn(zoo.model_of(ModeTree([[0, 3], [[1, 4], 2]])))
-    for net, lines in {
-        ConvNet(ModeTree.grid((4, 4)), 3, 8, outputs=10): [
+    pairs = ConvNet(ModeTree.binary(4), 3, 8, share=True, join="full")
+    for net, *lines in (
+        (
+            ConvNet(ModeTree.grid((4, 4)), 3, 8, outputs=10),
             "layer 0  1x1 convolution           16 nodes, 3 -> 8",
             "layer 1  product pooling 2x2       4 nodes, 8 channels",
             "layer 2  linear                    1 node, 8 -> 10",
-        ],
-        waiting: ["layer 1  identity                  1 node waiting"],
-        ConvNet(ModeTree.binary(4), 3, 8, share=True, join="full"): [
-            "1x1 convolution, shared", "all pairs, over 2", "64 -> 8"
-        ],
-        ConvNet(ModeTree.star(3), 3, 8, root="ones"): ["sum"],
-        ConvNet(ModeTree.caterpillar(200), 2, 3): ["more lines ...", "linear"],
-    }.items():  # fmt: skip
+        ),
+        (waiting, "layer 1  identity                  1 node waiting"),
+        (pairs, "1x1 convolution, shared", "all pairs, over 2", "64 -> 8"),
+        (ConvNet(ModeTree.star(3), 3, 8, root="ones"), "sum"),
+        (ConvNet(ModeTree.caterpillar(200), 2, 3), "more lines ...", "linear"),
+    ):
         text = repr(net)
         assert all(line in text for line in lines) and len(text.splitlines()) < 70
 
@@ -183,9 +165,7 @@ DEEP = {"star": ModeTree.star, "binary": ModeTree.binary, "caterpillar": ModeTre
 @pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e12])
 def test_deep_products_in_single_precision(shape, share, magnitude):
     """256 positions: values and gradients of magnitude 1 from factors far below or above 1."""
-    exact = random_net(DEEP[shape](256), share=share, std=1.0)
-    x = randn(5, 3, 256)
-    # the values' own size is taken out at the root, and half of every position's goes to the inputs
+    exact, x = random_net(DEEP[shape](256), share=share, std=1.0), randn(5, 3, 256)
     [name] = [name for name, join, _ in exact.layers() if join == "leaf"]
     with torch.no_grad():  # values about 1, and weights that undo the magnitude of the inputs
         value, log = exact.scaled_values(x)
@@ -193,10 +173,10 @@ def test_deep_products_in_single_precision(shape, share, magnitude):
         exact.convs[name].weight *= 2.0 ** (-whole / 256) / magnitude
     net = ConvNet(exact.tree, 3, 4, share=share)
     net.load_state_dict({key: weight.float() for key, weight in exact.state_dict().items()})
-    assert net.scaled
     single, double = (magnitude * x).float().requires_grad_(), (magnitude * x).requires_grad_()
     found, wanted = net(single), exact(double)
-    assert 1e-30 < float(wanted.detach().abs().min()) <= float(wanted.detach().abs().max()) < 1e30
+    size = wanted.detach().abs()
+    assert net.scaled and 1e-30 < float(size.min()) <= float(size.max()) < 1e30
     assert torch.allclose(found.double(), wanted, rtol=2e-3)
     for values in (found, wanted):
         (values / values.detach()).sum().backward()
@@ -241,20 +221,15 @@ def test_shapes_of_images():
         assert to_cnn(Factorization(ModeTree.grid(shape), 3, 4)).shape == shape
     assert to_cnn(Factorization(ModeTree.binary(4), 3, 4)).shape is None
     assert to_cnn(Factorization(ModeTree([[0, 1, 4, 5], [2, 3, 6, 7]]), 3, 4)).shape == (2, 4)
-    scattered = ModeTree([[0, 3], [1, 2]])
-    net = ConvNet(scattered, 3, 4, shape=(2, 2), outputs=5)
+    net = ConvNet(SCATTERED, 3, 4, shape=(2, 2), outputs=5)
     assert net.shape == (2, 2) and to_cnn(from_cnn(net), classes=True, shape=(2, 2)).shape == (2, 2)
     with pytest.raises(ShapeError, match=r"\(B, 3, 2, 2\)"):
         net(torch.zeros(2, 3, 1, 4))
-    with pytest.raises(TreeError, match="an image of 2 x 3 has 6 pixels, the tree 4 modes"):
-        ConvNet(scattered, 3, 4, shape=(2, 3))
 
 
 def test_compiled_and_copied():
-    net = random_net(ModeTree.grid((4, 4)))
-    x = randn(5, 3, 4, 4)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(x), net(x))
+    net, x = random_net(ModeTree.grid((4, 4))), randn(5, 3, 4, 4)
+    assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x), net(x))
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x), net(x))
         with torch.no_grad():
@@ -262,29 +237,17 @@ def test_compiled_and_copied():
     assert float(net(x).detach().abs().min()) > 0
 
 
-def test_products_without_scales_do_underflow():
-    """What the scales are for: the same network without them loses the value."""
-    net = random_net(ModeTree.grid((8, 8)), std=0.02, dtype=torch.float32)
-    bare = to_cnn(from_cnn(net), scaled=False)
-    x = randn(4, 3, 64, dtype=torch.float32)
-    value, log = net.scaled_values(x)
-    assert (value != 0).all() and bool((log < -200).all()) and bool((bare(x) == 0).all())
-
-
 def test_zeros_pass_through_scaled_products():
-    """Also beside values beyond the range."""
+    """Also beside values beyond the range; only the zero factor of a product has a gradient."""
     wide = random_net(ModeTree.star(64), std=1.0, dtype=torch.float32)
     x = 30 * randn(2, 3, 64, dtype=torch.float32)
     x[0, :, 3] = 0
     assert wide(x)[0] == 0 and bool(torch.isinf(wide(x)[1]))
-    net = random_net(ModeTree.star(40), 2, 3, std=1.0)
-    x = randn(3, 2, 40)
+    net, x = random_net(ModeTree.star(40), 2, 3, std=1.0), randn(3, 2, 40)
     x[0, :, 7] = 0
-    x.requires_grad_()
-    value = net(x)
+    value = net(x.requires_grad_())
     value.sum().backward()
     assert value[0] == 0 and bool((value[1:] != 0).all())
-    # a product with one zero factor has a gradient at that factor
     assert torch.isfinite(x.grad).all() and float(x.grad[0, :, 7].abs().max()) > 0
     assert float(x.grad[0, :, 8].abs().max()) == 0
 
@@ -298,38 +261,28 @@ def test_gradcheck_and_second_derivatives():
 
 @pytest.mark.parametrize("join", ["diagonal", "full"])
 def test_several_outputs_are_a_mode(join):
-    tree = ModeTree([[0, 1], [2, 3]])
+    tree, x = ModeTree([[0, 1], [2, 3]]), randn(6, 3, 4)
     net = random_net(tree, join=join, outputs=5)
     model = from_cnn(net)
     assert model.sizes == (3, 3, 3, 3, 5) and model.tree.parent(4) == model.tree.root
-    x = randn(6, 3, 4)
     assert_close(net(x), by_class(model, x))
     again = to_cnn(model, classes=True)
     assert again.tree == tree and torch.equal(again(x), net(x))
-    for node, weight in net.weights.items():
-        assert torch.equal(again.weights[node], weight)
-
-
-def test_classes_of_a_model_with_a_trained_root():
-    model, x = zoo.model_of(ModeTree([[0, 1], [2, 3], 4]), sizes=(3, 3, 3, 3, 5)), randn(6, 3, 4)
-    assert_close(to_cnn(model, classes=True)(x), by_class(model, x))
+    assert all(torch.equal(again.weights[node], weight) for node, weight in net.weights.items())
+    trained = zoo.model_of(ModeTree([[0, 1], [2, 3], 4]), join, sizes=model.sizes)  # at the root
+    assert_close(to_cnn(trained, classes=True)(x), by_class(trained, x))
 
 
 def test_a_factorization_with_the_networks_weights():
     """Spectra of a network's weights, differentiable to its parameters."""
     net = random_net(ModeTree.binary(4))
-    view = net.as_factorization()
-    assert list(view.parameters()) == []
-    for node, values in spectra(from_cnn(net)).items():
-        assert_close(spectra(view)[node], values, 1e-10)
-    spectra(view)[(0, 1)].sum().backward()
+    view, wanted = net.as_factorization(), spectra(from_cnn(net))
+    found = spectra(view)
+    assert list(view.parameters()) == [] and found.keys() == wanted.keys()
+    for node, values in wanted.items():
+        assert_close(found[node], values, 1e-10)
+    found[(0, 1)].sum().backward()
     assert all(float(p.grad.abs().max()) > 0 for p in net.parameters())
-
-
-def test_pooling_all_pairs_keeps_their_order():
-    parts = [torch.randn(2, size) for size in (3, 4, 2)]
-    wanted = torch.einsum("bi,bj,bk->bijk", *parts).flatten(1)
-    assert torch.allclose(pool(parts, "full"), wanted)
 
 
 def test_wide_pooling_is_scaled_by_channel():
@@ -344,7 +297,7 @@ UNEVEN = to_cnn(zoo.model_of(ModeTree.star(3)))
 EQUAL = zoo.model_of(ModeTree.binary(4), sizes=(3, 3, 3, 3))
 LINEAR, SIZES = torch.nn.Linear(2, 2), zoo.model_of(ModeTree.binary(4))
 MIXED = [torch.zeros(2, 2, dtype=F64), torch.zeros(2, 3), torch.zeros(2, 5, dtype=F64)]
-CHANNELS = "nodes of height 0 differ in their channels"
+SCATTERED, CHANNELS = ModeTree([[0, 3], [1, 2]]), "nodes of height 0 differ in their channels"
 REFUSED = [
     (lambda: SMALL(torch.zeros(2, 3, 5)), ShapeError, r"\(2, 3, 5\)\n  expected: \(B, 3, 4\) or"),
     (lambda: DEEPER(torch.zeros(2, 3, 2, 8)), ShapeError, r"\(B, 3, 16\) or \(B, 3, 4, 4\)"),
@@ -353,6 +306,7 @@ REFUSED = [
     (lambda: SMALL(None), ShapeError, "found:    NoneType"),
     (lambda: UNEVEN(MIXED[:2]), ShapeError, r"3 tensors \(B, D_n\) with D = \(2, 3, 5\)"),
     (lambda: UNEVEN(MIXED), DataError, r"write x\.to\(net\.dtype\)"),
+    (lambda: ConvNet(SCATTERED, 3, 4, shape=(2, 3)), TreeError, "2 x 3 has 6 pixels, the tree 4 modes"),
     (lambda: SMALL.nodes_of(4), OptionError, r"layers are 0\.\.1, found 4"),
     (lambda: to_cnn(LINEAR), OptionError, "to_cnn takes a Factorization, found Linear"),
     (lambda: from_cnn(LINEAR), OptionError, "from_cnn takes a ConvNet"),
@@ -372,10 +326,9 @@ def test_what_is_refused(call, error, message):
 
 
 def test_three_hundred_layers():
-    tree = ModeTree.caterpillar(300)
-    model = Factorization(tree, 2, 3, join="full", std=0.8, dtype=F64)
-    x = torch.randn(2, 2, 300, dtype=F64)
-    net = to_cnn(model)
+    model = Factorization(ModeTree.caterpillar(300), 2, 3, join="full", std=0.8, dtype=F64,
+                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    x, net = randn(2, 2, 300), to_cnn(model)
     value, log = net.scaled_values(x)
     assert net.depth == 300 and torch.isfinite(value).all() and math.isfinite(float(log.sum()))
     assert_close(net(x), model(x.mT), 1e-10)

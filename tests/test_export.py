@@ -20,8 +20,7 @@ from tnreg.machine.files import read_safetensors
 
 
 def networks():
-    random = torch.Generator().manual_seed(0)
-    grid = ModeTree.grid((4, 4))
+    random, grid = torch.Generator().manual_seed(0), ModeTree.grid((4, 4))
     deep = ConvNet(grid, 3, 4, share=True, std=0.7, generator=random)
     uneven = to_cnn(zoo.model_of(zoo.TREES["uneven"], "full"))
     representation = Representation(3, kind="gaussian", patch=(2, 2), generator=random)
@@ -51,23 +50,20 @@ numpy.save(folder / "found.npy", found)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_files_give_the_same_values_without_tnreg(tmp_path, name, kind):
-    net = NETWORKS[name]
-    if kind == "onnx":
-        assert export_onnx(net, tmp_path / "net.onnx") == tmp_path / "net.onnx"
-    else:
-        export_pt2(net, tmp_path / "net.pt2")
+@pytest.mark.parametrize(("kind", "write"), [("onnx", export_onnx), ("pt2", export_pt2)])
+def test_files_give_the_same_values_without_tnreg(tmp_path, name, kind, write):
+    net, path = NETWORKS[name], tmp_path / f"net.{kind}"
+    assert write(net, path) == path
     inputs = example_inputs(net, batch=7)
     dtype = torch.float32 if kind == "onnx" else next(net.parameters()).dtype
-    parts = [x.to(dtype) for x in ([inputs] if isinstance(inputs, torch.Tensor) else inputs)]
-    np.savez(tmp_path / "inputs.npz", *[x.numpy() for x in parts])
+    parts = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+    np.savez(tmp_path / "inputs.npz", *[x.to(dtype).numpy() for x in parts])
     subprocess.run([sys.executable, "-c", OTHERS, tmp_path, kind], check=True)
     found = torch.from_numpy(np.load(tmp_path / "found.npy"))
     wanted = net(inputs).detach().to(dtype)
     assert found.shape == wanted.shape
     assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
-    assert {p.name for p in tmp_path.iterdir()} == {f"net.{kind}", "inputs.npz", "found.npy"}
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "inputs.npz", "found.npy"}
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (2, 2), (3, 5)])
@@ -84,26 +80,28 @@ def test_exported_grids_take_images(tmp_path, shape):
     assert torch.allclose(torch.from_numpy(found), net(x), rtol=1e-4) and found != 0
 
 
+def read_state(net, path):
+    export_state(net, path)
+    metadata, state = read_safetensors(path)
+    return json.loads(metadata["network"])["layers"], state
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_plain_weights_name_their_layers(tmp_path, name):
     net = NETWORKS[name]
-    export_state(net, tmp_path / "net.safetensors")
-    metadata, state = read_safetensors(tmp_path / "net.safetensors")
-    about = json.loads(metadata["network"])
+    layers, state = read_state(net, tmp_path / "net.safetensors")
     inner = net.net if name == "classifier" else net
-    assert set(state) == set(net.state_dict())
-    assert all(layer["weight"] in state for layer in about["layers"])
-    named = [(node, layer["layer"]) for layer in about["layers"] for node in layer["nodes"]]
+    assert set(state) == set(net.state_dict()) >= {layer["weight"] for layer in layers}
+    named = [(node, layer["layer"]) for layer in layers for node in layer["nodes"]]
     assert sorted(named) == sorted((str(v), inner.layer_of(v)) for v in inner.tree.nodes)
 
 
 def test_a_network_by_hand_from_plain_weights(tmp_path):
     """What the JSON says is enough: the network rebuilt in a few lines gives the same values."""
-    net = ConvNet(ModeTree.binary(4), 3, 4, std=0.7, dtype=torch.float64)
-    export_state(net, tmp_path / "net.safetensors")
-    metadata, state = read_safetensors(tmp_path / "net.safetensors")
-    layers = json.loads(metadata["network"])["layers"]
-    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+    net = ConvNet(ModeTree.binary(4), 3, 4, std=0.7, dtype=torch.float64, generator=random)
+    layers, state = read_state(net, tmp_path / "net.safetensors")
+    x = torch.randn(6, 3, 4, dtype=torch.float64, generator=random)
     values = {}
     for layer in layers:
         parts = zip(layer["nodes"], layer["children"], state[layer["weight"]], strict=True)

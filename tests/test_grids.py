@@ -15,6 +15,10 @@ from tnreg import ConvNet, DataError, ModeTree, OptionError, ShapeError, grid_te
 F64 = torch.float64
 
 
+def random():
+    return torch.Generator().manual_seed(0)
+
+
 def test_one_hot_templates_give_the_tensor_itself():
     model = zoo.model_of(ModeTree([[0, 2], [1, 3]]), sizes=(3, 3, 3, 3))
     found = grid_tensor(tnreg.to_cnn(model), torch.eye(3, dtype=F64), model.tree, batch=7)
@@ -22,14 +26,10 @@ def test_one_hot_templates_give_the_tensor_itself():
 
 
 def test_templates_that_span_the_inputs_have_the_models_ranks():
-    net = ConvNet(ModeTree.grid((2, 2), (1, 2)), 3, 2, std=0.7, dtype=F64)
-    model = tnreg.from_cnn(net)
-    tree = net.tree
-    templates = torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    found = grid_tensor(net, templates, tree)
-    assert tnreg.hierarchical_rank(found, tree, rtol=1e-9) == tnreg.hierarchical_rank(
-        model, rtol=1e-9
-    )
+    net = ConvNet(ModeTree.grid((2, 2), (1, 2)), 3, 2, std=0.7, dtype=F64, generator=random())
+    found = grid_tensor(net, torch.randn(4, 3, dtype=F64, generator=random()), net.tree)
+    wanted = tnreg.hierarchical_rank(tnreg.from_cnn(net), rtol=1e-9)
+    assert tnreg.hierarchical_rank(found, net.tree, rtol=1e-9) == wanted
 
 
 def test_ordinary_networks_entry_by_entry():
@@ -39,27 +39,26 @@ def test_ordinary_networks_entry_by_entry():
         nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)
     ).double()
     net(torch.randn(8, 2, 4, 6, dtype=F64))  # running statistics
-    templates = torch.randn(4, 2, 2, 2, 3, dtype=F64)
-    tree = ModeTree.star(4)
+    templates, tree = torch.randn(4, 2, 2, 2, 3, dtype=F64), ModeTree.star(4)
     found = grid_tensor(net, templates, tree, shape=(2, 2), output=1, batch=3)
     assert net.training
     net.eval()
     for index in itertools.product(range(2), repeat=4):
-        image = torch.zeros(1, 2, 4, 6, dtype=F64)
-        for p, d in enumerate(index):
-            row, column = divmod(p, 2)
-            image[0, :, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3] = templates[p, d]
-        assert torch.allclose(found[index], net(image)[0, 1])
+        tiles = [templates[p, d] for p, d in enumerate(index)]
+        image = torch.cat([torch.cat(tiles[:2], 2), torch.cat(tiles[2:], 2)], 1)
+        assert torch.allclose(found[index], net(image.unsqueeze(0))[0, 1])
 
 
 def test_separable_functions_have_rank_one():
-    f = lambda x: torch.sigmoid(x[:, :, :2].sum((1, 2))) * x[:, :, 2:].square().sum((1, 2))  # noqa: E731
-    tree = ModeTree([[0, 1], [2, 3]])
-    templates = torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    found = spectra(grid_tensor(f, templates, tree), tree)[(0, 1)]
-    assert float(found[1]) < 1e-12 * float(found[0])
-    mixed = lambda x: torch.sigmoid(x.sum((1, 2)))  # noqa: E731
-    assert float(spectra(grid_tensor(mixed, templates, tree), tree)[(0, 1)][1]) > 1e-3
+    tree, templates = ModeTree([[0, 1], [2, 3]]), torch.randn(3, 2, dtype=F64, generator=random())
+    separable, mixed = (
+        spectra(grid_tensor(f, templates, tree), tree)[(0, 1)]
+        for f in (
+            lambda x: torch.sigmoid(x[:, :, :2].sum((1, 2))) * x[:, :, 2:].square().sum((1, 2)),
+            lambda x: torch.sigmoid(x.sum((1, 2))),
+        )
+    )
+    assert float(separable[1]) < 1e-12 * float(separable[0]) and float(mixed[1]) > 1e-3
 
 
 def test_every_part_of_a_module_keeps_its_mode():
@@ -70,9 +69,9 @@ def test_every_part_of_a_module_keeps_its_mode():
 
 
 def test_an_arrangement_of_ones_own():
-    f = lambda x: x[0][:, 0] - x[1][:, 0]  # noqa: E731
+    options = {"arrange": lambda x: list(x.unbind(1))}
     templates = torch.tensor([[0.0], [1.0]])
-    found = grid_tensor(f, templates, ModeTree.star(2), arrange=lambda x: list(x.unbind(1)))
+    found = grid_tensor(lambda x: (x[0] - x[1])[:, 0], templates, ModeTree.star(2), **options)
     assert found.tolist() == [[0, -1], [1, 0]]
 
 

@@ -51,22 +51,3 @@ def test_the_package_shows_public_names_and_wings():
     assert set(done.stdout.split()) <= {*tnreg.__all__, *WINGS}
     files = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] != "_"}
     assert files - {"py.typed", "__pycache__"} == set(WINGS) - {"__main__"}
-
-
-def test_import_is_light():
-    """No drawing, command-line, progress or dataset library is loaded by ``import tnreg``."""
-    heavy = [
-        "matplotlib",
-        "tyro",
-        "rich.progress",
-        "tensornetwork",
-        "tensorly",
-        "scipy",
-        "pandas",
-        "torchvision",
-    ]
-    script = f"import sys, tnreg; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"

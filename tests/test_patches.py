@@ -10,14 +10,6 @@ import torch
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.far import patches
-from tnreg.far.patches import (
-    DifferingPatches,
-    FixedPatches,
-    PresetPatches,
-    RandomPatches,
-    as_sampler,
-    box_mask,
-)
 
 PAIR = ((0, 0, 2, 3), (4, 4, 6, 5))
 THREE = [(0, 0, 1, 1), (0, 2, 2, 4), (3, 0, 5, 5)]
@@ -51,20 +43,19 @@ def assert_uniform(found, expected):
 def test_mask():
     expected = torch.zeros(4, 7, dtype=torch.bool)
     expected[1:3, 2:6] = True
-    assert torch.equal(box_mask(torch.tensor([1, 2, 3, 6]), 4, 7), expected)
+    assert torch.equal(patches.box_mask(torch.tensor([1, 2, 3, 6]), 4, 7), expected)
 
 
 def test_a_pair_is_used_as_given():
-    sampler = as_sampler(PAIR, "penalty")
+    sampler = patches.as_sampler(PAIR, "penalty")
     assert drawn(sampler, torch.zeros(2, 1, 6, 5), 2) == [PAIR, PAIR]
-    assert sampler.state_dict() == {}
+    assert sampler.state_dict() == {} and patches.as_sampler(sampler, "penalty") is sampler
     sampler.load_state_dict({})
-    assert as_sampler(sampler, "penalty") is sampler
 
 
 def test_preset_boxes_are_drawn_in_both_orders():
     expected = [(a, b) for a, b in product(THREE, THREE) if a != b]
-    assert_uniform(drawn(PresetPatches(THREE, seed=1), torch.zeros(2, 5, 5), 300), expected)
+    assert_uniform(drawn(patches.PresetPatches(THREE, seed=1), torch.zeros(2, 5, 5), 300), expected)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +63,14 @@ def test_preset_boxes_are_drawn_in_both_orders():
     [(3, 3, 1, 0, False), (3, 6, 2, 0, False), (5, 5, 2, 1, False), (4, 5, 2, 0, True), (3, 5, 1, 2, True)],
 )  # fmt: skip
 def test_random_patches_are_uniform(height, width, size, distance, exact):
-    sampler = RandomPatches(size, distance, exact=exact, seed=2)
+    sampler = patches.RandomPatches(size, distance, exact=exact, seed=2)
     expected = pairs(height, width, size, distance, exact)
     found = drawn(sampler, torch.zeros(2, 1, height, width), 60 * len(expected))
     assert_uniform(found, expected)
 
 
 def test_default_is_the_published_one():
-    [(a, b)] = drawn(RandomPatches(), torch.zeros(2, 1, 150, 150), 1)
+    [(a, b)] = drawn(patches.RandomPatches(), torch.zeros(2, 1, 150, 150), 1)
     assert (a[2] - a[0], a[3] - a[1]) == (2, 2) and gap(a, b) >= 0
 
 
@@ -88,7 +79,7 @@ def test_differing_patches_are_where_samples_differ():
     x = torch.zeros(3, 2, 6, 7)
     x[:, 0, 4, 5] = 1.0
     x[1, 1, 1, 1] = 0.5
-    for i, j in drawn(DifferingPatches(2, seed=3), x, 200):
+    for i, j in drawn(patches.DifferingPatches(2, seed=3), x, 200):
         assert j[0] <= 1 < j[2] and j[1] <= 1 < j[3]
         assert (i[0] <= 4 < i[2] and i[1] <= 5 < i[3]) and gap(i, j) >= 0
 
@@ -98,27 +89,29 @@ def test_differing_patches_in_proportion():
     x = torch.zeros(4, 1, 1, 9)
     x[0, 0, 0, 0] = 1.0  # swaps change sample 0 and the one that takes its pixels
     x[0, 0, 0, 8] = x[2, 0, 0, 8] = 1.0
-    found = Counter(j[1] for _, j in drawn(DifferingPatches(1, seed=4), x, 900))
+    found = Counter(j[1] for _, j in drawn(patches.DifferingPatches(1, seed=4), x, 900))
     assert set(found) == {0, 8} and found[8] / found[0] == pytest.approx(2, rel=0.3)
 
 
 def test_differing_patches_keep_the_distance_and_fall_back_to_uniform():
     same = torch.ones(3, 1, 4, 5)
     expected = pairs(4, 5, 2, 0, True)
-    found = drawn(DifferingPatches(2, 0, exact=True, seed=5), same, 800)
+    found = drawn(patches.DifferingPatches(2, 0, exact=True, seed=5), same, 800)
     assert set(found) <= expected and {j for _, j in found} == {j for _, j in expected}
     tiny = torch.ones(3, 1, 4, 5)
     tiny[0, 0, 0, 0] += 1e-3
-    found = drawn(DifferingPatches(1, threshold=1e-2, seed=6), tiny, 200)
+    found = drawn(patches.DifferingPatches(1, threshold=1e-2, seed=6), tiny, 200)
     assert len({j for _, j in found}) > 10
-    assert {j for _, j in drawn(DifferingPatches(1, seed=6), tiny, 50)} == {(0, 0, 1, 1)}
+    assert {j for _, j in drawn(patches.DifferingPatches(1, seed=6), tiny, 50)} == {(0, 0, 1, 1)}
 
 
 def make(kind, seed=0):
-    return kind(THREE if kind is PresetPatches else 1, seed=seed)
+    return kind(THREE if kind is patches.PresetPatches else 1, seed=seed)
 
 
-@pytest.mark.parametrize("kind", [PresetPatches, RandomPatches, DifferingPatches])
+@pytest.mark.parametrize(
+    "kind", [patches.PresetPatches, patches.RandomPatches, patches.DifferingPatches]
+)
 def test_streams_are_their_own(kind, tmp_path):
     x = torch.zeros(2, 1, 5, 5)
     before = torch.random.get_rng_state()
@@ -133,7 +126,9 @@ def test_streams_are_their_own(kind, tmp_path):
         assert drawn(resumed, x, 12 - count) == found[count:]
 
 
-@pytest.mark.parametrize("kind", [RandomPatches, DifferingPatches, PresetPatches])
+@pytest.mark.parametrize(
+    "kind", [patches.RandomPatches, patches.DifferingPatches, patches.PresetPatches]
+)
 def test_drawing_reads_nothing_from_the_device(kind):
     """On the device "meta" nothing can be read: every wait for a device is an error there."""
     here, there, x = make(kind), make(kind), torch.zeros(2, 1, 5, 5)
@@ -152,33 +147,33 @@ def test_places_without_weight_are_never_drawn():
 
 def test_random_pairs_are_equally_likely_in_a_large_image():
     """Where there are more pairs than single precision counts."""
-    pairs = drawn(RandomPatches(2, seed=9), torch.zeros(2, 1, 150, 150), 3000)
+    pairs = drawn(patches.RandomPatches(2, seed=9), torch.zeros(2, 1, 150, 150), 3000)
     firsts = [i[0] for i, _ in pairs]
     assert sum(firsts) / 3000 == pytest.approx(74, abs=5 * 43 / 3000**0.5)
     assert len(set(firsts)) == 149
 
 
 def test_refuses_boxes():
-    other = (3, 3, 4, 4)
-    for wrong in (
-        [(0, 0, 2)], [(0, 0, 0, 2), other], [(-1, 0, 2, 2), other], [(0, 0, 2.5, 2), other], [], [1, 2],
-    ):  # fmt: skip
-        with pytest.raises(OptionError, match=r"a box is \(top, left, bottom, right\)"):
-            FixedPatches(wrong)
+    other, single, several = (3, 3, 4, 4), patches.FixedPatches, patches.PresetPatches
+    shape = r"a box is \(top, left, bottom, right\)"
+    wrong = ((0, 0, 2), (0, 0, 0, 2), (-1, 0, 2, 2), (0, 0, 2.5, 2))
     for kind, boxes, message in (
-        (FixedPatches, [(0, 0, 2, 2), (1, 1, 3, 3)], "overlap; patches must be disjoint"),
-        (FixedPatches, THREE, "two boxes, found 3; for more write PresetPatches"),
-        (PresetPatches, THREE[:1], "PresetPatches needs two boxes or more, found 1"),
-        (PresetPatches, [*THREE, (0, 0, 5, 5)], "overlap"),
+        *((single, [box, other], shape) for box in wrong),
+        (single, [], shape),
+        (single, [1, 2], shape),
+        (single, [(0, 0, 2, 2), (1, 1, 3, 3)], "overlap; patches must be disjoint"),
+        (single, THREE, "two boxes, found 3; for more write PresetPatches"),
+        (several, THREE[:1], "PresetPatches needs two boxes or more, found 1"),
+        (several, [*THREE, (0, 0, 5, 5)], "overlap"),
     ):
         with pytest.raises(OptionError, match=message):
             kind(boxes)
-    for sampler in (FixedPatches(PAIR), PresetPatches(PAIR)):
+    for kind in (single, several):
         with pytest.raises(ShapeError, match=r"box \(4, 4, 6, 5\) is not inside an image of 5 x 5"):
-            sampler.draw(torch.zeros(2, 1, 5, 5))
+            kind(PAIR).draw(torch.zeros(2, 1, 5, 5))
 
 
-@pytest.mark.parametrize("kind", [RandomPatches, DifferingPatches])
+@pytest.mark.parametrize("kind", [patches.RandomPatches, patches.DifferingPatches])
 def test_refuses_options(kind):
     for name, value, least in (("size", 0, 1), ("distance", -1, 0), ("seed", -1, 0)):
         with pytest.raises(OptionError, match=f"{name} must be an integer >= {least}"):
@@ -190,6 +185,6 @@ def test_refuses_options(kind):
     with pytest.raises(OptionError, match="not the state of its random stream"):
         kind(2).load_state_dict({})
     with pytest.raises(OptionError, match="threshold must be >= 0"):
-        DifferingPatches(threshold=-1.0)
+        patches.DifferingPatches(threshold=-1.0)
     with pytest.raises(OptionError, match="patches must be a pair of boxes .* found 3"):
-        as_sampler(3, "penalty")
+        patches.as_sampler(3, "penalty")
