@@ -13,6 +13,7 @@ import html
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tnreg import plots
-from tnreg.cnns.convnet import ConvNet, to_cnn
+from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments.completion import in_units, mean_error, scaled_task
@@ -100,8 +101,20 @@ def run(
     show(tree.text(label=lambda v: labels.get(v) or _words(v, modes)), markup=False)
     filled = torch.where(torch.isnan(tensor.values), tensor.values.nanmean(), tensor.values)
     measured = spectra(filled, tree)
+
+    def show_ranks(title: str, values: dict[Node, torch.Tensor], x: Any) -> dict[Node, int]:
+        ranks = hierarchical_rank(x, tree, rtol=config.rtol)
+        rows = [
+            (str(v), ", ".join(modes[m] for m in tree.modes_below(v)), str(ranks[v]), str(len(s)),
+             f"{float(effective_rank(s)):.2f}")
+            for v, s in values.items()
+        ]  # fmt: skip
+        numbers = (f"rank (rtol {config.rtol:g})", "of", "effective rank")
+        show(_table(title, ("node", "modes below"), numbers, rows))
+        return ranks
+
     title = f"measured tensor ({tensor.missing} missing entries set to the mean)"
-    show(_rank_table(title, measured, filled, tree, config, modes))
+    show_ranks(title, measured, filled)
 
     with folder_written_whole(folder) as beside:
         task, scale = scaled_task(
@@ -120,9 +133,15 @@ def run(
             "CP, equal weights": task.test_error(baseline),
             "tnreg, this tree": task.test_error(model),
         }
-        show(_rank_table("learned tensor", learned, model, tree, config, modes))
-        show(_error_table(errors, [1, _size(baseline), _size(model)]))
-        ranks = hierarchical_rank(model, rtol=config.rtol)
+        ranks = show_ranks("learned tensor", learned, model)
+        rows = [
+            (name, f"{error:.4f}", str(count))
+            for (name, error), count in zip(
+                errors.items(), (1, _size(baseline), _size(model)), strict=True
+            )
+        ]
+        title = "error on unseen entries, ‖W - W*‖ / ‖W*‖"
+        show(_table(title, ("",), ("error", "weights"), rows))
         summary = {
             "test error": errors,
             "weights": {"tnreg": _size(model), "CP": _size(baseline)},
@@ -145,12 +164,27 @@ def run(
                 exported = f"not exported: {error}"
         show(exported, markup=False)
         with working("drawing ...", progress):
-            top = _overview(tree, labels, ranks, recorded, errors, config)
-            plots.save_figure(top, beside / "demo.png")
-            plots.save_figure(_spectra_figure(measured, learned), beside / "spectra.png")
+            drawn, axes = _figure((13, 3.8), 3, width_ratios=[1, 1.3, 1])
+            plots.tree(tree, axes[0], labels=labels, edges=ranks)
+            axes[0].set_title("tree, learned ranks on its edges")
+            plots.components(recorded, axes[1], top=6)
+            axes[1].set_title("local components at the root, one after another")
+            plots.bars(errors, axes[2])
+            axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
+            plots.save_figure(drawn, beside / "demo.png")
+            drawn, axes = _figure((10, 4), 2, sharey=True)
+            for ax, title, s in zip(
+                axes, ("measured", "learned"), (measured, learned), strict=True
+            ):
+                plots.spectra(s, ax, floor=1e-5)
+                ax.set_title(f"{title}: singular values per node")
+            plots.save_figure(drawn, beside / "spectra.png")
             plots.save_figure(_slices_figure(model, task, modes), beside / "slices.png")
             figure(beside)
-            plots.save_figure(_network_figure(tree, labels, net), beside / "network.png")
+            drawn, (left, right) = _figure((12, 4), 2, width_ratios=[1, 1.6])
+            plots.tree(tree, left, labels=labels)
+            plots.network(net, right)
+            plots.save_figure(drawn, beside / "network.png")
             page = _report(beside, config, tensor.source, tree, summary)
             (beside / "report.html").write_text(page, encoding="utf-8")
     show(
@@ -196,81 +230,30 @@ def _train(
     return model, trajectory
 
 
-def _rank_table(
-    title: str,
-    values: dict[Node, torch.Tensor],
-    x: Any,
-    tree: ModeTree,
-    config: Config,
-    modes: dict[int, str],
+def _table(
+    title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Any:
+    """Return a table with columns of text, then columns of numbers."""
     from rich.table import Table
 
-    ranks = hierarchical_rank(x, tree, rtol=config.rtol)
-    table = Table("node", "modes below", title=title, title_justify="left")
-    for head in (f"rank (rtol {config.rtol:g})", "of", "effective rank"):
+    table = Table(*texts, title=title, title_justify="left")
+    for head in numbers:
         table.add_column(head, justify="right")
-    for node, s in values.items():
-        below = ", ".join(modes[m] for m in tree.modes_below(node))
-        effective = f"{float(effective_rank(s)):.2f}"
-        table.add_row(str(node), below, str(ranks[node]), str(len(s)), effective)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _error_table(errors: dict[str, float], weights: list[int]) -> Any:
-    from rich.table import Table
-
-    table = Table("", title="error on unseen entries, ‖W - W*‖ / ‖W*‖", title_justify="left")
-    table.add_column("error", justify="right")
-    table.add_column("weights", justify="right")
-    for (name, error), count in zip(errors.items(), weights, strict=True):
-        table.add_row(name, f"{error:.4f}", str(count))
-    return table
-
-
-def _figure(size: tuple[float, float], columns: int, **options: Any) -> tuple[Any, Any]:
+def _figure(
+    size: tuple[float, float], columns: int, rows: int = 1, **options: Any
+) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=size, layout="constrained")
-    return drawn, drawn.subplots(1, columns, **options)
-
-
-def _overview(
-    tree: ModeTree,
-    labels: dict[Any, str],
-    ranks: dict[Node, int],
-    recorded: Trajectory,
-    errors: dict[str, float],
-    config: Config,
-) -> Any:
-    drawn, axes = _figure((13, 3.8), 3, width_ratios=[1, 1.3, 1])
-    plots.tree(tree, axes[0], labels=labels, edges=ranks)
-    axes[0].set_title("tree, learned ranks on its edges")
-    plots.components(recorded, axes[1], top=6)
-    axes[1].set_title("local components at the root, one after another")
-    plots.bars(errors, axes[2])
-    axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
-    return drawn
-
-
-def _spectra_figure(measured: dict[Node, torch.Tensor], learned: dict[Node, torch.Tensor]) -> Any:
-    drawn, axes = _figure((10, 4), 2, sharey=True)
-    for ax, title, data in zip(axes, ("measured", "learned"), (measured, learned), strict=True):
-        plots.spectra(data, ax, floor=1e-5)
-        ax.set_title(f"{title}: singular values per node")
-    return drawn
-
-
-def _network_figure(tree: ModeTree, labels: dict[Any, str], net: ConvNet) -> Any:
-    drawn, (left, right) = _figure((12, 4), 2, width_ratios=[1, 1.6])
-    plots.tree(tree, left, labels=labels)
-    plots.network(net, right)
-    return drawn
+    return drawn, drawn.subplots(rows, columns, **options)
 
 
 def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]) -> Any:
-    from matplotlib.figure import Figure
-
     with torch.no_grad():
         learned = model.to_tensor().cpu()
     observed = torch.full(task.sizes, math.nan)
@@ -282,8 +265,7 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
     longest = sorted(range(len(task.sizes)), key=lambda n: -task.sizes[n])
     (down, right), across = sorted(longest[:2]), longest[2] if len(longest) > 2 else None
     places = [0] if across is None else sorted({task.sizes[across] * k // 4 for k in range(4)})
-    drawn = Figure(figsize=(11, 6.5), layout="constrained")
-    axes = drawn.subplots(3, len(places), sharex=True, sharey=True, squeeze=False)
+    drawn, axes = _figure((11, 6.5), len(places), 3, sharex=True, sharey=True, squeeze=False)
     limit = float(torch.nan_to_num(measured).abs().max())
     tensors = {"observed": observed, "learned": learned, "measured": measured}
     for row, (name, values) in zip(axes, tensors.items(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,7 @@ from tnreg.trees.reading import Node
 
 Array = np.ndarray[Any, Any]
 
-_TITLES = {
-    "mf": "matrix factorization",
-    "cp": "CP factorization",
-    "htf": "hierarchical tensor factorization",
-}
+_TITLES = {"mf": "matrix", "cp": "CP", "htf": "hierarchical tensor"}
 
 
 def panels(folders: Sequence[str | Path]) -> Any:
@@ -33,14 +30,12 @@ def panels(folders: Sequence[str | Path]) -> Any:
     runs = [read_run(folder) for folder in folders]
     for run in runs:
         if run.experiment != "dynamics":
-            raise OptionError(
-                f"{run.folder} is a run of {run.experiment!r}, not of 'dynamics'.",
-                argument="folders",
-            )
+            message = f"{run.folder} is a run of {run.experiment!r}, not of 'dynamics'."
+            raise OptionError(message, argument="folders")
     figure = Figure(figsize=(4.4 * len(runs), 3.5), layout="constrained")
     for run, ax in zip(runs, figure.subplots(1, len(runs), squeeze=False)[0], strict=True):
-        title = _TITLES.get(run.config["model"], run.config["model"])
-        _draw_components(run.trajectory, ax, title)
+        kind = _TITLES.get(model := run.config["model"])
+        _draw_components(run.trajectory, ax, f"{kind} factorization" if kind else model)
     return figure
 
 
@@ -99,12 +94,12 @@ def spectra_figure(run: Run) -> Any:
     for ax, (title, values) in zip(axes[-1], spectra.items(), strict=True):
         _draw(trajectory, ax, values[:, : run.config["top"]], title, fontsize=9)
         ax.set_ylabel("singular value")
-    for k, ax in enumerate(axes[0] if nodes else ()):
-        if k < len(nodes):
-            title = f"components at {node_text(nodes[k])}"
-            _draw_components(trajectory, ax, title, nodes[k], fontsize=9)
-        else:
+    for node, ax in itertools.zip_longest(nodes[: len(spectra)], axes[0] if nodes else ()):
+        if node is None:
             ax.set_axis_off()
+        else:
+            title = f"components at {node_text(node)}"
+            _draw_components(trajectory, ax, title, node, fontsize=9)
     return figure
 
 
@@ -119,21 +114,26 @@ def rates_figure(run: Run) -> Any:
     for k in alive:
         [line] = left.plot(root.steps[1:-1], root.measured[:, k], lw=2, alpha=0.4)
         left.plot(root.steps[1:-1], root.predicted[:, k], lw=1, ls="--", color=line.get_color())
-    left.set_xlabel("step")
-    left.set_ylabel("dσ/dt")
+    left.set(
+        xlabel="step", ylabel="dσ/dt", title="at the root: measured (wide), predicted (dashed)"
+    )
     largest = float(np.nanmax(np.abs(root.measured[:, alive]), initial=0.0))
     left.set_yscale("symlog", linthresh=largest * 1e-3 if largest > 0 else 1.0)
-    left.set_title("at the root: measured (wide), predicted (dashed)")
     for node in run.trajectory["components"]:
         local = tracks(run.trajectory, node)
         both = (local.measured > 0) & (local.predicted > 0)
-        label = node_text(node)
-        right.loglog(local.predicted[both], local.measured[both], ".", ms=2, label=label)
+        points = (local.predicted[both], local.measured[both])
+        right.loglog(*points, ".", ms=2, label=node_text(node))
     high = 3 * max(right.get_xlim()[1], right.get_ylim()[1])
     low = high * 1e-9  # far below, rounding is all there is to see
     right.plot([low, high], [low, high], color="0.5", lw=0.8)
-    right.set(xlim=(low, high), ylim=(low, high), title="all nodes")
-    right.set(xlabel="predicted dσ/dt", ylabel="measured dσ/dt")
+    right.set(
+        xlim=(low, high),
+        ylim=(low, high),
+        title="all nodes",
+        xlabel="predicted dσ/dt",
+        ylabel="measured dσ/dt",
+    )
     if right.get_legend_handles_labels()[0]:
         right.legend(markerscale=5, fontsize=7)
     return figure

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from tnreg.dynamics import predicted_rate, predicted_singular_rate
 from tnreg.errors import DataError, FileError, OptionError, blame
-from tnreg.experiments.dynamics.pictures import (
-    rates_figure,
-    spectra_figure,
-    training_figure,
-)
+from tnreg.experiments.dynamics.pictures import rates_figure, spectra_figure, training_figure
 from tnreg.experiments.dynamics.tracked import tracks
 from tnreg.experiments.folder import read_run, write_run
 from tnreg.factorizations.factorization import Factorization
@@ -267,23 +263,17 @@ class _Observations:
         model: Factorization,
     ) -> None:
         self.config, self.task = config, task
-        self.dense: Tensor | None = None
         self.small = math.prod(model.sizes) <= _SMALL
         self.matrix = model.tree.order == 2
         self.diagonal = "diagonal" in model.network.joins
         self.off_tree = {text: _modes(text, model.tree.order) for text in config.off_tree}
         components = self.matrix or self.diagonal
+        tested = isinstance(task, Sensing) or task.test_values is not None
         functions: dict[str, tuple[bool, Callable[[Factorization], Any]]] = {
             "train error": (True, task.train_error),
             "spectra": (True, self._spectra),
-            "test error": (
-                isinstance(task, Sensing) or task.test_values is not None,
-                self._test_error,
-            ),
-            "effective rank": (
-                True,
-                lambda _: {v: effective_rank(s) for v, s in self.spectra.items()},
-            ),
+            "test error": (tested, self._test_error),
+            "effective rank": (True, self._effective_ranks),
             "off-tree": (bool(self.off_tree), self._off_tree),
             "components": (components, self._components),
             "component ids": (components, lambda _: self.ids),
@@ -296,11 +286,12 @@ class _Observations:
 
     def _spectra(self, model: Factorization) -> dict[Node, Tensor]:
         self.dense = model.to_tensor() if self.small else None
-        if self.dense is None:
-            self.spectra = spectra(model)
-        else:
-            self.spectra = spectra(self.dense.double().cpu(), model.tree)
+        dense = None if self.dense is None else self.dense.double().cpu()
+        self.spectra = spectra(model) if dense is None else spectra(dense, model.tree)
         return self.spectra
+
+    def _effective_ranks(self, _: Factorization) -> dict[Node, Tensor]:
+        return {v: effective_rank(s) for v, s in self.spectra.items()}
 
     def _test_error(self, model: Factorization) -> float:
         task = self.task
@@ -339,10 +330,8 @@ class _Observations:
 def _modes(text: str, order: int) -> tuple[int, ...]:
     """Return the modes that an entry of ``off_tree`` names."""
     parts = [part.strip() for part in text.split(",")]
-    if (
-        not set(parts) <= {str(mode) for mode in range(order)}
-        or not len(set(parts)) == len(parts) < order
-    ):
+    some = set(parts)
+    if not some <= {str(mode) for mode in range(order)} or not len(some) == len(parts) < order:
         raise OptionError(
             f"off_tree: {text!r} is no set of some of the modes 0..{order - 1}; write e.g. '0,2'.",
             argument="off_tree",
