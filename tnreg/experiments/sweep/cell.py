@@ -67,10 +67,7 @@ class Cell:
 
     @property
     def checkpoint(self) -> Path:
-        """A file that survives a kill, of these settings alone.
-
-        Further files of a computation begin with its name before ``.checkpoint``.
-        """
+        """A file of these settings alone; others of a computation have its name before ``.checkpoint``."""
         digest = hashlib.sha256(as_text(self.settings).encode()).hexdigest()
         return self.folder / f"{self.name}.{digest[:8]}.checkpoint"
 
@@ -91,40 +88,28 @@ def find(cell: Cell) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except UNREADABLE as error:
-        raise FileError(
-            f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
-            "  delete it, or choose another folder",
-            argument="folder",
-        ) from None
+        message = f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
+        message += "  delete it, or choose another folder"
+        raise FileError(message, argument="folder") from None
     different = [
         f"\n  {key}: {old!r} there, {new!r} now"
         for key, (old, new) in pairs.items()
         if old != new and as_text(old) != as_text(new)  # NaN is not equal to itself
     ]
     if different:
-        raise OptionError(
-            f"{place} was made with other settings; delete it, or choose another folder."
-            + "".join(different),
-            argument="folder",
-        )
+        message = f"{place} was made with other settings; delete it, or choose another folder."
+        raise OptionError(message + "".join(different), argument="folder")
     return summary
 
 
 def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any], bool]:
     """Return a cell's results, and whether this call computed them; one at a time in a process.
 
-    What a killed attempt left behind is removed first, except its checkpoint.
-
-    Args:
-        cell: The cell.
-        work: The function that computes it.
-        threads: Threads that torch may use meanwhile; None does not change them.
+    What a killed attempt left behind is removed first, except its checkpoint. ``threads`` are those of
+    torch meanwhile; None does not change them.
     """
     if not cell.folder.is_dir():
-        raise FileError(
-            f"no folder {cell.folder} on {platform.node()}\n"
-            "  the workers of a cluster write into a folder that all its machines share"
-        )
+        raise FileError(f"no folder {cell.folder} on {platform.node()}; workers share a folder")
     lock, name = cell.folder / f".{cell.name}.lock", glob.escape(cell.name)
     with _ONE_AT_A_TIME, FileLock(lock):
         summary = find(cell)
@@ -157,10 +142,8 @@ def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, An
     try:
         return find(dataclasses.replace(cell, name=folder.name)) or {}
     except TnregError as error:
-        raise OptionError(
-            "work wrote a config.json without 'tnreg', the cell under 'config' or results under "
-            f"'summary': {error}"
-        ) from None
+        wanted = "'tnreg', the cell under 'config' or results under 'summary'"
+        raise OptionError(f"work wrote a config.json without {wanted}: {error}") from None
 
 
 def _remove(cell: Cell, pattern: str) -> None:

@@ -57,10 +57,7 @@ def cells(grid: Any) -> tuple[str, list[dict[str, Any]]]:
     scalars, values = _scalars(KINDS[name][1]), dict(vars(grid))
     order = sorted(values, key=lambda field: field == "seed")[::-1]
     lists = [values[field] if field in scalars else (values[field],) for field in order]
-    settings = [
-        {field: cell[field] for field in values}
-        for cell in (dict(zip(order, chosen, strict=True)) for chosen in itertools.product(*lists))
-    ]
+    settings = [values | dict(zip(order, c, strict=True)) for c in itertools.product(*lists)]
     if name == "locality":
         for cell in settings:
             locality.check(cell)
@@ -68,15 +65,10 @@ def cells(grid: Any) -> tuple[str, list[dict[str, Any]]]:
 
 
 def parse(text: str, kind: Any, name: str) -> tuple[Any, ...]:
-    """Return the values of a list.
-
-    Args:
-        text: The list as written.
-        kind: Type of one value: str, int, float, bool, a Literal, or one of them or None.
-        name: Name of the option, for the message.
+    """Return the values of a list, of type str, int, float, bool, a Literal, or one of them or None.
 
     Raises:
-        OptionError: A value is not of its kind, is repeated, or is missing.
+        OptionError: A value of the option of this name is not of its kind, is repeated, or is missing.
     """
     parts, depth = [""], 0
     for letter in text:

@@ -145,21 +145,17 @@ def run(
     check_integer(1 if threads is None else threads, 1, "sweep: threads")
     check_integer(retries, 0, "sweep: retries")
     if scheduler is not None and workers is not None:
-        raise OptionError(
-            "sweep: workers are those of the scheduler; give one of the two.", argument="workers"
-        )
+        message = "sweep: workers are those of the scheduler; give one of the two."
+        raise OptionError(message, argument="workers")
     place = check_folder(folder)
-    if experiment_of(place) not in ("", what.title):
-        raise OptionError(
-            f"{place} is a run of {experiment_of(place)!r}; choose another folder.",
-            argument="folder",
-        )
+    if (there := experiment_of(place)) not in ("", what.title):
+        message = f"{place} is a run of {there!r}; choose another folder."
+        raise OptionError(message, argument="folder")
     settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
     about = _describe(what, settings)
     fields = about["fields"]
-    names = [what.name(cell, fields) for cell in settings]
-    check_names(names)
-    all_cells = [Cell(place, *named, what.defaults) for named in zip(names, settings, strict=True)]
+    all_cells = [Cell(place, what.name(c, fields), c, what.defaults) for c in settings]
+    check_names([cell.name for cell in all_cells])
     done = {c.name: summary for c in all_cells if (summary := find(c)) is not None}
     missing = [cell for cell in all_cells if cell.name not in done]
     try:
@@ -174,19 +170,13 @@ def run(
     try:
         with advancing("cells", len(all_cells), progress) as advance:
             advance(len(done))
-            for outcome in results(
-                missing, what.work, workers=workers, threads=threads, scheduler=scheduler,
-                retries=retries,
-            ):  # fmt: skip
+            for outcome in results(missing, what.work, workers, threads, scheduler, retries):
                 outcomes.append(outcome)
                 advance(1)
     finally:  # what is done is written, whatever ended the sweep
         done |= {one.cell.name: one.summary for one in outcomes if isinstance(one, Done)}
-        rows = [
-            _row(fields, cell.settings, what.row(cell.settings, done[cell.name]))
-            for cell in all_cells
-            if cell.name in done
-        ]
+        pairs = [(c.settings, done[c.name]) for c in all_cells if c.name in done]
+        rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
         result = _finish(what, place, about, rows, outcomes)
     return result
 
@@ -197,10 +187,8 @@ def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
         raise OptionError("sweep: no cells; give at least one.", argument="cells")
     some = set().union(*cells).difference(set(cells[0]).intersection(*cells))
     if some:
-        raise OptionError(
-            f"sweep: cells with different fields: not all have {', '.join(sorted(some))}.",
-            argument="cells",
-        )
+        message = f"sweep: cells with different fields: not all have {', '.join(sorted(some))}."
+        raise OptionError(message, argument="cells")
     # compared as text, for a list is no key and NaN is not equal to itself
     values = {key: list({as_text(c[key]): c[key] for c in cells}.values()) for key in cells[0]}
     vary = [key for key in values if len(values[key]) > 1]
@@ -214,7 +202,7 @@ def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _row(
-    fields: Sequence[str], settings: Mapping[str, Any], columns: Mapping[str, Any]
+    fields: Sequence[str], settings: dict[str, Any], columns: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the fields of a cell and its columns, none of which takes the place of a field."""
     return {name: settings[name] for name in fields} | {
@@ -244,7 +232,7 @@ def _finish(
     table = what.table(rows, fields, headline) if headline else []
     errors = [one for one in outcomes if isinstance(one, Failed)]
     unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
-    failed = [one for one in errors if one not in unfinished]
+    failed = [one for one in errors if not isinstance(one.exception, Unfinished)]
     reports = [{"name": f.cell.name, "config": f.cell.settings, "error": f.error} for f in failed]
     new = {"headline": headline, "summary": rows, "failed": reports, "table": table}
     _write_about(place, about | new)
@@ -257,7 +245,7 @@ def _finish(
     return Result(place, rows, failed, unfinished, computed, fields, headline, table)
 
 
-def _write_about(place: Path, about: Mapping[str, Any]) -> None:
+def _write_about(place: Path, about: dict[str, Any]) -> None:
     """Write ``config.json``; numbers that are not finite are null, for JSON has no others."""
     finite = json.loads(json.dumps(about), parse_constant=lambda name: None)
     _write(place / "config.json", json.dumps(finite, indent=1) + "\n")

@@ -44,7 +44,6 @@ class Failed:
 def results(
     cells: list[Cell],
     work: Work,
-    *,
     workers: int | None,
     threads: int | None,
     scheduler: str | None,
@@ -58,7 +57,10 @@ def results(
     if workers == 0 and scheduler is None:
         yield from (_attempt(cell, work, threads, retries) for cell in cells)
     elif cells:
-        with _executor(min(workers or _processors(threads), len(cells)), scheduler) as executor:
+        affinity = hasattr(os, "sched_getaffinity")
+        processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+        most = min(workers or max(1, processors // (threads or 1)), len(cells))
+        with _executor(most, scheduler) as executor:
             jobs = {executor.submit(_attempt, c, work, threads, retries): c for c in cells}
             try:
                 for job in concurrent.futures.as_completed(jobs):
@@ -72,13 +74,6 @@ def results(
             finally:
                 for job in jobs:
                     job.cancel()
-
-
-def _processors(threads: int | None) -> int:
-    """Return how many processes of so many threads this machine has processors for."""
-    affinity = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, count // (threads or 1))
 
 
 def _attempt(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | Failed:
@@ -103,11 +98,8 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[concurrent.future
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         if scheduler is not None:
-            raise OptionError(
-                "a sweep on a cluster needs Dask: pip install 'tnreg[scale]'\n"
-                "  or compute on this machine: workers=0 for this process, one cell after another",
-                argument="scheduler",
-            ) from None
+            message = "a sweep on a cluster needs Dask: pip install 'tnreg[scale]'"
+            raise OptionError(message, argument="scheduler") from None
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
             yield pool
