@@ -37,9 +37,8 @@ def test_completion(tmp_path):
 
 
 def test_completion_of_other_kinds(tmp_path):
-    config = dataclasses.replace(
-        completion.tiny, join="full", dtype="float64", tree=None, optimizer="adam"
-    )
+    changes = {"join": "full", "dtype": "float64", "tree": None, "optimizer": "adam"}
+    config = dataclasses.replace(completion.tiny, **changes)
     summary = completion.run(config, tmp_path / "run")
     assert summary["tree"] == "ModeTree([[0, 1], [2, 3]])"
     assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == ("loss", "test error")
@@ -52,9 +51,11 @@ def test_demo(tmp_path, capsys):
     text = io.StringIO()
     summary = demo.run(demo.tiny, tmp_path / "demo", console=Console(file=text, width=100))
     said = text.getvalue()
-    pieces = ["{ligand, dose}", "measured tensor (192 missing", "learned tensor", "effective rank"]
-    pieces += ["layer 1  product pooling over 2", "error on unseen entries", "CP of"]
-    for piece in (*pieces, "exported as network.onnx; onnxruntime gives the same"):
+    for piece in (
+        "{ligand, dose}", "measured tensor (192 missing", "learned tensor", "effective rank", "CP of",
+        "layer 1  product pooling over 2", "error on unseen entries",
+        "exported as network.onnx; onnxruntime gives the same",
+    ):  # fmt: skip
         assert piece in said
     errors = ["mean of the observed", "CP, equal weights", "tnreg, this tree"]
     assert list(summary["test error"]) == errors
@@ -131,9 +132,8 @@ def write_tensor(path, scale, extra=None):
 @pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
 def test_the_saved_model_is_in_the_unit_of_the_data(tmp_path, scale):
     file = write_tensor(tmp_path / "x.npy", scale)
-    config = completion.Config(
-        tensor=file, tree="htf-4", rank=6, steps=600, observed=0.9, dtype="float64"
-    )
+    settings = {"tree": "htf-4", "rank": 6, "steps": 600, "observed": 0.9, "dtype": "float64"}
+    config = completion.Config(tensor=file, **settings)
     summary = completion.run(config, tmp_path / "run")
     values = torch.from_numpy(np.load(file))
     found = load(tmp_path / "run" / "model.safetensors").to_tensor().detach()
@@ -146,10 +146,9 @@ def test_completion_refuses_bad_data(tmp_path):
     with pytest.raises(DataError, match="not finite"):
         completion.run(completion.Config(tensor=bad, missing="nan", steps=1), tmp_path / "run")
     np.save(tmp_path / "complex.npy", np.ones((2, 3)) * 1j)
+    complex_numbers = completion.Config(tensor=str(tmp_path / "complex.npy"), steps=1)
     with pytest.raises(DataError, match="is complex; this experiment trains real factorizations"):
-        completion.run(
-            completion.Config(tensor=str(tmp_path / "complex.npy"), steps=1), tmp_path / "run"
-        )
+        completion.run(complex_numbers, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -24,7 +24,7 @@ from tnreg.machine.files import folder_written_whole
 from tnreg.plots import save_figure, trajectory
 from tnreg.tensors.loading import DenseTensor, load_tensor
 from tnreg.training.fit import fit
-from tnreg.training.tasks import Completion, completion
+from tnreg.training.tasks import Completion, completion, relative_error
 from tnreg.training.trajectory import Trajectory
 from tnreg.trees.tree import ModeTree, read_tree
 
@@ -88,10 +88,8 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
     tensor = load_tensor(config.tensor)
     tree = ModeTree.binary(tensor.values.ndim) if config.tree is None else read_tree(config.tree)
     if not 0 < config.observed < 1:
-        raise OptionError(
-            f"observed must be a share between 0 and 1, found {config.observed!r}.",
-            argument="observed",
-        )
+        message = f"observed must be a share between 0 and 1, found {config.observed!r}."
+        raise OptionError(message, argument="observed")
     task, scale = scaled_task(
         tensor, config.observed, config.seed, config.missing, config.dtype, config.device
     )
@@ -185,8 +183,7 @@ def in_units(model: Factorization, scale: float) -> Factorization:
 
 def mean_error(task: Completion) -> float:
     """Return the held-out error of predicting the mean of the observed entries everywhere."""
-    values = _test_values(task)
-    return float((values - task.values.mean()).norm() / values.norm())
+    return relative_error(task.values.mean(), _test_values(task))
 
 
 def _test_values(task: Completion) -> torch.Tensor:

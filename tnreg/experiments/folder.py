@@ -94,10 +94,7 @@ def read_run(folder: str | Path) -> Run:
                 return run
             about = json.loads(text)
             name, config, summary = str(about["experiment"]), about["config"], about["summary"]
-            for part in (config, summary):
-                if not isinstance(part, dict):
-                    raise TypeError(
-                        f"config and summary are objects, found a {type(part).__name__}"
-                    )
+            if not (isinstance(config, dict) and isinstance(summary, dict)):
+                raise TypeError("config and summary are objects")
         trajectory = Trajectory.load(path / "trajectory.npz")
         run, before = Run(path, name, config, summary, trajectory), text
