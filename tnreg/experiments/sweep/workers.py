@@ -109,6 +109,7 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[concurrent.future
             cluster = distributed.LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0,
                 silence_logs=logging.CRITICAL, dashboard_address=None,
+                scheduler_kwargs={"dashboard_address": ":0"},  # none is shown, but its port is taken
             )  # fmt: skip
             client = distributed.Client(stack.enter_context(cluster), set_as_default=False)
         else:
