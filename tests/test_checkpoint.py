@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 import subprocess
@@ -26,16 +27,14 @@ def data(seed=9):
 
 def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=False, **options):
     """Train; at observation number ``stop_at[1]`` the process is killed, or Ctrl-C comes."""
-    model, task = zoo.model_of(TREE, seed=0), data()
+    model, task, observation = zoo.model_of(TREE, seed=0), data(), itertools.count(1)
     kind, number = stop_at or (None, None)
-    observations = []
 
     def loss(m):
         return task.loss(m) * (1 + 0.1 * torch.rand((), dtype=torch.float64) if noisy else 1.0)
 
     def watch(m):
-        observations.append(1)
-        if len(observations) == number:
+        if next(observation) == number:
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
@@ -49,8 +48,8 @@ def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=Fals
 
 
 def assert_equal(trained, expected):
-    assert_same_weights(trained[0], expected[0])
-    run, whole = trained[1], expected[1]
+    (model, run), (other, whole) = trained, expected
+    assert_same_weights(model, other)
     assert np.array_equal(run.steps, whole.steps) and repr(run) == repr(whole)
     for name in ("loss", "components"):
         torch.testing.assert_close(run[name], whole[name], rtol=0, atol=0)
@@ -80,23 +79,23 @@ def test_an_interrupted_training_goes_on(tmp_path, optimizer, noisy):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_killed_process_goes_on(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_checkpoint import train\n"
-        "train(sys.argv[2], stop_at=('kill', 5))"
-    )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "c")]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+def test_a_killed_process_goes_on(tmp_path, monkeypatch):
+    code = "import sys, test_checkpoint as t; t.train(sys.argv[1], stop_at=('kill', 5))"
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")])
+    assert ended.returncode == -signal.SIGKILL
     assert (tmp_path / "c").exists()
     assert_equal(train(tmp_path / "c"), train(None))
 
 
-def test_more_steps_than_before(tmp_path):
+def test_more_steps_than_before_and_a_verdict(tmp_path):
     train(tmp_path / "c", steps=30)
-    assert_equal(train(tmp_path / "c", steps=60), train(None, steps=60))
+    assert_equal(train(tmp_path / "c"), train(None))
     with pytest.raises(OptionError, match="is at step 60, beyond steps=40"):
         train(tmp_path / "c", steps=40)
+    for _ in range(2):
+        _, run = train(tmp_path / "d", stop=lambda run: "enough" if len(run) == 3 else False)
+        assert run.stop_reason == "enough" and run.steps.tolist() == [0, 10, 20]
 
 
 @pytest.mark.parametrize(
@@ -114,14 +113,6 @@ def test_more_steps_from_a_row_between(tmp_path, optimizer, noisy):
     assert run.steps.tolist() == sorted([*whole.steps.tolist(), 34])
     assert run["loss"][run.steps != 34].tolist() == whole["loss"].tolist()
     assert_same_weights(continued, model)
-
-
-def test_a_verdict_stays(tmp_path):
-    stop = lambda run: "enough" if len(run) == 3 else False  # noqa: E731
-    _, first = train(tmp_path / "c", stop=stop)
-    _, second = train(tmp_path / "c", stop=stop)
-    assert first.stop_reason == second.stop_reason == "enough"
-    assert second.steps.tolist() == [0, 10, 20]
 
 
 def test_written_at_intervals(tmp_path, monkeypatch):
@@ -151,11 +142,10 @@ def test_written_at_intervals(tmp_path, monkeypatch):
 )
 def test_other_trainings_are_refused(tmp_path, changed, message):
     train(tmp_path / "c", steps=20, settings={"seed": 1})
-    changed = dict(changed)
-    model = zoo.model_of(TREE, seed=0, sizes=changed.pop("sizes", None))
-    before, task = copy.deepcopy(model), data(changed.pop("seed", 9))
-    options = {"observe": {"components": lambda m: m.local_components()}, "settings": {"seed": 1},
-               "every": 10, **changed}  # fmt: skip
+    options = {"observe": {"components": lambda m: m.local_components()}, "settings": {"seed": 1}}
+    options |= {"every": 10, **changed}
+    model = zoo.model_of(TREE, seed=0, sizes=options.pop("sizes", None))
+    before, task = copy.deepcopy(model), data(options.pop("seed", 9))
     with pytest.raises(OptionError, match=message):
         fit(model, task.loss, steps=60, progress=False, checkpoint=tmp_path / "c", **options)
     if "loss" not in message:

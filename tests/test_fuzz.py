@@ -54,11 +54,9 @@ def accepts(strategy, check, examples, refused=TreeError):
 # Trees
 
 
-words = st.one_of(
-    st.integers(-2, 5), st.integers(), st.booleans(), st.none(), st.floats(), st.text(max_size=3),
-    st.just(np.array([0, 1])), st.just(np.int64(1)), st.just(int), st.just({0}), st.just({"a": 1}),
-    st.just(torch.tensor([0, 1])),
-)  # fmt: skip
+odd = (np.array([0, 1]), np.int64(1), int, {0}, {"a": 1}, torch.tensor([0, 1]), None)
+words = st.integers(-2, 5) | st.integers() | st.booleans() | st.floats() | st.text(max_size=3)
+words |= st.sampled_from(odd)
 names = st.integers(-1, 4) | st.text("ab", max_size=1) | st.tuples(st.integers(0, 2)) | st.just(int)
 stars = st.integers(1, 5).flatmap(lambda order: st.permutations(range(order)))
 
@@ -178,10 +176,6 @@ def in_memory(write):
     return raw.getvalue()
 
 
-def in_tensor(run):
-    return torch.frombuffer(bytearray(run.to_bytes()), dtype=torch.uint8)
-
-
 def training(path):
     model = model_of()
     return Checkpoint(path, model, torch.optim.Adam(model.parameters()), SETTINGS)
@@ -207,8 +201,9 @@ def read_training(path):
 
 
 def write_locality(path):
+    run = torch.frombuffer(bytearray(RUN.to_bytes()), dtype=torch.uint8)
     about = json.dumps(SETTINGS)
-    torch.save({"format": locality_state.FORMAT, "about": about, "found": in_tensor(RUN)}, path)
+    torch.save({"format": locality_state.FORMAT, "about": about, "found": run}, path)
 
 
 def write_run_folder(path):
@@ -225,9 +220,9 @@ def write_hdf5(path):
 
 def read_trajectory(path):
     run = Trajectory.load(path)
-    for name in run:
+    for name in run if len(run) else ():
         parts = run[name].values() if isinstance(run[name], dict) else [run[name]]
-        assert all(len(part) == len(run) for part in parts if len(run))
+        assert {len(part) for part in parts} <= {len(run)}
     return run.to_bytes()
 
 
@@ -261,15 +256,16 @@ KINDS = {  # name of the file: (write it, read it, what was written)
         json.dumps(SETTINGS),
     ),
 }  # fmt: skip
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @cache
 def valid(kind):
-    """Return a valid file's bytes."""
+    """Return the bytes of a valid file, which is read as what was written."""
+    write, read, written = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / kind
-        KINDS[kind][0](path)
+        write(path)
+        assert np.array_equal(np.asarray(read(path)), np.asarray(written))
         return path.read_bytes()
 
 
@@ -295,14 +291,7 @@ def mutated(data, draw):
     return bytes(data[: draw(st.sampled_from([len(data), len(data) // 2]))])
 
 
-@every_kind
-def test_the_valid_file_is_read(kind, tmp_path):
-    write, read, written = KINDS[kind]
-    write(tmp_path / kind)
-    assert np.array_equal(np.asarray(read(tmp_path / kind)), np.asarray(written))
-
-
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 @given(st.data())
 @quick
 def test_any_bytes_and_mutated_files(kind, tmp_path, data):
@@ -335,9 +324,8 @@ def with_header(data, change):
     """Return a safetensors file with other metadata."""
     end = 8 + int.from_bytes(data[:8], "little")
     head = json.loads(data[8:end])
-    head["__metadata__"] = {
-        key: json.dumps(change(json.loads(text))) for key, text in head["__metadata__"].items()
-    }
+    about = head["__metadata__"]
+    about.update((key, json.dumps(change(json.loads(text)))) for key, text in list(about.items()))
     text = json.dumps(head).encode()
     return len(text).to_bytes(8, "little") + text + data[end:]
 
@@ -357,15 +345,11 @@ def with_member(data, name, change):
 
 def with_about(data, change):
     """Return an .npz file with another description, an array of one string that holds JSON."""
-
-    def changed(content):
-        about = change(json.loads(str(np.load(io.BytesIO(content)))))
-        return in_memory(lambda raw: np.save(raw, np.array(json.dumps(about))))
-
-    return with_member(data, "about.npy", changed)
+    about = json.dumps(change(json.loads(str(np.load(io.BytesIO(data))["about"]))))
+    return with_member(data, "about.npy", lambda _: in_memory(lambda raw: np.save(raw, about)))
 
 
-@pytest.mark.parametrize("kind", [*list(KINDS)[:2], "run.npz", "images.npz"])
+@pytest.mark.parametrize("kind", list(KINDS)[:4])
 @given(st.data())
 @settings(quick, max_examples=60)
 def test_other_descriptions_in_valid_files(kind, tmp_path, data):
@@ -437,9 +421,10 @@ def test_descriptions_that_crashed(tmp_path):
 def test_a_small_file_asks_for_no_large_model(tmp_path, key):
     """Weights of a terabyte, by the description of a file of a kilobyte, or of a dtype of another kind."""
     large = {"sizes": [10**6] * 3, "bonds": [10**6] * 5, "dtype": "complex32"}[key]
-    refused = r"weight\.\d has another shape or dtype: .* expected .*"
-    classifier = (ConvAC.load, "convac.safetensors", "not a classifier: .*/m")
-    for read, kind, message in ((tnreg.load, "model.safetensors", refused), classifier):
+    for read, kind, message in (
+        (tnreg.load, "model.safetensors", r"weight\.\d has another shape or dtype: .* expected .*"),
+        (ConvAC.load, "convac.safetensors", "not a classifier: .*/m"),
+    ):
         (tmp_path / "m").write_bytes(with_header(valid(kind), lambda about: {**about, key: large}))
         with pytest.raises(FileError, match=message):
             read(tmp_path / "m")
@@ -450,7 +435,7 @@ def test_a_small_file_asks_for_no_large_model(tmp_path, key):
     [
         ("optimizer", {"state": {}, "param_groups": []}),
         ("random", [[torch.zeros(3, dtype=torch.uint8)], []]),
-        ("run", in_tensor(Trajectory())),
+        ("run", torch.frombuffer(bytearray(Trajectory().to_bytes()), dtype=torch.uint8)),
         ("model", {"stacks.0": 3}),
     ],
 )
@@ -463,12 +448,15 @@ def test_a_checkpoint_that_is_half_right_changes_nothing(tmp_path, part, broken)
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "a\0b", "\ud800"], ids=["long", "null", "surrogate"])
 def test_names_that_no_file_can_have(name):
-    readers = [(read, "") for read in (tnreg.load, ConvAC.load, tnreg.load_tree, read_run)]
-    readers += [(tnreg.load_tree, ".json"), (Trajectory.load, ".npz"), (images.load, ".npz")]
-    readers += [(tnreg.load_tensor, ".npy"), (tnreg.open_tensor, ".npy")]
-    for read, ending in readers:
-        with pytest.raises(FileError):
-            read(name + ending)
+    for ending, readers in {
+        "": (tnreg.load, ConvAC.load, tnreg.load_tree, read_run),
+        ".json": (tnreg.load_tree,),
+        ".npz": (Trajectory.load, images.load),
+        ".npy": (tnreg.load_tensor, tnreg.open_tensor),
+    }.items():
+        for read in readers:
+            with pytest.raises(FileError):
+                read(name + ending)
     for save in (model_of().save, RUN.save, PAIRS.save, ModeTree.star(2).save):
         with pytest.raises(FileError, match="cannot write"):
             save(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -20,6 +19,12 @@ from clock import deadline_after
 
 import tnreg
 from tnreg.experiments import locality
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
+from gpu_stages import child, correct, pathfinder, waiting
+from gpu_stages.bench import Bench
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -40,17 +45,11 @@ STAGES = {
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """The runner as a module, without the seconds that it grants to what is killed."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("gpu")
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
-    return module
-
-
-@pytest.fixture
-def stage(monkeypatch, gpu, tmp_path):
-    """A function that makes stages of the table above."""
+def stage(monkeypatch, tmp_path):
+    """A function that makes stages of the table above; no process looks at the machine or waits."""
+    machine = {"device": "a processor", "torch": torch.__version__}
+    monkeypatch.setattr(gpu, "_machine", lambda rehearse, environment: machine)
+    monkeypatch.setattr(gpu, "PATIENCE", 0.3)
     folder = tmp_path / "modules"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(folder))
@@ -68,13 +67,6 @@ def stage(monkeypatch, gpu, tmp_path):
     return make
 
 
-@pytest.fixture
-def known(monkeypatch, gpu):
-    """The machine is known, so that no process has to look."""
-    machine = {"device": "a processor", "torch": "2"}
-    monkeypatch.setattr(gpu, "_machine", lambda rehearse, environment: machine)
-
-
 def calls_of(tmp_path, name):
     file = tmp_path / "modules" / f"stage_{name}.calls"
     return len(file.read_text().splitlines()) if file.exists() else 0
@@ -84,7 +76,7 @@ def found_in(folder, name):
     return json.loads((folder / f"gpu-{name}.json").read_text())
 
 
-def run(gpu, stages, out, *arguments):
+def run(stages, out, *arguments):
     return gpu.main(["--rehearse", "--out", str(out), *arguments], stages)
 
 
@@ -94,11 +86,11 @@ def check_whole(found, name):
     assert found["figures"]
 
 
-def test_rehearsal_of_every_stage(gpu, tmp_path, monkeypatch, capfd):
+def test_rehearsal_of_every_stage(tmp_path, monkeypatch, capfd):
     """With ten times the budgets, which are those of a GPU: this machine may be busy. The laws first."""
     monkeypatch.chdir(tmp_path)
     table = [dataclasses.replace(one, budget=10 * one.budget) for one in gpu.STAGES]
-    assert run(gpu, table, "out", "--budget", "5400", "--only", "correct") == 0
+    assert run(table, "out", "--budget", "5400", "--only", "correct") == 0
     text = capfd.readouterr()
     assert text.err == "" and "ok True" in text.out and "complete" in text.out
     figures = found_in(tmp_path / "out", "correct")["figures"]
@@ -109,17 +101,16 @@ def test_rehearsal_of_every_stage(gpu, tmp_path, monkeypatch, capfd):
     assert figures["laws"]["dense tensor"]["float32"]["deviation"] > 0  # it is another precision
     assert not any("error" in line for path in figures["host reads"].values() for line in path)
     assert not any(figures["host reads"][path] for path in ("forward", "ConvNet", "dense tensor"))
-    assert run(gpu, table, "out", "--budget", "5400") == 0, capfd.readouterr()
+    assert run(table, "out", "--budget", "5400") == 0, capfd.readouterr()
     for one in table:
         check_whole(found_in(tmp_path / "out", one.name), one.name)
 
 
-def test_every_stage_fails(gpu, stage, tmp_path, capsys):
+def test_every_stage_fails(stage, tmp_path, capsys):
     """Three ways to fail and one that is killed; what follows them is run."""
-    out = tmp_path / "out"
     table = [stage("raises"), stage("crashes"), stage("hangs", budget=0.5), stage("empty")]
-    assert run(gpu, table, out) == 1
-    found = {one.name: found_in(out, one.name) for one in table}
+    assert run(table, tmp_path) == 1
+    found = {one.name: found_in(tmp_path, one.name) for one in table}
     assert not any(one["complete"] for one in found.values())
     assert found["raises"]["figures"] == {"number": 2.5}
     assert found["raises"]["error"].splitlines()[-1] == "ValueError: nothing to measure"
@@ -133,8 +124,7 @@ def test_every_stage_fails(gpu, stage, tmp_path, capsys):
     assert "not complete: raises, crashes, hangs, empty; the same command goes on" in text
 
 
-@pytest.mark.usefixtures("known")
-def test_killed_stage_keeps_its_figures(gpu, stage, tmp_path, monkeypatch):
+def test_killed_stage_keeps_its_figures(stage, tmp_path, monkeypatch):
     """It ignores the request to end and has a process of its own: both are gone, the next stage is run."""
     out = tmp_path / "out"
 
@@ -149,7 +139,7 @@ def test_killed_stage_keeps_its_figures(gpu, stage, tmp_path, monkeypatch):
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     monkeypatch.setattr(subprocess, "Popen", Impatient)
-    assert run(gpu, [stage("hangs"), stage("fine")], out) == 1
+    assert run([stage("hangs"), stage("fine")], out) == 1
     found = found_in(out, "hangs")
     assert found["complete"] is False and found["error"] == "killed after 300 s"
     assert found["figures"]["number"] == 4.5
@@ -158,11 +148,10 @@ def test_killed_stage_keeps_its_figures(gpu, stage, tmp_path, monkeypatch):
     assert sorted(file.name for file in out.iterdir()) == ["gpu-fine.json", "gpu-hangs.json"]
 
 
-@pytest.mark.usefixtures("known")
-def test_every_stage_is_killed_by_its_budget(gpu, stage, tmp_path):
+def test_every_stage_is_killed_by_its_budget(stage, tmp_path):
     """The real ones, before they have figures; what comes after them is there."""
     table = [dataclasses.replace(one, budget=0.2, estimate=0.1) for one in gpu.STAGES]
-    assert run(gpu, [*table, stage("fine")], tmp_path) == 1
+    assert run([*table, stage("fine")], tmp_path) == 1
     for one in table:
         found = found_in(tmp_path, one.name)
         assert found["complete"] is False and found["error"] == "killed after 0 s"
@@ -170,22 +159,18 @@ def test_every_stage_is_killed_by_its_budget(gpu, stage, tmp_path):
 
 
 def gone(process):
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return True
-    return state in "ZX"
+    file = Path(f"/proc/{process}/stat")
+    return not file.exists() or file.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
 
 
-@pytest.mark.usefixtures("known")
-def test_goes_on_from_what_is_there(gpu, stage, tmp_path, capsys):
+def test_goes_on_from_what_is_there(stage, tmp_path, capsys):
     out, other = tmp_path / "out", tmp_path / "other"
-    assert run(gpu, [stage("fine"), stage("raises")], out) == 1
+    assert run([stage("fine"), stage("raises")], out) == 1
     text = capsys.readouterr().out
     assert "number 1.5, ok True, nested: a 2" in text
 
     table = [stage("fine"), stage("raises", body="bench.add(number=9)")]
-    assert run(gpu, table, out) == 0
+    assert run(table, out) == 0
     assert (calls_of(tmp_path, "fine"), calls_of(tmp_path, "raises")) == (1, 2)
     found = found_in(out, "raises")
     assert found["complete"] is True and found["figures"] == {"number": 9} and "error" not in found
@@ -195,34 +180,32 @@ def test_goes_on_from_what_is_there(gpu, stage, tmp_path, capsys):
     # in a folder of an earlier command, on another device
     held = found_in(out, "fine")
     (out / "gpu-fine.json").write_text(json.dumps({**held, "device": "another device"}))
-    assert run(gpu, table, other, "--before", str(out)) == 0
+    assert run(table, other, "--before", str(out)) == 0
     assert "complete before, on another device" in capsys.readouterr().out
     assert not list(other.iterdir())
     # figures of a GPU are not those of a rehearsal
     (out / "gpu-fine.json").write_text(json.dumps({**held, "rehearsal": False}))
-    assert run(gpu, table[:1], other, "--before", str(out)) == 0
+    assert run(table[:1], other, "--before", str(out)) == 0
     assert calls_of(tmp_path, "fine") == 2
-    assert run(gpu, table[:1], other, "--before", str(out), "--again") == 0
+    assert run(table[:1], other, "--before", str(out), "--again") == 0
     assert calls_of(tmp_path, "fine") == 3
 
 
-@pytest.mark.usefixtures("known")
-def test_crash_at_once_keeps_figures_of_an_earlier_try(gpu, stage, tmp_path):
+def test_crash_at_once_keeps_figures_of_an_earlier_try(stage, tmp_path):
     out = tmp_path / "out"
-    assert run(gpu, [stage("crashes")], out) == 1
-    assert run(gpu, [stage("crashes", body="bench.add(number=7)\n    os._exit(5)")], out) == 1
+    assert run([stage("crashes")], out) == 1
+    assert run([stage("crashes", body="bench.add(number=7)\n    os._exit(5)")], out) == 1
     found = found_in(out, "crashes")
     assert found["figures"] == {"number": 7}
     assert found["figures of an earlier try"] == {"number": 3.5}
-    assert run(gpu, [stage("crashes")], out) == 1
-    assert run(gpu, [stage("crashes", body="os._exit(5)")], out) == 1
+    for body in (None, "os._exit(5)"):
+        assert run([stage("crashes", body=body)], out) == 1
     found = found_in(out, "crashes")
     assert found["error"] == "exit code 5; these are of an earlier try"
     assert found["complete"] is False and found["figures"] == {"number": 3.5}
 
 
-@pytest.mark.usefixtures("known")
-def test_what_a_stage_is_given(gpu, stage, tmp_path):
+def test_what_a_stage_is_given(stage, tmp_path):
     """Its folder stays if something is in it, and it knows where earlier commands left theirs."""
     body = (
         "(bench.folder / 'state').write_text('1')\n"
@@ -230,38 +213,36 @@ def test_what_a_stage_is_given(gpu, stage, tmp_path):
     )
     out = tmp_path / "out"
     more = ["--before", str(tmp_path), "--budget", "200"]
-    assert run(gpu, [stage("fine", body=body)], out, *more) == 0
+    assert run([stage("fine", body=body)], out, *more) == 0
     figures = found_in(out, "fine")["figures"]
     assert figures["before"] == [str(out), str(tmp_path)]
     assert figures["folder"] == str(out / "fine") and (out / "fine" / "state").exists()
     assert 0 < figures["left"] < 200
 
 
-@pytest.mark.usefixtures("known")
-def test_not_begun_without_time(gpu, stage, tmp_path, capsys):
+def test_not_begun_without_time(stage, tmp_path, capsys):
     late = stage("fine", least=120)
     assert gpu.main(["--out", str(tmp_path / "out"), "--budget", "60"], [late]) == 1
     assert "left, it needs 120" in capsys.readouterr().out
     assert not (tmp_path / "out" / "gpu-fine.json").exists() and not calls_of(tmp_path, "fine")
-    assert run(gpu, [late], tmp_path / "out", "--budget", "60") == 0  # a rehearsal begins it
+    assert run([late], tmp_path / "out", "--budget", "60") == 0  # a rehearsal begins it
 
 
-@pytest.mark.usefixtures("known")
-def test_only_and_list(gpu, stage, tmp_path, capsys):
+def test_only_and_list(stage, tmp_path, capsys):
     out = tmp_path / "out"
     table = [stage("raises"), stage("fine"), stage("crashes")]
-    assert run(gpu, table, out, "--list") == 0
+    assert run(table, out, "--list") == 0
     text = capsys.readouterr().out
     assert "a stage that raises" in text and "complete" not in text and not out.exists()
-    assert run(gpu, table, out, "--only", "fine") == 0
+    assert run(table, out, "--only", "fine") == 0
     assert [file.name for file in out.iterdir()] == ["gpu-fine.json"]
     capsys.readouterr()
-    assert run(gpu, table, out, "--list", "--only", "fine, crashes") == 0
+    assert run(table, out, "--list", "--only", "fine, crashes") == 0
     text = capsys.readouterr().out
     assert "complete in" in text and "crashes" in text and "raises" not in text
 
 
-def test_stages_fit_into_one_command(gpu):
+def test_stages_fit_into_one_command():
     page = (ROOT / "docs" / "gpu.md").read_text()
     for stage in gpu.STAGES[:6]:
         assert f"| `{stage.name}` | {stage.budget} | {stage.estimate} |" in page
@@ -283,7 +264,7 @@ def test_stages_fit_into_one_command(gpu):
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
-def test_bad_arguments(gpu, capsys, arguments, told):
+def test_bad_arguments(capsys, arguments, told):
     with pytest.raises(SystemExit) as stop:
         gpu.main(arguments)
     assert stop.value.code == 2
@@ -291,7 +272,7 @@ def test_bad_arguments(gpu, capsys, arguments, told):
     assert text.err.count("error:") == 1 and told in text.err and text.out == ""
 
 
-def test_rehearsal_keeps_figures_of_a_gpu(gpu, tmp_path, capsys):
+def test_rehearsal_keeps_figures_of_a_gpu(tmp_path, capsys):
     (tmp_path / "gpu-plans.json").write_text('{"rehearsal": false, "complete": true}')
     with pytest.raises(SystemExit):
         gpu.main(["--rehearse", "--out", str(tmp_path)])
@@ -307,11 +288,10 @@ def test_without_a_gpu(tmp_path, monkeypatch):
     assert ended.stderr.count("\n") == 1 and "torch sees no CUDA device here" in ended.stderr
 
 
-def test_wheels_of_what_is_missing(gpu, tmp_path, monkeypatch):
+def test_wheels_of_what_is_missing(tmp_path, monkeypatch):
     """Unpacked if nothing of that name can be imported, and behind everything else."""
     wheels, site = tmp_path / ".wheels", tmp_path / "site"
-    for folder in (wheels, site):
-        folder.mkdir()
+    wheels.mkdir(), site.mkdir()
     for name in ("Certainly_missing", "tnreg", "numpy"):
         with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as archive:
             archive.writestr(f"{name.lower()}/__init__.py", "here = True\n")
@@ -325,8 +305,7 @@ def test_wheels_of_what_is_missing(gpu, tmp_path, monkeypatch):
     assert done.stdout == "True\n"
 
 
-def test_what_is_missing_is_named(gpu, monkeypatch):
-    child = importlib.import_module("gpu_stages.child")
+def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(child, "NEEDED", ("torch", "certainly_missing", "tyrannosaur"))
     told = child.machine_of("cpu")["error"]
     assert told.startswith("certainly_missing, tyrannosaur cannot be imported")
@@ -346,22 +325,11 @@ def test_wheels_are_those_of_the_tests():
 # Laws and reads
 
 
-@pytest.fixture
-def correct(gpu):
-    return importlib.import_module("gpu_stages.correct")
-
-
-@pytest.fixture
-def waiting(gpu):
-    return importlib.import_module("gpu_stages.waiting")
-
-
-def test_law_that_fails_costs_no_other(correct):
+def test_law_that_fails_costs_no_other():
     cpu, values = torch.device("cpu"), iter([0.5, 0.25])
     cases = [correct.case_of("across", "full", torch.float64, cpu, k) for k in (0, 1)]
-    assert correct.tried(lambda case: next(values), cases, 1.0)[0] == {
-        "deviation": 0.5, "bound": 1.0, "ok": True, "case": "across, full",
-    }  # fmt: skip
+    row = {"deviation": 0.5, "bound": 1.0, "ok": True, "case": "across, full"}
+    assert correct.tried(lambda case: next(values), cases, 1.0)[0] == row
     for wrong in (math.nan, math.inf, 2.0):
         row, error = correct.tried(lambda case, wrong=wrong: wrong, cases, 1.0)
         assert row["ok"] is False and error == ""
@@ -370,15 +338,14 @@ def test_law_that_fails_costs_no_other(correct):
     assert correct.tried(lambda case: None, cases, 1.0) == (None, "")
 
 
-def test_laws_see_a_wrong_device(correct):
+def test_laws_see_a_wrong_device():
     """A model whose weights are off by a little more than rounding fails."""
     case = correct.case_of("uneven", "mixed", torch.float64, torch.device("cpu"))
 
     def failed():
-        return {
-            law for law, f in correct.LAWS.items()
-            if not correct.tried(f, [case], correct.bound_of(law, case.dtype))[0]["ok"]
-        }  # fmt: skip
+        bounds = {law: correct.bound_of(law, case.dtype) for law in correct.LAWS}
+        tried = {law: correct.tried(f, [case], bounds[law]) for law, f in correct.LAWS.items()}
+        return {law for law, (row, _) in tried.items() if not row["ok"]}
 
     assert not failed()
     with torch.no_grad():
@@ -388,7 +355,7 @@ def test_laws_see_a_wrong_device(correct):
     assert failed() >= set(correct.LAWS).difference(blind)
 
 
-def test_host_reads_are_seen(waiting):
+def test_host_reads_are_seen():
     cpu, x = torch.device("cpu"), torch.arange(3.0)
     for call, names in (
         (lambda: float(x.sum()), ["_local_scalar_dense.default"]),
@@ -408,7 +375,7 @@ def test_host_reads_are_seen(waiting):
     assert waiting.waits(cpu, lambda: x + 1) is None
 
 
-def test_copies_to_the_host_are_seen(waiting):
+def test_copies_to_the_host_are_seen():
     """The meta device has no numbers: what needs them fails, and is counted before."""
     x, y = torch.empty(3, device="meta"), torch.empty(3)
     with waiting.HostReads(x.device) as mode:
@@ -420,7 +387,7 @@ def test_copies_to_the_host_are_seen(waiting):
     assert sum(mode.found.values()) == 4
 
 
-def test_training_steps_read_nothing(waiting, correct):
+def test_training_steps_read_nothing():
     """On a device without numbers: forward, loss, backward and update of all but penalties."""
     for join in correct.JOINS:
         model = correct.case_of("uneven", join, torch.float32, torch.device("meta")).model
@@ -438,51 +405,28 @@ def test_training_steps_read_nothing(waiting, correct):
         assert waiting.host_reads(torch.device("meta"), step) == {}
 
 
-@pytest.mark.parametrize("kind", ["InputGradientChange", "InteractionEnergy"])
-@pytest.mark.parametrize("statistics", ["frozen", "batch"])
-def test_penalties_drawn_on_the_cpu_read_nothing(waiting, correct, kind, statistics):
-    meta, on_host = torch.device("meta"), torch.ones(16, 1, 8, 8)
-    net = correct.net_with_kinks()
-    penalty = getattr(tnreg, kind)(tnreg.RandomPatches(2), statistics=statistics)
-    drawn = penalty.draw(net, on_host + torch.arange(16.0)[:, None, None, None])
-    net, drawn, images = net.to(meta), drawn.to(meta), on_host.to(meta)
-    y = torch.zeros(16, dtype=torch.int64, device=meta)
-
-    def step():
-        penalty.value(net, images, y, drawn).backward()
-
-    assert waiting.host_reads(meta, step) == {}
-
-
 # Figure 6
 
 
-@pytest.fixture
-def pathfinder(gpu):
-    return importlib.import_module("gpu_stages.pathfinder")
-
-
 def bench_in(out, *before):
-    bench = importlib.import_module("gpu_stages.bench")
-    folder = out / "pathfinder"
+    folder, file = out / "pathfinder", out / "gpu-pathfinder.json"
     folder.mkdir(parents=True)
-    return bench.Bench(
-        "pathfinder", out / "gpu-pathfinder.json", torch.device("cpu"), True, math.inf, folder,
-        (out, *before),
-    )  # fmt: skip
+    cpu = torch.device("cpu")
+    return Bench("pathfinder", file, cpu, True, math.inf, folder, (out, *before))
 
 
-def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
+def test_trainings_go_on_at_the_next_command(tmp_path, monkeypatch):
     """The state of the training that has cost most comes along, and the rows of all."""
     first = bench_in(tmp_path / "first")
-    place = tmp_path / "there"
+    place, here = tmp_path / "there", tmp_path / "here"
+    place.mkdir(), here.mkdir()
     cells = {name: pathfinder.cell_of(first, name, 3, epochs=4) for name in ("plain", "igc")}
     named = {"plain-7": cells["plain"], "igc-7": cells["igc"]}
     named["plain-9"] = {**cells["plain"], "seed": 2}
     for name, epochs in (("plain-7", 1), ("igc-7", 3), ("plain-9", 9)):
         with monkeypatch.context() as patched:
             deadline = deadline_after(epochs, patched)
-            pathfinder.train_cells(place_of(place), [(name, named[name])], deadline)
+            pathfinder.train_cells(place, [(name, named[name])], deadline)
     rows = {name: pathfinder._look(place, name) for name in named}
     assert [row["epochs"] for row in rows.values()] == [1, 3, 4]
     assert [name for name in rows if pathfinder._finished(rows, name)] == ["plain-9"]
@@ -492,21 +436,21 @@ def test_trainings_go_on_at_the_next_command(pathfinder, tmp_path, monkeypatch):
     assert len(kept) == 2 and all(name.startswith("igc-7.") for name in kept)
     first.add(trainings=rows)
 
-    second, place = bench_in(tmp_path / "second", tmp_path / "first"), place_of(tmp_path / "here")
+    second = bench_in(tmp_path / "second", tmp_path / "first")
     before = pathfinder._rows_of_before(second)
     assert before == json.loads(json.dumps(rows)) and before["plain-7"]["left behind"]
-    pathfinder._take_states(second, place)
-    pathfinder.train_cells(place, [("igc-7", named["igc-7"])], math.inf)
-    row = pathfinder._look(place, "igc-7")
+    pathfinder._take_states(second, here)
+    pathfinder.train_cells(here, [("igc-7", named["igc-7"])], math.inf)
+    row = pathfinder._look(here, "igc-7")
     assert row["finished"] and row["epochs"] == 4 and row["resumed"][0]["epoch"] == 3
     assert row["history"][:3] == before["igc-7"]["history"]
-    told = pathfinder._keep_state(second, place, {"igc-7": row})
+    told = pathfinder._keep_state(second, here, {"igc-7": row})
     assert told == "none: nothing is begun and not finished"
     pathfinder.draw({**before, "igc-7": row}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
-def test_a_training_that_does_not_end_costs_no_state(pathfinder, tmp_path, monkeypatch):
+def test_a_training_that_does_not_end_costs_no_state(tmp_path, monkeypatch):
     """It is killed before the stage is, and the state of another one that ended in time comes along."""
     bench = dataclasses.replace(bench_in(tmp_path / "out"), rehearse=False)
     started = []
@@ -520,11 +464,10 @@ def test_a_training_that_does_not_end_costs_no_state(pathfinder, tmp_path, monke
         started.append(subprocess.Popen([sys.executable, "-c", call]))
         return started[-1]
 
-    def cell_of(bench, arm, length, **more):
-        return {"arm": arm, "distance": length}
-
     monkeypatch.setattr(pathfinder, "start", start)
-    monkeypatch.setattr(pathfinder, "cell_of", cell_of)
+    monkeypatch.setattr(
+        pathfinder, "cell_of", lambda bench, arm, length: {"arm": arm, "distance": length}
+    )
     monkeypatch.setattr(pathfinder, "POLL", 0.05)
     monkeypatch.setattr(pathfinder.comparison, "_prepare", lambda *given: None)
     began = time.monotonic()
@@ -546,12 +489,7 @@ def test_a_training_that_does_not_end_costs_no_state(pathfinder, tmp_path, monke
     assert bench.figures["trainings"]["igc-7"]["epochs"] == 1
 
 
-def place_of(folder):
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def test_settings_of_figure_6(pathfinder, tmp_path):
+def test_settings_of_figure_6(tmp_path):
     """The published ones, but for the precision; arms differ in what they are about alone."""
     bench = dataclasses.replace(bench_in(tmp_path / "a"), rehearse=False)
     published = dataclasses.asdict(locality.SETS["pathfinder"])

@@ -43,19 +43,11 @@ def test_formula():
         assert optimizer.flow_time == pytest.approx(elapsed)
 
 
-def test_first_step_has_length_lr():
-    p = parameter(3.0, 4.0)
-    optimizer = GroupRMSprop([p], lr=0.1, eps=0.0)
-    assert optimizer.step_size == 0.0 and not optimizer.state
-    p.square().sum().backward()
-    optimizer.step()
-    assert torch.allclose(p.detach(), (1 - 0.1 / 5) * parameter(3.0, 4.0).detach())
-
-
 def test_complex_closure_and_missing_gradients():
+    """The first step has length ``lr``."""
     p, still = parameter(3 + 4j, dtype=torch.complex64), parameter(1.0, 1.0)
     optimizer = GroupRMSprop([p, still], lr=0.5, eps=0.0)
-    assert optimizer.step() is None
+    assert optimizer.step() is None and optimizer.step_size == 0.0 and not optimizer.state
 
     def closure():
         optimizer.zero_grad()
@@ -72,11 +64,10 @@ def test_state_dict_continues_identically():
     p = parameter(1.0, -2.0)
     optimizer = GroupRMSprop([p], lr=0.1)
     descend([p], optimizer, 7)
-    q = torch.nn.Parameter(p.detach().clone())
+    q = parameter(*p.detach())
     other = GroupRMSprop([q], lr=0.1)
     other.load_state_dict(optimizer.state_dict())
-    descend([p], optimizer, 5)
-    descend([q], other, 5)
+    descend([p], optimizer, 5), descend([q], other, 5)
     assert torch.equal(p, q)
 
 

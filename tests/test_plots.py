@@ -18,25 +18,21 @@ from matplotlib.figure import Figure
 import tnreg
 from tnreg import ConvNet, ModeTree, OptionError, Trajectory, plots, spectra, to_cnn
 
-
-@pytest.fixture
-def ax():
-    return Figure().subplots()
+TREE = ModeTree.binary(4)
+MODEL = zoo.model_of(TREE)
 
 
 @pytest.fixture(autouse=True)
-def closed():
-    yield
+def ax():
+    yield Figure().subplots()
     plt.close("all")
 
 
 @pytest.fixture
 def run():
-    run, model = Trajectory(), zoo.model_of(ModeTree.binary(4))
-    vectors = np.random.default_rng(0).random((3, 2))
-    for step, vector in enumerate(vectors):
-        row = {"loss": 1 / (1 + step), "vector": vector, "parts": model.local_components()}
-        run.append(step, row)
+    run, parts = Trajectory(), MODEL.local_components()
+    for step, vector in enumerate(np.random.default_rng(0).random((3, 2))):
+        run.append(step, {"loss": 1 / (1 + step), "vector": vector, "parts": parts})
     return run
 
 
@@ -53,8 +49,7 @@ def test_tree(tree, ax):
 
 
 def test_spectra(ax):
-    model = zoo.model_of(ModeTree.binary(4))
-    values = spectra(model)
+    values = spectra(MODEL)
     assert plots.spectra(values, ax) is ax
     for line, s in zip(ax.lines, values.values(), strict=True):
         relative = (s / s[0]).detach().numpy()
@@ -90,13 +85,12 @@ def test_bars_and_new_axes(tmp_path):
 
 def test_decomposition_shows_ranks_and_budget():
     """Every edge has its rank and what was cut; the squares add up to at most the bound's."""
-    tree = ModeTree.binary(4)
     generator = torch.Generator().manual_seed(0)
     tensor = torch.randn(4, 4, 4, 4, generator=generator, dtype=torch.float64)
-    model = tnreg.decompose(tensor, tree, rtol=0.5)
-    left, right = plots.decomposition(spectra(tensor, tree), model)
+    model = tnreg.decompose(tensor, TREE, rtol=0.5)
+    left, right = plots.decomposition(spectra(tensor, TREE), model)
     cuts = [t.split(", cut ") for t in texts(right) if "cut" in t]
-    assert len(cuts) == len(tree.nodes) - 1 and len(left.lines) >= len(cuts)
+    assert len(cuts) == len(TREE.nodes) - 1 and len(left.lines) >= len(cuts)
     assert sorted(int(rank) for rank, _ in cuts) == sorted(model.network.bonds[:-1])
     assert any(float(share) > 0 for _, share in cuts)
 
@@ -106,23 +100,18 @@ def test_network_shows_every_layer():
     ax = plots.network(net)
     pieces = "input, layer 0, layer 2, 16 × 3, 16 × 8, 4 × 8, 1 × 8, 1 × 10, linear"
     assert set(pieces.split(", ")) <= set(texts(ax))
-    assert "4 × 2–7" in texts(plots.network(to_cnn(zoo.model_of(ModeTree.binary(4)))))
+    assert "4 × 2–7" in texts(plots.network(to_cnn(MODEL)))
     assert "1 × 27" in texts(plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full")))
     assert len(ax.patches) == 1 + 3 + 2  # input, convolutions, poolings
-
-
-def test_networks_only():
-    net = ConvNet(ModeTree.grid((2, 2)), 3, 4, outputs=2)
-    assert plots.network(tnreg.ConvAC(tnreg.Representation(3), net)).texts
-    model = zoo.model_of(ModeTree.binary(4))
+    assert texts(plots.network(tnreg.ConvAC(tnreg.Representation(3), net))) == texts(ax)
     with pytest.raises(OptionError, match=r"a ConvNet, found Factorization; .*to_cnn\(model\)"):
-        plots.network(model)
+        plots.network(MODEL)
     with pytest.raises(OptionError, match="plots.component draws a ConvNet"):
-        plots.component(model, (0, 1))
+        plots.component(MODEL, (0, 1))
 
 
 def test_component_frames_its_filters():
-    net = to_cnn(zoo.model_of(ModeTree.binary(4)))
+    net = to_cnn(MODEL)
     left, right = plots.component(net, (0, 1), 1)
     frames = [(p.get_xy(), p.get_width(), p.get_height()) for p in right.patches]
     rows, bond = net.weights[0].shape

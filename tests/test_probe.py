@@ -23,8 +23,8 @@ def samples(k, width, seed, dtype=torch.float64):
     return torch.randn(k, width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-A, B = samples(7, 3, 0), samples(9, 4, 1)
-W = samples(3, 4, 2)
+A, B, W = samples(7, 3, 0), samples(9, 4, 1), samples(3, 4, 2)
+EXPECTED = torch.linalg.svdvals(A @ W @ B.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -50,8 +50,7 @@ def test_one_number_for_a_batch_is_asked_pair_by_pair():
         calls.append(len(x))
         return torch.einsum("bi,ij,bj->", x, W, y)
 
-    expected = torch.linalg.svdvals(A @ W @ B.T)
-    assert torch.allclose(separation_spectrum(f, A, B), expected)
+    assert torch.allclose(separation_spectrum(f, A, B), EXPECTED)
     assert calls == [63] + [1] * 63
     assert torch.allclose(separation_spectrum(f, A[:1], B[:1]), (A[0] @ W @ B[0]).abs())
 
@@ -60,16 +59,13 @@ def test_other_kinds_of_values():
     def f(x, y):
         return np.einsum("bi,ij,bj->b", x, W, y)
 
-    expected = torch.linalg.svdvals(A @ W @ B.T)
-    assert torch.allclose(separation_spectrum(f, A.numpy(), list(B)), expected)
+    assert torch.allclose(separation_spectrum(f, A.numpy(), list(B)), EXPECTED)
     counts = separation_spectrum(lambda x, y: (x[:, 0] > y[:, 0]).long(), A, B)
     assert counts.dtype == torch.float64
     half = separation_spectrum(lambda x, y: (x[:, 0] * y[:, 0]).half(), A, B)
     assert half.dtype == torch.float32 and half[1] < 1e-2 * half[0]
 
-
-def test_a_network_is_not_differentiated():
-    net = nn.Linear(7, 1).double()
+    net = nn.Linear(7, 1).double()  # is not differentiated
     s = separation_spectrum(lambda x, y: net(torch.cat([x, y], 1)), A, B)
     assert not s.requires_grad and (s[2:] < 1e-12).all()  # a sum: rank two
 
@@ -96,13 +92,12 @@ class Near(nn.Module):
 
     def __init__(self, reach, classes=1):
         super().__init__()
-        self.reach, self.dropout = reach, nn.Dropout(0.5)
-        self.register_buffer("scale", torch.arange(1.0, classes + 1))
+        self.reach, self.classes, self.dropout = reach, classes, nn.Dropout(0.5)
 
     def forward(self, x):
         x = self.dropout(x)
         value = (x[..., : -self.reach] * x[..., self.reach :]).sum((1, 2, 3))
-        return value[:, None] * self.scale
+        return value[:, None] * torch.arange(1.0, self.classes + 1)
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -146,18 +141,15 @@ def test_profile_of_batches_and_defaults():
     whole = locality_profile(Near(3), x, pairs=3)
     assert whole.size == 2 and whole.distances.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16]
     batches = [(x[:10], torch.zeros(10)), (x[10:], torch.zeros(14))]
-    for data in (batches, x.numpy()):
-        found = locality_profile(Near(3), data, pairs=3)
-        assert np.array_equal(found.interaction, whole.interaction)
-    assert str(whole).splitlines()[0].split() == ["distance", "interaction", "effective", "rank"]
-    assert len(str(whole).splitlines()) == 10
     share = whole.interaction
+    for data in (batches, x.numpy()):
+        assert np.array_equal(locality_profile(Near(3), data, pairs=3).interaction, share)
+    head, *rows = str(whole).splitlines()
+    assert head.split() == ["distance", "interaction", "effective", "rank"] and len(rows) == 9
     assert np.allclose(whole.standard_error, share.std(1, ddof=1) / np.sqrt(3))
     single = locality_profile(Near(3), x, pairs=1)
     assert "nan" in str(single) and np.isnan(single.standard_error).all()
-
-
-def test_profile_of_functions_without_interaction():
+    # functions without interaction
     for net in (nn.Sequential(nn.Flatten(), nn.Linear(96, 1)), lambda x: torch.zeros(len(x))):
         profile = locality_profile(net, images(), size=2, pairs=4)
         assert (profile.interaction < 1e-5).all() and (profile.effective_rank == 0).all()
@@ -180,8 +172,7 @@ def test_profile_refuses(net, data, options, error, message):
 
 
 def test_plot():
-    profile = locality_profile(Near(3), images(), size=2, pairs=4)
-    single = locality_profile(Near(3), images(), size=2, pairs=1)
+    profile, single = (locality_profile(Near(3), images(), size=2, pairs=n) for n in (4, 1))
     axes = Figure().subplots()
     assert plots.locality_profile(profile, axes) is axes and axes.get_legend() is None
     line = axes.containers[0].lines[0]
@@ -193,10 +184,10 @@ def test_plot():
 
 def test_networks_with_weights_that_cannot_be_used(tmp_path):
     state = build("small-cnn", 1).state_dict()
-    torch.save(state, tmp_path / "good.pt")
-    assert isinstance(network_of("small-cnn", 1, weights=tmp_path / "good.pt"), torch.nn.Module)
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({name: value[..., :1] for name, value in state.items()}, tmp_path / "short.pt")
+    short = {name: value[..., :1] for name, value in state.items()}
+    for name, content in (("good", state), ("list", [1, 2]), ("short", short)):
+        torch.save(content, tmp_path / f"{name}.pt")
+    assert isinstance(network_of("small-cnn", 1, weights=tmp_path / "good.pt"), nn.Module)
     (tmp_path / "text.pt").write_text("weights")
     (tmp_path / "text.pt2").write_text("program")
     for name, weights, message in (
