@@ -141,16 +141,7 @@ def run(
     Cost: some milliseconds a cell beside the work itself, and seconds until the processes are up.
     """
     what = work if isinstance(work, Experiment) else Experiment(work)
-    check_integer(0 if workers is None else workers, 0, "sweep: workers")
-    check_integer(1 if threads is None else threads, 1, "sweep: threads")
-    check_integer(retries, 0, "sweep: retries")
-    if scheduler is not None and workers is not None:
-        message = "sweep: workers are those of the scheduler; give one of the two."
-        raise OptionError(message, argument="workers")
-    place = check_folder(folder)
-    if (there := experiment_of(place)) not in ("", what.title):
-        message = f"{place} is a run of {there!r}; choose another folder."
-        raise OptionError(message, argument="folder")
+    place = _check(what, folder, workers, threads, scheduler, retries)
     settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
     about = _describe(what, settings)
     fields = about["fields"]
@@ -177,8 +168,31 @@ def run(
         done |= {one.cell.name: one.summary for one in outcomes if isinstance(one, Done)}
         pairs = [(c.settings, done[c.name]) for c in all_cells if c.name in done]
         rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
+        _write_rows(place, rows)
         result = _finish(what, place, about, rows, outcomes)
     return result
+
+
+def _check(
+    what: Experiment,
+    folder: str | Path,
+    workers: int | None,
+    threads: int | None,
+    scheduler: str | None,
+    retries: int,
+) -> Path:
+    """Return the folder's absolute path, or raise an error for options that cannot be."""
+    check_integer(0 if workers is None else workers, 0, "sweep: workers")
+    check_integer(1 if threads is None else threads, 1, "sweep: threads")
+    check_integer(retries, 0, "sweep: retries")
+    if scheduler is not None and workers is not None:
+        message = "sweep: workers are those of the scheduler; give one of the two."
+        raise OptionError(message, argument="workers")
+    place = check_folder(folder)
+    if (there := experiment_of(place)) not in ("", what.title):
+        message = f"{place} is a run of {there!r}; choose another folder."
+        raise OptionError(message, argument="folder")
+    return place
 
 
 def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -219,16 +233,11 @@ def _finish(
     rows: list[dict[str, Any]],
     outcomes: list[Done | Failed],
 ) -> Result:
-    """Write ``results.csv`` and ``config.json``, and draw the picture."""
-    fields, text = about["fields"], io.StringIO()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, list(columns))
-    writer.writeheader()
-    writer.writerows(rows)
-    _write(place / "results.csv", text.getvalue())
-    wanted = [what.headline, *(column for column in columns if column not in fields)]
-    numeric = (c for c in wanted if any(pictures.is_number(row.get(c)) for row in rows))
-    headline = next(numeric, "")
+    """Write ``config.json`` and draw the picture."""
+    fields = about["fields"]
+    columns = [key for row in rows for key in row if key not in fields]
+    numeric = {key for row in rows for key in row if pictures.is_number(row[key])}
+    headline = next((c for c in (what.headline, *columns) if c in numeric), "")
     table = what.table(rows, fields, headline) if headline else []
     errors = [one for one in outcomes if isinstance(one, Failed)]
     unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
@@ -243,6 +252,15 @@ def _finish(
             warnings.warn(f"no picture of {place}: {type(error).__name__}: {error}", stacklevel=3)
     computed = [one.cell.name for one in outcomes if isinstance(one, Done) and one.computed]
     return Result(place, rows, failed, unfinished, computed, fields, headline, table)
+
+
+def _write_rows(place: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``results.csv``."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(place / "results.csv", text.getvalue())
 
 
 def _write_about(place: Path, about: dict[str, Any]) -> None:

@@ -50,25 +50,13 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     place = Path(folder)
     with reading("a finished sweep", place):
         about = read_about(place)
-        rows, headline = about["summary"], about["headline"]
-        vary = [n for n in about["fields"] if len({json.dumps(row[n]) for row in rows}) > 1]
-        names = [n for n in vary or about["fields"] if n != "seed"] or ["seed"]
-        numbers = [n for n in names if all(is_number(row[n]) for row in rows)]
-        along = [*numbers, *names][0]
-        points = means(rows, names, headline, "" if along == "seed" else "seed")
-        if not points:
-            raise ValueError(f"no finite number in the column {headline!r}")
-    if numbers:
-        points.sort(key=lambda row: float(row[along]))
+        along, lines = _lines(about["summary"], about["fields"], headline := about["headline"])
+    points = [row for line in lines.values() for row in line]
+    numeric = all(is_number(row[along]) for row in points)
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in points:
-        others = [n for n in names if n != along and n in vary]
-        words = [row[n] if isinstance(row[n], str) else f"{n} {row[n]}" for n in others]
-        lines.setdefault(", ".join(words), []).append(row)
     for label, line in lines.items():
-        x = [row[along] if numbers else str(row[along]) for row in line]
+        x = [row[along] if numeric else str(row[along]) for row in line]
         y, bars = ([row[key] for row in line] for key in (headline, "deviation"))
         ax.errorbar(x, y, np.nan_to_num(bars), marker="o", ms=4, lw=1.5, capsize=3, label=label)
     for key, scale in ((along, ax.set_xscale), (headline, ax.set_yscale)):
@@ -82,6 +70,25 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     if any(lines):
         ax.legend(fontsize=8)
     return save_figure(drawn, png or place / "sweep.png")
+
+
+def _lines(
+    rows: list[dict[str, Any]], fields: Sequence[str], headline: str
+) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """Return the field to draw against, and the points of every line by its label."""
+    vary = [name for name in fields if len({json.dumps(row[name]) for row in rows}) > 1]
+    names = [name for name in vary or fields if name != "seed"] or ["seed"]
+    numbers = [name for name in names if all(is_number(row[name]) for row in rows)]
+    along = [*numbers, *names][0]
+    points = means(rows, names, headline, "" if along == "seed" else "seed")
+    if not points:
+        raise ValueError(f"no finite number in the column {headline!r}")
+    others = [name for name in vary if name not in (along, "seed")]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(points, key=lambda row: float(row[along])) if numbers else points:
+        words = [row[n] if isinstance(row[n], str) else f"{n} {row[n]}" for n in others]
+        lines.setdefault(", ".join(words), []).append(row)
+    return along, lines
 
 
 def is_number(value: Any) -> bool:
