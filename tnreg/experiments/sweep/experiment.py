@@ -167,8 +167,7 @@ def run(
     finally:  # what is done is written, whatever ended the sweep
         done |= {one.cell.name: one.summary for one in outcomes if isinstance(one, Done)}
         pairs = [(c.settings, done[c.name]) for c in all_cells if c.name in done]
-        rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
-        _write_rows(place, rows)
+        rows = _write_rows(what, place, fields, pairs)
         result = _finish(what, place, about, rows, outcomes)
     return result
 
@@ -235,9 +234,7 @@ def _finish(
 ) -> Result:
     """Write ``config.json`` and draw the picture."""
     fields = about["fields"]
-    columns = [key for row in rows for key in row if key not in fields]
-    numeric = {key for row in rows for key in row if pictures.is_number(row[key])}
-    headline = next((c for c in (what.headline, *columns) if c in numeric), "")
+    headline = _headline(rows, fields, what.headline)
     table = what.table(rows, fields, headline) if headline else []
     errors = [one for one in outcomes if isinstance(one, Failed)]
     unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
@@ -254,13 +251,27 @@ def _finish(
     return Result(place, rows, failed, unfinished, computed, fields, headline, table)
 
 
-def _write_rows(place: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``results.csv``."""
+def _headline(rows: list[dict[str, Any]], fields: Sequence[str], wanted: str) -> str:
+    """Return the wanted column, or the first result, that has a finite number; else empty."""
+    numeric = {key for row in rows for key in row if pictures.is_number(row[key])}
+    columns = [key for row in rows for key in row if key not in fields]
+    return next((column for column in (wanted, *columns) if column in numeric), "")
+
+
+def _write_rows(
+    what: Experiment,
+    place: Path,
+    fields: Sequence[str],
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Write ``results.csv`` from cells and their results; return its rows."""
+    rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
     _write(place / "results.csv", text.getvalue())
+    return rows
 
 
 def _write_about(place: Path, about: dict[str, Any]) -> None:
