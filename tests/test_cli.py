@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -32,9 +33,9 @@ def cli(capsys, tmp_path, monkeypatch):
     """Call the command line in an empty folder; check the exit code; return both outputs."""
     monkeypatch.chdir(tmp_path)
 
-    def run(words, code=0):
-        found, out, err = call(capsys, *words.split())
-        assert found == code, out + err
+    def run(words, expected=0):
+        code, out, err = call(capsys, *words.split())
+        assert code == expected, out + err
         return out, err
 
     return run
@@ -42,12 +43,9 @@ def cli(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def answer(cli):
-    """Return the JSON document on standard output; nothing else may be there."""
-
-    def run(words, code=0):
-        return json.loads(cli(f"{words} --json", code)[0], parse_constant=pytest.fail)
-
-    return run  # NaN and Infinity are no JSON
+    """Return the JSON document on standard output; nothing else may be there, no NaN either."""
+    read = partial(json.loads, parse_constant=pytest.fail)
+    return lambda words, code=0: read(cli(f"{words} --json", code)[0])
 
 
 @pytest.fixture
@@ -124,33 +122,33 @@ def test_decompose(cli, answer, tensor):
     for row, s in zip(document["nodes"], spectra(tensor, model.tree).values(), strict=True):
         rest = float(s[row["rank"] :].norm() / norm)
         assert row["error of the cut"] == pytest.approx(rest, abs=1e-12)
-    wide = zoo.model_of(ModeTree.binary(4))
-    wide.save("wide.safetensors")
+    zoo.model_of(ModeTree.binary(4)).save("wide.safetensors")  # the tensor in another form
     out, _ = cli("decompose wide.safetensors --ranks 1 --out rounded.safetensors")
-    rounded, whole = load("rounded.safetensors").to_tensor(), wide.to_tensor().detach()
-    error = ((rounded - whole).norm() / whole.norm()).item()
-    reached = re.search(r"bound \S+, reached (\S+)", out)[1]
-    assert float(reached) == pytest.approx(error, rel=1e-3)
+    error = ((load("rounded.safetensors").to_tensor() - tensor).norm() / norm).item()
+    reached = float(re.search(r"bound \S+, reached (\S+)", out)[1])
+    assert reached == pytest.approx(error, rel=1e-3)
     assert "asked 1e-09" in cli("decompose x.npy --randomized --rtol 1e-9")[0]
 
 
 def test_fit_and_plot(cli, tensor):
     options = "--tree htf-4 --observed 0.5 --steps 60 --rank 3 --dtype float64 --seed 3"
-    out, _ = cli(f"fit x.npy {options} --no-progress --out run")
+    for name in ("again", "run"):
+        out, _ = cli(f"fit x.npy {options} --no-progress --out {name}")
+    first, model = (load(f"{name}/model.safetensors") for name in ("again", "run"))
+    assert torch.equal(first.to_tensor(), model.to_tensor()) and model.tree == ModeTree.binary(4)
     assert "test error of the mean" in out and "stopped by" in out
     run = Path("run")
     about = json.loads((run / "config.json").read_text())
     assert about["config"]["seed"] == 3 and about["summary"]["observed entries"] == 105
     trajectory = tnreg.Trajectory.load(run / "trajectory.npz")
     assert trajectory.steps[-1] == 60 and trajectory["loss"][-1] < trajectory["loss"][0]
-    assert load(run / "model.safetensors").tree == ModeTree.binary(4)
     (run / "training.png").unlink()
     cli("plot run")
     cli("plot run/trajectory.npz --names loss --png l.png")
     assert (run / "training.png").exists() and Path("l.png").exists()
 
 
-def test_run_dynamics(cli):
+def test_run_dynamics_and_init_scale(cli):
     run = Path("runs/tiny-3")  # the folder above it is made
     out, _ = cli("run dynamics --model tiny --seed 3 --steps 40 --no-progress")
     for word in ("test error", "target ranks", "components", "jumps", "rate error"):
@@ -159,55 +157,40 @@ def test_run_dynamics(cli):
     assert (config["model"], config["seed"]) == ("tiny", 3)
     assert config["rank"] == 8  # the preset's, not the default of the class
     (run / "rates.png").unlink()
+    words = "run init-scale --model tiny --stds 0.1 0.5 --seeds 1 --steps 30 --no-progress --out s"
+    assert "effective rank" in cli(words)[0]
+    Path("s/init-scale.png").unlink()
     for words, picture in (
-        ("", run / "rates.png"), (run, run.parent / "panels.png"), ("--png one.png", Path("one.png")),
-        ("--names spectra loss", run / "training.png"),
+        (run, run / "rates.png"), (f"{run} {run}", "runs/panels.png"), ("s", "s/init-scale.png"),
+        (f"{run} --png one.png", "one.png"), (f"{run} --names spectra loss", run / "training.png"),
     ):  # fmt: skip
-        cli(f"plot {run} {words}")
-        assert picture.exists()
+        cli(f"plot {words}")
+        assert Path(picture).exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "default"),
+    ("words", "option", "default"),
     [
-        ("run dynamics --model cp", "--rank INT 256"),
-        ("run dynamics --model=cp", "--rank INT 256"),
-        ("run dynamics --seed 2 --model cp", "--rank INT 256"),
-        ("run dynamics", "--rank INT 512"),
-        ("run locality --set pathfinder", "--epochs INT 150"),
-        ("sweep dynamics --model cp,mf", "--rank INT|A:B,... 256"),
-        ("sweep locality --set pathfinder", "--epochs INT|A:B,... 150"),
+        ("run dynamics --model cp", "--rank INT", "256"), ("run dynamics", "--rank INT", "512"),
+        ("run dynamics --model=cp", "--rank INT", "256"),
+        ("run dynamics --seed 2 --model cp", "--rank INT", "256"),
+        ("run locality --set pathfinder", "--epochs INT", "150"),
+        ("sweep dynamics --model cp,mf", "--rank INT|A:B,...", "256"),
+        ("sweep locality --set pathfinder", "--epochs INT|A:B,...", "150"),
     ],
-)
-def test_defaults_of_the_preset(cli, words, default):
-    option, form, value = default.split()
+)  # fmt: skip
+def test_defaults_of_the_preset(cli, words, option, default):
     out = " ".join(re.sub("[│\\n]", " ", cli(f"{words} --help")[0]).split())
-    assert re.search(rf"{option} {re.escape(form)} [^-].*?\(default: (\S+)\)", out)[1] == value
-
-
-def test_run_init_scale(cli):
-    picture = Path("s/init-scale.png")
-    words = "run init-scale --model tiny --stds 0.1 0.5 --seeds 1 --steps 30 --no-progress --out s"
-    assert "effective rank" in cli(words)[0] and picture.exists()
-    picture.unlink()
-    cli("plot s")
-    assert picture.exists()
+    assert re.search(rf"{re.escape(option)} [^-].*?\(default: (\S+)\)", out)[1] == default
 
 
 def test_an_interrupted_run_says_how_to_go_on(cli, monkeypatch):
     interrupt = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(train, "fit", interrupt)
-    text = "the same command goes on where this one stopped"
-    assert text in cli("run dynamics --model tiny", 130)[1]
+    _, err = cli("run dynamics --model tiny", 130)
+    assert "the same command goes on where this one stopped" in err
     monkeypatch.setattr("tnreg.cli.tree_rank.read_tree", interrupt)
     assert cli("tree htf-4", 130)[1] == "tnreg: interrupted\n"
-
-
-def test_same_seed_same_run(cli, tensor):
-    for name in "ab":
-        cli(f"fit x.npy --steps 20 --out {name} --no-progress")
-    a, b = (load(f"{name}/model.safetensors").to_tensor() for name in "ab")
-    assert torch.equal(a, b)
 
 
 def test_export(cli):
@@ -237,26 +220,21 @@ def test_what_is_wrong_with_a_saved_model_is_told(cli):
         assert f"not a {words.split()[-1]}: {path}" in cli(f"{words}.safetensors", 1)[1]
 
 
-def test_run_convac(cli):
-    options = "--trees quad random --channels 3 --epochs 1 --seeds 1 --rtols 0.5 --thin 0.5"
-    out, _ = cli(f"run convac {options} --out run --no-progress")
+def test_run_convac_and_locality(cli):
+    words = "--trees quad random --channels 3 --epochs 1 --seeds 1 --rtols 0.5 --thin 0.5 --out run"
+    out, _ = cli(f"run convac {words} --no-progress")
     assert "logistic" in out and "truncated" in out and "100 %" in out
+    words = "--set tiny --arms plain interaction --distances 24 --seeds 1 --out l"
+    out, _ = cli(f"run locality {words} --no-progress")
+    assert "interaction" in out and "x plain" in out and Path("l/results.csv").exists()
     for words, target in (
-        ("plot run --png", "p.png"),
+        ("plot run --png", "p.png"), ("plot l --png", "l.png"),
         ("export run/quad.safetensors --format state --out", "q.network.safetensors"),
         ("export run/random.safetensors --format onnx --out", "r.onnx"),
-    ):
+    ):  # fmt: skip
         cli(f"{words} {target}")
         assert Path(target).exists()
-
-
-def test_run_locality_and_probe_it(cli):
-    options = "--set tiny --arms plain interaction --distances 24 --seeds 1"
-    out, _ = cli(f"run locality {options} --out run --no-progress")
-    assert "interaction" in out and "x plain" in out and Path("run/results.csv").exists()
-    cli("plot run --png p.png")
-    assert Path("p.png").exists()
-    words = "probe run/interaction-24-seed-1 --data digits:24 --pairs 2 --distances 0 16"
+    words = "probe l/interaction-24-seed-1 --data digits:24 --pairs 2 --distances 0 16"
     assert "effective rank" in cli(words)[0]
 
 
@@ -297,19 +275,17 @@ def test_probe(cli, answer):
 def test_tensors_on_disk(cli):
     """Files of zarr and HDF5 are read block by block; ranks are those of the tensor in memory."""
     h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
-    tree, generator = ModeTree.binary(4), torch.Generator().manual_seed(0)
-    model = tnreg.Factorization(
-        tree, (12, 11, 10, 9), 3, std=1.0, dtype=torch.float64, generator=generator
-    )
+    generator = torch.Generator().manual_seed(0)
+    model = tnreg.Factorization(ModeTree.binary(4), (12, 11, 10, 9), 3, std=1.0,
+                                dtype=torch.float64, generator=generator)  # fmt: skip
     x = model.to_tensor().detach().numpy()
     np.save("x.npy", x)
     zarr.create_array("x.zarr", data=x, chunks=(6, 6, 5, 5))
     with h5py.File("x.h5", "w") as file:
         file.create_dataset("u", data=x, chunks=(6, 6, 5, 5))
         file["v"] = x[0]
-    memory, disk, h5 = (
-        table_rows(cli(f"rank {name} --memory 700kB")[0]) for name in ("x.npy", "x.zarr", "x.h5:u")
-    )
+    commands = (f"rank {name} --memory 700kB" for name in ("x.npy", "x.zarr", "x.h5:u"))
+    memory, disk, h5 = (table_rows(cli(command)[0]) for command in commands)
     assert memory == disk == h5 and len(memory) == 6
     out, _ = cli("decompose x.zarr --rtol 1e-6 --memory 700kB --out m.safetensors")
     assert re.search(r"asked 1e-06, bound \S+, reached \S+e-1\d", out), out
@@ -425,13 +401,13 @@ def test_options_that_would_be_ignored_are_refused(cli):
     Path("run").mkdir()
     about = {"tnreg": "0", "experiment": "convac", "config": {}}
     Path("run/config.json").write_text(json.dumps(about))
-    for command, option in (
-        ("rank m.safetensors", "--missing nan"), ("decompose m.safetensors", "--randomized"),
-        ("export c.safetensors", "--share"), ("export c.safetensors", "--classes"),
-        ("plot run", "--linear"), ("plot run", "--names loss"), ("plot run run", "--linear"),
+    for words in (
+        "rank m.safetensors --missing nan", "decompose m.safetensors --randomized",
+        "export c.safetensors --share", "export c.safetensors --classes", "plot run --linear",
+        "plot run --names loss", "plot run run --linear",
     ):  # fmt: skip
-        out, err = cli(f"{command} {option}", 1)
-        assert not out and option.split()[0] in err
+        out, err = cli(words, 1)
+        assert not out and re.search(r"--\w+", words)[0] in err
 
 
 def test_a_process_count_without_a_rank_is_told(cli, monkeypatch):
@@ -445,19 +421,25 @@ def test_a_process_count_without_a_rank_is_told(cli, monkeypatch):
 # JSON
 
 
-def test_json_of_trainings(answer, tensor):
+def test_json_of_trainings(cli, answer, tensor):
     """The document says what the run folder says."""
     for words in ("fit x.npy --rank 2", "run dynamics --model tiny"):
         document = answer(f"{words} --steps 20 --no-progress --out run")
         summary = json.loads(Path("run/config.json").read_text())["summary"]
         kind = {"tensor": "x.npy"} if words.startswith("fit") else {"experiment": "dynamics"}
         assert document == {"folder": "run", **kind, **summary}
-    words = "sweep dynamics --model tiny --seed 0:2 --workers 0 --steps 20 --no-progress --out s"
-    document = answer(words)
+    words = "sweep dynamics --model tiny --workers 0 --steps 20 --retries 0 --no-progress"
+    document = answer(f"{words} --seed 0:2 --out s")
     assert len(document["rows"]) == len(document["computed"]) == 2 and not document["failed"]
     [means] = document["means"]
     mean = sum(row["test error"] for row in document["rows"]) / 2
     assert means["test error"] == pytest.approx(mean) and means["seeds"] == 2
+    words += " --seed 0 --lr=-1 --out failing"
+    document = answer(words, 1)
+    [(name, error)] = document["failed"].items()
+    assert "lr must be" in error and not document["rows"]
+    _, err = cli(words, 1)
+    assert f"{name}: " in err and "1 of 1 runs failed" in err
 
 
 def test_what_others_print_does_not_come_between_the_json(answer, tmp_path, monkeypatch):
@@ -470,18 +452,9 @@ class Net(nn.Sequential):
         super().__init__(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), end)
 """)
     monkeypatch.syspath_prepend(tmp_path)
-    words = "run locality --set tiny --model loud:Net --arms plain --seeds 1 --epochs 1"
-    document = answer(f"{words} --no-progress --out run")
+    words = "run locality --set tiny --model loud:Net --arms plain --seeds 1 --epochs 1 --out run"
+    document = answer(f"{words} --no-progress")
     assert document["experiment"] == "locality" and len(document["rows"]) >= 1
-
-
-def test_json_of_a_sweep_that_fails(cli, answer):
-    words = "sweep dynamics --model tiny --seed 0 --lr=-1 --workers 0 --retries 0 --out s"
-    document = answer(words, 1)
-    [(name, error)] = document["failed"].items()
-    assert "lr must be" in error and not document["rows"]
-    _, err = cli(words, 1)
-    assert f"{name}: " in err and "1 of 1 runs failed" in err
 
 
 def test_json_of_convac_and_locality(answer, monkeypatch):
@@ -513,10 +486,8 @@ def test_plain_values():
 
 @pytest.mark.parametrize(
     "command",
-    [
-        *"tree,rank,decompose,fit,export,probe,plot,demo,run,sweep,doctor".split(","),
-        *(f"run {name}" for name in ("dynamics", "init-scale", "convac", "locality")),
-    ],
+    "tree,rank,decompose,fit,export,probe,plot,demo,run,sweep,doctor,run dynamics,run init-scale,"
+    "run convac,run locality".split(","),
 )
 def test_every_option_is_explained(cli, command):
     lines = [line.strip("│ ") for line in cli(f"{command} --help")[0].splitlines()]
@@ -530,7 +501,9 @@ def test_module_runs():
     assert "(0, 1, 2)" in subprocess.check_output(command, text=True)
 
 
-def test_work_shows_a_line_on_a_terminal(cli, tensor, monkeypatch):
+def test_work_shows_a_line_on_a_terminal_only(cli, tensor, monkeypatch):
+    out, err = cli("decompose x.npy")
+    assert not err and "..." not in out and not Reply().shows(True)
     terminal = screen(monkeypatch)
     zoo.model_of(ModeTree.binary(2), sizes=(3, 3)).save("m.safetensors")
     torch.save(build("small-cnn", 1).state_dict(), "w.pt")
@@ -552,11 +525,6 @@ def test_work_shows_a_line_on_a_terminal(cli, tensor, monkeypatch):
         if words.endswith("--json"):
             json.loads(out)
     assert Reply().shows(True) and not Reply().shows(False)  # --no-progress
-
-
-def test_nothing_is_drawn_where_there_is_no_terminal(cli, tensor):
-    out, err = cli("decompose x.npy")
-    assert not err and "..." not in out and not Reply().shows(True)
 
 
 def test_completion(cli, monkeypatch):

@@ -19,54 +19,43 @@ from tnreg import (
     TnregError,
     plan,
 )
-from tnreg.networks import plan as contraction
+from tnreg.networks import plan as plans
 from tnreg.networks.einsum import einsum
 
 HTF = ModeTree.binary(4)
 
 
-@pytest.mark.parametrize(
-    ("equation", "shapes"),
-    [
-        ("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 5)]),
-        ("ab,bc->ca", [(2, 3), (3, 4)]),
-        ("ar,br,cr,r->abc", [(2, 5), (3, 5), (4, 5), (5,)]),
-        ("gar,gbr,grs->gabs", [(2, 3, 4), (2, 5, 4), (2, 4, 6)]),
-        ("gbi,gbj,gijk->gbk", [(2, 3, 4), (2, 3, 5), (2, 4, 5, 6)]),
-        ("bj,bj->b", [(3, 4), (3, 4)]),
-        ("xbi,ybi->xy", [(2, 3, 4), (5, 3, 4)]),
-        ("ib,bxi->x", [(4, 3), (3, 2, 4)]),
-        ("ab->", [(2, 3)]),
-        ("ab,c->c", [(2, 3), (4,)]),
-        ("a,b->ba", [(2,), (3,)]),
-        ("a,a->", [(4,), (4,)]),
-    ],
-)
-def test_einsum(equation, shapes):
+EQUATIONS = """ab,bc,cd->ad ab,bc->ca ar,br,cr,r->abc gar,gbr,grs->gabs gbi,gbj,gijk->gbk bj,bj->b
+    xbi,ybi->xy ib,bxi->x ab-> ab,c->c a,b->ba a,a->"""
+
+
+@pytest.mark.parametrize("equation", EQUATIONS.split())
+def test_einsum(equation):
     """Against torch, with operands in either memory order; steps and costs as opt_einsum counts them."""
-    generator = torch.Generator().manual_seed(0)
+    terms, generator = equation.split("->")[0].split(","), torch.Generator().manual_seed(0)
+    sizes = dict(zip(dict.fromkeys("".join(terms)), (2, 3, 4, 5, 6), strict=False))
+    shapes = [tuple(sizes[letter] for letter in term) for term in terms]
     operands = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
-    wanted, found = torch.einsum(equation, *operands), einsum(equation, *shapes)
+    expected, contraction = torch.einsum(equation, *operands), einsum(equation, *shapes)
     turned = [x.mT.contiguous().mT if x.ndim > 1 else x for x in operands]
-    for result in (found(operands), found(turned)):
-        assert result.shape == wanted.shape and torch.allclose(result, wanted)
+    for result in (contraction(operands), contraction(turned)):
+        assert result.shape == expected.shape and torch.allclose(result, expected)
     path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
-    assert found.cost.flops == info.opt_cost and len(found.steps) == len(path)
-    assert found.cost.largest == info.largest_intermediate
+    assert contraction.cost.flops == info.opt_cost and len(contraction.steps) == len(path)
+    assert contraction.cost.largest == info.largest_intermediate
 
 
 def test_plans_are_cached_and_printed():
     model = Factorization(HTF, 8, 512)
     assert plan(model) is plan(model.network) is plan(Factorization(HTF, 8, 512))
     text = str(plan(model))
-    assert text.splitlines()[0] == "plan: dense of an order-4 network by tree"
+    assert text.startswith("plan: dense of an order-4 network by tree\n")
     assert "considered: tree 7.14e+07, opt_einsum" in text
     assert "(0, 1), (2, 3): " in text and "the weight itself, 8 rows" in text
     assert "32 samples" in str(plan(model, batch=32))
     path = str(plan(Factorization(ModeTree.binary(8), 2, 16, join="full"), batch=64))
     assert "by opt_einsum" in path and " x " in path
-    rows = plan(model, index=zoo.random_index((8,) * 4, 3))
-    assert "rows of the weight" in str(rows)
+    assert "rows of the weight" in str(plan(model, index=zoo.random_index((8,) * 4, 3)))
     wide = Factorization(ModeTree.binary(16), 8, 64)
     assert "at distinct rows" in str(plan(wide, index=zoo.random_index((8,) * 16, 999)))
 
@@ -86,37 +75,23 @@ def test_route_by_counted_cost():
     deep = few.clone()
     deep[:, 2:] = deep[0, 2:]  # 64 distinct entries only
     assert plan(long, index=deep).route == "distinct"
-
-
-def test_equal_nodes_are_one_call():
     joins = plan(Factorization(ModeTree.binary(16), 8, 16, join="full"), batch=1024).joins
     assert [len(join.level.positions) for join in joins] == [16, 8, 4, 2, 1]
     assert all(join.level.block is not None for join in joins[1:])
-
-
-def test_entries_plan_is_for_its_own_network():
-    model = zoo.model_of(HTF)
-    other = Factorization(HTF, model.sizes, 5, dtype=torch.float64)
-    with pytest.raises(OptionError, match="cannot give the entries of this model"):
-        other.entries(plan(model, index=zoo.random_index(model.sizes, 3)))
-    with pytest.raises(OptionError, match="a plan of dense"):
-        model.entries(plan(model))
 
 
 def test_an_index_changed_in_place_is_planned_again():
     model = zoo.model_of(HTF)
     index = zoo.random_index(model.sizes, 50)
     dense = model.to_tensor()
-    assert torch.allclose(model.entries(index), dense[tuple(index.T)])
-    index[:, 0] = 1 - index[:, 0]
-    assert torch.allclose(model.entries(index), dense[tuple(index.T)])
-    index.numpy()[:, 1] = 2
-    assert torch.allclose(model.entries(index), dense[tuple(index.T)])
+    for view, column, value in ((index, 0, 0), (index, 0, 1), (index.numpy(), 1, 2)):
+        view[:, column] = value
+        assert torch.allclose(model.entries(index), dense[tuple(index.T)])
 
 
-@pytest.mark.parametrize(
-    ("index", "error", "message"),
-    [
+def test_refuses_an_index():
+    model = zoo.model_of(HTF)
+    for index, error, message in (
         (torch.zeros(3, 4), DataError, "int64 tensor of shape .B, 4., found dtype torch.float32"),
         (torch.zeros(3, 4, dtype=torch.int32), DataError, "found dtype torch.int32"),
         ([[0, 0, 0, 0]], DataError, "found list"),
@@ -129,16 +104,19 @@ def test_an_index_changed_in_place_is_planned_again():
             "row 1 has 3 at mode 1, whose size is 3",
         ),
         (torch.tensor([[0, 0, -1, 0]]), DataError, "row 0 has -1 at mode 2"),
-    ],
-)
-def test_refuses_an_index(index, error, message):
-    model = zoo.model_of(HTF)
-    for call in (model.entries, lambda index: plan(model, index=index)):
-        with pytest.raises(error, match=message):
-            call(index)
+    ):
+        for call in (model.entries, lambda index: plan(model, index=index)):
+            with pytest.raises(error, match=message):
+                call(index)
 
 
 def test_refuses_plans():
+    model = zoo.model_of(HTF)
+    other = Factorization(HTF, model.sizes, 5, dtype=torch.float64)
+    with pytest.raises(OptionError, match="cannot give the entries of this model"):
+        other.entries(plan(model, index=zoo.random_index(model.sizes, 3)))
+    with pytest.raises(OptionError, match="a plan of dense"):
+        model.entries(plan(model))
     model = Factorization(ModeTree.binary(64), 8, 4)
     with pytest.raises(ShapeError, match=r"about 10\^58 entries"):
         model.to_tensor()
@@ -181,10 +159,9 @@ def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
                     "fewer entries at a time, here no more than"),
     }[kind]  # fmt: skip
     chosen = plan(model, **options)
-    # there is some memory, but not enough
-    monkeypatch.setattr(contraction, "available", lambda device: 20_000_000)
-    monkeypatch.setattr(contraction, "NEVER_MIND", 0)
-    # nothing may be carried out
+    monkeypatch.setattr(plans, "available", lambda device: 20_000_000)
+    monkeypatch.setattr(plans, "NEVER_MIND", 0)
+    # and nothing may be carried out
     monkeypatch.setattr("tnreg.factorizations.factorization.contract", None)
     for refused in (call, lambda: plan(model, memory=20_000_000, **options)):
         with pytest.raises(SizeError, match="would not fit into memory") as caught:
@@ -192,8 +169,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
         text = str(caught.value)
         found = re.search(r"needed: ([\d,]+) bytes", text)
         assert found and 20_000_000 < int(found[1].replace(",", "")) <= 4 * chosen.held
-        assert "20,000,000 bytes (20 MB)" in text
-        assert advice in text
+        assert "20,000,000 bytes (20 MB)" in text and advice in text
     if kind != "dense":  # and the number that it names does fit
         most = int(re.search(r"no more than (\d+)", text)[1])
         assert 1000 < most < 400_000
@@ -206,11 +182,11 @@ def test_another_route_is_taken_where_memory_is_short(monkeypatch):
     model = Factorization(ModeTree.binary(8), 4, 60, std=0.3, dtype=torch.float64)
     index = torch.randint(4, (500, 8), generator=torch.Generator().manual_seed(0))
     wanted = model.entries(index)
-    first, *others = contraction._plans_of_entries(model.network, index)
+    first, *others = plans._plans_of_entries(model.network, index)
     smallest = min([first, *others], key=lambda p: p.held)
     assert smallest is not first
-    monkeypatch.setattr(contraction, "available", lambda device: 8 * smallest.held)
-    monkeypatch.setattr(contraction, "NEVER_MIND", 0)
+    monkeypatch.setattr(plans, "available", lambda device: 8 * smallest.held)
+    monkeypatch.setattr(plans, "NEVER_MIND", 0)
     model._entry_plans.clear()
     assert torch.allclose(model.entries(index), wanted)
     assert model._entry_plans[0][1].route == smallest.route

@@ -31,20 +31,21 @@ HTF = ModeTree.binary(4)
 
 
 def test_initial_weights():
-    model = Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0))
-    again = Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0))
-    for v, w in model.weights.items():
-        assert torch.equal(w, again.weights[v])
-    assert model.weights[(0, 1)].std().item() == pytest.approx(0.5, rel=0.05)
+    model, again = (
+        Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
+    )
+    assert all(torch.equal(w, again.weights[v]) for v, w in model.weights.items())
     assert model.dtype == torch.float32 and model.device.type == "cpu" and model.sizes == (30,) * 4
-    weight = Factorization(HTF, 30, 40, std=0.5, dtype=torch.complex64).weights[(0, 1)]
-    assert weight.abs().square().mean().sqrt().item() == pytest.approx(0.5, rel=0.05)
+    for m in (model, Factorization(HTF, 30, 40, std=0.5, dtype=torch.complex64)):
+        deviation = m.weights[(0, 1)].abs().square().mean().sqrt().item()
+        assert deviation == pytest.approx(0.5, rel=0.05)
 
 
 def test_it_is_a_module():
     model = zoo.model_of(HTF)
-    weights = sum(w.numel() for w in model.weights.values())
-    assert sum(p.numel() for p in model.parameters()) == weights
+    parameters, weights = model.parameters(), model.weights.values()
+    assert sum(p.numel() for p in parameters) == sum(w.numel() for w in weights)
     assert all(key.startswith("stacks.") for key in model.state_dict())
     other = zoo.model_of(HTF, seed=3)
     other.load_state_dict(model.state_dict())
@@ -69,13 +70,12 @@ def test_gradients_by_node():
     for v, gradient in model.gradients.items():
         other = copy.deepcopy(model)
         weight = model.weights[v].detach().clone()
-        step = 1e-6 * torch.randn(weight.shape, dtype=torch.float64)
-        values = []
+        step, values = 1e-6 * torch.randn(weight.shape, dtype=torch.float64), []
         for sign in (1, -1):
             other.load_weights({v: weight + sign * step})
             values.append(other.to_tensor().square().sum().item())
-        wanted = (gradient * step).sum().item()
-        assert (values[0] - values[1]) / 2 == pytest.approx(wanted, rel=1e-6)
+        expected = (gradient * step).sum().item()
+        assert (values[0] - values[1]) / 2 == pytest.approx(expected, rel=1e-6)
 
 
 def test_load_weights():
@@ -86,16 +86,16 @@ def test_load_weights():
     assert torch.allclose(model.to_tensor(), 2.0 ** len(weights) * before)
     model.load_weights({0: weights[0].float().numpy()})
     assert model.weights[0].dtype == torch.float64
-    kept = model.to_tensor().detach()
-    for given, error, message in [
+    tensor = model.to_tensor().detach()
+    for changes, error, message in [
         ({"x": weights[0]}, TreeError, "no node 'x'"),
         ({1: weights[1], 0: weights[0][:1]}, ShapeError, r"weight of node 0 has another shape"),
         ({1: weights[1], 0: weights[0] * float("nan")}, DataError, "node 0 has NaN or infinite"),
         ({1: weights[1], 0: weights[0] * 1j}, DataError, "complex weight at node 0"),
     ]:
         with pytest.raises(error, match=message):
-            model.load_weights(given)
-        assert torch.equal(model.to_tensor(), kept)  # nothing was copied
+            model.load_weights(changes)
+        assert torch.equal(model.to_tensor(), tensor)  # nothing was copied
     with pytest.raises(OptionError, match="fixed to ones"):
         zoo.model_of(HTF, root="ones").load_weights({HTF.root: torch.ones(3)})
 
@@ -146,10 +146,7 @@ def test_components_need_a_diagonal_join():
     with pytest.raises(OptionError, match="not balanced to rtol.*\n.*the model is as it was"):
         balance_(model, sweeps=1)
     assert torch.equal(model.to_tensor(), before)
-
-
-def test_balancing_a_dead_component():
-    model = zoo.model_of(HTF)
+    # a dead component
     weight = model.weights[0].detach().clone()
     weight[:, 1] = 0
     model.load_weights({0: weight})
@@ -163,49 +160,29 @@ def test_balancing_a_dead_component():
 # Files
 
 
-def test_custom_names_and_deep_trees_survive_files(tmp_path):
-    for tree in (zoo.TREES["named"], ModeTree.caterpillar(300)):
-        model = Factorization(tree, 2, 2, std=1.0)
-        model.save(tmp_path / "m.safetensors")
-        again = load(tmp_path / "m.safetensors")
-        assert again.tree == tree
-        assert all(torch.equal(again.weights[v], w) for v, w in model.weights.items())
-
-
-def saved(tmp_path):
-    path = tmp_path / "m.safetensors"
-    zoo.model_of(HTF).save(path)
-    return path
-
-
 def test_load_refuses_what_is_no_model(tmp_path):
-    path = saved(tmp_path)
+    path, marker = tmp_path / "m.safetensors", tmp_path / "executed"
+    zoo.model_of(HTF).save(path)
     whole = path.read_bytes()
-    marker = tmp_path / "executed"
 
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(marker),))
 
-    for name, content in {
-        "truncated": whole[: len(whole) // 2],
-        "header only": whole[:20],
-        "empty": b"",
-        "random": os.urandom(2000),
-        "pickle": pickle.dumps(Bomb()),
-        "longer": whole + b"x",
-    }.items():
+    other = (b"", os.urandom(2000), pickle.dumps(Bomb()), whole + b"x")
+    for content in (whole[: len(whole) // 2], whole[:20], *other):
         path.write_bytes(content)
         with pytest.raises(FileError, match="not a safetensors file"):
             load(path)
-        assert not marker.exists(), name
+        assert not marker.exists()
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(FileError, match="no such model file"):
             load(missing)
 
 
 def test_load_refuses_inconsistent_models(tmp_path):
-    path = saved(tmp_path)
+    path = tmp_path / "m.safetensors"
+    zoo.model_of(HTF).save(path)
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["tnreg"])
@@ -221,11 +198,9 @@ def test_load_refuses_inconsistent_models(tmp_path):
     check("2 mode sizes for a tree over 4 modes", sizes=[2, 3])
     check("mode 1 is missing", tree=[[0, 4], [2, 3]])
     check("another shape", sizes=[2, 3, 5, 8])
-    check("not a factorization", bonds=[1])
-    check("not a factorization", joins="x")
     check("unknown root", root="x")
-    check("not a factorization", dtype="nonsense")
-    check("not a factorization", dtype="int64")
+    for changes in ({"bonds": [1]}, {"joins": "x"}, {"dtype": "nonsense"}, {"dtype": "int64"}):
+        check("not a factorization", **changes)
     check("missing or not expected", tensors={k: v for k, v in tensors.items() if k != "weight.0"})
     check("missing or not expected", tensors={**tensors, "more": torch.zeros(2)})
     check("NaN", tensors={**tensors, "weight.0": tensors["weight.0"] * float("nan")})
@@ -235,19 +210,22 @@ def test_load_refuses_inconsistent_models(tmp_path):
 
 
 def test_a_killed_save_leaves_the_old_file(tmp_path):
-    """The process is killed while it writes; the file is the old one, not a half."""
-    path = saved(tmp_path)
+    """Here the file of a deep tree."""
+    path, model = tmp_path / "m.safetensors", Factorization(ModeTree.caterpillar(300), 2, 2)
+    model.save(path)
     before = path.read_bytes()
-    script = (
-        "import os, signal, sys, safetensors.torch, torch, tnreg\n"
-        "real = safetensors.torch.save_file\n"
-        "def dies(tensors, target, metadata=None):\n"
-        "    real(tensors, target, metadata)\n"
-        "    open(target, 'r+b').truncate(100)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "safetensors.torch.save_file = dies\n"
-        "tnreg.Factorization(tnreg.ModeTree.star(2), 3, 2).save(sys.argv[1])\n"
-    )
+    script = """
+import os, signal, sys, safetensors.torch, tnreg
+real = safetensors.torch.save_file
+def dies(tensors, target, metadata=None):
+    real(tensors, target, metadata)
+    open(target, 'r+b').truncate(100)
+    os.kill(os.getpid(), signal.SIGKILL)
+safetensors.torch.save_file = dies
+tnreg.Factorization(tnreg.ModeTree.star(2), 3, 2).save(sys.argv[1])
+"""
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert done.returncode == -9 and path.read_bytes() == before
-    load(path)
+    again = load(path)
+    assert again.tree == model.tree
+    assert all(torch.equal(again.weights[v], w) for v, w in model.weights.items())

@@ -11,15 +11,15 @@ from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, n
 from tnreg.networks.network import Network, Stacked
 
 TREE = ModeTree([[0, 1], [2, 3]])
+RANKS = {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}
 
 
 def test_shapes_follow_the_contract():
-    ranks = {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}
-    model = Factorization(TREE, (2, 3, 5, 7), ranks, join={(2, 3): "full"})
+    model = Factorization(TREE, (2, 3, 5, 7), RANKS, join={(2, 3): "full"})
     shapes = {v: tuple(w.shape) for v, w in model.weights.items()}
     assert shapes == {0: (2, 2), 1: (3, 2), (0, 1): (2, 3), 2: (5, 4), 3: (7, 5), (2, 3): (4, 5, 3),
                       TREE.root: (3,)}  # fmt: skip
-    full = Factorization(TREE, 6, {**ranks, (0, 1): 4}, join="full")
+    full = Factorization(TREE, 6, {**RANKS, (0, 1): 4}, join="full")
     assert full.weights[TREE.root].shape == (4, 3) and full.weights[(0, 1)].shape == (2, 2, 4)
     ones = Factorization(TREE, 6, 3, root="ones")
     assert TREE.root not in ones.weights and len(ones.weights) == 6
@@ -27,16 +27,15 @@ def test_shapes_follow_the_contract():
 
 def test_sizes_and_ranks_of_any_integer_kind():
     sizes = (2, 3, 5, 7)
-    wanted = Network.build(TREE, sizes, 4)
+    expected = Network.build(TREE, sizes, 4)
     for kind in (np.array, torch.Size, torch.tensor, iter):
-        assert Network.build(TREE, kind(sizes), np.int64(4)) == wanted
+        assert Network.build(TREE, kind(sizes), np.int64(4)) == expected
     assert Network.build(TREE, np.int32(3), 4).sizes == (3, 3, 3, 3)
-    assert Network.build(TREE, sizes, {v: np.int64(4) for v in TREE.nodes[:-1]}) == wanted
+    assert Network.build(TREE, sizes, {v: np.int64(4) for v in TREE.nodes[:-1]}) == expected
 
 
 def test_indices_are_edges():
-    ranks = {0: 2, 1: 2, (0, 1): 3, 2: 4, 3: 5, (2, 3): 3}
-    net = Network.build(TREE, 6, ranks, join={(2, 3): "full"})
+    net = Network.build(TREE, 6, RANKS, join={(2, 3): "full"})
     of = {node: net.indices(TREE.position(node)) for node in TREE.nodes}
     assert of[0][0] == 0 and net.index_size(0) == 6
     assert of[0][1] == of[1][1] == of[(0, 1)][0] and of[2][1] != of[3][1]
@@ -44,14 +43,10 @@ def test_indices_are_edges():
     assert "(2, 3): full [bond 3: 4, bond 4: 5" in str(net)
 
 
-def test_equal_networks_hash_equal():
+def test_equality_and_stacks():
     a, b = Network.build(TREE, 6, 2), Network.build(ModeTree.binary(4), (6,) * 4, 2)
-    assert a == b and hash(a) == hash(b) and a is not b
+    assert a == b and hash(a) == hash(b) and a is not b and a != "network"
     assert a != Network.build(TREE, 6, 3) and a != Network.build(TREE, 6, 2, root="ones")
-    assert a != "network"
-
-
-def test_equal_nodes_share_a_stack():
     net = Network.build(ModeTree.binary(16), 8, 4, join="full")
     assert [len(stack.positions) for stack in net.stacks] == [16, 8, 4, 2, 1]
     assert [level.block for level in net.levels] == [None, 0, 1, 2, 3]
@@ -73,8 +68,8 @@ def test_levels_know_where_children_and_weights_are(tree, kinds):
     for level in net.split_levels(kinds):
         positions = torch.tensor(level.positions)
         children = torch.tensor([tree.links[i] for i in level.positions]).long()
-        for found, wanted in zip(results.children(level), children.unbind(1), strict=True):
-            assert torch.equal(found, wanted)
+        for result, child in zip(results.children(level), children.unbind(1), strict=True):
+            assert torch.equal(result, child)
         assert (level.weight is None) == (len(tree.nodes) - 1 in level.positions)
         assert level.weight is None or torch.equal(weights.pick(level.weight), positions)
         results.append(positions)
@@ -109,6 +104,7 @@ def test_refuses(sizes, ranks, options, error, message):
 
 
 def test_tensornetwork_nodes_are_named_and_wired():
+    """Gradients flow through them."""
     import tensornetwork
 
     model = zoo.model_of(TREE)
@@ -121,18 +117,10 @@ def test_tensornetwork_nodes_are_named_and_wired():
     assert {"mode 0", "mode 3", "bond 0", "bond 3", "bond (0, 1)", "bond (0, 1) inside"} <= edges
     full = network(zoo.model_of(TREE, "full"))
     assert not any(isinstance(node, tensornetwork.CopyNode) for node in full)
-
-
-def test_gradients_flow_through_tensornetwork():
-    import tensornetwork
-
-    model = zoo.model_of(TREE)
-    nodes = network(model)
     dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda edge: edge.name)
     out = tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor
     out.square().sum().backward()
-    found = {v: g.clone() for v, g in model.gradients.items()}
+    gradients = {v: g.clone() for v, g in model.gradients.items()}
     model.zero_grad()
     model.to_tensor().square().sum().backward()
-    for v, gradient in model.gradients.items():
-        assert torch.allclose(found[v], gradient)
+    assert all(torch.allclose(gradients[v], g) for v, g in model.gradients.items())
