@@ -105,7 +105,7 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device, its driver, and the versions that measured."""
+    """Return the device, its driver, and the versions that measured."""
     named = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
     driver = ""
     if device.type == "cuda":

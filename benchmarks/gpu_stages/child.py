@@ -21,7 +21,7 @@ NEEDED = (
 
 
 def machine_of(kind: str) -> dict[str, Any]:
-    """What the machine is, or under ``error`` why nothing can be run there."""
+    """Return what the machine is, or under ``error`` why nothing can be run there."""
     lacking = ", ".join(name for name in NEEDED if importlib.util.find_spec(name) is None)
     if lacking:
         way = "where there is a network, 'make gpu-wheels' fills .wheels/ with the small ones"

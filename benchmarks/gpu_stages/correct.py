@@ -65,13 +65,13 @@ class Case:
         return self.model.device
 
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A tensor for the model and one for the reference."""
+        """Return a tensor for the model and one for the reference."""
         x = x.to(self.dtype) if x.is_floating_point() or x.is_complex() else x
         return x.to(self.device), x.to(self.reference.dtype) if x.dtype == self.dtype else x
 
 
 def case_of(name: str, join: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Case:
-    """A model with distinct mode sizes, unequal bonds and weights of order one."""
+    """Return a model with distinct mode sizes, unequal bonds and weights of order one."""
     tree = TREES[name]
     kinds = {v: join if join in ("diagonal", "full") else "diagonal" for v in tree.interior}
     if join == "mixed":
@@ -91,14 +91,14 @@ def case_of(name: str, join: str, dtype: torch.dtype, device: torch.device, seed
 
 
 def doubled(model: Factorization) -> Factorization:
-    """The same weights on the CPU in double precision."""
+    """Return the same weights on the CPU in double precision."""
     kind = torch.complex128 if model.dtype.is_complex else torch.float64
     stacks = [s.detach().to("cpu", kind, copy=True) for s in model.stacks]
     return Factorization.holding(model.network, stacks)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal numbers on the CPU."""
+    """Return normal numbers on the CPU."""
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
@@ -113,7 +113,7 @@ def index_of(sizes: tuple[int, ...], count: int, device: torch.device | str = "c
 
 
 def dense(case: Case) -> float:
-    """The dense tensor, along the tree and along opt_einsum's path."""
+    """Compare the dense tensor, along the tree and along opt_einsum's path."""
     wanted = case.reference.to_tensor()
     return max(relative(by(way, case.model.to_tensor), wanted) for way in ("tree", "opt_einsum"))
 
@@ -206,7 +206,7 @@ def truncated(case: Case) -> float:
 
 
 def cnn(case: Case) -> float:
-    """The convolutional network that the factorization is, scaled and not."""
+    """Compare the convolutional network that the factorization is, scaled and not."""
     ours, theirs = features(case)
     wanted = case.reference(theirs)
     return max(
@@ -348,7 +348,7 @@ KINKS = 1e-2
 
 
 def bound_of(law: str, dtype: torch.dtype) -> float:
-    """What the deviation must stay under."""
+    """Return what the deviation must stay under."""
     if law in BOUNDS:
         return BOUNDS[law]
     if torch.finfo(dtype).eps < 1e-10:
@@ -444,7 +444,7 @@ def look_at_reads_and_waits(bench: Bench) -> list[str]:
 
 
 def hot_paths(bench: Bench) -> dict[str, Callable[[], Any]]:
-    """What is called again and again."""
+    """Return what is called again and again."""
     case = case_of("uneven", "mixed", torch.float32, bench.device)
     model, (x, _), (task, _) = case.model, features(case), tasks(case)
     index = index_of(model.sizes, 30, bench.device)
@@ -470,7 +470,7 @@ def hot_paths(bench: Bench) -> dict[str, Callable[[], Any]]:
 
 
 def steps(bench: Bench) -> dict[str, Callable[[], Any]]:
-    """Steps of training, whole: loss, backward, update. None should wait for the device."""
+    """Time whole training steps: loss, backward, update. None should wait for the device."""
     case = case_of("uneven", "mixed", torch.float32, bench.device)
     task, net = tasks(case)[0], tnreg.to_cnn(case.model)
     x, _ = features(case)
@@ -516,7 +516,7 @@ def steps(bench: Bench) -> dict[str, Callable[[], Any]]:
 
 
 def by(way: str, call: Callable[[], Tensor]) -> Tensor:
-    """The value of a call whose plans take one route, whatever its cost."""
+    """Return the value of a call whose plans take one route, whatever its cost."""
     with only(way):
         return call()
 

@@ -101,7 +101,7 @@ def quick(bench: Bench, call: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def dense_tensors(bench: Bench) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of benchmarks/decompose.py, made on the device, and of order 5."""
+    """Decompose the tensors of benchmarks/decompose.py, made on the device, and of order 5."""
     for order, size in ((4, 4), (3, 8)) if bench.rehearse else ((6, 16), (5, 32)):
         grid = torch.linspace(0, 1, size, dtype=torch.float64, device=bench.device)
         axes = [

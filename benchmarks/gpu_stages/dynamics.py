@@ -42,7 +42,7 @@ REFERENCE = Path(__file__).parents[1] / "results" / "htf-reference-cpu.json"
 
 
 def run(bench: Bench) -> None:
-    """The whole run as CUDA graphs beside the CPU's, the same without, and what the rows cost."""
+    """Train the whole run as CUDA graphs beside the CPU's, the same without, and what the rows cost."""
     torch.backends.cuda.matmul.allow_tf32 = False
     preset = dynamics.tiny if bench.rehearse else dynamics.htf
     config = dataclasses.replace(preset, seed=1, device=str(bench.device))
@@ -69,7 +69,7 @@ def run(bench: Bench) -> None:
 
 
 def watched(config: dynamics.Config, seconds: float) -> dict[str, Any]:
-    """A run with its staircase, beside that of the CPU where it is the same run and came to its end."""
+    """Return a run with its staircase, beside that of the CPU if it is the same run and came to its end."""
     found = Training(config).fit(seconds=seconds)
     told = {**times(found), **story(config, found)}
     if REFERENCE.exists() and told["end"]["step"] == STEPS:
@@ -140,7 +140,7 @@ def times(found: tnreg.Trajectory) -> dict[str, Any]:
 
 
 def story(config: dynamics.Config, found: tnreg.Trajectory) -> dict[str, Any]:
-    """The staircase in few numbers: root components, ranks at 1 % every 500 steps, jumps, the end."""
+    """Return the staircase in few numbers: root components, ranks at 1 % every 500 steps, jumps, the end."""
     root = list(found["components"])[-1]
     values = {name: found[name] for name in ("loss", "components", "spectra", "test error")}
 
@@ -165,7 +165,7 @@ def story(config: dynamics.Config, found: tnreg.Trajectory) -> dict[str, Any]:
 
 
 def beside(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The end and the jumps of two runs side by side."""
+    """Return the end and the jumps of two runs side by side."""
     pairs = [(a, b) for a, b in zip(found["jumps"], wanted["jumps"], strict=False)]
     off = [abs(a - b) / b for here, there in pairs for a, b in zip(here, there, strict=True) if b]
     return {

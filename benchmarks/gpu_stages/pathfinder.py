@@ -247,7 +247,7 @@ def train_cells(
 
 
 def cell_of(bench: Bench, arm: str, length: int, **more: Any) -> dict[str, Any]:
-    """Settings of one training: the published ones, in bfloat16 on a GPU."""
+    """Return settings of one training: the published ones, in bfloat16 on a GPU."""
     published = locality.SETS["pathfinder"]
     names = [f.name for f in dataclasses.fields(locality.Training)]
     values = {name: getattr(published, name) for name in names if hasattr(published, name)}
@@ -281,7 +281,7 @@ def draw(rows: dict[str, Any], png: Path) -> None:
 
 
 def _look(place: Path, name: str) -> dict[str, Any]:
-    """What a training has reached: rows, whether it is finished, seconds an epoch."""
+    """Return what a training has reached: rows, whether it is finished, seconds an epoch."""
     folder = place / name
     for file in (folder / "history.csv", *place.glob(f"{name}.*.history.csv")):
         try:

@@ -206,7 +206,7 @@ def mean_ratio(done: list[Any], time: str, choose: Callable[[Any], str]) -> floa
 
 
 def peers(bench: Bench) -> dict[str, Any]:
-    """The full-join network of README by hand, along a path of cotengra, and by tensorkrowch."""
+    """Time the full-join network of README by hand, along a path of cotengra, and by tensorkrowch."""
     by_hand = steps.full(bench.device)
     out: dict[str, Any] = {name: quick(bench, call) for name, call in by_hand.items()}
     sites, bond, batch = (8, 4, 16) if bench.rehearse else (16, 16, 1024)
@@ -225,7 +225,7 @@ def peers(bench: Bench) -> dict[str, Any]:
 
 
 def cotengra(bench: Bench, plan: Plan, stacks: list[Tensor], inputs: Tensor) -> Any:
-    """The same einsum along the path that cotengra finds in two seconds."""
+    """Return the same einsum along the path that cotengra finds in two seconds."""
     import dataclasses
 
     import cotengra

@@ -74,7 +74,7 @@ class HostReads(TorchDispatchMode):
 
 
 def host_reads(device: torch.device, call: Callable[[], Any]) -> dict[str, int]:
-    """What one call reads from the device, most often first; an earlier call has made its plans."""
+    """Return what one call reads from the device, most often first; an earlier call has made its plans."""
     call()
     with HostReads(device) as mode:
         call()
@@ -119,7 +119,7 @@ def _tensors(held: Any) -> Iterator[torch.Tensor]:
 
 
 def _line() -> str:
-    """The innermost line of this repository, of ``tnreg`` if one is there."""
+    """Return the innermost line of this repository, of ``tnreg`` if one is there."""
     frame, other = sys._getframe(1), "torch"
     while frame is not None:
         file = Path(frame.f_code.co_filename)

@@ -12,7 +12,7 @@ class Examples(griffe.Extension):
     """Renames the section of every docstring, as it is read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe for every module, class, function and attribute."""
+        """Handle every module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
