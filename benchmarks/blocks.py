@@ -54,9 +54,7 @@ def write(path: Path, shape: tuple[int, ...]) -> None:
 
     lazy = da.map_blocks(block, chunks=chunks, dtype=np.float64, meta=np.empty((0,) * 4))
     # uncompressed: noise does not get smaller, and takes as long to unpack
-    stored = zarr.create_array(
-        str(path), shape=shape, chunks=lazy.chunksize, dtype="f8", compressors=None
-    )
+    stored = zarr.create_array(str(path), shape=shape, chunks=lazy.chunksize, dtype="f8", compressors=None)
     with dask.config.set(num_workers=2):
         da.store(lazy, stored)
 
@@ -104,8 +102,7 @@ def worker(path: Path, threads: int, limit: int, memory: str) -> dict[str, Any]:
         "bound": (model.error_bound or 0.0) / error[1],
         "bonds": list(model.network.bonds),
         "passes": [
-            {"what": line, "seconds": b - a}
-            for line, a, b in zip(log.lines, log.times, ends, strict=True)
+            {"what": line, "seconds": b - a} for line, a, b in zip(log.lines, log.times, ends, strict=True)
         ],
     }
 

@@ -33,14 +33,10 @@ def tensors() -> dict[str, np.ndarray]:
     steps = np.meshgrid(*(grid * (k + 1) for k in range(ORDER)), indexing="ij", sparse=True)
     factors = [random.standard_normal((SIZE, 8)) for _ in range(ORDER)]
     pairs = [
-        np.einsum(
-            "ia,jb,abc->ijc", factors[2 * k], factors[2 * k + 1], random.standard_normal((8, 8, 8))
-        )
+        np.einsum("ia,jb,abc->ijc", factors[2 * k], factors[2 * k + 1], random.standard_normal((8, 8, 8)))
         for k in range(3)
     ]
-    low = np.einsum(
-        "ija,klb,mnc,abc->ijklmn", *pairs, random.standard_normal((8, 8, 8)), optimize=True
-    )
+    low = np.einsum("ija,klb,mnc,abc->ijklmn", *pairs, random.standard_normal((8, 8, 8)), optimize=True)
     noise = random.standard_normal(low.shape)
     low = low / np.linalg.norm(low) + 1e-9 * noise / np.linalg.norm(noise)
     return {"smooth": 1 / (1 + sum(steps)), "rank 8": low}
@@ -55,9 +51,7 @@ def worker(library: str, turns: int) -> dict[str, Any]:
     for name, x in tensors().items():
         call, dense, version = _setup(library, x)
         result = call()
-        error = float(
-            np.linalg.norm(np.asarray(dense(result)).reshape(x.shape) - x) / np.linalg.norm(x)
-        )
+        error = float(np.linalg.norm(np.asarray(dense(result)).reshape(x.shape) - x) / np.linalg.norm(x))
         rows[name] = {"seconds": timed(call, turns), "error": error, "version": version}
     return rows
 
@@ -88,11 +82,7 @@ def _setup(library: str, x: np.ndarray) -> tuple[Callable[[], Any], Callable[[An
         tree = tensap.DimensionTree.balanced(ORDER)
         truncator = tensap.Truncator(RTOL)
         full = tensap.FullTensor(x)
-        return (
-            lambda: truncator.hsvd(full, tree),
-            lambda f: f.full().data,
-            version("tensap"),
-        )
+        return (lambda: truncator.hsvd(full, tree), lambda f: f.full().data, version("tensap"))
     import tensorly
     from tensorly.decomposition import tensor_train
 

@@ -26,9 +26,7 @@ FIT_STEPS = 100
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
@@ -89,9 +87,7 @@ def main() -> None:
     rows: dict[str, Callable[[], object]] = {
         "step: tnreg": bare,
         "step: hand-written dense then index": step_of(*by_hand["hand-written dense then index"]),
-        "step: per-sample one-hot einsum": step_of(
-            *by_hand["per-sample one-hot einsum, leaf to root"]
-        ),
+        "step: per-sample one-hot einsum": step_of(*by_hand["per-sample one-hot einsum, leaf to root"]),
         "fit, nothing observed": training(watched=False),
         "fit, all observed every 25": training(watched=True),
         "one svdvals per node of the dense tensor": one_svd_per_node,

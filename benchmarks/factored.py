@@ -56,10 +56,7 @@ def train(order: int, rank: int, decay: float) -> list[np.ndarray]:
     random = np.random.default_rng(order + rank)
     scale = decay ** np.arange(rank)
     ends = [1, *[rank] * (order - 1), 1]
-    cores = [
-        random.standard_normal((a, SIZE, b)) / math.sqrt(SIZE * a)
-        for a, b in itertools.pairwise(ends)
-    ]
+    cores = [random.standard_normal((a, SIZE, b)) / math.sqrt(SIZE * a) for a, b in itertools.pairwise(ends)]
     return [c * scale.reshape(-1, 1, 1) if c.shape[0] > 1 else c for c in cores]
 
 

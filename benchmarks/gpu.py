@@ -123,9 +123,7 @@ def _options(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argpar
     parser.add_argument("--only", help="names of stages, with commas between them")
     parser.add_argument("--list", action="store_true", help="show the stages and run nothing")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument(
-        "--before", type=Path, nargs="+", help="folders that earlier commands filled"
-    )
+    parser.add_argument("--before", type=Path, nargs="+", help="folders that earlier commands filled")
     parser.add_argument("--again", action="store_true", help="run complete stages once more")
     options = parser.parse_args(arguments)
     names = [stage.name for stage in stages]
@@ -217,11 +215,7 @@ def _done(
         found |= {"complete": False, "error": ""}
     if not found.get("complete") and not found.get("error"):
         figures = found.pop("figures", {})  # they stay last
-        found |= {
-            "error": error or "not complete",
-            "seconds": round(seconds, 2),
-            "figures": figures,
-        }
+        found |= {"error": error or "not complete", "seconds": round(seconds, 2), "figures": figures}
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     state = "complete" if found.get("complete") else str(found["error"]).splitlines()[-1]
     return seconds, state, found
@@ -233,9 +227,7 @@ def _written(file: Path) -> int | None:
 
 def _child(call: Sequence[str], environment: Mapping[str, str], seconds: float) -> str:
     """Run a command in a session of its own; why it did not end well, or nothing."""
-    process = subprocess.Popen(
-        call, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(call, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:

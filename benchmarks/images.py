@@ -37,8 +37,7 @@ def seconds(length: int, matched: bool, size: int, count: int) -> float:
 def told_by_distance(length: int, matched: bool, size: int, count: int) -> float | None:
     """Return the distance-only accuracy."""
     scenes = [
-        sample_scene(np.random.default_rng([1, 0, i]), length, size, matched=matched)
-        for i in range(count)
+        sample_scene(np.random.default_rng([1, 0, i]), length, size, matched=matched) for i in range(count)
     ]
     distances = np.array([s.distance for s in scenes])
     return distance_only_accuracy(distances, np.array([s.label for s in scenes]))
@@ -61,9 +60,7 @@ def main() -> None:
                 "length": length,
                 "matched": matched,
                 "cpu seconds an image": seconds(length, matched, arguments.size, arguments.count),
-                "distance-only accuracy": told_by_distance(
-                    length, matched, arguments.size, arguments.scenes
-                ),
+                "distance-only accuracy": told_by_distance(length, matched, arguments.size, arguments.scenes),
             }
             rows.append(row)
             print(

@@ -71,9 +71,7 @@ def main(
     Returns:
         The results, with medians as ``seconds``; ``None`` in a worker process.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     environments = sorted(set(libraries.values()) - {"tnreg"})
     for name in environments:
         parser.add_argument(f"--{name}", metavar="PYTHON", help="interpreter of its environment")

@@ -46,9 +46,7 @@ class Block(nn.Module):
         self.a = nn.Conv2d(before, width, 3, stride, 1, bias=not norm)
         self.b = nn.Conv2d(width, width, 3, 1, 1, bias=not norm)
         self.short = nn.Conv2d(before, width, 1, stride, bias=not norm)
-        self.norms = nn.ModuleList(
-            nn.BatchNorm2d(width) if norm else nn.Identity() for _ in range(3)
-        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) if norm else nn.Identity() for _ in range(3))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,24 +153,17 @@ def compare(
             "interaction energy, k = 6": energy(patches(), 6),
             "interaction energy, k = 5": energy(patches(), 5),
         }
-        rows = {
-            row: training_step(make().to(device), x, y, penalty)
-            for row, penalty in penalties.items()
-        }
+        rows = {row: training_step(make().to(device), x, y, penalty) for row, penalty in penalties.items()}
         times = measure(rows, device, options.rounds, options.burst, clock)
         found[name] = {
             row: {
                 "milliseconds": statistics.median(taken),
-                "over plain": statistics.median(
-                    t / p for t, p in zip(taken, times["plain"], strict=True)
-                ),
+                "over plain": statistics.median(t / p for t, p in zip(taken, times["plain"], strict=True)),
             }
             for row, taken in times.items()
         }
         for row, values in found[name].items():
-            print(
-                f"{name:30} {row:48} {values['milliseconds']:7.2f} ms {values['over plain']:5.2f}"
-            )
+            print(f"{name:30} {row:48} {values['milliseconds']:7.2f} ms {values['over plain']:5.2f}")
     return found
 
 

@@ -53,9 +53,7 @@ def measure(rows: dict[str, Call], device: torch.device, rounds: int) -> dict[st
 
 def machine_name(device: torch.device, threads: int) -> str:
     """Return what the figures were measured on."""
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}, {threads} threads, {versions}"
 
@@ -149,9 +147,7 @@ def htf(device: torch.device) -> dict[str, Call]:
 def cp(device: torch.device) -> dict[str, Call]:
     """CP with a fixed root weight."""
     task = observed((16,) * 3, 2048, device)
-    model = tnreg.Factorization(
-        tnreg.ModeTree.star(3), 16, 256, root="ones", std=0.1, device=device
-    )
+    model = tnreg.Factorization(tnreg.ModeTree.star(3), 16, 256, root="ones", std=0.1, device=device)
     flat, hand = flat_index(task), leaves(model)
     features = [one_hot(task.index[:, n], 16).float() for n in range(3)]
     sample = leaves(model)
@@ -174,9 +170,7 @@ def cp(device: torch.device) -> dict[str, Call]:
 def matrix(device: torch.device) -> dict[str, Call]:
     """Deep matrix factorization."""
     task = observed((64, 64), 2048, device)
-    model = tnreg.Factorization(
-        tnreg.ModeTree.chain(3), 64, 64, root="ones", std=0.1, device=device
-    )
+    model = tnreg.Factorization(tnreg.ModeTree.chain(3), 64, 64, root="ones", std=0.1, device=device)
     flat, hand = flat_index(task), leaves(model)
 
     def dense() -> Tensor:
@@ -191,9 +185,7 @@ def matrix(device: torch.device) -> dict[str, Call]:
 
 def full(device: torch.device) -> dict[str, Call]:
     """Tree tensor network on a batch; the hand-written form keeps each level in one stacked tensor."""
-    model = tnreg.Factorization(
-        tnreg.ModeTree.binary(16), 8, 16, join="full", std=0.3, device=device
-    )
+    model = tnreg.Factorization(tnreg.ModeTree.binary(16), 8, 16, join="full", std=0.3, device=device)
     x = torch.randn(1024, 16, 8, generator=torch.Generator().manual_seed(0)).to(device)
     tree, weights = model.tree, model.weights
     levels = [
@@ -236,9 +228,7 @@ def full(device: torch.device) -> dict[str, Call]:
 
 def main() -> None:
     """Run all blocks and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
@@ -262,9 +252,7 @@ def main() -> None:
             ]
             print(f"  {row:42s} {milliseconds:9.3f} ms   {milliseconds / base:6.2f} x tnreg")
     if arguments.out:
-        arguments.out.write_text(
-            json.dumps({"machine": machine, "milliseconds": results}, indent=1) + "\n"
-        )
+        arguments.out.write_text(json.dumps({"machine": machine, "milliseconds": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

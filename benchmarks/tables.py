@@ -67,9 +67,7 @@ def gallery_page() -> str:
     for name in tnreg.gallery():
         content, tree = read_tree_file(name), tnreg.load_tree(name)
         modes = dict(enumerate(content.get("modes", ())))
-        text = tree.text(
-            label=lambda node, m=modes: f"{node} {m[node]}" if node in m else str(node)
-        )
+        text = tree.text(label=lambda node, m=modes: f"{node} {m[node]}" if node in m else str(node))
         about = content["about"][0].upper() + content["about"][1:]
         lines += ["", f"## {name}", "", f"{about}.", "", "```text", text, "```"]
     return "\n".join(lines) + "\n"

@@ -63,9 +63,7 @@ def main(path: Path, epochs: int, seed: int = 6) -> None:
     print("                test accuracy, %")
     print(f"torch        {100 * np.mean(here.argmax(1).numpy() == truth):19.2f}")
     print(f"onnxruntime  {100 * np.mean(decided == truth):19.2f}")
-    print(
-        f"same decision on {100 * np.mean(here.argmax(1).numpy() == decided):.1f} % of {len(decided)}"
-    )
+    print(f"same decision on {100 * np.mean(here.argmax(1).numpy() == decided):.1f} % of {len(decided)}")
     print(f"largest difference of a score: {np.abs(here.numpy() - scores).max():.1e}")
 
     wrong = np.flatnonzero(decided != truth)[:8]

@@ -46,9 +46,7 @@ def main(path: str, steps: int, frames: int, seed: int = 1) -> None:
         "singular values": lambda m: tnreg.spectra(m)[tree.nodes[0]][:SHOWN],
         "picture": lambda m: m.to_tensor(),
     }
-    run = tnreg.fit(
-        model, task.loss, steps=steps, every=steps // frames, observe=observe, progress=False
-    )
+    run = tnreg.fit(model, task.loss, steps=steps, every=steps // frames, observe=observe, progress=False)
     values, true = run["singular values"], torch.linalg.svdvals(picture)[:SHOWN]
     print("singular value   of the picture   learned   half of it at step")
     for k in range(SHOWN):

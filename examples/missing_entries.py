@@ -55,9 +55,7 @@ def main(path: str, steps: int, seed: int = 1) -> None:
     rest = rest[torch.randperm(len(rest), generator=random)]
     index, unseen = rest[: len(rest) // 50], rest[len(rest) // 50 :]
     task = tnreg.completion(index=index, values=values[tuple(index.T)], sizes=values.shape)
-    print(
-        f"missing {int((~known).sum()):,}, held out {int(held_out.sum()):,}, observed {len(index):,}"
-    )
+    print(f"missing {int((~known).sum()):,}, held out {int(held_out.sum()):,}, observed {len(index):,}")
     print("                      weights   error in gaps   on other unseen entries")
     filled = {"mean": torch.full_like(values, float(task.values.mean()))}
     weights = {"mean": 1}
@@ -68,10 +66,7 @@ def main(path: str, steps: int, seed: int = 1) -> None:
         filled[name] = model.to_tensor().detach()
         weights[name] = sum(w.numel() for w in model.parameters())
     for name, x in filled.items():
-        errors = (
-            off(x[held_out], values[held_out]),
-            off(x[tuple(unseen.T)], values[tuple(unseen.T)]),
-        )
+        errors = (off(x[held_out], values[held_out]), off(x[tuple(unseen.T)], values[tuple(unseen.T)]))
         print(f"{name:20} {weights[name]:8,} {errors[0]:15.4f} {errors[1]:25.4f}")
 
     shown = {BROKEN: "broken off", int(held_out.nonzero()[0, 0]): "held out after the line"}

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 
-def dense(
-    children: dict[Any, tuple], root: Any, weights: dict[Any, Any], diagonal: set, sizes: tuple
-):
+def dense(children: dict[Any, tuple], root: Any, weights: dict[Any, Any], diagonal: set, sizes: tuple):
     """The tensor entry by entry.
 
     Args:

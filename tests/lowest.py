@@ -21,9 +21,7 @@ def lowest(project: dict, words: list[str], without: tuple[str, ...] = ()) -> li
     """
     found: dict[str, str] = {}
     for word in words:
-        listed = (
-            project["dependencies"] if word == "core" else project["optional-dependencies"][word]
-        )
+        listed = project["dependencies"] if word == "core" else project["optional-dependencies"][word]
         for one in listed:
             own = re.match(r"tnreg\[(.*)\]", one)
             if own:

@@ -99,8 +99,7 @@ def test_more_steps_than_before_and_a_verdict(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "noisy"),
-    [("group-rmsprop", False), ("adam", "in the loss"), (short_lbfgs, False)],
+    ("optimizer", "noisy"), [("group-rmsprop", False), ("adam", "in the loss"), (short_lbfgs, False)]
 )
 def test_more_steps_from_a_row_between(tmp_path, optimizer, noisy):
     """The last row of a training need not be at a multiple of ``every``."""

@@ -9,16 +9,7 @@ import pytest
 import torch
 import zoo
 
-from tnreg import (
-    DataError,
-    Factorization,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    SizeError,
-    TnregError,
-    plan,
-)
+from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, SizeError, TnregError, plan
 from tnreg.networks import plan as plans
 from tnreg.networks.einsum import einsum
 
@@ -98,11 +89,7 @@ def test_refuses_an_index():
         (torch.zeros(4, dtype=torch.int64), ShapeError, r"found:    shape \(4,\)"),
         (torch.zeros(3, 5, dtype=torch.int64), ShapeError, r"expected: \(B, 4\)"),
         (torch.zeros(0, 4, dtype=torch.int64), DataError, "an empty batch"),
-        (
-            torch.tensor([[0] * 4, [0, 3, 0, 0]]),
-            DataError,
-            "row 1 has 3 at mode 1, whose size is 3",
-        ),
+        (torch.tensor([[0] * 4, [0, 3, 0, 0]]), DataError, "row 1 has 3 at mode 1, whose size is 3"),
         (torch.tensor([[0, 0, -1, 0]]), DataError, "row 0 has -1 at mode 2"),
     ):
         for call in (model.entries, lambda index: plan(model, index=index)):

@@ -109,9 +109,7 @@ def contracted(nodes):
     """What tensornetwork makes of a copy of the nodes."""
     nodes = list(tensornetwork.replicate_nodes(nodes))
     dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda edge: int(edge.name[5:]))
-    return torch.as_tensor(
-        tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor
-    )
+    return torch.as_tensor(tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor)
 
 
 def assert_same_model(found, model):

@@ -32,8 +32,7 @@ HTF = ModeTree.binary(4)
 
 def test_initial_weights():
     model, again = (
-        Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0))
-        for _ in range(2)
+        Factorization(HTF, 30, 40, std=0.5, generator=torch.Generator().manual_seed(0)) for _ in range(2)
     )
     assert all(torch.equal(w, again.weights[v]) for v, w in model.weights.items())
     assert model.dtype == torch.float32 and model.device.type == "cpu" and model.sizes == (30,) * 4

@@ -145,9 +145,7 @@ def test_a_file_that_is_replaced_while_it_is_read(kind, tmp_path, monkeypatch):
     def read():
         if kind == "tensor":
             return len(tnreg.load_tensor(path).values)
-        return (
-            tnreg.load(path).tree.order if kind == "model" else tnreg.ConvAC.load(path).net.outputs
-        )
+        return tnreg.load(path).tree.order if kind == "model" else tnreg.ConvAC.load(path).net.outputs
 
     def read_and_replace(self):
         data = read_bytes(self)

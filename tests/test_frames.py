@@ -163,6 +163,4 @@ def test_what_does_not_fit_goes_through_the_bonds(monkeypatch):
         monkeypatch.setattr(frames_module, "_MOST_NUMBERS", 1)
         monkeypatch.setattr(spectra_module, "values_in_frames", None)  # not called
         for node, values in spectra(model).items():
-            assert torch.allclose(
-                values, expected[node][: len(values)], rtol=0, atol=1e-12 * expected[0][0]
-            )
+            assert torch.allclose(values, expected[node][: len(values)], rtol=0, atol=1e-12 * expected[0][0])

@@ -465,9 +465,7 @@ def test_a_training_that_does_not_end_costs_no_state(tmp_path, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(pathfinder, "start", start)
-    monkeypatch.setattr(
-        pathfinder, "cell_of", lambda bench, arm, length: {"arm": arm, "distance": length}
-    )
+    monkeypatch.setattr(pathfinder, "cell_of", lambda bench, arm, length: {"arm": arm, "distance": length})
     monkeypatch.setattr(pathfinder, "POLL", 0.05)
     monkeypatch.setattr(pathfinder.comparison, "_prepare", lambda *given: None)
     began = time.monotonic()

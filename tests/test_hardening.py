@@ -105,10 +105,7 @@ def read_folder(path):
 
 KINDS = {  # name: (write a version, read the versions)
     "model": (lambda path, v: model_of(v).save(path), read_model),
-    "trajectory": (
-        lambda path, v: run_of(v).save(path),
-        lambda path: {*Trajectory.load(path)["loss"]},
-    ),
+    "trajectory": (lambda path, v: run_of(v).save(path), lambda path: {*Trajectory.load(path)["loss"]}),
     "images": (lambda path, v: set_of(v).save(path), read_set),
     "tree": (lambda path, v: ModeTree.star(v).save(path), lambda path: {load_tree(path).order}),
     "checkpoint": (write_training, read_training),

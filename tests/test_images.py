@@ -72,10 +72,7 @@ def test_distances_match_in_both_classes(length):
     for matched in (False, True):
         shown = scenes(length, 150, matched, 110)
         both = [[s.distance * 300 for s in shown if s.label == k] for k in (0, 1)]
-        gap, ratios[matched] = (
-            abs(np.subtract(*map(np.median, both))),
-            np.divide(*map(np.std, both)),
-        )
+        gap, ratios[matched] = (abs(np.subtract(*map(np.median, both))), np.divide(*map(np.std, both)))
     assert gap < 1.5 and ratios[False] > 3 and 0.6 < ratios[True] < 1.7
 
 
@@ -175,9 +172,7 @@ def test_pairs_are_of_the_classes_that_the_labels_say():
     used = {}
     for split in ("train", "test"):
         found = images.is_same_class(400, distance=8, split=split, seed=1, noise=0)
-        left, right = (
-            [known[x.tobytes()] for x in found.images[:, 0, :, a:c]] for _, a, _, c in found.boxes
-        )
+        left, right = ([known[x.tobytes()] for x in found.images[:, 0, :, a:c]] for _, a, _, c in found.boxes)
         same = [a[0] == b[0] for a, b in zip(left, right, strict=True)]
         assert same == found.labels.astype(bool).tolist()
         assert all(a[1] != b[1] for a, b in zip(left, right, strict=True))

@@ -452,9 +452,7 @@ def test_local_components_are_norms_of_what_they_add(name, root):
     assert number(model.unbalancedness()) == pytest.approx(max(squares, default=0.0), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "model", [p for p in ZOO if p.id.endswith(("diagonal", "ones", "complex"))]
-)
+@pytest.mark.parametrize("model", [p for p in ZOO if p.id.endswith(("diagonal", "ones", "complex"))])
 def test_balancing_keeps_the_tensor(model):
     before = model.to_tensor().detach()
     balanced = copy.deepcopy(model)

@@ -290,8 +290,7 @@ def test_inputs_are_standardized(pairs, run, tmp_path):
     """Training and test images by the numbers of the training images; what was trained is probed so."""
     data, test = pairs
     by_hand = [
-        dataclasses.replace(s, images=(s.images - data.images.mean()) / data.images.std())
-        for s in pairs
+        dataclasses.replace(s, images=(s.images - data.images.mean()) / data.images.std()) for s in pairs
     ]
     run("run", "igc", standardize=True)
     run("hand", "igc", by_hand)

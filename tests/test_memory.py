@@ -28,9 +28,7 @@ def test_limits(text, number):
     assert memory.limit_of(text, "x") == number
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "much", "5 XB", "1.5", 1.5, 0, -3, True, "0GB", float("inf"), [1]]
-)
+@pytest.mark.parametrize("wrong", ["", "much", "5 XB", "1.5", 1.5, 0, -3, True, "0GB", float("inf"), [1]])
 def test_limits_refused(wrong):
     with pytest.raises(OptionError, match="x: memory must be a number of bytes"):
         memory.limit_of(wrong, "x")

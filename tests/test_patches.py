@@ -109,9 +109,7 @@ def make(kind, seed=0):
     return kind(THREE if kind is patches.PresetPatches else 1, seed=seed)
 
 
-@pytest.mark.parametrize(
-    "kind", [patches.PresetPatches, patches.RandomPatches, patches.DifferingPatches]
-)
+@pytest.mark.parametrize("kind", [patches.PresetPatches, patches.RandomPatches, patches.DifferingPatches])
 def test_streams_are_their_own(kind, tmp_path):
     x = torch.zeros(2, 1, 5, 5)
     before = torch.random.get_rng_state()
@@ -126,9 +124,7 @@ def test_streams_are_their_own(kind, tmp_path):
         assert drawn(resumed, x, 12 - count) == found[count:]
 
 
-@pytest.mark.parametrize(
-    "kind", [patches.RandomPatches, patches.DifferingPatches, patches.PresetPatches]
-)
+@pytest.mark.parametrize("kind", [patches.RandomPatches, patches.DifferingPatches, patches.PresetPatches])
 def test_drawing_reads_nothing_from_the_device(kind):
     """On the device "meta" nothing can be read: every wait for a device is an error there."""
     here, there, x = make(kind), make(kind), torch.zeros(2, 1, 5, 5)

@@ -42,9 +42,7 @@ def on_probing():
 DRAWN = {
     "epochs": lambda path: on_digits(path / "r"),
     "images, paths of 3 paddles": on_pathfinder,
-    "images, paths of 4 paddles": lambda path: images.pathfinder(
-        9, length=4, size=32, progress=True
-    ),
+    "images, paths of 4 paddles": lambda path: images.pathfinder(9, length=4, size=32, progress=True),
     "pairs of patches": lambda path: on_probing(),
     "cells": in_a_sweep,
 }

@@ -269,10 +269,7 @@ def test_interrupted(tmp_path):
     ],
 )  # fmt: skip
 def test_refuses(cells, options, said, tmp_path):
-    with (
-        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
-        pytest.raises(OptionError, match=said),
-    ):
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), pytest.raises(OptionError, match=said):
         sweep.run(quick, cells, tmp_path / "s", **options)
     assert not (tmp_path / "s" / "a-1").exists()
 

@@ -4,15 +4,7 @@ Every edge of a mode tree is an index, every node a weight. CP, Tucker, tensor t
 Tucker, hierarchical tensor factorization and deep matrix factorization are trees, not classes.
 """
 
-from tnreg.errors import (
-    DataError,
-    FileError,
-    OptionError,
-    ShapeError,
-    SizeError,
-    TnregError,
-    TreeError,
-)
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, SizeError, TnregError, TreeError
 from tnreg.machine.versions import __version__ as __version__
 from tnreg.trees.tree import ModeTree, gallery, load_tree
 from tnreg.training.trajectory import Trajectory

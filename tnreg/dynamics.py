@@ -79,11 +79,7 @@ def _vectors(model: Factorization, loss: Loss) -> dict[Node, list[tuple[Tensor, 
 
 @torch.no_grad()
 def predicted_rate(
-    model: Factorization,
-    loss: Loss,
-    *,
-    form: str = "exact",
-    norms: Mapping[Node, Tensor] | None = None,
+    model: Factorization, loss: Loss, *, form: str = "exact", norms: Mapping[Node, Tensor] | None = None
 ) -> dict[Node, Tensor]:
     """Return ``{diagonal join: (R_v,)}``: ``d sigma/dt`` of every local component by the theory.
 
@@ -111,11 +107,7 @@ def predicted_rate(
 
 
 def measured_rate(
-    model: Factorization,
-    loss: Loss,
-    *,
-    step: float = 1e-6,
-    of: Callable[[Factorization], Any] | None = None,
+    model: Factorization, loss: Loss, *, step: float = 1e-6, of: Callable[[Factorization], Any] | None = None
 ) -> Any:
     """Measure the rate of change over one small gradient-descent step: ``(of(after) - of(before)) / step``.
 

@@ -148,9 +148,7 @@ def components(
     """
     recorded = data[name]
     if not isinstance(recorded, dict):
-        message = (
-            f"plots.components: {name!r} is no dict of nodes; observe model.local_components()."
-        )
+        message = f"plots.components: {name!r} is no dict of nodes; observe model.local_components()."
         raise OptionError(message, argument="name")
     node = list(recorded)[-1] if node is None else node
     if node not in recorded:
@@ -202,9 +200,7 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def component(
-    data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None = None
-) -> list[Axes]:
+def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None = None) -> list[Axes]:
     """Draw where a local component is: in the tree, and in the filters of the network.
 
     On the left the node and its children; on the right magnitudes of their 1x1 convolutions (rows: channels
@@ -245,9 +241,7 @@ def component(
     return [left, right]
 
 
-def bars(
-    data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error"
-) -> Axes:
+def bars(data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error") -> Axes:
     """Draw named numbers side by side, each with its value."""
     ax = _axes(ax, unit)
     rows = ax.barh(list(data), list(data.values()), color=[f"C{k}" for k in range(len(data))])
@@ -257,9 +251,7 @@ def bars(
     return ax
 
 
-def locality_profile(
-    data: LocalityProfile | Mapping[str, LocalityProfile], ax: Axes | None = None
-) -> Axes:
+def locality_profile(data: LocalityProfile | Mapping[str, LocalityProfile], ax: Axes | None = None) -> Axes:
     """Draw what ``tnreg.locality_profile`` returns, or several by name, with standard errors."""
     ax = _axes(ax, "distance between the patches, pixels", "share of variance by interaction")
     profiles = data if isinstance(data, Mapping) else {"": data}

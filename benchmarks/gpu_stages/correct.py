@@ -564,6 +564,4 @@ def over_allowed(found: Factorization, wanted: Tensor) -> float:
     """Error over the tolerance, or over ``error_bound`` if that is more."""
     error = float(torch.linalg.vector_norm(doubled(found).to_tensor().detach() - wanted))
     allowed = RTOL * float(torch.linalg.vector_norm(wanted))
-    return max(
-        error / allowed, error / found.error_bound if found.error_bound else float(error > 0)
-    )
+    return max(error / allowed, error / found.error_bound if found.error_bound else float(error > 0))

@@ -63,11 +63,7 @@ def by(way: str) -> Iterator[list[bool]]:
 
 
 def orthogonalize_by_gram(
-    by_qr: Callable[..., tuple[Tensor, Tensor]],
-    sufficed: list[bool],
-    matrix: Tensor,
-    *,
-    basis: bool = True,
+    by_qr: Callable[..., tuple[Tensor, Tensor]], sufficed: list[bool], matrix: Tensor, *, basis: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Do as ``frames.orthogonalize`` by Cholesky factors of Gram matrices, where these are not singular."""
     lower, bad = torch.linalg.cholesky_ex(matrix.mH @ matrix)
@@ -104,10 +100,7 @@ def dense_tensors(bench: Bench) -> Iterator[tuple[str, Tensor]]:
     """Decompose the tensors of benchmarks/decompose.py, made on the device, and of order 5."""
     for order, size in ((4, 4), (3, 8)) if bench.rehearse else ((6, 16), (5, 32)):
         grid = torch.linspace(0, 1, size, dtype=torch.float64, device=bench.device)
-        axes = [
-            (k + 1) * grid.reshape([-1 if n == k else 1 for n in range(order)])
-            for k in range(order)
-        ]
+        axes = [(k + 1) * grid.reshape([-1 if n == k else 1 for n in range(order)]) for k in range(order)]
         yield f"smooth {size}^{order}", 1 / (1 + sum(axes))
         model = tnreg.Factorization(
             tnreg.ModeTree.binary(order), size, min(8, size), join="full", std=1.0, dtype=torch.float64,
@@ -150,9 +143,7 @@ def deviation(found: Mapping[Any, Tensor], exact: Mapping[Any, Tensor]) -> float
     return max(float((a[: len(b)] - b[: len(a)]).abs().max() / b.max()) for a, b in pairs)
 
 
-def factored_tensor(
-    order: int, rank: int, decay: float, device: torch.device
-) -> tnreg.Factorization:
+def factored_tensor(order: int, rank: int, decay: float, device: torch.device) -> tnreg.Factorization:
     """Of a kind with those of benchmarks/factored.py: the j-th index of every bond scaled by decay^j."""
     model = tnreg.Factorization(
         tnreg.ModeTree.binary(order), factored.SIZE, rank, join="full", std=1.0, dtype=torch.float64,

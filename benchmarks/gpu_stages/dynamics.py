@@ -84,8 +84,7 @@ def observations(bench: Bench, training: Training) -> dict[str, float]:
     def timed(*names: str) -> float:
         with torch.no_grad():
             return bench.milliseconds(
-                lambda: tnreg.Trajectory().append(0, {n: observe[n](model) for n in names}),
-                repeats=10,
+                lambda: tnreg.Trajectory().append(0, {n: observe[n](model) for n in names}), repeats=10
             )
 
     found = {name: timed(name) for name in observe}
@@ -145,9 +144,7 @@ def story(config: dynamics.Config, found: tnreg.Trajectory) -> dict[str, Any]:
     values = {name: found[name] for name in ("loss", "components", "spectra", "test error")}
 
     def row(k: int) -> dict[str, Any]:
-        ranks = [
-            numerical_rank(torch.from_numpy(s[k]), config.rtol) for s in values["spectra"].values()
-        ]
+        ranks = [numerical_rank(torch.from_numpy(s[k]), config.rtol) for s in values["spectra"].values()]
         largest = [float(f"{c:.4g}") for c in values["components"][root][k][:6]]
         return {
             "step": int(found.steps[k]), "loss": float(f"{values['loss'][k]:.4g}"),

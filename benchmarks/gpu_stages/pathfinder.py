@@ -125,9 +125,7 @@ def run(bench: Bench) -> None:
     try:
         lengths = (3, 5) if bench.rehearse else (7, 9)
         wanted = WANTED[:4] if bench.rehearse else WANTED
-        cells = {
-            f"{arm}-{length}": cell_of(bench, arm, lengths[length > 7]) for arm, length in wanted
-        }
+        cells = {f"{arm}-{length}": cell_of(bench, arm, lengths[length > 7]) for arm, length in wanted}
         _take_sets(bench, place)
         _take_states(bench, place)
         at_once = min(_at_once(bench), MOST)
@@ -149,11 +147,7 @@ def _killed(*_: object) -> None:
 
 
 def _train(
-    bench: Bench,
-    place: Path,
-    waiting: list[tuple[str, dict[str, Any]]],
-    rows: dict[str, Any],
-    at_once: int,
+    bench: Bench, place: Path, waiting: list[tuple[str, dict[str, Any]]], rows: dict[str, Any], at_once: int
 ) -> None:
     """Keep so many trainings going; look at their rows meanwhile."""
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -205,10 +199,7 @@ def together(
 
 
 def start(
-    bench: Bench,
-    place: Path,
-    cells: list[tuple[str, dict[str, Any]]],
-    deadline: float,
+    bench: Bench, place: Path, cells: list[tuple[str, dict[str, Any]]], deadline: float
 ) -> subprocess.Popen[bytes]:
     """Start a process that trains cells one after another."""
     graph = bench.device.type == "cuda"
@@ -241,9 +232,7 @@ def train_cells(
             traceback.print_exc()
             print(f"{name}: goes on without CUDA graphs", flush=True)
             asked = {"place": str(place), "cells": cells, "deadline": deadline, "graph": False}
-            os.execv(
-                sys.executable, [sys.executable, "-m", "gpu_stages.pathfinder", json.dumps(asked)]
-            )
+            os.execv(sys.executable, [sys.executable, "-m", "gpu_stages.pathfinder", json.dumps(asked)])
 
 
 def cell_of(bench: Bench, arm: str, length: int, **more: Any) -> dict[str, Any]:
@@ -271,9 +260,7 @@ def draw(rows: dict[str, Any], png: Path) -> None:
             done.append({"distance": row["length"], "seed": 1, **kinds, **row})
         elif tested:
             accuracy, epoch = tested[-1]["test accuracy"], tested[-1]["epoch"]
-            begun.append(
-                {"arm": arm, "distance": int(length), "epochs": epoch, "test accuracy": accuracy}
-            )
+            begun.append({"arm": arm, "distance": int(length), "epochs": epoch, "test accuracy": accuracy})
     if done or begun:
         config = {"set": "pathfinder", "model": "resnet-18"}
         means = locality.table(done, FIELDS)

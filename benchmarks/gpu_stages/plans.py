@@ -176,8 +176,7 @@ def summary(done: Mapping[str, Any]) -> dict[str, Any]:
 
     def by_constant(constant: float) -> Callable[[Any], str]:
         return lambda one: min(
-            one["routes"],
-            key=lambda r: one["routes"][r]["flops"] + constant * one["routes"][r]["moved"],
+            one["routes"], key=lambda r: one["routes"][r]["flops"] + constant * one["routes"][r]["moved"]
         )
 
     rules = {f"constant {c}": by_constant(c) for c in CONSTANTS}

@@ -45,11 +45,7 @@ class HostReads(TorchDispatchMode):
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one operation and carry it out."""
         given = kwargs or {}
@@ -60,9 +56,7 @@ class HostReads(TorchDispatchMode):
     def _reads(self, name: str, tensors: list[torch.Tensor], device: Any) -> bool:
         if _COPYING.match(name):
             # copy_ has the target first and the source last; the other one names the target's device
-            target = (
-                tensors[0].device if len(tensors) > 1 else torch.device(device or tensors[0].device)
-            )
+            target = tensors[0].device if len(tensors) > 1 else torch.device(device or tensors[0].device)
             return self._here(tensors[-1]) and target.type == "cpu" != self.device.type
         masks = name.startswith("aten.index") and any(
             t.dtype in (torch.bool, torch.uint8) for t in tensors[1:]
@@ -101,9 +95,7 @@ def waits(device: torch.device, step: Callable[[], Any], repeats: int = 3) -> di
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = Counter(
-        _short(seen.filename, seen.lineno)
-        for seen in caught
-        if "called a synchronizing" in str(seen.message)
+        _short(seen.filename, seen.lineno) for seen in caught if "called a synchronizing" in str(seen.message)
     )
     return dict(found.most_common())
 

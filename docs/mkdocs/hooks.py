@@ -26,11 +26,7 @@ def on_files(files: Files, config: Any) -> Files:
     waiting += _PAGES
     while waiting:
         path = waiting.pop()
-        if (
-            path.startswith("docs/")
-            or files.get_file_from_path(path)
-            or not (ROOT / path).is_file()
-        ):
+        if path.startswith("docs/") or files.get_file_from_path(path) or not (ROOT / path).is_file():
             continue  # what is not there is left to mkdocs, which reports it
         content = (ROOT / path).read_bytes()
         files.append(File.generated(config, path, content=content))

@@ -108,9 +108,7 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     """
     tree, order = model.tree, list(order)
     if sorted(order) != list(tree.leaves):
-        message = (
-            f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}."
-        )
+        message = f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}."
         raise OptionError(message, argument="order")
     links = {i: below for i, below in enumerate(tree.links) if below}
     weights = {tree.position(node): weight for node, weight in weights_of(model).items()}

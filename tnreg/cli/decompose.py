@@ -96,9 +96,7 @@ def _error_and_norm(source: Input, model: Factorization, memory: str | None) -> 
     return difference.norm().item(), source.x.norm().item()
 
 
-def _row(
-    node: Node, s: torch.Tensor, model: Factorization, norm: float, on_disk: bool
-) -> dict[str, Any]:
+def _row(node: Node, s: torch.Tensor, model: Factorization, norm: float, on_disk: bool) -> dict[str, Any]:
     """Return how many singular values a node has, and what was cut off of them."""
     bond = model.network.bonds[model.tree.position(node)]
     row = {"node": str(node), "singular values": len(s), "rank": bond}

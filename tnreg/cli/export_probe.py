@@ -39,9 +39,7 @@ def export(
     with reply.working(f"reading {model} ..."):
         if is_classifier(model):
             if share or classes:
-                raise OptionError(
-                    f"--share and --classes are for factorizations; {model} is a classifier."
-                )
+                raise OptionError(f"--share and --classes are for factorizations; {model} is a classifier.")
             net: ConvNet | ConvAC = ConvAC.load(model)
         else:
             net = tnreg.to_cnn(tnreg.load(model), share=share, classes=classes)

@@ -27,9 +27,7 @@ class Reply:
         FileError: ``out`` or ``png`` could not be written, which is checked before any work.
     """
 
-    def __init__(
-        self, json: bool = False, out: Path | None = None, png: Path | None = None
-    ) -> None:
+    def __init__(self, json: bool = False, out: Path | None = None, png: Path | None = None) -> None:
         for option, path in (("--out", out), ("--png", png)):
             if path is not None and path.is_dir():
                 raise FileError(f"{option}: {path} is a folder; give the path of a file.")

@@ -26,12 +26,7 @@ _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
 
 
 def plot(
-    runs: tuple[Path, ...],
-    /,
-    *,
-    names: tuple[str, ...] = (),
-    linear: bool = False,
-    png: Path | None = None,
+    runs: tuple[Path, ...], /, *, names: tuple[str, ...] = (), linear: bool = False, png: Path | None = None
 ) -> None:
     """Draw what a run recorded; several runs of `dynamics` side by side.
 

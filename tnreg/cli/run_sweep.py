@@ -31,11 +31,7 @@ def make_run(model: str, image_set: str) -> Callable[..., None]:
     )
 
     def run(
-        experiment: experiments,
-        *,
-        out: Path | None = None,
-        progress: bool = True,
-        json: bool = False,
+        experiment: experiments, *, out: Path | None = None, progress: bool = True, json: bool = False
     ) -> None:
         """Run an experiment of the paper, or the same on a tree and a target of your own.
 

@@ -28,10 +28,7 @@ def locality_table(means: list[dict[str, Any]], title: str) -> Table:
     rows = []
     for row in means:
         accuracy = _mean(100 * row["test accuracy"], 100 * row["deviation"], ".1f", ".1f")
-        costs = {
-            key: "" if math.isnan(row[key]) else f"{row[key]:.2f}"
-            for key in ("cost", "cost an epoch")
-        }
+        costs = {key: "" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in ("cost", "cost an epoch")}
         rows.append({**row, **costs, "accuracy": accuracy})
     columns = {
         "arm": "{arm}", "distance": "{distance}", "accuracy": "{accuracy}", "epochs": "{epochs:.0f}",
@@ -84,9 +81,7 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         if key == "components":
             value = "\n".join(f"{v}: {' '.join(f'{c:.3g}' for c in c)}" for v, c in value.items())
         elif key == "jumps":
-            value = "\n".join(
-                f"{v}: {', '.join(f'{a}-{b}' for a, b in sorted(c))}" for v, c in value.items()
-            )
+            value = "\n".join(f"{v}: {', '.join(f'{a}-{b}' for a, b in sorted(c))}" for v, c in value.items())
         elif isinstance(value, dict):
             value = ", ".join(f"{v}: {short(c)}" for v, c in value.items())
         elif isinstance(value, list):

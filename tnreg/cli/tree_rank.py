@@ -15,13 +15,7 @@ from tnreg.trees.tree import read_tree, read_tree_file, tree_to_json
 
 
 def tree(
-    source: str,
-    /,
-    *,
-    ascii: bool = False,
-    sizes: bool = False,
-    png: Path | None = None,
-    json: bool = False,
+    source: str, /, *, ascii: bool = False, sizes: bool = False, png: Path | None = None, json: bool = False
 ) -> None:
     """Draw a mode tree.
 
@@ -104,10 +98,6 @@ def _mode_labels(source: str, tree: ModeTree, about: dict[str, Any]) -> dict[Nod
     """Return the number, name and size of modes, as far as the file has them."""
     names, counts = (about.get(key) or [""] * tree.order for key in ("modes", "sizes"))
     if not all(isinstance(part, list) and len(part) == tree.order for part in (names, counts)):
-        raise FileError(
-            f"{source}: 'modes' and 'sizes' need one entry for each of {tree.order} modes."
-        )
+        raise FileError(f"{source}: 'modes' and 'sizes' need one entry for each of {tree.order} modes.")
     rows = zip(names, (f"size {count}" if count else "" for count in counts), strict=True)
-    return {
-        mode: " ".join([str(mode), *map(str, filter(None, row))]) for mode, row in enumerate(rows)
-    }
+    return {mode: " ".join([str(mode), *map(str, filter(None, row))]) for mode, row in enumerate(rows)}

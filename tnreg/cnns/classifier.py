@@ -145,9 +145,7 @@ class Representation(nn.Module):
             index = torch.arange(self.templates, device=images.device).reshape(1, -1, 1, 1)
             return ((share * self.templates).floor().clamp_max(last) == index).to(images.dtype)
         cos, sin = torch.cos(math.pi / 2 * share), torch.sin(math.pi / 2 * share)
-        terms = [
-            math.sqrt(math.comb(last, m)) * cos ** (last - m) * sin**m for m in range(last + 1)
-        ]
+        terms = [math.sqrt(math.comb(last, m)) * cos ** (last - m) * sin**m for m in range(last + 1)]
         return torch.cat(terms, 1)
 
     def settings(self) -> dict[str, Any]:
@@ -208,9 +206,7 @@ class ConvAC(nn.Module):
         self.scores, self.temperature = scores, float(temperature)
 
     @torch.no_grad()
-    def start_averaging_(
-        self, *, std: float = 1.0, generator: torch.Generator | None = None
-    ) -> ConvAC:
+    def start_averaging_(self, *, std: float = 1.0, generator: torch.Generator | None = None) -> ConvAC:
         """Set filters that average what they read, each entry ``(1 + std N(0, 1)) / inputs``.
 
         Products of averages stay in reach of each other however many there are; from filters around

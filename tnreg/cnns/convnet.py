@@ -373,9 +373,7 @@ class ConvNet(nn.Module):
         for layer in range(self.depth):
             levels = [level for level in self._levels if heights[level.positions[0]] == layer]
             texts = [text for level in levels for text in self._describe(level, layer)]
-            waiting = sum(
-                heights[c] < layer < heights[i] for i, below in enumerate(links) for c in below
-            )
+            waiting = sum(heights[c] < layer < heights[i] for i, below in enumerate(links) for c in below)
             texts += [f"{'identity':25s} {_nodes(waiting)} waiting"] * (waiting > 0)
             lines += [f"  layer {layer}  {text}" for text in texts]
         if len(lines) > _LINES:
@@ -505,9 +503,7 @@ def _with_classes(network: Network, outputs: int) -> Network:
     return Network.build(ModeTree(graph), sizes, bonds, join=network.named_joins, root=root)
 
 
-def _without_classes(
-    network: Network, weights: dict[Node, Tensor]
-) -> tuple[Network, dict[Node, Tensor]]:
+def _without_classes(network: Network, weights: dict[Node, Tensor]) -> tuple[Network, dict[Node, Tensor]]:
     """Return the network without the leaf of the last mode; its weight goes into the root's."""
     tree, last = network.tree, network.tree.order - 1
     if tree.order < 2 or tree.parent(last) != tree.root or len(tree.children(tree.root)) < 2:

@@ -185,9 +185,7 @@ def _each(change: Callable[[Tensor], Any], inputs: Any) -> Any:
 
 
 @blame("example")
-def _prepare(
-    net: nn.Module, example: Any, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, Any]:
+def _prepare(net: nn.Module, example: Any, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
     """Return a copy on the CPU, not training, and inputs for it; both in ``dtype`` if it is given."""
     inputs = example_inputs(net) if example is None else example  # type: ignore[arg-type]
     parts = [inputs] if isinstance(inputs, Tensor) else list(inputs)

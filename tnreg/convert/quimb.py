@@ -54,9 +54,7 @@ def to_quimb(model: Factorization) -> Any:
     return quimb.tensor.TensorNetwork(tensors)
 
 
-def from_quimb(
-    net: Any, *, modes: Sequence[str] | None = None, root: str | None = None
-) -> Factorization:
+def from_quimb(net: Any, *, modes: Sequence[str] | None = None, root: str | None = None) -> Factorization:
     """Convert a ``quimb.tensor.TensorNetwork`` that is a tree to a factorization; see ``from_nodes``.
 
     What ``to_quimb(model)`` made gives the same model again, bit for bit. Indices that three tensors or

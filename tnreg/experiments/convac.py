@@ -71,9 +71,7 @@ class Config:
 tiny = Config(("quad", "random"), channels=3, epochs=1, seeds=(1, 2), rtols=(0.5,), thin=(0.5,))
 
 
-def run(
-    config: Config, folder: str | Path, *, progress: bool = False, onnx: bool = True
-) -> dict[str, Any]:
+def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: bool = True) -> dict[str, Any]:
     """Train, shrink, export, draw, and return the summary.
 
     ``config.json``, the classifiers and the picture go to the folder, which appears as a whole. With

@@ -117,9 +117,7 @@ def run(
     show_ranks(title, measured, filled)
 
     with folder_written_whole(folder) as beside:
-        task, scale = scaled_task(
-            tensor, config.observed, config.seed, "nan", "float32", config.device
-        )
+        task, scale = scaled_task(tensor, config.observed, config.seed, "nan", "float32", config.device)
         show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
         model, recorded = _train(tree, config.rank, "trained", task, config, progress)
         count = _size(model) // sum(task.sizes)
@@ -136,9 +134,7 @@ def run(
         ranks = show_ranks("learned tensor", learned, model)
         rows = [
             (name, f"{error:.4f}", str(count))
-            for (name, error), count in zip(
-                errors.items(), (1, _size(baseline), _size(model)), strict=True
-            )
+            for (name, error), count in zip(errors.items(), (1, _size(baseline), _size(model)), strict=True)
         ]
         title = "error on unseen entries, ‖W - W*‖ / ‖W*‖"
         show(_table(title, ("",), ("error", "weights"), rows))
@@ -173,9 +169,7 @@ def run(
             axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
             plots.save_figure(drawn, beside / "demo.png")
             drawn, axes = _figure((10, 4), 2, sharey=True)
-            for ax, title, s in zip(
-                axes, ("measured", "learned"), (measured, learned), strict=True
-            ):
+            for ax, title, s in zip(axes, ("measured", "learned"), (measured, learned), strict=True):
                 plots.spectra(s, ax, floor=1e-5)
                 ax.set_title(f"{title}: singular values per node")
             plots.save_figure(drawn, beside / "spectra.png")
@@ -198,9 +192,7 @@ def run(
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw the training of a demo folder (again), into ``training.png`` there or another file."""
     path = Path(folder)
-    recorded, recorded_cp = (
-        Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz")
-    )
+    recorded, recorded_cp = (Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz"))
     drawn, axes = _figure((10, 3.6), 2)
     for ax, name in zip(axes, ("loss", "test error"), strict=True):
         ax.semilogy(recorded.steps, recorded[name], label="tnreg")
@@ -230,9 +222,7 @@ def _train(
     return model, trajectory
 
 
-def _table(
-    title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]
-) -> Any:
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     """Return a table with columns of text, then columns of numbers."""
     from rich.table import Table
 
@@ -244,9 +234,7 @@ def _table(
     return table
 
 
-def _figure(
-    size: tuple[float, float], columns: int, rows: int = 1, **options: Any
-) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float], columns: int, rows: int = 1, **options: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=size, layout="constrained")
@@ -275,9 +263,7 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
             title = name
             if across is not None:
                 at[across], title = place, f"{name}, {modes[across]} {place}"
-            image = ax.imshow(
-                values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis"
-            )
+            image = ax.imshow(values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis")
             ax.set_title(title, fontsize=9)
         row[0].set_ylabel(modes[down])
     for ax in axes[-1]:
@@ -293,9 +279,7 @@ def _side_by_side(left: str, right: str) -> str:
     return "\n".join(f"{one:{width}s}{other}".rstrip() for one, other in lines)
 
 
-def _report(
-    folder: Path, config: Config, source: str, tree: ModeTree, summary: dict[str, Any]
-) -> str:
+def _report(folder: Path, config: Config, source: str, tree: ModeTree, summary: dict[str, Any]) -> str:
     """Return the page, with the pictures of the folder inside."""
     errors = {name: f"{error:.4f}" for name, error in summary["test error"].items()}
     pictures = ""

@@ -63,9 +63,7 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
     tree, joins = model.tree, model.network.named_joins
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()), model.dtype)
     weights = [weight.to(dtype) for weight in weights_of(model, ones=False).values()]
-    contracted = set[
-        int
-    ]()  # what is left of these is a vector over the bond above, as their weight
+    contracted = set[int]()  # what is left of these is a vector over the bond above, as their weight
     stand_in: dict[int, int] = {}  # a node that was removed -> the child in its place
     links: dict[int, list[int]] = {}
     top = len(tree.nodes) - 1

@@ -15,9 +15,7 @@ from tnreg.trees.reading import Node
 
 
 @torch.no_grad()
-def balance_(
-    model: Factorization, *, rtol: float | None = None, sweeps: int = 10_000
-) -> Factorization:
+def balance_(model: Factorization, *, rtol: float | None = None, sweeps: int = 10_000) -> Factorization:
     """Rescale the weights in place until the vectors of every local component have equal norms.
 
     Sweeps ``w <- w * sigma^(1/K) / |w|`` over all local components, up the tree and down in turn, in
@@ -99,10 +97,7 @@ def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Ten
 
 @torch.no_grad()
 def drop_components(
-    model: Factorization,
-    ranks: int | Mapping[Node, int] | None = None,
-    *,
-    below: float | None = None,
+    model: Factorization, ranks: int | Mapping[Node, int] | None = None, *, below: float | None = None
 ) -> Factorization:
     """Return a smaller factorization without the smallest local components; joins stay diagonal.
 
@@ -160,9 +155,7 @@ def _factors(vectors: list[Tensor]) -> tuple[Tensor, float]:
     alive = (largest > 0).all(0)
     safe = torch.where(largest > 0, largest, 1)
     # logarithms: the product of many norms may leave the range of the dtype
-    logs = torch.stack(
-        [torch.linalg.vector_norm(v / m, dim=0) for v, m in zip(vectors, safe, strict=True)]
-    )
+    logs = torch.stack([torch.linalg.vector_norm(v / m, dim=0) for v, m in zip(vectors, safe, strict=True)])
     logs = torch.where(alive, torch.where(logs > 0, logs, 1).log() + safe.log(), 0)
     shift = logs.mean(0) - logs
     moved = float(shift.abs().max()) if alive.any() else 0.0

@@ -88,8 +88,7 @@ class Factorization(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
             raise OptionError(
-                f"dtype must be a floating or complex torch.dtype, found {dtype!r}.",
-                argument="dtype",
+                f"dtype must be a floating or complex torch.dtype, found {dtype!r}.", argument="dtype"
             )
         if not isinstance(std, int | float) or not (math.isfinite(std) and std >= 0):
             raise OptionError(f"std must be a finite number >= 0, found {std!r}.", argument="std")
@@ -103,11 +102,7 @@ class Factorization(nn.Module):
 
     @classmethod
     def from_weights(
-        cls,
-        tree: ModeTree,
-        weights: Mapping[Node, Tensor],
-        *,
-        join: str | Mapping[Node, str] = "full",
+        cls, tree: ModeTree, weights: Mapping[Node, Tensor], *, join: str | Mapping[Node, str] = "full"
     ) -> Factorization:
         """Make a factorization that holds copies of these weights; sizes and ranks are read off them.
 
@@ -355,9 +350,7 @@ class Factorization(nn.Module):
         """
         i = self.tree.position(node)
         if self.network.joins[i] != "diagonal":
-            raise OptionError(
-                f"node {node!r} has no diagonal join, so no local components.", argument="node"
-            )
+            raise OptionError(f"node {node!r} has no diagonal join, so no local components.", argument="node")
         matrices = [self._weight(c).flatten(0, -2) for c in self.tree.links[i]]
         if i in self.network.slots:
             own = self._weight(i)
@@ -448,9 +441,7 @@ class Factorization(nn.Module):
         return copy
 
 
-def load(
-    path: str | os.PathLike[str], *, device: torch.device | str | None = None
-) -> Factorization:
+def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Factorization:
     """Read a factorization that ``save`` wrote. Nothing in the file is executed.
 
     Raises:
@@ -459,9 +450,7 @@ def load(
 
     def build(about: Any, tensors: dict[str, Tensor]) -> Factorization:
         if about["format"] != _FORMAT:
-            raise FileError(
-                f"format {about['format']!r} is not known; this version reads {_FORMAT!r}"
-            )
+            raise FileError(f"format {about['format']!r} is not known; this version reads {_FORMAT!r}")
         network, dtype = Network.from_json(about), getattr(torch, about["dtype"])
         _check_stored(network, tensors, dtype)
         stacks = []

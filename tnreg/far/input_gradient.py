@@ -50,9 +50,7 @@ def input_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, differentiab
             return torch.zeros_like(x)
         mode.backward = True
         try:
-            return torch.autograd.grad(
-                total, x, create_graph=differentiable, materialize_grads=True
-            )[0]
+            return torch.autograd.grad(total, x, create_graph=differentiable, materialize_grads=True)[0]
         finally:
             mode.backward = False
 

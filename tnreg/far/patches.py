@@ -126,9 +126,7 @@ class PresetPatches(RandomStream):
 class _Squares(RandomStream):
     """Two squares of one size, at least or exactly so far apart."""
 
-    def __init__(
-        self, size: int = 2, distance: int = 0, *, exact: bool = False, seed: int = 0
-    ) -> None:
+    def __init__(self, size: int = 2, distance: int = 0, *, exact: bool = False, seed: int = 0) -> None:
         super().__init__(seed, type(self).__name__)
         self.size = check_integer(size, 1, f"{self.name}: size")
         self.distance = check_integer(distance, 0, f"{self.name}: distance")
@@ -180,13 +178,7 @@ class DifferingPatches(_Squares):
     shape_only: ClassVar[bool] = False
 
     def __init__(
-        self,
-        size: int = 2,
-        distance: int = 0,
-        *,
-        exact: bool = False,
-        threshold: float = 0.0,
-        seed: int = 0,
+        self, size: int = 2, distance: int = 0, *, exact: bool = False, threshold: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__(size, distance, exact=exact, seed=seed)
         if not threshold >= 0:

@@ -216,9 +216,7 @@ class InteractionEnergy(Scheduled):
         images = x if self._only_needs_shape() else processes.rows(x, samples)  # where these differ
         return Draw(processes.gather(self.patches.draw(images))[0], samples)
 
-    def value(
-        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
-    ) -> Tensor:
+    def value(self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None) -> Tensor:
         """Return E of this batch, or what is above the target; see ``InputGradientChange.value``."""
         net, processes, drawn = self._prepare(net, x, drawn)
         samples = drawn.samples

@@ -83,9 +83,7 @@ class Scheduled(ABC):
         """Draw the pair of boxes and the samples for one call."""
 
     @abstractmethod
-    def value(
-        self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
-    ) -> Tensor:
+    def value(self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None) -> Tensor:
         """Return the penalty without its weight."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,9 +115,7 @@ class Scheduled(ABC):
         check_images(x, self.name, least=2 if processes.count == 1 else 0, floating=False)
         lengths = processes.lengths(len(x))
         if not all(lengths):
-            message = (
-                f"every process needs one image or more of each batch, found {lengths} on ranks "
-            )
+            message = f"every process needs one image or more of each batch, found {lengths} on ranks "
             raise ShapeError(f"{self.name}: {message}0..{processes.count - 1}.", argument="x")
         return sum(lengths)
 
@@ -131,12 +127,8 @@ class Scheduled(ABC):
         for name, m in inner.named_modules() if processes.count > 1 else ():
             if isinstance(m, _BatchNorm) and (self.statistics == "batch" or m.running_mean is None):
                 message = f"{name or 'the network'} would normalize by the statistics of one process's part "
-                message += (
-                    "of the batch; in several processes give it running statistics and write "
-                )
-                raise OptionError(
-                    f"{self.name}: {message}statistics='frozen'.", argument="statistics"
-                )
+                message += "of the batch; in several processes give it running statistics and write "
+                raise OptionError(f"{self.name}: {message}statistics='frozen'.", argument="statistics")
         return inner, processes, drawn
 
     def _above_target(self, value: Tensor) -> Tensor:

@@ -117,9 +117,7 @@ def render(scene: Scene, size: int) -> Array:
     return np.asarray(255 * (weights @ white @ weights.T) + 0.5).astype(np.uint8)
 
 
-def _pair_at(
-    rng: np.random.Generator, length: int, side: float, distance: float
-) -> tuple[Array, int]:
+def _pair_at(rng: np.random.Generator, length: int, side: float, distance: float) -> tuple[Array, int]:
     """Return two paths, and which of them starts at this distance from the end of the other."""
     tolerance, near = _TOLERANCE * length, np.empty((0, 2), dtype=int)
     while not len(near):
@@ -136,9 +134,7 @@ def _distances(pairs: Array) -> Array:
     return np.asarray(np.linalg.norm(pairs[:, :, None, 0, 0] - pairs[:, None, :, -1, 1], axis=-1))
 
 
-def _pairs(
-    rng: np.random.Generator, length: int, side: float, nearest: bool, tries: int = _PAIRS
-) -> Array:
+def _pairs(rng: np.random.Generator, length: int, side: float, nearest: bool, tries: int = _PAIRS) -> Array:
     """Return the pairs of paths that could be grown out of some tries, ``(pairs, 2, length, 2, 2)``."""
     border = _SEED_FRAME * side / 300
     first = rng.integers(np.ceil(border), np.floor(side - border) + 1, (tries, 2)).astype(float)

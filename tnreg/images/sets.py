@@ -354,9 +354,7 @@ def _digits(seed: int, part: int) -> tuple[Array, Array]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        message = (
-            "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"
-        )
+        message = "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"
         raise OptionError(message) from None
     values, classes = load_digits(return_X_y=True)
     small = (values / 16 - 0.3).astype(np.float32).reshape(-1, 1, 8, 8)

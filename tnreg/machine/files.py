@@ -45,9 +45,7 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return metadata and tensors of a safetensors file."""
-    data = (
-        path.read_bytes()
-    )  # safetensors opens it twice; another process may replace it in between
+    data = path.read_bytes()  # safetensors opens it twice; another process may replace it in between
     tensors = dict(sorted(safetensors.torch.load(data).items()))  # load returns them in any order
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
@@ -63,10 +61,7 @@ def write_safetensors(
 
 
 def read_model(
-    path: str | os.PathLike[str],
-    key: str,
-    kind: str,
-    build: Callable[[Any, dict[str, Tensor]], Model],
+    path: str | os.PathLike[str], key: str, kind: str, build: Callable[[Any, dict[str, Tensor]], Model]
 ) -> Model:
     """Return what ``build`` makes of the JSON and the tensors of a file of ``write_safetensors``.
 
@@ -180,9 +175,7 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"cannot write {target}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise FileError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _names(path: str | os.PathLike[str]) -> tuple[Path, Path]:

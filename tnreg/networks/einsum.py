@@ -143,9 +143,7 @@ def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..
     return partial(torch.einsum, f"{','.join(inputs)}->{output}")
 
 
-def _matrix_product(
-    parts: list[str], result: str, size: Mapping[str, int]
-) -> Callable[..., Tensor]:
+def _matrix_product(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
     """Make a call of ``mm`` or ``bmm``, or of a product and a sum where it would be of dot products."""
     summed = [s for s in parts[0] if s not in result]
     batch = [s for s in result if s in parts[0] and s in parts[1]]

@@ -297,27 +297,19 @@ def check_sizes(sizes: Sequence[int] | int, order: int) -> tuple[int, ...]:
 @blame("join")
 def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:
     if not isinstance(join, str | Mapping):
-        raise OptionError(
-            f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}."
-        )
+        raise OptionError(f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}.")
     joins = dict.fromkeys(tree.interior, join) if isinstance(join, str) else dict(join)
     for node, kind in joins.items():
         if kind not in ("diagonal", "full"):
-            raise OptionError(
-                f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'."
-            )
+            raise OptionError(f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'.")
         if not tree.links[tree.position(node)]:
-            raise OptionError(
-                f"node {node!r} is a leaf and joins nothing; name interior nodes only."
-            )
+            raise OptionError(f"node {node!r} is a leaf and joins nothing; name interior nodes only.")
     names = zip(tree.nodes, tree.links, strict=True)
     return tuple(joins.get(name, "diagonal") if below else "leaf" for name, below in names)
 
 
 @blame("ranks")
-def _check_ranks(
-    tree: ModeTree, ranks: int | Mapping[Node, int], joins: Sequence[str]
-) -> tuple[int, ...]:
+def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int], joins: Sequence[str]) -> tuple[int, ...]:
     names = tree.nodes[:-1]
     if not isinstance(ranks, Mapping):
         return (_check_size(ranks, "ranks", " or {non-root node: rank}"),) * len(names) + (1,)

@@ -131,11 +131,7 @@ class Plan:
 
 
 def plan(
-    model: Any,
-    *,
-    batch: int | None = None,
-    index: Tensor | None = None,
-    memory: int | str | None = None,
+    model: Any, *, batch: int | None = None, index: Tensor | None = None, memory: int | str | None = None
 ) -> Plan:
     """Plan the contraction of a factorization: dense tensor, batch of inputs, or entries.
 
@@ -164,9 +160,7 @@ def plan(
     network = model if isinstance(model, Network) else getattr(model, "network", None)
     if not isinstance(network, Network):
         found = type(model).__name__
-        raise OptionError(
-            f"plan: expected a Factorization or its network, found {found}.", argument="model"
-        )
+        raise OptionError(f"plan: expected a Factorization or its network, found {found}.", argument="model")
     if index is not None:
         if batch is not None:
             both = "plan: give batch= for inputs or index= for entries, not both."
@@ -213,9 +207,7 @@ def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = 
     return _within(plans, limit, item, gradients=gradients, device=str(device))
 
 
-def contract(
-    plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()
-) -> Tensor:
+def contract(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
     """Carry out a plan with the weights as ``network.stacks`` groups them, and the features of a batch.
 
     Returns:
@@ -299,12 +291,7 @@ def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
 
 
 def _within(
-    plans: Sequence[Plan],
-    limit: int,
-    item: int,
-    *,
-    gradients: bool,
-    device: str | None = None,
+    plans: Sequence[Plan], limit: int, item: int, *, gradients: bool, device: str | None = None
 ) -> Plan:
     """Return the first plan, the chosen one leading, whose entries of ``item`` bytes stay within a limit.
 
@@ -313,9 +300,7 @@ def _within(
     """
     first = plans[0]
     sizes = [item * plan.cost.entries(gradients) for plan in plans]
-    if (
-        min(sizes) > limit and first.kind != "entries"
-    ):  # the smallest intermediates, at whatever cost
+    if min(sizes) > limit and first.kind != "entries":  # the smallest intermediates, at whatever cost
         whole = _whole(first.network, first.batch, "smallest")
         plans = (*plans, replace(first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole))
         sizes.append(item * whole.cost.entries(gradients))
@@ -331,9 +316,7 @@ def _within(
         single = f"; one alone needs {written(each / first.batch)}"
         advice = f"{advice}, here no more than {most}" if most else f"give more memory{single}"
     note = ", result and intermediates"
-    raise does_not_fit(
-        f"{what}: the contraction", min(sizes), limit, advice, note=note, device=device
-    )
+    raise does_not_fit(f"{what}: the contraction", min(sizes), limit, advice, note=note, device=device)
 
 
 def _whole(network: Network, batch: int | None, search: str | None = None) -> Einsum:

@@ -166,10 +166,7 @@ def cost_of(network: Network, joins: Sequence[Join]) -> Cost:
 
 
 def run(
-    network: Network,
-    joins: Sequence[Join],
-    stacks: Sequence[Tensor],
-    inputs: Tensor | Sequence[Tensor],
+    network: Network, joins: Sequence[Join], stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]
 ) -> Tensor:
     """Carry out a schedule with the weights as ``network.stacks`` groups them, and return the root's rows.
 

@@ -221,9 +221,7 @@ class _Sweep:
             basis = torch.eye(rank, dtype=view.dtype, device=view.device)
         return basis if inside is None else inside @ basis, lost
 
-    def _range(
-        self, view: Tensor, allowed: float, limit: int | None
-    ) -> tuple[Tensor | None, float]:
+    def _range(self, view: Tensor, allowed: float, limit: int | None) -> tuple[Tensor | None, float]:
         """Find a basis outside of which lies at most what may be discarded, and how much does.
 
         It grows by products with random vectors (once, with nothing but a limit). ``None`` if it would not
@@ -252,10 +250,7 @@ class _Sweep:
 
 
 def truncate(
-    model: Factorization,
-    *,
-    ranks: int | Mapping[Node, int] | None = None,
-    rtol: float | None = None,
+    model: Factorization, *, ranks: int | Mapping[Node, int] | None = None, rtol: float | None = None
 ) -> Factorization:
     """Round a factorization to smaller bonds, with full joins, without its dense tensor.
 
@@ -289,9 +284,7 @@ def truncate(
         return to_factorization(model.tree, rounded.weights, rounded.log2, model.dtype, lost)
 
 
-def distance(
-    tensor: Any, model: Factorization, *, memory: int | str | None = None
-) -> tuple[float, float]:
+def distance(tensor: Any, model: Factorization, *, memory: int | str | None = None) -> tuple[float, float]:
     """Return the Frobenius norms of the difference between a tensor and a factorization, and of the tensor.
 
     The tensor is dense, or an array of Dask, zarr or h5py, which is read once with the ``memory`` allowed
@@ -311,9 +304,7 @@ def distance(
         return distance_of(tensor, rows_of, memory_of(memory))
 
 
-def _dense_part(
-    tree: ModeTree, weights: Mapping[Node, Tensor], joins: Any, slab: Sequence[slice]
-) -> Tensor:
+def _dense_part(tree: ModeTree, weights: Mapping[Node, Tensor], joins: Any, slab: Sequence[slice]) -> Tensor:
     """Return the part of a factorization within slices by mode."""
     part = {n: w[slab[n]] if isinstance(n, int) else w for n, w in weights.items()}
     with torch.no_grad():

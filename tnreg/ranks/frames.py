@@ -101,9 +101,7 @@ def batches(network: Network) -> tuple[Batch, ...]:
     parts: list[Batch] = []
     last: list[int] = []  # for every level its batch that is no step
     for level in network.split_levels(_kinds(network)):
-        below = [
-            Places.of([(last[b], slot) for b, slot in child.pairs]) for child in level.children
-        ]
+        below = [Places.of([(last[b], slot) for b, slot in child.pairs]) for child in level.children]
         while level.join == "diagonal" and len(below) > 2:
             pairs, below = [below[k : k + 2] for k in range(0, len(below), 2)], []
             for pair in pairs:
@@ -254,14 +252,11 @@ def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled
     if not with_care:
         highs = [child.log2.amax(1, keepdim=True) for child in below]
         scaled = [
-            x * torch.exp2(log2 - high).unsqueeze(1)
-            for (x, log2), high in zip(below, highs, strict=True)
+            x * torch.exp2(log2 - high).unsqueeze(1) for (x, log2), high in zip(below, highs, strict=True)
         ]
         return Scaled(climb(weight, scaled), sum(highs, total.flatten(1)))
     for axis, (_, log2) in enumerate(below, 1):
-        total = total + log2.reshape(
-            len(log2), *[-1 if k == axis else 1 for k in range(1, weight.ndim)]
-        )
+        total = total + log2.reshape(len(log2), *[-1 if k == axis else 1 for k in range(1, weight.ndim)])
     size = (weight.detach().abs().log2() + total).flatten(1, -2).amax(1)
     top = torch.where(torch.isfinite(size), size, torch.zeros_like(size)).round()
     apart = total - top.reshape(len(top), *[1] * (weight.ndim - 2), -1)
@@ -298,9 +293,7 @@ def _close(below: Sequence[Scaled]) -> Tensor:
     return torch.stack(spreads).amax() < _CLOSE if spreads else torch.ones((), dtype=torch.bool)
 
 
-def values_in_frames(
-    network: Network, found: Sequence[Frame], *, vectors: bool = False
-) -> list[Values]:
+def values_in_frames(network: Network, found: Sequence[Frame], *, vectors: bool = False) -> list[Values]:
     """Compute singular values of all nodes but the root in their frames, from the root down.
 
     Return values, and vectors if asked for, of every batch but the last (none for steps), for the tensor
@@ -337,9 +330,7 @@ def values_in_frames(
     return results[::-1]
 
 
-def values_through_bonds(
-    network: Network, stacks: Sequence[Tensor]
-) -> list[tuple[tuple[int, ...], Scaled]]:
+def values_through_bonds(network: Network, stacks: Sequence[Tensor]) -> list[tuple[tuple[int, ...], Scaled]]:
     """Compute singular values of all nodes but the root, differentiable in the weights (double precision).
 
     Return some nodes' positions and their values ``(nodes, count)`` with scales ``(nodes, 1)``, again and
@@ -381,8 +372,7 @@ def _around(
     if batch.join == "full":
         assert weight is not None
         return [
-            [_through_safely(weight.movedim(k, -1), [*others, above])]
-            for k, others in enumerate(siblings, 1)
+            [_through_safely(weight.movedim(k, -1), [*others, above])] for k, others in enumerate(siblings, 1)
         ]
     if weight is not None:
         above = _through_safely(weight.mT, [above])

@@ -14,16 +14,7 @@ from torch import Tensor
 from tnreg.errors import OptionError, ShapeError, check_integer
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.network import Network, Stacked
-from tnreg.ranks.frames import (
-    Batch,
-    Frame,
-    Values,
-    batches,
-    climb,
-    frames,
-    scale_of,
-    values_in_frames,
-)
+from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
 from tnreg.tensors.axes import cut_smallest
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -74,9 +65,7 @@ def round_network(
     return Rounded(weights, lost, float(size), float(log2))
 
 
-def _match_root(
-    net: Network, found: Sequence[Frame], results: Sequence[Values]
-) -> Sequence[Values]:
+def _match_root(net: Network, found: Sequence[Frame], results: Sequence[Values]) -> Sequence[Values]:
     """Pair the singular vectors of a binary root's second child with its sibling's.
 
     They have to belong to the same singular values; computed apart they need not, where values are equal.
@@ -156,11 +145,7 @@ def _count_values(spectra: Sequence[Tensor], share: float | None) -> list[Tensor
 
 
 def _project(
-    net: Network,
-    found: Sequence[Frame],
-    results: Sequence[Values],
-    ranks: list[int],
-    orthonormal: bool,
+    net: Network, found: Sequence[Frame], results: Sequence[Values], ranks: list[int], orthonormal: bool
 ) -> dict[int, Tensor]:
     """Compute the weights between the first singular vectors of all nodes.
 
@@ -197,9 +182,7 @@ def _project(
             axes_of.append([turned.shape[1]])
         weights |= zip(batch.nodes, block.unbind(0), strict=True)
     ends: list[Any] = [*map(slice, ranks[:-1]), 0]  # the root has no bond above it
-    return {
-        i: weight[(*(ends[c] for c in links[i]), ..., ends[i])] for i, weight in weights.items()
-    }
+    return {i: weight[(*(ends[c] for c in links[i]), ..., ends[i])] for i, weight in weights.items()}
 
 
 def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:

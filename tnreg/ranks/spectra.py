@@ -17,23 +17,14 @@ from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.decompose import decompose
 from tnreg.ranks.dense import dense_spectra, numerical_rank, scaled_spectra
-from tnreg.ranks.frames import (
-    batches,
-    frames,
-    frames_fit,
-    scale_of,
-    values_in_frames,
-    values_through_bonds,
-)
+from tnreg.ranks.frames import batches, frames, frames_fit, scale_of, values_in_frames, values_through_bonds
 from tnreg.tensors.arrays import Scaled, check_dense, double
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 
-def spectra(
-    x: Any, tree: ModeTree | None = None, *, memory: int | str | None = None
-) -> dict[Node, Tensor]:
+def spectra(x: Any, tree: ModeTree | None = None, *, memory: int | str | None = None) -> dict[Node, Tensor]:
     """Compute the singular values of the matricization at every node but the root.
 
     At node v the rows are the modes below v and the columns all other modes: ``[x]_v = Σ_i σ_i u_i w_i*``,
@@ -95,11 +86,7 @@ def _spectra_of_blocks(x: Any, tree: ModeTree, memory: int | str | None) -> dict
 
 
 def hierarchical_rank(
-    x: Any,
-    tree: ModeTree | None = None,
-    *,
-    rtol: float | None = None,
-    memory: int | str | None = None,
+    x: Any, tree: ModeTree | None = None, *, rtol: float | None = None, memory: int | str | None = None
 ) -> dict[Node, int]:
     """Compute the rank of the matricization of ``x`` at every node of ``tree`` but the root.
 

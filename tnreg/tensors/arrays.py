@@ -64,9 +64,7 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
     tensor = as_tensor(tensor)
     rows = sorted(modes) if isinstance(modes, Iterable) else [modes]
     if len(set(rows)) < len(rows) or any(not 0 <= m < tensor.ndim for m in rows):
-        raise ShapeError(
-            f"matricize: modes must be distinct and within 0..{tensor.ndim - 1}, found {modes}."
-        )
+        raise ShapeError(f"matricize: modes must be distinct and within 0..{tensor.ndim - 1}, found {modes}.")
     columns = [m for m in range(tensor.ndim) if m not in rows]
     height = math.prod(tensor.shape[m] for m in rows)
     return tensor.permute(rows + columns).reshape(height, -1)

@@ -181,12 +181,7 @@ class _Compression:
     """The passes over the tensor, one node after another."""
 
     def __init__(
-        self,
-        array: Any,
-        tree: ModeTree,
-        limits: Mapping[int, int],
-        share: float | None,
-        memory: int,
+        self, array: Any, tree: ModeTree, limits: Mapping[int, int], share: float | None, memory: int
     ) -> None:
         order = tree.leaf_order
         self.source, self.tree = Source(array, order), tree
@@ -312,9 +307,7 @@ class _Compression:
     def _scale(self, largest: float, bad: int) -> bool:
         """Return whether the tensor has to be read again on a scale, which is then set."""
         if bad:
-            raise DataError(
-                f"the tensor has entries that are not finite, {bad} of {self.numel} or more."
-            )
+            raise DataError(f"the tensor has entries that are not finite, {bad} of {self.numel} or more.")
         if self.source.log2 or squares_fit(largest):
             return False
         self.source.log2 = math.frexp(largest)[1]

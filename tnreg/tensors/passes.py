@@ -205,9 +205,7 @@ def bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
         first = np.searchsorted(edges, start, side="right") - 1
         return int(edges[np.searchsorted(edges, stop)] - edges[first])
 
-    count = sum(
-        math.prod(touched(m, s.start, s.stop) for m, s in enumerate(slab)) for slab in slabs
-    )
+    count = sum(math.prod(touched(m, s.start, s.stop) for m, s in enumerate(slab)) for slab in slabs)
     return int(count * array.dtype.itemsize)
 
 

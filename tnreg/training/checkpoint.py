@@ -135,10 +135,7 @@ class Checkpoint:
         if not lines and now != shapes:
             other, lines = "another model", [f"there: {shapes}", f"now:   {now}"]
         if lines:
-            first, end = (
-                f"{self.path} is of {other}.",
-                f"delete {self.path}, or choose another file",
-            )
+            first, end = (f"{self.path} is of {other}.", f"delete {self.path}, or choose another file")
             raise OptionError("\n  ".join([first, *lines, end]), argument="checkpoint")
 
     def loss_at_row(self, loss: Callable[[], Tensor], run: Trajectory) -> Tensor:

@@ -199,9 +199,7 @@ def _check_loss(value: Any) -> Tensor:
             return value
         grad = value.requires_grad
         found = f"shape {tuple(value.shape)}, dtype {value.dtype}, requires_grad={grad}"
-    message = (
-        "fit: loss(model) must return a real scalar tensor that depends on the model's parameters."
-    )
+    message = "fit: loss(model) must return a real scalar tensor that depends on the model's parameters."
     raise OptionError(f"{message}\n  found: {found}", argument="loss")
 
 

@@ -76,9 +76,7 @@ class Completion:
         """Return ``‖W - W*‖ / ‖W*‖`` over the observed entries."""
         return relative_error(self._predict(model), self.values)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Completion:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Completion:
         """Return the same task on another device or in another dtype."""
         index, values = self.index.to(device), self.values.to(device, dtype)
         tested: tuple[Tensor, ...] = ()
@@ -113,9 +111,7 @@ class Sensing:
         target: The dense tensor, to test against.
     """
 
-    def __init__(
-        self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None
-    ) -> None:
+    def __init__(self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None) -> None:
         self.features, self.values, self.target = tuple(features), values, target
         self.sizes = tuple(part.shape[1] for part in self.features)
 
@@ -137,9 +133,7 @@ class Sensing:
         """Return ``‖y - y*‖ / ‖y*‖`` over the measurements."""
         return relative_error(model(self.features), self.values)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Sensing:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Sensing:
         """Return the same task on another device or in another dtype."""
         *features, values = (part.to(device, dtype) for part in (*self.features, self.values))
         target = None if self.target is None else self.target.to(device, dtype)

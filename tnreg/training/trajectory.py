@@ -138,9 +138,7 @@ class Trajectory:
                     run._rows[name] = list(column(titles))
                     continue
                 parts = {_read_key(key): column(title) for key, title in titles}
-                run._rows[name] = [
-                    {k: part[i] for k, part in parts.items()} for i in range(len(run))
-                ]
+                run._rows[name] = [{k: part[i] for k, part in parts.items()} for i in range(len(run))]
         return run
 
     @classmethod

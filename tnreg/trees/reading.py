@@ -79,9 +79,7 @@ def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[in
     leaves = [node for node, below in zip(order, children, strict=True) if not below]
     modes = iter(_check_leaves(leaves, graph=True))
     position = {node: i for i, node in enumerate(order)}
-    names = tuple(
-        node if below else next(modes) for node, below in zip(order, children, strict=True)
-    )
+    names = tuple(node if below else next(modes) for node, below in zip(order, children, strict=True))
     return names, tuple(tuple(position[c] for c in below) for below in children)
 
 
@@ -103,9 +101,7 @@ def _root_of(graph: nx.DiGraph[Any]) -> Node:
         )
     if not roots:
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
-        raise TreeError(
-            f"not a mode tree: no root, every node has a parent; there is a cycle {cycle}."
-        )
+        raise TreeError(f"not a mode tree: no root, every node has a parent; there is a cycle {cycle}.")
     if len(roots) > 1:
         raise TreeError(
             f"not a mode tree: it has {len(roots)} roots, {roots[:8]}.\n"
@@ -198,7 +194,5 @@ def check_links(links: list[list[int]]) -> None:
     for i, below in enumerate(links):
         for c in below:
             if type(c) is not int or not 0 <= c < i or c in seen:
-                raise ValueError(
-                    f"node {i} has the child {c!r}: not a node before it without a parent"
-                )
+                raise ValueError(f"node {i} has the child {c!r}: not a node before it without a parent")
             seen.add(c)

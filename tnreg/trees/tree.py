@@ -74,10 +74,7 @@ class ModeTree:
     _hash: int
 
     def __init__(
-        self,
-        structure: Sequence[Any] | nx.DiGraph[Any] | ModeTree,
-        *,
-        shape: Sequence[int] | None = None,
+        self, structure: Sequence[Any] | nx.DiGraph[Any] | ModeTree, *, shape: Sequence[int] | None = None
     ) -> None:
         if isinstance(structure, ModeTree):
             names, links = structure.nodes, structure.links
@@ -120,9 +117,7 @@ class ModeTree:
         """Neighbours joined ``arity`` at a time, level by level, the last group of a level being smaller."""
         n = check_integer(n, 1, "ModeTree.regular: n", TreeError)
         arity = check_integer(arity, 2, "ModeTree.regular: arity", TreeError)
-        return cls(
-            _merge(n, lambda nodes: [nodes[i : i + arity] for i in range(0, len(nodes), arity)])
-        )
+        return cls(_merge(n, lambda nodes: [nodes[i : i + arity] for i in range(0, len(nodes), arity)]))
 
     @classmethod
     def caterpillar(cls, n: int) -> ModeTree:

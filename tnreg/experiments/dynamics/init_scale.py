@@ -43,11 +43,7 @@ tiny = Config(model="tiny", stds=(0.1, 0.5), seeds=(1, 2), steps=40)
 
 
 def run(
-    config: Config,
-    folder: str | Path,
-    *,
-    base: dynamics.Config | None = None,
-    progress: bool = False,
+    config: Config, folder: str | Path, *, base: dynamics.Config | None = None, progress: bool = False
 ) -> list[dict[str, Any]]:
     """Train every scale with every seed, draw, and return one row of results each.
 
@@ -66,9 +62,7 @@ def run(
     start = dataclasses.asdict(dynamics.MODELS[config.model] if base is None else base)
     start |= {"steps": config.steps, "device": config.device}
     cells = [start | {"std": std, "seed": seed} for std in config.stds for seed in config.seeds]
-    result = sweep.run(
-        EXPERIMENT, cells, folder, workers=0, threads=None, retries=0, progress=progress
-    )
+    result = sweep.run(EXPERIMENT, cells, folder, workers=0, threads=None, retries=0, progress=progress)
     if result.failed:
         raise result.failed[0].exception
     return result.rows

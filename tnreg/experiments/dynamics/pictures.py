@@ -114,9 +114,7 @@ def rates_figure(run: Run) -> Any:
     for k in alive:
         [line] = left.plot(root.steps[1:-1], root.measured[:, k], lw=2, alpha=0.4)
         left.plot(root.steps[1:-1], root.predicted[:, k], lw=1, ls="--", color=line.get_color())
-    left.set(
-        xlabel="step", ylabel="dσ/dt", title="at the root: measured (wide), predicted (dashed)"
-    )
+    left.set(xlabel="step", ylabel="dσ/dt", title="at the root: measured (wide), predicted (dashed)")
     largest = float(np.nanmax(np.abs(root.measured[:, alive]), initial=0.0))
     left.set_yscale("symlog", linthresh=largest * 1e-3 if largest > 0 else 1.0)
     for node in run.trajectory["components"]:

@@ -66,9 +66,7 @@ def tracks(found: Trajectory, node: Node | None = None) -> Tracks:
     recorded, ids = found["components"], found["component ids"]
     node = list(recorded)[-1] if node is None else node
     if node not in recorded:
-        raise OptionError(
-            f"no node {node!r}; there is {', '.join(map(str, recorded))}.", argument="node"
-        )
+        raise OptionError(f"no node {node!r}; there is {', '.join(map(str, recorded))}.", argument="node")
     same = ids[node][:, :, None] == ids[node][-1]  # row, place in it, component at the end
     places, known = same.argmax(1), same.any(1)
 

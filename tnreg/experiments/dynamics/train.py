@@ -256,11 +256,7 @@ class _Observations:
     """What is observed; an observation leaves to those after it what they need as well."""
 
     def __init__(
-        self,
-        config: Config,
-        task: Completion | Sensing,
-        optimizer: GroupRMSprop,
-        model: Factorization,
+        self, config: Config, task: Completion | Sensing, optimizer: GroupRMSprop, model: Factorization
     ) -> None:
         self.config, self.task = config, task
         self.small = math.prod(model.sizes) <= _SMALL
@@ -339,9 +335,7 @@ def _modes(text: str, order: int) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _summary(
-    config: Config, model: Factorization, dense: Tensor, trajectory: Trajectory
-) -> dict[str, Any]:
+def _summary(config: Config, model: Factorization, dense: Tensor, trajectory: Trajectory) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "tree": repr(model.tree),
         "sizes": list(model.sizes),

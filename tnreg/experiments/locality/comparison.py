@@ -135,9 +135,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[d
         if processes.count == 1:
             return _sweep(config, folder, progress, work)
         if config.workers > 1:
-            message = (
-                f"{processes.count} processes train together here, one training after the other"
-            )
+            message = f"{processes.count} processes train together here, one training after the other"
             raise OptionError(f"locality: {message}; leave workers at 1.", argument="workers")
         return _sweep_together(processes, config, folder, progress, work)
 
@@ -171,9 +169,7 @@ def check(cell: Mapping[str, Any]) -> None:
             raise OptionError(message, argument=name)
 
 
-def _sweep(
-    config: Config, folder: str | Path, progress: bool, work: sweep.Work
-) -> list[dict[str, Any]]:
+def _sweep(config: Config, folder: str | Path, progress: bool, work: sweep.Work) -> list[dict[str, Any]]:
     """Train what is missing; return the rows, or raise one error for the trainings that failed."""
     alone = config.workers == 1
     result = sweep.run(

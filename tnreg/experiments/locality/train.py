@@ -214,9 +214,7 @@ class _State:
         net = build(settings.model, data.images.shape[1], dropout=dropout)
         net = net.double() if settings.precision == "float64" else net
         # channels last: a fifth faster on a CPU, with and without gradient change
-        self.net = _normalized_together(net, processes).to(
-            device, memory_format=torch.channels_last
-        )  # type: ignore[call-overload]
+        self.net = _normalized_together(net, processes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.wrapped: nn.Module = self.net
         if processes.count > 1:
             self.wrapped = nn.parallel.DistributedDataParallel(
@@ -484,9 +482,7 @@ def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
     if processes.count == 1 or not norms:
         return net
     if processes.device.type != "cuda":
-        message = (
-            "the network has batch normalization, which torch shares between processes on GPUs only"
-        )
+        message = "the network has batch normalization, which torch shares between processes on GPUs only"
         more = "take the device cuda, one process, or a network without it such as small-cnn."
         raise OptionError(f"locality: {message}; {more}", argument="model")
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]

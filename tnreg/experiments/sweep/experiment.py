@@ -66,9 +66,7 @@ class Experiment:
     headline: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[list[dict[str, Any]], Path, bool], Any] | None = None
-    table: Callable[[list[dict[str, Any]], Sequence[str], str], list[dict[str, Any]]] = (
-        pictures.means
-    )
+    table: Callable[[list[dict[str, Any]], Sequence[str], str], list[dict[str, Any]]] = pictures.means
     figure: Callable[[Path], Any] = pictures.figure
 
 
@@ -214,9 +212,7 @@ def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(
-    fields: Sequence[str], settings: dict[str, Any], columns: dict[str, Any]
-) -> dict[str, Any]:
+def _row(fields: Sequence[str], settings: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a cell and its columns, none of which takes the place of a field."""
     return {name: settings[name] for name in fields} | {
         f"{key} (result)" if key in fields else key: value
@@ -259,10 +255,7 @@ def _headline(rows: list[dict[str, Any]], fields: Sequence[str], wanted: str) ->
 
 
 def _write_rows(
-    what: Experiment,
-    place: Path,
-    fields: Sequence[str],
-    pairs: list[tuple[dict[str, Any], dict[str, Any]]],
+    what: Experiment, place: Path, fields: Sequence[str], pairs: list[tuple[dict[str, Any], dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Write ``results.csv`` from cells and their results; return its rows."""
     rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
