@@ -27,6 +27,8 @@ def start(code, *arguments, **options):
     """Start a process of Python that can import the tests; it runs the code with these arguments."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     around = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # Ctrl-C is heard also where the tests run in the background of a shell, which ignores it there
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, env=around, text=True, stderr=subprocess.PIPE, **options)
 

@@ -75,6 +75,7 @@ def test_of_one_model(models):
         assert_equal(al.mode_product(model, matrices), expected)
 
 
+@pytest.mark.slow
 def test_every_set_of_modes_can_be_taken_away(models):
     generator = random(3)
     for model in models:
@@ -145,6 +146,7 @@ def test_modes_may_be_numpy_integers():
     assert_equal(al.permute_modes(model, np.array([3, 1, 0, 2])), x.permute(3, 1, 0, 2))
 
 
+@pytest.mark.slow
 def test_trees_a_thousand_nodes_deep():
     """Deeper than Python recurses: whatever makes a new tree walks the old one without recursion."""
     tree, options = ModeTree.caterpillar(1010), {"dtype": torch.float64, "generator": random()}

@@ -32,6 +32,8 @@ from tnreg import (
 from tnreg.ranks.decompose import distance
 from tnreg.tensors import blocks, passes
 
+pytestmark = pytest.mark.slow
+
 TREES = {
     "binary": (ModeTree.binary(4), (12, 11, 10, 9)),
     "across": (ModeTree([[0, 2], [1, 3]]), (12, 11, 10, 9)),

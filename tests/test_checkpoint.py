@@ -64,6 +64,7 @@ def short_lbfgs(parameters, lr):
     return torch.optim.LBFGS(parameters, lr=lr, max_iter=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["group-rmsprop", "adam", short_lbfgs])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_an_interrupted_training_goes_on(tmp_path, optimizer, noisy):
@@ -79,6 +80,7 @@ def test_an_interrupted_training_goes_on(tmp_path, optimizer, noisy):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path, monkeypatch):
     code = "import sys, test_checkpoint as t; t.train(sys.argv[1], stop_at=('kill', 5))"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)

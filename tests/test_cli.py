@@ -27,6 +27,8 @@ from tnreg.experiments.nets import build
 from tnreg.machine.files import read_safetensors
 from tnreg.trees.tree import read_tree, tree_from_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cli(capsys, tmp_path, monkeypatch):

@@ -64,12 +64,14 @@ def test_network_is_the_factorization(model):
         check_equal(model, to_cnn(model, scaled=scaled), features)
 
 
+@pytest.mark.slow
 @given(zoo.models())
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_network_is_the_factorization_random(model):
     test_network_is_the_factorization(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", GRIDS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("share", [False, True])
@@ -227,6 +229,7 @@ def test_shapes_of_images():
         net(torch.zeros(2, 3, 1, 4))
 
 
+@pytest.mark.slow
 def test_compiled_and_copied():
     net, x = random_net(ModeTree.grid((4, 4))), randn(5, 3, 4, 4)
     assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x), net(x))

@@ -17,6 +17,8 @@ import yaml
 
 import tnreg
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "docs" / "mkdocs" / "mkdocs.yml"
 MODULES = ["algebra", "convert", "dynamics", "experiments.sweep", "images", "plots"]

@@ -32,6 +32,8 @@ from tnreg.experiments import dynamics
 from tnreg.experiments.dynamics import init_scale, train
 from tnreg.experiments.folder import read_run
 
+pytestmark = pytest.mark.slow
+
 PICTURES = ["dynamics.png", "rates.png", "spectra.png"]
 
 

@@ -22,6 +22,8 @@ from tnreg.experiments import completion, convac, demo, locality
 from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.sweep import pictures as sweep_figure
 
+pytestmark = pytest.mark.slow
+
 
 def test_completion(tmp_path):
     summary = completion.run(completion.tiny, tmp_path / "run")

@@ -18,6 +18,8 @@ from tnreg.cnns.export import example_inputs, export_onnx, export_pt2, export_st
 from tnreg.errors import DataError, OptionError
 from tnreg.machine.files import read_safetensors
 
+pytestmark = pytest.mark.slow
+
 
 def networks():
     random, grid = torch.Generator().manual_seed(0), ModeTree.grid((4, 4))

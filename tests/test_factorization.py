@@ -208,6 +208,7 @@ def test_load_refuses_inconsistent_models(tmp_path):
         load(path)
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_file(tmp_path):
     """Here the file of a deep tree."""
     path, model = tmp_path / "m.safetensors", Factorization(ModeTree.caterpillar(300), 2, 2)

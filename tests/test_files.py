@@ -17,6 +17,8 @@ import tnreg
 from tnreg import DataError, Factorization, FileError, ModeTree
 from tnreg.machine.files import folder_written_whole, write_whole
 
+pytestmark = pytest.mark.slow
+
 
 def test_write_whole(tmp_path):
     target = tmp_path / "a.txt"

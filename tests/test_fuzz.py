@@ -29,6 +29,8 @@ from tnreg.experiments.locality import state as locality_state
 from tnreg.training.checkpoint import Checkpoint
 from tnreg.trees.tree import read_tree
 
+pytestmark = pytest.mark.slow
+
 quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -26,6 +26,8 @@ import gpu
 from gpu_stages import child, correct, pathfinder, waiting
 from gpu_stages.bench import Bench
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 

@@ -38,6 +38,8 @@ from tnreg.experiments.folder import read_run, write_run
 from tnreg.machine.files import folder_written_whole
 from tnreg.training.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 # What is saved comes in versions: everything in version 3 says 3, and large versions make larger files.
 
 

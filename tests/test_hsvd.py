@@ -217,6 +217,7 @@ def test_wide_diagonal_joins_are_not_expanded():
         assert max(found.network.bonds) <= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "join"), [(64, "diagonal"), (64, "full"), (512, "diagonal"), (1024, "full")]
 )

@@ -18,6 +18,7 @@ def scenes(length, size, matched, count=60):
     return [sample_scene(rng, length, size, matched=matched) for rng in rngs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matched", [False, True])
 @pytest.mark.parametrize(("length", "size"), [(3, 150), (9, 150), (5, 32), (9, 32)])
 def test_geometry(length, size, matched):

@@ -121,6 +121,7 @@ def test_entries_are_dense_random(model):
     check_entries(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["dense", "distinct", "per-sample"])
 @pytest.mark.parametrize("name", ["htf-4", "across", "uneven", "cp-4", "one-child", "named"])
 @pytest.mark.parametrize("join", ["diagonal", "full", "mixed"])
@@ -228,6 +229,7 @@ def test_norm_and_inner(model):
         assert number(error.abs()) < 1e-11 * number(model.norm() * other.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize(
     "tree", [ModeTree.binary(256), ModeTree.binary(1024), ModeTree.caterpillar(1024)], ids=repr
@@ -386,6 +388,7 @@ def test_plan_costs_no_more_than_it_may():
     assert routes == {"tree", "opt_einsum"}
 
 
+@pytest.mark.slow
 @given(zoo.models())
 @example(Factorization(ModeTree.star(4), 1, 1, join="full"))
 @some

@@ -38,6 +38,8 @@ from tnreg.experiments.sweep.cell import Unfinished
 from tnreg.machine.processes import Processes
 from tnreg.training import cuda_graph
 
+pytestmark = pytest.mark.slow
+
 QUICK = Settings(epochs=4, test_every=2, igc_every=1, interaction_every=2, lr=0.02)
 SETS = {"train": 130, "test": 50}
 

@@ -33,6 +33,8 @@ from tnreg.far.patches import DifferingPatches, FixedPatches, PresetPatches, Ran
 from tnreg.far.regularizers import InputGradientChange, InteractionEnergy, _all_crossed_values
 from tnreg.machine.processes import Processes, joined, unwrapped
 
+pytestmark = pytest.mark.slow
+
 BOXES = [(0, 0, 3, 3), (4, 5, 7, 8), (0, 4, 3, 8)]
 
 

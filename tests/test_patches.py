@@ -58,6 +58,7 @@ def test_preset_boxes_are_drawn_in_both_orders():
     assert_uniform(drawn(patches.PresetPatches(THREE, seed=1), torch.zeros(2, 5, 5), 300), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("height", "width", "size", "distance", "exact"),
     [(3, 3, 1, 0, False), (3, 6, 2, 0, False), (5, 5, 2, 1, False), (4, 5, 2, 0, True), (3, 5, 1, 2, True)],

@@ -423,6 +423,7 @@ def test_logits_of_shape_b_are_the_same_and_without_gradients_only_the_value(kin
     assert leaf.grad is not None  # frozen or not, the input of the caller is left as it is
 
 
+@pytest.mark.slow
 def test_compiled_networks_and_the_energy_as_a_whole():
     net, (x, _) = network(norm=True).train(), batch()
     compiled = torch.compile(net, backend="aot_eager")
@@ -438,6 +439,7 @@ def test_compiled_networks_and_the_energy_as_a_whole():
 
 
 # a graph break keeps the loss so far, and dynamo asks for its gradient
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_compiled_training_step():
     """The whole step: random draws stay outside the graphs, the rest compiles."""

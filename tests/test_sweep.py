@@ -31,6 +31,8 @@ from tnreg.experiments.sweep import command as sweep_grid
 from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.experiments.sweep.cell import Unfinished
 
+pytestmark = pytest.mark.slow
+
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
 BAD = "a-2-b-y-seed-1"  # fails as long as there is a file of that name
 WRONG = "a-3-b-y-seed-1"  # so does this one, with an OptionError
