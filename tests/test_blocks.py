@@ -7,14 +7,9 @@ import subprocess
 import sys
 import textwrap
 
-import dask
-import dask.array as da
-import distributed
-import h5py
 import numpy as np
 import pytest
 import torch
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +26,9 @@ from tnreg import (
 )
 from tnreg.ranks.decompose import distance
 from tnreg.tensors import blocks, passes
+
+dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
+da, h5py, zarr = (pytest.importorskip(name) for name in ("dask.array", "h5py", "zarr"))
 
 pytestmark = pytest.mark.slow
 

@@ -8,27 +8,30 @@ from types import SimpleNamespace
 import networkx as nx
 import numpy as np
 import pytest
-import quimb.tensor
-import tensorly
 import tensornetwork
 import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorly.cp_tensor import cp_to_tensor
-from tensorly.decomposition import parafac, tensor_train, tucker
-from tensorly.tt_tensor import tt_to_tensor
-from tensorly.tucker_tensor import tucker_to_tensor
 
 import tnreg
 from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, convert, network
 
+tensorly = pytest.importorskip("tensorly")
+decomposition, qtn = pytest.importorskip("tensorly.decomposition"), pytest.importorskip("quimb.tensor")
+
 SIZES = (4, 5, 3, 6)
 HTF = zoo.model_of(ModeTree.binary(4))
 KINDS = {
-    "cp": (lambda x: parafac(x, 3, init="random", random_state=0, n_iter_max=5), cp_to_tensor),
-    "tucker": (lambda x: tucker(x, (2, 3, 2, 4), init="random", random_state=0), tucker_to_tensor),
-    "tensor train": (lambda x: tensor_train(x, (1, 3, 4, 2, 1)), tt_to_tensor),
+    "cp": (
+        lambda x: decomposition.parafac(x, 3, init="random", random_state=0, n_iter_max=5),
+        tensorly.cp_to_tensor,
+    ),
+    "tucker": (
+        lambda x: decomposition.tucker(x, (2, 3, 2, 4), init="random", random_state=0),
+        tensorly.tucker_to_tensor,
+    ),
+    "tensor train": (lambda x: decomposition.tensor_train(x, (1, 3, 4, 2, 1)), tensorly.tt_to_tensor),
 }
 
 
@@ -60,10 +63,10 @@ def test_from_tensorly_and_back(kind):
 def test_to_tensorly_from_ours(dtype):
     star, train = ModeTree.star(4), ModeTree.caterpillar(4)
     for tree, join, root, dense in (
-        (star, "diagonal", "trained", cp_to_tensor),
-        (star, "diagonal", "ones", cp_to_tensor),
-        (star, "full", "trained", tucker_to_tensor),
-        (train, "full", "trained", tt_to_tensor),
+        (star, "diagonal", "trained", tensorly.cp_to_tensor),
+        (star, "diagonal", "ones", tensorly.cp_to_tensor),
+        (star, "full", "trained", tensorly.tucker_to_tensor),
+        (train, "full", "trained", tensorly.tt_to_tensor),
     ):
         model = zoo.model_of(tree, join, root=root, dtype=dtype)
         theirs, ours = convert.to_tensorly(model), values(model)
@@ -77,7 +80,7 @@ def test_torch_backend_of_tensorly():
     model = zoo.model_of(ModeTree.star(3), "full")
     theirs = convert.to_tensorly(model)
     assert isinstance(theirs.core, torch.Tensor)
-    assert torch.allclose(tucker_to_tensor(theirs), values(model))
+    assert torch.allclose(tensorly.tucker_to_tensor(theirs), values(model))
 
 
 def test_a_decomposition_leaves_as_a_tensor_train():
@@ -160,25 +163,24 @@ def test_names_of_quimb():
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
 def test_matrix_product_states_of_quimb(dtype):
-    state = quimb.tensor.MPS_rand_state(5, 3, phys_dim=2, dtype=dtype, seed=0)
+    state = qtn.MPS_rand_state(5, 3, phys_dim=2, dtype=dtype, seed=0)
     model = convert.from_quimb(state)
     assert model.tree == ModeTree.caterpillar(5)
     dense = state.contract(output_inds=[f"k{n}" for n in range(5)]).data
     assert np.allclose(values(model), dense, atol=1e-14)
     cores = [core.numpy() for core in convert.to_tensor_train(model)]
     cores[0], cores[-1] = cores[0][0], cores[-1][..., 0]
-    again = quimb.tensor.MatrixProductState(cores, shape="lpr")
+    again = qtn.MatrixProductState(cores, shape="lpr")
     assert abs(again.H @ state - state.H @ state) < 1e-13
     state.exponent = 2.0
     assert np.allclose(values(convert.from_quimb(state)), 100 * dense, atol=1e-11)
 
 
 def test_cp_of_quimb():
-    factors = [quimb.tensor.Tensor(random((3, 4)), ("r", mode)) for mode in "xyz"]
-    weights = quimb.tensor.Tensor(np.array([1.0, 2.0, 3.0]), ("r",))
+    factors = [qtn.Tensor(random((3, 4)), ("r", mode)) for mode in "xyz"]
+    weights = qtn.Tensor(np.array([1.0, 2.0, 3.0]), ("r",))
     ones, model = (
-        convert.from_quimb(quimb.tensor.TensorNetwork(parts), modes="xyz")
-        for parts in (factors, [weights, *factors])
+        convert.from_quimb(qtn.TensorNetwork(parts), modes="xyz") for parts in (factors, [weights, *factors])
     )
     assert ones.network.root_ones and ones.tree == ModeTree.star(3)
     assert torch.equal(model.weights[model.tree.root], torch.tensor([1.0, 2, 3]).double())
@@ -201,8 +203,8 @@ def test_random_networks_of_quimb(data):
     shared = [m for m in bonds if ends.count(m) > 1]
     modes = draw(st.permutations(sorted({*ends} - {*shared}) + shared[: draw(st.integers(0, 1))]))
     arrays = [random([size] * len(axes)) for axes in wires]
-    net = quimb.tensor.TensorNetwork([
-        quimb.tensor.Tensor(x, axes, [f"T{k}"])
+    net = qtn.TensorNetwork([
+        qtn.Tensor(x, axes, [f"T{k}"])
         for k, (x, axes) in enumerate(zip(arrays, wires, strict=True))
     ])  # fmt: skip
     exact = np.einsum(",".join(map("".join, wires)) + "->" + "".join(modes), *arrays)
@@ -341,7 +343,7 @@ def named(*names):
 
 
 LOOP, TOLD = "the network has a loop through ", "cannot be told from their names"
-DANGLES, STATE = "everything that dangles once", quimb.tensor.MPS_rand_state(3, 2, seed=0)
+DANGLES, STATE = "everything that dangles once", qtn.MPS_rand_state(3, 2, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +381,8 @@ def test_nodes_that_are_no_tree(nodes, options, error, message):
         (lambda: convert.from_quimb(3), OptionError, "expected a TensorNetwork, found int"),
         (lambda: convert.from_quimb(STATE, modes=["k0", "k1"]), ShapeError, DANGLES),
         (lambda: convert.from_quimb(STATE, root="top"), TreeError, "0 are called 'top'"),
-        (lambda: convert.from_quimb(quimb.tensor.MPO_rand(3, 2, seed=0)), ShapeError, TOLD),
-        (lambda: convert.from_quimb(quimb.tensor.MPS_rand_state(4, 2, cyclic=True, seed=0)), TreeError,
+        (lambda: convert.from_quimb(qtn.MPO_rand(3, 2, seed=0)), ShapeError, TOLD),
+        (lambda: convert.from_quimb(qtn.MPS_rand_state(4, 2, cyclic=True, seed=0)), TreeError,
          f"from_quimb: {LOOP}'I"),
         (lambda: convert.to_cp(HTF), OptionError, "CP is a star with diagonal"),
         (lambda: convert.to_tucker(HTF), OptionError, "Tucker is a star with full"),

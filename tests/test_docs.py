@@ -13,9 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
-import yaml
 
 import tnreg
+
+pytest.importorskip("mkdocs")
+yaml = pytest.importorskip("yaml")
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,11 @@ import zipfile
 from functools import cache, partial
 from pathlib import Path
 
-import h5py
 import networkx as nx
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +26,8 @@ from tnreg.experiments.folder import experiment_of, read_run
 from tnreg.experiments.locality import state as locality_state
 from tnreg.training.checkpoint import Checkpoint
 from tnreg.trees.tree import read_tree
+
+h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import dask
-import distributed  # noqa: F401  settings changed before it is imported would take away the others
 import matplotlib
 import numpy as np
 import pytest
@@ -32,6 +30,8 @@ from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.experiments.sweep.cell import Unfinished
 
 pytestmark = pytest.mark.slow
+dask = pytest.importorskip("dask")
+pytest.importorskip("distributed")  # settings changed before it is imported would take away the others
 
 CELLS = [{"a": a, "b": b, "seed": seed} for seed in (1, 2) for b in "xy" for a in (1, 2, 3)]
 BAD = "a-2-b-y-seed-1"  # fails as long as there is a file of that name

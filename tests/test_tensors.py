@@ -6,16 +6,16 @@ import os
 import pickle
 import sys
 
-import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import zarr
 
 import tnreg
 from tnreg import DataError, FileError, ModeTree, OptionError, load_tensor, open_tensor
 from tnreg.tensors.loading import DATASETS
+
+h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
 
 
 @pytest.mark.parametrize(
