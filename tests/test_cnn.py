@@ -57,18 +57,22 @@ def check_equal(model, net, features, images=None):
     assert back.network == model.network and all(map(torch.equal, back.stacks, model.stacks))
 
 
-@pytest.mark.parametrize("model", list(zoo.zoo()))
-def test_network_is_the_factorization(model):
+def check_network(model):
     for scaled in (False, True):
         features = zoo.random_features(model.sizes, 5, model.dtype)
         check_equal(model, to_cnn(model, scaled=scaled), features)
+
+
+@pytest.mark.parametrize("model", list(zoo.zoo()))
+def test_network_is_the_factorization(model):
+    check_network(model)
 
 
 @pytest.mark.slow
 @given(zoo.models())
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_network_is_the_factorization_random(model):
-    test_network_is_the_factorization(model)
+    check_network(model)
 
 
 @pytest.mark.slow
