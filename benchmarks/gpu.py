@@ -56,12 +56,12 @@ class Stage:
 
 # In order of worth; the first six fit into one command.
 STAGES = (
-    Stage("correct", "gpu_stages.correct", 60, 30, "laws against the CPU, and what waits for the device"),
-    Stage("plans", "gpu_stages.plans", 75, 45, "routes and plans: counted cost against time"),
-    Stage("dynamics", "gpu_stages.dynamics", 60, 35, "a published training, as CUDA graphs and not"),
-    Stage("decompose", "gpu_stages.decompose", 60, 55, "decomposition, spectra, rounding: QR or squares"),
-    Stage("regularizers", "gpu_stages.regularizers", 95, 85, "steps with a penalty over plain steps"),
-    Stage("calibrate", "gpu_stages.pathfinder", 180, 140, "figure 6: seconds of every training", "calibrate"),
+    Stage("correct", "gpu_stages.correct", 65, 54, "laws against the CPU, and what waits for the device"),
+    Stage("plans", "gpu_stages.plans", 45, 31, "routes and plans: counted cost against time"),
+    Stage("dynamics", "gpu_stages.dynamics", 50, 38, "a published training, as CUDA graphs and not"),
+    Stage("decompose", "gpu_stages.decompose", 55, 40, "decomposition, spectra, rounding: QR or squares"),
+    Stage("regularizers", "gpu_stages.regularizers", 130, 130, "steps with a penalty over plain steps"),
+    Stage("calibrate", "gpu_stages.pathfinder", 190, 158, "figure 6: seconds of every training", "calibrate"),
     Stage("pathfinder", "gpu_stages.pathfinder", 530, 530, "figure 6: the trainings, as far as time goes",
           least=300),
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Orthonormal frames: what they promise, and spectra in them and through the bonds against dense tensors."""
+"""Orthonormal frames: what they promise, and spectra in them and through the bonds against dense tensors.
+
+All of it holds by QR factorizations, as on a CPU, and by Gram matrices, as on a GPU for some nodes at once.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,18 @@ import zoo
 from hypothesis import given, settings
 
 from tnreg import Factorization, ModeTree, decompose, matricize, spectra, truncate
-from tnreg.ranks.frames import batches, frames, scale_of
+from tnreg.ranks.frames import batches, by_gram, frames, scale_of
 
 frames_module = sys.modules["tnreg.ranks.frames"]
 spectra_module = sys.modules["tnreg.ranks.spectra"]
 DTYPES = [torch.float64, torch.complex128]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["QR", "Gram"])
+def orthogonalized_by(request):
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(frames_module, "_gram_pays", lambda matrix: request.param == "Gram")
+        yield request.param
 
 
 def models_of(name, dtype):
@@ -72,6 +82,24 @@ def test_frames_are_orthonormal_and_hold_the_tensor(name, dtype):
                 gram = basis.mH @ basis
                 assert (gram - torch.eye(batch.rank, dtype=dtype)).abs().max() < 1e-12
         assert float(scale_of(found).value()) == pytest.approx(model.norm().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_matrices_factor_as_qr_does(dtype):
+    """Orthonormal and exact to rounding up to a condition of 1e6, or refused."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(3, n, 6, dtype=dtype, generator=generator))[0] for n in (40, 6))
+    for power in (0, -3, -6, -9, -20):
+        x = u * torch.logspace(0, power, 6, dtype=torch.float64) @ v.mH
+        factors = by_gram(x)
+        if power < -8:
+            assert factors is None
+            continue
+        q, r = factors
+        assert (q.mH @ q - torch.eye(6)).abs().max() < 1e-14
+        assert (q @ r - x).abs().max() < 1e-14 and torch.equal(r, r.triu())
+    assert by_gram(torch.cat([x, torch.zeros_like(x)])) is None
+    assert by_gram(torch.full_like(x, 1e200)) is None
 
 
 def test_equal_nodes_share_a_call():

@@ -499,4 +499,4 @@ def test_settings_of_figure_6(tmp_path):
         assert {k: cell[k] for k in same} == {**same, "precision": "bfloat16"}
         assert (cell["arm"], cell["distance"], cell["seed"]) == (own["arm"], 7, 1)
     assert {arm for arm, _ in pathfinder.WANTED} == set(pathfinder.ARMS)
-    assert pathfinder.WANTED[:2] == (("plain", 7), ("igc", 7))
+    assert pathfinder.WANTED[:2] == (("plain", 7), ("igc-frozen", 7))

@@ -3,17 +3,11 @@
 Does a route by squares earn a place on this device: more than 1.3 times as fast at spectra equal to 1e-10?
 ``decompose`` of 16^6 and 32^5 to 1e-6 and 1e-4 (smooth, and hierarchical rank 8 with noise of 1e-9);
 ``spectra`` and ``truncate`` of factored tensors (as in benchmarks/factored.py, order 64 at ranks 16 and 32,
-order 256 at rank 16), where tnreg has QR factorizations only and Gram matrices are put in their place here;
-double precision. Beside: torchTT on the same device, if it is installed.
+order 256 at rank 16), by QR factorizations, by Gram matrices and as tnreg chooses; double precision. Beside:
+torchTT on the same device, if it is installed.
 
-Estimate for an H100, 40 s; launches 6 us, a wait 15 us, cuSOLVER per matrix (it loops over a batch beyond
-32 x 32): QR with its Q 0.15 ms, symmetric eigenvalues of n = 64 2 ms and of 512 30 ms, SVD of 64 4 ms and
-of 512 150 ms; all of them assumptions, which the table of kernels replaces.
-  decompose, 11 s: Gram products of 16^6 are memory, 1 ms; with eigh of 16 .. 256 some 30 ms a call, QR of
-    2^20 x 16 some 100 ms; 4 tensors x 2 tolerances x 3 ways x 7 calls x 65 ms.
-  factored, 9 s: spectra of 64/16 by QR are some 320 launches, 8 waits, QR of 126 nodes one by one, 25 ms, of
-    510 nodes 80 ms; truncate twice that: 6 tensors x 2 ways x 15 calls x 50 ms.
-  kernels, 8 s: 60 rows of at most 0.3 s; torchTT, 10 s: SVDs of 16 x 2^20 by cuSOLVER.
+On an H100, 37 s: a QR of 64 matrices takes 25 to 30 times as long as one (cuSOLVER loops), eigenvalues and
+singular values of 64 matrices too from 64 x 64 on.
 """
 
 from __future__ import annotations
@@ -45,34 +39,26 @@ def by(way: str) -> Iterator[list[bool]]:
     """Force a way; yields whether Gram matrices sufficed, for each that was tried in place of a QR.
 
     Here alone, by exchanging private functions. Vectors of ``decompose``: by QR with a tolerance of 0, by
-    Gram matrices with an infinite one (whether the error stays within the real one is recorded). Frames:
-    by Gram matrices where ``frames.orthogonalize`` stands. "as chosen" exchanges nothing.
+    Gram matrices with an infinite one (whether the error stays within the real one is recorded). Frames: by
+    Gram matrices always or never. "as chosen" exchanges nothing.
     """
-    left, sufficed = hsvd.left_vectors, list[bool]()
+    left, by_gram, sufficed = hsvd.left_vectors, frames.by_gram, list[bool]()
     forced = {"QR": 0.0, "Gram": math.inf}.get(way)
 
     def vectors_of(rows: int, part: float | None, *calls: Any, eps: float) -> Any:
         return left(rows, part if forced is None or part is None else forced, *calls, eps=eps)
 
+    def noted(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+        factors = by_gram(matrix)
+        sufficed.append(factors is not None)
+        return factors
+
     with contextlib.ExitStack() as patches:
         patches.enter_context(patch.object(hsvd, "left_vectors", vectors_of))
-        if way == "Gram":
-            by_gram = partial(orthogonalize_by_gram, frames.orthogonalize, sufficed)
-            patches.enter_context(patch.object(frames, "orthogonalize", by_gram))
+        patches.enter_context(patch.object(frames, "by_gram", noted))
+        if forced is not None:
+            patches.enter_context(patch.object(frames, "_gram_pays", lambda matrix: way == "Gram"))
         yield sufficed
-
-
-def orthogonalize_by_gram(
-    by_qr: Callable[..., tuple[Tensor, Tensor]], sufficed: list[bool], matrix: Tensor, *, basis: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Do as ``frames.orthogonalize`` by Cholesky factors of Gram matrices, where these are not singular."""
-    lower, bad = torch.linalg.cholesky_ex(matrix.mH @ matrix)
-    sufficed.append(not bool(bad.any()))
-    if not sufficed[-1]:
-        return by_qr(matrix, basis=basis)
-    r = lower.mH
-    q = torch.linalg.solve_triangular(r, matrix, upper=True, left=False) if basis else matrix
-    return q, r
 
 
 def run(bench: Bench) -> None:
@@ -169,7 +155,7 @@ def in_factors(bench: Bench) -> Iterator[tuple[str, Any]]:
         rounded = partial(tnreg.truncate, model, rtol=factored.RTOL)
         row: dict[str, Any] = {}
         exact: dict[Any, Tensor] = {}
-        for way in ("QR", "Gram"):
+        for way in ("QR", "Gram", "as chosen"):
             with by(way) as sufficed:
                 found = spectra()
                 exact = exact or found
@@ -199,9 +185,7 @@ def kernels(bench: Bench) -> Iterator[tuple[str, Any]]:
         if n <= 32:
             x = torch.randn(64, n * n, n, dtype=torch.float64, device=bench.device)
             row["frame by QR 64"] = quick(bench, partial(torch.linalg.qr, x))
-            row["frame by Gram 64"] = quick(
-                bench, partial(orthogonalize_by_gram, frames.orthogonalize, [], x)
-            )
+            row["frame by Gram 64"] = quick(bench, partial(frames.by_gram, x))
         yield f"{n} x {n}", row
 
 

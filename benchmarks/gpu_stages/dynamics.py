@@ -8,13 +8,6 @@ learned. What is found is put beside ``results/htf-reference-cpu.json``, which c
 
 Single precision diverges on another device where components escape from zero: ranks at the end are to be
 equal, steps of the jumps within some 10 %. Both are recorded, nothing is asserted.
-
-Estimate for an H100, 26 s:
-  observations one by one, 4 s: 16 timings x 13 calls x at most 16 ms.
-  graph, 9 s: 36,000 steps x 57 launches x 1.5 us = 3 s (214 MFLOP a step are 8 us of small products, inside
-    of these). 1,441 rows of 415 operations, 20 waits and 1 ms of singular values on the CPU, 4 ms: 6 s. Rows
-    are taken less often if all would take longer than 25 s.
-  graph without rows, 4,000 steps, 1 s; eager, 8 s at 84 operations x 6 us = 0.5 ms a step; profiler, 4 s.
 """
 
 from __future__ import annotations

@@ -5,11 +5,6 @@ sample by sample: forward, and forward with backward, float32, no TF32. The netw
 speeds first, then wide ones. ``summary`` has the geometric means of chosen / fastest, for what is chosen
 today and for two other rules: opt_einsum only where the tree needs ``factor`` times its flops (today 2.5),
 and by flops plus ``constant`` for every number moved (today 32 for entries, 0 elsewhere).
-
-Estimate for an H100, 35 s: by ``python -m gpu_stages.plans`` in benchmarks/, which counts for every
-route its launches (6 us), flops (50 TFLOP/s) and numbers moved (3 TB/s; a training step three times all of
-these), and takes for each timing some 0.15 s, or four calls where these are longer: 26 s. Besides, 3 s of
-planning, 3 s of cotengra's search and some seconds of loading kernels.
 """
 
 from __future__ import annotations
@@ -259,22 +254,3 @@ def tensorkrowch(bench: Bench, plan: Plan, stacks: list[Tensor], inputs: Tensor)
         torch.autograd.grad(model(inputs).square().mean(), list(model.parameters()))
 
     return {"forward": quick(bench, forward), "training": quick(bench, training)}
-
-
-def estimate() -> float:
-    """Seconds that an H100 would take, by counting; prints every case."""
-    total = 0.0
-    for case in cases(tiny=False):
-        for plan in case.plans(torch.device("cpu")):
-            if plan.flops > _MOST_FLOPS["cuda"] or 12 * plan.held > 60e9:
-                continue
-            calls = len(plan.whole.steps) if plan.whole is not None else 2 * len(plan.joins)
-            once = max(6e-6 * calls, plan.flops / 50e12, 4 * plan.held / 3e12)
-            spent = sum(max(0.15, 4 * times * once) for times in (1, 3))
-            print(f"{case.name:42s} {plan.route:11s} {1e3 * once:9.3f} ms  {spent:5.2f} s")
-            total += spent
-    return total
-
-
-if __name__ == "__main__":
-    print(f"{estimate():.1f} s, without planning and peers")

@@ -4,10 +4,6 @@ Steps of ``tnreg run locality`` on Pathfinder images: milliseconds, their ratio 
 second, and the most memory. Batches of 64 and 256, bfloat16 and float32 (with TF32 in convolutions, torch's
 default), step by step and as CUDA graphs, two networks compiled as well. Every kind of step that is timed
 was called five times before: cuDNN has searched, graphs are recorded.
-
-Estimate for an H100, 75 s: at 50 TFLOP/s in bfloat16 and half of that in float32, of the GFLOP an image of
-``GFLOP``, 21 steps or more for each of 40 rows are 50 s, the search of cuDNN for algorithms some 10 s;
-compilation 20 s or more, and last.
 """
 
 from __future__ import annotations
