@@ -337,8 +337,9 @@ class Factorization(nn.Module):
 
     def _scaled_inner(self, other: Factorization) -> Scaled:
         dtype = torch.promote_types(self.dtype, other.dtype)
-        sides = [[w.to(dtype) for w in model.weights.values()] for model in (self, other)]
-        return inner_products((self.network, other.network), sides)
+        first = [w.to(dtype) for w in self.weights.values()]
+        second = first if other is self else [w.to(dtype) for w in other.weights.values()]
+        return inner_products((self.network, other.network), (first, second))
 
     # Local components
 

@@ -114,8 +114,9 @@ def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tenso
                 weight = weight.unsqueeze(-1) if i == len(links) - 1 else weight
             inside = [child[1 + side] for child in children]
             inside = [torch.stack(inside).sum(0)] if diagonal[side] else inside
-            weight, log2 = absorb(weight, inside)
-            operands.append(weight if side else weight.conj())
+            if side == 0 or below or weights[0] is not weights[1]:
+                scaled, log2 = absorb(weight, inside)
+            operands.append(scaled if side else scaled.conj())
             logs.append(log2)
             words.append("".join(dict.fromkeys(symbols[side])) + get_symbol(side))
         pairs = [one + other for one, other in zip(*symbols, strict=True)] if below else []
