@@ -459,10 +459,10 @@ def test_a_training_that_does_not_end_costs_no_state(tmp_path, monkeypatch):
 
     def start(bench, place, cells, deadline):
         ((name, _),) = cells
-        if name == "igc-7":  # one that has ended, its state written
-            (place / "igc-7.01234567.checkpoint").write_text("{}")
-            (place / "igc-7.01234567.history.csv").write_text("epoch,test accuracy\n1,0.5\n")
-        call = "pass" if name == "igc-7" else "import time; time.sleep(600)"
+        if name == "igc-frozen-7":  # one that has ended, its state written
+            (place / "igc-frozen-7.01234567.checkpoint").write_text("{}")
+            (place / "igc-frozen-7.01234567.history.csv").write_text("epoch,test accuracy\n1,0.5\n")
+        call = "pass" if name == "igc-frozen-7" else "import time; time.sleep(600)"
         started.append(subprocess.Popen([sys.executable, "-c", call]))
         return started[-1]
 
@@ -483,10 +483,10 @@ def test_a_training_that_does_not_end_costs_no_state(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(started) == 2 and all(process.poll() is not None for process in started)
-    assert (bench.folder / "igc-7.01234567.checkpoint").exists()
-    assert bench.figures["state kept"] == "igc-7"
+    assert (bench.folder / "igc-frozen-7.01234567.checkpoint").exists()
+    assert bench.figures["state kept"] == "igc-frozen-7"
     assert bench.unfinished.startswith("the time is over")
-    assert bench.figures["trainings"]["igc-7"]["epochs"] == 1
+    assert bench.figures["trainings"]["igc-frozen-7"]["epochs"] == 1
 
 
 def test_settings_of_figure_6(tmp_path):
