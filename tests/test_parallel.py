@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_regularizers import PAIR, batch, network
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
 
 from tnreg import Trajectory, images
 from tnreg.cli import main
@@ -36,15 +37,6 @@ from tnreg.machine.processes import Processes, joined, unwrapped
 pytestmark = pytest.mark.slow
 
 BOXES = [(0, 0, 3, 3), (4, 5, 7, 8), (0, 4, 3, 8)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the children have; threads of several processes wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def torchrun(count, *words, check=True):
@@ -76,9 +68,6 @@ class Brightest:
     def state_dict(self):
         return {}
 
-    def load_state_dict(self, state):
-        pass
-
 
 SAMPLERS = {
     "fixed": lambda seed: FixedPatches(PAIR),
@@ -91,15 +80,13 @@ UNEVEN, ONES = (2, 1, 4), (1, 1, 1)
 CASES = {  # sampler, options, classes, sizes of the processes' batches
     "change": ("fixed", {}, 1, UNEVEN),
     "change, classes, batches of one": ("anywhere", {}, 3, ONES),
-    "change, preset": ("preset", {"weight": 0.5, "warmup": 4}, 3, UNEVEN),
+    "change, preset": ("preset", {"weight": 0.5, "warmup": 4, "every": 2}, 3, UNEVEN),
     "change, differing": ("differing", {}, 1, UNEVEN),
     "change, of a user": ("a user's", {}, 3, UNEVEN),
     "change, above the target": ("fixed", {"target": 0.05}, 1, UNEVEN),
     "change, below the target": ("fixed", {"target": 0.999}, 1, UNEVEN),
-    "change, every second": ("preset", {"every": 2}, 1, UNEVEN),
     "energy": ("fixed", {}, 1, UNEVEN),
     "energy, classes, batches of one": ("anywhere", {}, 3, ONES),
-    "energy, two of the batch": ("preset", {"samples": 2}, 3, UNEVEN),
     "energy, three of the batch": ("preset", {"samples": 3, "weight": 0.5}, 3, UNEVEN),
     "energy, differing": ("differing", {"samples": 4}, 1, UNEVEN),
     "energy, of a user": ("a user's", {"samples": 4}, 3, UNEVEN),
@@ -133,21 +120,33 @@ def three_calls(penalty, net, wrapped, x, y):
     return calls, penalty.state_dict()
 
 
-def penalties(folder):
+def penalties():
     """Every case in groups of two and of three of the three processes, with other seeds on each."""
     with joined() as everyone:
         for count in (2, 3):
             group = dist.new_group(list(range(count)))
-            if everyone.rank >= count:
-                continue
-            results = {}
-            for name, (*_, classes, lengths) in CASES.items():
-                net, lengths = net_of(classes), lengths[:count]
-                ddp = DistributedDataParallel(net, process_group=group)
-                x, y = (t.split(lengths)[everyone.rank] for t in batch(sum(lengths)))
-                results[name] = three_calls(penalty_of(name, everyone.rank), net, ddp, x, y)
-            check_others(count, everyone.rank, ddp)
-            torch.save(results, f"{folder}/{count}-{everyone.rank}.pt")
+            if everyone.rank < count:
+                for name in CASES:
+                    ddp = check_penalty(name, everyone.rank, count, group)
+                check_others(count, everyone.rank, ddp)
+
+
+def check_penalty(name, rank, count, group):
+    """A process with its part of the batch has values and gradients of the whole; return its wrapper."""
+    *_, classes, lengths = CASES[name]
+    net, lengths = net_of(classes), lengths[:count]
+    whole = batch(sum(lengths))
+    expected, state = three_calls(penalty_of(name, 0), net, net, *whole)
+    ddp = DistributedDataParallel(net, process_group=group)
+    calls, own = three_calls(penalty_of(name, rank), net, ddp, *(t.split(lengths)[rank] for t in whole))
+    for (value, gradients), (right, wanted) in zip(calls, expected, strict=True):
+        assert_close(value, right, rtol=1e-12, atol=0, msg=lambda text: f"{name}: {text}")
+        assert_close(gradients, wanted, rtol=1e-9, atol=1e-13, msg=lambda text: f"{name}: {text}")
+    assert own["calls"] == 3
+    assert rank or str(own) == str(state)
+    pulled = max(float(g.abs().max()) for _, gradients in expected for g in gradients)
+    assert (pulled > 1e-4) == ("below" not in name), name
+    return ddp
 
 
 def check_others(count, rank, ddp):
@@ -164,53 +163,26 @@ def check_others(count, rank, ddp):
         if rank == 0:
             assert kind(PAIR, weight=0.0)(ddp, x, y) == 0
             assert kind(PAIR)(ddp.module, x, y) == kind(PAIR)(net_of(3), x, y)
-    whole, Processes.whole = Processes.whole, None  # not called by samplers that look at the shape
-    for sampler in (FixedPatches(PAIR), PresetPatches(BOXES), RandomPatches(2)):
-        assert InputGradientChange(sampler)(ddp, x, y) > 0
-    Processes.whole = whole
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delattr(Processes, "rows")  # samplers that look at the shape are sent no images
+        for sampler in (FixedPatches(PAIR), PresetPatches(BOXES), RandomPatches(2)):
+            assert InputGradientChange(sampler)(ddp, x, y) > 0
     assert unwrapped(SimpleNamespace(_orig_mod=ddp)) == unwrapped(ddp)
     assert unwrapped(ddp)[1].count == count
 
 
-@pytest.fixture(scope="module")
-def penalized(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("penalties")
-    torchrun(3, __file__, "penalties", folder)
-    places = ((count, rank) for count in (2, 3) for rank in range(count))
-    return {place: torch.load("{}/{}-{}.pt".format(folder, *place)) for place in places}
-
-
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_penalties_are_those_of_the_whole_batch(penalized, name, count):
-    *_, classes, lengths = CASES[name]
-    net = net_of(classes)
-    expected, state = three_calls(penalty_of(name, 0), net, net, *batch(sum(lengths[:count])))
-    pulled = False
-    for rank in range(count):
-        calls, own = penalized[count, rank][name]
-        for (value, gradients), (right, wanted) in zip(calls, expected, strict=True):
-            assert value.item() == pytest.approx(right.item(), rel=1e-12)
-            for g, h in zip(gradients, wanted, strict=True):
-                assert torch.allclose(g, h, rtol=1e-9, atol=1e-13)
-                pulled |= float(h.abs().max()) > 1e-4
-        assert own["calls"] == 3
-        if rank == 0:
-            assert str(own) == str(state)
-    assert pulled != ("below" in name)
+def test_penalties_are_those_of_the_whole_batch():
+    torchrun(3, __file__, "penalties")
 
 
 def test_a_process_without_a_share_of_the_energy_has_a_graph(monkeypatch):
     """Else DistributedDataParallel would wait for its gradients for ever."""
-    net, (x, _) = net_of(1), batch(2)
-    box = torch.tensor(PAIR[1])
-    own = []
-    monkeypatch.setattr(Processes, "gather", lambda self, v: own.append(v) or [v] * self.count)
-    values = [_all_crossed_values(net, x, box, Processes(rank, 6)) for rank in range(6)]
-    assert [len(v) for v in own] == [1] * 6
-    assert all(v.requires_grad and v.shape == (2, 2, 1) for v in values)
-    alone = _all_crossed_values(net, x, box, Processes())
-    assert torch.allclose(torch.cat(own[:4]).flatten(), alone.flatten())
+    net, (x, _), box = net_of(1), batch(2), torch.tensor(PAIR[1])
+    monkeypatch.setattr(Processes, "sum", lambda self, part: part)
+    parts = [_all_crossed_values(net, x, box, Processes(rank, 6)) for rank in range(6)]
+    assert [int((part != 0).sum()) for part in parts] == [1, 1, 1, 1, 0, 0]
+    assert all(part.requires_grad for part in parts)
+    assert torch.allclose(sum(parts), _all_crossed_values(net, x, box, Processes()))
 
 
 # 130 images in batches of 33 and 31: four steps an epoch, with unequal parts for two processes
@@ -293,19 +265,17 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def assert_close(folder, expected, tolerance):
+def assert_same_weights(folder, expected, tolerance):
     """The double-precision weights of two run folders."""
-    there = weights(folder)
-    for key, value in weights(expected).items():
-        assert value.dtype == torch.float64
-        assert torch.allclose(there.pop(key), value, rtol=0, atol=tolerance), key
-    assert not there
+    there, wanted = weights(folder), weights(expected)
+    assert {value.dtype for value in wanted.values()} == {torch.float64}
+    assert_close(there, wanted, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_twenty_steps_are_those_of_one_process(trained, arm, tmp_path):
     summary = train(TWENTY, arm, 1, *pairs(), tmp_path / arm)
-    assert_close(trained / arm, tmp_path / arm, 1e-10)
+    assert_same_weights(trained / arm, tmp_path / arm, 1e-10)
     there = json.loads((trained / arm / "config.json").read_text())["summary"]
     assert (there["processes"], summary["processes"]) == (2, 1)
     for key in ("loss", "penalty", "train accuracy", "test accuracy", "epochs"):
@@ -317,7 +287,7 @@ def test_twenty_steps_are_those_of_one_process(trained, arm, tmp_path):
 
 
 def test_resumed_with_the_masks_of_all_processes(trained):
-    assert_close(trained / "cut", trained / "dropout", 0)
+    assert_same_weights(trained / "cut", trained / "dropout", 0)
 
 
 def test_a_training_that_fails_does_not_stop_the_others(trained):
@@ -326,17 +296,17 @@ def test_a_training_that_fails_does_not_stop_the_others(trained):
     assert not any((trained / name).exists() for name in ("batches", "normal", "infinite"))
 
 
-@pytest.mark.parametrize(
-    ("count", "size", "processes", "instead"), [(130, 32, 3, 31), (130, 64, 4, 63), (3, 64, 4, 0)]
-)
-def test_a_last_batch_that_is_too_small(count, size, processes, instead):
-    message = f"take e.g. batch {instead}" if instead else f"take {count} processes or fewer"
-    with pytest.raises(OptionError, match=message):
-        locality_run._check_batches(count, size, processes)
-    if instead:
-        locality_run._check_batches(count, instead, processes)
-    locality_run._check_batches(129, 32, 3)  # a last batch of one is left out
-    locality_run._check_batches(130, 32, 2)
+def test_a_last_batch_that_is_too_small():
+    check = locality_run._check_batches
+    for count, size, processes, message in (
+        (130, 32, 3, "leave 2 for the last batch of 3 .* take e.g. batch 31"),
+        (130, 64, 4, "take e.g. batch 63"),
+        (3, 64, 4, "take 3 processes or fewer"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            check(count, size, processes)
+    for fits in ((130, 31, 3), (130, 63, 4), (129, 32, 3), (130, 32, 2)):  # a last one of one is left out
+        check(*fits)
 
 
 def ended(folder):
@@ -376,7 +346,7 @@ def test_a_killed_process(trained, tmp_path):
     there = sorted(path.name for path in (trained / "long").iterdir())
     for place in (folder, one):
         assert sorted(path.name for path in place.iterdir()) == there
-        assert_close(place / LONG_NAME, trained / "long" / LONG_NAME, 1e-10)
+        assert_same_weights(place / LONG_NAME, trained / "long" / LONG_NAME, 1e-10)
 
 
 def test_what_torchrun_must_say(monkeypatch):
@@ -393,18 +363,12 @@ def test_what_torchrun_must_say(monkeypatch):
             joined(device).__enter__()
 
 
-@pytest.mark.parametrize("words", [["tree", "list"], ["run", "dynamics"]])
-def test_other_commands_refuse_torchrun(words, monkeypatch, capsys):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
-        monkeypatch.setenv(name, value)
+def test_other_experiments_refuse_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="1"):
-        main(words)
+        main(["run", "dynamics"])
     error = capsys.readouterr().err
     assert "started 2 processes, which work together in `tnreg run locality`" in error
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match="1"):
-        main(words)
-    assert capsys.readouterr().err == ""
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ class InputGradientChange(Scheduled):
         ``multiple``: fewer shapes, the same value. The result is on the device of ``x``.
         """
         net, processes = unwrapped(net)
-        self._count(x, processes)
-        images = x if self._only_needs_shape() else processes.whole(x)
+        count = self._count(x, processes)
+        images = x if self._only_needs_shape() else processes.rows(x, torch.arange(count, device=x.device))
         pair = processes.gather(self.patches.draw(images))[0]  # all draw: their streams stay alike
         skips = self.statistics == "frozen" and processes.count == 1 and _is_samplewise(net)
         return Draw(pair, _changed_samples(x, pair[1], multiple) if skips else None)
@@ -145,7 +145,7 @@ class InputGradientChange(Scheduled):
             h = gradient(net, other)
         change = gradient_change(g * inside, h * inside)
         part = (change * len(x) + (count - len(x))) / sum(processes.lengths(count))
-        return self._above_target(processes.with_gradient(processes.sum(part), part))
+        return self._above_target(processes.sum(part))
 
 
 class InteractionEnergy(Scheduled):
@@ -227,8 +227,7 @@ class InteractionEnergy(Scheduled):
         if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
             classes = _check_classes(y, len(x), values.shape[-1])
             values = values.index_select(-1, processes.rows(classes, samples))
-        energy = interaction_energy(values, self.eps)
-        return self._above_target(processes.with_gradient(energy.detach(), energy))
+        return self._above_target(interaction_energy(values, self.eps))
 
     def with_logits(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
@@ -348,9 +347,7 @@ def _all_crossed_values(net: Net, images: Tensor, box: Tensor, processes: Proces
     pairs = torch.arange(share, device=images.device) + processes.rank * share
     mask = box_mask(box, *images.shape[-2:])
     own = logits_of(net(torch.where(mask, images[pairs % k], images[pairs // k % k])), share)
-    parts = processes.gather(own)
-    parts[processes.rank] = own
-    return torch.cat(parts)[: k**2].reshape(k, k, -1)
+    return processes.gather(own).flatten(0, 1)[: k**2].reshape(k, k, -1)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -30,31 +30,43 @@ class ProcessLost(TnregError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that work together, seen from one of them; what they send has no gradient."""
+    """The processes that work together, seen from one of them."""
 
     rank: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: Any = None  # of torch.distributed; a process alone has none
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """Return the tensors of all processes, in the order of their ranks; all have one shape."""
-        if self.count == 1:
-            return [x]
-        x = x.detach().contiguous()
-        tensors = [torch.empty_like(x) for _ in range(self.count)]
-        dist.all_gather(tensors, x, group=self.group)
-        return tensors
-
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over the processes."""
-        return x if self.count == 1 else torch.stack(self.gather(x)).sum(0, dtype=x.dtype)
+        """Return the sum over the processes, whose gradient is ``count`` in every part.
+
+        ``DistributedDataParallel`` averages gradients, while those of parts of a sum add up.
+        """
+        if self.count == 1:
+            return x
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total + self.count * (x - x.detach()) if x.requires_grad else total
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the tensors of all processes, stacked in the order of their ranks; all have one shape."""
+        if self.count == 1:
+            return x[None]
+        parts = x.new_zeros(self.count, *x.shape)
+        parts[self.rank] = x
+        return self.sum(parts)
 
     def lengths(self, rows: int) -> list[int]:
         """Return how many rows every process has; on a GPU this waits for it."""
-        if self.count == 1:
-            return [rows]
         return [int(n) for n in self.gather(torch.tensor(rows, device=self.device))]
+
+    def rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Return the rows ``index`` of the whole, which is the parts of all in the order of their ranks."""
+        if self.count == 1:
+            return x[index]
+        here = index - sum(self.lengths(len(x))[: self.rank])
+        own = ((here >= 0) & (here < len(x))).view(-1, *[1] * (x.ndim - 1))
+        return self.sum(torch.where(own, x[here.clamp(0, len(x) - 1)], 0))
 
     def every(self, value: T) -> list[T]:
         """Return the objects of all processes, pickled: for small ones, and not in every step."""
@@ -62,28 +74,6 @@ class Processes:
         if self.count > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
-
-    def whole(self, x: Tensor) -> Tensor:
-        """Return the rows of all processes, which may have different numbers of them."""
-        lengths = self.lengths(len(x))
-        padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
-        parts = zip(self.gather(padded), lengths, strict=True)
-        return torch.cat([part[:length] for part, length in parts])
-
-    def rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Return the rows ``index`` of the whole; each process sends those that it has."""
-        if self.count == 1:
-            return x[index]
-        here = index - sum(self.lengths(len(x))[: self.rank])
-        own = ((here >= 0) & (here < len(x))).view(-1, *[1] * (x.ndim - 1))
-        return self.sum(torch.where(own, x.detach()[here.clamp(0, len(x) - 1)], 0))
-
-    def with_gradient(self, value: Tensor, part: Tensor) -> Tensor:
-        """Return a value of the whole with ``count`` times the gradient of this process's part of it.
-
-        ``DistributedDataParallel`` averages gradients, while those of parts of a sum add up.
-        """
-        return part if self.count == 1 else value + self.count * (part - part.detach())
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what ``make`` gives on rank 0, where alone it is called; all raise its ``TnregError``."""
@@ -130,8 +120,8 @@ def joined(device: str | torch.device = "cpu") -> Iterator[Processes]:
         if started() == 1:
             yield Processes(device=device)
             return
-        device = _start(device)
-    elif device.type == "cuda" and device.index is None:
+        _start(device)
+    if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
@@ -156,29 +146,28 @@ def unwrapped(net: Any) -> tuple[Any, Processes]:
     return inner.module, Processes(dist.get_rank(group), dist.get_world_size(group), device, group)
 
 
-def _start(device: torch.device) -> torch.device:
-    """Make the group that torchrun's environment describes; return the device of this process."""
+def _start(device: torch.device) -> None:
+    """Make the group that torchrun's environment describes; take the GPU of this process."""
     names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if name not in os.environ]:
         raise OptionError(
             f"WORLD_SIZE is {started()}, but there is no {', '.join(missing)} in the environment.\n"
             f"  start several processes by: torchrun --nproc-per-node {started()} -m tnreg ..."
         )
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:
             message = f"several processes need a GPU each: write cuda, not {device}."
             raise OptionError(message, argument="device")
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
             message = f"process {local} of this machine has no GPU: there are {count}"
             instead = f"torchrun --nproc-per-node {max(count, 1)}, or the device cpu."
             raise OptionError(f"{message}; write {instead}", argument="device")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+    else:
+        dist.init_process_group("gloo")
     atexit.register(_leave)
-    return device
 
 
 def _leave() -> None:

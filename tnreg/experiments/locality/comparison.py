@@ -203,7 +203,7 @@ class _Ended(BaseException):
 def _sweep_together(
     processes: Processes, config: Config, folder: str | Path, progress: bool, work: sweep.Work
 ) -> list[dict[str, Any]]:
-    """Sweep on rank 0, which tells the others what to train; return the rows, or raise, on all."""
+    """Sweep on rank 0, which sends the others what to train; return the rows, or raise, on all."""
 
     def lead(cell: dict[str, Any], beside: Path, checkpoint: Path) -> dict[str, Any]:
         try:
@@ -218,16 +218,15 @@ def _sweep_together(
             return processes.from_first(lambda: _sweep(config, folder, progress, lead))
         except _Ended as ended:
             raise ended.args[0] from None
-    while True:
-        message: Any = processes.from_first(dict)  # a cell, or the rows of all
-        if not isinstance(message, dict):
-            return list(message)
+    message: Any
+    while isinstance(message := processes.from_first(dict), dict):  # a cell; at the end it is the rows
         try:
             work(message, Path(), Path())
-        except TnregError as error:
-            if isinstance(error, ProcessLost):
-                raise
-            # else rank 0 has it as well, and reports it
+        except ProcessLost:
+            raise
+        except TnregError:
+            pass  # rank 0 has it as well, and reports it
+    return list(message)
 
 
 def _work(

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import RandomSampler
 
 from tnreg.errors import DataError, OptionError, check_integer
@@ -462,31 +463,28 @@ def _sizes(count: int, batch: int) -> list[int]:
 def _check_batches(count: int, batch: int, processes: int) -> None:
     """Raise an ``OptionError`` where a batch has fewer images than there are processes."""
 
-    def fits(size: int) -> bool:
-        return min(_sizes(count, size), default=0) >= processes
+    def smallest(batch: int) -> int:
+        return min(_sizes(count, batch), default=0)
 
-    if processes == 1 or fits(batch):
+    if processes == 1 or smallest(batch) >= processes:
         return
-    sizes = sorted(filter(fits, range(processes, count + 1)), key=lambda size: abs(size - batch))
-    instead = f"take e.g. batch {sizes[0]}" if sizes else f"take {count} processes or fewer"
-    raise OptionError(
-        f"locality: {count} images in batches of {batch} leave {_sizes(count, batch)[-1:] or 'none'} "
-        f"for a last batch of {processes} processes, and each needs an image of it; {instead}.",
-        argument="batch",
-    )
+    fitting = [size for size in range(processes, count + 1) if smallest(size) >= processes]
+    nearest = min(fitting, key=lambda size: abs(size - batch), default=0)
+    instead = f"take e.g. batch {nearest}" if nearest else f"take {count} processes or fewer"
+    message = f"{count} images in batches of {batch} leave {smallest(batch)} for the last batch"
+    message += f" of {processes} processes, and each needs an image of it; {instead}."
+    raise OptionError(f"locality: {message}", argument="batch")
 
 
 def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
     """Return the network with batch normalization by the statistics of the whole batch."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if processes.count == 1 or not norms:
+    if processes.count == 1 or not any(isinstance(m, _BatchNorm) for m in net.modules()):
         return net
     if processes.device.type != "cuda":
         message = "the network has batch normalization, which torch shares between processes on GPUs only"
         more = "take the device cuda, one process, or a network without it such as small-cnn."
         raise OptionError(f"locality: {message}; {more}", argument="model")
-    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
-    return converted
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
