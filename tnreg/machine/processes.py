@@ -68,13 +68,6 @@ class Processes:
         own = ((here >= 0) & (here < len(x))).view(-1, *[1] * (x.ndim - 1))
         return self.sum(torch.where(own, x[here.clamp(0, len(x) - 1)], 0))
 
-    def every(self, value: T) -> list[T]:
-        """Return the objects of all processes, pickled: for small ones, and not in every step."""
-        values = [value] * self.count
-        if self.count > 1:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what ``make`` gives on rank 0, where alone it is called; all raise its ``TnregError``."""
         if self.count == 1:

@@ -208,7 +208,8 @@ class _State:
         processes: Processes,
         execution: Execution,
     ) -> None:
-        self.settings, self.processes, self.execution = settings, processes, execution
+        self.settings, self.seed = settings, seed
+        self.processes, self.execution = processes, execution
         device = processes.device
         dropout = settings.dropout if arm == "dropout" else 0.0
         decay = settings.weight_decay if arm == "weight-decay" else 0.0
@@ -221,9 +222,6 @@ class _State:
             self.wrapped = nn.parallel.DistributedDataParallel(
                 self.net, [device] if device.type == "cuda" else None, process_group=processes.group
             )
-        if processes.rank:  # masks of its own; all other random numbers are drawn alike
-            own = np.random.SeedSequence([seed, processes.rank]).generate_state(1)
-            torch.manual_seed(int(own[0]))
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
@@ -254,6 +252,9 @@ class _State:
         cpu, wall = time.process_time(), time.perf_counter()
         self.net.train()
         self.sums.zero_()
+        if self.processes.rank:  # masks of dropout of its own in each epoch; all else is drawn alike
+            own = np.random.SeedSequence([self.seed, self.processes.rank, len(self.rows)])
+            torch.manual_seed(int(own.generate_state(1)[0]))
         shown, penalized = self.steps()
         sums = [*self.sums.tolist(), time.process_time() - cpu]  # on a GPU this waits for the epoch
         self.epoch_seconds.append(time.perf_counter() - wall)
@@ -400,17 +401,16 @@ class _State:
         return {name: part for name, part in parts.items() if part is not None}
 
     def write(self, run: _Run) -> None:
-        """Have rank 0 write the state, with the random numbers of all."""
+        """Have rank 0 write the state."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        random, *others = self.processes.every({"random": torch.get_rng_state(), "cuda": cuda})
         state = {
             "format": FORMAT,
             "about": json.dumps(run.about),
             "penalty": None,
             **{name: part.state_dict() for name, part in self._parts().items()},
             "shuffle": self.shuffle.get_state(),
-            **random,
-            "others": others,
+            "random": torch.get_rng_state(),
+            "cuda": cuda,
             "seconds": self.seconds,
             "resumed": self.resumed,
             "device": _device_name(self.x.device),
@@ -431,12 +431,9 @@ class _State:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
             self.shuffle.set_state(state["shuffle"])
-            random = [state, *state.get("others", [])]
-            if self.processes.rank == 0 or len(random) == self.processes.count:
-                own = random[self.processes.rank]
-                torch.set_rng_state(own["random"])
-                if own["cuda"] is not None and torch.cuda.is_available():
-                    torch.cuda.set_rng_state(own["cuda"])
+            torch.set_rng_state(state["random"])
+            if state["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda"])
             self.seconds = dict(state["seconds"])
             self.rows = Trajectory.from_bytes(state["found"].numpy().tobytes())
             now = {"epoch": len(self.rows), "momentum": state.get("momentum", "exact")}
