@@ -47,7 +47,7 @@ from tnreg.experiments.sweep.cell import Unfinished
 from tnreg.far.scheduled import Draw
 from tnreg.images.sets import ImageSet
 from tnreg.machine.files import check_folder, folder_written_whole
-from tnreg.machine.processes import Processes, ProcessLost, joined
+from tnreg.machine.processes import Processes, joined
 from tnreg.machine.versions import versions
 from tnreg.training.checkpoint import no_checkpoint
 from tnreg.training.cuda_graph import CapturedSteps
@@ -112,21 +112,18 @@ def train(
         place.parent.mkdir(parents=True, exist_ok=True)
         return place, Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
 
-    try:
-        with joined(settings.device) as processes:
-            device = processes.device
-            _check_batches(len(data.images), settings.batch, processes.count)
-            run.folder, run.checkpoint = processes.from_first(places)
-            cuda = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda), _fast():
-                torch.manual_seed(seed)
-                state = _State(settings, arm, seed, data, processes, execution)
-                try:
-                    return _train(state, test, run, deadline)
-                finally:
-                    state.graphs = None  # they hold the state, and memory of the device
-    except ProcessLost as lost:
-        raise ProcessLost(f"{lost}\n  {run}") from None
+    with joined(settings.device, run) as processes:
+        device = processes.device
+        _check_batches(len(data.images), settings.batch, processes.count)
+        run.folder, run.checkpoint = processes.from_first(places)
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), _fast():
+            torch.manual_seed(seed)
+            state = _State(settings, arm, seed, data, processes, execution)
+            try:
+                return _train(state, test, run, deadline)
+            finally:
+                state.graphs = None  # they hold the state, and memory of the device
 
 
 def _train(state: _State, test: ImageSet, run: _Run, deadline: float) -> dict[str, Any]:
