@@ -261,10 +261,15 @@ class Network:
     def _equal_nodes(self, kinds: Sequence[Hashable] | None = None) -> list[list[int]]:
         """Positions of equal nodes, in the order of the first of each group."""
         groups: dict[Hashable, list[int]] = {}
-        for i, below in enumerate(self.tree.links):
-            key = (self.tree.heights[i], self.joins[i], len(below), self.shape(i))
+        for i, key in enumerate(self._keys):
             groups.setdefault((key, kinds and kinds[i]), []).append(i)
         return list(groups.values())
+
+    @cached_property
+    def _keys(self) -> list[Hashable]:
+        """What equal nodes have in common, by position."""
+        tree = self.tree
+        return [(tree.heights[i], self.joins[i], len(c), self.shape(i)) for i, c in enumerate(tree.links)]
 
     def __str__(self) -> str:
         lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]

@@ -220,7 +220,7 @@ def to_factorization(
         rest = math.floor(log2 - each * (top + 1))
         scales = [float(each + (i < rest)) for i in range(top)]
     scales.append(log2 - sum(scales))
-    scaled = {i: (weights[i] * 2.0 ** scales[i]).to(dtype) for i in range(top + 1)}
+    scaled = {i: (w * 2.0 ** scales[i] if scales[i] else w).to(dtype) for i, w in weights.items()}
     model = Factorization.holding(*network_of(tree, scaled))
     # rounding of the weights and of the work, once per node, besides what was discarded
     rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps) * (top + 1) * size
