@@ -1,7 +1,5 @@
 """A clock for trainings of locality that tests set: no test waits for a deadline."""
 
-from __future__ import annotations
-
 from tnreg.experiments.locality import train as locality_run
 
 

@@ -1,7 +1,5 @@
 """The command line, called in this process; other processes of Python; standard error as a terminal."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Arithmetic of factorizations against the same arithmetic of their dense tensors."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -12,6 +10,7 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import random
 
 from tnreg import Factorization, ModeTree, decompose, truncate
 from tnreg import algebra as al
@@ -42,10 +41,6 @@ def models(request):
 def weights_norm(model):
     """What rounding is measured by where terms may cancel."""
     return math.prod(w.norm().item() for w in model.weights.values())
-
-
-def random(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_sums_and_products(models):
@@ -149,8 +144,8 @@ def test_modes_may_be_numpy_integers():
 @pytest.mark.slow
 def test_trees_a_thousand_nodes_deep():
     """Deeper than Python recurses: whatever makes a new tree walks the old one without recursion."""
-    tree, options = ModeTree.caterpillar(1010), {"dtype": torch.float64, "generator": random()}
-    model = Factorization(tree, 2, 2, join="full", std=0.7, **options)
+    tree = ModeTree.caterpillar(1010)
+    model = zoo.model_of(tree, "full", sizes=2, bonds=2)
     index = torch.randint(0, 2, (1, 1010), generator=random(1))
     turned = al.permute_modes(model, range(1009, -1, -1))
     hung = al.reroot(model, tree.interior[500])
@@ -211,8 +206,7 @@ def test_bonds_are_no_larger_than_said():
 
 def test_differences_of_large_orders():
     """At order 512 nothing dense exists; the difference of a model and itself is zero to rounding."""
-    options = {"std": 0.5, "dtype": torch.float64, "generator": random()}
-    model = Factorization(ModeTree.binary(512), 2, 3, **options)
+    model = zoo.model_of(ModeTree.binary(512), sizes=2, bonds=3, std=0.5)
     twice = al.add(model, model)
     assert twice.log_norm().item() == pytest.approx(model.log_norm().item() + math.log(2), abs=1e-9)
     total = al.marginal(model, range(512))
@@ -228,37 +222,34 @@ def test_nothing_given_is_changed():
     assert all(torch.equal(w, before[v]) for v, w in model.weights.items())
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "argument", "message"),
-    [
-        (lambda m: al.add(m, zoo.model_of(ModeTree.star(4))), ShapeError, "other", "same tree and sizes"),
-        (lambda m: al.hadamard(m, zoo.model_of(m.tree, sizes=(2, 2, 2, 2)), rtol=0.1), ShapeError, "other",
-         "same tree"),
-        (lambda m: al.hadamard(m, m, rtol=2.0), OptionError, "rtol", "rtol must be a number in"),
-        (lambda m: al.add(m, 3), OptionError, "other", "expected a Factorization, found int"),
-        (lambda m: al.select(m, 2), ShapeError, "key", "index 2 is out of range for mode 0, size 2"),
-        (lambda m: al.select(m, slice(2, 2)), ShapeError, "key", "takes nothing of mode 0"),
-        (lambda m: al.select(m, -3), ShapeError, "key", "index -3 is out of range for mode 0, size 2"),
-        (lambda m: al.select(m, (..., slice(3, 3, -1))), ShapeError, "key", "takes nothing of mode 3"),
-        (lambda m: al.select(m, slice(None, None, 0)), OptionError, "key", "mode 0 is no slice: .*zero"),
-        (lambda m: al.select(m, slice("a", None)), OptionError, "key", "mode 0 is no slice: .*integers"),
-        (lambda m: al.select(m, (0,) * 5), OptionError, "key", "for other than 4 modes"),
-        (lambda m: al.select(m, (..., ...)), OptionError, "key", "for other than 4 modes"),
-        (lambda m: al.marginal(m, True), TreeError, "modes", "no mode True"),
-        (lambda m: al.marginal(m, [0, 1.5]), TreeError, "modes", "no mode 1.5"),
-        (lambda m: al.marginal(m, 4), TreeError, "modes", "no mode 4; modes are 0..3"),
-        (lambda m: al.contract_modes(m, {0: torch.ones(3).double()}), ShapeError, "vectors",
-         r"(?s)vector of mode 0 does not fit.*\(3,\).*\(2,\)"),
-        (lambda m: al.mode_product(m, {1: torch.ones(3, 2).double()}), ShapeError, "matrices",
-         r"(?s)matrix of mode 1 does not fit.*\(3, 2\).*\(any, 3\)"),
-        (lambda m: al.mode_product(m, {-1: torch.ones(3, 2)}), TreeError, "matrices", "no mode -1"),
-        (lambda m: al.permute_modes(m, (0, 1, 2, 2)), OptionError, "order", "each of 0..3 once"),
-        (lambda m: al.reroot(m, "nowhere"), TreeError, "node", "nowhere"),
-        (lambda m: al.reroot(m, 0), OptionError, "node", "0 is a leaf; name an interior node"),
-        (lambda m: al.linear_combination([m], [1, 2], rtol=1e-3), OptionError, "coefficients", "1 and 2"),
-        (lambda m: al.linear_combination([], rtol=1e-3), OptionError, "models", "as many coefficients"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("call", "error", "argument", "message"), [
+    (lambda m: al.add(m, zoo.model_of(ModeTree.star(4))), ShapeError, "other", "same tree and sizes"),
+    (lambda m: al.hadamard(m, zoo.model_of(m.tree, sizes=(2, 2, 2, 2)), rtol=0.1), ShapeError, "other",
+     "same tree"),
+    (lambda m: al.hadamard(m, m, rtol=2.0), OptionError, "rtol", "rtol must be a number in"),
+    (lambda m: al.add(m, 3), OptionError, "other", "expected a Factorization, found int"),
+    (lambda m: al.select(m, 2), ShapeError, "key", "index 2 is out of range for mode 0, size 2"),
+    (lambda m: al.select(m, slice(2, 2)), ShapeError, "key", "takes nothing of mode 0"),
+    (lambda m: al.select(m, -3), ShapeError, "key", "index -3 is out of range for mode 0, size 2"),
+    (lambda m: al.select(m, (..., slice(3, 3, -1))), ShapeError, "key", "takes nothing of mode 3"),
+    (lambda m: al.select(m, slice(None, None, 0)), OptionError, "key", "mode 0 is no slice: .*zero"),
+    (lambda m: al.select(m, slice("a", None)), OptionError, "key", "mode 0 is no slice: .*integers"),
+    (lambda m: al.select(m, (0,) * 5), OptionError, "key", "for other than 4 modes"),
+    (lambda m: al.select(m, (..., ...)), OptionError, "key", "for other than 4 modes"),
+    (lambda m: al.marginal(m, True), TreeError, "modes", "no mode True"),
+    (lambda m: al.marginal(m, [0, 1.5]), TreeError, "modes", "no mode 1.5"),
+    (lambda m: al.marginal(m, 4), TreeError, "modes", "no mode 4; modes are 0..3"),
+    (lambda m: al.contract_modes(m, {0: torch.ones(3).double()}), ShapeError, "vectors",
+     r"(?s)vector of mode 0 does not fit.*\(3,\).*\(2,\)"),
+    (lambda m: al.mode_product(m, {1: torch.ones(3, 2).double()}), ShapeError, "matrices",
+     r"(?s)matrix of mode 1 does not fit.*\(3, 2\).*\(any, 3\)"),
+    (lambda m: al.mode_product(m, {-1: torch.ones(3, 2)}), TreeError, "matrices", "no mode -1"),
+    (lambda m: al.permute_modes(m, (0, 1, 2, 2)), OptionError, "order", "each of 0..3 once"),
+    (lambda m: al.reroot(m, "nowhere"), TreeError, "node", "nowhere"),
+    (lambda m: al.reroot(m, 0), OptionError, "node", "0 is a leaf; name an interior node"),
+    (lambda m: al.linear_combination([m], [1, 2], rtol=1e-3), OptionError, "coefficients", "1 and 2"),
+    (lambda m: al.linear_combination([], rtol=1e-3), OptionError, "models", "as many coefficients"),
+])  # fmt: skip
 def test_refuses(call, error, argument, message):
     with pytest.raises(error, match=message) as caught:
         call(zoo.model_of(ModeTree.binary(4)))
@@ -282,7 +273,7 @@ def test_reroot_moves_a_chain_of_bonds():
     """A tensor train hung up at its middle keeps its bonds."""
     tree = ModeTree.caterpillar(6)
     ranks = {node: 2 + i % 3 for i, node in enumerate(tree.nodes[:-1])}
-    model = Factorization(tree, 3, ranks, join="full", std=1.0, dtype=torch.float64)
+    model = zoo.model_of(tree, "full", sizes=3, bonds=ranks)
     found = al.reroot(model, tree.interior[2])
     assert_equal(found, dense(model))
     assert found.tree.root == tuple(range(6)) and len(found.tree.children(found.tree.root)) == 3
@@ -291,8 +282,8 @@ def test_reroot_moves_a_chain_of_bonds():
 
 def test_a_long_sum_never_grows():
     """Twenty terms that span four dimensions: bonds of partial sums stay small, and the result."""
-    options = {"join": "full", "std": 0.5, "dtype": torch.float64}
-    base = [Factorization(ModeTree.binary(8), 3, 2, generator=random(k), **options) for k in (0, 1)]
+    tree, options = ModeTree.binary(8), {"sizes": 3, "bonds": 2, "std": 0.5}
+    base = [zoo.model_of(tree, "full", seed=seed, **options) for seed in (0, 1)]
     factors = [(-1.0) ** (k // 2) * (1 + k) for k in range(20)]
     found = al.linear_combination(base * 10, factors, rtol=1e-8)
     exact = sum(factors[::2]) * dense(base[0]) + sum(factors[1::2]) * dense(base[1])
@@ -303,8 +294,7 @@ def test_a_long_sum_never_grows():
 
 def decaying(tree, size, rank, seed, dtype=torch.float64):
     """Singular values that fall by a half from one to the next, all of the bond in use."""
-    options = {"std": 1.0, "dtype": dtype, "generator": random(seed)}
-    model = Factorization(tree, size, rank, join="full", **options)
+    model = zoo.model_of(tree, "full", sizes=size, bonds=rank, std=1.0, dtype=dtype, seed=seed)
     falling = 0.5 ** torch.arange(rank)
     weights = {v: w if v == tree.root else w * falling for v, w in model.weights.items()}
     return Factorization.from_weights(tree, weights, join="full")

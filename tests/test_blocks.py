@@ -1,7 +1,5 @@
 """Tensors read block by block against the same in memory."""
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 import sys
@@ -10,20 +8,12 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnreg import (
-    DataError,
-    Factorization,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    SizeError,
-    decompose,
-    hierarchical_rank,
-    spectra,
-)
+from tnreg import Factorization, ModeTree, decompose, hierarchical_rank, spectra
+from tnreg.errors import DataError, OptionError, ShapeError, SizeError
 from tnreg.ranks.decompose import distance
 from tnreg.tensors import blocks, passes
 
@@ -44,10 +34,8 @@ TREES = {
 
 def tensor(name, dtype=torch.float64, rank=3, noise=0.0):
     tree, sizes = TREES[name]
-    generator = torch.Generator().manual_seed(0)
-    model = Factorization(tree, sizes, rank, std=1.0, dtype=dtype, generator=generator)
-    x = model.to_tensor().detach()
-    rest = torch.randn(x.shape, dtype=dtype, generator=generator)
+    x = zoo.model_of(tree, sizes=sizes, bonds=rank, std=1.0, dtype=dtype).to_tensor().detach()
+    rest = zoo.randn(*sizes, dtype=dtype, seed=1)
     return tree, x / x.norm() + noise * rest / rest.norm()
 
 
@@ -114,10 +102,7 @@ def test_small_tensors_are_read_whole(monkeypatch):
 def reducible(tree):
     """Modes of size 6 that cannot be compressed below nodes of rank 3."""
     bonds = {v: 6 if len(tree.modes_below(v)) == 1 else 3 for v in tree.nodes[:-1]}
-    return Factorization(
-        tree, 6, bonds, join="full", std=1.0, dtype=torch.float64,
-        generator=torch.Generator().manual_seed(0),
-    ).to_tensor().detach()  # fmt: skip
+    return zoo.model_of(tree, "full", sizes=6, bonds=bonds, std=1.0).to_tensor().detach()
 
 
 @pytest.fixture
@@ -191,8 +176,7 @@ def test_equal_singular_values(rtol):
 @pytest.mark.parametrize("scale", [1.0, 1e200, 1e-200, float("nan")])
 def test_modes_too_long_for_a_pass(scale):
     """Their core is the tensor itself; scale and finite entries are seen to all the same."""
-    generator = torch.Generator().manual_seed(0)
-    x = scale * torch.randn(150, 150, dtype=torch.float64, generator=generator)
+    x = scale * zoo.randn(150, 150)
     tree = ModeTree.binary(2)
     with dask.config.set(num_workers=1):
         if scale != scale:
@@ -306,7 +290,7 @@ def test_refuses():
         spectra(in_blocks(x))
     with pytest.raises(OptionError, match="memory must be a number of bytes"):
         decompose(in_blocks(x), tree, memory="much")
-    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    noise = zoo.randn(*x.shape, seed=1)
     needed = f"no tolerance.*\n.*needed: {noise.nbytes:,} bytes"
     with pytest.raises(SizeError, match=needed):
         spectra(in_blocks(noise), tree, memory=memory // 2)

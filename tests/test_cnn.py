@@ -1,7 +1,5 @@
 """Factorizations as convolutional networks: equal values, equal gradients, and the way back."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
@@ -10,6 +8,8 @@ import pytest
 import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
+from refusals import refuses
+from zoo import assert_close, randn
 
 from tnreg import ConvNet, Factorization, ModeTree, from_cnn, spectra, to_cnn
 from tnreg.cnns.pooling import scaled_product
@@ -20,18 +20,8 @@ GRIDS = [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (3, 5), (6, 4), (7, 7)]
 WINDOWS = [(2, 2), (4, 4), (2, 4)]
 
 
-def assert_close(found, wanted, rtol=1e-12):
-    found, wanted = found.detach(), wanted.detach()
-    assert found.shape == wanted.shape
-    assert float((found - wanted).abs().max()) <= rtol * float(wanted.abs().max())
-
-
-def randn(*shape, dtype=F64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(4))
-
-
 def random_net(tree, *arguments, **options):
-    options = {"std": 0.7, "dtype": F64, "generator": torch.Generator().manual_seed(3), **options}
+    options = {"std": 0.7, "dtype": F64, "generator": zoo.random(3), **options}
     return ConvNet(tree, *(arguments or (3, 4)), **options)
 
 
@@ -212,7 +202,7 @@ def test_weights_of_any_size_in_single_precision(shape, share, size):
 def test_long_chains_of_convolutions():
     """Sixty one-child nodes above each other: no products, but sixty small filters."""
     tree = ModeTree.chain(60)
-    model = Factorization(tree, 4, 4, root="ones", generator=torch.Generator().manual_seed(0))
+    model = Factorization(tree, 4, 4, root="ones", generator=zoo.random())
     x = randn(3, 4, 2, dtype=torch.float32)
     value, log = to_cnn(model, scaled=True).scaled_values(x)
     weights = {v: w.double() for v, w in model.weights.items()}
@@ -305,7 +295,9 @@ EQUAL = zoo.model_of(ModeTree.binary(4), sizes=(3, 3, 3, 3))
 LINEAR, SIZES = torch.nn.Linear(2, 2), zoo.model_of(ModeTree.binary(4))
 MIXED = [torch.zeros(2, 2, dtype=F64), torch.zeros(2, 3), torch.zeros(2, 5, dtype=F64)]
 SCATTERED, CHANNELS = ModeTree([[0, 3], [1, 2]]), "nodes of height 0 differ in their channels"
-REFUSED = [
+
+
+test_what_is_refused = refuses([
     (lambda: SMALL(torch.zeros(2, 3, 5)), ShapeError, r"\(2, 3, 5\)\n  expected: \(B, 3, 4\) or"),
     (lambda: DEEPER(torch.zeros(2, 3, 2, 8)), ShapeError, r"\(B, 3, 16\) or \(B, 3, 4, 4\)"),
     (lambda: SMALL(torch.zeros(0, 3, 4)), DataError, "an empty batch"),
@@ -323,18 +315,11 @@ REFUSED = [
     (lambda: ConvNet(SIZES.tree, (2, 3, 2, 3), 3, share=True), OptionError, CHANNELS),
     (lambda: ConvNet(ModeTree.star(3), 2, 2, outputs=0), OptionError, "outputs must be an integer >= 1"),
     (lambda: ConvNet(UNEVEN.tree, 2, 2, outputs=2, root="ones"), OptionError, "need a root of their own"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
-def test_what_is_refused(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+])  # fmt: skip
 
 
 def test_three_hundred_layers():
-    model = Factorization(ModeTree.caterpillar(300), 2, 3, join="full", std=0.8, dtype=F64,
-                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    model = zoo.model_of(ModeTree.caterpillar(300), "full", sizes=2, bonds=3, std=0.8)
     x, net = randn(2, 2, 300), to_cnn(model)
     value, log = net.scaled_values(x)
     assert net.depth == 300 and torch.isfinite(value).all() and math.isfinite(float(log.sum()))

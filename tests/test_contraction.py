@@ -1,7 +1,5 @@
 """Plans as values: routes, printing, caching, and what is refused."""
 
-from __future__ import annotations
-
 import re
 
 import opt_einsum
@@ -23,7 +21,7 @@ EQUATIONS = """ab,bc,cd->ad ab,bc->ca ar,br,cr,r->abc gar,gbr,grs->gabs gbi,gbj,
 @pytest.mark.parametrize("equation", EQUATIONS.split())
 def test_einsum(equation):
     """Against torch, with operands in either memory order; steps and costs as opt_einsum counts them."""
-    terms, generator = equation.split("->")[0].split(","), torch.Generator().manual_seed(0)
+    terms, generator = equation.split("->")[0].split(","), zoo.random()
     sizes = dict(zip(dict.fromkeys("".join(terms)), (2, 3, 4, 5, 6), strict=False))
     shapes = [tuple(sizes[letter] for letter in term) for term in terms]
     operands = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
@@ -54,7 +52,7 @@ def test_plans_are_cached_and_printed():
 def test_route_by_counted_cost():
     """The published size goes by the dense tensor, one entry by the sample, long trees never dense."""
     model = Factorization(HTF, 8, 512)
-    picked = torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:2048]
+    picked = torch.randperm(4096, generator=zoo.random())[:2048]
     index = torch.stack(torch.unravel_index(picked, (8,) * 4), 1)
     chosen = plan(model, index=index)
     assert chosen.route == "dense" and set(chosen.candidates) == {"dense", "distinct", "per-sample"}
@@ -123,7 +121,7 @@ def test_refuses_plans():
 def test_memory_chooses_the_route():
     """Entries of a wide star: the cheapest route holds 2.2e9 numbers, another one 1e8."""
     model = Factorization(ModeTree.star(6), 20, 2000)
-    index = torch.randint(20, (100_000, 6), generator=torch.Generator().manual_seed(0))
+    index = zoo.random_index(model.sizes, 100_000)
     free = plan(model, index=index)
     assert free.route == "distinct"
     less = plan(model, index=index, memory=free.held * 4 - 1)
@@ -138,7 +136,7 @@ def test_memory_chooses_the_route():
 def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
     model = Factorization(ModeTree.binary(8), 8, 16)
     x = torch.zeros(200_000, 8, 8)
-    index = torch.randint(8, (400_000, 8), generator=torch.Generator().manual_seed(0))
+    index = zoo.random_index(model.sizes, 400_000)
     call, options, advice = {
         "dense": (model.to_tensor, {}, "ask for model.entries"),
         "batch": (lambda: model(x), {"batch": 200_000}, "fewer samples at a time, here no more than"),
@@ -167,7 +165,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
 def test_another_route_is_taken_where_memory_is_short(monkeypatch):
     """Few entries of a wide tree: distinct sub-indices cost least, the dense tensor holds least."""
     model = Factorization(ModeTree.binary(8), 4, 60, std=0.3, dtype=torch.float64)
-    index = torch.randint(4, (500, 8), generator=torch.Generator().manual_seed(0))
+    index = zoo.random_index(model.sizes, 500)
     wanted = model.entries(index)
     first, *others = plans._plans_of_entries(model.network, index)
     smallest = min([first, *others], key=lambda p: p.held)

@@ -1,7 +1,5 @@
 """Conversions against what the other libraries make of the same arrays, and back."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 
 import tnreg
 from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, convert, network
@@ -106,13 +105,6 @@ def test_what_comes_out_is_a_copy():
     for tensor in (weights, factors[0], convert.to_tensor_train(train)[0]):
         tensor.zero_()
     assert torch.equal(values(star), before[0]) and torch.equal(values(train), before[1])
-
-
-def contracted(nodes):
-    """What tensornetwork makes of a copy of the nodes."""
-    nodes = list(tensornetwork.replicate_nodes(nodes))
-    dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda edge: int(edge.name[5:]))
-    return torch.as_tensor(tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor)
 
 
 def assert_same_model(found, model):
@@ -259,7 +251,7 @@ def test_trees_wired_by_hand(name, dtype):
     shapes, tree = WIRINGS[name]
     sizes = {"mode 0": 3, "mode 1": 4, "mode 2": 5, 1: 3, 2: 4, 3: 2, 4: 5, 5: 3, 6: 4}
     nodes = list(wired(shapes, sizes, dtype).values())
-    model, exact = convert.from_nodes(nodes), contracted(nodes)
+    model, exact = convert.from_nodes(nodes), zoo.contracted(nodes)
     assert model.tree == tree and set(model.network.joins) == {"leaf", "full"}
     assert model.dtype == exact.dtype
     single = dtype == np.float32
@@ -293,8 +285,7 @@ def test_copy_nodes_wired_by_hand():
 
 def test_a_long_chain_of_nodes():
     """More nodes than Python recurses."""
-    model = Factorization(ModeTree.caterpillar(1030), 2, 1, join="full", std=1.0, dtype=torch.float64,
-                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    model = zoo.model_of(ModeTree.caterpillar(1030), "full", sizes=2, bonds=1, std=1.0)
     assert_same_model(convert.from_quimb(convert.to_quimb(model)), model)
 
 
@@ -346,64 +337,48 @@ LOOP, TOLD = "the network has a loop through ", "cannot be told from their names
 DANGLES, STATE = "everything that dangles once", qtn.MPS_rand_state(3, 2, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "options", "error", "message"),
-    [
-        (looped, {}, TreeError, f"from_nodes: {LOOP}'[ABC]'"),
-        (lambda: nodes_of(A=["mode 0", 1, 2], B=[1, 2, "mode 1"]), {}, TreeError,
-         f"{LOOP}'[AB]'.*\n.*flatten edges that run in parallel"),
-        (lambda: nodes_of(A=["mode 0", 1, 1]), {}, TreeError, f"{LOOP}'A'"),
-        (lambda: nodes_of(A=["mode 0", 1, 2], hub=[1, 2]), {}, TreeError, f"{LOOP}'A'"),
-        (lambda: nodes_of(A=["mode 0", "mode 1"], hub_0=[1, 2], hub_1=[1, 2]), {}, TreeError,
-         f"{LOOP}'hub_[01]'"),
-        (lambda: nodes_of(A=["mode 0", 1], B=[1, "mode 1"], C=["mode 2"]), {}, TreeError, "not connected"),
-        (lambda: looped()[:2], {}, ShapeError, "'[AB]' is wired to 'C', which is not given"),
-        (lambda: named("mode 0", "mode 2"), {}, ShapeError, f"(?s){TOLD}.*'mode 2'.*'mode 1'"),
-        (lambda: named("mode 0", "mode 0"), {}, ShapeError, TOLD),
-        (lambda: named("mode 0", "site 1"), {}, ShapeError, TOLD),
-        (lambda: named("a", "b"), {}, ShapeError, "or give modes="),
-        (lambda: named("a", "b"), {"modes": ["a"]}, ShapeError, DANGLES),
-        (lambda: named("a", "b"), {"modes": ["a", "a"]}, ShapeError, DANGLES),
-        (lambda: named("a", "b"), {"modes": ["a", "c"]}, ShapeError, DANGLES),
-        (lambda: named("mode 0", "mode 1"), {"root": "Z"}, TreeError, "0 are called 'Z'"),
-        (lambda: nodes_of(A=[1], B=[1]), {}, ShapeError, "has no modes"),
-        (list, {}, ShapeError, "has no modes"),
-    ],
-)  # fmt: skip
-def test_nodes_that_are_no_tree(nodes, options, error, message):
-    with pytest.raises(error, match=message):
-        convert.from_nodes(nodes(), **options)
+test_nodes_that_are_no_tree = refuses([
+    (looped, {}, TreeError, f"from_nodes: {LOOP}'[ABC]'"),
+    (lambda: nodes_of(A=["mode 0", 1, 2], B=[1, 2, "mode 1"]), {}, TreeError,
+     f"{LOOP}'[AB]'.*\n.*flatten edges that run in parallel"),
+    (lambda: nodes_of(A=["mode 0", 1, 1]), {}, TreeError, f"{LOOP}'A'"),
+    (lambda: nodes_of(A=["mode 0", 1, 2], hub=[1, 2]), {}, TreeError, f"{LOOP}'A'"),
+    (lambda: nodes_of(A=["mode 0", "mode 1"], hub_0=[1, 2], hub_1=[1, 2]), {}, TreeError,
+     f"{LOOP}'hub_[01]'"),
+    (lambda: nodes_of(A=["mode 0", 1], B=[1, "mode 1"], C=["mode 2"]), {}, TreeError, "not connected"),
+    (lambda: looped()[:2], {}, ShapeError, "'[AB]' is wired to 'C', which is not given"),
+    (lambda: named("mode 0", "mode 2"), {}, ShapeError, f"(?s){TOLD}.*'mode 2'.*'mode 1'"),
+    (lambda: named("mode 0", "mode 0"), {}, ShapeError, TOLD),
+    (lambda: named("mode 0", "site 1"), {}, ShapeError, TOLD),
+    (lambda: named("a", "b"), {}, ShapeError, "or give modes="),
+    (lambda: named("a", "b"), {"modes": ["a"]}, ShapeError, DANGLES),
+    (lambda: named("a", "b"), {"modes": ["a", "a"]}, ShapeError, DANGLES),
+    (lambda: named("a", "b"), {"modes": ["a", "c"]}, ShapeError, DANGLES),
+    (lambda: named("mode 0", "mode 1"), {"root": "Z"}, TreeError, "0 are called 'Z'"),
+    (lambda: nodes_of(A=[1], B=[1]), {}, ShapeError, "has no modes"),
+    (list, {}, ShapeError, "has no modes"),
+], by=lambda nodes, options: convert.from_nodes(nodes(), **options))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: convert.from_quimb(3), OptionError, "expected a TensorNetwork, found int"),
-        (lambda: convert.from_quimb(STATE, modes=["k0", "k1"]), ShapeError, DANGLES),
-        (lambda: convert.from_quimb(STATE, root="top"), TreeError, "0 are called 'top'"),
-        (lambda: convert.from_quimb(qtn.MPO_rand(3, 2, seed=0)), ShapeError, TOLD),
-        (lambda: convert.from_quimb(qtn.MPS_rand_state(4, 2, cyclic=True, seed=0)), TreeError,
-         f"from_quimb: {LOOP}'I"),
-        (lambda: convert.to_cp(HTF), OptionError, "CP is a star with diagonal"),
-        (lambda: convert.to_tucker(HTF), OptionError, "Tucker is a star with full"),
-        (lambda: convert.to_tensor_train(HTF), OptionError, "a caterpillar"),
-        (lambda: convert.to_tensorly(HTF), OptionError, "none of them"),
-        (lambda: convert.from_tensorly(3), OptionError, "found int"),
-        (lambda: convert.from_cp(None, [np.ones(3)]), ShapeError,
-         r"factor 0 needs 2 axes, found shape \(3,\)"),
-        (lambda: convert.from_tucker(np.ones((2, 2)), [np.ones((3, 2))]), ShapeError,
-         "the core needs 1 axes"),
-        (lambda: convert.from_tensor_train([np.ones((2, 3, 1))]), ShapeError,
-         "starts and ends with a bond of 1"),
-        (lambda: convert.from_tensor_train([np.ones((1, 3, 1))]), ShapeError,
-         "of one core has no joins"),
-        (lambda: convert.from_tensor_train([np.ones((1, 3, 2)), np.ones((3, 3, 1))]), ShapeError,
-         "another shape"),
-    ],
-)  # fmt: skip
-def test_refuses(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+test_refuses = refuses([
+    (lambda: convert.from_quimb(3), OptionError, "expected a TensorNetwork, found int"),
+    (lambda: convert.from_quimb(STATE, modes=["k0", "k1"]), ShapeError, DANGLES),
+    (lambda: convert.from_quimb(STATE, root="top"), TreeError, "0 are called 'top'"),
+    (lambda: convert.from_quimb(qtn.MPO_rand(3, 2, seed=0)), ShapeError, TOLD),
+    (lambda: convert.from_quimb(qtn.MPS_rand_state(4, 2, cyclic=True, seed=0)), TreeError,
+     f"from_quimb: {LOOP}'I"),
+    (lambda: convert.to_cp(HTF), OptionError, "CP is a star with diagonal"),
+    (lambda: convert.to_tucker(HTF), OptionError, "Tucker is a star with full"),
+    (lambda: convert.to_tensor_train(HTF), OptionError, "a caterpillar"),
+    (lambda: convert.to_tensorly(HTF), OptionError, "none of them"),
+    (lambda: convert.from_tensorly(3), OptionError, "found int"),
+    (lambda: convert.from_cp(None, [np.ones(3)]), ShapeError, r"factor 0 needs 2 axes, found shape \(3,\)"),
+    (lambda: convert.from_tucker(np.ones((2, 2)), [np.ones((3, 2))]), ShapeError, "the core needs 1 axes"),
+    (lambda: convert.from_tensor_train([np.ones((2, 3, 1))]), ShapeError, "starts and ends with a bond of 1"),
+    (lambda: convert.from_tensor_train([np.ones((1, 3, 1))]), ShapeError, "of one core has no joins"),
+    (lambda: convert.from_tensor_train([np.ones((1, 3, 2)), np.ones((3, 3, 1))]), ShapeError,
+     "another shape"),
+])  # fmt: skip
 
 
 def test_without_quimb(monkeypatch):

@@ -1,7 +1,5 @@
 """The documentation site: builds without a warning, names all that is public, has no dead links."""
 
-from __future__ import annotations
-
 import html
 import importlib
 import os

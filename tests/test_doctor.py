@@ -1,7 +1,5 @@
 """What the doctor says of packages, extras and devices, and its exit code."""
 
-from __future__ import annotations
-
 import json
 import re
 from importlib import metadata

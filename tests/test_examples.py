@@ -3,8 +3,6 @@
 OUT is a file in the current folder if it is left out; ``--quick`` makes those with a training small.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Networks written as ONNX, torch.export programs and plain weights, read by processes without tnreg."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def networks():
-    random, grid = torch.Generator().manual_seed(0), ModeTree.grid((4, 4))
+    random, grid = zoo.random(), ModeTree.grid((4, 4))
     deep = ConvNet(grid, 3, 4, share=True, std=0.7, generator=random)
     uneven = to_cnn(zoo.model_of(zoo.TREES["uneven"], "full"))
     representation = Representation(3, kind="gaussian", patch=(2, 2), generator=random)
@@ -100,10 +98,9 @@ def test_plain_weights_name_their_layers(tmp_path, name):
 
 def test_a_network_by_hand_from_plain_weights(tmp_path):
     """What the JSON says is enough: the network rebuilt in a few lines gives the same values."""
-    random = torch.Generator().manual_seed(0)
-    net = ConvNet(ModeTree.binary(4), 3, 4, std=0.7, dtype=torch.float64, generator=random)
+    net = to_cnn(zoo.model_of(ModeTree.binary(4), sizes=3, bonds=4))
     layers, state = read_state(net, tmp_path / "net.safetensors")
-    x = torch.randn(6, 3, 4, dtype=torch.float64, generator=random)
+    x = zoo.randn(6, 3, 4)
     values = {}
     for layer in layers:
         parts = zip(layer["nodes"], layer["children"], state[layer["weight"]], strict=True)
@@ -153,11 +150,10 @@ def test_a_file_with_other_values_is_not_written(tmp_path, monkeypatch):
 CONVOLVED = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten())
 
 
-@pytest.mark.parametrize(
-    ("net", "x", "options"),
-    [(COMPLEX, torch.randn(5, 3, 4, dtype=torch.complex128), {}),
-     (CONVOLVED, torch.randn(3, 1, 5, 5), {"example": torch.randn(2, 1, 5, 5)})],
-)  # fmt: skip
+@pytest.mark.parametrize(("net", "x", "options"), [
+    (COMPLEX, torch.randn(5, 3, 4, dtype=torch.complex128), {}),
+    (CONVOLVED, torch.randn(3, 1, 5, 5), {"example": torch.randn(2, 1, 5, 5)}),
+])  # fmt: skip
 def test_complex_networks_and_modules_of_ones_own_are_exported_by_torch(tmp_path, net, x, options):
     loaded = torch.export.load(export_pt2(net, tmp_path / "net.pt2", **options)).module()
     assert torch.allclose(loaded(x), net(x), rtol=1e-5)

@@ -1,22 +1,17 @@
 """Grid tensors of networks: entry by entry, and the ranks that law 9 promises."""
 
-from __future__ import annotations
-
 import itertools
 
-import pytest
 import torch
 import zoo
+from refusals import refuses
 from torch import nn
+from zoo import randn, random
 
 import tnreg
 from tnreg import ConvNet, DataError, ModeTree, OptionError, ShapeError, grid_tensor, spectra
 
 F64 = torch.float64
-
-
-def random():
-    return torch.Generator().manual_seed(0)
 
 
 def test_one_hot_templates_give_the_tensor_itself():
@@ -27,7 +22,7 @@ def test_one_hot_templates_give_the_tensor_itself():
 
 def test_templates_that_span_the_inputs_have_the_models_ranks():
     net = ConvNet(ModeTree.grid((2, 2), (1, 2)), 3, 2, std=0.7, dtype=F64, generator=random())
-    found = grid_tensor(net, torch.randn(4, 3, dtype=F64, generator=random()), net.tree)
+    found = grid_tensor(net, randn(4, 3), net.tree)
     wanted = tnreg.hierarchical_rank(tnreg.from_cnn(net), rtol=1e-9)
     assert tnreg.hierarchical_rank(found, net.tree, rtol=1e-9) == wanted
 
@@ -50,7 +45,7 @@ def test_ordinary_networks_entry_by_entry():
 
 
 def test_separable_functions_have_rank_one():
-    tree, templates = ModeTree([[0, 1], [2, 3]]), torch.randn(3, 2, dtype=F64, generator=random())
+    tree, templates = ModeTree([[0, 1], [2, 3]]), randn(3, 2)
     separable, mixed = (
         spectra(grid_tensor(f, templates, tree), tree)[(0, 1)]
         for f in (
@@ -78,7 +73,7 @@ def test_an_arrangement_of_ones_own():
 TREE, TEMPLATES, PICTURES = ModeTree.binary(4), torch.eye(2), torch.zeros(2, 1, 2, 2)
 
 
-@pytest.mark.parametrize(("net", "templates", "options", "error", "message"), [
+test_what_is_refused = refuses([
     (lambda x: x, torch.zeros(3, 2, 2), {}, ShapeError,
      r"expected: \(M, D\) or \(M, C, h, w\).*\(4, M, \.\.\.\)"),
     (lambda x: x, torch.eye(65), {}, ShapeError, "more than 16777216; take fewer templates"),
@@ -89,7 +84,4 @@ TREE, TEMPLATES, PICTURES = ModeTree.binary(4), torch.eye(2), torch.zeros(2, 1, 
     (lambda x: x, TEMPLATES, {"shape": (3, 2)}, OptionError, r"shape \(3, 2\) is not of 4 patches"),
     (lambda x: x, PICTURES, {}, OptionError, "give shape="),
     (lambda x: x[:, 0, 0] / 0, TEMPLATES, {}, DataError, "NaN or infinite"),
-])  # fmt: skip
-def test_what_is_refused(net, templates, options, error, message):
-    with pytest.raises(error, match=message):
-        grid_tensor(net, templates, TREE, **options)
+], by=lambda net, x, options: grid_tensor(net, x, TREE, **options))  # fmt: skip

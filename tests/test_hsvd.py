@@ -1,7 +1,5 @@
 """Hierarchical SVD: the error guarantee on random and hard tensors, ranks as small as they can be."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -10,24 +8,11 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnreg import (
-    Factorization,
-    ModeTree,
-    OptionError,
-    ShapeError,
-    TreeError,
-    decompose,
-    hierarchical_rank,
-    spectra,
-    truncate,
-)
+from tnreg import Factorization, ModeTree, decompose, hierarchical_rank, spectra, truncate
+from tnreg.errors import OptionError, ShapeError, TreeError
 
 TOLERANCES = [None, 0.0, 1e-12, 1e-6, 1e-2, 0.3, 0.9]
 DTYPES = [torch.float64, torch.complex128, torch.float32, torch.complex64]
-
-
-def random_tensor(sizes, dtype=torch.float64, seed=0):
-    return torch.randn(sizes, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def decaying(sizes, dtype=torch.float64):
@@ -53,7 +38,7 @@ def assert_kept(found, tensor, rtol):
 def test_decompose_keeps_its_promise(name, dtype):
     tree = zoo.TREES[name]
     sizes = zoo.sizes_of(tree)
-    for tensor in (random_tensor(sizes, dtype), decaying(sizes, dtype)):
+    for tensor in (zoo.randn(*sizes, dtype=dtype), decaying(sizes, dtype)):
         for rtol in TOLERANCES:
             assert_kept(decompose(tensor, tree, rtol=rtol), tensor, rtol)
         assert_kept(decompose(tensor, tree, rtol=1e-2, randomized=True), tensor, 1e-2)
@@ -74,7 +59,7 @@ def test_truncate_keeps_its_promise(name, dtype):
 @given(tree=zoo.trees(), seed=st.integers(0, 2**16), rtol=st.sampled_from(TOLERANCES))
 def test_on_random_trees(tree, seed, rtol):
     sizes = zoo.sizes_of(tree)
-    tensor = random_tensor(sizes, seed=seed)
+    tensor = zoo.randn(*sizes, seed=seed)
     found = decompose(tensor, tree, rtol=rtol)
     assert_kept(found, tensor, rtol)
     again = truncate(found, rtol=rtol)
@@ -87,10 +72,10 @@ ENTRY[1, 1, 1, 1] = 1
 HARD = {
     "zero": 0 * ENTRY,
     "one huge entry": 1e300 * ENTRY,
-    "huge beside small": random_tensor((4, 5, 6, 3)) + 1e8 * ENTRY,
-    "tiny": random_tensor((4, 5, 6, 3)) * 1e-250,
-    "rank one": torch.einsum("a,b,c,d->abcd", *(random_tensor((n,)) for n in (4, 5, 6, 3))),
-    "slow": decaying((4, 5, 6, 3)) + 0.1 * random_tensor((4, 5, 6, 3)),
+    "huge beside small": zoo.randn(4, 5, 6, 3) + 1e8 * ENTRY,
+    "tiny": zoo.randn(4, 5, 6, 3) * 1e-250,
+    "rank one": torch.einsum("a,b,c,d->abcd", *(zoo.randn(n) for n in (4, 5, 6, 3))),
+    "slow": decaying((4, 5, 6, 3)) + 0.1 * zoo.randn(4, 5, 6, 3),
 }  # fmt: skip
 
 
@@ -153,7 +138,7 @@ def test_what_a_node_does_not_need_others_may_spend():
 def test_given_ranks(name):
     """Ranks are kept to; the error lies between the best possible one and Grasedyck's bound."""
     tree = zoo.TREES[name]
-    tensor = random_tensor(zoo.sizes_of(tree))
+    tensor = zoo.randn(*zoo.sizes_of(tree))
     tails = {v: s[2:].square().sum().item() for v, s in spectra(tensor, tree).items()}
     pair = tree.children(tree.root)
     counted = [v for v in tails if len(pair) != 2 or v != pair[1]]
@@ -171,7 +156,7 @@ def test_given_ranks(name):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_weights_are_orthonormal(dtype):
     for tree in (zoo.TREES["across"], zoo.TREES["one-child"], zoo.TREES["mixed-arity"]):
-        tensor = random_tensor(zoo.sizes_of(tree), dtype)
+        tensor = zoo.randn(*zoo.sizes_of(tree), dtype=dtype)
         for found in (decompose(tensor, tree, rtol=0.3), decompose(tensor, tree, rtol=1e-12)):
             for node, weight in list(found.weights.items())[:-1]:
                 basis = weight.detach().flatten(0, -2)
@@ -182,7 +167,7 @@ def test_weights_are_orthonormal(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_random_vectors_find_large_nodes(dtype):
     """A node of 300 rows and rank 12 with a tail: found from few products, within the tolerance."""
-    left, right = (torch.linalg.qr(random_tensor((300, 300), dtype, seed=s))[0] for s in (1, 2))
+    left, right = (torch.linalg.qr(zoo.randn(300, 300, dtype=dtype, seed=s))[0] for s in (1, 2))
     values = torch.cat([torch.linspace(1, 0.5, 12), 1e-5 * torch.ones(288)]).double()
     matrix = (left * values.to(dtype)) @ right
     tree = ModeTree([0, 1])
@@ -207,9 +192,7 @@ def test_random_vectors_find_large_nodes(dtype):
 
 def test_wide_diagonal_joins_are_not_expanded():
     """Width 300 in 4 modes of size 5: a full join of that width would have 300**3 weights."""
-    tree = ModeTree.binary(4)
-    model = Factorization(tree, 5, 300, std=0.1, dtype=torch.float64,
-                          generator=torch.Generator().manual_seed(0))  # fmt: skip
+    model = zoo.model_of(ModeTree.binary(4), sizes=5, bonds=300, std=0.1)
     tensor = model.to_tensor().detach()
     for rtol in (None, 1e-6, 0.1):
         found = truncate(model, rtol=rtol)
@@ -224,8 +207,7 @@ def test_wide_diagonal_joins_are_not_expanded():
 def test_any_order_and_scale(order, join):
     """Single weights of 1e200 and 1e-200, a norm far beyond the range: finite and right."""
     tree = ModeTree.binary(order)
-    generator = torch.Generator().manual_seed(1)
-    model = Factorization(tree, 2, 3, join=join, std=0.5, dtype=torch.float64, generator=generator)
+    model = zoo.model_of(tree, join, sizes=2, bonds=3, std=0.5, seed=1)
     weights = model.weights
     for node, scale in ((0, 1e200), (1, 1e-200), (2, 1e150), (tree.root, 1e100)):
         model.load_weights({node: weights[node].detach() * scale})
@@ -266,11 +248,11 @@ def test_refuses():
 
 
 def test_nothing_given_is_changed():
-    tensor = random_tensor((3, 4, 5))
+    tensor = zoo.randn(3, 4, 5)
     model = decompose(tensor, ModeTree.star(3), rtol=0.1)
     weights = {v: w.detach().clone() for v, w in model.weights.items()}
     truncate(model, rtol=0.5)
-    assert torch.equal(tensor, random_tensor((3, 4, 5)))
+    assert torch.equal(tensor, zoo.randn(3, 4, 5))
     assert all(torch.equal(w, weights[v]) for v, w in model.weights.items())
     assert all(p.requires_grad for p in model.parameters())  # it can be trained on
 
@@ -297,8 +279,7 @@ def test_from_weights():
 @pytest.mark.parametrize("nested", [[[0, 1], [2, 3]], [[0, 2], [1, 3]]])
 def test_rounding_where_singular_values_are_equal(nested, dtype):
     """What is cut on either side of a binary root belongs to the same singular values, which tie here."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.linalg.qr(torch.randn(2, 36, 36, dtype=dtype, generator=generator))[0]
+    a, b = torch.linalg.qr(zoo.randn(2, 36, 36, dtype=dtype))[0]
     x = (a @ b).reshape(6, 6, 6, 6)
     model = decompose(x, ModeTree(nested))
     for rtol in (0.3, 0.5, 0.9):

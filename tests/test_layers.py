@@ -1,7 +1,5 @@
 """Wings: a file imports from its own wing and from those before it (docs: the package from the ground up)."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

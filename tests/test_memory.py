@@ -1,7 +1,5 @@
 """How much memory there is, and what is said where it is not enough."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,11 +1,10 @@
 """The symbolic network: sizes, ranks and joins, what is refused, and the tensornetwork wiring."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 import zoo
+from refusals import refuses
 
 from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, network
 from tnreg.networks.network import Network, Stacked
@@ -76,31 +75,25 @@ def test_levels_know_where_children_and_weights_are(tree, kinds):
     assert sorted(torch.cat(results.tensors).tolist()) == list(range(len(tree.nodes)))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "ranks", "options", "error", "message"),
-    [
-        ((2, 3), 2, {}, ShapeError, "2 mode sizes for a tree over 4 modes"),
-        ((2, 3, 0, 1), 2, {}, ShapeError, "the size of mode 2 must be a positive integer, found 0"),
-        ((2, 3, 1.5, 1), 2, {}, ShapeError, "the size of mode 2 must be a positive integer"),
-        (None, 2, {}, ShapeError, "1 mode sizes for a tree"),
-        (4, 0, {}, ShapeError, "ranks must be a positive integer"),
-        (4, "5", {}, ShapeError, "ranks must be a positive integer"),
-        (4, {0: 2, 1: 2}, {}, ShapeError, "ranks lack the bond above 4 of 6 non-root nodes"),
-        (4, {(0, 1, 2, 3): 2}, {}, ShapeError, "has no bond above it"),
-        (4, {0: -1}, {}, ShapeError, "the rank at node 0 must be a positive integer"),
-        (4, {"x": 1}, {}, TreeError, "no node 'x'"),
-        (4, {0: 2, 1: 3, (0, 1): 2, 2: 2, 3: 2, (2, 3): 2}, {}, ShapeError,
-         "children of node .0, 1. have different ranks under a diagonal join"),
-        (4, 2, {"join": "half"}, OptionError, "unknown join 'half'"),
-        (4, 2, {"join": {0: "full"}}, OptionError, "node 0 is a leaf and joins nothing"),
-        (4, 2, {"join": {"x": "full"}}, TreeError, "no node 'x'"),
-        (4, 2, {"root": "fixed"}, OptionError, "unknown root 'fixed'"),
-        (4, 2, {"join": "full", "root": "ones"}, OptionError, "root='ones' needs a diagonal join"),
-    ],
-)  # fmt: skip
-def test_refuses(sizes, ranks, options, error, message):
-    with pytest.raises(error, match=message):
-        Network.build(TREE, sizes, ranks, **options)
+test_refuses = refuses([
+    ((2, 3), 2, {}, ShapeError, "2 mode sizes for a tree over 4 modes"),
+    ((2, 3, 0, 1), 2, {}, ShapeError, "the size of mode 2 must be a positive integer, found 0"),
+    ((2, 3, 1.5, 1), 2, {}, ShapeError, "the size of mode 2 must be a positive integer"),
+    (None, 2, {}, ShapeError, "1 mode sizes for a tree"),
+    (4, 0, {}, ShapeError, "ranks must be a positive integer"),
+    (4, "5", {}, ShapeError, "ranks must be a positive integer"),
+    (4, {0: 2, 1: 2}, {}, ShapeError, "ranks lack the bond above 4 of 6 non-root nodes"),
+    (4, {(0, 1, 2, 3): 2}, {}, ShapeError, "has no bond above it"),
+    (4, {0: -1}, {}, ShapeError, "the rank at node 0 must be a positive integer"),
+    (4, {"x": 1}, {}, TreeError, "no node 'x'"),
+    (4, {0: 2, 1: 3, (0, 1): 2, 2: 2, 3: 2, (2, 3): 2}, {}, ShapeError,
+     "children of node .0, 1. have different ranks under a diagonal join"),
+    (4, 2, {"join": "half"}, OptionError, "unknown join 'half'"),
+    (4, 2, {"join": {0: "full"}}, OptionError, "node 0 is a leaf and joins nothing"),
+    (4, 2, {"join": {"x": "full"}}, TreeError, "no node 'x'"),
+    (4, 2, {"root": "fixed"}, OptionError, "unknown root 'fixed'"),
+    (4, 2, {"join": "full", "root": "ones"}, OptionError, "root='ones' needs a diagonal join"),
+], by=lambda sizes, ranks, options: Network.build(TREE, sizes, ranks, **options))  # fmt: skip
 
 
 def test_tensornetwork_nodes_are_named_and_wired():
@@ -117,9 +110,7 @@ def test_tensornetwork_nodes_are_named_and_wired():
     assert {"mode 0", "mode 3", "bond 0", "bond 3", "bond (0, 1)", "bond (0, 1) inside"} <= edges
     full = network(zoo.model_of(TREE, "full"))
     assert not any(isinstance(node, tensornetwork.CopyNode) for node in full)
-    dangling = sorted(tensornetwork.get_all_dangling(nodes), key=lambda edge: edge.name)
-    out = tensornetwork.contractors.greedy(nodes, output_edge_order=dangling).tensor
-    out.square().sum().backward()
+    zoo.contracted(nodes).square().sum().backward()
     gradients = {v: g.clone() for v, g in model.gradients.items()}
     model.zero_grad()
     model.to_tensor().square().sum().backward()

@@ -1,7 +1,5 @@
 """GroupRMSprop against its formula, its state, and what is refused."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

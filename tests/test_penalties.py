@@ -1,12 +1,11 @@
 """Penalties on ranks: against their definitions, equal on a factorization and its network."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 import zoo
+from refusals import refuses
 
 from tnreg import ConvAC, ConvNet, Factorization, ModeTree, Representation, algebra, dynamics
 from tnreg.cnns.convnet import from_cnn, to_cnn
@@ -134,8 +133,7 @@ def test_training_on_it_changes_the_rank():
     dense = zoo.model_of(tree, sizes=(5, 5, 5, 5)).to_tensor().detach()
     dense = dense / dense.norm()
     for penalty in (LocalComponentPenalty(), lambda _: 0, LocalComponentPenalty(promote=True)):
-        random = torch.Generator().manual_seed(0)
-        model = Factorization(tree, 5, 5, std=0.4, dtype=torch.float64, generator=random)
+        model = zoo.model_of(tree, sizes=5, bonds=5, std=0.4)
         adam = torch.optim.Adam(model.parameters(), 1e-2)
         for _ in range(300):
             loss = (model.to_tensor() - dense).square().sum() + 0.003 * penalty(model)
@@ -149,7 +147,7 @@ def test_training_on_it_changes_the_rank():
 
 HTF = htf()
 FULL = htf("full")
-REFUSED = [
+test_what_is_refused = refuses([
     (lambda: LocalComponentPenalty(p=0), "p must be a number > 0"),
     (lambda: LocalComponentPenalty(p=True), "p must be a number > 0, or None for 2/K, found True"),
     (lambda: LocalComponentPenalty(eps=0), "eps must be a number > 0"),
@@ -167,13 +165,7 @@ REFUSED = [
     (lambda: dynamics.drop_components(HTF, below="0.5"), r"below must be in \[0, 1\), found '0.5'"),
     (lambda: dynamics.drop_components(to_cnn(HTF), 1), "of a network: from_cnn"),
     (lambda: dynamics.drop_components(FULL, 1), "full joins have no local components"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "message"), REFUSED)
-def test_what_is_refused(call, message):
-    with pytest.raises(OptionError, match=message):
-        call()
+], error=OptionError)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["htf-4", "uneven", "mixed-arity", "cp-4", "matrix", "one-child"])
@@ -193,8 +185,7 @@ def test_dropped_components(name, root):
 
 def test_dropped_where_products_leave_the_range():
     """Norms of 64 small columns: their products underflow in float32, their order is known all the same."""
-    random = torch.Generator().manual_seed(0)
-    model = Factorization(ModeTree.star(64), 3, 6, std=0.02, generator=random)
+    model = zoo.model_of(ModeTree.star(64), sizes=3, bonds=6, std=0.02, dtype=torch.float32)
     with torch.no_grad():
         for n in range(64):
             model.weights[n][:, 3:] *= 1.5

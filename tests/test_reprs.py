@@ -1,7 +1,5 @@
 """What notebooks show: drawings that are valid XML and name every node; texts stay as they are."""
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ET
 
 import networkx as nx

@@ -1,13 +1,12 @@
 """Completion and sensing: what is drawn, loss and errors by hand, and what is refused."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from refusals import refuses
 
 from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, sensing
 
@@ -15,7 +14,7 @@ TREE, SIZES = ModeTree.binary(4), (2, 3, 5, 7)
 
 
 def target(dtype=torch.float64):
-    return torch.randn(SIZES, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    return zoo.randn(*SIZES, dtype=dtype, seed=3)
 
 
 def relative(x, expected):
@@ -137,37 +136,31 @@ def own(rows=1, order=2, value=0.0, sizes=(2, 3), **more):
 TESTED = {"test_index": torch.zeros(1, 4).long(), "test_values": torch.zeros(1)}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((), {}, OptionError, "a target tensor is missing"),
-        ((target(), 0), {}, DataError, r"samples must be an integer from 1 to 210 \(the known entries\)"),
-        ((target(), 211), {}, DataError, "from 1 to 210"),
-        ((target(), 1.5), {}, DataError, r"a share in \(0, 1\), found 1.5"),
-        ((target(), True), {}, DataError, "found True"),
-        ((target(), None), {}, DataError, "found None"),
-        ((target().long(), 5), {}, DataError, "dtype torch.int64"),
-        ((np.arange(6).reshape(2, 3), 5), {}, DataError, "dtype torch.int64"),
-        ((torch.tensor(1.0), 1), {}, ShapeError, "a single number"),
-        ((torch.zeros(2, 0), 1), {}, DataError, "is empty"),
-        (("il2", 5), {}, DataError, "not a tensor of numbers"),
-        ((target(), 5), TESTED, OptionError, "a target brings its own test entries"),
-        ((target(), 5), {"sizes": (2, 3)}, OptionError, "either target and samples, or index="),
-        ((), own(sizes=None), OptionError, "either target"),
-        ((), own(seed=3), OptionError, "seed and missing are for a target"),
-        ((), own(order=1, sizes=2), ShapeError, "one integer for each mode, found 2"),
-        ((), own(order=0, sizes=()), ShapeError, "sizes must be one integer for each mode"),
-        ((), own(order=1, sizes=(2.5,)), ShapeError, "size of mode 0 must be a positive integer, found 2.5"),
-        ((), own(rows=2), ShapeError, r"\(1,\) values for 2 rows"),
-        ((), own(rows=0), DataError, "an empty batch"),
-        ((), own(index=torch.full((1, 2), 2)), DataError, "row 0 has 2 at mode 0, whose size is 2"),
-        ((), own(value=math.nan), DataError, "not finite"),
-        ((), own(test_index=torch.zeros(1, 2).long()), OptionError, "test_index and test_values together"),
-    ],
-)  # fmt: skip
-def test_completion_refuses(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        completion(*arguments, **options)
+test_completion_refuses = refuses([
+    ((), {}, OptionError, "a target tensor is missing"),
+    ((target(), 0), {}, DataError, r"samples must be an integer from 1 to 210 \(the known entries\)"),
+    ((target(), 211), {}, DataError, "from 1 to 210"),
+    ((target(), 1.5), {}, DataError, r"a share in \(0, 1\), found 1.5"),
+    ((target(), True), {}, DataError, "found True"),
+    ((target(), None), {}, DataError, "found None"),
+    ((target().long(), 5), {}, DataError, "dtype torch.int64"),
+    ((np.arange(6).reshape(2, 3), 5), {}, DataError, "dtype torch.int64"),
+    ((torch.tensor(1.0), 1), {}, ShapeError, "a single number"),
+    ((torch.zeros(2, 0), 1), {}, DataError, "is empty"),
+    (("il2", 5), {}, DataError, "not a tensor of numbers"),
+    ((target(), 5), TESTED, OptionError, "a target brings its own test entries"),
+    ((target(), 5), {"sizes": (2, 3)}, OptionError, "either target and samples, or index="),
+    ((), own(sizes=None), OptionError, "either target"),
+    ((), own(seed=3), OptionError, "seed and missing are for a target"),
+    ((), own(order=1, sizes=2), ShapeError, "one integer for each mode, found 2"),
+    ((), own(order=0, sizes=()), ShapeError, "sizes must be one integer for each mode"),
+    ((), own(order=1, sizes=(2.5,)), ShapeError, "size of mode 0 must be a positive integer, found 2.5"),
+    ((), own(rows=2), ShapeError, r"\(1,\) values for 2 rows"),
+    ((), own(rows=0), DataError, "an empty batch"),
+    ((), own(index=torch.full((1, 2), 2)), DataError, "row 0 has 2 at mode 0, whose size is 2"),
+    ((), own(value=math.nan), DataError, "not finite"),
+    ((), own(test_index=torch.zeros(1, 2).long()), OptionError, "test_index and test_values together"),
+], by=lambda arguments, options: completion(*arguments, **options))  # fmt: skip
 
 
 def test_a_model_must_fit_the_task():

@@ -59,26 +59,38 @@ def bonds_of(tree: ModeTree, join: Any) -> dict[Any, int]:
     return bonds
 
 
+def random(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, generator=random(seed))
+
+
+def assert_close(found: torch.Tensor, wanted: Any, rtol: float = 1e-12) -> None:
+    """Equal up to a share of the largest entry."""
+    found, wanted = found.detach(), torch.as_tensor(wanted).detach()
+    assert found.shape == wanted.shape
+    scale = float(wanted.abs().max()) if wanted.numel() else 1.0
+    assert float((found - wanted).abs().max()) <= rtol * max(scale, 1e-300)
+
+
 def model_of(
-    tree: ModeTree,
-    join: Any = "diagonal",
-    *,
-    root: str = "trained",
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-    sizes: tuple[int, ...] | None = None,
+    tree: ModeTree, join: Any = "diagonal", *, sizes: Any = None, bonds: Any = None, seed: int = 0, **more
 ) -> Factorization:
-    """A model with distinct mode sizes, unequal bonds and weights of order one."""
-    return Factorization(
-        tree,
-        sizes or sizes_of(tree),
-        bonds_of(tree, join),
-        join=join,
-        root=root,
-        std=0.7,
-        dtype=dtype,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    """A model with distinct mode sizes, unequal bonds and weights of order one, unless told otherwise."""
+    more = {"std": 0.7, "dtype": torch.float64, "generator": random(seed), **more}
+    return Factorization(tree, sizes or sizes_of(tree), bonds or bonds_of(tree, join), join=join, **more)
+
+
+def contracted(nodes: list[Any]) -> Any:
+    """What tensornetwork makes of a copy of nodes whose free edges are called mode 0, mode 1, .."""
+    import tensornetwork
+
+    nodes = list(tensornetwork.replicate_nodes(nodes))
+    edges = {edge.name: edge for edge in tensornetwork.get_all_dangling(nodes)}
+    order = [edges[f"mode {n}"] for n in range(len(edges))]
+    return torch.as_tensor(tensornetwork.contractors.greedy(nodes, output_edge_order=order).tensor)
 
 
 def zoo() -> Iterator[Any]:
@@ -127,19 +139,19 @@ def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Factorization
         root = draw(st.sampled_from(["trained", "ones"]))
     return Factorization(
         tree, sizes, bonds, join=join, root=root, std=1.0, dtype=dtype,
-        generator=torch.Generator().manual_seed(draw(st.integers(0, 999))),
+        generator=random(draw(st.integers(0, 999))),
     )  # fmt: skip
 
 
 def random_index(sizes: tuple[int, ...], count: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = random(seed)
     return torch.stack([torch.randint(n, (count,), generator=generator) for n in sizes], 1)
 
 
 def random_features(
     sizes: tuple[int, ...], count: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = random(seed)
     return [torch.randn(count, n, dtype=dtype, generator=generator) for n in sizes]
 
 
