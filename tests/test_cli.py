@@ -1,7 +1,5 @@
 """The command line: what it prints and writes, exit codes, and help for every option."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -170,17 +168,14 @@ def test_run_dynamics_and_init_scale(cli):
         assert Path(picture).exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "option", "default"),
-    [
-        ("run dynamics --model cp", "--rank INT", "256"), ("run dynamics", "--rank INT", "512"),
-        ("run dynamics --model=cp", "--rank INT", "256"),
-        ("run dynamics --seed 2 --model cp", "--rank INT", "256"),
-        ("run locality --set pathfinder", "--epochs INT", "150"),
-        ("sweep dynamics --model cp,mf", "--rank INT|A:B,...", "256"),
-        ("sweep locality --set pathfinder", "--epochs INT|A:B,...", "150"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "option", "default"), [
+    ("run dynamics --model cp", "--rank INT", "256"), ("run dynamics", "--rank INT", "512"),
+    ("run dynamics --model=cp", "--rank INT", "256"),
+    ("run dynamics --seed 2 --model cp", "--rank INT", "256"),
+    ("run locality --set pathfinder", "--epochs INT", "150"),
+    ("sweep dynamics --model cp,mf", "--rank INT|A:B,...", "256"),
+    ("sweep locality --set pathfinder", "--epochs INT|A:B,...", "150"),
+])  # fmt: skip
 def test_defaults_of_the_preset(cli, words, option, default):
     out = " ".join(re.sub("[│\\n]", " ", cli(f"{words} --help")[0]).split())
     assert re.search(rf"{re.escape(option)} [^-].*?\(default: (\S+)\)", out)[1] == default
@@ -277,9 +272,7 @@ def test_probe(cli, answer):
 def test_tensors_on_disk(cli):
     """Files of zarr and HDF5 are read block by block; ranks are those of the tensor in memory."""
     h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
-    generator = torch.Generator().manual_seed(0)
-    model = tnreg.Factorization(ModeTree.binary(4), (12, 11, 10, 9), 3, std=1.0,
-                                dtype=torch.float64, generator=generator)  # fmt: skip
+    model = zoo.model_of(ModeTree.binary(4), sizes=(12, 11, 10, 9), bonds=3, std=1.0)
     x = model.to_tensor().detach().numpy()
     np.save("x.npy", x)
     zarr.create_array("x.zarr", data=x, chunks=(6, 6, 5, 5))
@@ -303,60 +296,57 @@ def test_tensors_on_disk(cli):
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("words", "message", "option"),
-    [
-        ("tree nope", "no tree named 'nope'", ""),
-        ("tree [[0,1]", "not nested lists", ""),
-        ("tree [0,2]", "mode 1 is missing", ""),
-        ("rank nope.npy", "no such tensor", ""),
-        ("rank il2", "192 missing entries", "--missing nan"),
-        ("rank covid19 --tree nope", "no tree named 'nope'", "--tree"),
-        ("rank covid19 --tree htf-4", "3 axes and the tree 4 modes", "--tree"),
-        ("rank covid19 --tree x.json", "no such tree file", "--tree"),
-        ("rank covid19 --rtol 2", "rtol must be in [0, 1)", "--rtol"),
-        ("rank covid19 --memory lots", "memory must be a number of bytes", "--memory"),
-        ("rank covid19 --device warp", "cannot use the device 'warp'", "--device"),
-        ("rank covid19 --png nowhere/x.png", "there is no folder", "--png"),
-        ("decompose covid19 --rtol -1", "rtol must be a number in [0, 1)", "--rtol"),
-        ("decompose covid19 --ranks 0", "needs a positive integer", "--ranks"),
-        ("decompose covid19 --out nowhere/x.safetensors", "there is no folder", "--out"),
-        ("decompose covid19 --png .", "give the path of a file", "--png"),
-        ("fit covid19 --tree htf-4", "3 mode sizes for a tree over 4 modes", "--tree"),
-        ("fit covid19 --observed 2", "observed must be a share", "--observed"),
-        ("fit il2", "192 NaN entries", "--missing"),
-        ("fit covid19 --rank 0", "ranks must be a positive integer", "--rank"),
-        ("fit covid19 --std=-1", "std must be", "--std"),
-        ("fit covid19 --lr=-1 --out r", "lr must be", "--lr"),
-        ("fit covid19 --steps=-1 --out r", "steps must be", "--steps"),
-        ("fit covid19 --every 0 --out r", "every must be", "--every"),
-        ("fit covid19 --steps 1 --out theirs", "left alone", "--out"),
-        ("fit covid19 --join full --root ones", "root='ones' needs", "--root"),
-        ("run dynamics --model tiny --tree [0,1]", "a tree over 2 modes", "--tree"),
-        ("run dynamics --model tiny --target-tree nope", "no tree named 'nope'", "--target-tree"),
-        ("run dynamics --model tiny --off-tree 0,9", "is no set of some of the mode", "--off-tree"),
-        ("run dynamics --model tiny --out theirs", "left alone", "--out"),
-        ("run dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
-        ("run convac --trees htf-4 --out r", "64 pixels", "--trees"),
-        ("run convac --trees nope --out r", "no tree named 'nope'", "--trees"),
-        ("run init-scale --model tiny --stds", "at least one std and one seed", "--stds"),
-        ("sweep dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
-        ("export none.safetensors", "no such model file", ""),
-        ("probe --data digits", "name one model or more", ""),
-        ("probe small-cnn --data digits", "give --weights FILE", "--weights"),
-        ("probe none.pt2 --data digits", "no such model file", ""),
-        ("probe small-cnn --data digits --weights w.pt", "no such file of weights", "--weights"),
-        ("probe nowhere:net --data digits:far", "needs a number of pixels", "--data"),
-        ("probe small-cnn --data covid19", "images are (N, C, H, W)", "--data"),
-        ("probe small-cnn --data none.npz", "none.npz", "--data"),
-        ("probe . --data digits", "not a run folder of one training of locality", ""),
-        ("plot nowhere", "no such trajectory file", ""),
-        ("plot nowhere nowhere", "not a run folder", ""),
-        ("plot", "give a run folder", ""),
-        ("plot theirs --png nowhere/x.png", "there is no folder", "--png"),
-        ("demo --device warp", "cannot use the device 'warp'", "--device"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message", "option"), [
+    ("tree nope", "no tree named 'nope'", ""),
+    ("tree [[0,1]", "not nested lists", ""),
+    ("tree [0,2]", "mode 1 is missing", ""),
+    ("rank nope.npy", "no such tensor", ""),
+    ("rank il2", "192 missing entries", "--missing nan"),
+    ("rank covid19 --tree nope", "no tree named 'nope'", "--tree"),
+    ("rank covid19 --tree htf-4", "3 axes and the tree 4 modes", "--tree"),
+    ("rank covid19 --tree x.json", "no such tree file", "--tree"),
+    ("rank covid19 --rtol 2", "rtol must be in [0, 1)", "--rtol"),
+    ("rank covid19 --memory lots", "memory must be a number of bytes", "--memory"),
+    ("rank covid19 --device warp", "cannot use the device 'warp'", "--device"),
+    ("rank covid19 --png nowhere/x.png", "there is no folder", "--png"),
+    ("decompose covid19 --rtol -1", "rtol must be a number in [0, 1)", "--rtol"),
+    ("decompose covid19 --ranks 0", "needs a positive integer", "--ranks"),
+    ("decompose covid19 --out nowhere/x.safetensors", "there is no folder", "--out"),
+    ("decompose covid19 --png .", "give the path of a file", "--png"),
+    ("fit covid19 --tree htf-4", "3 mode sizes for a tree over 4 modes", "--tree"),
+    ("fit covid19 --observed 1", "observed must be a share", "--observed"),
+    ("fit il2", "192 NaN entries", "--missing"),
+    ("fit covid19 --rank 0", "ranks must be a positive integer", "--rank"),
+    ("fit covid19 --std=-1", "std must be", "--std"),
+    ("fit covid19 --lr=-1 --out r", "lr must be", "--lr"),
+    ("fit covid19 --steps=-1 --out r", "steps must be", "--steps"),
+    ("fit covid19 --every 0 --out r", "every must be", "--every"),
+    ("fit covid19 --steps 1 --out theirs", "left alone", "--out"),
+    ("fit covid19 --join full --root ones", "root='ones' needs", "--root"),
+    ("run dynamics --model tiny --tree [0,1]", "a tree over 2 modes", "--tree"),
+    ("run dynamics --model tiny --target-tree nope", "no tree named 'nope'", "--target-tree"),
+    ("run dynamics --model tiny --off-tree 0,9", "is no set of some of the mode", "--off-tree"),
+    ("run dynamics --model tiny --out theirs", "left alone", "--out"),
+    ("run dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
+    ("run convac --trees htf-4 --out r", "64 pixels, the tree 'htf-4' 4 modes", "--trees"),
+    ("run convac --trees nope --out r", "no tree named 'nope'", "--trees"),
+    ("run init-scale --model tiny --stds", "at least one std and one seed", "--stds"),
+    ("sweep dynamics --model tiny --device warp", "cannot use the device 'warp'", "--device"),
+    ("export none.safetensors", "no such model file", ""),
+    ("probe --data digits", "name one model or more", ""),
+    ("probe small-cnn --data digits", "give --weights FILE", "--weights"),
+    ("probe none.pt2 --data digits", "no such model file", ""),
+    ("probe small-cnn --data digits --weights w.pt", "no such file of weights", "--weights"),
+    ("probe nowhere:net --data digits:far", "needs a number of pixels", "--data"),
+    ("probe small-cnn --data covid19", "images are (N, C, H, W)", "--data"),
+    ("probe small-cnn --data none.npz", "none.npz", "--data"),
+    ("probe . --data digits", "not a run folder of one training of locality", ""),
+    ("plot nowhere", "no such trajectory file", ""),
+    ("plot nowhere nowhere", "not a run folder", ""),
+    ("plot", "give a run folder", ""),
+    ("plot theirs --png nowhere/x.png", "there is no folder", "--png"),
+    ("demo --device warp", "cannot use the device 'warp'", "--device"),
+])  # fmt: skip
 def test_errors_name_the_option(cli, words, message, option):
     """One message and exit code 1; nothing is written."""
     Path("theirs").mkdir()
@@ -367,25 +357,19 @@ def test_errors_name_the_option(cli, words, message, option):
     assert [path.name for path in Path().rglob("*")] == ["theirs", "letter.txt"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("run dynamics --model nope", "nope"), ("run", "dynamics"), ("nothing", "nothing"), ("", ""),
-        ("fit covid19 --optimizer x", "optimizer"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "message"), [
+    ("run dynamics --model nope", "nope"), ("run", "dynamics"), ("nothing", "nothing"), ("", ""),
+    ("fit covid19 --optimizer x", "optimizer"),
+])  # fmt: skip
 def test_unknown_options(cli, words, message):
     assert message in "".join(cli(words, 2)) and not list(Path().iterdir())
 
 
-@pytest.mark.parametrize(
-    ("command", "argument", "option"),
-    [
-        ("fit covid19", "tree", "--tree"), ("fit covid19", "ranks", "--rank"),
-        ("fit covid19", "folder", "--out"), ("fit covid19", "png", None), ("fit covid19", None, None),
-        ("run init-scale", "std", "--stds"), ("run init-scale", "rank", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("command", "argument", "option"), [
+    ("fit covid19", "tree", "--tree"), ("fit covid19", "ranks", "--rank"),
+    ("fit covid19", "folder", "--out"), ("fit covid19", "png", None), ("fit covid19", None, None),
+    ("run init-scale", "std", "--stds"), ("run init-scale", "rank", None),
+])  # fmt: skip
 def test_the_option_that_an_error_is_about(cli, monkeypatch, command, argument, option):
     """Only options that the command has; an error that names its option stays as it is."""
     for text in ("not so", f"not so; change {option}"):
@@ -496,11 +480,6 @@ def test_every_option_is_explained(cli, command):
     options = [i for i, line in enumerate(lines) if re.match(r"--[a-z]", line)]
     assert options and all("(default:" in " ".join(lines[i : i + 8]) for i in options)
     assert all(len(" ".join(lines[i : i + 2]).split()) > 3 for i in options)
-
-
-def test_module_runs():
-    command = [sys.executable, "-W", "error", "-m", "tnreg.cli", "tree", "star-3"]
-    assert "(0, 1, 2)" in subprocess.check_output(command, text=True)
 
 
 def test_work_shows_a_line_on_a_terminal_only(cli, tensor, monkeypatch):

@@ -1,21 +1,16 @@
 """Every experiment with its tiny settings, end to end, into a temporary folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
 import math
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 import zoo
 from command import call
 from rich.console import Console
-
-matplotlib.use("Agg")
 
 from tnreg import DataError, FileError, ModeTree, OptionError, Trajectory, load
 from tnreg.experiments import completion, convac, demo, locality
@@ -44,9 +39,6 @@ def test_completion_of_other_kinds(tmp_path):
     summary = completion.run(config, tmp_path / "run")
     assert summary["tree"] == "ModeTree([[0, 1], [2, 3]])"
     assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == ("loss", "test error")
-    with pytest.raises(OptionError, match="observed must be a share"):
-        completion.run(dataclasses.replace(config, observed=1.0), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_demo(tmp_path, capsys):
@@ -107,12 +99,8 @@ def test_convac(tmp_path):
     assert convac.figure(tmp_path / "run").exists()
     again = convac.run(convac.tiny, tmp_path / "run", onnx=False)
     assert again["mean and spread"] == summary["mean and spread"]  # seeded, and the folder replaced
-    with pytest.raises(FileError, match="not a convac run"):
-        convac.figure(tmp_path)
     with pytest.raises(OptionError, match="at least one tree and one seed"):
         convac.run(dataclasses.replace(convac.tiny, trees=()), tmp_path / "run")
-    with pytest.raises(OptionError, match="the digits have 64 pixels, the tree 'htf-4' 4 modes"):
-        convac.tree_of("htf-4")
 
 
 def test_trees_over_the_pixels():

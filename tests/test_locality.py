@@ -1,7 +1,5 @@
 """The locality experiment: its networks, its trainings bit for bit, its sweeps."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io
@@ -14,13 +12,11 @@ import subprocess
 import sys
 import types
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from clock import deadline_after
 
-matplotlib.use("Agg")
 pytest.importorskip("sklearn")
 
 from safetensors.torch import load_file

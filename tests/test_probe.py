@@ -1,16 +1,12 @@
 """Probe: separation spectra of functions of known rank, and what a locality profile sees."""
 
-from __future__ import annotations
-
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-matplotlib.use("Agg")
-
 from matplotlib.figure import Figure
+from refusals import refuses
+from torch import nn
+from zoo import randn
 
 from tnreg import plots
 from tnreg.errors import DataError, FileError, OptionError, ShapeError
@@ -18,12 +14,7 @@ from tnreg.experiments.nets import build
 from tnreg.experiments.probed import network_of
 from tnreg.far.probe import LocalityProfile, locality_profile, separation_spectrum
 
-
-def samples(k, width, seed, dtype=torch.float64):
-    return torch.randn(k, width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-A, B, W = samples(7, 3, 0), samples(9, 4, 1), samples(3, 4, 2)
+A, B, W = randn(7, 3), randn(9, 4, seed=1), randn(3, 4, seed=2)
 EXPECTED = torch.linalg.svdvals(A @ W @ B.T)
 
 
@@ -31,7 +22,7 @@ EXPECTED = torch.linalg.svdvals(A @ W @ B.T)
 def test_spectrum_is_that_of_the_matrix(dtype):
     a, b, w = A.to(dtype), B.to(dtype), W.to(dtype)
     if dtype.is_complex:
-        a, w = a + 1j * samples(7, 3, 3), w - 1j * samples(3, 4, 4)
+        a, w = a + 1j * randn(7, 3, seed=3), w - 1j * randn(3, 4, seed=4)
     expected = torch.linalg.svdvals(a @ w @ b.T)
 
     def f(x, y):
@@ -70,21 +61,17 @@ def test_other_kinds_of_values():
     assert not s.requires_grad and (s[2:] < 1e-12).all()  # a sum: rank two
 
 
-@pytest.mark.parametrize(("f", "inside", "outside", "options", "error", "message"), [
+test_spectrum_refuses = refuses([
     (lambda x, y: x, A, B, {}, ShapeError, r"63 numbers for 63 pairs, .* found shape \(63, 3\)"),
     (lambda x, y: x[:, 0] / 0, A, B, {}, DataError, "NaN or infinite"),
     (lambda x, y: x, [], B, {}, ShapeError, r"inside must hold one sample or more .* \(0,\)"),
     (lambda x, y: x, A, torch.tensor(1.0), {}, ShapeError, r"outside must hold one sample or more .* \(\)"),
     (lambda x, y: x, A, B, {"batch": 0}, OptionError, "batch must be an integer >= 1"),
-])  # fmt: skip
-def test_spectrum_refuses(f, inside, outside, options, error, message):
-    with pytest.raises(error, match=message):
-        separation_spectrum(f, inside, outside, **options)
+], by=lambda f, a, b, options: separation_spectrum(f, a, b, **options))  # fmt: skip
 
 
 def images(count=20, height=6, width=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 1, height, width, generator=generator)
+    return randn(count, 1, height, width, dtype=torch.float32, seed=seed)
 
 
 class Near(nn.Module):
@@ -155,7 +142,7 @@ def test_profile_of_batches_and_defaults():
         assert (profile.interaction < 1e-5).all() and (profile.effective_rank == 0).all()
 
 
-@pytest.mark.parametrize(("net", "data", "options", "error", "message"), [
+test_profile_refuses = refuses([
     (Near(3), images(8), {}, ShapeError, "give 9 samples or more"),
     (Near(3), images(), {"size": 2, "distances": [13]}, ShapeError, "gap of 13 fit into an image of 6 x 16"),
     (Near(3), None, {}, ShapeError, "found NoneType"),
@@ -165,10 +152,7 @@ def test_profile_of_batches_and_defaults():
      "where must be 'differing' or 'anywhere', found 'here'"),
     (Near(3), images(), {"samples": 1}, OptionError, "samples must be an integer >= 2"),
     (Near(3), images(), {"pairs": 0}, OptionError, "pairs must be an integer >= 1"),
-])  # fmt: skip
-def test_profile_refuses(net, data, options, error, message):
-    with pytest.raises(error, match=message):
-        locality_profile(net, data, **options)
+], by=lambda net, data, options: locality_profile(net, data, **options))  # fmt: skip
 
 
 def test_plot():

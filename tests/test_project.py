@@ -1,7 +1,5 @@
 """The project around the package: README and docs, gallery page, changelog, packaging."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -72,7 +70,7 @@ def test_documented_commands_exist():
     blocks = "".join(re.findall(r"```sh\n(.*?)```", "".join(TEXTS.values()), re.DOTALL))
     for target in re.findall(r"^make ([\w-]+)", blocks, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    command = [sys.executable, "-m", "tnreg.cli", "--help"]
+    command = [sys.executable, "-W", "error", "-m", "tnreg.cli", "--help"]
     help_text = subprocess.run(command, capture_output=True, text=True).stdout
     documented = set(re.findall(r"^tnreg (\w+)", blocks, re.MULTILINE))
     assert documented == set(re.findall(r"• (\w+)", help_text))
