@@ -1,7 +1,5 @@
 """Files and folders appear whole or not at all, also when the process dies."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -130,32 +128,29 @@ tnreg.cli.main(sys.argv[1:])
     assert names <= set(os.listdir(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kind", ["model", "classifier", "tensor"])
-def test_a_file_that_is_replaced_while_it_is_read(kind, tmp_path, monkeypatch):
+def save_classifier(path, classes):
+    net = tnreg.ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=classes)
+    tnreg.ConvAC(tnreg.Representation(2), net).save(path)
+
+
+@pytest.mark.parametrize(("save", "size"), [
+    (lambda path, n: Factorization(ModeTree.star(n), 2, 3).save(path),
+     lambda path: tnreg.load(path).tree.order),
+    (save_classifier, lambda path: tnreg.ConvAC.load(path).net.outputs),
+    (lambda path, n: safetensors.torch.save_file({"x": torch.ones(n)}, path),
+     lambda path: len(tnreg.load_tensor(path).values)),
+], ids=["model", "classifier", "tensor"])  # fmt: skip
+def test_a_file_that_is_replaced_while_it_is_read(save, size, tmp_path, monkeypatch):
     """Of two versions the one that was opened, whole; never its header and the other one's numbers."""
     path, read_bytes = tmp_path / "x.safetensors", Path.read_bytes
 
-    def save(size):
-        if kind == "model":
-            Factorization(ModeTree.star(size), 2, 3).save(path)
-        elif kind == "classifier":
-            net = tnreg.ConvNet(ModeTree.grid((2, 2)), 2, 2, outputs=size)
-            tnreg.ConvAC(tnreg.Representation(2), net).save(path)
-        else:
-            safetensors.torch.save_file({"x": torch.ones(size)}, path)
-
-    def read():
-        if kind == "tensor":
-            return len(tnreg.load_tensor(path).values)
-        return tnreg.load(path).tree.order if kind == "model" else tnreg.ConvAC.load(path).net.outputs
-
     def read_and_replace(self):
         data = read_bytes(self)
-        save(5)
+        save(path, 5)
         return data
 
-    save(7)
+    save(path, 7)
     monkeypatch.setattr(Path, "read_bytes", read_and_replace)
-    assert read() == 7
+    assert size(path) == 7
     monkeypatch.undo()
-    assert read() == 5
+    assert size(path) == 5

@@ -1,7 +1,5 @@
 """Training: what is recorded when, why it stops, optimizers, interruption, and what is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from unittest.mock import Mock
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from command import screen
+from refusals import refuses
 
 import tnreg
 from tnreg import GroupRMSprop, ModeTree, OptionError, ShapeError, completion, fit
@@ -67,10 +65,9 @@ def test_optimizers():
 
 def test_completes_a_low_rank_tensor():
     """From near zero: the hierarchical rank of the target is found and unseen entries are predicted."""
-    options = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
-    target = tnreg.Factorization(TREE, 6, 1, std=1.0, **options).to_tensor().detach()
+    target = zoo.model_of(TREE, sizes=6, bonds=1, std=1.0).to_tensor().detach()
     task = completion(target * 36 / target.norm(), 500, seed=0)
-    model = tnreg.Factorization(TREE, 6, 12, std=0.1, **options)
+    model = zoo.model_of(TREE, sizes=6, bonds=12, std=0.1, seed=1)
     small = lambda run: run["loss"][-1] < 1e-4  # noqa: E731
     run = fit(model, task.loss, steps=3000, every=100, progress=False, stop=small)
     assert run.stop_reason == "stop"
@@ -103,33 +100,20 @@ def test_stops_when_the_loss_is_not_finite_or_interrupted():
     assert run["loss"].shape == (3,)
 
 
-def test_progress_bar(capsys, monkeypatch):
-    (model, task), shown = start(), screen(monkeypatch)
-    fit(model, task.loss, steps=10)
-    assert "10/10" in shown.getvalue() and "loss" in shown.getvalue()
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("steps", "options", "message"),
-    [
-        (-1, {}, "steps must be an integer >= 0"),
-        (1.5, {}, "steps must be an integer"),
-        (1, {"every": 0}, "every must be an integer >= 1"),
-        (1, {"optimizer": "rmsprop"}, "unknown optimizer 'rmsprop'; write one of group-rmsprop"),
-        (1, {"optimizer": 3}, "must be a name or a torch.optim.Optimizer"),
-        (1, {"optimizer": lambda p, lr: 3}, "gave a int, not a torch.optim.Optimizer"),
-        (1, {"observe": {"loss": len}}, "the name 'loss' is taken"),
-        (1, {"observe": {"x": 3}}, "'x' must be a function"),
-        (1, {"stop": 3}, "'stop' must be a function"),
-        (1, {"lr": -1.0}, "lr must be a finite number >= 0"),
-        (1, {"graph": True}, "needs a CUDA device .* found a model on cpu"),
-        (1, {"graph": True, "optimizer": "lbfgs"}, "found an optimizer that evaluates the loss itself"),
-    ],
-)  # fmt: skip
-def test_refuses(steps, options, message):
-    with pytest.raises(OptionError, match=message):
-        train(steps, **options)
+test_refuses = refuses([
+    (-1, {}, "steps must be an integer >= 0"),
+    (1.5, {}, "steps must be an integer"),
+    (1, {"every": 0}, "every must be an integer >= 1"),
+    (1, {"optimizer": "rmsprop"}, "unknown optimizer 'rmsprop'; write one of group-rmsprop"),
+    (1, {"optimizer": 3}, "must be a name or a torch.optim.Optimizer"),
+    (1, {"optimizer": lambda p, lr: 3}, "gave a int, not a torch.optim.Optimizer"),
+    (1, {"observe": {"loss": len}}, "the name 'loss' is taken"),
+    (1, {"observe": {"x": 3}}, "'x' must be a function"),
+    (1, {"stop": 3}, "'stop' must be a function"),
+    (1, {"lr": -1.0}, "lr must be a finite number >= 0"),
+    (1, {"graph": True}, "needs a CUDA device .* found a model on cpu"),
+    (1, {"graph": True, "optimizer": "lbfgs"}, "found an optimizer that evaluates the loss itself"),
+], by=lambda steps, options: train(steps, **options), error=OptionError)  # fmt: skip
 
 
 def test_an_observation_keeps_its_form():
@@ -139,15 +123,12 @@ def test_an_observation_keeps_its_form():
         train(5, every=1, observe={"x": lambda m: torch.zeros(next(lengths))})
 
 
-@pytest.mark.parametrize(
-    ("loss", "found"),
-    [
-        (lambda m: m.to_tensor(), r"shape \(2, 3, 5, 7\)"),
-        (lambda m: 1.0, "found: float"),
-        (lambda m: m.norm().detach(), "requires_grad=False"),
-        (lambda m: m.norm() * 1j, "dtype torch.complex128"),
-    ],
-)
+@pytest.mark.parametrize(("loss", "found"), [
+    (lambda m: m.to_tensor(), r"shape \(2, 3, 5, 7\)"),
+    (lambda m: 1.0, "found: float"),
+    (lambda m: m.norm().detach(), "requires_grad=False"),
+    (lambda m: m.norm() * 1j, "dtype torch.complex128"),
+])  # fmt: skip
 def test_refuses_losses(loss, found):
     with pytest.raises(OptionError, match=f"must return a real scalar(.|\n)*{found}"):
         train(1, loss)

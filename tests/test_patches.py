@@ -1,7 +1,5 @@
 """Boxes and samplers: what is drawn, how often, and that it is drawn again after a restart."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import product
 
@@ -38,12 +36,6 @@ def assert_uniform(found, expected):
     free = len(expected) - 1
     spread = sum((n - mean) ** 2 for n in counts.values()) / mean
     assert spread < free + 4 * (2 * free) ** 0.5
-
-
-def test_mask():
-    expected = torch.zeros(4, 7, dtype=torch.bool)
-    expected[1:3, 2:6] = True
-    assert torch.equal(patches.box_mask(torch.tensor([1, 2, 3, 6]), 4, 7), expected)
 
 
 def test_a_pair_is_used_as_given():

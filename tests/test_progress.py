@@ -1,25 +1,20 @@
 """Bars are on standard error, on terminals only, and nowhere else in the package than by ``progress``."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from command import screen
 
 import tnreg
-from tnreg import images
+from tnreg import ModeTree, images
 from tnreg.experiments import convac, sweep
 from tnreg.experiments.locality import comparison
 from tnreg.machine.progress import advancing, shown_progress, working
 
 PACKAGE = Path(tnreg.__file__).parent
-
-
-def in_a_sweep(folder):
-    sweep.run(lambda cell, *_: {"y": 1}, [{"seed": 1}], folder, workers=0, progress=True)
 
 
 def on_pathfinder(folder):
@@ -29,37 +24,29 @@ def on_pathfinder(folder):
     comparison._prepare([cell], folder, True)
 
 
-def on_digits(folder):
-    convac.run(convac.tiny, folder, progress=True, onnx=False)
-
-
 def on_probing():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128, 1))
-    pictures = torch.rand(20, 1, 8, 16, generator=torch.Generator().manual_seed(0))
+    pictures = zoo.randn(20, 1, 8, 16, dtype=torch.float32)
     tnreg.locality_profile(net, pictures, distances=(0, 4), pairs=2, progress=True)
 
 
 DRAWN = {
-    "epochs": lambda path: on_digits(path / "r"),
+    "epochs": lambda path: convac.run(convac.tiny, path, progress=True, onnx=False),
     "images, paths of 3 paddles": on_pathfinder,
     "images, paths of 4 paddles": lambda path: images.pathfinder(9, length=4, size=32, progress=True),
     "pairs of patches": lambda path: on_probing(),
-    "cells": in_a_sweep,
+    "cells": lambda path: sweep.run(lambda *_: {"y": 1}, [{"seed": 1}], path, workers=0, progress=True),
+    "loss": lambda path: tnreg.fit(zoo.model_of(ModeTree.star(3)), lambda m: m.norm(), steps=10),
 }
 
 
 @pytest.mark.parametrize(("text", "draw"), DRAWN.items(), ids=DRAWN)
-def test_drawn_on_a_terminal(text, draw, capsys, monkeypatch, tmp_path):
+def test_drawn_on_a_terminal_and_not_into_a_file(text, draw, capsys, monkeypatch, tmp_path):
+    draw(tmp_path / "file")
+    assert capsys.readouterr() == ("", "")
     shown = screen(monkeypatch)
-    draw(tmp_path)
+    draw(tmp_path / "terminal")
     assert text in shown.getvalue() and capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
-def test_nothing_is_drawn_into_a_file(draw, capsys, tmp_path):
-    draw(tmp_path)
-    out, err = capsys.readouterr()
-    assert out == "" and err == ""
 
 
 def test_line_while_working(capsys, monkeypatch):
