@@ -293,7 +293,7 @@ def test_a_training_that_fails_does_not_stop_the_others(trained):
 def test_a_last_batch_that_is_too_small():
     check = locality_run._check_batches
     for count, size, processes, message in (
-        (130, 32, 3, "leave 2 for the last batch of 3 .* take e.g. batch 31"),
+        (130, 32, 3, "leave 2 for a last batch of 3 .* take e.g. batch 31"),
         (130, 64, 4, "take e.g. batch 63"),
         (3, 64, 4, "take 3 processes or fewer"),
     ):

@@ -114,7 +114,6 @@ def train(
 
     with joined(settings.device, run) as processes:
         device = processes.device
-        _check_batches(len(data.images), settings.batch, processes.count)
         run.folder, run.checkpoint = processes.from_first(places)
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), _fast():
@@ -213,12 +212,11 @@ class _State:
         net = build(settings.model, data.images.shape[1], dropout=dropout)
         net = net.double() if settings.precision == "float64" else net
         # channels last: a fifth faster on a CPU, with and without gradient change
-        self.net = _normalized_together(net, processes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.wrapped: nn.Module = self.net
         if processes.count > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                self.net, [device] if device.type == "cuda" else None, process_group=processes.group
-            )
+            _check_batches(len(data.images), settings.batch, processes.count)
+            self.wrapped = _distributed(self.net, processes)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
@@ -456,29 +454,25 @@ def _sizes(count: int, batch: int) -> list[int]:
 
 def _check_batches(count: int, batch: int, processes: int) -> None:
     """Raise an ``OptionError`` where a batch has fewer images than there are processes."""
-
-    def smallest(batch: int) -> int:
-        return min(_sizes(count, batch), default=0)
-
-    if processes == 1 or smallest(batch) >= processes:
+    fitting = [size for size in range(processes, count + 1) if min(_sizes(count, size)) >= processes]
+    if min(batch, count) in fitting:
         return
-    fitting = [size for size in range(processes, count + 1) if smallest(size) >= processes]
     nearest = min(fitting, key=lambda size: abs(size - batch), default=0)
     instead = f"take e.g. batch {nearest}" if nearest else f"take {count} processes or fewer"
-    message = f"{count} images in batches of {batch} leave {smallest(batch)} for the last batch"
+    message = f"{count} images in batches of {batch} leave {count % batch or batch} for a last batch"
     message += f" of {processes} processes, and each needs an image of it; {instead}."
     raise OptionError(f"locality: {message}", argument="batch")
 
 
-def _normalized_together(net: nn.Module, processes: Processes) -> nn.Module:
-    """Return the network with batch normalization by the statistics of the whole batch."""
-    if processes.count == 1 or not any(isinstance(m, _BatchNorm) for m in net.modules()):
-        return net
-    if processes.device.type != "cuda":
+def _distributed(net: nn.Module, processes: Processes) -> nn.Module:
+    """Return the network for parts of a batch, normalized by the statistics of the whole batch."""
+    if processes.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-untyped-call]
+    elif any(isinstance(m, _BatchNorm) for m in net.modules()):
         message = "the network has batch normalization, which torch shares between processes on GPUs only"
         more = "take the device cuda, one process, or a network without it such as small-cnn."
         raise OptionError(f"locality: {message}; {more}", argument="model")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net, processes.group)  # type: ignore[no-any-return, no-untyped-call]
+    return nn.parallel.DistributedDataParallel(net, process_group=processes.group)
 
 
 def _tensors(data: ImageSet) -> tuple[Tensor, Tensor]:
