@@ -7,16 +7,14 @@ folders are ``std-0.01-seed-1`` and so on, with the picture ``init-scale.png``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tnreg.errors import OptionError
 from tnreg.experiments import dynamics, sweep
 from tnreg.experiments.folder import read_about, read_run, reading
+from tnreg.experiments.sweep.pictures import means
 from tnreg.plots import save_figure
 
 
@@ -75,22 +73,21 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     place = Path(folder)
     with reading("a finished sweep", place):
         rows = read_about(place)["summary"]
-        stds, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("std", "seed"))
-        first = [read_run(place / _name({"std": std, "seed": seeds[0]})).trajectory for std in stds]
+        stds, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in _FIELDS)
+        names = [sweep.cell_name({"std": std, "seed": seeds[0]}, _FIELDS) for std in stds]
+        first = [read_run(place / name).trajectory for name in names]
     drawn: Any = Figure(figsize=(3.1 * max(len(stds), 2), 6), layout="constrained")
     upper, lower = drawn.subfigures(2, 1)
-    for k, (std, trajectory) in enumerate(zip(stds, first, strict=True)):
-        tracks, ax = dynamics.tracks(trajectory), upper.add_subplot(1, len(stds), k + 1)
+    upper.suptitle(f"components, seed {seeds[0]}", fontsize=10)
+    for std, trajectory, ax in zip(stds, first, upper.subplots(1, len(stds), squeeze=False)[0], strict=True):
+        tracks = dynamics.tracks(trajectory)
         ax.plot(tracks.steps, tracks.norms, lw=1.2)
         ax.set(title=f"std {std:g}", xlabel="step")
-    upper.suptitle(f"components, seed {seeds[0]}", fontsize=10)
-    names = ("test error", "effective rank")
-    by_cell = {(row["std"], row["seed"]): row for row in rows}
-    for name, scale, ax in zip(names, ("log", "linear"), lower.subplots(1, 2), strict=True):
-        values = [[by_cell.get((std, seed), {}).get(name) for seed in seeds] for std in stds]
-        table = np.array(values, dtype=float)  # NaN for None
-        ax.plot(stds, table, "o-", ms=4, lw=1)
-        ax.plot(stds, table.mean(1), color="0.3", lw=2)
+    left, right = lower.subplots(1, 2)
+    for name, scale, ax in (("test error", "log", left), ("effective rank", "linear", right)):
+        mean = means(rows, _FIELDS, name)
+        ax.plot([row["std"] for row in rows], [row[name] for row in rows], "o", ms=4)
+        ax.plot([row["std"] for row in mean], [row[name] for row in mean], color="0.3", lw=2)
         ax.set(xscale="log", yscale=scale, xlabel="standard deviation of the initial weights")
         ax.set_title(f"{name} at the end (grey: mean of {len(seeds)} seeds)")
     return save_figure(drawn, png or place / "init-scale.png")
@@ -107,15 +104,12 @@ def _row(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     return {**dynamics.row(summary), **more}
 
 
-def _name(cell: Mapping[str, Any], fields: Sequence[str] = ()) -> str:
-    return f"std-{cell['std']:g}-seed-{cell['seed']}"
-
-
-DYNAMICS = sweep.Experiment(
-    _work, title="dynamics_sweep", fields=("seed",), row=_row, headline="test error",
-    defaults=dataclasses.asdict(dynamics.Config()),
-)  # fmt: skip
+_FIELDS = ("std", "seed")
+DYNAMICS = sweep.Experiment(_work, title="dynamics_sweep", fields=("seed",), row=_row, headline="test error")
 EXPERIMENT = dataclasses.replace(
-    DYNAMICS, title="init_scale", fields=("std", "seed"), name=_name, figure=figure,
+    DYNAMICS,
+    title="init_scale",
+    fields=_FIELDS,
+    figure=figure,
     row=lambda cell, summary: dynamics.row(summary),
-)  # fmt: skip
+)

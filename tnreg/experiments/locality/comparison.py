@@ -243,7 +243,7 @@ def _work(
 
     def load() -> list[ImageSet]:
         if time.monotonic() >= deadline:
-            raise Unfinished("the time is over before it was begun", {"epochs": 0})
+            raise Unfinished("the time is over before it was begun")
         return [_images(training, place, split) for split in _SPLITS]
 
     with joined(training.device) as processes:
@@ -305,6 +305,5 @@ def _row(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
 _FIELDS = ("arm", "distance", "seed")
 EXPERIMENT = sweep.Experiment(
     _work, title="locality", fields=_FIELDS, name=_name, row=_row, headline="test accuracy",
-    defaults=dataclasses.asdict(Training()), prepare=_prepare,
-    table=lambda rows, fields, _: table(rows, fields), figure=figure,
+    prepare=_prepare, table=lambda rows, fields, _: table(rows, fields), figure=figure,
 )  # fmt: skip

@@ -143,7 +143,7 @@ def _train(state: _State, test: ImageSet, run: _Run, deadline: float) -> dict[st
         if decide(time.monotonic() + 1.5 * longest >= deadline):
             if run.epochs < len(state.rows):
                 state.write(run)
-            raise Unfinished(f"the time is over; {run}", state.progress())
+            raise Unfinished(f"the time is over; {run}")
         began = time.monotonic()
         row = state.epoch()
         epoch = len(state.rows) + 1
@@ -363,14 +363,6 @@ class _State:
         if ended or good:
             self.rows.stop_reason = "epochs" if ended else "train accuracy"
         return ended or good
-
-    def progress(self) -> dict[str, Any]:
-        """Return what an unfinished training has reached."""
-        reached = {"epochs": len(self.rows), "of": self.settings.epochs, **self._last_row()}
-        if len(self.rows):
-            tested = self.rows["test accuracy"]
-            reached["test accuracy"] = next((float(a) for a in tested[::-1] if a == a), None)
-        return reached
 
     def summary(self, test_accuracy: float) -> dict[str, Any]:
         """Return what a finished training has reached, and what it took."""

@@ -10,7 +10,6 @@ Python's own processes compute on this machine.
 """
 
 from tnreg.experiments.sweep.cell import Work, cell_name
-from tnreg.experiments.sweep.experiment import Experiment, Result, run
-from tnreg.experiments.sweep.workers import Failed
+from tnreg.experiments.sweep.experiment import Experiment, Failed, Result, run
 
 __all__ = ["Experiment", "Failed", "Result", "Work", "cell_name", "run"]

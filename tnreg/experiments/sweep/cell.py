@@ -7,7 +7,6 @@ two sweeps in one folder, or a task on a cluster that outlives its sweep, never 
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import json
@@ -15,17 +14,16 @@ import platform
 import re
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
-from tnreg.errors import FileError, OptionError, TnregError
-from tnreg.experiments.folder import UNREADABLE, read_about
+from tnreg.errors import FileError, OptionError, TnregError, blame
+from tnreg.experiments.folder import read_about, reading
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.machine.versions import versions
 
@@ -38,15 +36,7 @@ _HASH = "[0-9a-f]" * 8
 
 
 class Unfinished(TnregError):
-    """The time for a computation is over; what it needs to go on is kept: ``Unfinished(message, so_far)``."""
-
-    @property
-    def so_far(self) -> dict[str, Any]:
-        """What it has reached, values for JSON."""
-        return dict(self.args[1])
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+    """The time for a computation is over; what it needs to go on is kept."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +47,11 @@ class Cell:
         folder: Folder of the sweep.
         name: Name of the cell's run folder in it.
         settings: What the cell is computed from, as JSON returns it.
-        defaults: Values of settings that a run folder of an older version may lack.
     """
 
     folder: Path
     name: str
     settings: dict[str, Any]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
@@ -79,26 +67,18 @@ def find(cell: Cell) -> dict[str, Any] | None:
         OptionError: The run folder was made with other settings.
         FileError: Something else is in its place.
     """
-    place = check_folder(cell.folder / cell.name)
-    try:
-        about = read_about(place)
-        there, now = {**cell.defaults, **about["config"]}, cell.settings
-        pairs = {key: (there.get(key), now.get(key)) for key in {**there, **now}}
-        summary = dict(about["summary"])
-    except FileNotFoundError:
-        return None
-    except UNREADABLE as error:
-        message = f"not a run folder: {place}\n  {type(error).__name__}: {error}\n"
-        message += "  delete it, or choose another folder"
-        raise FileError(message, argument="folder") from None
-    different = [
-        f"\n  {key}: {old!r} there, {new!r} now"
-        for key, (old, new) in pairs.items()
-        if old != new and as_text(old) != as_text(new)  # NaN is not equal to itself
-    ]
-    if different:
-        message = f"{place} was made with other settings; delete it, or choose another folder."
-        raise OptionError(message + "".join(different), argument="folder")
+    with blame("folder"):
+        place = check_folder(cell.folder / cell.name)
+        if not (place / "config.json").exists():
+            return None
+        with reading("a run folder", place, "a cell of this sweep; delete it, or choose another folder"):
+            about = read_about(place)
+            there, summary = dict(about["config"]), dict(about["summary"])
+        pairs = {key: (there.get(key), cell.settings.get(key)) for key in there | cell.settings}
+        different = [f"\n  {k}: {a!r} there, {b!r} now" for k, (a, b) in pairs.items() if not same(a, b)]
+        if different:
+            message = f"{place} was made with other settings; delete it, or choose another folder."
+            raise OptionError(message + "".join(different))
     return summary
 
 
@@ -133,14 +113,13 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
 
 def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Write ``config.json`` unless ``work`` did; return the results as the next sweep reads them."""
-    summary = as_json(summary, "the function of a sweep must return a dict of values for JSON")
     file = folder / "config.json"
     if not file.exists():
-        about = {"experiment": "cell", "config": cell.settings, "summary": summary}
-        folder.mkdir(exist_ok=True)
-        file.write_text(json.dumps({**versions(), **about}, indent=1) + "\n", encoding="utf-8")
+        summary = as_json(summary, "the function of a sweep must return a dict of values for JSON")
+        about = {**versions(), "experiment": "cell", "config": cell.settings, "summary": summary}
+        file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     try:
-        return find(dataclasses.replace(cell, name=folder.name)) or {}
+        return find(replace(cell, name=folder.name)) or {}
     except TnregError as error:
         wanted = "'tnreg', the cell under 'config' or results under 'summary'"
         raise OptionError(f"work wrote a config.json without {wanted}: {error}") from None
@@ -164,17 +143,6 @@ def as_json(values: Any, message: str) -> dict[str, Any]:
     return copy
 
 
-def check_names(names: list[str]) -> None:
-    """Raise an ``OptionError`` for a name of several cells, or one that no folder can have."""
-    for name, count in Counter(names).items():
-        if count > 1 or len(name.encode()) > 200 or not re.fullmatch(r"[^./\\][^/\\]*", name):
-            reason = f"{count} cells have it" if count > 1 else "no folder can have it"
-            raise OptionError(
-                f"sweep: a cell cannot be named {name!r}, {reason}; give each cell once, or names "
-                "of your own by Experiment.name."
-            )
-
-
 def cell_name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
     """Return ``FIELD-VALUE-FIELD-VALUE``, with ``_`` for what a file name cannot hold."""
     values = [v if isinstance(v, str) else json.dumps(v) for v in (cell[name] for name in fields)]
@@ -185,3 +153,8 @@ def cell_name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
 def as_text(value: Any) -> str:
     """Return a text that is the same for the same value."""
     return json.dumps(value, sort_keys=True)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values for JSON are the same; NaN, which is not equal to itself, is."""
+    return bool(one == other) or as_text(one) == as_text(other)

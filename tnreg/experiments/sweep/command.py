@@ -33,19 +33,27 @@ KINDS: dict[str, tuple[Experiment, type, Mapping[str, Any], str]] = {
 """By the name of its command: the experiment, the class of a cell, presets, and help in one line."""
 
 
+class Values(tuple[Any, ...]):
+    """The values of an option that takes a list; its text is what ``parse`` reads."""
+
+    def __str__(self) -> str:
+        return ",".join("none" if value is None else str(value) for value in self)
+
+
 def options(name: str, preset: str) -> Any:
     """Return the lists of a preset, in a dataclass of the cell's fields that tyro reads.
 
     A list is expected for every field but tuples; a preset's ``seeds`` are values of the field ``seed``.
     """
     _, cell, presets, _ = KINDS[name]
-    values, scalars = vars(presets.get(preset, presets[""])), _scalars(cell)
-    lists = {field: values.get(f"{field}s", (values.get(field),)) for field in scalars}
-    readers = [(f, Annotated[tuple, _reader(kind, f)], lists[f]) for f, kind in scalars.items()]
-    title = f"Sweep{cell.__name__}"
-    listed: Any = dataclasses.make_dataclass(title, readers, bases=(cell,), frozen=True)
-    tuples = {f.name for f in dataclasses.fields(cell)} - scalars.keys()
-    return listed(**{field: values[field] for field in tuples})
+    preset_values, fields = vars(presets.get(preset, presets[""])), []
+    for field, kind in typing.get_type_hints(cell).items():
+        if typing.get_origin(kind) is tuple:
+            fields.append((field, kind, preset_values[field]))
+        else:
+            values = Values(preset_values.get(f"{field}s") or [preset_values[field]])
+            fields.append((field, Annotated[Values, _reader(kind, field)], values))
+    return dataclasses.make_dataclass(f"Sweep{cell.__name__}", fields, bases=(cell,), frozen=True)()
 
 
 def cells(grid: Any) -> tuple[str, list[dict[str, Any]]]:
@@ -54,17 +62,17 @@ def cells(grid: Any) -> tuple[str, list[dict[str, Any]]]:
     The first field changes fastest and the seed slowest: one seed is complete before the next begins.
     """
     name = next(name for name, kind in KINDS.items() if isinstance(grid, kind[1]))
-    scalars, values = _scalars(KINDS[name][1]), dict(vars(grid))
-    order = sorted(values, key=lambda field: field == "seed")[::-1]
-    lists = [values[field] if field in scalars else (values[field],) for field in order]
-    settings = [values | dict(zip(order, c, strict=True)) for c in itertools.product(*lists)]
+    lists = {field: v if isinstance(v, Values) else (v,) for field, v in vars(grid).items()}
+    order = ["seed", *(field for field in reversed(lists) if field != "seed")]
+    combinations = itertools.product(*(lists[field] for field in order))
+    settings = [lists | dict(zip(order, values, strict=True)) for values in combinations]
     if name == "locality":
-        for cell in settings:
-            locality.check(cell)
+        for one in settings:
+            locality.check(one)
     return name, settings
 
 
-def parse(text: str, kind: Any, name: str) -> tuple[Any, ...]:
+def parse(text: str, kind: Any, name: str) -> Values:
     """Return the values of a list, of type str, int, float, bool, a Literal, or one of them or None.
 
     Raises:
@@ -83,15 +91,10 @@ def parse(text: str, kind: Any, name: str) -> tuple[Any, ...]:
         if not all(part.strip() for part in parts):
             raise OptionError(f"{name}: a value is missing in {text!r}; write e.g. A,B,C.")
         values = [value for part in parts for value in _values(part.strip(), kind, name)]
-        for i, value in enumerate(values):
-            if value in values[:i]:
+        for value in values:
+            if values.count(value) > 1:
                 raise OptionError(f"{name}: {value!r} stands twice in {text!r}.")
-    return tuple(values)
-
-
-def written(values: tuple[Any, ...]) -> str:
-    """Return the list of values as ``parse`` reads it."""
-    return ",".join("none" if value is None else str(value) for value in values)
+    return Values(values)
 
 
 def _values(part: str, kind: Any, name: str) -> list[Any]:
@@ -113,7 +116,7 @@ def _values(part: str, kind: Any, name: str) -> list[Any]:
         raise OptionError(f"{name}: {part!r} is not {text}.") from None
 
 
-def _reader(kind: Any, name: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+def _reader(kind: Any, name: str) -> PrimitiveConstructorSpec[Values]:
     """Tell tyro how an option with a list of values is read and written."""
     single, optional, choices = _split(kind)
     shapes = {int: "INT|A:B", float: "FLOAT", bool: "true|false", str: "STR"}
@@ -121,15 +124,9 @@ def _reader(kind: Any, name: str) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
         nargs=1,
         metavar=f"{'|'.join(choices) or shapes[single]}{'|none' if optional else ''},...",
         instance_from_str=lambda words: parse(words[0], kind, name),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda values: [written(values)],
+        is_instance=lambda value: isinstance(value, Values),
+        str_from_instance=lambda values: [str(values)],
     )
-
-
-def _scalars(cell: type) -> dict[str, Any]:
-    """Return the fields of a dataclass that are no tuples, with their types."""
-    hints = typing.get_type_hints(cell)
-    return {name: kind for name, kind in hints.items() if typing.get_origin(kind) is not tuple}
 
 
 def _split(kind: Any) -> tuple[Any, bool, tuple[str, ...]]:

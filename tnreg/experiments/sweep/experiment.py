@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tnreg.errors import FileError, OptionError, check_integer
 from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.sweep import pictures
-from tnreg.experiments.sweep.cell import (
-    Cell,
-    Unfinished,
-    Work,
-    as_json,
-    as_text,
-    cell_name,
-    check_names,
-    find,
-)
-from tnreg.experiments.sweep.workers import Done, Failed, results
+from tnreg.experiments.sweep.cell import Cell, Unfinished, Work, as_json, as_text, cell_name, find, same
+from tnreg.experiments.sweep.workers import results
 from tnreg.machine.files import check_folder, write_whole
 from tnreg.machine.progress import advancing
 from tnreg.machine.versions import versions
 
+Row = dict[str, Any]
 
-def _scalars(cell: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+
+def _scalars(cell: Row, results: Row) -> Row:
     return {key: v for key, v in results.items() if isinstance(v, str | int | float | None)}
 
 
@@ -52,7 +46,6 @@ class Experiment:
             ``NAME (result)``.
         headline: The column that is drawn; if left out, or without a finite number, the first column
             that has one.
-        defaults: Values of settings that a run folder of an older version may lack.
         prepare: ``prepare(cells, folder, progress)`` is called first, with the cells that are missing.
         table: ``table(rows, fields, headline)`` gives means over seeds.
         figure: ``figure(folder)`` draws the picture.
@@ -62,12 +55,24 @@ class Experiment:
     title: str = "sweep"
     fields: tuple[str, ...] = ()
     name: Callable[[Mapping[str, Any], Sequence[str]], str] = cell_name
-    row: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = _scalars
+    row: Callable[[Row, Row], Row] = _scalars
     headline: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[list[dict[str, Any]], Path, bool], Any] | None = None
-    table: Callable[[list[dict[str, Any]], Sequence[str], str], list[dict[str, Any]]] = pictures.means
+    prepare: Callable[[list[Row], Path, bool], Any] = lambda *_: None
+    table: Callable[[list[Row], Sequence[str], str], list[Row]] = pictures.means
     figure: Callable[[Path], Any] = pictures.figure
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A cell that failed at every attempt, with the last exception."""
+
+    cell: Cell
+    exception: BaseException
+
+    @property
+    def error(self) -> str:
+        """Kind of the exception and first line of its message."""
+        return f"{type(self.exception).__name__}: {self.exception}".splitlines()[0].rstrip(": ")
 
 
 @dataclass(frozen=True)
@@ -75,24 +80,20 @@ class Result:
     """What a sweep found.
 
     Attributes:
-        folder: Where it is.
         rows: One for each cell that is done, in the order of the cells: its fields, then its results.
-        failed: The cells that failed.
-        unfinished: The cells whose time was over; the same call goes on with them.
+        failed: The cells that failed; neither done nor failed are those whose time was over.
         computed: Names of the cells that this call computed; the others were there.
         fields: Fields in every row.
         headline: The column that is drawn.
         table: Means over seeds.
     """
 
-    folder: Path
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     failed: list[Failed]
-    unfinished: list[Failed]
     computed: list[str]
     fields: tuple[str, ...]
     headline: str
-    table: list[dict[str, Any]]
+    table: list[Row]
 
 
 def run(
@@ -139,46 +140,6 @@ def run(
     Cost: some milliseconds a cell beside the work itself, and seconds until the processes are up.
     """
     what = work if isinstance(work, Experiment) else Experiment(work)
-    place = _check(what, folder, workers, threads, scheduler, retries)
-    settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
-    about = _describe(what, settings)
-    fields = about["fields"]
-    all_cells = [Cell(place, what.name(c, fields), c, what.defaults) for c in settings]
-    check_names([cell.name for cell in all_cells])
-    done = {c.name: summary for c in all_cells if (summary := find(c)) is not None}
-    missing = [cell for cell in all_cells if cell.name not in done]
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
-    if not (place / "config.json").exists():  # a sweep that is cut short is known as one
-        _write_about(place, about)
-    if what.prepare is not None and missing:
-        what.prepare([cell.settings for cell in missing], place, progress)
-    outcomes: list[Done | Failed] = []
-    try:
-        with advancing("cells", len(all_cells), progress) as advance:
-            advance(len(done))
-            for outcome in results(missing, what.work, workers, threads, scheduler, retries):
-                outcomes.append(outcome)
-                advance(1)
-    finally:  # what is done is written, whatever ended the sweep
-        done |= {one.cell.name: one.summary for one in outcomes if isinstance(one, Done)}
-        pairs = [(c.settings, done[c.name]) for c in all_cells if c.name in done]
-        rows = _write_rows(what, place, fields, pairs)
-        result = _finish(what, place, about, rows, outcomes)
-    return result
-
-
-def _check(
-    what: Experiment,
-    folder: str | Path,
-    workers: int | None,
-    threads: int | None,
-    scheduler: str | None,
-    retries: int,
-) -> Path:
-    """Return the folder's absolute path, or raise an error for options that cannot be."""
     check_integer(0 if workers is None else workers, 0, "sweep: workers")
     check_integer(1 if threads is None else threads, 1, "sweep: threads")
     check_integer(retries, 0, "sweep: retries")
@@ -189,10 +150,38 @@ def _check(
     if (there := experiment_of(place)) not in ("", what.title):
         message = f"{place} is a run of {there!r}; choose another folder."
         raise OptionError(message, argument="folder")
-    return place
+    settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
+    about = _describe(what, settings)
+    all_cells = [Cell(place, what.name(one, about["fields"]), one) for one in settings]
+    _check_names([cell.name for cell in all_cells])
+    done = {cell.name: found for cell in all_cells if (found := find(cell)) is not None}
+    missing = [cell for cell in all_cells if cell.name not in done]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot write {place}: {error.strerror or error}") from None
+    if not (place / "config.json").exists():  # a sweep that is cut short is known as one
+        _write_about(place, about)
+    if missing:
+        what.prepare([cell.settings for cell in missing], place, progress)
+    computed, failed = [], []
+    try:
+        with advancing("cells", len(all_cells), progress) as advance:
+            advance(len(done))
+            for cell, outcome in results(missing, what.work, workers, threads, scheduler, retries):
+                if isinstance(outcome, tuple):
+                    done[cell.name], now = outcome
+                    computed += [cell.name] * now
+                elif not isinstance(outcome, Unfinished):
+                    failed.append(Failed(cell, outcome))
+                advance(1)
+    finally:  # what is done is written, whatever ended the sweep
+        pairs = [(cell.settings, done[cell.name]) for cell in all_cells if cell.name in done]
+        result = _write(what, place, about, pairs, failed, computed)
+    return result
 
 
-def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
+def _describe(what: Experiment, cells: list[Row]) -> Row:
     """Return what ``config.json`` of the sweep holds before anything is computed."""
     if not cells:
         raise OptionError("sweep: no cells; give at least one.", argument="cells")
@@ -200,7 +189,6 @@ def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
     if some:
         message = f"sweep: cells with different fields: not all have {', '.join(sorted(some))}."
         raise OptionError(message, argument="cells")
-    # compared as text, for a list is no key and NaN is not equal to itself
     values = {key: list({as_text(c[key]): c[key] for c in cells}.values()) for key in cells[0]}
     vary = [key for key in values if len(values[key]) > 1]
     fields = dict.fromkeys((*what.fields, *vary)) or values
@@ -212,30 +200,42 @@ def _describe(what: Experiment, cells: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(fields: Sequence[str], settings: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a cell and its columns, none of which takes the place of a field."""
-    return {name: settings[name] for name in fields} | {
-        f"{key} (result)" if key in fields else key: value
-        for key, value in columns.items()
-        if key not in fields or as_text(value) != as_text(settings[key])
-    }
+def _check_names(names: list[str]) -> None:
+    """Raise an ``OptionError`` for a name of several cells, or one that no folder can have."""
+    for name, count in Counter(names).items():
+        if count > 1 or not re.fullmatch(rb"[^./\\][^/\\]{0,199}", name.encode()):
+            reason = f"{count} cells have it" if count > 1 else "no folder can have it"
+            raise OptionError(
+                f"sweep: a cell cannot be named {name!r}, {reason}; give each cell once, or names "
+                "of your own by Experiment.name."
+            )
 
 
-def _finish(
+def _write(
     what: Experiment,
     place: Path,
-    about: dict[str, Any],
-    rows: list[dict[str, Any]],
-    outcomes: list[Done | Failed],
+    about: Row,
+    pairs: list[tuple[Row, Row]],
+    failed: list[Failed],
+    computed: list[str],
 ) -> Result:
-    """Write ``config.json`` and draw the picture."""
+    """Write ``results.csv`` and ``config.json`` of cells and their results, and draw the picture."""
     fields = about["fields"]
-    headline = _headline(rows, fields, what.headline)
+    rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = {key for row in rows for key in row if pictures.is_number(row[key])}
+    headlines = [what.headline, *(column for column in columns if column not in fields)]
+    headline = next((column for column in headlines if column in numeric), "")
     table = what.table(rows, fields, headline) if headline else []
-    errors = [one for one in outcomes if isinstance(one, Failed)]
-    unfinished = [one for one in errors if isinstance(one.exception, Unfinished)]
-    failed = [one for one in errors if not isinstance(one.exception, Unfinished)]
     reports = [{"name": f.cell.name, "config": f.cell.settings, "error": f.error} for f in failed]
+
+    def write_rows(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(place / "results.csv", write_rows)
     new = {"headline": headline, "summary": rows, "failed": reports, "table": table}
     _write_about(place, about | new)
     if headline:
@@ -243,35 +243,20 @@ def _finish(
             what.figure(place)
         except Exception as error:  # hours of computing are not lost for a picture
             warnings.warn(f"no picture of {place}: {type(error).__name__}: {error}", stacklevel=3)
-    computed = [one.cell.name for one in outcomes if isinstance(one, Done) and one.computed]
-    return Result(place, rows, failed, unfinished, computed, fields, headline, table)
+    return Result(rows, failed, computed, fields, headline, table)
 
 
-def _headline(rows: list[dict[str, Any]], fields: Sequence[str], wanted: str) -> str:
-    """Return the wanted column, or the first result, that has a finite number; else empty."""
-    numeric = {key for row in rows for key in row if pictures.is_number(row[key])}
-    columns = [key for row in rows for key in row if key not in fields]
-    return next((column for column in (wanted, *columns) if column in numeric), "")
+def _row(fields: Sequence[str], cell: Row, columns: Row) -> Row:
+    """Return the fields of a cell and its columns, none of which takes the place of a field."""
+    return {name: cell[name] for name in fields} | {
+        f"{key} (result)" if key in fields else key: value
+        for key, value in columns.items()
+        if key not in fields or not same(value, cell[key])
+    }
 
 
-def _write_rows(
-    what: Experiment, place: Path, fields: Sequence[str], pairs: list[tuple[dict[str, Any], dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Write ``results.csv`` from cells and their results; return its rows."""
-    rows = [_row(fields, cell, what.row(cell, summary)) for cell, summary in pairs]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    _write(place / "results.csv", text.getvalue())
-    return rows
-
-
-def _write_about(place: Path, about: dict[str, Any]) -> None:
+def _write_about(place: Path, about: Row) -> None:
     """Write ``config.json``; numbers that are not finite are null, for JSON has no others."""
     finite = json.loads(json.dumps(about), parse_constant=lambda name: None)
-    _write(place / "config.json", json.dumps(finite, indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8", newline=""))
+    text = json.dumps(finite, indent=1) + "\n"
+    write_whole(place / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import importlib
 import logging
@@ -11,34 +10,15 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 from tnreg.errors import OptionError, TnregError
 from tnreg.experiments.sweep.cell import Cell, Unfinished, Work, compute
 
-
-@dataclass(frozen=True)
-class Done:
-    """A cell with its results; ``computed`` is False if another process computed it meanwhile."""
-
-    cell: Cell
-    summary: dict[str, Any]
-    computed: bool
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A cell that failed at every attempt, or whose time was over, with the last exception."""
-
-    cell: Cell
-    exception: BaseException
-
-    @property
-    def error(self) -> str:
-        """Kind of the exception and first line of its message."""
-        return f"{type(self.exception).__name__}: {self.exception}".splitlines()[0].rstrip(": ")
+Outcome = tuple[dict[str, Any], bool] | BaseException
+"""What ``compute`` returned, or the last error."""
 
 
 def results(
@@ -48,74 +28,70 @@ def results(
     threads: int | None,
     scheduler: str | None,
     retries: int,
-) -> Iterator[Done | Failed]:
+) -> Iterator[tuple[Cell, Outcome]]:
     """Yield every cell as soon as it is done or has failed; the arguments are those of ``run``.
 
     Raises:
         TnregError: The scheduler ended meanwhile.
     """
-    if workers == 0 and scheduler is None:
-        yield from (_attempt(cell, work, threads, retries) for cell in cells)
-    elif cells:
-        affinity = hasattr(os, "sched_getaffinity")
-        processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-        most = min(workers or max(1, processors // (threads or 1)), len(cells))
-        with _executor(most, scheduler) as executor:
-            jobs = {executor.submit(_attempt, c, work, threads, retries): c for c in cells}
-            try:
-                for job in concurrent.futures.as_completed(jobs):
-                    error = job.exception()
-                    yield job.result() if error is None else Failed(jobs[job], error)
-            except concurrent.futures.CancelledError:
-                raise TnregError(
-                    "the Dask scheduler was lost before all cells were done; what is done is kept, "
-                    "and the same call goes on."
-                ) from None
-            finally:
-                for job in jobs:
-                    job.cancel()
+    if not cells or (workers == 0 and scheduler is None):
+        yield from ((cell, _attempt(cell, work, threads, retries)) for cell in cells)
+        return
+    affinity = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    most = min(workers or max(1, processors // (threads or 1)), len(cells))
+    with _executor(most, scheduler) as executor:
+        jobs = {executor.submit(_attempt, cell, work, threads, retries): cell for cell in cells}
+        try:
+            for job in futures.as_completed(jobs):
+                yield jobs[job], job.exception() or job.result()
+        except futures.CancelledError:
+            raise TnregError(
+                "the Dask scheduler was lost before all cells were done; what is done is kept, "
+                "and the same call goes on."
+            ) from None
+        finally:
+            for job in jobs:
+                job.cancel()
 
 
-def _attempt(cell: Cell, work: Work, threads: int | None, retries: int) -> Done | Failed:
+def _attempt(cell: Cell, work: Work, threads: int | None, retries: int) -> Outcome:
     """Compute one cell, again after an error that another attempt may not have."""
     try:
-        return Done(cell, *compute(cell, work, threads))
+        return compute(cell, work, threads)
     except Exception as error:
         if retries and not isinstance(error, OptionError | Unfinished):
             return _attempt(cell, work, threads, retries - 1)
-        failed = Failed(cell, error)
-    try:  # workers send the error
-        pickle.loads(pickle.dumps(failed.exception))
-    except Exception:
-        return Failed(cell, RuntimeError(failed.error))
-    return failed
+        try:
+            pickle.loads(pickle.dumps(error))  # a worker sends it
+        except Exception:
+            return RuntimeError(f"{type(error).__name__}: {error}")
+        return error
 
 
 @contextlib.contextmanager
-def _executor(workers: int, scheduler: str | None) -> Iterator[concurrent.futures.Executor]:
-    """Yield Dask's executor on processes here or on a cluster, or Python's where Dask is missing."""
+def _executor(workers: int, scheduler: str | None) -> Iterator[futures.Executor]:
+    """Yield Dask's executor on a cluster or on processes here, or Python's where Dask is missing."""
     try:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         if scheduler is not None:
             message = "a sweep on a cluster needs Dask: pip install 'tnreg[scale]'"
             raise OptionError(message, argument="scheduler") from None
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             yield pool
         return
     with contextlib.ExitStack() as stack:
-        if scheduler is None:
+        if scheduler is not None:
+            client = _connect(distributed, scheduler)
+        else:
             cluster = distributed.LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0,
                 silence_logs=logging.CRITICAL, dashboard_address=None,
                 scheduler_kwargs={"dashboard_address": ":0"},  # none is shown, but its port is taken
             )  # fmt: skip
             client = distributed.Client(stack.enter_context(cluster), set_as_default=False)
-        else:
-            client = _connect(distributed, scheduler)
-        # a cluster never returns an older result
-        yield stack.enter_context(client).get_executor(pure=False)
+        yield stack.enter_context(client).get_executor(pure=False)  # never an older result
 
 
 def _connect(distributed: Any, scheduler: str) -> Any:
