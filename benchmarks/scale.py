@@ -1,7 +1,7 @@
 """What sweeps and training in several processes cost on one machine.
 
 ``python benchmarks/scale.py [--out FILE.json]``: a sweep of 12 cells that do nothing and of 12 trainings
-of the smallest locality experiment, in this process and by two workers of a Dask cluster on this machine;
+of the smallest locality experiment, in this process and by two others;
 then epochs of the digits training (2,000 images, distance 24) by one process and by two under torchrun.
 One thread of torch in each process. Seconds are wall time; an epoch's are the least of all epochs but the
 first.

@@ -5,8 +5,7 @@ not computed again, so a sweep that was killed goes on when it is started again.
 tried again, then reported, and stops none of the others. At the end there are ``results.csv`` with one
 row a cell, ``config.json`` with the same rows, their means over seeds and what failed, and a picture.
 
-Dask does the scheduling and the communication (``pip install 'tnreg[scale]'``). Where it is not installed,
-Python's own processes compute on this machine.
+Processes of Python compute on this machine; a Dask cluster needs ``pip install 'tnreg[scale]'``.
 """
 
 from tnreg.experiments.sweep.cell import Work, cell_name

@@ -110,8 +110,9 @@ def run(
     """Compute the cells that are missing, then write the table and the picture of all that are there.
 
     Args:
-        work: A function, see ``Experiment.work``, or an ``Experiment``. Functions of a script reach
-            Dask's workers by value; what they import must be installed there, tnreg included.
+        work: A function, see ``Experiment.work``, or an ``Experiment``. Processes here import it, or get
+            it by value where Dask is installed, as a cluster always does: what a function of a notebook
+            imports must be installed there, tnreg included.
         cells: Settings of each cell, values for JSON.
         folder: Where run folders, table and picture go; on a cluster, one that all its machines share.
         workers: Processes on this machine, at most one for each missing cell; if left out, as many as
@@ -119,8 +120,8 @@ def run(
         threads: Threads that torch uses in a cell; None does not change them.
         scheduler: Address of the scheduler of a running cluster, ``tcp://...``, or the path of its
             scheduler file; replaces processes here.
-        retries: How often a cell that failed is tried again, unless by an ``OptionError`` or
-            ``Unfinished``, which keeps its checkpoint.
+        retries: How often a cell that failed, or whose process died, is tried again, unless by an
+            ``OptionError``.
         progress: Show a progress bar.
 
     Raises:

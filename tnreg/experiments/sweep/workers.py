@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +37,15 @@ def results(
     Raises:
         TnregError: The scheduler ended meanwhile.
     """
-    if not cells or (workers == 0 and scheduler is None):
-        yield from ((cell, _attempt(cell, work, threads, retries)) for cell in cells)
+    attempt = partial(_attempt, work=work, threads=threads)
+    if workers == 0 or not cells:
+        yield from ((cell, attempt(cell, retries)) for cell in cells)
         return
     affinity = hasattr(os, "sched_getaffinity")
     processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     most = min(workers or max(1, processors // (threads or 1)), len(cells))
-    with _executor(most, scheduler) as executor:
-        jobs = {executor.submit(_attempt, cell, work, threads, retries): cell for cell in cells}
+    with _processes(most) if scheduler is None else _cluster(scheduler) as submit:
+        jobs = {submit(attempt, cell, retries): cell for cell in cells}
         try:
             for job in futures.as_completed(jobs):
                 yield jobs[job], job.exception() or job.result()
@@ -55,13 +59,13 @@ def results(
                 job.cancel()
 
 
-def _attempt(cell: Cell, work: Work, threads: int | None, retries: int) -> Outcome:
+def _attempt(cell: Cell, retries: int, work: Work, threads: int | None) -> Outcome:
     """Compute one cell, again after an error that another attempt may not have."""
     try:
         return compute(cell, work, threads)
     except Exception as error:
         if retries and not isinstance(error, OptionError | Unfinished):
-            return _attempt(cell, work, threads, retries - 1)
+            return _attempt(cell, retries - 1, work, threads)
         try:
             pickle.loads(pickle.dumps(error))  # a worker sends it
         except Exception:
@@ -70,32 +74,56 @@ def _attempt(cell: Cell, work: Work, threads: int | None, retries: int) -> Outco
 
 
 @contextlib.contextmanager
-def _executor(workers: int, scheduler: str | None) -> Iterator[futures.Executor]:
-    """Yield Dask's executor on a cluster or on processes here, or Python's where Dask is missing."""
+def _processes(count: int) -> Iterator[Any]:
+    """Yield ``submit`` of as many threads, each with a process of its own; one that dies is replaced."""
     try:
-        distributed: Any = importlib.import_module("distributed")
+        from cloudpickle import dumps  # it comes with Dask, and takes functions of notebooks as well
     except ImportError:
-        if scheduler is not None:
-            message = "a sweep on a cluster needs Dask: pip install 'tnreg[scale]'"
-            raise OptionError(message, argument="scheduler") from None
-        with futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            yield pool
-        return
-    with contextlib.ExitStack() as stack:
-        if scheduler is not None:
-            client = _connect(distributed, scheduler)
-        else:
-            cluster = distributed.LocalCluster(
-                n_workers=workers, threads_per_worker=1, memory_limit=0,
-                silence_logs=logging.CRITICAL, dashboard_address=None,
-                scheduler_kwargs={"dashboard_address": ":0"},  # none is shown, but its port is taken
-            )  # fmt: skip
-            client = distributed.Client(stack.enter_context(cluster), set_as_default=False)
-        yield stack.enter_context(client).get_executor(pure=False)  # never an older result
+        from pickle import dumps
+    own, spawn = threading.local(), multiprocessing.get_context("spawn")
+    theirs, alive = spawn.Pipe(duplex=False)  # nothing is sent; they end when it is closed
+
+    def begin() -> None:
+        own.process = futures.ProcessPoolExecutor(1, spawn, _end_with, (theirs,))
+        own.process.submit(int).result()  # a script without its ``if __name__`` cannot begin
+
+    def there(attempt: Callable[[Cell, int], Outcome], cell: Cell, retries: int) -> Any:
+        try:
+            return own.process.submit(_call, dumps(partial(attempt, cell, retries))).result()
+        except BrokenProcessPool as error:
+            if alive.closed:
+                return error
+            begin()
+            return there(attempt, cell, retries - 1) if retries else error
+
+    with futures.ThreadPoolExecutor(count, initializer=begin) as threads, alive:
+        yield lambda *job: threads.submit(there, *job)
 
 
-def _connect(distributed: Any, scheduler: str) -> Any:
-    """Return a client of a cluster; warn where its workers would wait."""
+def _end_with(pipe: Any) -> None:
+    """End this process when the sweep closes its end of a pipe, or is killed."""
+
+    def wait() -> None:
+        with contextlib.suppress(EOFError):
+            pipe.recv()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, lambda *_: None)  # the sweep hears Ctrl-C
+
+
+def _call(text: bytes) -> Any:
+    return pickle.loads(text)()
+
+
+@contextlib.contextmanager
+def _cluster(scheduler: str) -> Iterator[Any]:
+    """Yield ``submit`` of a Dask cluster; warn where its workers would wait."""
+    try:
+        distributed = importlib.import_module("distributed")
+    except ImportError:
+        message = "a sweep on a cluster needs Dask: pip install 'tnreg[scale]'"
+        raise OptionError(message, argument="scheduler") from None
     where = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
     try:
         client = distributed.Client(**where, set_as_default=False)
@@ -106,8 +134,9 @@ def _connect(distributed: Any, scheduler: str) -> Any:
             "  write the address that dask scheduler printed, e.g. tcp://127.0.0.1:8786",
             argument="scheduler",
         ) from None
-    threads = client.nthreads().values()
-    if not threads or max(threads) > 1:
-        message = "have more than one thread" if threads else "are not there yet"
-        warnings.warn(f"workers {message}; start: dask worker ADDRESS --nthreads 1", stacklevel=2)
-    return client
+    with client:
+        threads = client.nthreads().values()
+        if not threads or max(threads) > 1:
+            message = "have more than one thread" if threads else "are not there yet"
+            warnings.warn(f"workers {message}; start: dask worker ADDRESS --nthreads 1", stacklevel=2)
+        yield client.get_executor(pure=False).submit  # never an older result
