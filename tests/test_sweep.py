@@ -439,10 +439,7 @@ def test_no_number_that_can_be_drawn(value, tmp_path):
     found = sweep.run(work, [{"a": 1}, {"a": 2}], tmp_path / "s", workers=0, progress=True)
     assert found.headline == "" and not found.table and len(found.rows) == 2
     assert not (tmp_path / "s" / "sweep.png").exists()
-    about = json.loads((tmp_path / "s" / "config.json").read_text())
-    about["headline"] = "y"  # as an older version wrote it
-    (tmp_path / "s" / "config.json").write_text(json.dumps(about))
-    with pytest.raises(FileError, match="no finite number in the column 'y'"):
+    with pytest.raises(FileError, match="no finite number in the column ''"):
         sweep_figure.figure(tmp_path / "s")
 
 
