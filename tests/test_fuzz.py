@@ -29,8 +29,6 @@ from tnreg.experiments.locality import state as locality_state
 from tnreg.training.checkpoint import Checkpoint
 from tnreg.trees.tree import read_tree
 
-h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
-
 pytestmark = pytest.mark.slow
 
 quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -201,6 +199,8 @@ def write_run_folder(path):
 
 
 def write_hdf5(path):
+    import h5py
+
     with h5py.File(path, "w") as file:
         file.create_dataset("g/x", data=VALUES, chunks=(1, 3))
 
@@ -254,6 +254,8 @@ KINDS = {  # name of the file: (write it, read it, what was written, what is sai
 @cache
 def valid(kind):
     """Return the bytes of a valid file, which is read as what was written."""
+    if kind.startswith("open"):
+        pytest.importorskip("h5py")
     write, read, written, _ = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / kind
@@ -299,8 +301,8 @@ def mutated(data, draw):
 @given(st.data())
 @quick
 def test_any_bytes_and_mutated_files(kind, tmp_path, data):
-    assert_read_or_refused(kind, tmp_path, data.draw(st.binary(max_size=200)))
     assert_read_or_refused(kind, tmp_path, mutated(valid(kind), data.draw))
+    assert_read_or_refused(kind, tmp_path, data.draw(st.binary(max_size=200)))
 
 
 json_values = st.recursive(
@@ -390,7 +392,7 @@ def test_run_folders(tmp_path):
 
 
 def test_a_zarr_folder_with_other_descriptions(tmp_path):
-    path = tmp_path / "x.zarr"
+    zarr, path = pytest.importorskip("zarr"), tmp_path / "x.zarr"
     zarr.create_array(store=str(path), data=VALUES, chunks=(1, 3))
     assert tnreg.open_tensor(path).shape == (2, 3)
     text = (path / "zarr.json").read_text()
@@ -449,6 +451,7 @@ def test_a_checkpoint_that_is_half_right_changes_nothing(tmp_path, part, broken)
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "a\0b", "\ud800"], ids=["long", "null", "surrogate"])
 def test_names_that_no_file_can_have(name):
+    pytest.importorskip("h5py")
     for ending, readers in {
         "": (tnreg.load, ConvAC.load, tnreg.load_tree, read_run),
         ".json": (tnreg.load_tree,),
