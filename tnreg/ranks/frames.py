@@ -36,8 +36,8 @@ _CLOSE, _SMALL = 200, 1e-100
 # The last steps before a root have one column above them. Up to so many times the bond it is cheaper to keep
 # all rows of a step than to orthogonalize them.
 _ROWS_KEPT = 4
-# A GPU factors matrices of one QR call one after another: on an H100 64 of 256 x 16 take 3.2 ms, their Gram
-# matrices and Cholesky factors 0.14 ms, while one of them takes 0.1 ms either way (docs/gpu.md).
+# A GPU factors matrices of one QR call one after another: on an H100 64 of 256 x 16 take 3.4 ms, two passes
+# of Gram matrices and Cholesky factors 0.36 ms; one matrix takes 0.13 ms by QR (docs/gpu.md).
 _SOME = 8
 
 
