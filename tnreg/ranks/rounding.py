@@ -112,7 +112,7 @@ def _choose_ranks(
     for batch, part in zip(batches(net), results, strict=False):
         if batch.step:
             continue
-        most |= dict.fromkeys(batch.nodes, batch.rank)
+        most |= {node: min(batch.rank, limits.get(node, batch.rank)) for node in batch.nodes}
         slots = [slot for slot, node in enumerate(batch.nodes) if node not in seconds]
         if slots:
             nodes += [batch.nodes[slot] for slot in slots]
@@ -121,9 +121,9 @@ def _choose_ranks(
     count_of = dict(zip(nodes, counts, strict=True))
     ranks = [1] * len(net.tree.nodes)
     for cut in cuts:
-        count = min(count_of[cut[0]], *(min(most[i], limits.get(i, most[i])) for i in cut))
+        count = max(1, min(count_of[cut[0]], *[most[i] for i in cut]))
         for i in cut:
-            ranks[i] = max(1, count)
+            ranks[i] = count
     lost = spectra[0].new_zeros(())
     chosen = torch.tensor([ranks[node] for node in nodes], device=lost.device)
     for values, rank in zip(spectra, torch.split(chosen, [len(v) for v in spectra]), strict=True):
@@ -233,12 +233,10 @@ def to_factorization(
 
 def network_of(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, list[Tensor]]:
     """Return the network with full joins that these weights make, by position, and its stacks."""
-    net = Network.build(
-        tree,
-        [weights[tree.position(mode)].shape[0] for mode in tree.leaves],
-        {node: weights[i].shape[-1] for i, node in enumerate(tree.nodes[:-1])},
-        join="full",
-    )
+    sizes = tuple(weights[tree.position(mode)].shape[0] for mode in tree.leaves)
+    bonds = (*(weights[i].shape[-1] for i in range(len(tree.nodes) - 1)), 1)
+    joins = tuple("full" if below else "leaf" for below in tree.links)
+    net = Network(tree, sizes, bonds, joins, root_ones=False)
     return net, [torch.stack([weights[i] for i in level.positions]) for level in net.stacks]
 
 
