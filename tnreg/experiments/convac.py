@@ -8,10 +8,9 @@ a network of that depth is decided by the tree (Cohen and Shashua 2017, arXiv:16
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,18 @@ from tnreg.cnns.classifier import ConvAC, Representation
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
-from tnreg.experiments.folder import read_about, reading
+from tnreg.experiments.folder import read_about, reading, write_about
+from tnreg.experiments.sweep.pictures import means
 from tnreg.factorizations.components import drop_components
+from tnreg.images.sets import load_digits
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import advancing
-from tnreg.machine.versions import versions
 from tnreg.plots import save_figure
 from tnreg.ranks.decompose import truncate
 from tnreg.trees.tree import ModeTree, read_tree
 
 _SIDE = 8
+_Split = dict[str, tuple[Tensor, Tensor]]  # images and labels of "train" and "test"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: boo
     """
     if not config.trees or not config.seeds:
         raise OptionError("convac: give at least one tree and one seed.", argument="trees")
-    images, labels = _digits(config.device)
+    pixels, classes = load_digits()
+    images = torch.tensor(pixels / 16, dtype=torch.float32, device=config.device)
+    images, labels = images.reshape(-1, 1, _SIDE, _SIDE), torch.tensor(classes, device=config.device)
     start = time.perf_counter()
     rows, smaller = list[dict[str, Any]](), list[dict[str, Any]]()
     epochs = len(config.seeds) * len(config.trees) * config.epochs
@@ -92,12 +95,13 @@ def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: boo
             random = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(images), generator=random)
             first = round(len(images) * config.test)
-            split = _Split(images, labels, order[first:], order[:first])
+            parts = {"train": order[first:], "test": order[:first]}
+            split = {name: (images[part], labels[part]) for name, part in parts.items()}
             rows.append({"seed": seed, "model": "logistic regression", **_logistic(split)})
             for name in config.trees:
                 began = time.perf_counter()
                 model = _train(tree_of(name, seed), config, split, seed, advance)
-                rates = {"train": split.accuracy(model, train=True), "test": split.accuracy(model)}
+                rates = {name: _accuracy(model, *part) for name, part in split.items()}
                 cost = {"weights": _count_weights(model), "seconds": time.perf_counter() - began}
                 rows.append({"seed": seed, "model": name, **rates, **cost})
                 if seed == config.seeds[0]:
@@ -108,13 +112,14 @@ def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: boo
                         rows[-1]["equal decisions in onnxruntime"] = equal
         summary = {
             "accuracy": rows,
-            "mean and spread": _means(rows),
+            "mean and spread": {
+                mean["model"]: [mean["test"], float(np.nan_to_num(mean["deviation"]))]
+                for mean in means(rows, ["model"], "test")
+            },
             "smaller": smaller,
             "seconds": time.perf_counter() - start,
         }
-        settings = dataclasses.asdict(config)
-        about = {**versions(), "experiment": "convac", "config": settings, "summary": summary}
-        (beside / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_about(beside, "convac", config=dataclasses.asdict(config), summary=summary)
         figure(beside)
     return summary
 
@@ -133,47 +138,22 @@ def tree_of(name: str, seed: int = 0) -> ModeTree:
             message = f"the digits have {_SIDE**2} pixels, the tree {name!r} {tree.order} modes."
             raise OptionError(message, argument="trees")
         return tree
-    level: list[list[Any]] = [[int(p) for p in row] for row in pixels]
-    while len(level) > 1:
-        level = [
-            [[*level[r][c : c + 2], *level[r + 1][c : c + 2]] for c in range(0, len(level), 2)]
-            for r in range(0, len(level), 2)
-        ]
-    return ModeTree(level[0][0])
+    quad = ModeTree.grid((_SIDE, _SIDE)).leaf_order
+    return ModeTree(pixels.reshape(-1)[list(quad)].reshape(4, 4, 4).tolist())
 
 
-@dataclass(frozen=True)
-class _Split:
-    images: Tensor
-    labels: Tensor
-    train: Tensor
-    test: Tensor
-
-    @torch.no_grad()
-    def accuracy(self, model: Callable[[Tensor], Tensor], *, train: bool = False) -> float:
-        """Return the share of right decisions on the test images, or on the training images."""
-        index = self.train if train else self.test
-        return float((model(self.images[index]).argmax(1) == self.labels[index]).double().mean())
-
-
-def _digits(device: str) -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise OptionError("scikit-learn is missing: pip install 'tnreg[images]'") from None
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels / 16, dtype=torch.float32, device=device)
-    return images.reshape(-1, 1, _SIDE, _SIDE), torch.tensor(labels, device=device)
+@torch.no_grad()
+def _accuracy(model: ConvAC, images: Tensor, labels: Tensor) -> float:
+    return float((model(images).argmax(1) == labels).double().mean())
 
 
 def _logistic(split: _Split) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
 
-    flat, labels = split.images.flatten(1).cpu().numpy(), split.labels.cpu().numpy()
-    parts = {"train": split.train.numpy(), "test": split.test.numpy()}
+    flat = {name: (x.flatten(1).cpu().numpy(), y.cpu().numpy()) for name, (x, y) in split.items()}
     began = time.perf_counter()
-    model = LogisticRegression(max_iter=2000).fit(flat[parts["train"]], labels[parts["train"]])
-    rates = {name: float(model.score(flat[at], labels[at])) for name, at in parts.items()}
+    model = LogisticRegression(max_iter=2000).fit(*flat["train"])
+    rates = {name: float(model.score(*part)) for name, part in flat.items()}
     weights = int(model.coef_.size + model.intercept_.size)
     return {**rates, "weights": weights, "seconds": time.perf_counter() - began}
 
@@ -187,11 +167,11 @@ def _train(
     model = ConvAC(representation, net).start_averaging_(std=config.std, generator=random)
     model = model.to(config.device)
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
+    images, labels = split["train"]
     for _ in range(config.epochs):
-        order = split.train[torch.randperm(len(split.train), generator=random)]
+        order = torch.randperm(len(images), generator=random)
         for batch in torch.split(order, config.batch):
-            scores = model(split.images[batch])
-            loss = torch.nn.functional.cross_entropy(scores, split.labels[batch])
+            loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
             adam.zero_grad()
             torch.autograd.backward(loss)
             adam.step()
@@ -209,7 +189,7 @@ def _shrink(model: ConvAC, config: Config, split: _Split) -> list[dict[str, Any]
     for how, asked, smaller in ways:
         shrunk = model.with_factorization(smaller)
         error = float(algebra.subtract(tensor, smaller).norm().detach())
-        row = {"how": how, "asked": asked, "test": split.accuracy(shrunk)}
+        row = {"how": how, "asked": asked, "test": _accuracy(shrunk, *split["test"])}
         row |= {"error": error / norm, "bound": (smaller.error_bound or 0.0) / norm}
         row |= {"weights": _count_weights(shrunk), "largest bond": max(smaller.network.bonds[:-1])}
         rows.append(row)
@@ -222,19 +202,9 @@ def _compare_onnxruntime(model: ConvAC, path: Path, split: _Split) -> float:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    images = split.images[split.test]
+    images, _ = split["test"]
     [scores] = session.run(None, {"x": images.cpu().numpy()})
     return float((scores.argmax(1) == model(images).argmax(1).cpu().numpy()).mean())
-
-
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return ``{model: [mean, standard deviation over seeds]}`` of the test accuracy."""
-    means = {}
-    for name in dict.fromkeys(row["model"] for row in rows):
-        values = [row["test"] for row in rows if row["model"] == name]
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        means[name] = [float(np.mean(values)), spread]
-    return means
 
 
 def _count_weights(model: ConvAC) -> int:
@@ -250,20 +220,18 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         about = read_about(folder)
         summary, trees = about["summary"], about["config"]["trees"]
         model = ConvAC.load(folder / f"{trees[0]}.safetensors")
-    whole = Figure(figsize=(13, 7.5), layout="constrained")
-    upper, lower = whole.subfigures(2, 1, squeeze=False)[:, 0]
+    whole: Any = Figure(figsize=(13, 7.5), layout="constrained")
+    upper, lower = whole.subfigures(2, 1)
     left, right = upper.subplots(1, 2, width_ratios=[1, 1.2])
-    leaves = model.net.tree.leaves
-    plots.tree(model.net.tree, left, labels=dict.fromkeys(leaves, "") if len(leaves) > 32 else None)
+    plots.tree(model.net.tree, left, labels=dict.fromkeys(model.net.tree.leaves, ""))
     left.set_title(f"{trees[0]} tree over the pixels")
     plots.network(model.net, right)
     right.set_title("the network that it is")
     first, second = lower.subplots(1, 2, width_ratios=[1, 1.2])
-    means = {name: [100 * x for x in pair] for name, pair in summary["mean and spread"].items()}
-    plots.bars({k: v[0] for k, v in means.items()}, first, unit="test accuracy, %")
-    first.errorbar([v[0] for v in means.values()], range(len(means)),
-                   xerr=[v[1] for v in means.values()], fmt="none", color="0.2")  # fmt: skip
-    low = min(v[0] - 2 * v[1] for v in means.values())
+    mean, spread = 100 * np.array(list(summary["mean and spread"].values())).T
+    plots.bars(dict(zip(summary["mean and spread"], mean, strict=True)), first, unit="test accuracy, %")
+    first.errorbar(mean, range(len(mean)), xerr=spread, fmt="none", color="0.2")
+    low = float((mean - 2 * spread).min())
     first.set_xlim(max(0, math.floor(low / 5) * 5 - 5), 100)
     first.set_title(f"mean and standard deviation over {len(about['config']['seeds'])} seeds")
     for how, marker, line in (("truncated", "o", "-"), ("thinned", "s", ":")):

@@ -49,9 +49,12 @@ def write_run(
     """Write what every run folder holds: config.json, trajectory.npz, model.safetensors."""
     trajectory.save(folder / "trajectory.npz")
     model.save(folder / "model.safetensors")
-    settings = dataclasses.asdict(config)
-    about = {**versions(), "experiment": experiment, "config": settings, "summary": summary}
-    text = json.dumps(about, indent=2, default=str) + "\n"
+    write_about(folder, experiment, config=dataclasses.asdict(config), summary=summary)
+
+
+def write_about(folder: Path, experiment: str, **more: Any) -> None:
+    """Write ``config.json``: versions, the name of the experiment, and more such as settings and results."""
+    text = json.dumps({**versions(), "experiment": experiment, **more}, indent=1, default=str) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 

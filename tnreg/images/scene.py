@@ -301,9 +301,6 @@ def _paint(samples: Array, pixels: tuple[Array, Array], mask: Array) -> None:
 @functools.cache
 def _bilinear(old: int, new: int) -> Array:
     """Return the matrix of bilinear interpolation between centres of pixels, ``(new, old)``."""
-    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    low = np.minimum(at.astype(int), old - 2)
-    weights = np.zeros((new, old), dtype=np.float32)
-    weights[np.arange(new), low] = 1 - (at - low)
-    weights[np.arange(new), low + 1] = at - low
-    return weights
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    columns = [np.interp(at, np.arange(old), pixel) for pixel in np.eye(old)]
+    return np.stack(columns, 1).astype(np.float32)

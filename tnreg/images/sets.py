@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -162,10 +163,10 @@ def pathfinder(
         message = f"pathfinder: paths of {length} paddles have no room on {size} pixels; "
         raise OptionError(f"{message}at most {longest(size)}.", argument="length")
     key = (check_integer(seed, 0, "pathfinder: seed"), _split(split))
-    job = functools.partial(_draw_scenes, length, size, bool(matched), key)
+    draw = functools.partial(_draw_scene, length, size, bool(matched), key)
     text = f"images, paths of {length} paddles"
-    chunks = zip(*_run_chunks(job, count, workers, text, progress), strict=True)
-    images, labels, distances = map(np.concatenate, chunks)
+    drawn = zip(*_drawn(draw, count, workers, text, progress), strict=True)
+    images, labels, distances = map(np.stack, drawn)
     config = {
         "tnreg": __version__, "set": "pathfinder", "count": count, "length": length,
         "size": size, "matched": bool(matched), "split": split, "seed": int(seed),
@@ -303,33 +304,29 @@ def load(path: str | os.PathLike[str]) -> ImageSet:
         ) from None
 
 
-def _draw_scenes(
-    length: int, size: int, matched: bool, key: tuple[int, int], numbers: range
-) -> tuple[Array, Array, Array]:
-    """Return images, labels and distances of Pathfinder images of these numbers."""
-    images = np.empty((len(numbers), 1, size, size), dtype=np.uint8)
-    labels, distances = np.empty(len(numbers), dtype=np.int64), np.empty(len(numbers))
-    for i, number in enumerate(numbers):
-        rng = np.random.default_rng(np.random.SeedSequence([*key, number]))
-        scene = sample_scene(rng, length, size, matched=matched)
-        images[i, 0] = render(scene, size)
-        labels[i], distances[i] = scene.label, scene.distance * size
-    return images, labels, distances
+def _draw_scene(
+    length: int, size: int, matched: bool, key: tuple[int, int], number: int
+) -> tuple[Array, np.int64, float]:
+    """Return image, label and distance of the Pathfinder image of this number."""
+    rng = np.random.default_rng(np.random.SeedSequence([*key, number]))
+    scene = sample_scene(rng, length, size, matched=matched)
+    return render(scene, size)[None], np.int64(scene.label), scene.distance * size
 
 
-def _run_chunks(
-    job: Callable[[range], Any], count: int, workers: int | None, text: str, progress: bool
+def _drawn(
+    draw: Callable[[int], Any], count: int, workers: int | None, text: str, progress: bool
 ) -> Iterator[Any]:
-    """Yield the results of all chunks in order."""
-    chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+    """Yield the images of all numbers in order."""
     workers = os.cpu_count() or 1 if workers is None else check_integer(workers, 1, "workers")
-    processes = min(workers, len(chunks))
+    processes = min(workers, math.ceil(count / _CHUNK))
+    run: Any = map
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(_pool(processes)).map if processes > 1 else map
+        if processes > 1:
+            run = functools.partial(stack.enter_context(_pool(processes)).map, chunksize=_CHUNK)
         advance = stack.enter_context(advancing(text, count, progress))
-        for chunk, result in zip(chunks, run(job, chunks), strict=True):
-            advance(len(chunk))
-            yield result
+        for one in run(draw, range(count)):
+            advance(1)
+            yield one
 
 
 def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
@@ -350,13 +347,22 @@ def _split(split: str) -> int:
     return _SPLITS[split]
 
 
-def _digits(seed: int, part: int) -> tuple[Array, Array]:
+def load_digits() -> tuple[Array, Array]:
+    """Return the digits of scikit-learn, ``(1797, 64)`` from 0 to 16, and their classes.
+
+    OptionError if scikit-learn is missing.
+    """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn import datasets
     except ImportError:
         message = "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"
         raise OptionError(message) from None
-    values, classes = load_digits(return_X_y=True)
+    values, classes = datasets.load_digits(return_X_y=True)
+    return values, classes
+
+
+def _digits(seed: int, part: int) -> tuple[Array, Array]:
+    values, classes = load_digits()
     small = (values / 16 - 0.3).astype(np.float32).reshape(-1, 1, 8, 8)
     order = np.random.default_rng([seed, 0]).permutation(len(small))
     picked = np.split(order, [2 * len(small) // 3])[part]

@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import RandomSampler
 
 from tnreg.errors import DataError, OptionError, check_integer
+from tnreg.experiments.folder import write_about
 from tnreg.experiments.locality.settings import ARMS, Execution, Settings, penalty_of
 from tnreg.experiments.locality.state import (
     FORMAT,
@@ -48,7 +49,6 @@ from tnreg.far.scheduled import Draw
 from tnreg.images.sets import ImageSet
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.machine.processes import Processes, joined
-from tnreg.machine.versions import versions
 from tnreg.training.checkpoint import no_checkpoint
 from tnreg.training.cuda_graph import CapturedSteps
 from tnreg.training.trajectory import Trajectory
@@ -163,12 +163,7 @@ def _train(state: _State, test: ImageSet, run: _Run, deadline: float) -> dict[st
                 save_model(state.net, str(beside / "model.safetensors"))
             state.rows.save(beside / "trajectory.npz")
             (beside / "history.csv").write_text(rows_of(state.rows), encoding="utf-8")
-            config = {
-                **versions(), "experiment": "locality_run", "config": run.about,
-                "inputs": state.inputs, "summary": summary,
-            }  # fmt: skip
-            text = json.dumps(config, indent=1) + "\n"
-            (beside / "config.json").write_text(text, encoding="utf-8")
+            write_about(beside, "locality_run", config=run.about, inputs=state.inputs, summary=summary)
         remove_state(run.checkpoint)
         history.unlink(missing_ok=True)
         return summary
