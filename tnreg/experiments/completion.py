@@ -90,24 +90,15 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
     if not 0 < config.observed < 1:
         message = f"observed must be a share between 0 and 1, found {config.observed!r}."
         raise OptionError(message, argument="observed")
-    task, scale = scaled_task(
-        tensor, config.observed, config.seed, config.missing, config.dtype, config.device
-    )
-    model = Factorization(
-        tree, tensor.values.shape, config.rank, join=config.join, root=config.root, std=config.std,
-        dtype=getattr(torch, config.dtype), device=config.device,
-        generator=torch.Generator().manual_seed(config.seed),
-    )  # fmt: skip
+    task, scale = scaled_task(tensor, config)
+    model = new_model(tree, task, config)
     with folder_written_whole(folder) as beside:
         observe: dict[str, Any] = {"test error": task.test_error}
         if "diagonal" in model.network.joins:
             observe["unbalancedness"] = Factorization.unbalancedness
             observe["components"] = Factorization.local_components
         start = time.perf_counter()
-        recorded = fit(
-            model, task.loss, steps=config.steps, optimizer=config.optimizer, lr=config.lr,
-            observe=observe, every=config.every, progress=progress,
-        )  # fmt: skip
+        recorded = train(model, task, config, observe, progress)
         if len(recorded) == 0:  # interrupted before there was anything to keep
             raise KeyboardInterrupt
         summary = {
@@ -148,9 +139,7 @@ def draw(found: Trajectory, names: Sequence[str], *, log: bool = True) -> Any:
     return figure
 
 
-def scaled_task(
-    tensor: DenseTensor, observed: float, seed: int, missing: str | None, dtype: str, device: str
-) -> tuple[Completion, float]:
+def scaled_task(tensor: DenseTensor, config: Settings) -> tuple[Completion, float]:
     """Return a tensor's completion task, known entries scaled to a mean square of 1, and the scale.
 
     Multiply by the scale to return to the unit of the data, as ``in_units`` does for a model.
@@ -162,14 +151,33 @@ def scaled_task(
             argument="tensor",
         )
     # checked and scaled in double precision: squares of large or small data leave the range of floats
-    task = completion(tensor.values.double(), observed, seed=seed, missing=missing)
+    task = completion(tensor.values.double(), config.observed, seed=config.seed, missing=config.missing)
     known = torch.cat([task.values, _test_values(task)])
     largest = known.abs().max()
     scale = float(largest * (known / largest).square().mean().sqrt()) if largest > 0 else 1.0
     scaled = Completion(
         task.index, task.values / scale, task.sizes, task.test_index, _test_values(task) / scale
     )
-    return scaled.to(device, getattr(torch, dtype)), scale
+    return scaled.to(config.device, getattr(torch, config.dtype)), scale
+
+
+def new_model(tree: ModeTree, task: Completion, config: Settings) -> Factorization:
+    """Return an untrained factorization along a tree."""
+    return Factorization(
+        tree, task.sizes, config.rank, join=config.join, root=config.root, std=config.std,
+        dtype=getattr(torch, config.dtype), device=config.device,
+        generator=torch.Generator().manual_seed(config.seed),
+    )  # fmt: skip
+
+
+def train(
+    model: Factorization, task: Completion, config: Settings, observe: dict[str, Any], progress: bool
+) -> Trajectory:
+    """Train a model on a task, and return what was recorded."""
+    return fit(
+        model, task.loss, steps=config.steps, optimizer=config.optimizer, lr=config.lr,
+        observe=observe, every=config.every, progress=progress,
+    )  # fmt: skip
 
 
 @torch.no_grad()

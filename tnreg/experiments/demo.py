@@ -9,6 +9,7 @@ the same way.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import itertools
 import math
@@ -16,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,6 +25,7 @@ from tnreg import plots
 from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
+from tnreg.experiments import completion
 from tnreg.experiments.completion import in_units, mean_error, scaled_task
 from tnreg.experiments.folder import write_run
 from tnreg.factorizations.factorization import Factorization
@@ -32,7 +34,6 @@ from tnreg.machine.progress import working
 from tnreg.ranks.dense import effective_rank
 from tnreg.ranks.spectra import hierarchical_rank, spectra
 from tnreg.tensors.loading import load_tensor
-from tnreg.training.fit import fit
 from tnreg.training.tasks import Completion
 from tnreg.training.trajectory import Trajectory
 from tnreg.trees.reading import Node
@@ -50,35 +51,22 @@ _PICTURES = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(completion.Config):
     """Settings of the demo; chosen on seeds 100 to 102, so that the default seed is a fresh one.
 
+    The tensor has three modes or more.
+
     Attributes:
-        tensor: A tensor of four modes among ``tnreg.tensors.DATASETS``.
-        tree: Gallery tree of the tensor.
-        observed: Share of the known entries that is observed.
-        rank: Size of every bond.
-        std: Standard deviation of the initial weights.
-        steps: Updates.
-        every: Updates between observations.
-        lr: Learning rate.
         rtol: Threshold of the numerical ranks that are printed.
-        seed: Chooses the observed entries and the initial weights.
-        device: Torch device.
     """
 
-    tensor: str = "il2"
     tree: str = "il2-4"
-    observed: float = 0.3
     rank: int = 64
-    std: float = 0.1
     steps: int = 8000
-    every: int = 25
-    lr: float = 1e-2
-    rtol: float = 1e-2
+    missing: Literal["nan"] | None = "nan"
     seed: int = 1
-    device: str = "cpu"
+    rtol: float = 1e-2
 
 
 tiny = Config(rank=4, steps=40, every=10, std=0.3)
@@ -96,19 +84,19 @@ def run(
     start = time.perf_counter()
     tensor, tree = load_tensor(config.tensor), load_tree(config.tree)
     modes = dict(enumerate(tensor.modes))
+    below = {v: ", ".join(modes[m] for m in tree.modes_below(v)) for v in tree.nodes}
     labels: dict[Any, str] = {mode: f"{mode} {name}" for mode, name in modes.items()}
     show(f"[bold]{config.tensor}[/]: {tensor.source}")
-    show(tree.text(label=lambda v: labels.get(v) or _words(v, modes)), markup=False)
+    show(tree.text(label=lambda v: labels.get(v) or f"{{{below[v]}}}"), markup=False)
     filled = torch.where(torch.isnan(tensor.values), tensor.values.nanmean(), tensor.values)
     measured = spectra(filled, tree)
 
     def show_ranks(title: str, values: dict[Node, torch.Tensor], x: Any) -> dict[Node, int]:
         ranks = hierarchical_rank(x, tree, rtol=config.rtol)
         rows = [
-            (str(v), ", ".join(modes[m] for m in tree.modes_below(v)), str(ranks[v]), str(len(s)),
-             f"{float(effective_rank(s)):.2f}")
+            (str(v), below[v], str(ranks[v]), str(len(s)), f"{float(effective_rank(s)):.2f}")
             for v, s in values.items()
-        ]  # fmt: skip
+        ]
         numbers = (f"rank (rtol {config.rtol:g})", "of", "effective rank")
         show(_table(title, ("node", "modes below"), numbers, rows))
         return ranks
@@ -117,13 +105,13 @@ def run(
     show_ranks(title, measured, filled)
 
     with folder_written_whole(folder) as beside:
-        task, scale = scaled_task(tensor, config.observed, config.seed, "nan", "float32", config.device)
+        task, scale = scaled_task(tensor, config)
         show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
-        model, recorded = _train(tree, config.rank, "trained", task, config, progress)
+        model, recorded = _train(tree, task, config, progress)
         count = _size(model) // sum(task.sizes)
         show(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
-        star = ModeTree.star(tree.order)
-        baseline, recorded_cp = _train(star, count, "ones", task, config, progress)
+        star, settings = ModeTree.star(tree.order), dataclasses.replace(config, rank=count, root="ones")
+        baseline, recorded_cp = _train(star, task, settings, progress)
         with torch.no_grad():
             learned = spectra(model)
         errors = {
@@ -204,22 +192,15 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
 
 
 def _train(
-    tree: ModeTree, rank: int, root: str, task: Completion, config: Config, progress: bool
+    tree: ModeTree, task: Completion, config: Config, progress: bool
 ) -> tuple[Factorization, Trajectory]:
-    model = Factorization(
-        tree, task.sizes, rank, root=root, std=config.std, dtype=torch.float32,
-        device=config.device, generator=torch.Generator().manual_seed(config.seed),
-    )  # fmt: skip
+    model = completion.new_model(tree, task, config)
     observe = {
         "test error": task.test_error,
         "components": Factorization.local_components,
         "spectra": lambda m: {v: s[:8] for v, s in spectra(m).items()},
     }
-    trajectory = fit(
-        model, task.loss, steps=config.steps, lr=config.lr, observe=observe, every=config.every,
-        progress=progress,
-    )  # fmt: skip
-    return model, trajectory
+    return model, completion.train(model, task, config, observe, progress)
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
@@ -251,20 +232,17 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
         measured[tuple(task.test_index.cpu().T)] = task.test_values.cpu()
     # the two longest modes as a picture, four places of the next one, the last of all others
     longest = sorted(range(len(task.sizes)), key=lambda n: -task.sizes[n])
-    (down, right), across = sorted(longest[:2]), longest[2] if len(longest) > 2 else None
-    places = [0] if across is None else sorted({task.sizes[across] * k // 4 for k in range(4)})
+    (down, right), across = sorted(longest[:2]), longest[2]
+    places = sorted({task.sizes[across] * k // 4 for k in range(4)})
     drawn, axes = _figure((11, 6.5), len(places), 3, sharex=True, sharey=True, squeeze=False)
     limit = float(torch.nan_to_num(measured).abs().max())
     tensors = {"observed": observed, "learned": learned, "measured": measured}
     for row, (name, values) in zip(axes, tensors.items(), strict=True):
         for ax, place in zip(row, places, strict=True):
             at: list[Any] = [-1] * values.ndim
-            at[down] = at[right] = slice(None)
-            title = name
-            if across is not None:
-                at[across], title = place, f"{name}, {modes[across]} {place}"
+            at[down], at[right], at[across] = slice(None), slice(None), place
             image = ax.imshow(values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis")
-            ax.set_title(title, fontsize=9)
+            ax.set_title(f"{name}, {modes[across]} {place}", fontsize=9)
         row[0].set_ylabel(modes[down])
     for ax in axes[-1]:
         ax.set_xlabel(modes[right])
@@ -309,10 +287,6 @@ td, th {{ padding: .1rem 1rem .1rem 0; text-align: left }} pre {{ background: #f
 
 def _cells(values: dict[str, Any]) -> str:
     return "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in values.items())
-
-
-def _words(node: Node, modes: dict[int, str]) -> str:
-    return "{" + ", ".join(modes[m] for m in node) + "}" if isinstance(node, tuple) else str(node)
 
 
 def _size(model: Factorization) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tnreg import plots
 from tnreg.errors import OptionError
 from tnreg.experiments.dynamics.tracked import tracks
 from tnreg.experiments.folder import Run, read_run
@@ -23,8 +24,6 @@ _TITLES = {"mf": "matrix", "cp": "CP", "htf": "hierarchical tensor"}
 
 def panels(folders: Sequence[str | Path]) -> Any:
     """Draw one panel per run, its components along the training: the figure of the paper."""
-    from matplotlib.figure import Figure
-
     if not folders:
         raise OptionError("panels: give at least one run folder.", argument="folders")
     runs = [read_run(folder) for folder in folders]
@@ -32,8 +31,8 @@ def panels(folders: Sequence[str | Path]) -> Any:
         if run.experiment != "dynamics":
             message = f"{run.folder} is a run of {run.experiment!r}, not of 'dynamics'."
             raise OptionError(message, argument="folders")
-    figure = Figure(figsize=(4.4 * len(runs), 3.5), layout="constrained")
-    for run, ax in zip(runs, figure.subplots(1, len(runs), squeeze=False)[0], strict=True):
+    figure, axes = _new_figure(4.4 * len(runs), 3.5, 1, len(runs))
+    for run, ax in zip(runs, axes[0], strict=True):
         kind = _TITLES.get(model := run.config["model"])
         _draw_components(run.trajectory, ax, f"{kind} factorization" if kind else model)
     return figure
@@ -41,40 +40,26 @@ def panels(folders: Sequence[str | Path]) -> Any:
 
 def training_figure(run: Run) -> Any:
     """Draw components, errors, effective ranks, unbalancedness and step size of one run."""
-    from matplotlib.figure import Figure
-
     trajectory = run.trajectory
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    (first, second), (third, fourth) = figure.subplots(2, 2)
+    figure, ((first, second), (third, fourth)) = _new_figure(10, 6.4, 2, 2)
     if "components" in trajectory:
         _draw_components(trajectory, first, "components at the root")
     else:
         last = list(trajectory["spectra"].values())[-1]
         _draw(trajectory, first, last, "singular values below the root")
-    for name in ("train error", "test error"):
-        if name in trajectory:
-            second.semilogy(trajectory.steps, trajectory[name], label=name)
-    second.set_title("‖W − W*‖ / ‖W*‖")
-    second.legend()
-    for node, ranks in trajectory["effective rank"].items():
-        third.plot(trajectory.steps, ranks, label=node_text(node), lw=1.2)
-    third.set_title("effective rank by node")
-    if len(trajectory["effective rank"]) <= 12:
-        third.legend(fontsize=7)
-    for name in ("unbalancedness", "step size"):
-        if name in trajectory and (trajectory[name] > 0).any():
-            fourth.semilogy(trajectory.steps, trajectory[name], label=name)
-    fourth.legend()
-    fourth.set_title("unbalancedness and step size")
-    for ax in (second, third, fourth):
-        ax.set_xlabel("step")
+    for ax, title, names in (
+        (second, "‖W − W*‖ / ‖W*‖", ("train error", "test error")),
+        (third, "effective rank by node", ("effective rank",)),
+        (fourth, "unbalancedness and step size", ("unbalancedness", "step size")),
+    ):
+        recorded = [name for name in names if name in trajectory]
+        plots.trajectory(trajectory, ax, names=recorded, log=ax is not third)
+        ax.set_title(title)
     return figure
 
 
 def spectra_figure(run: Run) -> Any:
     """Draw local components in the upper row; below, singular values on the tree and off it."""
-    from matplotlib.figure import Figure
-
     trajectory = run.trajectory
     spectra: dict[str, Array] = {}
     by_size = sorted(trajectory["spectra"], key=lambda v: -len(v) if isinstance(v, tuple) else 0)
@@ -89,8 +74,7 @@ def spectra_figure(run: Run) -> Any:
         spectra |= {f"off the tree: {{{modes}}}": values for modes, values in off}
     nodes = list(trajectory["components"])[::-1] if "components" in trajectory else []
     rows = 2 if nodes else 1
-    figure = Figure(figsize=(3.6 * len(spectra), 3.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, len(spectra), squeeze=False)
+    figure, axes = _new_figure(3.6 * len(spectra), 3.1 * rows, rows, len(spectra))
     for ax, (title, values) in zip(axes[-1], spectra.items(), strict=True):
         _draw(trajectory, ax, values[:, : run.config["top"]], title, fontsize=9)
         ax.set_ylabel("singular value")
@@ -105,10 +89,7 @@ def spectra_figure(run: Run) -> Any:
 
 def rates_figure(run: Run) -> Any:
     """Draw predicted and measured growth: along the training at the root, and against each other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, [(left, right)] = _new_figure(10, 4, 1, 2)
     root = tracks(run.trajectory)
     alive = np.flatnonzero(root.norms[-1] > 0.01 * root.norms[-1].max())
     for k in alive:
@@ -135,6 +116,14 @@ def rates_figure(run: Run) -> Any:
     if right.get_legend_handles_labels()[0]:
         right.legend(markerscale=5, fontsize=7)
     return figure
+
+
+def _new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
+    """Return a figure and its axes, ``(rows, columns)``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _draw_components(

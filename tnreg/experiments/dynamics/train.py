@@ -212,7 +212,9 @@ def row(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _task(config: Config, target: Any) -> tuple[Completion | Sensing, Tensor, float]:
     """Return the task, its dense target in double precision, and what the target was divided by."""
-    if target is None and config.target is None:
+    if target is None and config.target is not None:
+        target = load_tensor(config.target).values
+    elif target is None:
         with blame("target_tree"):
             tree = read_tree(config.target_tree)
         target = Factorization(
@@ -220,10 +222,7 @@ def _task(config: Config, target: Any) -> tuple[Completion | Sensing, Tensor, fl
             root=config.target_root, std=1.0, dtype=torch.float64,
             generator=torch.Generator().manual_seed(config.seed),
         )  # fmt: skip
-    if target is None:
-        dense = load_tensor(str(config.target)).values
-    else:
-        dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
+    dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
     if dense.is_complex():
         raise DataError(
             "the target is complex; this experiment trains real factorizations.", argument="target"
