@@ -32,7 +32,7 @@ from tnreg.tensors.blocks import (
     positions_below,
     whole,
 )
-from tnreg.tensors.passes import norms_of, squared_norms
+from tnreg.tensors.passes import norm
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -298,7 +298,8 @@ def distance(tensor: Any, model: Factorization, *, memory: int | str | None = No
         )
     with torch.no_grad():
         if not is_blocks(tensor):
-            return norms_of(squared_norms(check_dense(tensor, model.tree), model.to_tensor()))
+            tensor = check_dense(tensor, model.tree)
+            return norm(tensor - model.to_tensor()), norm(tensor)
         weights = {node: w.detach().cpu() for node, w in model.weights.items()}
         rows_of = partial(_dense_part, model.tree, weights, model.network.named_joins)
         return distance_of(tensor, rows_of, memory_of(memory))

@@ -37,7 +37,6 @@ from tnreg.tensors.passes import (
     Source,
     bytes_read,
     dask_client,
-    norms_of,
     run_parts,
     slabs_of,
     tasks_at_a_time,
@@ -174,7 +173,8 @@ def distance_of(array: Any, rows_of: Any, memory: int) -> tuple[float, float]:
     source = Source(array, tuple(range(array.ndim)))
     workers, beside = tasks_at_a_time()
     slabs = slabs_of(array, (), memory // (6 * beside))
-    return norms_of(run_parts(source, Distance(rows_of), slabs, workers))
+    norms: tuple[float, float] = run_parts(source, Distance(rows_of), slabs, workers)
+    return norms
 
 
 class _Compression:

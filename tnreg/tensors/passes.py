@@ -7,11 +7,9 @@ A part is read inside the task that uses it: no more than one for each thread is
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -120,22 +118,18 @@ class Core(Work):
 
 
 class Distance(Work):
-    """Squares of the norms of the difference to another tensor and of the tensor, see ``squared_norms``."""
+    """Norms of the difference to another tensor, and of the tensor."""
 
     def __init__(self, rows_of: Any) -> None:
         self.rows_of = rows_of
 
-    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[int, float, float]:
-        """See ``squared_norms``."""
-        return squared_norms(part, self.rows_of(slab))
+    def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[float, float]:
+        """Compare a part with the same part of the other tensor."""
+        return norm(part - self.rows_of(slab)), norm(part)
 
-    def join(self, one: Any, other: Any) -> tuple[int, float, float]:
-        """Add squares on the larger of two scales."""
-        parts = [p for p in (one, other) if p[1] or p[2]] or [one]
-        log2 = max(p[0] for p in parts)
-        scales = [2.0 ** max(2 * (p[0] - log2), -2000) if p[0] < log2 else 1.0 for p in parts]
-        first, second = (sum(p[k] * s for p, s in zip(parts, scales, strict=True)) for k in (1, 2))
-        return log2, first, second
+    def join(self, one: Any, other: Any) -> tuple[float, float]:
+        """Put norms of two parts together, without squares that leave the range of doubles."""
+        return math.hypot(one[0], other[0]), math.hypot(one[1], other[1])
 
 
 def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | None]) -> Tensor:
@@ -148,19 +142,12 @@ def _in_bases(values: Tensor, lengths: Sequence[int], bases: Sequence[Tensor | N
     return values.reshape(shape)
 
 
-def squared_norms(x: Tensor, y: Tensor) -> tuple[int, float, float]:
-    """Return ``(log2, |x - y|² / 4**log2, |x|² / 4**log2)``: squares that stay in range."""
-    rest = x - y
-    largest = max(float(largest_of(x)), float(largest_of(rest)))
+def norm(x: Tensor) -> float:
+    """Return the Frobenius norm; infinite only if it leaves the range of doubles."""
+    largest = float(largest_of(x))
     log2 = math.frexp(largest)[1] if math.isfinite(largest) else 0
-    norms = [torch.linalg.vector_norm(times_power_of_two(v, -log2)) for v in (rest, x)]
-    return log2, float(norms[0]) ** 2, float(norms[1]) ** 2
-
-
-def norms_of(squares: tuple[int, float, float]) -> tuple[float, float]:
-    """Return both norms from ``squared_norms``; infinite if they leave the range of doubles."""
-    log2, rest, whole = squares
-    return times_power_of_two(math.sqrt(rest), log2), times_power_of_two(math.sqrt(whole), log2)
+    scaled = torch.linalg.vector_norm(times_power_of_two(x, -log2))
+    return float(times_power_of_two(float(scaled), log2))
 
 
 def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[slice, ...]]:
@@ -169,6 +156,8 @@ def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[
     The budget is for the bytes of one part in double precision.
     """
     most = max(budget // (16 if array.dtype.kind == "c" else 8), 1)
+    from dask.array.core import slices_from_chunks
+
     steps = [  # lengths along every mode
         [array.shape[mode]] if mode in whole_modes else list(lengths)
         for mode, lengths in enumerate(array.chunks)
@@ -188,25 +177,18 @@ def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[
             if numbers() > most:
                 steps[mode] = before
                 break
-    ranges = [
-        [slice(end - n, end) for end, n in zip(itertools.accumulate(lengths), lengths, strict=True)]
-        for lengths in steps
-    ]
-    return list(itertools.product(*ranges))
+    return list(slices_from_chunks(tuple(map(tuple, steps))))  # type: ignore[no-untyped-call]
 
 
 def bytes_read(array: Any, slabs: Sequence[tuple[slice, ...]]) -> int:
     """Count the bytes of all blocks that the parts touch; a block counts every time."""
-    borders = [np.cumsum([0, *lengths]) for lengths in array.chunks]
-
-    @cache
-    def touched(mode: int, start: int, stop: int) -> int:
-        edges = borders[mode]
-        first = np.searchsorted(edges, start, side="right") - 1
-        return int(edges[np.searchsorted(edges, stop)] - edges[first])
-
-    count = sum(math.prod(touched(m, s.start, s.stop) for m, s in enumerate(slab)) for slab in slabs)
-    return int(count * array.dtype.itemsize)
+    touched = np.ones(len(slabs), dtype=np.int64)
+    for mode, lengths in enumerate(array.chunks):
+        borders = np.cumsum([0, *lengths])
+        first = np.searchsorted(borders, [slab[mode].start for slab in slabs], side="right") - 1
+        last = np.searchsorted(borders, [slab[mode].stop for slab in slabs])
+        touched *= borders[last] - borders[first]
+    return int(touched.sum()) * int(array.dtype.itemsize)
 
 
 def tasks_at_a_time() -> tuple[int, int]:
