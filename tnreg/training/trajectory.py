@@ -6,7 +6,6 @@ import ast
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,18 +85,18 @@ class Trajectory:
         """Write an ``.npz`` file, whole or not at all.
 
         Its arrays are ``steps``, every recorded name, and ``name/key`` for every key of a dict (a
-        number is appended where two would have the same title); ``about`` maps names to arrays.
+        number is appended where a title is taken); ``about`` maps names to arrays.
         """
-        data = self.to_bytes(zipfile.ZIP_DEFLATED)
+        data = self.to_bytes(compressed=True)
         write_whole(path, lambda beside: beside.write_bytes(data))
 
-    def to_bytes(self, compression: int = zipfile.ZIP_STORED) -> bytes:
-        """Return what ``save`` writes, not compressed."""
-        arrays: dict[str, Array] = {"steps": self.steps}
+    def to_bytes(self, *, compressed: bool = False) -> bytes:
+        """Return what ``save`` writes, by default not compressed."""
+        arrays: dict[str, Any] = {"steps": self.steps}
 
         def put(title: str, array: Array) -> str:
             unique, count = title, 1
-            while unique in {*arrays, "about"}:
+            while unique in {*arrays, "about", "file", "allow_pickle"}:  # savez has arguments so named
                 count += 1
                 unique = f"{title} {count}"
             arrays[unique] = array
@@ -110,12 +109,8 @@ class Trajectory:
 
         names = {name: titles(name, self[name]) for name in self._rows}
         arrays["about"] = np.array(json.dumps({"stop_reason": self.stop_reason, "names": names}))
-        # numpy's savez takes names as keyword arguments, of which some are its own
         data = io.BytesIO()
-        with zipfile.ZipFile(data, "w", compression) as file:
-            for title, array in arrays.items():
-                with file.open(f"{title}.npy", "w", force_zip64=True) as raw:
-                    np.lib.format.write_array(raw, np.asanyarray(array), allow_pickle=False)
+        (np.savez_compressed if compressed else np.savez)(data, **arrays)
         return data.getvalue()
 
     @classmethod
