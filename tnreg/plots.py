@@ -188,7 +188,7 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
             x += 1
         height, width = _height(len(channels)), 0.12 + math.log2(max(channels) + 1) / 14
         color = "C1" if label == "input" else "C0"
-        _rectangle(ax, x, -height / 2, width, height, fc=color, ec="white", alpha=0.75)
+        ax.bar(x, height, width, -height / 2, align="edge", fc=color, ec="white", alpha=0.75)
         span = "–".join(map(str, sorted({min(channels), max(channels)})))
         _write(ax, f"{len(channels)} × {span}", x + width / 2, -height / 2 - 0.08, "top", 7)
         _write(ax, label, x + width / 2, height / 2 + 0.06, "bottom")
@@ -228,8 +228,9 @@ def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None
         rows, columns = matrix.shape
         extent = (x, x + columns, -rows, 0)
         right.imshow(matrix, extent=extent, cmap="Greys", aspect="equal", vmin=0)
-        place = (x, -r - 1, columns, 1) if own else (x + r, -rows, 1, rows)
-        _rectangle(right, *place, fc="none", ec="C3", lw=1.8)
+        # left edge, height, width and foot of what is framed
+        frame = (x, 1, columns, -r - 1) if own else (x + r, rows, 1, -rows)
+        right.bar(*frame, align="edge", fc="none", ec="C3", lw=1.8)
         text = f"{node_text(v)}, layer {data.layer_of(v)}\n{'reads' if own else 'filter'} {r}"
         _write(right, text, x + columns / 2, 0.3, "bottom", 7)
         sign = "×" if v in children[:-1] else "→" if not own and node in weights else ""
@@ -290,12 +291,6 @@ def _height(nodes: int) -> float:
 def _write(ax: Axes, text: str, x: float, y: float, side: str, size: int = 8, **style: Any) -> None:
     """Write a text centred at ``x``, with this side of it (``"top"``, ...) at ``y``."""
     ax.annotate(text, (x, y), ha="center", va=side, fontsize=size, **style)
-
-
-def _rectangle(ax: Axes, x: float, y: float, width: float, height: float, **style: Any) -> None:
-    from matplotlib.patches import Rectangle
-
-    ax.add_patch(Rectangle((x, y), width, height, **style))
 
 
 def _axes(ax: Axes | None, x_label: str = "", y_label: str = "") -> Axes:

@@ -204,9 +204,8 @@ def _rename(model: Factorization, names: Sequence[str]) -> Factorization:
         node: name if below and name and name != str(node) else node
         for node, below, name in zip(tree.nodes, tree.links, names, strict=True)
     }
-    graph: nx.DiGraph[Any] = nx.DiGraph()
-    graph.add_edges_from((new[v], new[c]) for v in tree.interior for c in tree.children(v))
-    network = replace(model.network, tree=ModeTree(graph))  # with its nodes in the same order
+    renamed = ModeTree(nx.relabel_nodes(tree.graph, new))  # with its nodes in the same order
+    network = replace(model.network, tree=renamed)
     return Factorization.holding(network, list(model.stacks))
 
 

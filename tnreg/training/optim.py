@@ -99,11 +99,9 @@ class GroupRMSprop(torch.optim.Optimizer):
         shared["step"] += 1
         average = shared["square_average"] * alpha + square * (1 - alpha)
         scale = 1 / ((average / _correction(alpha, shared["step"])).sqrt() + group["eps"])
-        if on_host:
-            shared["square_average"], shared["scale"] = average, scale
-        else:  # in place, and counted on the device: a captured CUDA graph replays exactly this
-            shared["square_average"].copy_(average)
-            shared["scale"].copy_(scale)
+        # in place, and counted on the device: a captured CUDA graph replays exactly this
+        shared["square_average"].copy_(average)
+        shared["scale"].copy_(scale)
         result = float(scale) if on_host else scale
         shared["elapsed"] += group["lr"] * result
         return result
