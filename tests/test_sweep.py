@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -255,6 +256,19 @@ def test_interrupted(tmp_path):
     assert (tmp_path / "s" / "results.csv").read_text() == "n,y,empty\n2,2,True\n"
     found = sweep.run(fails_once, cells, tmp_path / "s", workers=0)
     assert found.computed == ["n-0", "n-1"] and len(found.rows) == 3
+
+
+def test_a_script_without_its_guard(tmp_path):
+    """Its processes would run the sweep again; all of them end, nothing is computed, and it is told why."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tnreg.experiments import sweep\n"
+        "def nothing(*cell): return {}\n"
+        "sweep.run(nothing, [{'x': x} for x in range(4)], 's', workers=2)\n"
+    )
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 1 and 'needs `if __name__ == "__main__":`' in run.stderr
+    assert not list((tmp_path / "s").glob("x-*"))
 
 
 @pytest.mark.parametrize(

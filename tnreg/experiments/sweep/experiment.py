@@ -128,7 +128,8 @@ def run(
         OptionError: Options that do not fit each other, cells with the same name, a cell that is
             there with other settings, or Dask is not installed. Then nothing was computed.
         FileError: The folder holds something else, or cannot be written.
-        TnregError: The scheduler was lost; what is done is written, and the same call goes on.
+        TnregError: The scheduler was lost, or processes here cannot begin; what is done is written, and
+            the same call goes on.
         KeyboardInterrupt: After Ctrl-C; the same call goes on.
 
     A cell is found again by its name, which holds the fields that vary. When a field starts to vary, as

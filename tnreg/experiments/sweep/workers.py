@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.thread import BrokenThreadPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def results(
     """Yield every cell as soon as it is done or has failed; the arguments are those of ``run``.
 
     Raises:
-        TnregError: The scheduler ended meanwhile.
+        TnregError: The scheduler ended meanwhile, or processes here cannot begin.
     """
     attempt = partial(_attempt, work=work, threads=threads)
     if workers == 0 or not cells:
@@ -45,10 +46,21 @@ def results(
     processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     most = min(workers or max(1, processors // (threads or 1)), len(cells))
     with _processes(most) if scheduler is None else _cluster(scheduler) as submit:
-        jobs = {submit(attempt, cell, retries): cell for cell in cells}
+        jobs = dict[Any, Cell]()
         try:
+            for cell in cells:
+                jobs[submit(attempt, cell, retries)] = cell
             for job in futures.as_completed(jobs):
-                yield jobs[job], job.exception() or job.result()
+                error = job.exception()
+                if isinstance(error, BrokenThreadPool):
+                    raise error
+                yield jobs[job], error or job.result()
+        except BrokenThreadPool:
+            raise TnregError(
+                "the processes of the sweep cannot begin, for the reason above.\n"
+                '  a script of your own needs `if __name__ == "__main__":`; or take workers=0',
+                argument="workers",
+            ) from None
         except futures.CancelledError:
             raise TnregError(
                 "the Dask scheduler was lost before all cells were done; what is done is kept, "
