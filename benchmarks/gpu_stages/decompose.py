@@ -6,7 +6,7 @@ Does a route by squares earn a place on this device: more than 1.3 times as fast
 order 256 at rank 16), by QR factorizations, by Gram matrices and as tnreg chooses; double precision. Beside:
 torchTT on the same device, if it is installed.
 
-On an H100, 37 s: a QR of 64 matrices takes 25 to 30 times as long as one (cuSOLVER loops), eigenvalues and
+On an H100, 41 s: a QR of 64 matrices takes 15 to 70 times as long as one (cuSOLVER loops), eigenvalues and
 singular values of 64 matrices too from 64 x 64 on.
 """
 
