@@ -93,12 +93,8 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
     task, scale = scaled_task(tensor, config)
     model = new_model(tree, task, config)
     with folder_written_whole(folder) as beside:
-        observe: dict[str, Any] = {"test error": task.test_error}
-        if "diagonal" in model.network.joins:
-            observe["unbalancedness"] = Factorization.unbalancedness
-            observe["components"] = Factorization.local_components
         start = time.perf_counter()
-        recorded = train(model, task, config, observe, progress)
+        recorded = train(model, task, config, progress)
         if len(recorded) == 0:  # interrupted before there was anything to keep
             raise KeyboardInterrupt
         summary = {
@@ -170,10 +166,12 @@ def new_model(tree: ModeTree, task: Completion, config: Settings) -> Factorizati
     )  # fmt: skip
 
 
-def train(
-    model: Factorization, task: Completion, config: Settings, observe: dict[str, Any], progress: bool
-) -> Trajectory:
-    """Train a model on a task, and return what was recorded."""
+def train(model: Factorization, task: Completion, config: Settings, progress: bool) -> Trajectory:
+    """Train a model on a task; return the loss, the test error and, of diagonal joins, the components."""
+    observe: dict[str, Any] = {"test error": task.test_error}
+    if "diagonal" in model.network.joins:
+        observe["unbalancedness"] = Factorization.unbalancedness
+        observe["components"] = Factorization.local_components
     return fit(
         model, task.loss, steps=config.steps, optimizer=config.optimizer, lr=config.lr,
         observe=observe, every=config.every, progress=progress,

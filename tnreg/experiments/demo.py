@@ -26,7 +26,7 @@ from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments import completion
-from tnreg.experiments.completion import in_units, mean_error, scaled_task
+from tnreg.experiments.completion import in_units, mean_error, new_model, scaled_task, train
 from tnreg.experiments.folder import write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
@@ -107,11 +107,13 @@ def run(
     with folder_written_whole(folder) as beside:
         task, scale = scaled_task(tensor, config)
         show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
-        model, recorded = _train(tree, task, config, progress)
+        model = new_model(tree, task, config)
+        recorded = train(model, task, config, progress)
         count = _size(model) // sum(task.sizes)
         show(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
-        star, settings = ModeTree.star(tree.order), dataclasses.replace(config, rank=count, root="ones")
-        baseline, recorded_cp = _train(star, task, settings, progress)
+        cp = dataclasses.replace(config, rank=count, root="ones")
+        baseline = new_model(ModeTree.star(tree.order), task, cp)
+        recorded_cp = train(baseline, task, cp, progress)
         with torch.no_grad():
             learned = spectra(model)
         errors = {
@@ -189,18 +191,6 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         ax.set_title(name)
         ax.legend()
     return plots.save_figure(drawn, png or path / "training.png")
-
-
-def _train(
-    tree: ModeTree, task: Completion, config: Config, progress: bool
-) -> tuple[Factorization, Trajectory]:
-    model = completion.new_model(tree, task, config)
-    observe = {
-        "test error": task.test_error,
-        "components": Factorization.local_components,
-        "spectra": lambda m: {v: s[:8] for v, s in spectra(m).items()},
-    }
-    return model, completion.train(model, task, config, observe, progress)
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:

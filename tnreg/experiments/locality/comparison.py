@@ -248,9 +248,8 @@ def _work(
 
     with joined(training.device) as processes:
         data, test = processes.from_first(load)
-    settings = Settings(**{f.name: cell[f.name] for f in dataclasses.fields(Settings)})
     return train(
-        settings, training.arm, training.seed, data, test, folder, about=cell, checkpoint=checkpoint,
+        training, training.arm, training.seed, data, test, folder, checkpoint=checkpoint,
         execution=execution, deadline=deadline,
     )  # fmt: skip
 

@@ -65,7 +65,6 @@ def train(
     test: ImageSet,
     folder: str | Path,
     *,
-    about: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     execution: Execution = _EXACT,
     deadline: float = math.inf,
@@ -79,13 +78,12 @@ def train(
     checkpoint; dropout masks are then not those of the uninterrupted training.
 
     Args:
-        settings: All but the two that follow.
+        settings: All but the two that follow. A run goes on only where they are the same.
         arm: What is added to plain training: one of ``ARMS``.
         seed: Draws the initial weights, the order of the images, and the patches.
         data: Training images.
         test: Test images. They choose nothing: the accuracy that counts is that of the last epoch.
         folder: Where the run goes.
-        about: What made the sets, for ``config.json``; a run goes on only where it is the same.
         checkpoint: Where the state is kept while it trains; ``FOLDER.checkpoint`` if left out.
         execution: How it is carried out.
         deadline: Reading of ``time.monotonic()`` before which the training ends, with its state written. No
@@ -105,7 +103,7 @@ def train(
         raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.", argument="arm")
     for name in ("epochs", "stop_epochs", "batch", "test_every"):
         check_integer(getattr(settings, name), 1, f"locality: {name}")
-    run = _Run({"arm": arm, "seed": seed, **(about or {}), **dataclasses.asdict(settings)})
+    run = _Run({"arm": arm, "seed": seed, **dataclasses.asdict(settings)})
 
     def places() -> tuple[Path, Path]:
         place = check_folder(folder)
