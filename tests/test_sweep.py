@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,7 @@ from tnreg.experiments import dynamics, locality, sweep
 from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.sweep import command as sweep_grid
 from tnreg.experiments.sweep import pictures as sweep_figure
+from tnreg.experiments.sweep import workers as sweep_workers
 from tnreg.experiments.sweep.cell import Unfinished
 
 pytestmark = pytest.mark.slow
@@ -256,6 +259,20 @@ def test_interrupted(tmp_path):
     assert (tmp_path / "s" / "results.csv").read_text() == "n,y,empty\n2,2,True\n"
     found = sweep.run(fails_once, cells, tmp_path / "s", workers=0)
     assert found.computed == ["n-0", "n-1"] and len(found.rows) == 3
+
+
+def never_begins(pipe):
+    """Waits for the end of the sweep."""
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+    os._exit(1)
+
+
+def test_over_before_a_process_has_begun(caplog, monkeypatch):
+    monkeypatch.setattr(sweep_workers, "_end_with", never_begins)
+    with sweep_workers._processes(1) as submit:
+        job = submit(divmod, 1, 0)
+    assert isinstance(job.result(), BrokenProcessPool) and not caplog.records
 
 
 def test_a_script_without_its_guard(tmp_path):

@@ -97,7 +97,11 @@ def _processes(count: int) -> Iterator[Any]:
 
     def begin() -> None:
         own.process = futures.ProcessPoolExecutor(1, spawn, _end_with, (theirs,))
-        own.process.submit(int).result()  # a script without its ``if __name__`` cannot begin
+        try:
+            own.process.submit(int).result()  # a script without its ``if __name__`` cannot begin
+        except BrokenProcessPool:
+            if not alive.closed:  # else the sweep was over before
+                raise
 
     def there(attempt: Callable[[Cell, int], Outcome], cell: Cell, retries: int) -> Any:
         try:
