@@ -36,11 +36,9 @@ class Scaled(NamedTuple):
         return torch.where(x == 0, torch.zeros_like(value), value)
 
 
-def rescale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Scaled:
-    """Divide by the power of two below the largest magnitude along ``dim`` (``None``: of all numbers)."""
-    size = x.detach().abs()
-    size = size.amax() if dim is None else size.amax(dim, keepdim=True)
-    log2 = power_below(size)
+def rescale(x: Tensor, dim: int | tuple[int, ...]) -> Scaled:
+    """Divide by the power of two below the largest magnitude along ``dim``."""
+    log2 = power_below(x.detach().abs().amax(dim, keepdim=True))
     return Scaled(x / torch.exp2(log2), log2)
 
 

@@ -35,6 +35,7 @@ from tnreg.tensors.passes import (
     Distance,
     Rows,
     Source,
+    Work,
     bytes_read,
     dask_client,
     run_parts,
@@ -97,13 +98,7 @@ def as_blocks(x: Any) -> Any:
         raise OptionError(
             "tensors on disk are read with Dask, which is not installed; pip install 'tnreg[scale]'"
         ) from None
-    array = x
-    if not isinstance(x, da.Array):
-        stored = x.chunks if isinstance(x.chunks, tuple) else None
-        chunks = da.core.normalize_chunks(  # type: ignore[no-untyped-call]
-            "auto", tuple(x.shape), limit=2**23, dtype=x.dtype, previous_chunks=stored
-        )
-        array = da.from_array(x, chunks=chunks)  # type: ignore[no-untyped-call]
+    array = x if isinstance(x, da.Array) else da.from_array(x, "8 MiB")  # type: ignore[no-untyped-call]
     if any(math.isnan(n) for n in array.shape):
         raise ShapeError("blocks of unknown size; write array.compute_chunk_sizes() first.")
     if array.dtype.newbyteorder("=").name not in ("float32", "float64", "complex64", "complex128"):
@@ -207,9 +202,7 @@ class _Compression:
         if first:
             self._reduce_first(first)
         else:
-            slabs = slabs_of(self.source.array, (), self._budget(0))
-            self._tell("a first look", slabs, 0)
-            self._scale(*run_parts(self.source, Rows(0, 0), slabs, self.workers)[1:])
+            self._scale(*self._read("a first look", Rows(0, 0))[1:])
         while self._core_bytes() > self._core_limit():
             above = self._next()
             if above is None:
@@ -242,16 +235,16 @@ class _Compression:
         allowed = (_SHARE * self.share) ** 2 * self.total
         cuts = cut_smallest(list(squares.values()), allowed)
         for i, cut in zip(nodes, cuts, strict=True):
-            rank = self._rank(i, squares[i], int((~cut).sum()))
-            self.size[i] = rank
+            self.size[i] = rank = self._rank(i, squares[i], cut)
             self.lost += float(squares[i][rank:].sum())
             if self.tree.links[i] or rank < self.rows[i]:  # else the mode stays as it is
                 sizes = [self.source.array.shape[m] for m in self.modes[i]]
                 self.bases[i] = vectors[i][:, :rank].reshape(*sizes, -1)
         self.spenders -= len(nodes)
 
-    def _rank(self, i: int, squares: Tensor, rank: int) -> int:
-        """Return how many singular values to keep, if the tolerance asks for this many."""
+    def _rank(self, i: int, squares: Tensor, cut: Tensor) -> int:
+        """Return how many singular values to keep, if the tolerance allows to cut these."""
+        rank = int((~cut).sum())
         if self.exact:  # rounding of the entries gives no more than eps of the largest value
             eps = float(np.finfo(self.source.array.dtype).eps)
             rank = int((squares > (_ZERO * eps) ** 2 * squares[0]).sum())
@@ -268,7 +261,8 @@ class _Compression:
         else:
             allowed = max(self.share**2 * self.total - self.lost, 0.0) / max(self.spenders, 1)
             left, squares = self._left_vectors(i, allowed / self.total if self.total else 0.0)
-            rank = self._rank(i, squares, int((~cut_smallest([squares], allowed)[0]).sum()))
+            [cut] = cut_smallest([squares], allowed)
+            rank = self._rank(i, squares, cut)
             if 8 * self.rows[i] * rank * self.item > self.memory:  # its basis over all modes
                 raise self._too_large()
             self.lost += float(squares[rank:].sum())
@@ -294,12 +288,11 @@ class _Compression:
         lengths, bases = [self.rows[c] for c in inside], [self._basis(c) for c in inside]
         first = self.source.order.index(modes[0])
         work = Rows(first, len(modes), lengths, bases, squares)
-        slabs = slabs_of(self.source.array, modes, self._budget(3 * rows**2 * self.item))
         kind, flops = ("Gram matrix", 2) if squares else ("QR", 4)
         flops *= rows**2 * (self.numel // self.rows[i])
-        self._tell(f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", slabs, flops)
+        what, held = f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", 3 * rows**2 * self.item
         result: Tensor
-        result, largest, bad = run_parts(self.source, work, slabs, self.workers)
+        result, largest, bad = self._read(what, work, modes, held=held, flops=flops)
         if self._scale(largest, bad):
             return self._pass(i, inside, rows, squares=squares)
         return result
@@ -313,20 +306,15 @@ class _Compression:
         self.source.log2 = math.frexp(largest)[1]
         return True
 
-    def _budget(self, held: int) -> int:
-        """Bytes of a part, of which a task holds some five copies, beside what it holds in any case."""
-        return max(self.memory // self.beside - held, 5) // 5
-
     def _core(self) -> Tensor:
         shape = tuple(self.size[i] for i in self.front)
         work = Core([self.modes[i] for i in self.front], [], shape)
         for modes, basis in zip(work.modes, map(self._basis, self.front), strict=True):
             sizes = [self.source.array.shape[m] for m in modes]
             work.bases.append(None if basis is None else basis.reshape(*sizes, -1))
-        slabs = slabs_of(self.source.array, (), self._budget(self.memory // (2 * self.beside)))
         ranks = [n for n, basis in zip(shape, work.bases, strict=True) if basis is not None]
-        self._tell(f"core of shape {shape}", slabs, 2 * min(ranks, default=0) * self.numel)
-        core: Tensor = run_parts(self.source, work, slabs, self.workers)
+        held, flops = self.memory // (2 * self.beside), 2 * min(ranks, default=0) * self.numel
+        core: Tensor = self._read(f"core of shape {shape}", work, held=held, flops=flops)
         return core
 
     def _next(self) -> int | None:
@@ -381,6 +369,17 @@ class _Compression:
             "for spectra take decompose(x, tree, rtol=...) first",
             argument="memory",
         )
+
+    def _read(
+        self, what: str, work: Work, modes: Sequence[int] = (), *, held: int = 0, flops: int = 0
+    ) -> Any:
+        """Work on all parts that are complete in these modes, and say so in the log.
+
+        A task holds some five copies of its part, and in any case the bytes that are ``held``.
+        """
+        slabs = slabs_of(self.source.array, modes, max(self.memory // self.beside - held, 5) // 5)
+        self._tell(what, slabs, flops)
+        return run_parts(self.source, work, slabs, self.workers)
 
     def _tell(self, what: str, slabs: Sequence[tuple[slice, ...]], flops: int) -> None:
         array = self.source.array
