@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tnreg.cnns.pooling import FACTORS, LocalConv, pool, scaled_product, which_rescale
 from tnreg.errors import OptionError, check_integer
+from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.network import Level, Network, Stacked
 from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale
@@ -93,7 +94,7 @@ class ConvNet(nn.Module):
             tree, sizes, ranks, join=join, root=root, std=std, dtype=dtype, device=device,
             generator=generator,
         )  # fmt: skip
-        weights = {node: w.detach() for node, w in model.weights.items()}
+        weights = weights_of(model)
         if outputs is not None:
             check_integer(outputs, 1, "outputs")
             if root == "ones":
@@ -155,11 +156,9 @@ class ConvNet(nn.Module):
     def _name_levels(self) -> list[str]:
         """Return the levels' keys in ``convs``: one a level, or one a layer if filters are shared."""
         heights = [self.tree.heights[level.positions[0]] for level in self._levels]
-        count, first = Counter(heights), dict[int, int]()
+        alone = {height for height, count in Counter(heights).items() if self.share or count == 1}
         return [
-            f"layer{height}"
-            if self.share or count[height] == 1
-            else f"layer{height}_{g - first.setdefault(height, g)}"
+            f"layer{height}" if height in alone else f"layer{height}_{g - heights.index(height)}"
             for g, height in enumerate(heights)
         ]
 
@@ -464,7 +463,7 @@ def to_cnn(
         message = f"to_cnn takes a Factorization, found {type(model).__name__}."
         raise OptionError(message, argument="model")
     network, outputs = model.network, None
-    weights = {node: w.detach() for node, w in model.weights.items()}
+    weights = weights_of(model, ones=not classes)
     if classes:
         network, weights = _without_classes(network, weights)
         outputs = model.sizes[-1]
@@ -514,8 +513,7 @@ def _without_classes(network: Network, weights: dict[Node, Tensor]) -> tuple[Net
         )
     leaf = weights.pop(last)
     if network.joins[-1] == "diagonal":
-        root = weights.get(tree.root)
-        weights[tree.root] = leaf.mT if root is None else root.unsqueeze(-1) * leaf.mT
+        weights[tree.root] = weights[tree.root].unsqueeze(-1) * leaf.mT
     else:
         axis = tree.children(tree.root).index(last)
         weights[tree.root] = torch.tensordot(weights[tree.root], leaf, ([axis], [1]))
