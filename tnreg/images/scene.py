@@ -158,12 +158,11 @@ def _distractors(rng: np.random.Generator, paths: Array, length: int, side: floa
         angles = np.deg2rad(rng.integers(0, 360, (missing, _SEED_TRIES)))
         core = _core(tails + _LENGTH * _direction(angles), angles)
         free = (_nearest(core, occupied).min(-1) >= _APART**2) & _is_inside(core, side).all(-1)
-        seeds, pick = free.any(1), free.argmax(1)[:, None]
-        if not seeds.any():
+        seeds = np.flatnonzero(free.any(1))
+        if not len(seeds):
             continue
-        tails = np.take_along_axis(tails, pick[..., None], 1)[seeds]
-        angles = np.take_along_axis(angles, pick, 1)[seeds]
-        for distractor in _grow(rng, tails, angles, steps, side, occupied, True)[:, 0]:
+        first = seeds[:, None], free.argmax(1)[seeds, None]  # the first free one of its tries
+        for distractor in _grow(rng, tails[first], angles[first], steps, side, occupied, True)[:, 0]:
             points = _points_of(distractor)
             if _nearest(points, occupied).min() >= _APART**2:
                 distractors.append(distractor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,10 @@ def spectra_figure(run: Run) -> Any:
     for ax, (title, values) in zip(axes[-1], spectra.items(), strict=True):
         _draw(trajectory, ax, values[:, : run.config["top"]], title, fontsize=9)
         ax.set_ylabel("singular value")
-    for node, ax in itertools.zip_longest(nodes[: len(spectra)], axes[0] if nodes else ()):
-        if node is None:
-            ax.set_axis_off()
-        else:
-            title = f"components at {node_text(node)}"
-            _draw_components(trajectory, ax, title, node, fontsize=9)
+    for node, ax in zip(nodes, axes[0], strict=False):
+        _draw_components(trajectory, ax, f"components at {node_text(node)}", node, fontsize=9)
+    for ax in axes[:-1, len(nodes) :].flat:
+        ax.set_axis_off()
     return figure
 
 
@@ -106,13 +103,8 @@ def rates_figure(run: Run) -> Any:
     high = 3 * max(right.get_xlim()[1], right.get_ylim()[1])
     low = high * 1e-9  # far below, rounding is all there is to see
     right.plot([low, high], [low, high], color="0.5", lw=0.8)
-    right.set(
-        xlim=(low, high),
-        ylim=(low, high),
-        title="all nodes",
-        xlabel="predicted dσ/dt",
-        ylabel="measured dσ/dt",
-    )
+    right.set(xlim=(low, high), ylim=(low, high), title="all nodes")
+    right.set(xlabel="predicted dσ/dt", ylabel="measured dσ/dt")
     if right.get_legend_handles_labels()[0]:
         right.legend(markerscale=5, fontsize=7)
     return figure

@@ -335,19 +335,17 @@ def _modes(text: str, order: int) -> tuple[int, ...]:
 
 
 def _summary(config: Config, model: Factorization, dense: Tensor, trajectory: Trajectory) -> dict[str, Any]:
+    errors = ("loss", "train error", "test error")
     summary: dict[str, Any] = {
         "tree": repr(model.tree),
         "sizes": list(model.sizes),
         "weights": sum(p.numel() for p in model.parameters()),
         "steps": int(trajectory.steps[-1]),
         "stopped by": trajectory.stop_reason,
-        "loss": float(trajectory["loss"][-1]),
-        "train error": float(trajectory["train error"][-1]),
+        **{name: float(trajectory[name][-1]) for name in errors if name in trajectory},
         "ranks": {str(v): r for v, r in hierarchical_rank(model, rtol=config.rtol).items()},
         "effective rank": {str(v): float(e[-1]) for v, e in trajectory["effective rank"].items()},
     }
-    if "test error" in trajectory:
-        summary["test error"] = float(trajectory["test error"][-1])
     if not torch.isnan(dense).any():
         ranks = hierarchical_rank(dense, model.tree, rtol=config.rtol)
         summary["target ranks"] = {str(v): r for v, r in ranks.items()}

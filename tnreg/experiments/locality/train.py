@@ -361,7 +361,7 @@ class _State:
         """Return what a finished training has reached, and what it took."""
         seconds = self.epoch_seconds
         return {
-            **self._last_row(),
+            **{name: float(self.rows[name][-1]) for name in self.rows.names},
             "test accuracy": test_accuracy,
             "epochs": len(self.rows),
             **self.seconds,
@@ -371,9 +371,6 @@ class _State:
             "device": self.x.device.type,
             "stopped by": self.rows.stop_reason,
         }
-
-    def _last_row(self) -> dict[str, Any]:
-        return {name: float(self.rows[name][-1]) for name in self.rows.names}
 
     def _parts(self) -> dict[str, Any]:
         """Return what has a state of its own, by its name in the checkpoint."""
