@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, SizeError
 from tnreg.machine.memory import available, limit_of, written
-from tnreg.tensors.arrays import check_order, squares_fit
+from tnreg.tensors.arrays import check_order, largest_of, squares_fit, times_power_of_two
 from tnreg.tensors.axes import cut_smallest, left_vectors
 from tnreg.tensors.passes import (
     Core,
@@ -201,14 +201,15 @@ class _Compression:
         first = [i for i in self.front if self.rows[i] <= self.most_rows]
         if first:
             self._reduce_first(first)
-        else:
-            self._scale(*self._read("a first look", Rows(0, 0))[1:])
         while self._core_bytes() > self._core_limit():
             above = self._next()
             if above is None:
                 raise self._too_large()
             self._reduce(above)
         core = self._core()
+        # without first nodes it is the tensor itself, at which nothing has looked before
+        if not first and self._scale(float(largest_of(core)), int((~core.isfinite()).sum())):
+            core = times_power_of_two(core, -self.source.log2)
         for i in set(self.bases) - set(self.first):  # modes below that were left as they are
             for c in self.tree.links[i]:
                 self.bases.setdefault(c, self._eye(self.size[c]))
@@ -292,13 +293,13 @@ class _Compression:
         flops *= rows**2 * (self.numel // self.rows[i])
         what, held = f"{kind} of {rows} rows at node {self.tree.nodes[i]!r}", 3 * rows**2 * self.item
         result: Tensor
-        result, largest, bad = self._read(what, work, modes, held=held, flops=flops)
+        result, largest, bad = self._read(what, work, modes, held, flops)
         if self._scale(largest, bad):
             return self._pass(i, inside, rows, squares=squares)
         return result
 
     def _scale(self, largest: float, bad: int) -> bool:
-        """Return whether the tensor has to be read again on a scale, which is then set."""
+        """Return whether the tensor is needed on another scale, which is then set."""
         if bad:
             raise DataError(f"the tensor has entries that are not finite, {bad} of {self.numel} or more.")
         if self.source.log2 or squares_fit(largest):
@@ -314,7 +315,7 @@ class _Compression:
             work.bases.append(None if basis is None else basis.reshape(*sizes, -1))
         ranks = [n for n, basis in zip(shape, work.bases, strict=True) if basis is not None]
         held, flops = self.memory // (2 * self.beside), 2 * min(ranks, default=0) * self.numel
-        core: Tensor = self._read(f"core of shape {shape}", work, held=held, flops=flops)
+        core: Tensor = self._read(f"core of shape {shape}", work, (), held, flops)
         return core
 
     def _next(self) -> int | None:
@@ -370,9 +371,7 @@ class _Compression:
             argument="memory",
         )
 
-    def _read(
-        self, what: str, work: Work, modes: Sequence[int] = (), *, held: int = 0, flops: int = 0
-    ) -> Any:
+    def _read(self, what: str, work: Work, modes: Sequence[int], held: int, flops: int) -> Any:
         """Work on all parts that are complete in these modes, and say so in the log.
 
         A task holds some five copies of its part, and in any case the bytes that are ``held``.

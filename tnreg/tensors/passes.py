@@ -54,23 +54,21 @@ class Rows(Work):
     """Gram matrix (``squares``) or triangular factor of a node, the largest entry, how many are not finite.
 
     The node has ``count`` modes behind the ``first`` axes of a part. ``lengths`` are the rows of the children
-    (of the node itself, if it is one of the first), none for the largest entry alone; ``bases`` are theirs,
-    ``None`` where they were left as they are.
+    (of the node itself, if it is one of the first); ``bases`` are theirs, ``None`` where they were left as
+    they are.
     """
 
     first: int
     count: int
-    lengths: Sequence[int] = ()
-    bases: Sequence[Tensor | None] = ()
-    squares: bool = True
+    lengths: Sequence[int]
+    bases: Sequence[Tensor | None]
+    squares: bool
 
     def of(self, part: Tensor, slab: tuple[slice, ...]) -> tuple[Tensor, float, int]:
         """Look at a part that is complete in the node's modes."""
         largest = float(largest_of(part))
         if not math.isfinite(largest):
             return part.new_zeros(0, 0), 0.0, int((~torch.isfinite(part)).sum())
-        if not self.lengths:
-            return part.new_zeros(0, 0), largest, 0
         before = math.prod(part.shape[: self.first])
         behind = math.prod(part.shape[self.first + self.count :])
         view = _in_bases(part, [before, *self.lengths, behind], [None, *self.bases, None])
