@@ -59,7 +59,7 @@ STAGES = (
     Stage("correct", "gpu_stages.correct", 65, 54, "laws against the CPU, and what waits for the device"),
     Stage("plans", "gpu_stages.plans", 45, 31, "routes and plans: counted cost against time"),
     Stage("dynamics", "gpu_stages.dynamics", 50, 38, "a published training, as CUDA graphs and not"),
-    Stage("decompose", "gpu_stages.decompose", 55, 41, "decomposition, spectra, rounding: QR or squares"),
+    Stage("decompose", "gpu_stages.decompose", 55, 46, "decomposition, spectra, rounding: QR or squares"),
     Stage("regularizers", "gpu_stages.regularizers", 130, 130, "steps with a penalty over plain steps"),
     Stage("calibrate", "gpu_stages.pathfinder", 190, 158, "figure 6: seconds of every training", "calibrate"),
     Stage("pathfinder", "gpu_stages.pathfinder", 530, 530, "figure 6: the trainings, as far as time goes",
