@@ -183,6 +183,14 @@ def test_full_disk(kind, share, tmp_path):
     assert os.listdir(tmp_path) == ["other"]
 
 
+def test_full_disk_in_an_export(tmp_path):
+    """Given a path, torch's own writer of programs would end the process."""
+    path, net = tmp_path / "net.pt2", tnreg.to_cnn(model_of(1))
+    with pytest.raises(FileError, match=f"cannot write {path}: File too large"), disk_of(1000):
+        tnreg.export_pt2(net, path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_full_disk_in_a_training(tmp_path):
     """The error comes out of ``fit``; the checkpoint before is whole and the training goes on from it."""
     task = completion(model_of(1), 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import io
 import logging
 import math
 import os
@@ -100,12 +101,9 @@ def export_pt2(
     program = _trace(torch.export.export, module, inputs)
 
     def write(file: Path) -> None:
-        renamed = file.with_name(file.name + ".pt2")  # torch insists on the ending
-        try:
-            torch.export.save(program, renamed)
-            os.replace(renamed, file)
-        finally:
-            renamed.unlink(missing_ok=True)
+        raw = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.export.save(program, raw)
+        file.write_bytes(raw.getbuffer())
         if check:
             with file.open("rb") as stream:
                 loaded = load_pt2(stream)
