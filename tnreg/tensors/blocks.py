@@ -226,21 +226,16 @@ class _Compression:
 
     def _reduce_first(self, nodes: list[int]) -> None:
         """Look at each of these nodes in a pass, then cut all together: the smallest values first."""
-        vectors: dict[int, Tensor] = {}
-        squares: dict[int, Tensor] = {}
-        for i in nodes:
-            part = (_SHARE * self.share) ** 2 / max(self.spenders, 1)
-            vectors[i], squares[i] = self._left_vectors(i, part)
-            if not self.total:
-                self.total = float(squares[i].sum())
-        allowed = (_SHARE * self.share) ** 2 * self.total
-        cuts = cut_smallest(list(squares.values()), allowed)
-        for i, cut in zip(nodes, cuts, strict=True):
-            self.size[i] = rank = self._rank(i, squares[i], cut)
-            self.lost += float(squares[i][rank:].sum())
+        share = (_SHARE * self.share) ** 2
+        found = [self._left_vectors(i, share / max(self.spenders, 1)) for i in nodes]
+        self.total = float(found[0][1].sum())
+        cuts = cut_smallest([squares for _, squares in found], share * self.total)
+        for i, (left, squares), cut in zip(nodes, found, cuts, strict=True):
+            self.size[i] = rank = self._rank(i, squares, cut)
+            self.lost += float(squares[rank:].sum())
             if self.tree.links[i] or rank < self.rows[i]:  # else the mode stays as it is
                 sizes = [self.source.array.shape[m] for m in self.modes[i]]
-                self.bases[i] = vectors[i][:, :rank].reshape(*sizes, -1)
+                self.bases[i] = left[:, :rank].reshape(*sizes, -1)
         self.spenders -= len(nodes)
 
     def _rank(self, i: int, squares: Tensor, cut: Tensor) -> int:
