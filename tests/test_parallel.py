@@ -122,13 +122,16 @@ def three_calls(penalty, net, wrapped, x, y):
 
 def penalties():
     """Every case in groups of two and of three of the three processes, with other seeds on each."""
+    checked = 0
     with joined() as everyone:
         for count in (2, 3):
             group = dist.new_group(list(range(count)))
             if everyone.rank < count:
                 for name in CASES:
                     ddp = check_penalty(name, everyone.rank, count, group)
+                    checked += 1
                 check_others(count, everyone.rank, ddp)
+        print(f"rank {everyone.rank} checked {checked}")
 
 
 def check_penalty(name, rank, count, group):
@@ -172,7 +175,9 @@ def check_others(count, rank, ddp):
 
 
 def test_penalties_are_those_of_the_whole_batch():
-    torchrun(3, __file__, "penalties")
+    told = re.findall(r"rank (\d) checked (\d+)", torchrun(3, __file__, "penalties").stdout)
+    both, one = str(2 * len(CASES)), str(len(CASES))
+    assert sorted(told) == [("0", both), ("1", both), ("2", one)]
 
 
 def test_a_process_without_a_share_of_the_energy_has_a_graph(monkeypatch):

@@ -166,9 +166,11 @@ def new_model(tree: ModeTree, task: Completion, config: Settings) -> Factorizati
     )  # fmt: skip
 
 
-def train(model: Factorization, task: Completion, config: Settings, progress: bool) -> Trajectory:
-    """Train a model on a task; return the loss, the test error and, of diagonal joins, the components."""
-    observe: dict[str, Any] = {"test error": task.test_error}
+def train(
+    model: Factorization, task: Completion, config: Settings, progress: bool, **observe: Any
+) -> Trajectory:
+    """Train a model on a task; record the loss, the test error, components of diagonal joins, and more."""
+    observe["test error"] = task.test_error
     if "diagonal" in model.network.joins:
         observe["unbalancedness"] = Factorization.unbalancedness
         observe["components"] = Factorization.local_components

@@ -55,8 +55,6 @@ _PICTURES = {
 class Config(completion.Config):
     """Settings of the demo; chosen on seeds 100 to 102, so that the default seed is a fresh one.
 
-    The tensor has three modes or more.
-
     Attributes:
         rtol: Threshold of the numerical ranks that are printed.
     """
@@ -108,12 +106,12 @@ def run(
         task, scale = scaled_task(tensor, config)
         show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
         model = new_model(tree, task, config)
-        recorded = train(model, task, config, progress)
+        recorded = train(model, task, config, progress, spectra=_largest_values)
         count = _size(model) // sum(task.sizes)
         show(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
         cp = dataclasses.replace(config, rank=count, root="ones")
         baseline = new_model(ModeTree.star(tree.order), task, cp)
-        recorded_cp = train(baseline, task, cp, progress)
+        recorded_cp = train(baseline, task, cp, progress, spectra=_largest_values)
         with torch.no_grad():
             learned = spectra(model)
         errors = {
@@ -212,6 +210,10 @@ def _figure(size: tuple[float, float], columns: int, rows: int = 1, **options: A
     return drawn, drawn.subplots(rows, columns, **options)
 
 
+def _largest_values(model: Factorization) -> dict[Node, torch.Tensor]:
+    return {node: values[:8] for node, values in spectra(model).items()}
+
+
 def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]) -> Any:
     with torch.no_grad():
         learned = model.to_tensor().cpu()
@@ -222,17 +224,20 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
         measured[tuple(task.test_index.cpu().T)] = task.test_values.cpu()
     # the two longest modes as a picture, four places of the next one, the last of all others
     longest = sorted(range(len(task.sizes)), key=lambda n: -task.sizes[n])
-    (down, right), across = sorted(longest[:2]), longest[2]
-    places = sorted({task.sizes[across] * k // 4 for k in range(4)})
+    (down, right), across = sorted(longest[:2]), longest[2] if len(longest) > 2 else None
+    places = [0] if across is None else sorted({task.sizes[across] * k // 4 for k in range(4)})
     drawn, axes = _figure((11, 6.5), len(places), 3, sharex=True, sharey=True, squeeze=False)
     limit = float(torch.nan_to_num(measured).abs().max())
     tensors = {"observed": observed, "learned": learned, "measured": measured}
     for row, (name, values) in zip(axes, tensors.items(), strict=True):
         for ax, place in zip(row, places, strict=True):
             at: list[Any] = [-1] * values.ndim
-            at[down], at[right], at[across] = slice(None), slice(None), place
+            at[down] = at[right] = slice(None)
+            title = name
+            if across is not None:
+                at[across], title = place, f"{name}, {modes[across]} {place}"
             image = ax.imshow(values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis")
-            ax.set_title(f"{name}, {modes[across]} {place}", fontsize=9)
+            ax.set_title(title, fontsize=9)
         row[0].set_ylabel(modes[down])
     for ax in axes[-1]:
         ax.set_xlabel(modes[right])

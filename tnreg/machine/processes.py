@@ -98,12 +98,12 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str | torch.device = "cpu", kept: object = "") -> Iterator[Processes]:
+def joined(device: str | torch.device = "cpu", advice: object = "") -> Iterator[Processes]:
     """Give the processes that torchrun started, as one group; or this process alone.
 
     An existing group of torch.distributed is used. A new one stays until the process ends; each process
-    on "cuda" takes the GPU of its number on its machine. ``kept``, as text, ends the message of a
-    ``ProcessLost``: it says how to go on.
+    on "cuda" takes the GPU of its number on its machine. ``advice`` on how to go on ends the message
+    of a ``ProcessLost``.
 
     Raises:
         OptionError: No GPU for this process, or an environment that is not torchrun's.
@@ -125,7 +125,7 @@ def joined(device: str | torch.device = "cpu", kept: object = "") -> Iterator[Pr
         atexit.unregister(_leave)  # leaving can wait for the others, which are gone
         reason = re.sub(r"^\[.*?\] ", "", str(error)).splitlines()[0].partition(". ")[0]
         message = "another process of this training ended: the connection to it is lost."
-        raise ProcessLost(f"{message}\n  {reason}\n  {kept}".rstrip()) from None
+        raise ProcessLost(f"{message}\n  {reason}\n  {advice}".rstrip()) from None
 
 
 def unwrapped(net: Any) -> tuple[Any, Processes]:

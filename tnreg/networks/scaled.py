@@ -114,6 +114,7 @@ def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tenso
                 weight = weight.unsqueeze(-1) if i == len(links) - 1 else weight
             inside = [child[1 + side] for child in children]
             inside = [torch.stack(inside).sum(0)] if diagonal[side] else inside
+            # in a norm both sides of a leaf are the same
             if side == 0 or below or weights[0] is not weights[1]:
                 scaled, log2 = absorb(weight, inside)
             operands.append(scaled if side else scaled.conj())

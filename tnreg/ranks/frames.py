@@ -38,7 +38,7 @@ _CLOSE, _SMALL = 200, 1e-100
 _ROWS_KEPT = 4
 # A GPU factors matrices of one QR call one after another: on an H100 64 of 256 x 16 take 3.4 ms, two passes
 # of Gram matrices and Cholesky factors 0.36 ms; one matrix takes 0.13 ms by QR (docs/gpu.md).
-_SOME = 8
+_GRAM_FROM = 8
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def orthogonalize(matrix: Tensor, *, basis: bool = True) -> tuple[Tensor, Tensor
 
 def _gram_pays(matrix: Tensor) -> bool:
     """Return whether Gram matrices are faster, if they suffice: on a GPU, for some matrices at once."""
-    return matrix.is_cuda and len(matrix) >= _SOME and matrix.shape[1] >= matrix.shape[2]
+    return matrix.is_cuda and len(matrix) >= _GRAM_FROM and matrix.shape[1] >= matrix.shape[2]
 
 
 def by_gram(matrix: Tensor) -> tuple[Tensor, Tensor] | None:

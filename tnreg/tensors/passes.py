@@ -153,9 +153,9 @@ def slabs_of(array: Any, whole_modes: Sequence[int], budget: int) -> list[tuple[
 
     The budget is for the bytes of one part in double precision.
     """
-    most = max(budget // (16 if array.dtype.kind == "c" else 8), 1)
     from dask.array.core import slices_from_chunks
 
+    most = max(budget // (16 if array.dtype.kind == "c" else 8), 1)
     steps = [  # lengths along every mode
         [array.shape[mode]] if mode in whole_modes else list(lengths)
         for mode, lengths in enumerate(array.chunks)
