@@ -9,6 +9,7 @@ import zoo
 
 from tnreg import Factorization, ModeTree, decompose, matricize
 from tnreg.errors import DataError, OptionError, ShapeError
+from tnreg.ranks.decompose import distance
 from tnreg.ranks.dense import effective_rank, entanglement_entropy
 from tnreg.ranks.spectra import hierarchical_rank, spectra
 
@@ -207,6 +208,27 @@ def test_numpy_goes_in():
         spectra("il2", tree)
     with pytest.raises(OptionError, match="write a ModeTree"):
         spectra(array, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "view", [torch.conj, lambda x: x.mH, lambda x: x.conj().imag], ids=["conj", "mH", "neg"]
+)
+def test_lazy_views_are_read(view):
+    """Tensors that are conjugated or negated only once they are read."""
+    tree, x = ModeTree([0, [1, 2]]), view(zoo.randn(4, 3, 3, dtype=torch.complex128))
+    plain = torch.from_numpy(x.resolve_conj().resolve_neg().numpy().copy())
+    assert x.is_conj() or x.is_neg()
+    found, expected = spectra(x, tree), spectra(plain, tree)
+    assert all(torch.equal(s, expected[node]) for node, s in found.items())
+    assert hierarchical_rank(x, tree) == hierarchical_rank(plain, tree)
+    model = decompose(x, tree, rtol=1e-12)
+    assert distance(x, model)[0] < 1e-10
+    lazy = Factorization.viewing(model.network, [stack.detach().conj() for stack in model.stacks])
+    assert distance(x.conj(), lazy)[0] < 1e-10
+    lazy = zoo.model_of(tree, dtype=torch.complex128)
+    norms = lazy.local_components()
+    lazy = Factorization.viewing(lazy.network, [stack.detach().conj() for stack in lazy.stacks])
+    assert torch.equal(lazy.local_components()[1, 2], norms[1, 2])
 
 
 def test_wide_factored_spectra_are_not_expanded():

@@ -397,7 +397,7 @@ class Factorization(nn.Module):
             )
         # complex numbers as pairs: not every reader of the format knows complex types
         tensors = {
-            f"weight.{p}": torch.view_as_real(w) if w.is_complex() else w
+            f"weight.{p}": torch.view_as_real(w.resolve_conj()) if w.is_complex() else w
             for p, w in zip(self.network.weighted, self.weights.values(), strict=True)
         }
         dtype = str(self.dtype).removeprefix("torch.")

@@ -57,7 +57,7 @@ def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
 def column_norms(matrix: Tensor) -> Tensor:
     """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
     if matrix.is_complex():  # (n, R) -> (n, R, 2) -> (2n, R)
-        matrix = torch.view_as_real(matrix).mT.flatten(0, 1)
+        matrix = torch.view_as_real(matrix.resolve_conj()).mT.flatten(0, 1)
     # not linalg.vector_norm, which takes ten times as long along columns
     scale: Tensor | float = 1.0
     if matrix.dtype == torch.float32:
@@ -71,7 +71,7 @@ def column_norms(matrix: Tensor) -> Tensor:
     else:
         scale = torch.exp2(power_below(matrix.detach().abs().amax(0)))
         squares = (matrix / scale).double().square().sum(0)
-    alive = squares > 0  # the root has no gradient at zero; the norm has a subgradient, 0
+    alive = squares != 0  # the root has no gradient at zero; the norm has a subgradient, 0
     norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
     return (norms * scale).to(matrix.dtype)
 

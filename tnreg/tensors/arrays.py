@@ -71,7 +71,8 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
 def as_tensor(values: Any) -> Tensor:
     """Read numbers of any kind as a torch tensor: torch, DLPack, numpy in any layout or byte order, lists."""
     if isinstance(values, Tensor):
-        return values.to_dense() if values.layout != torch.strided else values
+        strided = values.to_dense() if values.layout != torch.strided else values
+        return strided.resolve_conj().resolve_neg()  # lazy views have no real parts to look at
     try:
         if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
             try:
@@ -171,7 +172,7 @@ def squares_fit(largest: float) -> bool:
 
 def largest_of(x: Tensor) -> Tensor:
     """Return the largest magnitude (within a factor of sqrt 2 for complex numbers), without a copy."""
-    parts = torch.view_as_real(x) if x.is_complex() else x
+    parts = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     low, high = torch.aminmax(parts)
     return torch.maximum(-low, high)
 
