@@ -212,7 +212,7 @@ test_refuses = refuses([
     (PATHS, {"seed": -1}, OptionError, "seed must be an integer >= 0"),
     (PATHS, {"workers": 0}, OptionError, "workers must be an integer >= 1"),
     (PAIRS, {"distance": 25}, OptionError, "25 apart, do not fit on 8x40.\n  distance: at most 24"),
-    (PAIRS, {"distance": 0, "noise": -1.0}, OptionError, "noise must be >= 0"),
+    (PAIRS, {"distance": 0, "noise": -1.0}, OptionError, "noise must be a finite number >= 0"),
     (PAIRS, {"distance": 0, "source": "x", "noise": 0.1}, OptionError, "noise is for the digits only"),
     (PAIRS, {"distance": -1}, OptionError, "distance must be an integer >= 0"),
     (PAIRS, {"distance": 0, "source": "nowhere"}, FileError, "no such file: .*data_batch_1"),

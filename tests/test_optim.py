@@ -70,8 +70,8 @@ def test_state_dict_continues_identically():
 
 
 def test_refuses():
-    negative = [("lr", -1.0, ">= 0"), ("lr", math.nan, ">= 0"), ("eps", -1e-3, ">= 0")]
-    for name, value, valid in [*negative, ("alpha", 1.0, r"in \[0, 1\)")]:
+    negative = [(*case, "a finite number >= 0") for case in (("lr", -1.0), ("lr", math.nan), ("eps", -1e-3))]
+    for name, value, valid in [*negative, ("alpha", 1.0, r"a number in \[0, 1\)")]:
         with pytest.raises(OptionError, match=f"{name} must be {valid}, found {value}"):
             GroupRMSprop([parameter(0.0)], **{name: value})
     groups = [{"params": [parameter(0.0)], "eps": eps} for eps in (1e-3, 1e-4)]

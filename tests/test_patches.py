@@ -173,7 +173,7 @@ def test_refuses_options(kind):
     assert gap(*drawn(kind(2, 5), torch.zeros(2, 1, 8, 9), 1)[0]) == 5
     with pytest.raises(OptionError, match="not the state of its random stream"):
         kind(2).load_state_dict({})
-    with pytest.raises(OptionError, match="threshold must be >= 0"):
+    with pytest.raises(OptionError, match="threshold must be a finite number >= 0"):
         patches.DifferingPatches(threshold=-1.0)
     with pytest.raises(OptionError, match="patches must be a pair of boxes .* found 3"):
         patches.as_sampler(3, "penalty")

@@ -90,7 +90,7 @@ def test_threshold():
     tree = ModeTree.star(2)
     for rtol, rank in ((1e-1, 1), (1e-3, 2), (1e-5, 3), (None, 3)):
         assert hierarchical_rank(diagonal, tree, rtol=rtol) == {0: rank, 1: rank}
-    with pytest.raises(OptionError, match=r"rtol must be in \[0, 1\)"):
+    with pytest.raises(OptionError, match=r"rtol must be a number in \[0, 1\)"):
         hierarchical_rank(diagonal, tree, rtol=1.0)
 
 

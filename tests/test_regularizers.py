@@ -470,10 +470,10 @@ def test_refuses_options(kind):
     for name, value, message in [
         ("weight", -1, "a finite number >= 0"), ("weight", float("nan"), "a finite number >= 0"),
         ("every", 0, "an integer >= 1"), ("warmup", -1, "an integer >= 0"),
-        ("until", 0, "an integer >= 1"), ("target", 2, ">= 0 and < 1, found 2"),
+        ("until", 0, "an integer >= 1"), ("target", 2, r"a number in \[0, 1\), found 2"),
         ("statistics", "own", "'frozen' or 'batch', found 'own'"),
         ("patches", "random", "a pair of boxes"),
-        *([("samples", 1, "an integer >= 2"), ("eps", -1.0, ">= 0")] * (kind is InteractionEnergy)),
+        *([("samples", 1, "an integer >= 2"), ("eps", -1, "a finite number")] * (kind is InteractionEnergy)),
     ]:  # fmt: skip
         with pytest.raises(OptionError, match=f"{kind.__name__}: {name} must be {message}") as told:
             kind(**{"patches": PAIR, name: value})

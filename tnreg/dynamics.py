@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, check_integer
+from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.components import distance_bound, drop_components, keep_components
 from tnreg.factorizations.factorization import Factorization
+from tnreg.tensors.arrays import as_tensor
 from tnreg.trees.reading import Node
 
 __all__ = [
@@ -120,7 +121,7 @@ def measured_rate(
         of: What to measure: a tensor, or a dict of tensors. Local components by default, measured in
             double precision whatever the model's: single precision loses what a small step changes.
     """
-    velocity = _velocity(model, loss)
+    velocity, step = _velocity(model, loss), check_number(step, "measured_rate: step")
     with torch.no_grad():
         start = [stack.detach() for stack in model.stacks]
         if of is None:
@@ -205,7 +206,7 @@ def constant_drive(sigma: Any, drive: Any, vectors: int, time: Any) -> Tensor:
         time: Times; all arguments broadcast.
     """
     count = check_integer(vectors, 1, "constant_drive: vectors")
-    sigma, drive, time = (torch.as_tensor(x, dtype=torch.float64) for x in (sigma, drive, time))
+    sigma, drive, time = (as_tensor(x).to(torch.float64) for x in (sigma, drive, time))
     if count == 2:
         return torch.as_tensor(sigma * torch.exp(2 * drive * time))
     power = (count - 2) / count

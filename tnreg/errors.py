@@ -4,9 +4,12 @@ All of them are ``TnregError``, which is a ``ValueError``: catching either one c
 what is wrong and where, what was found against what was expected, and what to write instead.
 """
 
+import cmath
 import contextlib
+import math
 import operator
 from collections.abc import Iterator
+from numbers import Complex, Real
 from typing import Any
 
 
@@ -56,11 +59,54 @@ def check_integer(value: Any, least: int, what: str, error: type[TnregError] = O
         what: What the message calls it; the last word is the argument's name, e.g. ``"fit: steps"``.
         error: Kind of error to raise if the value is no integer or too small.
     """
-    with contextlib.suppress(TypeError):
-        if not isinstance(value, bool) and operator.index(value) >= least:
-            return operator.index(value)
+    with contextlib.suppress(TypeError, ValueError):
+        number = operator.index(plain_number(value))
+        if number >= least:
+            return number
     message = f"{what} must be an integer >= {least}, found {value!r}."
     raise error(message, argument=what.rpartition(" ")[2])
+
+
+def check_number(
+    value: Any,
+    what: str,
+    least: float = -math.inf,
+    below: float = math.inf,
+    error: type[TnregError] = OptionError,
+) -> float:
+    """Return a finite real number with ``least <= value < below`` as a ``float``; see ``check_scalar``."""
+    with contextlib.suppress(TnregError):
+        number = check_scalar(value, what)
+        if isinstance(number, float) and least <= number < below:
+            return number
+    expected = f"a number in [{least:g}, {below:g})" if below < math.inf else "a finite number"
+    expected += f" >= {least:g}" if -math.inf < least and below == math.inf else ""
+    message = f"{what} must be {expected}, found {value!r}."
+    raise error(message, argument=what.rpartition(" ")[2])
+
+
+def check_scalar(value: Any, what: str, error: type[TnregError] = OptionError) -> float | complex:
+    """Return a finite real or complex number as Python's: also numpy's, and arrays and tensors without axes.
+
+    Vectors, masked numbers, bool and text are no numbers. ``what`` and ``error`` as for ``check_integer``.
+    """
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = plain_number(value)
+        if isinstance(number, Complex) and cmath.isfinite(complex(number)):
+            return float(number) if isinstance(number, Real) else complex(number)
+    message = f"{what} must be a finite number, found {value!r}."
+    raise error(message, argument=what.rpartition(" ")[2])
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy or torch as Python's; ``TypeError`` for vectors, masks and bool."""
+    axes = getattr(value, "ndim", None)
+    if axes or (axes == 0 and getattr(value, "mask", False)):
+        raise TypeError("a vector, or a number behind a mask")
+    number = value.item() if axes == 0 else value
+    if isinstance(number, bool):
+        raise TypeError("neither True nor False is a number")
+    return number
 
 
 @contextlib.contextmanager

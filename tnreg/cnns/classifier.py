@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.cnns.convnet import ConvNet, from_cnn, to_cnn
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import metadata_of, read_model, write_safetensors
 from tnreg.networks.network import Network
@@ -78,7 +78,8 @@ class Representation(nn.Module):
         if kind not in _KINDS:
             message = f"unknown kind {kind!r} of templates; there is {', '.join(_KINDS)}."
             raise OptionError(message, argument="kind")
-        if not -math.inf < low < high < math.inf:
+        low, high = check_number(low, "low"), check_number(high, "high")
+        if not low < high:
             message = f"low and high must be finite with low < high, found {low} and {high}."
             raise OptionError(message, argument="low")
         try:
@@ -88,7 +89,7 @@ class Representation(nn.Module):
             raise OptionError(message, argument="patch") from None
         height = check_integer(rows, 1, "height of a patch")
         self.patch = height, check_integer(columns, 1, "width of a patch")
-        self.kind, self.low, self.high, self.trained = kind, float(low), float(high), bool(trained)
+        self.kind, self.low, self.high, self.trained = kind, low, high, bool(trained)
         self.channels = check_integer(channels, 1, "channels")
         size, dtype = self.channels * math.prod(self.patch), dtype or torch.get_default_dtype()
         if kind == "affine":
@@ -203,7 +204,7 @@ class ConvAC(nn.Module):
             message = f"unknown scores {scores!r}; write 'normalized' or 'plain'."
             raise OptionError(message, argument="scores")
         self.representation, self.net = representation, net
-        self.scores, self.temperature = scores, float(temperature)
+        self.scores, self.temperature = scores, check_number(temperature, "temperature")
 
     @torch.no_grad()
     def start_averaging_(self, *, std: float = 1.0, generator: torch.Generator | None = None) -> ConvAC:
@@ -212,6 +213,7 @@ class ConvAC(nn.Module):
         Products of averages stay in reach of each other however many there are; from filters around
         zero deep products hardly train.
         """
+        std = check_number(std, "std", 0)
         for conv in self.net.convs.values():
             weight: Any = conv.weight
             inputs = weight.shape[1] if self.net.share else math.prod(weight.shape[1:-1])

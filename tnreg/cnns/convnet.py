@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.cnns.pooling import FACTORS, LocalConv, pool, scaled_product, which_rescale
-from tnreg.errors import OptionError, check_integer
+from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.network import Level, Network, Stacked
@@ -102,7 +102,7 @@ class ConvNet(nn.Module):
                 raise OptionError(message, argument="outputs")
             last = weights[model.tree.root]
             noise = draw_normal((*last.shape, outputs), last.dtype, last.device, generator)
-            weights[model.tree.root] = std * noise
+            weights[model.tree.root] = check_number(std, "std", 0) * noise
         if share:
             first: dict[int, Tensor] = {}
             for height, (node, weight) in zip(model.tree.heights, weights.items(), strict=False):

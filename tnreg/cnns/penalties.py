@@ -6,8 +6,8 @@ A penalty is the same number with the same gradients on a ``Factorization``, on 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnreg.cnns.classifier import ConvAC
 from tnreg.cnns.convnet import ConvNet
-from tnreg.errors import OptionError, blame
+from tnreg.errors import OptionError, blame, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.dense import effective_rank, entanglement_entropy
 from tnreg.ranks.spectra import factorization_of, spectra
@@ -135,13 +135,10 @@ def _factorization_of(model: Any) -> Factorization:
 
 
 def _check_positive(value: Any, name: str, expected: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise OptionError(f"{name} must be {expected}, found {value!r}.", argument=name)
-    return number
+    with suppress(OptionError):
+        if (number := check_number(value, name)) > 0:
+            return number
+    raise OptionError(f"{name} must be {expected}, found {value!r}.", argument=name)
 
 
 @blame("weights")
@@ -152,10 +149,7 @@ def _check_weights(weights: Any, penalty: Any) -> Weights | None:
     if not isinstance(weights, Mapping):
         expected = "{node: number} or {height: number}"
         raise OptionError(f"{who}: weights must be {expected}, found {weights!r}.")
-    for key, value in weights.items():
-        if isinstance(value, bool | str) or not math.isfinite(value):
-            raise OptionError(f"{who}: the weight of {key!r} must be a number, found {value!r}.")
-    return dict(weights)
+    return {key: check_number(value, f"{who}: the weight of {key!r}") for key, value in weights.items()}
 
 
 @blame("weights")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, check_integer
+from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.reading import Node
 
@@ -124,8 +124,7 @@ def drop_components(
     if not logs:
         raise OptionError("drop_components: full joins have no local components.", argument="model")
     if below is not None:
-        if not (isinstance(below, int | float) and 0 <= below < 1):
-            raise OptionError(f"below must be in [0, 1), found {below!r}.", argument="below")
+        below = check_number(below, "below", 0, 1)
         edge = math.log(below) if below > 0 else -math.inf
         ranks = {node: int((s >= edge + s.max()).sum()) for node, s in logs.items()}
     weights = {node: w.detach() for node, w in model.weights.items()}

@@ -18,12 +18,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import DataError, FileError, OptionError, ShapeError, blame
+from tnreg.errors import DataError, FileError, OptionError, ShapeError, blame, check_number
 from tnreg.machine.files import read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
 from tnreg.networks.scaled import column_norms, inner_products
-from tnreg.tensors.arrays import Scaled, check_features, draw_normal
+from tnreg.tensors.arrays import Scaled, as_tensor, check_features, draw_normal
 from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -90,8 +90,7 @@ class Factorization(nn.Module):
             raise OptionError(
                 f"dtype must be a floating or complex torch.dtype, found {dtype!r}.", argument="dtype"
             )
-        if not isinstance(std, int | float) or not (math.isfinite(std) and std >= 0):
-            raise OptionError(f"std must be a finite number >= 0, found {std!r}.", argument="std")
+        std = check_number(std, "std", 0)
         network = Network.build(tree, sizes, ranks, join=join, root=root)
         shapes = [(len(stack.positions), *stack.shape) for stack in network.stacks]
         if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
@@ -115,7 +114,7 @@ class Factorization(nn.Module):
         Raises:
             ShapeError, OptionError: Weights that do not fit the tree or each other.
         """
-        tensors = {node: torch.as_tensor(weight) for node, weight in weights.items()}
+        tensors = {node: as_tensor(weight) for node, weight in weights.items()}
         with blame("weights"):
             for node in tree.nodes[:-1]:
                 if node not in tensors:
@@ -213,7 +212,7 @@ class Factorization(nn.Module):
             position = self.tree.position(node)
             if position not in self.network.slots:
                 raise OptionError("the root's weight is fixed to ones (root='ones'); leave it out.")
-            value = torch.as_tensor(weight)
+            value = as_tensor(weight)
             shape = self.network.shape(position)
             if tuple(value.shape) != shape:
                 raise ShapeError(
@@ -294,7 +293,7 @@ class Factorization(nn.Module):
             SizeError: Intermediates would not fit into the memory available.
         """
         if not isinstance(features, Tensor | Sequence):
-            features = torch.as_tensor(features)
+            features = as_tensor(features)
         parts = check_features(features, self.sizes, self.dtype)
         inputs = features if isinstance(features, Tensor) else parts
         return self._contract(plan(self, batch=parts[0].shape[0]), inputs)

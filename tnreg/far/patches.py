@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
+from tnreg.tensors.arrays import seeded
 
 Box = tuple[int, int, int, int]
 
@@ -47,7 +48,7 @@ class RandomStream:
     def __init__(self, seed: int, name: str) -> None:
         self.seed = check_integer(seed, 0, f"{name}: seed")
         self.name = name
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = seeded(self.seed, f"{name}: seed")
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed and state of the random stream."""
@@ -181,10 +182,7 @@ class DifferingPatches(_Squares):
         self, size: int = 2, distance: int = 0, *, exact: bool = False, threshold: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__(size, distance, exact=exact, seed=seed)
-        if not threshold >= 0:
-            message = f"DifferingPatches: threshold must be >= 0, found {threshold!r}."
-            raise OptionError(message, argument="threshold")
-        self.threshold = float(threshold)
+        self.threshold = check_number(threshold, "DifferingPatches: threshold", 0)
 
     def draw(self, x: Tensor) -> Tensor:
         """Return the next ordered pair."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.far.input_gradient import input_gradient
 from tnreg.far.patches import RandomStream, box_mask
 from tnreg.far.scheduled import Draw, Net, Scheduled, zero
@@ -201,10 +201,7 @@ class InteractionEnergy(Scheduled):
             statistics=statistics,
         )  # fmt: skip
         self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
-        if not eps >= 0:
-            message = f"InteractionEnergy: eps must be >= 0, found {eps!r}."
-            raise OptionError(message, argument="eps")
-        self.eps = float(eps)
+        self.eps = check_number(eps, "InteractionEnergy: eps", 0)
         self._stream = RandomStream(seed, "InteractionEnergy")
 
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:

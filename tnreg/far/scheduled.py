@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tnreg.errors import OptionError, ShapeError, check_integer
+from tnreg.errors import OptionError, ShapeError, check_integer, check_number
 from tnreg.far.patches import as_sampler, check_images
 from tnreg.machine.processes import Processes, unwrapped
 
@@ -48,17 +48,11 @@ class Scheduled(ABC):
     ) -> None:
         self.name = name = type(self).__name__
         self.patches = as_sampler(patches, name)
-        if not 0 <= weight < float("inf"):
-            message = f"{name}: weight must be a finite number >= 0, found {weight!r}."
-            raise OptionError(message, argument="weight")
-        self.weight = weight
+        self.weight = check_number(weight, f"{name}: weight", 0)
         self.every = check_integer(every, 1, f"{name}: every")
         self.warmup = check_integer(warmup, 0, f"{name}: warmup")
         self.until = None if until is None else check_integer(until, 1, f"{name}: until")
-        if target is not None and not 0 <= target < 1:
-            message = f"{name}: target must be >= 0 and < 1, found {target!r}."
-            raise OptionError(message, argument="target")
-        self.target = target
+        self.target = None if target is None else check_number(target, f"{name}: target", 0, 1)
         if statistics not in ("frozen", "batch"):
             message = f"{name}: statistics must be 'frozen' or 'batch', found {statistics!r}."
             raise OptionError(message, argument="statistics")

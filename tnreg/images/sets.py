@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tnreg.errors import DataError, FileError, OptionError, check_integer
+from tnreg.errors import DataError, FileError, OptionError, check_integer, check_number
 from tnreg.far.patches import Box
 from tnreg.images.scene import longest, render, sample_scene
 from tnreg.machine.files import write_whole
@@ -217,10 +217,7 @@ def is_same_class(
     if noise is not None and not digits:
         message = "is_same_class: noise is for the digits only; leave it out for CIFAR-10."
         raise OptionError(message, argument="noise")
-    std = noise if noise is not None else 0.2 * digits
-    if not 0 <= std < np.inf:
-        message = f"is_same_class: noise must be >= 0 and finite, found {noise!r}."
-        raise OptionError(message, argument="noise")
+    std = 0.2 * digits if noise is None else check_number(noise, "is_same_class: noise", 0)
     small, classes = _digits(number, part) if digits else _cifar(source, split)
     side = small.shape[-1]
     height, width = canvas or ((8, 40) if digits else (224, 224))
@@ -244,7 +241,7 @@ def is_same_class(
     config = {
         "tnreg": __version__, "set": "is_same_class", "count": count, "distance": distance,
         "source": "digits" if digits else "cifar-10", "split": split, "seed": number,
-        "noise": float(std), "canvas": [height, width],
+        "noise": std, "canvas": [height, width],
     }  # fmt: skip
     return ImageSet(images, labels, boxes, np.empty(0), config)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, ShapeError, blame
+from tnreg.errors import OptionError, ShapeError, blame, plain_number
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, tree_from_json, tree_to_json
 
@@ -347,6 +347,6 @@ def _check_size(value: Any, what: str, alternative: str = "") -> int:
 
 def _is_size(value: Any) -> bool:
     try:
-        return not isinstance(value, bool) and operator.index(value) >= 1
-    except TypeError:  # no integer; an array of several numbers lands here as well
+        return operator.index(plain_number(value)) >= 1
+    except (TypeError, ValueError):
         return False

@@ -21,7 +21,7 @@ from torch import Tensor
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.rounding import limits_of, network_of, round_network, share_of, to_factorization
-from tnreg.tensors.arrays import as_tensor, check_dense, double, to_core
+from tnreg.tensors.arrays import as_tensor, check_dense, double, seeded, to_core
 from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors
 from tnreg.tensors.blocks import (
     as_blocks,
@@ -109,7 +109,7 @@ def decompose(
         dense = check_dense(tensor, tree).detach()
         limits, share = limits_of(tree, ranks), share_of(rtol)
         core, log2 = to_core(dense, tree)
-        random = torch.Generator(core.device).manual_seed(seed) if randomized else None
+        random = seeded(seed, "decompose: seed", core.device) if randomized else None
         sweep = _Sweep(Core(core, tree), limits, share, random)
         weights = sweep.run(range(top), top)
         if share and sweep.total:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.errors import DataError, OptionError, ShapeError
-from tnreg.tensors.arrays import check_dense, largest_of, matricize, squares_fit, to_core
+from tnreg.errors import DataError, ShapeError, check_number
+from tnreg.tensors.arrays import as_tensor, check_dense, largest_of, matricize, squares_fit, to_core
 from tnreg.tensors.axes import Core, axis_gram, axis_triangle
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -101,8 +101,7 @@ def _svd_of_axis(view: Tensor, *, last: bool) -> tuple[Tensor, Tensor | None]:
 
 def numerical_rank(s: Tensor, rtol: float) -> int:
     """Count singular values ``> rtol * s_max``."""
-    if not 0 <= rtol < 1:
-        raise OptionError(f"rtol must be in [0, 1), found {rtol!r}.", argument="rtol")
+    rtol = check_number(rtol, "rtol", 0, 1)
     return int((s > rtol * s[0]).sum()) if len(s) else 0
 
 
@@ -145,7 +144,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _check_values(s: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return the values, and the largest of them as a constant (0 for none)."""
-    s = torch.as_tensor(s)
+    s = as_tensor(s)
     if s.ndim != 1 or not s.is_floating_point():
         raise ShapeError(
             f"expected a vector of real singular values, found shape {tuple(s.shape)}, dtype {s.dtype}."

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, ShapeError, check_integer
+from tnreg.errors import OptionError, ShapeError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
@@ -265,7 +264,4 @@ def share_of(rtol: float | None) -> float | None:
     """Return the tolerance less what rounding may add to the error."""
     if rtol is None:
         return None
-    number = isinstance(rtol, int | float | np.floating) and not isinstance(rtol, bool)
-    if not (number and 0 <= rtol < 1):
-        raise OptionError(f"rtol must be a number in [0, 1), found {rtol!r}.", argument="rtol")
-    return max(float(rtol) - 16 * torch.finfo(torch.float64).eps, 0.0)
+    return max(check_number(rtol, "rtol", 0, 1) - 16 * torch.finfo(torch.float64).eps, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from tnreg.errors import DataError, ShapeError
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer
 from tnreg.trees.tree import ModeTree
 
 
@@ -68,8 +69,12 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
     return tensor.permute(rows + columns).reshape(height, -1)
 
 
-def as_tensor(values: Any) -> Tensor:
-    """Read numbers of any kind as a torch tensor: torch, DLPack, numpy in any layout or byte order, lists."""
+def as_tensor(values: Any, *, missing: bool = False) -> Tensor:
+    """Read numbers of any kind as a torch tensor: torch, DLPack, numpy in any layout or byte order, lists.
+
+    What is behind a mask of ``numpy.ma``, also inside lists, and ``None`` or ``pandas.NA`` among numbers are
+    refused; with ``missing`` they are NaN.
+    """
     if isinstance(values, Tensor):
         strided = values.to_dense() if values.layout != torch.strided else values
         return strided.resolve_conj().resolve_neg()  # lazy views have no real parts to look at
@@ -80,14 +85,42 @@ def as_tensor(values: Any) -> Tensor:
             except (BufferError, RuntimeError, TypeError, ValueError):
                 if not hasattr(values, "__array__"):
                     raise
-        array = np.asarray(values)
+        array = _with_mask(values)
         native = array.astype(array.dtype.newbyteorder("="))  # torch reads the machine's order only
-        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+        hidden = int(np.ma.count_masked(native))  # type: ignore[no-untyped-call]
+        if hidden and missing:
+            native = np.ma.filled(native.astype(np.result_type(native, np.float16)), np.nan)
+        tensor = torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"not a tensor of numbers: {type(values).__name__}.\n  {error}\n"
             "  a file or a named tensor is read by tnreg.load_tensor(...).values"
         ) from None
+    if hidden and not missing:
+        raise DataError(
+            f"{hidden} of {native.size} entries are masked or missing, and all are needed here.\n"
+            "  fill them in first, e.g. array.filled(0.0), or complete the tensor: "
+            "completion(array, samples, missing='nan')"
+        )
+    return tensor
+
+
+def _with_mask(values: Any) -> Any:
+    """Return an array, a masked one if entries are masked in it or in the lists that it is made of."""
+    if isinstance(values, list | tuple) and any(map(_is_masked, values)):
+        return np.ma.stack(list(map(_with_mask, values)))
+    array = np.asanyarray(values)
+    if array.dtype != object:
+        return array
+    unknown = [x is None or x is np.ma.masked or type(x).__name__ == "NAType" for x in array.flat]
+    known = np.array([0 if skip else x for skip, x in zip(unknown, array.flat, strict=True)])
+    return np.ma.array(known, mask=unknown).reshape(array.shape)
+
+
+def _is_masked(values: Any) -> bool:
+    if isinstance(values, list | tuple):
+        return any(map(_is_masked, values))
+    return isinstance(values, np.ma.MaskedArray)
 
 
 def array_of(values: Any, axes: int | None, what: str) -> Tensor:
@@ -229,7 +262,7 @@ def check_features(
     if isinstance(features, Tensor):
         parts, fits = [features], tuple(features.shape[1:]) in layouts
     elif isinstance(features, Sequence):
-        parts = [torch.as_tensor(part) for part in features]
+        parts = [as_tensor(part) for part in features]
         fits = len(parts) == order and all(
             part.ndim == 2 and part.shape == (parts[0].shape[0], size)
             for part, size in zip(parts, sizes, strict=True)
@@ -260,6 +293,15 @@ def check_features(
             argument=name,
         )
     return parts
+
+
+def seeded(seed: Any, what: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator with this seed, any integer that torch takes; ``what`` as for ``check_integer``."""
+    with suppress(OptionError):
+        if (number := check_integer(seed, -(2**63), what)) < 2**64:
+            return torch.Generator(device).manual_seed(number)
+    message = f"{what} must be an integer from -2**63 to 2**64 - 1, found {seed!r}."
+    raise OptionError(message, argument="seed")
 
 
 def draw_normal(

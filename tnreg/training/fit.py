@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import OptionError, check_integer
+from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.machine.progress import shown_progress
 from tnreg.training.checkpoint import Checkpoint
 from tnreg.training.cuda_graph import CapturedStep
@@ -213,9 +213,7 @@ def _make_optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Opt
             names = ", ".join(_OPTIMIZERS)
             message = f"unknown optimizer {chosen!r}; write one of {names}, or give a torch.optim.Optimizer."
         raise OptionError(f"fit: {message}", argument="optimizer")
-    if not isinstance(lr, int | float) or not (math.isfinite(lr) and lr >= 0):
-        raise OptionError(f"fit: lr must be a finite number >= 0, found {lr!r}.", argument="lr")
-    update = make(model.parameters(), lr=lr)
+    update = make(model.parameters(), lr=check_number(lr, "fit: lr", 0))
     if not isinstance(update, torch.optim.Optimizer):
         message = f"fit: optimizer gave a {type(update).__name__}, not a torch.optim.Optimizer."
         raise OptionError(message, argument="optimizer")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, check_number
 
 
 class GroupRMSprop(torch.optim.Optimizer):
@@ -35,15 +35,10 @@ class GroupRMSprop(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-6
     ) -> None:
-        for name, value, valid, expected in (
-            ("lr", lr, lr >= 0, ">= 0"),
-            ("alpha", alpha, 0 <= alpha < 1, "in [0, 1)"),
-            ("eps", eps, eps >= 0, ">= 0"),
-        ):
-            if not valid:
-                message = f"GroupRMSprop: {name} must be {expected}, found {value!r}."
-                raise OptionError(message, argument=name)
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+        for group in self.param_groups:
+            for name, below in (("lr", math.inf), ("alpha", 1), ("eps", math.inf)):
+                group[name] = check_number(group[name], f"GroupRMSprop: {name}", 0, below)
         if len({(group["alpha"], group["eps"]) for group in self.param_groups}) > 1:
             message = "GroupRMSprop: alpha and eps are shared by all groups; only lr may differ."
             raise OptionError(message, argument="params")

@@ -18,7 +18,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network, check_sizes
 from tnreg.networks.plan import Plan, plan
-from tnreg.tensors.arrays import as_tensor, check_index, check_numbers
+from tnreg.tensors.arrays import as_tensor, check_index, check_numbers, seeded
 
 
 class Completion:
@@ -162,8 +162,8 @@ def completion(
         samples: Number of observed entries, drawn uniformly without replacement; a float in (0, 1) is
             their share. The other entries are the test set.
         seed: Chooses the entries, the same ones on every device.
-        missing: ``"nan"`` if NaN in the target marks entries that were never measured: they are neither
-            observed nor tested. Otherwise NaN is refused.
+        missing: ``"nan"`` if NaN (or a mask of numpy's) in the target marks entries that were never
+            measured: they are neither observed nor tested. Otherwise NaN is refused.
         index: Observed multi-indices ``(B, N)``, int64.
         values: Their values ``(B,)``.
         sizes: Mode sizes.
@@ -197,7 +197,7 @@ def completion(
     dense = _check_target(target, "completion", may_miss=missing is not None)
     known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
     count = _count_samples(samples, len(known))
-    order = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
+    order = known[torch.randperm(len(known), generator=seeded(seed, "completion: seed"))]
     rows = torch.stack(torch.unravel_index(order, dense.shape), 1).to(dense.device)
     entries = dense.reshape(-1)[order.to(dense.device)]
     rest = (rows[count:], entries[count:]) if count < len(order) else (None, None)
@@ -215,7 +215,7 @@ def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
     """
     dense = _check_target(target, "sensing")
     samples = check_integer(samples, 1, "sensing: samples", DataError)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed, "sensing: seed")
     scale = math.exp(-math.log(dense.numel()) / (2 * dense.ndim))
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     features = [(scale * normal(samples, size)).to(dense) for size in dense.shape]
@@ -231,7 +231,7 @@ def _check_target(target: Any, who: str, *, may_miss: bool = False) -> Tensor:
     if target is None:
         raise OptionError(f"{who}: a target tensor is missing.", argument="target")
     with torch.no_grad():
-        dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target)
+        dense = target.to_tensor() if isinstance(target, Factorization) else as_tensor(target, missing=True)
     dense = dense.detach()
     if dense.ndim == 0:
         message = f"{who}: the target is a single number; it needs at least one mode."
@@ -261,7 +261,7 @@ def _count_samples(samples: int | float | None, known: int) -> int:
 
 
 def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    index, values = check_index(torch.as_tensor(index), sizes), torch.as_tensor(values)
+    index, values = check_index(as_tensor(index), sizes), as_tensor(values)
     if values.shape != (rows := len(index),):
         message = f"completion: {tuple(values.shape)} values for {rows} rows of the index."
         raise ShapeError(f"{message}\n  expected: ({rows},)", argument="values")

@@ -12,7 +12,7 @@ from typing import Any
 
 import networkx as nx
 
-from tnreg.errors import TreeError, blame
+from tnreg.errors import TreeError, blame, plain_number
 
 Node = Hashable
 
@@ -152,8 +152,8 @@ def _check_leaves(leaves: list[Any], *, graph: bool) -> list[int]:
 
 def _is_int(value: Any) -> bool:
     try:
-        return not isinstance(value, bool) and operator.index(value) is not None
-    except (TypeError, ValueError):  # arrays have an index as well, if they are one number
+        return operator.index(plain_number(value)) is not None
+    except (TypeError, ValueError):
         return False
 
 
