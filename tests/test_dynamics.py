@@ -9,7 +9,7 @@ import zoo
 from refusals import refuses
 
 import tnreg
-from tnreg import Factorization, ModeTree, OptionError, completion
+from tnreg import DataError, Factorization, ModeTree, OptionError, completion
 from tnreg import dynamics as dy
 
 MODELS = [
@@ -261,3 +261,37 @@ test_refuses = refuses([
     (lambda: dy.conservation_drift({}, {}), "nothing to conserve"),
     (lambda: dy.constant_drive(1.0, 1.0, 0, 1.0), "vectors must be an integer >= 1"),
 ], error=OptionError)  # fmt: skip
+
+
+RATES = {
+    "predicted": dy.predicted_rate,
+    "drive": dy.component_drive,
+    "measured": dy.measured_rate,
+    "bounds": lambda *given: {v: torch.stack(pair) for v, pair in dy.rate_bounds(*given).items()},
+    "singular": lambda *given: {"": dy.predicted_singular_rate(*given)},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_wherever_gradients_are_off(name):
+    """In inference mode, of frozen models and of those made there, the same; of NaN NaN or an error."""
+    model = zoo.model_of(zoo.TREES["matrix"])
+    task, rates = task_of(model), RATES[name]
+    expected, frozen = rates(model, task.loss), copy.deepcopy(model).requires_grad_(False)
+    with torch.inference_mode():
+        made = zoo.model_of(zoo.TREES["matrix"])
+        found = [rates(m, task.loss) for m in (model, made)]
+    for one in [*found, rates(made, task.loss), rates(frozen, task.loss)]:
+        assert all(torch.allclose(one[v], expected[v]) for v in expected)
+    with torch.no_grad():
+        model.stacks[0][..., 0] = torch.nan
+    if name == "singular":
+        with pytest.raises(DataError, match="the end matrix has NaN"):
+            rates(model, task.loss)
+    else:
+        assert any(part.isnan().any() for part in rates(model, task.loss).values())
+
+
+def test_constant_drive_of_nan_is_nan():
+    for given in ((torch.nan, 1.0), (0.5, torch.nan)):
+        assert all(dy.constant_drive(*given, count, 1.0).isnan() for count in (1, 2, 3))

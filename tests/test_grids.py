@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import torch
 import zoo
 from refusals import refuses
@@ -70,10 +71,30 @@ def test_an_arrangement_of_ones_own():
     assert found.tolist() == [[0, -1], [1, 0]]
 
 
+def test_numpy_arrays_in_any_layout():
+    """Of the templates, and of what the network gives."""
+    templates = np.array([[0.0], [1.0]])
+    expected = grid_tensor(lambda x: x[:, 0, 0] - x[:, 0, 1], templates, ModeTree.star(2))
+    assert expected.tolist() == [[0, -1], [1, 0]]
+    for given in (
+        templates[::-1].copy()[::-1],
+        templates.astype(">f8"),
+        [templates, templates.astype(">f8")],
+    ):
+        for output in (
+            lambda x: x,
+            lambda x: x.numpy()[::-1].copy()[::-1],
+            lambda x: x.numpy().astype(">f8"),
+        ):
+            found = grid_tensor(lambda x: output(x[:, 0, 0] - x[:, 0, 1]), given, ModeTree.star(2))  # noqa: B023
+            assert torch.equal(found, expected)
+
+
 TREE, TEMPLATES, PICTURES = ModeTree.binary(4), torch.eye(2), torch.zeros(2, 1, 2, 2)
 
 
 test_what_is_refused = refuses([
+    (lambda x: x[:, 0, 0].nan_to_num(), TEMPLATES + torch.nan, {}, DataError, "templates hold NaN"),
     (lambda x: x, torch.zeros(3, 2, 2), {}, ShapeError,
      r"expected: \(M, D\) or \(M, C, h, w\).*\(4, M, \.\.\.\)"),
     (lambda x: x, torch.eye(65), {}, ShapeError, "more than 16777216; take fewer templates"),

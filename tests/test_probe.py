@@ -6,9 +6,9 @@ import torch
 from matplotlib.figure import Figure
 from refusals import refuses
 from torch import nn
-from zoo import randn
+from zoo import randn, random
 
-from tnreg import plots
+from tnreg import ConvNet, ModeTree, plots
 from tnreg.errors import DataError, FileError, OptionError, ShapeError
 from tnreg.experiments.nets import build
 from tnreg.experiments.probed import network_of
@@ -61,7 +61,66 @@ def test_other_kinds_of_values():
     assert not s.requires_grad and (s[2:] < 1e-12).all()  # a sum: rank two
 
 
+@pytest.mark.parametrize(("dtype", "power"), [(torch.float32, 30), (torch.float64, 150)])
+def test_no_unit_matters(dtype, power):
+    """That of the values scales spectra and leaves shares and ranks; so does that of the images."""
+    x, (a, b) = images().to(dtype), (t.to(dtype) for t in (A, B))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(96, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    options = {"size": 2, "distances": [0, 3], "pairs": 5}
+    expected = locality_profile(net, x, **options)
+    assert expected.interaction.min() > 1e-3
+    s = separation_spectrum(lambda a, b: a[:, 0] * b[:, 0] + a[:, 1], a, b)
+    for unit in (10.0**power, 10.0**-power):
+        for f, given, scale in ((lambda z: net(z) * unit, x, unit), (lambda z: net(z / unit), x * unit, 1)):  # noqa: B023
+            found = locality_profile(f, given, **options)
+            assert np.allclose(found.interaction, expected.interaction, rtol=1e-3)
+            assert np.allclose(found.effective_rank, expected.effective_rank, rtol=1e-3)
+            assert np.allclose(found.spectra / scale, expected.spectra, rtol=1e-3, atol=1e-6)
+        found = separation_spectrum(lambda a, b: (a[:, 0] * b[:, 0] + a[:, 1]) * unit, a, b)  # noqa: B023
+        assert torch.allclose(found / unit, s, atol=1e-5)
+
+
+def test_networks_of_products_are_seen_as_they_are():
+    """Their values are small, and what they tie together is no less for it."""
+    tree = ModeTree.grid((4, 4))
+    net = ConvNet(tree, 1, 3, std=0.3, dtype=torch.float64, generator=random())
+    x = 0.1 * randn(20, 1, 4, 4)
+    assert net(x).abs().max() < 1e-20
+    profile = locality_profile(net, x, size=1, distances=[0, 1], pairs=4)
+    larger = locality_profile(lambda z: net(10 * z), x, size=1, distances=[0, 1], pairs=4)
+    assert profile.interaction.max() > 0.1
+    assert np.allclose(profile.interaction, larger.interaction, rtol=1e-9)
+
+
+LAYOUTS = {
+    "reversed": lambda a: a[::-1].copy()[::-1],
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numpy_arrays_in_any_layout(layout):
+    of = LAYOUTS[layout]
+
+    def f(x, y):
+        return of(np.einsum("bi,ij,bj->b", x, W, y))
+
+    assert torch.allclose(separation_spectrum(f, of(A.numpy()), of(B.numpy())), EXPECTED)
+    x, options = images().numpy(), {"size": 2, "distances": [2], "pairs": 3}
+    found, batches = (
+        locality_profile(Near(3), data, **options) for data in (of(x), [of(x[:10]), of(x[10:])])
+    )
+    expected = locality_profile(Near(3), x, **options).interaction
+    assert np.array_equal(found.interaction, expected) and np.array_equal(batches.interaction, expected)
+    read_only = x.copy()
+    read_only.setflags(write=False)
+    assert np.array_equal(locality_profile(Near(3), read_only, **options).interaction, expected)
+
+
+NAN = torch.full((20, 1, 6, 16), torch.nan)
 test_spectrum_refuses = refuses([
+    (lambda x, y: x[:, 0], A / 0, B, {}, DataError, "f gave NaN or infinite"),
+    (lambda x, y: x[:, 0], A, B + torch.nan, {}, DataError, "outside holds NaN"),
     (lambda x, y: x, A, B, {}, ShapeError, r"63 numbers for 63 pairs, .* found shape \(63, 3\)"),
     (lambda x, y: x[:, 0] / 0, A, B, {}, DataError, "NaN or infinite"),
     (lambda x, y: x, [], B, {}, ShapeError, r"inside must hold one sample or more .* \(0,\)"),
@@ -143,6 +202,7 @@ def test_profile_of_batches_and_defaults():
 
 
 test_profile_refuses = refuses([
+    (Near(3), NAN, {}, DataError, "images are NaN or infinite somewhere"),
     (Near(3), images(8), {}, ShapeError, "give 9 samples or more"),
     (Near(3), images(), {"size": 2, "distances": [13]}, ShapeError, "gap of 13 fit into an image of 6 x 16"),
     (Near(3), None, {}, ShapeError, "found NoneType"),

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo import randn, random
 
 from tnreg import InputGradientChange, InteractionEnergy
@@ -209,6 +210,11 @@ class Split(nn.Module):
         return self.join(self.g(x * self.mask), self.h(x * (1 - self.mask)))
 
 
+def tangents(classes=1):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.Tanh(), nn.Linear(5, classes)).double()
+
+
 def linear(classes=1):
     return nn.Sequential(nn.Flatten(), nn.Linear(144, classes)).double()
 
@@ -259,11 +265,213 @@ def test_degenerate_patches_give_one_without_nan(kind):
         assert not value.requires_grad or gradients_of(value, module).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_change_does_not_depend_on_the_scale_of_the_network(scale):
-    net, x, change = network().float(), batch()[0].float(), InputGradientChange(PAIR)
-    found = change(lambda z: net(z) * scale, x)
-    assert found.item() == pytest.approx(change(net, x).item(), rel=1e-5)
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("dtype", "power"), [(torch.float32, 30), (torch.float64, 150)])
+def test_no_unit_matters(kind, dtype, power):
+    """Neither that of the network's values nor that of the images, for value and gradients."""
+    net, x = tangents().to(dtype), batch()[0].to(dtype)
+    expected = kind(PAIR)(net, x)
+    wanted = gradients_of(expected, net)
+    for unit in (10.0**power, 10.0**-power):
+        for f, images in ((lambda z: net(z) * unit, x), (lambda z: net(z / unit), x * unit)):  # noqa: B023
+            found = kind(PAIR)(f, images)
+            assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+            assert torch.allclose(gradients_of(found, net), wanted, rtol=1e-2, atol=1e-5)
+
+
+def test_eps_is_in_units_of_the_network():
+    values = randn(4, 4).requires_grad_()
+    whole = (values - values.mean()).square().mean()
+    share = 1 - interaction_energy(values)
+    for unit in (1.0, 1e-3, 1e100):
+        found = interaction_energy(unit * values, eps=1e-6)
+        expected = share * whole / (whole + 1e-6 / unit**2)
+        assert torch.allclose(1 - found, expected, rtol=1e-9, atol=1e-14)
+    zero = torch.zeros(4, 4, requires_grad=True)
+    energy = interaction_energy(zero)
+    energy.backward()
+    assert energy == 1 and not zero.grad.any()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_nan_is_not_hidden(kind):
+    """Also where gradients know nothing of it, and where a swap changes nothing."""
+    x, _ = batch()
+    broken, same = x.clone(), torch.ones_like(x)
+    broken[2, 0, 0, 8] = torch.nan
+    net = linear()
+    assert kind(PAIR)(net, broken).isnan()
+    assert kind(PAIR)(net, same) == 1 and not kind(PAIR)(net, x).isnan()
+    net[1].bias.data.fill_(torch.nan)
+    assert kind(PAIR)(net, x).isnan() and kind(PAIR)(net, same).isnan()
+
+
+class Checkpointed(nn.Module):
+    """A block that may be run again in the backward pass; it counts how often it runs."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.reentrant, self.runs = nn.Conv2d(2, 4, 3), nn.Linear(168, 1), reentrant, 0
+        self.norm, self.dropout = nn.BatchNorm2d(4), nn.Dropout(0.5)
+
+    def block(self, x):
+        self.runs += 1
+        return torch.tanh(self.dropout(self.norm(x)))
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.reentrant is None:
+            x = self.block(x)
+        else:
+            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.last(x.flatten(1))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("reentrant", "statistics"), [(True, "frozen"), (False, "frozen"), (False, "batch")])
+def test_what_is_checkpointed_runs_again_in_the_same_modes(kind, reentrant, statistics):
+    (x, _), found, penalty = batch(), [], kind(PAIR, statistics=statistics)
+    for mode in (None, reentrant):
+        net = Checkpointed(mode).double()
+        value = penalty(net, x)
+        value.backward()
+        gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        found.append([value, *net.buffers(), *gradients])
+        assert all(m.training for m in net.modules())
+        assert net.runs == (2 if mode is not None or kind is InputGradientChange else 1)
+        penalty(lambda z: net(z), x).backward()  # noqa: B023
+        assert all(
+            map(torch.allclose, [p.grad / 2 for p in net.parameters() if p.grad is not None], gradients)
+        )
+    assert all(map(torch.allclose, *found))
+    # a training pass is checkpointed as ever, and errors of a block are its own
+    runs = net.runs
+    net(x).sum().backward()
+    assert net.runs == runs + 2
+    net.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        penalty(net, x)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_inference_mode(kind):
+    """The same value, of images made there as well; networks made there cannot be differentiated."""
+    net, (x, _) = network(norm=True), batch()
+    expected = kind(PAIR)(net, x)
+    with torch.inference_mode():
+        assert torch.allclose(kind(PAIR)(net, x), expected)
+        images, made = x.clone(), network(norm=True)
+    assert_same(net, kind(PAIR)(net, images), expected)
+    if kind is InputGradientChange:
+        with torch.inference_mode(), pytest.raises(DataError, match=r"made under torch\.inference_mode"):
+            kind(PAIR)(made, x)
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        x -= 0.5
+        return x.div_(0.25)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("first", [InPlace(), nn.ReLU(inplace=True)])
+def test_networks_that_change_their_input(kind, first):
+    rest, (x, _) = tangents(), batch()
+    net, kept = nn.Sequential(first, rest), x.clone()
+    plain = nn.Sequential(nn.ReLU() if isinstance(first, nn.ReLU) else Shifted(), rest)
+    expected = kind(PAIR)(plain, x)
+    assert_same(rest, kind(PAIR)(net, x), expected)
+    for statistics in ("frozen", "batch"):
+        logits, value = kind(PAIR, statistics=statistics).with_logits(net, x)
+        assert torch.allclose(logits, plain(x)) and torch.allclose(value, expected)
+    assert torch.equal(x, kept)
+
+
+class Shifted(nn.Module):
+    def forward(self, x):
+        return (x - 0.5) / 0.25
+
+
+class Named(nn.Module):
+    """A network that gives a dictionary, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network(classes=3, norm=True, dropout=True)
+
+    def forward(self, x):
+        return {"logits": self.net(x), "other": None}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_functions_and_outputs(kind):
+    """Modules that a function calls are switched too; ``output`` reads what a network gives."""
+    net, (x, y) = Named().train(), batch()
+    expected = kind(PAIR)(net.net, x, y)
+    modules = {"net": net}
+    for f in (lambda z: modules["net"](z)["logits"], lambda z: net(z)["logits"], net.net.forward):
+        assert_same(net, kind(PAIR)(f, x, y), expected)
+    read = kind(PAIR, output=lambda out: out["logits"])
+    assert_same(net, read(net, x, y), expected)
+    assert all(m.training for m in net.modules())
+    out, value = kind(PAIR, output=lambda out: out["logits"], statistics="batch").with_logits(net, x, y)
+    assert out["logits"].requires_grad and 0 < value < 1
+    with pytest.raises(ShapeError, match="found dict; give output=, a function from that"):
+        kind(PAIR)(net, x, y)
+    with pytest.raises(OptionError, match="output must be a function"):
+        kind(PAIR, output="logits")
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_shares_of_classes(kind):
+    net, (x, y) = tangents(3), batch()
+    expected = kind(PAIR)(net, x, y)
+    assert_same(net, kind(PAIR)(net, x, nn.functional.one_hot(y, 3).float()), expected)
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    expected = kind(PAIR)(lambda z: net(z) @ shares, x)
+    assert_same(net, kind(PAIR)(net, x, shares.expand(5, 3)), expected)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_gradients_reach_what_made_the_images(kind):
+    net, (x, _) = tangents(), batch(3)
+
+    def value(a, b):
+        return kind(PAIR)(net, a * x + b * x**2)
+
+    numbers = [torch.tensor(n, dtype=torch.float64, requires_grad=True) for n in (0.7, -0.2)]
+    assert torch.autograd.gradcheck(value, numbers, atol=1e-7)
+    assert min(g.abs() for g in torch.autograd.grad(value(*numbers), numbers)) > 1e-4
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_numpy_images_and_labels(kind):
+    net, (x, y) = tangents(3), batch()
+    expected = kind(PAIR)(net, x, y)
+    images = x.numpy()
+    for array in (images[::-1, ::-1].copy()[::-1, ::-1], images.astype(">f8")):
+        assert torch.equal(kind(PAIR)(net, array, y.numpy()[::-1].copy()[::-1]), expected)
+    assert kind(PAIR, weight=0)(net, images, y) == 0
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_what_a_log_needs(kind):
+    net, (x, _) = network(), batch()
+    penalty = kind(RandomPatches(2, seed=3), weight=0.5, target=0.1)
+    state = str(penalty.state_dict())
+    assert penalty.last_value is None and penalty.last_pair is None
+    pair = RandomPatches(2, seed=3).draw(x)
+    found = penalty(net, x)
+    assert torch.equal(penalty.last_pair, pair) and not penalty.last_value.requires_grad
+    assert torch.allclose(found, 0.5 * (penalty.last_value - 0.1))
+    assert copy.deepcopy(penalty).last_value == penalty.last_value
+    assert (
+        penalty.state_dict().keys() == kind(PAIR).state_dict().keys() and str(penalty.state_dict()) != state
+    )
+    name = kind.__name__
+    assert repr(penalty) == f"{name}(patches=RandomPatches(seed=3), weight=0.5, target=0.1)"
+    assert repr(kind(PAIR)) == f"{name}(patches={PAIR})"
 
 
 @pytest.mark.parametrize("kind", BOTH)

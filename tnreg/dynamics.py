@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, check_integer, check_number
+from tnreg.errors import DataError, OptionError, check_integer, check_number
 from tnreg.factorizations.components import distance_bound, drop_components, keep_components
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import as_tensor
+from tnreg.tensors.gradients import differentiating
 from tnreg.trees.reading import Node
 
 __all__ = [
@@ -98,7 +99,7 @@ def predicted_rate(
     rates: dict[Node, Tensor] = {}
     for node, lengths in (model.component_norms() if norms is None else norms).items():
         sigma, count = lengths.prod(0), len(lengths)
-        alive = sigma > 0
+        alive = sigma != 0
         if form == "exact":  # drive = sigma <-grad L, C>
             factor = sigma * torch.where(alive, lengths, 1).pow(-2).sum(0)
         else:
@@ -123,7 +124,7 @@ def measured_rate(
     """
     velocity, step = _velocity(model, loss), check_number(step, "measured_rate: step")
     with torch.no_grad():
-        start = [stack.detach() for stack in model.stacks]
+        start = [stack.clone() for stack in model.stacks]
         if of is None:
             wide = torch.promote_types(model.dtype, torch.float64)
             wide = wide if model.device.type != "mps" else model.dtype  # which has no doubles
@@ -147,7 +148,7 @@ def rate_bounds(model: Factorization, loss: Loss) -> dict[Node, tuple[Tensor, Te
     bounds: dict[Node, tuple[Tensor, Tensor]] = {}
     for node, norms in model.component_norms().items():
         count, sigma = len(norms), norms.prod(0)
-        alive = sigma > 0
+        alive = sigma != 0
         ip = torch.where(alive, drives[node] / torch.where(alive, sigma, 1), 0)
         epsilon = norms.square().amax(0) - norms.square().amin(0)
         widened = torch.where(alive, sigma, 1) ** (2 / count) + epsilon
@@ -177,11 +178,15 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
         message = f"predicted_singular_rate is for matrices; this factorization has order {order}."
         raise OptionError(message, argument="model")
     weights, velocities = model.weights, _velocity(model, loss).weights
-    u, s, vh = torch.linalg.svd(model.to_tensor(), full_matrices=False)
+    end = model.to_tensor()
+    if not torch.isfinite(end).all():
+        message = "predicted_singular_rate: the end matrix has NaN or infinite entries."
+        raise DataError(message, argument="model")
+    u, s, vh = torch.linalg.svd(end, full_matrices=False)
     if form == "balanced":
         # with W = W_0 P: <-grad L, u v'> = u' (-grad L) P' W_0' u / s = u' (-dphi/dW_0) W_0' u / s
         ip = (u.conj() * (velocities[0] @ (weights[0].mH @ u))).real.sum(0)
-        alive, depth = s > 0, len(weights)
+        alive, depth = s != 0, len(weights)
         return torch.where(alive, depth * torch.where(alive, s, 1) ** (1 - 2 / depth) * ip, 0)
     # the end matrix is linear in every weight, so its velocity is a sum of end matrices
     moved, velocity = copy.deepcopy(model), torch.zeros_like(u @ vh)
@@ -211,8 +216,9 @@ def constant_drive(sigma: Any, drive: Any, vectors: int, time: Any) -> Tensor:
         return torch.as_tensor(sigma * torch.exp(2 * drive * time))
     power = (count - 2) / count
     root = sigma**-power - drive * (count - 2) * time  # sigma(t)^(-(K-2)/K)
-    value = torch.where(root > 0, root, 1) ** (-1 / power)
-    return torch.where(root > 0, value, math.inf if count > 2 else 0.0)
+    over = root <= 0
+    value = torch.where(over, 1, root) ** (-1 / power)
+    return torch.where(over, math.inf if count > 2 else 0.0, value)
 
 
 def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tensor]) -> Tensor:
@@ -229,7 +235,9 @@ def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tenso
 
 def _velocity(model: Factorization, loss: Loss) -> Factorization:
     """Return ``-dphi/dW`` as a factorization's weights, without touching the ``grad`` of the model's."""
-    with torch.enable_grad():
+    with differentiating():
+        if any(stack.is_inference() or not stack.requires_grad for stack in model.stacks):
+            model = Factorization.holding(model.network, [stack.clone() for stack in model.stacks])
         gradients = torch.autograd.grad(loss(model), list(model.stacks))
     return Factorization.holding(model.network, [-gradient for gradient in gradients])
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
-from tnreg.far.regularizers import evaluation
+from tnreg.far.modes import evaluation
+from tnreg.tensors.arrays import as_tensor
 from tnreg.trees.grid import grid_of
 from tnreg.trees.tree import ModeTree
 
@@ -54,7 +55,7 @@ def grid_tensor(
     Raises:
         ShapeError: Templates that do not fit, more than 2**24 combinations, or not one value for each.
         OptionError: Several outputs without ``output``, or the shape of the image is not known.
-        DataError: The network gives NaN or infinite values.
+        DataError: Templates hold NaN, or the network gives NaN or infinite values.
 
     Cost: ``M**N`` evaluations.
 
@@ -85,14 +86,14 @@ def grid_tensor(
 def _check_templates(templates: Any, n: int) -> Tensor:
     """Return the templates as ``(N, M, *patch)``."""
     if isinstance(templates, list | tuple):
-        templates = torch.stack([torch.as_tensor(part) for part in templates])
-    patches: Tensor = torch.as_tensor(templates)
+        templates = torch.stack([as_tensor(part) for part in templates])
+    patches = templates = as_tensor(templates)
     if patches.ndim in (2, 4):
         patches = patches.unsqueeze(0).expand(n, *patches.shape)
     if patches.ndim not in (3, 5) or patches.shape[0] != n or patches.shape[1] == 0:
         raise ShapeError(
             "grid_tensor: templates do not fit the patches.\n"
-            f"  found:    {tuple(torch.as_tensor(templates).shape)}\n"
+            f"  found:    {tuple(templates.shape)}\n"
             f"  expected: (M, D) or (M, C, h, w), or one such for each patch, ({n}, M, ...)"
         )
     many = patches.shape[1]
@@ -100,6 +101,8 @@ def _check_templates(templates: Any, n: int) -> Tensor:
         count = f"{many} templates on {n} patches are {many**n} combinations, more than {_MOST}"
         advice = "take fewer templates, or probe samples with tnreg.separation_spectrum"
         raise ShapeError(f"grid_tensor: {count}; {advice}.")
+    if patches.isnan().any():
+        raise DataError("grid_tensor: templates hold NaN.")
     return patches
 
 
@@ -131,7 +134,7 @@ def _arrangement(
 
 def _pick_output(values: Any, count: int, output: int | None) -> Tensor:
     """Return one value for each of ``count`` inputs."""
-    values = torch.as_tensor(values)
+    values = as_tensor(values)
     if values.ndim not in (1, 2) or len(values) != count:
         expected = f"one value for each of {count} inputs"
         message = f"the network must give {expected}, found shape {tuple(values.shape)}."

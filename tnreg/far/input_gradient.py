@@ -27,6 +27,9 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from tnreg.far.modes import checkpoints
+from tnreg.tensors.gradients import differentiating
+
 _aten = torch.ops.aten
 
 
@@ -34,18 +37,22 @@ def input_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, differentiab
     """Return ``∇_x Σ_b value(x)_b``, of the shape of ``x``; zeros where the value does not depend on it.
 
     Args:
-        value: Function of a batch, e.g. one logit of a network, shape ``(B,)``.
-        x: The batch; taken as a constant, its own history is not seen.
+        value: Function of a batch, e.g. one logit of a network, shape ``(B,)``; it may change its input.
+        x: The batch. If it requires a gradient itself, a differentiable result depends on it.
         differentiable: Whether the gradient is to be differentiated with respect to parameters.
+
+    Nothing is checkpointed: a second derivative would need what it computes again.
     """
-    x = x.detach().requires_grad_()
     mode = _Replaced()
-    with torch.enable_grad():
+    with differentiating():
+        if not (differentiable and x.requires_grad):
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(checkpoints())
             if differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 stack.enter_context(mode)
-            total = value(x).sum()
+            total = value(x.clone()).sum()
         if not total.requires_grad:
             return torch.zeros_like(x)
         mode.backward = True

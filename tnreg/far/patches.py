@@ -11,6 +11,7 @@ boxes that touch, at a corner too.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, cast
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
-from tnreg.tensors.arrays import seeded
+from tnreg.tensors.arrays import as_tensor, seeded
 
 Box = tuple[int, int, int, int]
 
@@ -49,6 +50,9 @@ class RandomStream:
         self.seed = check_integer(seed, 0, f"{name}: seed")
         self.name = name
         self.generator = seeded(self.seed, f"{name}: seed")
+
+    def __repr__(self) -> str:
+        return call_of(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed and state of the random stream."""
@@ -79,6 +83,9 @@ class FixedPatches:
             message = f"a pair of patches has two boxes, found {len(self.boxes)}; for more write "
             raise OptionError(f"{message}PresetPatches([box, box, ...]).", argument="patches")
         self._pair = torch.tensor(self.boxes)
+
+    def __repr__(self) -> str:
+        return repr(self.boxes)
 
     def draw(self, x: Tensor) -> Tensor:
         """Return the pair."""
@@ -187,7 +194,8 @@ class DifferingPatches(_Squares):
     def draw(self, x: Tensor) -> Tensor:
         """Return the next ordered pair."""
         places, side = _Places(self, x, x.device), self.size
-        images = x.detach().reshape(len(x), -1, *x.shape[-2:]).float()
+        images = x.detach().reshape(len(x), -1, *x.shape[-2:])
+        images = images if x.dtype == torch.float64 else images.float()
         change = (images - images.roll(-1, 0)).abs().amax(1)
         changed = (max_pool2d(change, side, 1) > self.threshold).sum(0)
         spread = max_pool2d(images, side, 1) + max_pool2d(-images, side, 1)
@@ -219,8 +227,23 @@ def box_mask(box: Tensor, height: int, width: int) -> Tensor:
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
+def as_given(x: Any) -> Any:
+    """Return an array of any kind as a tensor, and all else as it is."""
+    return as_tensor(x) if hasattr(x, "__array__") else x
+
+
+def call_of(thing: Any) -> str:
+    """Return the call that makes a penalty or a sampler, without arguments that have their defaults."""
+    given = inspect.signature(type(thing)).parameters.values()
+    pairs = [(p.name, getattr(thing, p.name)) for p in given if hasattr(thing, p.name)]
+    defaults = {p.name: p.default for p in given}
+    options = ", ".join(f"{name}={value!r}" for name, value in pairs if value != defaults[name])
+    return f"{type(thing).__name__}({options})"
+
+
 def check_images(x: Any, name: str, least: int = 2, *, floating: bool = True) -> Tensor:
     """Return the batch if it holds floating-point images of shape ``(B, ..., H, W)``, or raise."""
+    x = as_given(x)
     if not isinstance(x, Tensor) or x.ndim < 3:
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         message = f"expected images of shape (B, ..., height, width), found {found}."
@@ -250,7 +273,7 @@ class _Places:
         self.column = torch.arange(width - size + 1, device=device)
 
     def partners(self) -> Tensor:
-        """Return how many partners every place has; float32, shape ``(rows * columns,)``."""
+        """Return how many partners every place has; int64, shape ``(rows * columns,)``."""
         counts = self._beyond(self.near)
         return (counts - self._beyond(self.near + 1) if self.exact else counts).flatten()
 
@@ -274,7 +297,7 @@ class _Places:
             return (at + steps - 1).clamp(max=len(at) - 1) - (at - steps + 1).clamp(min=0) + 1
 
         inside = close(self.row)[:, None] * close(self.column)
-        return (len(self.row) * len(self.column) - inside).float()
+        return len(self.row) * len(self.column) - inside
 
 
 def _choose(weights: Tensor, number: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
+from tnreg.far.modes import evaluation
 from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, box_mask, check_images
-from tnreg.far.regularizers import crossed_values, evaluation, interaction_energy
+from tnreg.far.regularizers import crossed_values, interaction_energy
 from tnreg.machine.progress import advancing
 from tnreg.ranks.dense import effective_rank
+from tnreg.tensors.arrays import Scaled, as_tensor, rescale
 
 _MOST_IMAGES = 2048
 
@@ -48,7 +50,7 @@ def separation_spectrum(
 
     Raises:
         ShapeError: No samples, or f does not give one number for each pair.
-        DataError: A value of f is NaN or infinite.
+        DataError: A value of f is NaN or infinite, or a sample holds NaN.
 
     Cost: ``k * l`` evaluations of f.
 
@@ -65,7 +67,7 @@ def separation_spectrum(
     start = 0
     while start < len(rows):
         i, j = rows[start : start + batch], columns[start : start + batch]
-        values = torch.as_tensor(f(a[i.to(a.device)], b[j.to(b.device)]))
+        values = as_tensor(f(a[i.to(a.device)], b[j.to(b.device)]))
         if values.numel() == 1 < len(i):
             batch = 1
             continue
@@ -82,8 +84,7 @@ def separation_spectrum(
         matrix = matrix.float()
     elif not matrix.is_floating_point() and not matrix.is_complex():
         matrix = matrix.double()
-    spectrum: Tensor = torch.linalg.svdvals(matrix)
-    return spectrum
+    return _svdvals(matrix)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def locality_profile(
     Raises:
         ShapeError: Too few images, or a distance that does not fit into them.
         OptionError: An argument out of range.
+        DataError: Images or values of the model are NaN or infinite.
 
     Cost: ``len(distances) * pairs`` evaluations of k² images.
     """
@@ -166,6 +168,8 @@ def locality_profile(
         message = f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}."
         raise OptionError(message, argument="where")
     images = check_images(_read_images(data), "locality_profile", samples + 1)
+    if not torch.isfinite(images).all():
+        raise DataError("locality_profile: images are NaN or infinite somewhere.", argument="data")
     height, width = images.shape[-2:]
     size = max(1, min(height, width) // 8) if size is None else size
     if distances is None:
@@ -182,11 +186,12 @@ def locality_profile(
                 background, *others = images[order[: samples + 1].to(images.device)]
                 values = _cross(net, background, torch.stack(others), sampler)
                 shares.append(1 - interaction_energy(values))
-                centred = values - values.mean(0, keepdim=True)
+                wide = values.double()
+                centred = wide - wide.mean(0, keepdim=True)
                 centred = centred - centred.mean(1, keepdim=True)
-                spectra.append(torch.linalg.svdvals(centred.flatten(1).double()))
+                spectra.append(_svdvals(centred.flatten(1)))
                 # what is left of a sum after rounding is no interaction
-                noise = torch.finfo(values.dtype).eps * values.abs().max() * samples
+                noise = torch.finfo(values.dtype).eps * wide.abs().max() * samples
                 ranks.append(effective_rank(torch.where(spectra[-1] > noise, spectra[-1], 0.0)))
                 advance(1)
 
@@ -207,14 +212,22 @@ def _cross(net: Any, background: Tensor, images: Tensor, sampler: Any) -> Tensor
     return values if values.dtype == torch.float64 else values.float()
 
 
+def _svdvals(matrix: Tensor) -> Tensor:
+    """Return singular values on a scale of the matrix: not every solver squares large or small numbers."""
+    scaled, log2 = rescale(matrix, ())
+    return Scaled(torch.linalg.svdvals(scaled), log2.flatten()).value()
+
+
 def _check_samples(x: Any, name: str) -> Tensor:
     if isinstance(x, list | tuple):
-        x = torch.stack([torch.as_tensor(part) for part in x]) if len(x) else torch.zeros(0)
-    samples: Tensor = torch.as_tensor(x)
+        x = torch.stack([as_tensor(part) for part in x]) if len(x) else torch.zeros(0)
+    samples = as_tensor(x)
     if samples.ndim == 0 or len(samples) == 0:
         expected = "one sample or more along its first axis"
         message = f"{name} must hold {expected}, found shape {tuple(samples.shape)}."
         raise ShapeError(f"separation_spectrum: {message}", argument=name)
+    if samples.isnan().any():
+        raise DataError(f"separation_spectrum: {name} holds NaN.", argument=name)
     return samples
 
 
@@ -222,13 +235,13 @@ def _check_samples(x: Any, name: str) -> Tensor:
 def _read_images(data: Any) -> Tensor:
     """Return the images, or as many as needed of those that come in batches."""
     if isinstance(data, Tensor | np.ndarray):
-        return torch.as_tensor(data)
+        return as_tensor(data)
     if not isinstance(data, Iterable):
         expected = "images (N, ..., H, W) or batches of them"
         raise ShapeError(f"locality_profile: data must be {expected}, found {type(data).__name__}.")
     batches: list[Tensor] = []
     for batch in data:
-        batches.append(torch.as_tensor(batch[0] if isinstance(batch, list | tuple) else batch))
+        batches.append(as_tensor(batch[0] if isinstance(batch, list | tuple) else batch))
         if sum(map(len, batches)) >= _MOST_IMAGES:
             break
     if not batches:

@@ -14,8 +14,8 @@ penalty of the process's part alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.far.input_gradient import input_gradient
-from tnreg.far.patches import RandomStream, box_mask
+from tnreg.far.modes import evaluation, logits_of
+from tnreg.far.patches import RandomStream, as_given, box_mask
 from tnreg.far.scheduled import Draw, Net, Scheduled, zero
-from tnreg.machine.processes import Processes, unwrapped
+from tnreg.machine.processes import Processes, sharded_parts, unwrapped
+from tnreg.tensors.arrays import rescale
 
 
 class InputGradientChange(Scheduled):
@@ -51,20 +53,28 @@ class InputGradientChange(Scheduled):
         statistics: What normalization layers use inside the penalty: ``"frozen"``, their running
             statistics, so that R cannot be lowered through the statistics of the batch, or ``"batch"``.
             Layers that keep no running statistics use the batch's in either case.
+        output: Function from what the network gives to its logits, e.g. ``lambda out: out.logits``.
 
     ``penalty(net, x, y=None)`` takes images ``x`` of shape ``(B, ..., H, W)``, B >= 2; ``net(x)`` has
     shape ``(B,)``, ``(B, 1)`` or ``(B, C)``, and for the last one ``y`` are the true classes, int64 of
-    shape ``(B,)``. It returns the scalar ``weight * R``. A training loop of your own can do the parts one
-    by one: ``next_weight``, ``draw``, then ``value`` or ``with_logits``.
+    shape ``(B,)``, or shares of the classes, floating point of shape ``(B, C)``: the logit is then the
+    sum of the logits by their shares. It returns the scalar ``weight * R``. Images that were computed by
+    something that is trained as well, ``penalty(net, stem(x))``, pass gradients on to it. A training loop
+    of your own can do the parts one by one: ``next_weight``, ``draw``, then ``value`` or ``with_logits``.
+    ``last_value`` and ``last_pair`` are R and the boxes of the last batch, for a log.
 
     Raises:
         OptionError: An argument out of range; ``y`` missing where the network has several logits; in
-            several processes, batch normalization by the statistics of the batch.
+            several processes, batch normalization by the statistics of the batch, or images that require
+            gradients; a network under ``fully_shard``, whose weights are gone before they are
+            differentiated again (``InteractionEnergy`` takes it).
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
+        DataError: Classes out of range; a network made under ``torch.inference_mode``.
 
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
     takes some 4 times that without. With frozen statistics only the samples that the swap changes are
-    evaluated. A compiled network is run uncompiled, as compiled graphs have no second derivative.
+    evaluated. A compiled network is run uncompiled, as compiled graphs have no second derivative. Nothing
+    is checkpointed.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
@@ -82,7 +92,7 @@ class InputGradientChange(Scheduled):
         ``multiple``: fewer shapes, the same value. The result is on the device of ``x``.
         """
         net, processes = unwrapped(net)
-        count = self._count(x, processes)
+        x, count = self._whole(x, processes)
         images = x if self._only_needs_shape() else processes.rows(x, torch.arange(count, device=x.device))
         pair = processes.gather(self.patches.draw(images))[0]  # all draw: their streams stay alike
         skips = self.statistics == "frozen" and processes.count == 1 and _is_samplewise(net)
@@ -97,8 +107,9 @@ class InputGradientChange(Scheduled):
         one forward and one backward pass, unless the network has dropout or frozen normalization layers.
         Other layers are taken to do the same in training mode as in evaluation mode.
         """
-        if self.statistics != "batch" or not _trains_as_evaluated(net):
-            return net(x), self.value(net, x, y, drawn)
+        x = as_given(x)
+        if not (self.statistics == "batch" and torch.is_grad_enabled() and _trains_as_evaluated(net)):
+            return net(x.clone()), self.value(net, x, y, drawn)
         outputs: list[Any] = []
 
         def training_pass(images: Tensor) -> Any:
@@ -106,7 +117,7 @@ class InputGradientChange(Scheduled):
             return outputs[0]
 
         value = self.value(net, x, y, drawn, training_pass)
-        return (outputs[0] if torch.is_grad_enabled() else outputs[0].detach()), value
+        return outputs[0], value
 
     def value(
         self,
@@ -121,31 +132,39 @@ class InputGradientChange(Scheduled):
         ``training_pass`` is called in place of the network for the gradient before the swap, in training
         mode; ``drawn`` is from ``draw``, which is called here if it is left out.
         """
-        net, processes, drawn = self._prepare(net, x, drawn)
-        net = getattr(net, "_orig_mod", net)
+        inner, x, y, drawn, processes = self._prepare(net, x, y, drawn)
+        if sharded_parts(inner):
+            message = "fully_shard lets go of weights that this penalty has to differentiate again"
+            instead = "write InteractionEnergy, or DistributedDataParallel"
+            raise OptionError(f"{self.name}: {message}; {instead}.", argument="net")
+        inner = getattr(inner, "_orig_mod", inner)
         inside, swapped = (box_mask(box, *x.shape[-2:]) for box in drawn.pair)
         after = processes.gather(x[:1])[(processes.rank + 1) % processes.count]
         other, count = torch.where(swapped, torch.cat([x[1:], after]), x), len(x)
+        seen = [x]
         if drawn.samples is not None and len(drawn.samples) < count:
             if not len(drawn.samples):
-                return self._above_target(torch.ones_like(zero(x)))
+                value = torch.ones_like(zero(x)) + nan_of(x, *inner.parameters())
+                return self._above_target(value, drawn)
             if isinstance(y, Tensor) and len(y) == count:
                 y = y[drawn.samples]
             x, other = x[drawn.samples], other[drawn.samples]
 
         def gradient(net: Net, images: Tensor) -> Tensor:
             def value(z: Tensor) -> Tensor:
-                return _true_logit(net(z), y, len(z))
+                logit = _true_logit(self._logits(net(z), len(z)), y)
+                seen.append(logit)
+                return logit
 
             return input_gradient(value, images, differentiable=torch.is_grad_enabled())
 
         g = None if training_pass is None else gradient(training_pass, x)
-        with evaluation(net, self.statistics):
-            g = gradient(net, x) if g is None else g
-            h = gradient(net, other)
-        change = gradient_change(g * inside, h * inside)
+        with evaluation(inner, self.statistics):
+            g = gradient(inner, x) if g is None else g
+            h = gradient(inner, other)
+        change = gradient_change(g * inside, h * inside) + nan_of(*seen)  # g may know nothing of a NaN
         part = (change * len(x) + (count - len(x))) / sum(processes.lengths(count))
-        return self._above_target(processes.sum(part))
+        return self._above_target(processes.sum(part), drawn)
 
 
 class InteractionEnergy(Scheduled):
@@ -167,12 +186,14 @@ class InteractionEnergy(Scheduled):
 
     Args:
         samples: k; if the batch is smaller, its size.
-        eps: Absolute part of eps, in squared units of the network's value, for the mean over M; to it
-            comes the rounding error of M, so that a function that is constant but for rounding gives 1.
+        eps: Absolute part of eps, in squared units of the network's value, for the mean over M; without
+            it E does not depend on that unit. To it comes the rounding error of M, so that a function that
+            is constant but for rounding gives 1.
         seed: Of the random stream that draws the samples.
 
     Cost: one forward and backward pass of ``k²`` images, of which each of several processes evaluates a
-    share. ``net`` may be compiled; ``interaction_energy`` of a matrix compiles as a whole.
+    share. ``net`` may be compiled; ``interaction_energy`` of a matrix compiles as a whole. What is
+    checkpointed in a training pass is checkpointed here.
 
     Example:
         >>> product = lambda x: x[..., 0, 0] * x[..., 0, 3] + x[..., 0, 0] + x[..., 0, 3]
@@ -193,21 +214,28 @@ class InteractionEnergy(Scheduled):
         until: int | None = None,
         target: float | None = None,
         statistics: str = "frozen",
-        eps: float = 1e-12,
+        output: Callable[[Any], Tensor] | None = None,
+        eps: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(
             patches, weight=weight, every=every, warmup=warmup, until=until, target=target,
-            statistics=statistics,
+            statistics=statistics, output=output,
         )  # fmt: skip
         self.samples = check_integer(samples, 2, "InteractionEnergy: samples")
         self.eps = check_number(eps, "InteractionEnergy: eps", 0)
         self._stream = RandomStream(seed, "InteractionEnergy")
 
+    @property
+    def seed(self) -> int:
+        """Seed of the random stream."""
+        return self._stream.seed
+
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
         """Draw the k samples and the pair of boxes, of a batch or its copy; ``multiple`` has no effect."""
         processes = unwrapped(net)[1]
-        order = torch.randperm(self._count(x, processes), generator=self._stream.generator)
+        x, count = self._whole(x, processes)
+        order = torch.randperm(count, generator=self._stream.generator)
         order = order[: self.samples]
         samples = processes.gather(order.to(x.device, non_blocking=True))[0]
         images = x if self._only_needs_shape() else processes.rows(x, samples)  # where these differ
@@ -215,22 +243,26 @@ class InteractionEnergy(Scheduled):
 
     def value(self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None) -> Tensor:
         """Return E of this batch, or what is above the target; see ``InputGradientChange.value``."""
-        net, processes, drawn = self._prepare(net, x, drawn)
+        net, x, y, drawn, processes = self._prepare(net, x, y, drawn)
         samples = drawn.samples
-        assert samples is not None
         images = processes.rows(x, samples)
         with evaluation(net, self.statistics):
-            values = _all_crossed_values(net, images, drawn.pair[1], processes)
+            values = _all_crossed_values(net, images, drawn.pair[1], processes, self._logits)
+        unknown = nan_of(x, values)
         if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
-            classes = _check_classes(y, len(x), values.shape[-1])
-            values = values.index_select(-1, processes.rows(classes, samples))
-        return self._above_target(interaction_energy(values, self.eps))
+            labels = processes.rows(_check_labels(y, len(x), values.shape[-1]), samples)
+            if labels.ndim == 1:
+                values = values.index_select(-1, labels)
+            else:
+                values = (values.unsqueeze(2) * labels.to(values.dtype)).sum(-1)
+        return self._above_target(interaction_energy(values, self.eps) + unknown, drawn)
 
     def with_logits(
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what the network gives in its training pass, and ``value``."""
-        return net(x), self.value(net, x, y, drawn)
+        x = as_given(x)
+        return net(x.clone()), self.value(net, x, y, drawn)
 
     def _streams(self) -> dict[str, Any]:
         return {"patches": self.patches, "samples": self._stream}
@@ -247,7 +279,7 @@ def gradient_change(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(both, cosine, torch.ones_like(cosine)).mean()
 
 
-def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
+def interaction_energy(values: Tensor, eps: float = 0.0) -> Tensor:
     """Return one minus the share of a matrix's variance that its row and column means do not explain.
 
     Args:
@@ -258,54 +290,33 @@ def interaction_energy(values: Tensor, eps: float = 1e-12) -> Tensor:
         Scalar in [0, 1], differentiable, computed in at least float32; 1 for a constant matrix.
     """
     rounding = torch.finfo(values.dtype).eps
-    values = values if values.dtype == torch.float64 else values.float()
+    values, log2 = rescale(values if values.dtype == torch.float64 else values.float(), ())
     whole = values - values.mean((0, 1), keepdim=True)
     parts = whole - whole.mean(0, keepdim=True) - whole.mean(1, keepdim=True)
-    floor = eps + rounding**2 * values.detach().square().mean()
-    return 1 - parts.square().mean() / (whole.square().mean() + floor)
+    floor = (eps**0.5 / log2.exp2()).square().squeeze() + rounding**2 * values.detach().square().mean()
+    below = whole.square().mean() + floor
+    return 1 - parts.square().mean() / torch.where(below == 0, 1.0, below)
 
 
-def crossed_values(net: Net, rest: Tensor, patch: Tensor, box: Tensor) -> Tensor:
+def nan_of(*tensors: Tensor) -> Tensor:
+    """Return NaN if one of the tensors holds a NaN, else 0, without waiting for the device."""
+    first, *others = (t.detach().isnan().any() for t in tensors)
+    for other in others:
+        first = first | other.to(first.device)
+    return torch.where(first, math.nan, 0.0)
+
+
+def crossed_values(
+    net: Net, rest: Tensor, patch: Tensor, box: Tensor, read: Callable[[Any, int], Tensor] = logits_of
+) -> Tensor:
     """Evaluate the network at every image of ``rest`` with the box taken from every image of ``patch``.
 
     ``rest`` has shape ``(k, ..., H, W)``, ``patch`` ``(l, ..., H, W)``, ``box`` ``(4,)``. Returns shape
-    ``(k, l, C)``; C is 1 for a network with one logit.
+    ``(k, l, C)``; C is 1 for a network with one logit. ``read`` makes logits of what it gives for a batch.
     """
     images = torch.where(box_mask(box, *rest.shape[-2:]), patch, rest[:, None])
-    logits = logits_of(net(images.flatten(0, 1)), len(rest) * len(patch))
+    logits = read(net(images.flatten(0, 1)), len(rest) * len(patch))
     return logits.reshape(len(rest), len(patch), -1)
-
-
-@contextmanager
-def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
-    """Put every module into evaluation mode; afterwards, errors included, each has its own mode again.
-
-    With the statistics of the ``"batch"``, normalization layers use them; either way no running statistic
-    changes. A callable that is no module is left alone.
-    """
-    modules = list(net.modules()) if isinstance(net, nn.Module) else []
-    norms = [m for m in modules if statistics == "batch" and isinstance(m, _NormBase)]
-    modes, tracking = [m.training for m in modules], [m.track_running_stats for m in norms]
-    try:
-        for m in modules:
-            m.training = False
-        for m in norms:
-            m.training, m.track_running_stats = True, False
-        yield
-    finally:
-        for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
-        for m, tracks in zip(norms, tracking, strict=True):
-            m.track_running_stats = tracks
-
-
-def logits_of(out: Any, batch: int) -> Tensor:
-    """Return what a network gave for a batch as logits of shape ``(batch, C)``, or raise."""
-    if isinstance(out, Tensor) and out.ndim in (1, 2) and len(out) == batch and out.numel():
-        return out.reshape(batch, -1)
-    found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-    message = f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C)"
-    raise ShapeError(f"{message} for {batch} images, found {found}.", argument="net")
 
 
 def _changed_samples(x: Tensor, box: Tensor, multiple: int) -> Tensor:
@@ -335,15 +346,21 @@ def _trains_as_evaluated(net: Any) -> bool:
     )
 
 
-def _all_crossed_values(net: Net, images: Tensor, box: Tensor, processes: Processes) -> Tensor:
+def _all_crossed_values(
+    net: Net,
+    images: Tensor,
+    box: Tensor,
+    processes: Processes,
+    read: Callable[[Any, int], Tensor] = logits_of,
+) -> Tensor:
     """Return ``crossed_values`` of images with themselves, of which each process evaluates a share."""
     if processes.count == 1:
-        return crossed_values(net, images, images, box)
+        return crossed_values(net, images, images, box, read)
     k = len(images)
     share = -(-(k**2) // processes.count)  # at least one, so that every process has a graph
     pairs = torch.arange(share, device=images.device) + processes.rank * share
     mask = box_mask(box, *images.shape[-2:])
-    own = logits_of(net(torch.where(mask, images[pairs % k], images[pairs // k % k])), share)
+    own = read(net(torch.where(mask, images[pairs % k], images[pairs // k % k])), share)
     return processes.gather(own).flatten(0, 1)[: k**2].reshape(k, k, -1)
 
 
@@ -357,23 +374,28 @@ def _unit(x: Tensor) -> Tensor:
     return x / torch.where(square > 0, square, 1.0).sqrt()
 
 
-def _true_logit(out: Any, y: Tensor | None, batch: int) -> Tensor:
+def _true_logit(logits: Tensor, y: Any) -> Tensor:
     """Return the logit of the true class, or the only one; shape ``(batch,)``."""
-    logits = logits_of(out, batch)
     if logits.shape[1] == 1:
         return logits[:, 0]
-    return logits.gather(1, _check_classes(y, batch, logits.shape[1])[:, None])[:, 0]
+    labels = _check_labels(y, *logits.shape)
+    if labels.ndim == 2:
+        return (logits * labels.to(logits.dtype)).sum(1)
+    return logits.gather(1, labels[:, None])[:, 0]
 
 
-def _check_classes(y: Tensor | None, batch: int, count: int) -> Tensor:
+def _check_labels(y: Any, batch: int, count: int) -> Tensor:
+    """Return class numbers, int64 ``(batch,)``, or shares of classes, floating point ``(batch, count)``."""
     if y is None:
         message = f"the network has {count} logits and the penalty is on that of the true class"
         raise OptionError(f"{message}: write penalty(net, x, y).", argument="y")
+    if isinstance(y, Tensor) and y.is_floating_point() and y.shape == (batch, count):
+        return y
     integer = isinstance(y, Tensor) and y.dtype in (torch.int64, torch.int32)
     if not integer or y.shape != (batch,):
         found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        message = f"y must hold {batch} class numbers, int64 ({batch},), found {found}."
-        raise ShapeError(message, argument="y")
+        message = f"y must hold {batch} class numbers, int64 ({batch},), or shares of the classes, floating "
+        raise ShapeError(f"{message}point ({batch}, {count}), found {found}.", argument="y")
     # on a GPU looking at the values would wait for it; torch reports them there
     if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
         message = f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tnreg.errors import OptionError, ShapeError, check_integer, check_number
-from tnreg.far.patches import as_sampler, check_images
+from tnreg.far.modes import logits_of
+from tnreg.far.patches import as_given, as_sampler, call_of, check_images
 from tnreg.machine.processes import Processes, unwrapped
 
 Net = Callable[..., Any]
@@ -33,7 +34,16 @@ class Draw:
 
 
 class Scheduled(ABC):
-    """A penalty with a weight that may grow, pause and end; arguments as in ``InputGradientChange``."""
+    """A penalty with a weight that may grow, pause and end; arguments as in ``InputGradientChange``.
+
+    Attributes:
+        last_value: The penalty of the last batch that was evaluated, without target and weight: a scalar
+            without a graph, on the device of the network; ``None`` before.
+        last_pair: The boxes I and J of that batch, int64 of shape ``(2, 4)``.
+    """
+
+    last_value: Tensor | None = None
+    last_pair: Tensor | None = None
 
     def __init__(
         self,
@@ -45,6 +55,7 @@ class Scheduled(ABC):
         until: int | None = None,
         target: float | None = None,
         statistics: str = "frozen",
+        output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.name = name = type(self).__name__
         self.patches = as_sampler(patches, name)
@@ -57,11 +68,19 @@ class Scheduled(ABC):
             message = f"{name}: statistics must be 'frozen' or 'batch', found {statistics!r}."
             raise OptionError(message, argument="statistics")
         self.statistics = statistics
+        if output is not None and not callable(output):
+            message = f"{name}: output must be a function of what the network gives, found {output!r}."
+            raise OptionError(message, argument="output")
+        self.output = output
         self.calls = 0
+
+    def __repr__(self) -> str:
+        return call_of(self)
 
     def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the weighted penalty of this batch."""
         weight = self.next_weight()
+        x = as_given(x)
         return weight * self.value(net, x, y) if weight else zero(x)
 
     def next_weight(self) -> float:
@@ -104,29 +123,38 @@ class Scheduled(ABC):
         """Return whether the sampler looks at the shape of a batch alone."""
         return bool(getattr(self.patches, "shape_only", False))
 
-    def _count(self, x: Tensor, processes: Processes) -> int:
-        """Return the size of the whole batch; a process alone needs two images, several need one each."""
-        check_images(x, self.name, least=2 if processes.count == 1 else 0, floating=False)
+    def _logits(self, out: Any, batch: int) -> Tensor:
+        """Return what a network gave for a batch as logits of shape ``(batch, C)``, or raise."""
+        return logits_of(out if self.output is None else self.output(out), batch)
+
+    def _whole(self, x: Any, processes: Processes) -> tuple[Tensor, int]:
+        """Check a batch; return it and the size of that of all processes, each of which needs an image."""
+        x = check_images(x, self.name, least=2 if processes.count == 1 else 0, floating=False)
         lengths = processes.lengths(len(x))
         if not all(lengths):
             message = f"every process needs one image or more of each batch, found {lengths} on ranks "
             raise ShapeError(f"{self.name}: {message}0..{processes.count - 1}.", argument="x")
-        return sum(lengths)
+        return x, sum(lengths)
 
-    def _prepare(self, net: Net, x: Tensor, drawn: Draw | None) -> tuple[Any, Processes, Draw]:
-        """Check the arguments of ``value``; return the network itself, its processes and the draw."""
+    def _prepare(self, net: Net, x: Any, y: Any, drawn: Draw | None) -> tuple[Any, ...]:
+        """Check the arguments of ``value``; return them, the network without its wrapper, its processes."""
         drawn = self.draw(net, x) if drawn is None else drawn
         inner, processes = unwrapped(net)
-        check_images(x, self.name, least=0)
+        x, y = check_images(x, self.name, least=0), as_given(y)
+        if processes.count > 1 and x.requires_grad and torch.is_grad_enabled():
+            message = "images that require gradients would get those of one process alone; in several "
+            message += "processes make what computes them a part of the network, or write x.detach()."
+            raise OptionError(f"{self.name}: {message}", argument="x")
         for name, m in inner.named_modules() if processes.count > 1 else ():
             if isinstance(m, _BatchNorm) and (self.statistics == "batch" or m.running_mean is None):
                 message = f"{name or 'the network'} would normalize by the statistics of one process's part "
                 message += "of the batch; in several processes give it running statistics and write "
                 raise OptionError(f"{self.name}: {message}statistics='frozen'.", argument="statistics")
-        return inner, processes, drawn
+        return inner, x, y, drawn, processes
 
-    def _above_target(self, value: Tensor) -> Tensor:
-        """Return what is above the target."""
+    def _above_target(self, value: Tensor, drawn: Draw) -> Tensor:
+        """Note the value and the boxes; return what is above the target."""
+        self.last_value, self.last_pair = value.detach(), drawn.pair
         return value if self.target is None else (value - self.target).clamp(min=0)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -132,12 +133,29 @@ def unwrapped(net: Any) -> tuple[Any, Processes]:
     """Return the network inside ``DistributedDataParallel``, and its processes; others are as they are.
 
     A compiled wrapper is taken off with it; a network that was compiled before it was wrapped stays so.
+    One under ``fully_shard`` has the processes of its mesh.
     """
     inner = getattr(net, "_orig_mod", net)
-    if not isinstance(inner, nn.parallel.DistributedDataParallel):
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        group, device = inner.process_group, next(inner.module.parameters()).device
+        net = inner.module
+    elif parts := sharded_parts(inner):
+        states = (part._get_fsdp_state()._fsdp_param_group for part in parts)
+        mesh = next(state.mesh_info.mesh for state in states if state)
+        if mesh.ndim > 1:
+            message = f"a network under fully_shard needs a mesh of one axis, found {mesh}."
+            raise OptionError(message, argument="net")
+        group, device = mesh.get_group(), torch.device(mesh.device_type)
+    else:
         return net, Processes()
-    group, device = inner.process_group, next(inner.module.parameters()).device
-    return inner.module, Processes(dist.get_rank(group), dist.get_world_size(group), device, group)
+    return net, Processes(dist.get_rank(group), dist.get_world_size(group), device, group)
+
+
+def sharded_parts(net: Any) -> list[Any]:
+    """Return the modules of a network that are under ``fully_shard`` (FSDP2)."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # slow to import, and not needed by others
+    modules = net.modules() if fsdp and isinstance(net, nn.Module) else ()
+    return [m for m in modules if isinstance(m, fsdp.FSDPModule)]
 
 
 def _start(device: torch.device) -> None:

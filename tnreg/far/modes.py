@@ -1,0 +1,96 @@
+"""How a network runs inside penalties and probes: without dropout, by statistics that do not change.
+
+``torch.utils.checkpoint`` calls parts of a network again in the backward pass, when all modules have their
+own modes back. Its two ways to do so are replaced while a penalty runs, and only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from tnreg.errors import ShapeError
+
+
+@contextmanager
+def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
+    """Put every module into evaluation mode; afterwards, errors included, each has its own mode again.
+
+    With the statistics of the ``"batch"``, normalization layers use them; either way no running statistic
+    changes. Modules that a function uses are found when it calls them. What is checkpointed runs in the
+    same modes when it is called again.
+    """
+    before: dict[nn.Module, tuple[bool, Any]] = {}
+
+    def switch(module: nn.Module, *_: Any) -> None:
+        for m in module.modules() if module not in before else ():
+            if m in before:
+                continue
+            before[m] = m.training, getattr(m, "track_running_stats", None)
+            m.training = False
+            if statistics == "batch" and isinstance(m, _NormBase):
+                m.training, m.track_running_stats = True, False
+
+    def again(function: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluated(*args: Any, **kwargs: Any) -> Any:
+            with evaluation(net, statistics):
+                return function(*args, **kwargs)
+
+        return evaluated
+
+    owner, found = getattr(net, "__self__", net), None
+    if isinstance(owner, nn.Module):
+        switch(owner)
+    else:
+        found = register_module_forward_pre_hook(switch)
+    try:
+        with checkpoints(again):
+            yield
+    finally:
+        if found is not None:
+            found.remove()
+        for m, (mode, tracks) in reversed(before.items()):  # a compiled module's mode is that of its part
+            m.training = mode
+            if isinstance(m, _NormBase):
+                m.track_running_stats = tracks
+
+
+@contextmanager
+def checkpoints(again: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None) -> Iterator[None]:
+    """Let ``torch.utils.checkpoint`` run ``again(function)`` for a function, or nothing a second time."""
+    module: Any = torch.utils.checkpoint
+    reentrant, other = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args) if again is None else reentrant.apply(again(function), preserve, *args)
+
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
+        if again is None:
+            yield
+        else:
+            yield from other(again(function), *args, **kwargs)
+
+    module.CheckpointFunction = SimpleNamespace(apply=apply)
+    module._checkpoint_without_reentrant_generator = generator
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, other
+
+
+def logits_of(out: Any, batch: int) -> Tensor:
+    """Return what a network gave for a batch as logits of shape ``(batch, C)``, or raise."""
+    if isinstance(out, Tensor) and out.ndim in (1, 2) and len(out) == batch and out.numel():
+        return out.reshape(batch, -1)
+    found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+    message = f"the network must give logits of shape ({batch},), ({batch}, 1) or ({batch}, C)"
+    if not isinstance(out, Tensor):
+        found += "; give output=, a function from that to logits, such as output=lambda out: out.logits"
+    raise ShapeError(f"{message} for {batch} images, found {found}.", argument="net")
