@@ -400,4 +400,5 @@ def _check_labels(y: Any, batch: int, count: int) -> Tensor:
     if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
         message = f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
         raise DataError(f"{message}{count} logits.", argument="y")
-    return y.long()
+    classes: Tensor = y.long()
+    return classes
