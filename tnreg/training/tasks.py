@@ -18,7 +18,9 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network, check_sizes
 from tnreg.networks.plan import Plan, plan
-from tnreg.tensors.arrays import as_tensor, check_index, check_numbers, seeded
+from tnreg.tensors.arrays import (
+    Scaled, as_tensor, check_index, check_numbers, double, largest_of, rescale, seeded,
+)  # fmt: skip
 
 
 class Completion:
@@ -77,11 +79,15 @@ class Completion:
         return relative_error(self._predict(model), self.values)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Completion:
-        """Return the same task on another device or in another dtype."""
-        index, values = self.index.to(device), self.values.to(device, dtype)
+        """Return the same task on another device or in another dtype.
+
+        Raises:
+            DataError: The dtype cannot hold the values.
+        """
+        index, values = self.index.to(device), _cast(self.values, device, dtype)
         tested: tuple[Tensor, ...] = ()
         if self.test_index is not None and self.test_values is not None:
-            tested = self.test_index.to(device), self.test_values.to(device, dtype)
+            tested = self.test_index.to(device), _cast(self.test_values, device, dtype)
         return Completion(index, values, self.sizes, *tested)
 
     def _predict(self, model: nn.Module, *, unseen: bool = False) -> Tensor:
@@ -134,9 +140,13 @@ class Sensing:
         return relative_error(model(self.features), self.values)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Sensing:
-        """Return the same task on another device or in another dtype."""
-        *features, values = (part.to(device, dtype) for part in (*self.features, self.values))
-        target = None if self.target is None else self.target.to(device, dtype)
+        """Return the same task on another device or in another dtype.
+
+        Raises:
+            DataError: The dtype cannot hold the values.
+        """
+        *features, values = (_cast(part, device, dtype) for part in (*self.features, self.values))
+        target = None if self.target is None else _cast(self.target, device, dtype)
         return Sensing(features, values, target)
 
     def __repr__(self) -> str:
@@ -279,6 +289,26 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
-    """Return ``‖x - expected‖ / ‖expected‖``; 0.0 or infinite if ``expected`` is zero."""
-    error, norm = torch.linalg.vector_norm(x - expected), torch.linalg.vector_norm(expected)
-    return float(error / norm) if norm > 0 else (math.inf if error > 0 else 0.0)
+    """Return ``‖x - expected‖ / ‖expected‖`` at any scale; 0.0 or infinite if ``expected`` is zero."""
+    expected = double(expected)
+    error, norm = scaled_norm(double(x) - expected), scaled_norm(expected)
+    if norm.x == 0:
+        return math.inf if error.x > 0 else float(error.x)
+    return float(Scaled(error.x / norm.x, error.log2 - norm.log2).value())
+
+
+def scaled_norm(x: Tensor) -> Scaled:
+    """Return the norm of all entries together, whose squares may leave the range of floats."""
+    part, log2 = rescale(double(x).reshape(-1), 0)
+    return Scaled(torch.linalg.vector_norm(part), log2[0])
+
+
+def _cast(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Move a tensor; refuse a dtype that cannot hold its largest entry with all digits."""
+    cast = x.to(device, dtype)
+    before, after = (float(largest_of(part)) for part in (x, cast))
+    range_of = torch.finfo(cast.dtype)
+    if cast.dtype != x.dtype and before > 0 and not range_of.tiny <= after <= range_of.max:
+        message = f"values of up to {before:.3g} are out of the range of {cast.dtype}."
+        raise DataError(f"{message}\n  scale the data, or keep {x.dtype}", argument="dtype")
+    return cast
