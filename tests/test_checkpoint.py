@@ -1,6 +1,8 @@
 """A killed training goes on and ends bit for bit as one that was never interrupted."""
 
 import copy
+import enum
+import io
 import itertools
 import os
 import signal
@@ -8,13 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx
 import numpy as np
 import pytest
 import torch
 import zoo
 from refusals import Bomb
 
-from tnreg import FileError, ModeTree, OptionError, Trajectory, completion, fit
+from tnreg import FileError, ModeTree, OptionError, TnregError, Trajectory, completion, fit
 
 TREE = ModeTree.binary(4)
 
@@ -23,7 +26,7 @@ def data(seed=9):
     return completion(zoo.model_of(TREE, seed=seed), 150)
 
 
-def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=False, **options):
+def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=False, hidden=True, **options):
     """Train; at observation number ``stop_at[1]`` the process is killed, or Ctrl-C comes."""
     model, task, observation = zoo.model_of(TREE, seed=0), data(), itertools.count(1)
     kind, number = stop_at or (None, None)
@@ -40,8 +43,8 @@ def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=Fals
             torch.rand(3)
         return m.local_components()
 
-    run = fit(model, loss, steps=steps, every=10, optimizer=optimizer, progress=False, checkpoint=path,
-              observe={"components": watch}, checkpoint_seconds=0, **options)  # fmt: skip
+    run = fit(model, loss if hidden else task.loss, steps=steps, every=10, optimizer=optimizer,
+              progress=False, checkpoint=path, observe={"components": watch}, checkpoint_seconds=0, **options)  # fmt: skip
     return model, run
 
 
@@ -118,7 +121,8 @@ def test_written_at_intervals(tmp_path, monkeypatch):
     times, written = iter(range(0, 1000, 10)), []
     monkeypatch.setattr("tnreg.training.checkpoint.time.monotonic", lambda: next(times))
 
-    def save(path, state):
+    def save(path, data):
+        state = torch.load(io.BytesIO(data), weights_only=True)
         written.append(len(Trajectory.from_bytes(bytes(state["run"].tolist()))))
 
     monkeypatch.setattr("tnreg.training.checkpoint.save_whole", save)
@@ -134,16 +138,22 @@ def test_written_at_intervals(tmp_path, monkeypatch):
     ({"every": 5}, "every: 10 there, 5 now"),
     ({"observe": {}}, "observed: .*components"),
     ({"sizes": (3, 3, 5, 7)}, "is of another model"),
-    ({"seed": 10}, "loss found there now: (.|\n)*other data, or another loss"),
+    ({"tree": ModeTree([[0, 2], [1, 3]])}, r"model: .*\[0, 1\].*there, .*\[0, 2\].* now"),
+    ({"dtype": torch.float32}, "model: .*float64.* there, .*float32.* now"),
+    ({"seed": 10}, "task: '<Completion .* there, '<Completion .* now"),
+    ({"seed": 10, "hidden": True}, "loss found there now: (.|\n)*other data, or another loss"),
 ])  # fmt: skip
 def test_other_trainings_are_refused(tmp_path, changed, message):
-    train(tmp_path / "c", steps=20, settings={"seed": 1})
+    hidden = changed.pop("hidden", False)  # the task is seen by its loss alone
+    train(tmp_path / "c", steps=20, settings={"seed": 1}, hidden=hidden)
     options = {"observe": {"components": lambda m: m.local_components()}, "settings": {"seed": 1}}
     options |= {"every": 10, **changed}
-    model = zoo.model_of(TREE, seed=0, sizes=options.pop("sizes", None))
+    made = {name: options.pop(name, None) for name in ("sizes", "dtype")}
+    model = zoo.model_of(options.pop("tree", TREE), seed=0, **{k: v for k, v in made.items() if v})
     before, task = copy.deepcopy(model), data(options.pop("seed", 9))
+    loss = (lambda m: task.loss(m)) if hidden else task.loss
     with pytest.raises(OptionError, match=message):
-        fit(model, task.loss, steps=60, progress=False, checkpoint=tmp_path / "c", **options)
+        fit(model, loss, steps=60, progress=False, checkpoint=tmp_path / "c", **options)
     if "loss" not in message:
         assert_same_weights(model, before)
 
@@ -159,3 +169,72 @@ def test_files_that_are_no_checkpoints(tmp_path):
         train(path)
     with pytest.raises(FileError, match="no folder"):
         train(tmp_path / "nowhere" / "c")
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+def custom_tree():
+    """A tree whose nodes are named by what is no Python literal."""
+    left, right = frozenset({"b", "a"}), Color.RED
+    edges = [("root", left), ("root", right), (left, 0), (left, 1), (right, 2), (right, 3)]
+    return ModeTree(networkx.DiGraph(edges))
+
+
+@pytest.mark.parametrize("options", [
+    {"lr": np.logspace(-3, -1, 3)[1]},
+    {"optimizer": lambda p, lr: torch.optim.Adam(p, np.float64(lr), (np.float64(0.5), 0.9), np.float32(1e-8))},
+    {"settings": {"a": np.float32(0.1), "b": np.arange(3), "c": torch.ones(2), "d": np.nan, 1: Path("x")}},
+    {"observe": {"a\0b": lambda m: 1.0, "a": lambda m: 2.0}},
+    {"observe": {"\ud800": lambda m: {np.int64(3): 1.0, (np.int8(1),): 2}}},
+    {"observe": {"parts": lambda m: m.local_components()}},
+    {"scheduler": lambda p: torch.optim.lr_scheduler.MultiStepLR(p, [2, 12], np.float64(0.3))},
+], ids=str)  # fmt: skip
+def test_what_is_written_is_read(tmp_path, options):
+    """The training ends in the same bits, whatever its numbers, names and keys are made of."""
+
+    def trained(path, steps):
+        model = zoo.model_of(custom_tree(), seed=0)
+        return model, fit(
+            model, data().loss, steps=steps, every=5, progress=False, checkpoint=path, **options
+        )
+
+    whole, expected = trained(None, 20)
+    trained(tmp_path / "c", 10)
+    for _ in range(2):  # it goes on, then is returned as it was
+        model, run = trained(tmp_path / "c", 20)
+        assert_same_weights(model, whole)
+        assert run.form() == expected.form() and run["loss"].tolist() == expected["loss"].tolist()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"settings": {"f": object()}}, "settings must be a dict of values for JSON: .*another name"),
+    ({"settings": {(1, 2): 3}}, "settings must be a dict of values for JSON"),
+    ({"observe": {"x": lambda m: {Color.RED: 1.0}}}, "could not be read again.\n.*'x' has other keys"),
+    ({"observe": {"x": lambda m: {object(): 1.0}}}, "could not be read again"),
+    ({"observe": {3: lambda m: 1.0}}, "name of an observation is text, found 3"),
+    ({"optimizer": lambda p, lr: torch.optim.SGD([{"params": list(p), "color": Color.RED}], lr=lr)},
+     "could not be read again"),
+])  # fmt: skip
+def test_what_could_not_be_read_is_refused_before_training(tmp_path, options, message):
+    model = zoo.model_of(TREE, seed=0)
+    before = copy.deepcopy(model)
+    with pytest.raises(TnregError, match=message):
+        fit(model, data().loss, steps=9, progress=False, checkpoint=tmp_path / "c", **options)
+    assert_same_weights(model, before)
+    assert not (tmp_path / "c").exists()
+
+
+def test_flipped_bits_are_found(tmp_path):
+    """A damaged file is refused, or the damage is in what nobody reads; never are there other numbers."""
+    train(tmp_path / "c", steps=10)
+    whole, good = train(tmp_path / "c", steps=10), (tmp_path / "c").read_bytes()
+    refused = 0
+    for place in range(0, len(good), 101):
+        (tmp_path / "c").write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
+        try:
+            assert_equal(train(tmp_path / "c", steps=10), whole)
+        except FileError:
+            refused += 1
+    assert refused > len(good) / 101 / 2

@@ -100,6 +100,54 @@ def test_stops_when_the_loss_is_not_finite_or_interrupted():
     assert run["loss"].shape == (3,)
 
 
+def test_a_loss_that_is_not_finite_is_looked_at_first():
+    """Nothing is observed there, and what was recorded before is kept."""
+
+    def observe(m):
+        assert m.to_tensor().isfinite().all()
+        return 1.0
+
+    options = {"optimizer": "sgd", "lr": 1e3, "every": 1}
+    (_, plain), (_, watched) = train(400, **options), train(400, observe={"x": observe}, **options)
+    assert watched.stop_reason == plain.stop_reason and "the loss became" in plain.stop_reason
+    assert len(watched) == len(plain) > 1 and np.isfinite(watched["loss"]).all()
+    assert len(train(5, loss_until(0, math.nan))[1]) == 0
+
+
+def test_an_error_brings_the_rows_along():
+    count = Mock(side_effect=[1, 2, KeyError("x")])
+    with pytest.raises(KeyError) as raised:
+        train(10, every=2, observe={"count": lambda m: count()})
+    assert raised.value.trajectory["count"].tolist() == [1, 2]
+    assert "the 2 rows" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lbfgs"])
+def test_a_scheduler_and_what_is_called_at_each_step(optimizer):
+    schedulers, seen, rates = torch.optim.lr_scheduler, [], []
+
+    def each_step(step, model, loss):
+        seen.append((step, loss.item(), model.gradients[0].norm().item()))
+
+    def scheduler(update):
+        made = schedulers.StepLR(update, 2, 0.5)
+        rates.append(lambda: made.get_last_lr()[0])
+        return made
+
+    _, run = train(4, every=1, lr=0.1, optimizer=optimizer, scheduler=scheduler, each_step=each_step,
+                   observe={"lr": lambda m: rates[0]()})  # fmt: skip
+    assert run["lr"].tolist() == [0.1, 0.1, 0.05, 0.05, 0.025]
+    assert [step for step, *_ in seen] == [1, 2, 3, 4] and all(norm > 0 for *_, norm in seen)
+    assert [loss for _, loss, _ in seen] == run["loss"][:-1].tolist()
+    model, task = start()
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau = schedulers.ReduceLROnPlateau(own, patience=0, threshold=1e9)
+    fit(model, task.loss, steps=3, optimizer=own, scheduler=plateau, progress=False)
+    assert own.param_groups[0]["lr"] == pytest.approx(1e-4)
+    with pytest.raises(OptionError, match="the scheduler is of another optimizer"):
+        fit(model, task.loss, steps=3, optimizer="sgd", scheduler=plateau, progress=False)
+
+
 test_refuses = refuses([
     (-1, {}, "steps must be an integer >= 0"),
     (1.5, {}, "steps must be an integer"),
@@ -110,6 +158,9 @@ test_refuses = refuses([
     (1, {"observe": {"loss": len}}, "the name 'loss' is taken"),
     (1, {"observe": {"x": 3}}, "'x' must be a function"),
     (1, {"stop": 3}, "'stop' must be a function"),
+    (1, {"each_step": 3}, "'each_step' must be a function"),
+    (1, {"scheduler": 3}, "must be one of torch.optim.lr_scheduler, found 3"),
+    (1, {"graph": True, "each_step": print}, "leave out scheduler and each_step"),
     (1, {"lr": -1.0}, "lr must be a finite number >= 0"),
     (1, {"graph": True}, "needs a CUDA device .* found a model on cpu"),
     (1, {"graph": True, "optimizer": "lbfgs"}, "found an optimizer that evaluates the loss itself"),
@@ -132,8 +183,13 @@ def test_an_observation_keeps_its_form():
 def test_refuses_losses(loss, found):
     with pytest.raises(OptionError, match=f"must return a real scalar(.|\n)*{found}"):
         train(1, loss)
-    with torch.no_grad(), pytest.raises(OptionError, match="gradients are switched off"):
-        train(1, loss)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(OptionError, match="gradients are switched off"):
+            train(1, loss)
+    with torch.inference_mode():
+        model, task = start()
+    with pytest.raises(OptionError, match=r"made under torch.inference_mode"):
+        fit(model, task.loss, steps=1, progress=False)
 
 
 def fake_cuda(monkeypatch):

@@ -9,6 +9,7 @@ import zoo
 from refusals import refuses
 
 from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, sensing
+from tnreg.training.tasks import relative_error
 
 TREE, SIZES = ModeTree.binary(4), (2, 3, 5, 7)
 
@@ -96,6 +97,41 @@ def test_missing_entries():
         completion(values, 50, missing="nan")
     with pytest.raises(OptionError, match="unknown missing='zero'"):
         completion(values, 50, missing="zero")
+
+
+@pytest.mark.parametrize(("dtype", "scales"), [
+    (torch.float32, (1e-30, 1e-24, 1e20, 1e30)), (torch.float64, (1e-170, 1e-150, 1e150)),
+    (torch.complex64, (1e-30, 1e30)), (torch.complex128, (1e-150, 1e150)),
+], ids=str)  # fmt: skip
+def test_errors_hold_at_any_scale(dtype, scales):
+    values, model = target(dtype), zoo.model_of(TREE, dtype=dtype)
+    nothing = Factorization(TREE, SIZES, 1, std=0.0, dtype=dtype)
+
+    def found(scale):
+        tasks = completion(values * scale, 80), sensing(values * scale, 30)
+        node, weight = TREE.root, model.weights[TREE.root].detach()
+        scaled = zoo.model_of(TREE, dtype=dtype)
+        scaled.load_weights({node: weight * scale})
+        return [error(m) for task in tasks for error in (task.train_error, task.test_error)
+                for m in (nothing, scaled)]  # fmt: skip
+
+    expected = found(1.0)
+    assert expected[::2] == pytest.approx([1.0] * 4)
+    for scale in scales:
+        assert found(scale) == pytest.approx(
+            expected, rel=1e-3 if dtype in (torch.float32, torch.complex64) else 1e-9
+        )
+
+
+def test_errors_of_other_units_and_of_nan():
+    one, tiny = torch.ones(3, dtype=torch.float64), torch.full((3,), 1e-170, dtype=torch.float64)
+    assert relative_error(one, tiny) == pytest.approx(1e170) and relative_error(tiny, 0 * one) == math.inf
+    assert math.isnan(relative_error(one * math.nan, one)) and math.isnan(
+        relative_error(one * math.nan, 0 * one)
+    )
+    for task in (completion(target() * 1e-60, 9), sensing(target() * 1e60, 9)):
+        with pytest.raises(DataError, match=r"out of the range of torch.float32(.|\n)*keep torch.float64"):
+            task.to(dtype=torch.float32)
 
 
 def test_a_factorization_is_a_target():

@@ -1,5 +1,8 @@
 """Trajectories: rows, files, and what is refused."""
 
+import sys
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +35,33 @@ def test_rows():
     run.append(0, {"x": value})
     value += 1
     assert run["x"].tolist() == [[0.0, 0.0]]  # a row is a copy
+
+
+def test_a_mapping_and_a_frame():
+    run = example()
+    assert isinstance(run, Mapping) and run.get("x") is None and run != example() and run in {run}
+    assert list(dict(run)) == list(run.keys()) == ["loss", "vector", "parts"]
+    assert dict(run)["loss"].tolist() == run["loss"].tolist()
+    with pytest.raises(OptionError, match=r"write run\[name\], or run.to_frame"):
+        np.asarray(run)
+    pandas = pytest.importorskip("pandas")
+    run.append(30, {"loss": 0.0, "vector": [1.0, 2.0, 3.0], "parts": {(0, 1): [5.0, 6.0], "top": 7}})
+    frame = run.to_frame()
+    assert frame.index.tolist() == [0, 10, 20, 30] and frame.columns.names == ["name", "node", "component"]
+    assert frame["loss"].squeeze().tolist() == run["loss"].tolist()
+    assert frame["parts", "(0, 1)", 1].tolist() == [0, 10, 20, 6] and frame.shape == (4, 7)
+    assert frame["vector"].to_numpy().tolist() == run["vector"].tolist()
+    assert len(Trajectory().to_frame()) == 0
+    scalars = Trajectory()
+    scalars.append(0, {"a": 1.0, "m": torch.eye(2)})
+    assert scalars.to_frame()["m", "", "0,1"].item() == 0.0
+    assert pandas.DataFrame({"a": scalars["a"]})["a"].tolist() == [1.0]
+
+
+def test_to_frame_needs_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(OptionError, match=r"pip install 'tnreg\[data\]'"):
+        example().to_frame()
 
 
 def test_files(tmp_path):

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.machine.progress import shown_progress
-from tnreg.training.checkpoint import Checkpoint
+from tnreg.training.checkpoint import Checkpoint, describe_model, describe_task
 from tnreg.training.cuda_graph import CapturedStep
 from tnreg.training.optim import GroupRMSprop
 from tnreg.training.trajectory import Trajectory
@@ -44,6 +45,8 @@ def fit(
     checkpoint_seconds: float = 30.0,
     settings: Mapping[str, Any] | None = None,
     graph: bool = False,
+    scheduler: Any = None,
+    each_step: Callable[[int, Any, Tensor], Any] | None = None,
 ) -> Trajectory:
     """Minimise ``loss(model)`` and record observations along the way.
 
@@ -65,89 +68,150 @@ def fit(
             ends as if it had never been interrupted, to the last bit on one machine. A finished
             training is returned as it was, or continues if ``steps`` are more now (its last row then
             draws random numbers of its own if ``observe`` does, or a loss with L-BFGS). Pass a new
-            model as before: the file holds its parameters, the optimizer, torch's random state and
-            the trajectory, but neither the loss nor generators of your own.
+            model as before: the file holds its parameters, the optimizer, the scheduler, torch's
+            random state and the trajectory, but neither the loss nor generators of your own. It
+            also names tree, sizes, joins and type of a factorization, and the data of a task whose
+            ``loss`` is given as it is: with another model or task it is refused, as are damaged
+            files and those of earlier versions.
         checkpoint_seconds: Least time between two writings.
         settings: What identifies the training; a checkpoint with other settings is refused.
         graph: On a CUDA device, record the whole step as a CUDA graph after three ordinary ones and
             replay it: no launch costs, and no waiting between rows. The loss must not wait for the
             device (``.item()``) nor change its shapes, and an optimizer of torch's own needs
-            ``capturable=True`` if it has that argument.
+            ``capturable=True`` if it has that argument. Not with ``scheduler`` or ``each_step``.
+        scheduler: A learning rate scheduler of torch, or a function that makes one for the optimizer:
+            ``lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1000)``. It steps after each
+            update; one that follows a metric is given the loss before the update.
+        each_step: ``f(step, model, loss)``, called after each update with the number of updates done;
+            ``loss`` is a tensor, the loss before that update, whose gradients are still there.
 
     Returns:
         The trajectory. Its ``stop_reason`` is ``"steps"``, what ``stop`` returned, ``"interrupted"``
         after Ctrl-C, or says that the loss is no longer finite (checked at every step on the CPU, at
-        every row elsewhere, where reading the loss would wait for the device).
+        every row elsewhere, where reading the loss would wait for the device). There is no row for
+        such a loss, and nothing is observed there.
 
     Raises:
-        OptionError: Unknown optimizer, numbers out of range, or the checkpoint of another training.
+        OptionError: Unknown optimizer, numbers out of range, the checkpoint of another training, or one
+            that could not be read again (said before the first update).
         FileError: The checkpoint cannot be read or written.
+        Exception: What the loss or a function of yours raises; rows so far are its ``trajectory``.
     """
     steps = check_integer(steps, 0, "fit: steps")
     every = check_integer(every, 1, "fit: every")
-    watched = _check_functions(observe, stop)
+    watched = _check_functions(model, observe, stop=stop, each_step=each_step)
     update = _make_optimizer(optimizer, model, lr)
+    schedule = _make_scheduler(scheduler, update)
+    if graph and not (schedule is None and each_step is None):
+        message = "fit: graph=True repeats a step as recorded; leave out scheduler and each_step."
+        raise OptionError(message, argument="graph")
     update_alone = _update_alone(model, loss, update, graph)
-    identity = {**(settings or {}), "optimizer": _describe(update), "every": every}
-    identity["observed"] = ["loss", *watched]
-    saved = Checkpoint(checkpoint, model, update, identity, checkpoint_seconds)
+    training: dict[str, Any] = {}
+    if checkpoint is not None:
+        training = {"model": describe_model(model), "task": describe_task(loss), "every": every}
+        training |= {"optimizer": _describe(update), "observed": ["loss", *watched]}
+        training["scheduler"] = schedule and [type(schedule).__name__, schedule.state_dict()]
+    saved = Checkpoint(checkpoint, model, update, settings or {}, training, schedule, checkpoint_seconds)
     run = saved.read(steps)
     if run.stop_reason:
         return run
-    last = int(run.steps[-1]) if len(run) else -1  # step of the last row that was read
-    first = max(last, 0)
+    with _progress_bar(steps, progress) as show:
+        try:
+            loop = _Loop(
+                model, loss, update, update_alone, schedule, each_step, watched, stop, saved, run, show
+            )
+            loop.go(steps, every)
+        except KeyboardInterrupt:
+            run.stop_reason = "interrupted"
+        except Exception as error:
+            error.trajectory = run  # type: ignore[attr-defined]
+            error.add_note(f"its attribute 'trajectory' has the {len(run)} rows recorded before")
+            raise
+    return run
 
-    def is_row(step: int) -> bool:  # a row to resume from need not be due any more
-        return step % every == 0 or step in (first, steps)
 
-    def record(step: int, value: float) -> str:
-        """Add a row if there is one to add; return a reason to stop, or an empty string."""
-        new = is_row(step) and step > last
-        if new:
-            with torch.no_grad():
-                run.append(step, {"loss": value, **{name: f(model) for name, f in watched.items()}})
-            show(step, value)
+@dataclass
+class _Loop:
+    """A training that begins, or goes on from the last row of ``run``."""
+
+    model: nn.Module
+    loss: Callable[[Any], Tensor]
+    update: torch.optim.Optimizer
+    update_alone: Callable[[], Tensor | None] | None
+    schedule: Any
+    each_step: Callable[[int, Any, Any], Any] | None
+    watched: Mapping[str, Callable[[Any], Any]]
+    stop: Callable[[Trajectory], bool | str] | None
+    saved: Checkpoint
+    run: Trajectory
+    show: Callable[[int, float], None]
+
+    def go(self, steps: int, every: int) -> None:
+        """Train to the end or to a reason to stop, and write the last state."""
+        last = int(self.run.steps[-1]) if len(self.run) else -1  # step of the last row that was read
+        first = max(last, 0)
+        self.update.zero_grad(set_to_none=True)
+        for step in range(first, steps + 1):
+            # a row to resume from need not be due any more
+            is_row = step % every == 0 or step in (first, steps)
+            value: Tensor | None = None
+            if is_row:
+                value = self.saved.loss_at_row(lambda: _check_loss(self.loss(self.model)), self.run)
+            elif self.update_alone is None:
+                value = self.loss(self.model)
+            if value is not None and (is_row or value.device.type == "cpu"):
+                self.run.stop_reason = self._look(step, steps, float(value.detach()), is_row and step > last)
+            if self.run.stop_reason:
+                break
+            if self.update_alone is None:
+                assert value is not None
+                value.backward()  # type: ignore[no-untyped-call]
+                self.update.step()
+                value = value.detach()  # free memory before the next loss is computed
+            else:
+                value = None  # a captured step must not reuse its graph
+                value = self.update_alone()
+            self._follow(step + 1, value)
+        if len(self.run):
+            self.saved.write(self.run, at_once=True)
+
+    def _look(self, step: int, steps: int, value: float, new: bool) -> str:
+        """Add a row if it is ``new``; return a reason to stop, or an empty string."""
         if not math.isfinite(value):
             advice = "try a smaller lr or smaller initial weights"
             return f"the loss became {value} at step {step} of {steps}; {advice}"
-        if new and stop is not None and (verdict := stop(run)):
-            return verdict if isinstance(verdict, str) else "stop"
-        if new and step < steps:
-            saved.write(run)
+        if new:
+            with torch.no_grad():
+                seen = {name: function(self.model) for name, function in self.watched.items()}
+            self.run.append(step, {"loss": value, **seen})
+            self.show(step, value)
+            if len(self.run) == 1 and self.saved.path is not None:
+                self.saved.encode(self.run)  # what cannot be read again is refused now
+            if self.stop is not None and (verdict := self.stop(self.run)):
+                return verdict if isinstance(verdict, str) else "stop"
+            if step < steps:
+                self.saved.write(self.run)
         return "steps" if step == steps else ""
 
-    update.zero_grad(set_to_none=True)
-    with _progress_bar(steps, progress) as show:
-        try:
-            for step in range(first, steps + 1):
-                value: Tensor | None = None
-                if is_row(step):
-                    value = saved.loss_at_row(lambda: _check_loss(loss(model)), run)
-                elif update_alone is None:
-                    value = loss(model)
-                if value is not None and (is_row(step) or value.device.type == "cpu"):
-                    run.stop_reason = record(step, float(value.detach()))
-                    if run.stop_reason:
-                        break
-                if update_alone is not None:
-                    value = None  # a captured step must not reuse its graph
-                    update_alone()
-                else:
-                    assert value is not None
-                    value.backward()  # type: ignore[no-untyped-call]
-                    update.step()
-                    value = None  # free memory before the next loss is computed
-                    update.zero_grad(set_to_none=True)
-            saved.write(run, at_once=True)
-        except KeyboardInterrupt:
-            run.stop_reason = "interrupted"
-    return run
+    def _follow(self, step: int, value: Tensor | None) -> None:
+        """Do what follows an update from this loss."""
+        value = value.detach() if isinstance(value, Tensor) else value
+        if self.schedule is not None:
+            self.schedule.step(*[value] * _follows_a_metric(self.schedule))
+        if self.each_step is not None:
+            with torch.no_grad():
+                self.each_step(step, self.model, value)
+        if self.update_alone is None:
+            self.update.zero_grad(set_to_none=True)
 
 
 def _update_alone(
     model: nn.Module, loss: Callable[[Any], Tensor], update: torch.optim.Optimizer, graph: bool
 ) -> Callable[[], Any] | None:
-    """Return an update that evaluates the loss itself; ``None`` if one goes on from a loss at hand."""
+    """Return an update that evaluates the loss itself; ``None`` if one goes on from a loss at hand.
+
+    It returns the loss unless it is a recorded one.
+    """
 
     def evaluate() -> Tensor:
         update.zero_grad(set_to_none=True)
@@ -177,18 +241,21 @@ def _captured_step(step: Callable[[], Any], model: nn.Module, needs_closure: boo
     return CapturedStep(step, device)
 
 
-def _check_functions(observe: Mapping[str, Any] | None, stop: Any) -> dict[str, Any]:
+def _check_functions(model: nn.Module, observe: Mapping[str, Any] | None, **called: Any) -> dict[str, Any]:
     """Return a copy of ``observe``."""
     watched = dict(observe or {})
     if "loss" in watched:
         message = "fit: the name 'loss' is taken by the training loss; call it something else."
         raise OptionError(message, argument="observe")
-    for name, function in [*watched.items(), *([("stop", stop)] if stop is not None else [])]:
+    others = [(name, function) for name, function in called.items() if function is not None]
+    for name, function in [*watched.items(), *others]:
         if not callable(function):
             message = f"fit: {name!r} must be a function, found {function!r}."
-            raise OptionError(message, argument="observe" if name in watched else "stop")
+            raise OptionError(message, argument="observe" if name in watched else name)
     if not torch.is_grad_enabled():
         raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise OptionError("fit: the model was made under torch.inference_mode; make it outside.")
     return watched
 
 
@@ -218,6 +285,23 @@ def _make_optimizer(chosen: Any, model: nn.Module, lr: float) -> torch.optim.Opt
         message = f"fit: optimizer gave a {type(update).__name__}, not a torch.optim.Optimizer."
         raise OptionError(message, argument="optimizer")
     return update
+
+
+def _make_scheduler(chosen: Any, update: torch.optim.Optimizer) -> Any:
+    made = chosen(update) if callable(chosen) else chosen
+    methods = ("step", "state_dict", "load_state_dict")
+    if made is not None and not all(callable(getattr(made, name, None)) for name in methods):
+        message = f"fit: scheduler must be one of torch.optim.lr_scheduler, found {made!r}."
+        raise OptionError(message, argument="scheduler")
+    if getattr(made, "optimizer", update) is not update:
+        message = "fit: the scheduler is of another optimizer; give scheduler=lambda optimizer: ..."
+        raise OptionError(message, argument="scheduler")
+    return made
+
+
+def _follows_a_metric(scheduler: Any) -> bool:
+    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,15 @@ from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network, check_sizes
 from tnreg.networks.plan import Plan, plan
 from tnreg.tensors.arrays import (
-    Scaled, as_tensor, check_index, check_numbers, double, largest_of, rescale, seeded,
-)  # fmt: skip
+    Scaled,
+    as_tensor,
+    check_index,
+    check_numbers,
+    double,
+    largest_of,
+    rescale,
+    seeded,
+)
 
 
 class Completion:

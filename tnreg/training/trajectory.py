@@ -6,7 +6,7 @@ import ast
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from tnreg.machine.files import write_whole
 Array = np.ndarray[Any, Any]
 
 
-class Trajectory:
+class Trajectory(Mapping[str, Any]):
     """Observations along a training, as numpy arrays with one row per observation.
 
     ``run.steps`` are the numbers of updates done at each observation; ``run["loss"]`` the loss
     there; ``run[name]`` what the function of that name in ``observe`` returned: an array of shape
     ``(rows,)`` for numbers, ``(rows, *shape)`` for tensors, ``{key: array}`` for dicts such as
-    local components or spectra. ``run.stop_reason`` says why the training ended.
+    local components or spectra. ``run.stop_reason`` says why the training ended. A mapping of names to
+    these, but ``len(run)`` counts rows.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,18 @@ class Trajectory:
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return ``run[name]``, or the default if nothing of that name was observed."""
+        return self[name] if name in self else default
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping's would compare arrays
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise OptionError("a trajectory is no array; write run[name], or run.to_frame() for pandas.")
+
     def __getitem__(self, name: str) -> Any:
         return self.last(name, max(len(self), 1))
 
@@ -67,8 +80,11 @@ class Trajectory:
 
         Raises:
             ShapeError: A name is new or missing, or a value has another shape than before.
-            DataError: A value that is no number, tensor or dict of them.
+            DataError: A name that is no text, or a value that is no number, tensor or dict of them.
         """
+        for name in values:
+            if not isinstance(name, str):
+                raise DataError(f"the name of an observation is text, found {name!r}.", argument="values")
         row = {name: _freeze(name, value) for name, value in values.items()}
         for name in {**row, **self._rows} if self._steps else ():
             now, before = _form(row.get(name)), _form(self._rows.get(name, [None])[-1])
@@ -80,6 +96,36 @@ class Trajectory:
         for name, value in row.items():
             self._rows.setdefault(name, []).append(value)
         self._steps.append(int(step))
+
+    def form(self) -> dict[str, Any]:
+        """Return the shape of one row of everything observed, ``{key: shape}`` for dicts."""
+        return {name: _form(rows[-1]) for name, rows in self._rows.items()}
+
+    def to_frame(self) -> Any:
+        """Return a ``pandas.DataFrame`` with one row per observation; its index is ``steps``.
+
+        Its columns have three levels: the name, the node (or another key of a dict) as text, and the
+        component: a number, or text such as ``"0,1"`` in tensors of more axes. Levels that a value does not
+        have are empty.
+
+        Raises:
+            OptionError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise OptionError("to_frame needs pandas: pip install 'tnreg[data]'") from None
+        titles, columns = list[tuple[Any, ...]](), list[Array]()
+        for name, value in self.items():
+            for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+                for place in np.ndindex(part.shape[1:]):
+                    component = place[0] if len(place) == 1 else ",".join(map(str, place))
+                    titles.append((name, str(key), component))
+                    columns.append(part[:, *place])
+        frame = pandas.DataFrame(dict(enumerate(columns)), index=pandas.Index(self.steps, name="step"))
+        if titles:
+            frame.columns = pandas.MultiIndex.from_tuples(titles, names=("name", "node", "component"))
+        return frame
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file, whole or not at all.
@@ -95,6 +141,7 @@ class Trajectory:
         arrays: dict[str, Any] = {"steps": self.steps}
 
         def put(title: str, array: Array) -> str:
+            title = title if title.isprintable() and len(title) < 200 else "array"  # a zip file's names
             unique, count = title, 1
             while unique in {*arrays, "about", "file", "allow_pickle"}:  # savez has arguments so named
                 count += 1
@@ -105,7 +152,7 @@ class Trajectory:
         def titles(name: str, value: Any) -> str | list[list[str]]:
             if not isinstance(value, dict):
                 return put(name, value)
-            return [[repr(key), put(f"{name}/{key}", part)] for key, part in value.items()]
+            return [[key_text(key), put(f"{name}/{key}", part)] for key, part in value.items()]
 
         names = {name: titles(name, self[name]) for name in self._rows}
         arrays["about"] = np.array(json.dumps({"stop_reason": self.stop_reason, "names": names}))
@@ -114,9 +161,9 @@ class Trajectory:
         return data.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Trajectory:
-        """Read what ``to_bytes`` returned."""
-        run = cls()
+    def from_bytes(cls, data: bytes, keys: Iterable[Any] = ()) -> Trajectory:
+        """Read what ``to_bytes`` returned. ``keys`` are those of dicts that are no Python literals."""
+        run, known = cls(), {key_text(key): key for key in keys}
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             run.stop_reason = str(about["stop_reason"])
@@ -132,7 +179,7 @@ class Trajectory:
                 if isinstance(titles, str):
                     run._rows[name] = list(column(titles))
                     continue
-                parts = {_read_key(key): column(title) for key, title in titles}
+                parts = {known.get(key, _read_key(key)): column(title) for key, title in titles}
                 run._rows[name] = [{k: part[i] for k, part in parts.items()} for i in range(len(run))]
         return run
 
@@ -160,7 +207,7 @@ class Trajectory:
 
 def _freeze(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _freeze_array(f"{name}[{key!r}]", part) for key, part in value.items()}
+        return {_plain(key): _freeze_array(f"{name}[{key!r}]", part) for key, part in value.items()}
     return _freeze_array(name, value)
 
 
@@ -185,8 +232,24 @@ def _form(value: Any) -> Any:
     return getattr(value, "shape", None)
 
 
+def key_text(key: Any) -> str:
+    """Return a key of a dict as text, the same one in every process."""
+    if isinstance(key, frozenset):
+        return f"frozenset({{{', '.join(sorted(map(key_text, key)))}}})"
+    if type(key) is tuple:
+        return f"({', '.join(map(key_text, key))}{',' * (len(key) == 1)})"
+    return repr(key)
+
+
+def _plain(key: Any) -> Any:
+    """Return numbers of numpy in a key as Python's, which are equal to them and can be read again."""
+    if type(key) is tuple:
+        return tuple(map(_plain, key))
+    return key.item() if isinstance(key, np.generic) else key
+
+
 def _read_key(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text

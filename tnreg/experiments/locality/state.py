@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tnreg.errors import OptionError
 from tnreg.machine.files import write_whole
-from tnreg.training.checkpoint import no_checkpoint, save_whole
+from tnreg.training.checkpoint import no_checkpoint, read_state_bytes, save_whole, state_bytes
 from tnreg.training.trajectory import Trajectory
 
 FORMAT = "tnreg.locality/2"
@@ -44,14 +44,14 @@ def write_state(path: Path, state: Mapping[str, Any], *, portable: bool) -> None
     """Write a state, its optimizer's under "optimizer", whole or not at all; remove the parts before it."""
     parts: list[Path] = []
     if not portable:
-        save_whole(path, state)
+        save_whole(path, state_bytes(state))
     else:
         raw = _small_enough(state)
         digest = hashlib.sha256(raw).hexdigest()
         pieces = [raw[i : i + _PART] for i in range(0, len(raw), _PART)]
         for i, piece in enumerate(pieces, 1):
             parts.append(path.with_name(f"{path.name}.{digest[:8]}.{i}-of-{len(pieces)}"))
-            write_whole(parts[-1], functools.partial(Path.write_bytes, data=piece))
+            save_whole(parts[-1], piece)
         about = {"format": _PARTS, "sha256": digest, "parts": [part.name for part in parts]}
         write_text(path, json.dumps(about, indent=1) + "\n")
     _remove_parts(path, parts)
@@ -109,8 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
         raw = b"".join(part.read_bytes() for part in parts)
         if hashlib.sha256(raw).hexdigest() != about["sha256"]:
             raise ValueError("its parts are not those that were written")
-    state: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    return state
+    return read_state_bytes(raw)
 
 
 def _remove_parts(path: Path, but: list[Path]) -> None:
@@ -131,9 +130,8 @@ def _small_enough(state: Mapping[str, Any]) -> bytes:
         for key, values in momentum.items()
     }
     for kept, values in (("exact", momentum), ("bfloat16", halves), ("left out", {})):
-        raw = io.BytesIO()
         optimizer = {**state["optimizer"], "state": values}
-        torch.save({**state, "optimizer": optimizer, "momentum": kept}, raw)
-        if raw.tell() <= _WHOLE:
-            return raw.getvalue()
+        raw = state_bytes({**state, "optimizer": optimizer, "momentum": kept})
+        if len(raw) <= _WHOLE:
+            return raw
     raise AssertionError("check_travels was not asked")
