@@ -44,7 +44,8 @@ def train(path, *, steps=60, stop_at=None, optimizer="group-rmsprop", noisy=Fals
         return m.local_components()
 
     run = fit(model, loss if hidden else task.loss, steps=steps, every=10, optimizer=optimizer,
-              progress=False, checkpoint=path, observe={"components": watch}, checkpoint_seconds=0, **options)  # fmt: skip
+              progress=False, checkpoint=path, checkpoint_seconds=0, observe={"components": watch},
+              **options)  # fmt: skip
     return model, run
 
 
@@ -184,7 +185,7 @@ def custom_tree():
 
 @pytest.mark.parametrize("options", [
     {"lr": np.logspace(-3, -1, 3)[1]},
-    {"optimizer": lambda p, lr: torch.optim.Adam(p, np.float64(lr), (np.float64(0.5), 0.9), np.float32(1e-8))},
+    {"optimizer": lambda p, lr: torch.optim.Adam(p, lr, (np.float64(0.5), 0.9), np.float32(1e-8))},
     {"settings": {"a": np.float32(0.1), "b": np.arange(3), "c": torch.ones(2), "d": np.nan, 1: Path("x")}},
     {"observe": {"a\0b": lambda m: 1.0, "a": lambda m: 2.0}},
     {"observe": {"\ud800": lambda m: {np.int64(3): 1.0, (np.int8(1),): 2}}},

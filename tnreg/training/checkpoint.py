@@ -306,6 +306,7 @@ def _first_line(error: Exception) -> str:
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
     return {
-        name: f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        name: f"{value.dtype} {tuple(value.shape)}"
         for name, value in state.items()
+        if not name.endswith("_extra_state")  # of any kind
     }
