@@ -2,9 +2,11 @@
 
 Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` cuts the
 smallest of all nodes together: the squares of what is discarded anywhere bound that of the error.
-``decompose`` goes from the leaves up on a core that shrinks with every node, where what is discarded
-adds up to the error exactly; it spends a part of the tolerance there and the rest by ``truncate``. In
-both the tolerance bounds the relative error, always (down to the rounding of the dtype).
+``decompose`` goes from the leaves up on a core that shrinks with every node, where the squares of what is
+discarded add up to that of the error exactly; it spends a part of the tolerance there and the rest by
+``truncate``. What that discards is orthogonal to what a node lost on the way up, except for what it
+discards below that node: there norms are added, not squares, so at nodes above others little is spent on
+the way up. In both the tolerance bounds the relative error, always (down to the rounding of the dtype).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.rounding import limits_of, network_of, round_network, share_of, to_factorization
 from tnreg.tensors.arrays import as_tensor, check_dense, double, seeded, to_core
-from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors
+from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors, rounding_rtol
 from tnreg.tensors.blocks import (
     as_blocks,
     compress,
@@ -36,9 +38,9 @@ from tnreg.tensors.passes import norm
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
-# Share of the tolerance that decompose may spend on the way up: a larger one makes the core smaller,
-# a smaller one leaves more to where it is needed.
-_FIRST_SHARE = 0.3
+# Shares of the tolerance that decompose may spend on the way up, at leaves and at nodes above others: a
+# larger one makes the core smaller, a smaller one leaves more to where it is needed.
+_FIRST_SHARE, _INNER_SHARE = 0.3, 0.1
 
 # What is kept of a node with more rows than this is looked for with random vectors first, if asked for.
 _RANDOMIZED_ROWS = 64
@@ -104,21 +106,28 @@ def decompose(
         array, allowed = as_blocks(tensor), memory_of(memory)
         tensor = whole(array, allowed)
         if tensor is None:
-            return _decompose_blocks(array, tree, limits_of(tree, ranks), share_of(rtol), allowed)
+            dtype = getattr(torch, array.dtype.name)
+            share = share_of(rtol, dtype)
+            return _decompose_blocks(array, tree, limits_of(tree, ranks), share, dtype, allowed)
     with torch.no_grad():
         dense = check_dense(tensor, tree).detach()
-        limits, share = limits_of(tree, ranks), share_of(rtol)
+        limits, share = limits_of(tree, ranks), share_of(rtol, dense.dtype)
         core, log2 = to_core(dense, tree)
         random = seeded(seed, "decompose: seed", core.device) if randomized else None
-        sweep = _Sweep(Core(core, tree), limits, share, random)
+        sweep = _Sweep(Core(core, tree), limits, share, dense.dtype, random)
         weights = sweep.run(range(top), top)
         if share and sweep.total:
-            return sweep.finish(weights, log2, dense.dtype)
+            return sweep.finish(weights, log2)
         return to_factorization(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
 
 
 def _decompose_blocks(
-    array: Any, tree: ModeTree, limits: Mapping[int, int], share: float | None, memory: int
+    array: Any,
+    tree: ModeTree,
+    limits: Mapping[int, int],
+    share: float | None,
+    dtype: torch.dtype,
+    memory: int,
 ) -> Factorization:
     """Reduce the tensor to a core block by block, and decompose that in memory."""
     with torch.no_grad():
@@ -127,24 +136,24 @@ def _decompose_blocks(
         for i in reduced.split:  # from the basis of a node, weights of all nodes below it
             inside = positions_below(tree, i)
             leaves = [c for c in sorted(inside) if not tree.links[c]]
-            sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None)
+            sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None, torch.float64)
             weights |= sweep.run(inside, i)
         core = Core(reduced.core, tree, reduced.front)
-        sweep = _Sweep(core, limits, share, total=reduced.total, lost=reduced.lost)
+        sweep = _Sweep(core, limits, share, dtype, total=reduced.total, lost=reduced.lost, cut=reduced.cut)
         top = len(tree.nodes) - 1
         weights |= sweep.run([i for i in range(top) if i not in weights], top)
-        dtype = getattr(torch, array.dtype.name)
         if sweep.total:
-            return sweep.finish(weights, reduced.log2, dtype)
+            return sweep.finish(weights, reduced.log2)
         return to_factorization(tree, weights, reduced.log2, dtype, 0.0)
 
 
 class _Sweep:
     """From the leaves up: at every node a basis of the core's rows, then the core in that basis.
 
-    ``limits`` are the largest ranks by position. ``share`` is the error allowed, relative to the norm
-    (``None``: only zeros are cut); ``run`` spends a part of it, ``finish`` the rest. A core that has lost
-    some of the tensor comes with the ``total`` squared norm and what is ``lost`` of it.
+    ``limits`` are the largest ranks by position, ``dtype`` is the tensor's. ``share`` is the error allowed,
+    relative to the norm (``None``: only zeros are cut); ``run`` spends a part of it, ``finish`` the rest. A
+    core that has lost some of the tensor comes with the ``total`` squared norm, what is ``lost`` of it, and
+    what was ``cut`` at which node.
     """
 
     def __init__(
@@ -152,42 +161,52 @@ class _Sweep:
         core: Core,
         limits: Mapping[int, int],
         share: float | None,
+        dtype: torch.dtype,
         random: torch.Generator | None = None,
         *,
         total: float | None = None,
         lost: float = 0.0,
+        cut: Mapping[int, float] | None = None,
     ) -> None:
-        self.core, self.limits, self.share, self.random = core, limits, share, random
+        self.core, self.limits, self.share, self.dtype, self.random = core, limits, share, dtype, random
         self.total = _square(core.tensor) if total is None else total
-        self.budget = max((_FIRST_SHARE * (share or 0.0)) ** 2 * self.total - lost, 0.0)
-        self.lost = lost
+        self.lost, self.cut = lost, dict(cut or {})
 
     def run(self, nodes: Sequence[int], last: int) -> dict[int, Tensor]:
         """Compute the weights of nodes below the last one; that of the last is the core that is left."""
         core, tree = self.core, self.core.tree
         weights: dict[int, Tensor] = {}
-        spenders = len(nodes)
-        if last == len(tree.nodes) - 1:  # of two ends of a cut the second discards nothing
-            spenders -= last - len(tree.cuts)
-        for count, i in enumerate(sorted(nodes, key=lambda i: tree.heights[i])):
-            shape = core.merge(i)
-            basis, lost = self._basis(i, self.budget / max(spenders - count, 1))
-            self.budget -= min(lost, self.budget)
-            self.lost += lost
-            weights[i] = basis.reshape(*shape, -1)
+        nodes, tolerated = sorted(nodes, key=lambda i: tree.heights[i]), (self.share or 0.0) ** 2 * self.total
+        for inner, most in ((False, _FIRST_SHARE), (True, _INNER_SHARE)):
+            part = [i for i in nodes if bool(tree.links[i]) == inner]
+            budget = most**2 * tolerated - sum(x for i, x in self.cut.items() if bool(tree.links[i]) == inner)
+            budget = max(min(budget, tolerated - self.lost), 0.0)
+            for count, i in enumerate(part):
+                shape = core.merge(i)
+                basis, lost = self._basis(i, budget / (len(part) - count))
+                budget -= min(lost, budget)
+                self.lost += lost
+                if lost:
+                    self.cut[i] = lost
+                weights[i] = basis.reshape(*shape, -1)
         weights[last] = core.tensor.reshape(core.sizes)
         return weights
 
-    def finish(self, weights: Mapping[int, Tensor], log2: int, dtype: torch.dtype) -> Factorization:
+    def finish(self, weights: Mapping[int, Tensor], log2: int) -> Factorization:
         """Round the weights of a whole tree with what is left of the tolerance."""
         tree, rest, share = self.core.tree, self.total - self.lost, None
         if self.share is not None:
             share = math.sqrt(max(self.share**2 * self.total - self.lost, 0.0) / rest)
+        above = [i for i in self.cut if tree.links[i]]
+        crossed = set().union(*(positions_below(tree, i) for i in above))
+        error = math.sqrt(min(sum(self.cut[i] for i in above), self.lost) / rest)
         net, stacks = network_of(tree, weights)
-        rounded = round_network(net, stacks, self.limits, share, orthonormal=True)
+        rounded = round_network(
+            net, stacks, self.limits, share, dtype=self.dtype, orthonormal=True, before=(error, crossed)
+        )
         lost = self.lost + rounded.lost * (rounded.size * 2.0**rounded.log2) ** 2
         rounded.weights[len(tree.nodes) - 1] *= 2.0**rounded.log2
-        return to_factorization(tree, rounded.weights, log2, dtype, math.sqrt(lost))
+        return to_factorization(tree, rounded.weights, log2, self.dtype, math.sqrt(lost))
 
     def _basis(self, i: int, allowed: float) -> tuple[Tensor, float]:
         """Bring a node's axis into a basis ``(rows, rank)``; return it, and the square of what is lost."""
@@ -208,8 +227,8 @@ class _Sweep:
             eps=torch.finfo(view.real.dtype).eps,
         )  # fmt: skip
         if self.share is None:
-            floor = (max(rows, others) * torch.finfo(squares.dtype).eps) ** 2 * float(squares[0])
-            rank = int((squares > floor).sum())
+            zero = rounding_rtol(max(rows, others), self.dtype, squares.dtype)
+            rank = int((squares > zero**2 * squares[0]).sum())
         else:
             rank = int((~cut_smallest([squares], allowed - outside)[0]).sum())
         rank = max(1, rank if limit is None else min(rank, limit))
@@ -277,9 +296,11 @@ def truncate(
             f"truncate is for factorizations, found {type(model).__name__}; write decompose(tensor, tree)."
         )
     net = model.network
-    limits, share = limits_of(model.tree, ranks), share_of(rtol)
+    limits, share = limits_of(model.tree, ranks), share_of(rtol, model.dtype)
     with torch.no_grad():
-        rounded = round_network(net, [double(stack) for stack in model.stacks], limits, share)
+        rounded = round_network(
+            net, [double(stack) for stack in model.stacks], limits, share, dtype=model.dtype
+        )
         lost = math.sqrt(rounded.lost) * rounded.size
         return to_factorization(model.tree, rounded.weights, rounded.log2, model.dtype, lost)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, ShapeError, check_number
-from tnreg.tensors.arrays import as_tensor, check_dense, largest_of, matricize, squares_fit, to_core
+from tnreg.tensors.arrays import as_tensor, check_dense, double, largest_of, matricize, squares_fit, to_core
 from tnreg.tensors.axes import Core, axis_gram, axis_triangle
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -39,7 +39,8 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     """
     x = check_dense(x, tree)
     if x.requires_grad and torch.is_grad_enabled():
-        return _svdvals_of_nodes(x, tree)
+        found = _svdvals_of_nodes(double(x), tree)
+        return {node: s.to(x.real.dtype) for node, s in found.items()}
     values, log2 = scaled_spectra(x, tree)
     return {node: (s * 2.0**log2).to(x.real.dtype) for node, s in values.items()}
 
@@ -116,11 +117,11 @@ def effective_rank(s: Tensor | Sequence[float]) -> Tensor:
         >>> effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0]))
         tensor(3.)
     """
-    s, largest = _check_values(s)
+    s, largest, dtype = _check_values(s)
     if largest == 0:
-        return torch.zeros_like(largest)
+        return torch.zeros_like(largest, dtype=dtype)
     s = s / largest  # a sum of huge values would overflow
-    return torch.exp(_entropy(s / s.sum()))
+    return torch.exp(_entropy(s / s.sum())).to(dtype)
 
 
 def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
@@ -129,11 +130,11 @@ def entanglement_entropy(s: Tensor | Sequence[float]) -> Tensor:
     The values are not negative, of shape ``(k,)``; the entropy is at most the logarithm of the rank.
     Differentiable; a zero vector gives 0.
     """
-    s, largest = _check_values(s)
+    s, largest, dtype = _check_values(s)
     if largest == 0:
-        return torch.zeros_like(largest)
+        return torch.zeros_like(largest, dtype=dtype)
     square = (s / largest) ** 2
-    return _entropy(square / square.sum())
+    return _entropy(square / square.sum()).to(dtype)
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -142,14 +143,15 @@ def _entropy(p: Tensor) -> Tensor:
     return 0.0 - (p * p.log()).sum()  # not -0.0 where there is a single one
 
 
-def _check_values(s: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return the values, and the largest of them as a constant (0 for none)."""
+def _check_values(s: Tensor | Sequence[float]) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return the values in double precision, the largest as a constant (0 for none), and their dtype."""
     s = as_tensor(s)
     if s.ndim != 1 or not s.is_floating_point():
         raise ShapeError(
             f"expected a vector of real singular values, found shape {tuple(s.shape)}, dtype {s.dtype}."
         )
+    dtype, s = s.dtype, double(s)
     fixed = s.detach()
     if not bool((torch.isfinite(fixed) & (fixed >= 0)).all()):
         raise DataError("singular values must be finite and not negative.")
-    return s, fixed.max() if len(s) else fixed.sum()
+    return s, fixed.max() if len(s) else fixed.sum(), dtype

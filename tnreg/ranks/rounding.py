@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tnreg.errors import OptionError, ShapeError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
-from tnreg.tensors.axes import cut_smallest
+from tnreg.tensors.axes import cut_smallest, rounding_rtol
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -26,7 +26,7 @@ _LARGEST_CORE = 2**31
 class Rounded:
     """A rounded network: the tensor of the ``weights``, by position, times ``2**log2``.
 
-    The norm before was ``size * 2**log2``; ``lost`` is the share of its square that was cut off.
+    The norm before was ``size * 2**log2``; ``lost`` is by how much of its square that of the error grew.
     """
 
     weights: dict[int, Tensor]
@@ -41,7 +41,9 @@ def round_network(
     limits: Mapping[int, int],
     share: float | None,
     *,
+    dtype: torch.dtype,
     orthonormal: bool = False,
+    before: tuple[float, Container[int]] = (0.0, ()),
 ) -> Rounded:
     """Round a network in orthonormal frames, equal nodes together.
 
@@ -50,7 +52,10 @@ def round_network(
         stacks: Its weights in double precision.
         limits: Largest bonds by position.
         share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+        dtype: That of the numbers before they were brought to double precision.
         orthonormal: Whether weights but the root's are to have orthonormal columns to rounding.
+        before: An error made before, relative to the norm, and the positions whose cuts are not orthogonal
+            to it: with the sum ``c`` of the squares cut there, its own square grows by ``2 error √c`` more.
     """
     parts = batches(net)
     widest = max(parts, key=lambda batch: batch.numbers // len(batch.nodes))
@@ -58,7 +63,7 @@ def round_network(
     _check_size(net, widest.nodes[0], widest.numbers // len(widest.nodes), numbers)
     found = frames(net, stacks)
     results = _match_root(net, found, values_in_frames(net, found, vectors=True))
-    ranks, lost = _choose_ranks(net, results, limits, share)
+    ranks, lost = _choose_ranks(net, results, limits, share, dtype, before)
     weights = _project(net, found, results, ranks, orthonormal)
     size, log2 = scale_of(found)
     return Rounded(weights, lost, float(size), float(log2))
@@ -99,11 +104,17 @@ def _check_size(net: Network, node: int, numbers: int, total: int = 0) -> None:
 
 
 def _choose_ranks(
-    net: Network, results: Sequence[Values], limits: Mapping[int, int], share: float | None
+    net: Network,
+    results: Sequence[Values],
+    limits: Mapping[int, int],
+    share: float | None,
+    dtype: torch.dtype,
+    before: tuple[float, Container[int]],
 ) -> tuple[list[int], float]:
     """Choose a rank for every position: the smallest singular values of all cuts together go first.
 
-    Return the ranks as well as the sum of the squares of the values that are cut off.
+    Return the ranks as well as the sum of the squares of the values that are cut off, and what it costs more
+    for the error made ``before``.
     """
     cuts = net.tree.cuts
     seconds = {cut[1] for cut in cuts if len(cut) == 2}  # their values are their siblings'
@@ -116,31 +127,38 @@ def _choose_ranks(
         if slots:
             nodes += [batch.nodes[slot] for slot in slots]
             spectra.append(part.values if len(slots) == len(batch.nodes) else part.values[slots])
-    counts = torch.cat(_count_values(spectra, share)).tolist()
+    error, crossed = before
+    lengths = [len(values) for values in spectra]
+    factors = torch.split(spectra[0].new_tensor([error * (node in crossed) for node in nodes]), lengths)
+    counts = torch.cat(_count_values(spectra, share, dtype, factors)).tolist()
     count_of = dict(zip(nodes, counts, strict=True))
     ranks = [1] * len(net.tree.nodes)
     for cut in cuts:
         count = max(1, min(count_of[cut[0]], *[most[i] for i in cut]))
         for i in cut:
             ranks[i] = count
-    lost = spectra[0].new_zeros(())
+    lost, crossing = spectra[0].new_zeros(()), spectra[0].new_zeros(())
     chosen = torch.tensor([ranks[node] for node in nodes], device=lost.device)
-    for values, rank in zip(spectra, torch.split(chosen, [len(v) for v in spectra]), strict=True):
+    for values, rank, factor in zip(spectra, torch.split(chosen, lengths), factors, strict=True):
         cut_off = torch.arange(values.shape[1], device=lost.device) >= rank.unsqueeze(1)
-        lost += (values.square() * cut_off).sum()
-    return ranks, float(lost)
+        squares = (values.square() * cut_off).sum(1)
+        lost += squares.sum()
+        crossing += (squares * factor.square()).sum()
+    return ranks, float(lost + 2 * crossing.sqrt())
 
 
-def _count_values(spectra: Sequence[Tensor], share: float | None) -> list[Tensor]:
+def _count_values(
+    spectra: Sequence[Tensor], share: float | None, dtype: torch.dtype, factors: Sequence[Tensor]
+) -> list[Tensor]:
     """Count the values ``(nodes,)`` to keep of spectra ``(nodes, count)``, see ``_choose_ranks``."""
-    eps = torch.finfo(spectra[0].dtype).eps
     if share is None:
-        largest = torch.stack([values.max() for values in spectra]).max()
-        return [(values > 64 * values.shape[1] * eps * largest).sum(1) for values in spectra]
+        zero = rounding_rtol(None, dtype, spectra[0].dtype)
+        return [(values > zero * values.amax(1, keepdim=True)).sum(1) for values in spectra]
     # rounded up by what rounding may hide, unless nothing may be discarded anyway
-    slack = 4 * eps if share > 0 else 0.0
+    slack = 4 * torch.finfo(spectra[0].dtype).eps if share > 0 else 0.0
     squares = [(values + slack).square() for values in spectra]
-    return [(~cut).sum(1) for cut in cut_smallest(squares, share**2)]
+    crossing = [factor.unsqueeze(1).expand_as(part) for factor, part in zip(factors, squares, strict=True)]
+    return [(~cut).sum(1) for cut in cut_smallest(squares, share**2, crossing)]
 
 
 def _project(
@@ -260,8 +278,9 @@ def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[in
     return limits
 
 
-def share_of(rtol: float | None) -> float | None:
-    """Return the tolerance less what rounding may add to the error."""
+def share_of(rtol: float | None, dtype: torch.dtype) -> float | None:
+    """Return the tolerance less what rounding of the work and of the weights may add to the error."""
     if rtol is None:
         return None
-    return max(check_number(rtol, "rtol", 0, 1) - 16 * torch.finfo(torch.float64).eps, 0.0)
+    rounding = max(16 * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps / 2)
+    return max(check_number(rtol, "rtol", 0, 1) - rounding, 0.0)

@@ -19,6 +19,7 @@ from tnreg.ranks.decompose import decompose
 from tnreg.ranks.dense import dense_spectra, numerical_rank, scaled_spectra
 from tnreg.ranks.frames import batches, frames, frames_fit, scale_of, values_in_frames, values_through_bonds
 from tnreg.tensors.arrays import Scaled, check_dense, double
+from tnreg.tensors.axes import rounding_rtol
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -97,8 +98,9 @@ def hierarchical_rank(
     Args:
         x: As in ``spectra``.
         tree: As in ``spectra``.
-        rtol: Default ``max(rows, columns) * eps``, for a factorization at most ``1000 * eps``. For a
-            trained model take e.g. 1e-3.
+        rtol: Default: what rounding may leave of zeros, ``16 eps`` of the dtype and, for the work,
+            ``sqrt(max(rows, columns))`` (1000 for a factorization) times that of double precision; at most
+            1/2. For a trained model take e.g. 1e-3.
         memory: As in ``spectra``.
 
     Returns:
@@ -115,28 +117,29 @@ def hierarchical_rank(
     """
     x = factorization_of(x)
     spectra_of: dict[Node, Tensor] = {}
-    most: float = math.inf
     with torch.no_grad():
         if isinstance(x, Factorization):
             _check_own_tree(x, tree)
-            tree, sizes, eps = x.tree, x.sizes, torch.finfo(x.dtype).eps
-            most = 1000  # the factors are small: rounding does not grow with what they stand for
+            tree, sizes, dtype = x.tree, x.sizes, x.dtype
             for positions, scaled in _factored_spectra(x):  # scales do not matter
                 spectra_of |= zip((tree.nodes[i] for i in positions), scaled.x, strict=True)
         elif is_blocks(x):
             tree, sizes = _check_tree(tree), tuple(x.shape)
             spectra_of = _spectra_of_blocks(x, tree, memory)
-            eps = max(torch.finfo(s.dtype).eps for s in spectra_of.values())
+            dtype = getattr(torch, as_blocks(x).dtype.name)
         else:
             tree = _check_tree(tree)
             dense = check_dense(x, tree)
-            sizes, eps = tuple(dense.shape), torch.finfo(dense.dtype).eps
+            sizes, dtype = tuple(dense.shape), dense.dtype
             spectra_of = scaled_spectra(dense, tree)[0]
     ranks: dict[Node, int] = {}
     for node in tree.nodes[:-1]:
-        rows = math.prod(sizes[m] for m in tree.modes_below(node))
-        longest = min(max(rows, math.prod(sizes) // rows), most)
-        ranks[node] = numerical_rank(spectra_of[node], longest * eps if rtol is None else rtol)
+        longest = None
+        if not isinstance(x, Factorization):
+            rows = math.prod(sizes[m] for m in tree.modes_below(node))
+            longest = max(rows, math.prod(sizes) // rows)
+        zero = rounding_rtol(longest, dtype, double(spectra_of[node]).dtype)
+        ranks[node] = numerical_rank(spectra_of[node], zero if rtol is None else rtol)
     return ranks
 
 

@@ -118,10 +118,34 @@ def left_vectors(
     return left, (values + (0 if part is None else 4 * eps * values[0])).square()
 
 
-def cut_smallest(squares: Sequence[Tensor], allowed: float) -> list[Tensor]:
-    """Return for each group which squares may go: the smallest of all whose sum is within what is allowed."""
+def rounding_rtol(longest: int | None, dtype: torch.dtype, work: torch.dtype) -> float:
+    """Return the share of the largest singular value up to which others are zero to rounding.
+
+    ``16 eps + sqrt(longest) eps(work)``, at most 1/2, ``longest`` the longer side of the matrix; for that of
+    a factorization, which is never formed, ``None``: 1000 in place of the root.
+    Entries rounded to a dtype are off by up to ``eps/2`` of themselves. Where these errors are independent,
+    their singular values are some ``eps/4 (sqrt(rows) + sqrt(columns))`` times the mean square root of the
+    entries, which is below ``eps`` times the largest value for any shape; in the worst case, at rank r, they
+    are ``sqrt(r) eps/2``. The 16 leaves room for the arithmetic that made the data. The second term is for
+    that of the decomposition itself, whose errors grow with the root of the length (measured: a fifth of it).
+    """
+    length = 1000.0 if longest is None else math.sqrt(longest)
+    return min(16 * torch.finfo(dtype).eps + length * torch.finfo(work).eps, 0.5)
+
+
+def cut_smallest(
+    squares: Sequence[Tensor], allowed: float, crossing: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Return for each group which squares may go: the smallest of all whose sum is within what is allowed.
+
+    The root of the sum of ``squares * crossing²`` counts beside, twice (``crossing`` as the squares).
+    """
     ascending, places = torch.cat([group.flatten() for group in squares]).sort(stable=True)
+    sums = ascending.cumsum(0)
+    if crossing is not None:
+        factors = torch.cat([group.flatten() for group in crossing])[places]
+        sums = sums + 2 * (ascending * factors.square()).cumsum(0).sqrt()
     cut = torch.zeros_like(ascending, dtype=torch.bool)
-    cut[places[ascending.cumsum(0) <= allowed]] = True
+    cut[places[sums <= allowed]] = True
     masks = torch.split(cut, [group.numel() for group in squares])
     return [mask.reshape(group.shape) for mask, group in zip(masks, squares, strict=True)]

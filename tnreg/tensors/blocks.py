@@ -29,7 +29,7 @@ from torch import Tensor
 from tnreg.errors import DataError, OptionError, ShapeError, SizeError
 from tnreg.machine.memory import available, limit_of, written
 from tnreg.tensors.arrays import check_order, largest_of, squares_fit, times_power_of_two
-from tnreg.tensors.axes import cut_smallest, left_vectors
+from tnreg.tensors.axes import cut_smallest, left_vectors, rounding_rtol
 from tnreg.tensors.passes import (
     Core,
     Distance,
@@ -48,10 +48,11 @@ log = logging.getLogger(__name__)
 
 _ROWS = 256  # modes of a subtree are handled as one while together they have no more rows
 _OFTEN = 20  # a pass that reads the tensor more often is warned about
-_ZERO = 16  # singular values up to this many times eps of the largest are zero to rounding
 # Share of the tolerance that the first nodes may use. They count noise once each, although what one of
 # them cuts off is not there for the others; what they did not need is known once the core is.
 _SHARE = 0.9
+# The same if nodes above others are among them: what is cut below these later is not orthogonal to it.
+_SHARE_ABOVE = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Compressed:
         split: Those of the first nodes that are no leaves; nodes below them have no basis here.
         total: Square of the norm of the tensor.
         lost: Square of what was cut off, or a little more.
+        cut: The same by position, of every node for itself; their sum may be larger.
         log2: The core is that of the tensor times ``2**-log2``, and so are ``total`` and ``lost``.
     """
 
@@ -76,6 +78,7 @@ class Compressed:
     split: tuple[int, ...]
     total: float
     lost: float
+    cut: dict[int, float]
     log2: int
 
 
@@ -193,6 +196,7 @@ class _Compression:
         self.size = {i: self.rows[i] for i in self.front}  # of the axis that the core has for it
         self.bases: dict[int, Tensor] = {}
         self.total = self.lost = 0.0
+        self.cut: dict[int, float] = {}
         self.warned = False
         self.first = tuple(self.front)
         self.spenders = len(tree.cuts) - sum(len(positions_below(tree, i)) for i in self.front)
@@ -221,29 +225,33 @@ class _Compression:
             self.total = kept
         return Compressed(
             core, tuple(self.front), self.bases, tuple(i for i in self.first if self.tree.links[i]),
-            self.total, self.lost, self.source.log2,
+            self.total, self.lost, self.cut, self.source.log2,
         )  # fmt: skip
 
     def _reduce_first(self, nodes: list[int]) -> None:
         """Look at each of these nodes in a pass, then cut all together: the smallest values first."""
-        share = (_SHARE * self.share) ** 2
+        above = any(self.tree.links[i] for i in nodes)
+        share = ((_SHARE_ABOVE if above else _SHARE) * self.share) ** 2
         found = [self._left_vectors(i, share / max(self.spenders, 1)) for i in nodes]
         self.total = float(found[0][1].sum())
         cuts = cut_smallest([squares for _, squares in found], share * self.total)
         for i, (left, squares), cut in zip(nodes, found, cuts, strict=True):
             self.size[i] = rank = self._rank(i, squares, cut)
-            self.lost += float(squares[rank:].sum())
+            self.cut[i] = float(squares[rank:].sum())
             if self.tree.links[i] or rank < self.rows[i]:  # else the mode stays as it is
                 sizes = [self.source.array.shape[m] for m in self.modes[i]]
                 self.bases[i] = left[:, :rank].reshape(*sizes, -1)
+        self.lost = sum(self.cut.values())
         self.spenders -= len(nodes)
 
     def _rank(self, i: int, squares: Tensor, cut: Tensor) -> int:
         """Return how many singular values to keep, if the tolerance allows to cut these."""
         rank = int((~cut).sum())
-        if self.exact:  # rounding of the entries gives no more than eps of the largest value
-            eps = float(np.finfo(self.source.array.dtype).eps)
-            rank = int((squares > (_ZERO * eps) ** 2 * squares[0]).sum())
+        if self.exact:
+            longest = max(self.rows[i], self.numel // self.rows[i])
+            dtype = getattr(torch, self.source.array.dtype.name)
+            rtol = rounding_rtol(longest, dtype, squares.dtype)
+            rank = int((squares > rtol**2 * squares[0]).sum())
         return max(1, min(rank, self.limits.get(i, rank)))
 
     def _reduce(self, i: int) -> None:
@@ -261,7 +269,8 @@ class _Compression:
             rank = self._rank(i, squares, cut)
             if 8 * self.rows[i] * rank * self.item > self.memory:  # its basis over all modes
                 raise self._too_large()
-            self.lost += float(squares[rank:].sum())
+            self.cut[i] = float(squares[rank:].sum())
+            self.lost += self.cut[i]
             self.bases[i] = left[:, :rank].reshape(*(self.size[c] for c in below), rank)
         self.size[i] = rank
         self.spenders -= 1
