@@ -1,6 +1,7 @@
 """The module itself: creation, loading weights, features, files, and what is refused."""
 
 import copy
+import io
 import json
 import pickle
 
@@ -9,8 +10,11 @@ import safetensors.torch
 import torch
 import zoo
 from refusals import refuses
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
+from zoo import assert_close
 
-from tnreg import Factorization, ModeTree, balance_, completion, load
+from tnreg import ConvNet, Factorization, ModeTree, Representation, balance_, completion, load, to_cnn
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TreeError
 
 HTF = ModeTree.binary(4)
@@ -84,13 +88,19 @@ def test_load_weights():
 
 
 EVEN, UNEVEN = zoo.model_of(HTF, sizes=(3, 3, 3, 3)), zoo.model_of(HTF)
-GOOD = torch.zeros(2, 4, 3, dtype=torch.float64)
+GOOD, FLOAT8 = torch.zeros(2, 4, 3, dtype=torch.float64), torch.float8_e5m2
 
 
 test_refuses = refuses([
     (lambda: Factorization(HTF, 3, 2, dtype=torch.int64), OptionError,
      "dtype must be a floating or complex torch.dtype"),
     (lambda: Factorization(HTF, 3, 2, dtype="float32"), OptionError, "found 'float32'"),
+    (lambda: Factorization(HTF, 3, 2, std=0.0, dtype=FLOAT8), OptionError, "can be computed with, found"),
+    (lambda: ConvNet(HTF, 3, 2, dtype=FLOAT8), OptionError, r"found torch\.float8_e5m2"),
+    (lambda: Representation(3, dtype=FLOAT8), OptionError, "a floating torch.dtype that can be"),
+    (lambda: EVEN.to(FLOAT8), OptionError, "expected: float16, bfloat16, float32, float64, complex64"),
+    (lambda: to_cnn(EVEN).to(FLOAT8), OptionError, "expected: float16, bfloat16, float32"),
+    (lambda: Representation(3, kind="bins").to(FLOAT8), OptionError, "expected: float16, bfloat16"),
     (lambda: Factorization(HTF, 3, 2, join=["full"]), OptionError, "join must be 'diagonal', 'full' or"),
     (lambda: Factorization(HTF, 3, 2, std="a"), OptionError, "std must be a finite number"),
     (lambda: Factorization(HTF, 3, 2, std=-1.0), OptionError, "std must be a finite number >= 0"),
@@ -165,3 +175,121 @@ def test_load_refuses_inconsistent_models(tmp_path):
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(FileError, match="no such model file"):
             load(missing)
+
+
+class Positive(torch.nn.Module):
+    def forward(self, x):
+        return x.abs()
+
+    def right_inverse(self, weight):
+        return weight
+
+
+def test_copied_as_modules_are():
+    """With the optimizer, hooks, attributes, buffers, shared parameters and parametrizations."""
+    box = torch.nn.Module()
+    box.model, box.calls = zoo.model_of(HTF), []
+    box.model.register_forward_hook(lambda *_: box.calls.append(1))
+    box.model.register_buffer("ema", torch.ones(2))
+    box.tied, box.model.note = box.model.stacks[0], "mine"
+    parametrize.register_parametrization(box.model.stacks, "1", Positive())
+    box.model.norm().backward()
+    twin, optimizer = copy.deepcopy((box, torch.optim.SGD(box.parameters(), lr=0.1)))
+    model = twin.model
+    assert {*optimizer.param_groups[0]["params"]} == {*twin.parameters()}
+    assert twin.tied is model.stacks[0] and model.note == "mine" and "ema" in model.state_dict()
+    assert parametrize.is_parametrized(model.stacks) and model.network is box.model.network
+    assert all(torch.equal(g, box.model.gradients[v]) for v, g in model.gradients.items())
+    model(zoo.random_features(model.sizes, 2))
+    before = model.norm().item()
+    optimizer.step()
+    assert box.calls and model.norm().item() < before == box.model.norm().item()
+    view = to_cnn(box.model).as_factorization()
+    own = copy.deepcopy(view)
+    assert len(list(own.parameters())) == len(own.stacks) and torch.equal(own.to_tensor(), view.to_tensor())
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    index = zoo.random_index(model.sizes, 5)
+    assert torch.equal(averaged(index), model.entries(index))
+
+
+def test_weights_computed_from_other_parameters():
+    """What is written is what is read then, or one error; pruned weights follow their parameter."""
+    model, features = zoo.model_of(HTF), zoo.random_features((2, 3, 5, 7), 4)
+    ones = {v: torch.ones_like(w) for v, w in model.weights.items()}
+    parametrize.register_parametrization(model.stacks, "0", Positive())
+    weight_norm(model.stacks, "1")
+    model.load_weights(ones)
+    assert all(torch.allclose(w, ones[v]) for v, w in model.weights.items())
+    with pytest.raises(OptionError, match=r"stack 0 is computed .*\n  ValueError: it gives other weights"):
+        model.load_weights({1: 2 * ones[1], 0: -ones[0]})
+    assert all(torch.allclose(w, ones[v]) for v, w in model.weights.items())
+    model(features).sum().backward()
+    with pytest.raises(OptionError, match="stack 1 is computed from other parameters"):
+        _ = model.gradients
+    pruned = zoo.model_of(HTF)
+    prune.l1_unstructured(pruned.stacks, "0", 0.5)
+    for _ in range(2):  # pruning multiplies anew before each
+        pruned(features).sum().backward()
+        assert int((pruned.weights[0] == 0).sum()) == pruned.weights[0].numel() // 2
+        with torch.no_grad():
+            pruned.stacks.get_parameter("0_orig").mul_(2)
+    for setting in (lambda: pruned.load_weights(ones), lambda: pruned.gradients):
+        with pytest.raises(OptionError, match="stack 0 is computed from other parameters"):
+            setting()
+    swapped = {name: 2 * p for name, p in zoo.model_of(HTF).named_parameters()}
+    values = torch.func.functional_call(zoo.model_of(HTF, seed=1), swapped, (features,))
+    assert torch.allclose(values, 2.0 ** len(ones) * zoo.model_of(HTF)(features))
+
+
+def test_a_state_dict_names_the_network():
+    """Equal shapes are not enough; without the name, as in older files, they are."""
+    ours = zoo.model_of(HTF, sizes=3, bonds=2)
+    half = zoo.model_of(ModeTree.half(4), sizes=3, bonds=2)
+    for a, b in ((ours, half), (to_cnn(ours), to_cnn(half))):
+        raw = io.BytesIO()
+        torch.save({"outer": torch.nn.Sequential(a).state_dict()}, raw)
+        raw.seek(0)
+        state = torch.load(raw)["outer"]
+        before = {name: value.clone() for name, value in b.state_dict().items()}
+        with pytest.raises(OptionError, match=r"differs: tree\.\n  found:    \[0, 1, \[0, 1\], 2, 3, "):
+            torch.nn.Sequential(b).load_state_dict(state)
+        assert all(torch.equal(value, before[name]) for name, value in b.state_dict().items())
+        b.load_state_dict(dict(a.state_dict()))
+        again = copy.deepcopy(a).float()
+        again.load_state_dict(a.state_dict(), assign=True)
+        assert again.dtype == torch.float64
+        with pytest.raises(DataError, match="complex weights, the model those of torch.float64"):
+            a.load_state_dict({name: value + 0j for name, value in a.state_dict().items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Features of any floating dtype; values in that of the weights, and as exact."""
+    model, (x, *more) = zoo.model_of(HTF, dtype=torch.float32), zoo.random_features((2, 3, 5, 7), 4)
+    x, tensor, norm = x.to(dtype).requires_grad_(), model.to_tensor(), model.norm()
+    with pytest.raises(DataError, match="features have dtype"):
+        model([x, *more])
+    with torch.autocast("cpu", dtype=dtype):
+        value = model([x, *more])
+        value.sum().backward()
+        assert torch.equal(model.to_tensor(), tensor) and torch.equal(model.norm(), norm)
+        with pytest.raises(DataError, match=r"features have dtype torch\.int32"):
+            model([x.int(), *more])
+    assert_close(value, model([part.float() for part in (x, *more)]), 1e-6)
+    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+
+
+def test_nan_stays_nan():
+    model = zoo.model_of(HTF)
+    features, index = zoo.random_features(model.sizes, 3), zoo.all_index(model.sizes)
+    for node, weight in model.weights.items():
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.weights[node].fill_(torch.nan)
+        net = to_cnn(broken)
+        for values in (broken(features), broken.entries(index), broken.norm(), net(features)):
+            assert values.isnan().all(), (node, weight.shape)
+    features[1][0, 0] = torch.nan
+    for values in (model(features), to_cnn(model)(features)):
+        assert values.isnan().tolist() == [True, False, False]

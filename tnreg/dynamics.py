@@ -12,7 +12,6 @@ of the K vectors, a single backward pass gives the rates of all components at al
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -189,7 +188,8 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
         alive, depth = s != 0, len(weights)
         return torch.where(alive, depth * torch.where(alive, s, 1) ** (1 - 2 / depth) * ip, 0)
     # the end matrix is linear in every weight, so its velocity is a sum of end matrices
-    moved, velocity = copy.deepcopy(model), torch.zeros_like(u @ vh)
+    moved = Factorization.holding(model.network, [stack.clone() for stack in model.stacks])
+    velocity = torch.zeros_like(u @ vh)
     for node, weight in weights.items():
         moved.load_weights({node: velocities[node]})
         velocity = velocity + moved.to_tensor()
@@ -238,7 +238,7 @@ def _velocity(model: Factorization, loss: Loss) -> Factorization:
     with differentiating():
         if any(stack.is_inference() or not stack.requires_grad for stack in model.stacks):
             model = Factorization.holding(model.network, [stack.clone() for stack in model.stacks])
-        gradients = torch.autograd.grad(loss(model), list(model.stacks))
+        gradients = model.grad_by_stack(loss(model))
     return Factorization.holding(model.network, [-gradient for gradient in gradients])
 
 

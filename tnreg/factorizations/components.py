@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 
@@ -71,7 +70,8 @@ def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Fa
     ``ranks`` is how many to keep, for all joins or ``{node: number}`` (nodes left out keep all). The copy
     has the same shapes; the rank of its matricization at a child of v is at most the number kept at v.
     """
-    smaller, slots, tree = copy.deepcopy(model), model.network.slots, model.tree
+    smaller = Factorization.holding(model.network, [stack.detach().clone() for stack in model.stacks])
+    slots, tree = model.network.slots, model.tree
     for node, dropped in _dropped(model, ranks).items():
         for stack, slot in (slots[c] for c in tree.links[tree.position(node)]):
             smaller.stacks[stack][slot][..., dropped] = 0

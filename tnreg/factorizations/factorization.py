@@ -9,6 +9,7 @@ joins the tensor train, a binary tree hierarchical Tucker, a chain deep matrix f
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, blame, check_number
+from tnreg.factorizations.module import NetworkModule
+from tnreg.factorizations.stacks import NodeTensors, Stacks
 from tnreg.machine.files import read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
 from tnreg.networks.scaled import column_norms, inner_products
-from tnreg.tensors.arrays import Scaled, as_tensor, check_features, draw_normal
+from tnreg.tensors.arrays import Scaled, as_tensor, check_dtype, check_features, draw_normal, without_autocast
 from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -32,7 +35,7 @@ _FORMAT = "tnreg.factorization/1"
 
 
 @final
-class Factorization(nn.Module):
+class Factorization(NetworkModule):
     """A tensor of shape ``sizes``, factorized along a mode tree.
 
     Its entry ``W[d_0, ..., d_{N-1}]`` is computed from the leaves to the root, with the weight ``W_v`` of
@@ -54,7 +57,7 @@ class Factorization(nn.Module):
             weights, matrix factorization); a fixed root is no entry of ``weights``.
         std: Standard deviation of the normal initial weights; small values give the incremental
             learning of the theory.
-        dtype: float32, float64, complex64 or complex128; torch's default if left out.
+        dtype: float16, bfloat16, float32, float64, complex64 or complex128; torch's default if left out.
         device: Any torch device.
         generator: For reproducible weights, the same on every device.
 
@@ -85,11 +88,7 @@ class Factorization(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
-        dtype = dtype or torch.get_default_dtype()
-        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
-            raise OptionError(
-                f"dtype must be a floating or complex torch.dtype, found {dtype!r}.", argument="dtype"
-            )
+        dtype = check_dtype(dtype or torch.get_default_dtype())
         std = check_number(std, "std", 0)
         network = Network.build(tree, sizes, ranks, join=join, root=root)
         shapes = [(len(stack.positions), *stack.shape) for stack in network.stacks]
@@ -97,7 +96,7 @@ class Factorization(nn.Module):
             weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         else:
             weights = [std * draw_normal(shape, dtype, device, generator) for shape in shapes]
-        self._set(network, nn.ParameterList(weights))
+        self._set(network, Stacks(weights))
 
     @classmethod
     def from_weights(
@@ -140,7 +139,7 @@ class Factorization(nn.Module):
     @classmethod
     def holding(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
         """Make a factorization of weights in the order of ``network.stacks``: no copy, no check."""
-        return cls.__new__(cls)._set(network, nn.ParameterList(map(nn.Parameter, stacks)))
+        return cls.__new__(cls)._set(network, Stacks(map(nn.Parameter, stacks)))
 
     @classmethod
     def viewing(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
@@ -150,7 +149,7 @@ class Factorization(nn.Module):
         """
         return cls.__new__(cls)._set(network, list(stacks))
 
-    def _set(self, network: Network, stacks: nn.ParameterList | list[Tensor]) -> Factorization:
+    def _set(self, network: Network, stacks: Stacks | list[Tensor]) -> Factorization:
         super().__init__()
         self.network = network
         self.stacks = stacks  # those of equal nodes in one, so that a level is one batched call
@@ -169,34 +168,86 @@ class Factorization(nn.Module):
         return self.network.sizes
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.stacks[0].dtype
+    def _first(self) -> Tensor:
+        return self.stacks[0] if isinstance(self.stacks, list) else next(self.stacks.parameters())
 
     @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.stacks[0].device
-
-    @property
-    def weights(self) -> dict[Node, Tensor]:
-        """``{node: weight}`` in the order of ``tree.nodes``: differentiable views of the parameters.
+    def weights(self) -> Mapping[Node, Tensor]:
+        """``{node: weight}`` in the order of ``tree.nodes``: differentiable views, to be read.
 
         Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
         ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has
-        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views.
+        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views, so that a loss is
+        not differentiable in them: see ``grad_by_node``. ``load_weights`` changes weights.
         """
-        return self._by_node([stack.unbind(0) for stack in self.stacks])
+        return NodeTensors(self.network, self.stacks)
 
     @property
-    def gradients(self) -> dict[Node, Tensor]:
-        """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it."""
-        gradients = (torch.zeros_like(s) if s.grad is None else s.grad for s in self.stacks)
-        return self._by_node([gradient.unbind(0) for gradient in gradients])
+    def gradients(self) -> Mapping[Node, Tensor]:
+        """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it.
 
-    def _by_node(self, parts: Sequence[Sequence[Tensor]]) -> dict[Node, Tensor]:
-        slots = self.network.slots.items()
-        return {self.tree.nodes[p]: parts[stack][slot] for p, (stack, slot) in sorted(slots)}
+        Where torch's ``parametrize`` computes a weight from a parameter of its shape, that parameter's.
+
+        Raises:
+            OptionError: Weights that are computed from parameters of other shapes, or pruned, or those of
+                ``ConvNet.as_factorization``, which belong to the network.
+        """
+        own = self._own
+        parts = [
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in own.sources(k)]
+            for k in range(len(own))
+        ]
+        return NodeTensors(self.network, [own.join(k, part) for k, part in enumerate(parts)])
+
+    def grad_by_node(
+        self, loss: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> Mapping[Node, Tensor]:
+        """``{node: gradient}`` of a loss that was computed with this model, without touching any ``grad``.
+
+        Args:
+            loss: A scalar tensor, e.g. ``task.loss(model)``.
+            create_graph: Whether the gradients are differentiable.
+            retain_graph: Whether there will be another backward through the loss; as ``create_graph`` if
+                left out.
+
+        Raises:
+            OptionError: A loss that is no scalar or does not depend on the weights; weights as ``gradients``
+                refuses them.
+        """
+        options = {"create_graph": create_graph, "retain_graph": retain_graph}
+        return NodeTensors(self.network, self.grad_by_stack(loss, **options))
+
+    def grad_by_stack(self, loss: Tensor, **options: Any) -> list[Tensor]:
+        """Return the gradients of ``grad_by_node`` in the order of ``network.stacks``."""
+        own = self.stacks
+        parts = [own.sources(k) if isinstance(own, Stacks) else [own[k]] for k in range(len(own))]
+        sources = [p for part in parts for p in part if p.requires_grad]
+        found: dict[int, Tensor | None] = {}
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad and sources:
+            gradients = torch.autograd.grad(loss, sources, allow_unused=True, **options)
+            found = dict(zip(map(id, sources), gradients, strict=True))
+        if all(gradient is None for gradient in found.values()):
+            raise OptionError(
+                "the loss must be one number with a gradient, computed with the weights of this model.",
+                argument="loss",
+            )
+
+        def of(p: Tensor) -> Tensor:
+            gradient = found.get(id(p))
+            return torch.zeros_like(p) if gradient is None else gradient
+
+        joined = [[of(p) for p in part] for part in parts]
+        return [own.join(k, j) if isinstance(own, Stacks) else j[0] for k, j in enumerate(joined)]
+
+    @property
+    def _own(self) -> Stacks:
+        """The parameters, or an error where there are none."""
+        if isinstance(self.stacks, Stacks):
+            return self.stacks
+        raise OptionError(
+            "this factorization shows the weights of a network and has no parameters of its own.\n"
+            "  from_cnn(net) returns one that has; gradients are those of the network"
+        )
 
     @torch.no_grad()
     @blame("weights")
@@ -207,11 +258,9 @@ class Factorization(nn.Module):
             TreeError, ShapeError: A node that the tree does not have, or a weight of another shape.
             DataError: NaN or infinite weights, or complex ones for a real model. Nothing is copied then.
         """
-        checked: dict[int, Tensor] = {}
+        own, checked = self._own, dict[tuple[int, int], Tensor]()
         for node, weight in weights.items():
-            position = self.tree.position(node)
-            if position not in self.network.slots:
-                raise OptionError("the root's weight is fixed to ones (root='ones'); leave it out.")
+            position = self._weighted(node)
             value = as_tensor(weight)
             shape = self.network.shape(position)
             if tuple(value.shape) != shape:
@@ -225,9 +274,65 @@ class Factorization(nn.Module):
             if not torch.isfinite(value).all():
                 problem = f"NaN or infinite entries, or too large ones for {self.dtype}"
                 raise DataError(f"the weight of node {node!r} has {problem}.")
-            checked[position] = value
-        for position, value in checked.items():
-            self._weight(position).copy_(value)
+            checked[self.network.slots[position]] = value
+        own.write(checked)
+
+    def _weighted(self, node: Node) -> int:
+        """Return the position of a node that has a weight."""
+        position = self.tree.position(node)
+        if position not in self.network.slots:
+            raise OptionError("the root's weight is fixed to ones (root='ones'); leave it out.")
+        return position
+
+    @blame("settings")
+    def parameter_groups(self, settings: Mapping[Node, Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+        """Return groups for ``torch.optim``: learning rate, weight decay or freezing by node.
+
+        Equal nodes are entries of one parameter. Where settings tell them apart, that one is replaced here by
+        several, which ``state_dict`` names as well: make optimizers, wrappers and copies afterwards. Every
+        call starts anew, so that frozen nodes which are not named again are trained again.
+
+        Args:
+            settings: ``{node: options}``, e.g. ``{"lr": 1e-3, "weight_decay": 0.0}``, as the optimizer
+                knows them; ``None`` freezes the node. Nodes left out have the optimizer's own.
+
+        Raises:
+            TreeError, OptionError: A node that the tree does not have or that has no weight, options that
+                are no mapping, or weights that are computed from other parameters or sharded.
+
+        Example:
+            >>> model = Factorization(ModeTree.star(3), 4, 2)
+            >>> groups = model.parameter_groups({0: {"lr": 1e-3}, model.tree.root: None})
+            >>> optimizer = torch.optim.Adam(groups, lr=1e-2)
+            >>> [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
+            [(0.01, 1), (0.001, 1)]
+        """
+        kinds: list[Any] = [{}]
+        by_slot = dict.fromkeys(self.network.slots.values(), 0)
+        for node, options in settings.items():
+            if options is not None and not (isinstance(options, Mapping) and "params" not in options):
+                message = f"the options of node {node!r} must be {{name: value}} of the optimizer, or None"
+                raise OptionError(f"{message}, found {options!r}.")
+            if options not in kinds:
+                kinds.append(options)
+            by_slot[self.network.slots[self._weighted(node)]] = kinds.index(options)
+        own, groups = self._own, [list[Any]() for _ in kinds]
+        own.unsplit()
+        for k, stack in enumerate(self.network.stacks):
+            slots: dict[int, list[int]] = {}
+            for slot in range(len(stack.positions)):
+                slots.setdefault(by_slot[k, slot], []).append(slot)
+            if len(slots) == 1:
+                groups[next(iter(slots))] += own.parameters_of(k)
+                continue
+            own.split(k, list(slots.values()))
+            for kind, part in zip(slots, own.parameters_of(k), strict=True):
+                groups[kind].append(part)
+        for kind, members in zip(kinds, groups, strict=True):
+            for parameter in members:
+                parameter.requires_grad_(kind is not None)
+        pairs = zip(kinds, groups, strict=True)
+        return [{"params": members, **kind} for kind, members in pairs if members and kind is not None]
 
     def to_tensor(self) -> Tensor:
         """Return the dense tensor, shape ``sizes``; axis n is mode n.
@@ -262,7 +367,8 @@ class Factorization(nn.Module):
 
     def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)
-        return contract(within_memory(chosen, stacks), stacks, inputs)
+        with without_autocast(self.device):
+            return contract(within_memory(chosen, stacks), stacks, inputs)
 
     def _entry_plan(self, index: Tensor) -> Plan:
         if isinstance(index, Tensor):
@@ -276,26 +382,32 @@ class Factorization(nn.Module):
         self._entry_plans = [(index.detach().clone(), chosen), *self._entry_plans[:3]]
         return chosen
 
-    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, features: Tensor | Sequence[Tensor] | Plan) -> Tensor:
         """Inner product of the tensor with rank-one tensors: ``f(X) = <x_0 ⊗ ... ⊗ x_{N-1}, W>``.
 
         One-hot features read entries, Gaussian ones are rank-one sensing, images in patches make it
         a convolutional network (Cohen, Sharir and Shashua 2016). Nothing is conjugated.
 
         Args:
-            features: ``(B, N, D)`` if all modes have size D, or N tensors ``(B, D_n)``.
+            features: ``(B, N, D)`` if all modes have size D, or N tensors ``(B, D_n)``, in the dtype of the
+                weights; under ``torch.autocast`` in any floating dtype. Or what ``entries`` takes, for
+                wrappers such as ``DistributedDataParallel``, which have this method alone.
 
         Returns:
-            Shape ``(B,)``.
+            Shape ``(B,)``, in the dtype of the weights and computed in it, under ``torch.autocast`` as well.
 
         Raises:
             ShapeError, DataError: Sizes that do not fit the modes, no samples, or another dtype.
             SizeError: Intermediates would not fit into the memory available.
         """
+        if isinstance(features, Plan):
+            return self.entries(features)
         if not isinstance(features, Tensor | Sequence):
             features = as_tensor(features)
+        if isinstance(features, Tensor) and features.dtype == torch.int64 and features.ndim == 2:
+            return self.entries(features)
         parts = check_features(features, self.sizes, self.dtype)
-        inputs = features if isinstance(features, Tensor) else parts
+        inputs = parts[0] if isinstance(features, Tensor) else parts
         return self._contract(plan(self, batch=parts[0].shape[0]), inputs)
 
     # Norms
@@ -338,7 +450,8 @@ class Factorization(nn.Module):
         dtype = torch.promote_types(self.dtype, other.dtype)
         first = [w.to(dtype) for w in self.weights.values()]
         second = first if other is self else [w.to(dtype) for w in other.weights.values()]
-        return inner_products((self.network, other.network), (first, second))
+        with without_autocast(self.device):
+            return inner_products((self.network, other.network), (first, second))
 
     # Local components
 
@@ -382,7 +495,7 @@ class Factorization(nn.Module):
         """
         squares = [norms**2 for norms in self.component_norms().values()]
         differences = [(square.amax(0) - square.amin(0)).max() for square in squares]
-        zero = torch.zeros((), dtype=self.stacks[0].real.dtype, device=self.device)
+        zero = torch.zeros((), dtype=self.dtype.to_real(), device=self.device)
         return torch.stack([zero, *differences]).max()
 
     # Files
@@ -415,7 +528,7 @@ class Factorization(nn.Module):
     def _in_words(self) -> tuple[str, str]:
         """Which joins there are, and how many weights of which type."""
         joins = sorted({kind for kind in self.network.joins if kind != "leaf"})
-        count = sum(stack.numel() for stack in self.stacks)
+        count = sum(math.prod(self.network.shape(p)) for p in self.network.weighted)
         return " and ".join(joins), f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
 
     def _repr_svg_(self) -> str | None:
@@ -429,16 +542,13 @@ class Factorization(nn.Module):
         return f"Factorization(\n  {self.extra_repr()}\n)".replace("),\n", "),\n  ")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factorization:
-        # plans are values and may be shared; their index tensors need no copy
-        copy = Factorization.holding(self.network, [s.detach().clone() for s in self.stacks])
-        memo[id(self)] = copy
-        copy._entry_plans = list(self._entry_plans)
-        copy.error_bound = self.error_bound
-        for ours, theirs in zip(copy.stacks, self.stacks, strict=True):
-            ours.requires_grad_(theirs.requires_grad)
+        if isinstance(self.stacks, list):  # torch copies no tensors that have a history
+            return Factorization.holding(self.network, [stack.detach().clone() for stack in self.stacks])
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for ours, theirs in zip(twin.parameters(), self.parameters(), strict=True):
             ours.grad = None if theirs.grad is None else theirs.grad.clone()
-        copy.train(self.training)
-        return copy
+        return twin
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Factorization:

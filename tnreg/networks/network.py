@@ -171,6 +171,9 @@ class Network:
     def __hash__(self) -> int:
         return self._hash
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        return self  # a frozen value
+
     @property
     def named_bonds(self) -> dict[Node, int]:
         """``{non-root node: size of the bond above it}``, as ``build`` takes them."""

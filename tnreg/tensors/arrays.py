@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -239,6 +239,34 @@ def check_index(index: Tensor, mode_sizes: Sequence[int]) -> Tensor:
     return index
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def check_dtype(dtype: Any, *, real: bool = False) -> torch.dtype:
+    """Refuse dtypes that cannot be computed with; with ``real`` the complex ones as well."""
+    allowed = _DTYPES[:4] if real else _DTYPES
+    if dtype not in allowed:
+        kinds = "floating" if real else "floating or complex"
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise OptionError(
+            f"dtype must be a {kinds} torch.dtype that can be computed with, found {dtype!r}.\n"
+            f"  expected: {names}",
+            argument="dtype",
+        )
+    return cast(torch.dtype, dtype)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Return whether ``torch.autocast`` is on for a device."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a block without ``torch.autocast``: many factors multiplied in half precision keep no digits."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
 def check_features(
     features: Tensor | Sequence[Tensor],
     sizes: Sequence[int],
@@ -250,9 +278,11 @@ def check_features(
 ) -> list[Tensor]:
     """Refuse features that do not fit the modes, empty batches, and other dtypes than the weights'.
 
+    Under ``torch.autocast`` features of any floating dtype are cast to that of the weights.
+
     Features are N tensors ``(B, D_n)``; or one tensor, if all modes have one size, whose shape behind the
     batch is one of ``layouts``, ``(N, D)`` if left out. Messages call them ``name`` and the weights those of
-    ``owner``. Return a list of the tensors as they came.
+    ``owner``. Return a list of the tensors.
     """
     order = len(sizes)
     if len(set(sizes)) > 1:
@@ -286,6 +316,8 @@ def check_features(
         )
     if parts[0].shape[0] == 0:
         raise DataError("an empty batch: give at least one sample.", argument=name)
+    if is_autocast(parts[0].device):
+        parts = [part.to(dtype) if part.is_floating_point() else part for part in parts]
     wrong = [part.dtype for part in parts if part.dtype != dtype]
     if wrong:
         raise DataError(
