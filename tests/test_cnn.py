@@ -234,6 +234,42 @@ def test_compiled_and_copied():
     assert float(net(x).detach().abs().min()) > 0
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_made_on_the_meta_device(share):
+    """The order of the positions, which is in no file, is right wherever the weights come from."""
+    net, x = random_net(ModeTree.grid((4, 4)), share=share), randn(2, 3, 4, 4)
+    state = net.state_dict()
+
+    def emptied(late):
+        late.to_empty(device="cpu").load_state_dict(state)
+
+    def assigned_one_by_one(late):
+        for name, conv in late.convs.items():
+            conv.weight = copy.deepcopy(net.convs[name].weight)
+
+    for fill in (emptied, lambda late: late.load_state_dict(state, assign=True), assigned_one_by_one):
+        with torch.device("meta"):
+            late = random_net(net.tree, share=share, generator=None)
+        assert late(x.to("meta")).shape == (2,)
+        fill(late)
+        assert torch.equal(late(x), net(x))
+        assert torch.equal(torch.func.functional_call(late.to("meta"), state, (x,)), net(x))
+
+
+def test_pruned_filters():
+    """Masked anew before each pass, also where products are scaled."""
+    net, x = random_net(ModeTree.grid((4, 4))), randn(2, 3, 4, 4)
+    torch.nn.utils.prune.l1_unstructured(net.convs["layer1"], "weight", 0.5)
+    for factor in (1, 2):
+        with torch.no_grad():
+            net.convs["layer1"].weight_orig.mul_(factor)
+        net(x).sum().backward()
+        assert_close(net(x), from_cnn(net)(x.flatten(2).mT))
+    with pytest.raises(OptionError, match="weight is computed from other parameters"):
+        _ = net.gradients
+    assert int((net.weights[net.nodes_of(1)[0]] == 0).sum()) > 0
+
+
 def test_zeros_pass_through_scaled_products():
     """Also beside values beyond the range; only the zero factor of a product has a gradient."""
     wide = random_net(ModeTree.star(64), std=1.0, dtype=torch.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -22,7 +22,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import metadata_of, read_model, write_safetensors
 from tnreg.networks.network import Network
 from tnreg.ranks.decompose import truncate
-from tnreg.tensors.arrays import draw_normal
+from tnreg.tensors.arrays import check_dtype, draw_normal, is_autocast
 from tnreg.trees.reading import Node
 
 _FORMAT = "tnreg.convac/1"
@@ -91,7 +91,8 @@ class Representation(nn.Module):
         self.patch = height, check_integer(columns, 1, "width of a patch")
         self.kind, self.low, self.high, self.trained = kind, low, high, bool(trained)
         self.channels = check_integer(channels, 1, "channels")
-        size, dtype = self.channels * math.prod(self.patch), dtype or torch.get_default_dtype()
+        size = self.channels * math.prod(self.patch)
+        dtype = check_dtype(dtype or torch.get_default_dtype(), real=True)
         if kind == "affine":
             noise = draw_normal((templates, size), dtype, device, generator)
             self.weight = nn.Parameter(noise * math.sqrt(2 / size))
@@ -106,6 +107,10 @@ class Representation(nn.Module):
             width = (self.high - self.low) / max(templates - 1, 1) * math.sqrt(size)
             self.log_widths = nn.Parameter(torch.full_like(means[:, 0], math.log(width)))
         self.requires_grad_(self.trained)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        check_dtype(fn(torch.empty(0)).dtype, real=True)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the values of all templates at every patch, ``(B, M, H / patch height, W / patch width)``.
@@ -124,7 +129,8 @@ class Representation(nn.Module):
                 argument="images",
             )
         weight = next(self.parameters(), images)
-        if not images.is_floating_point() or images.dtype != weight.dtype:
+        fits = images.dtype == weight.dtype or is_autocast(images.device)  # which casts by itself
+        if not (fits and images.is_floating_point()):
             wanted = weight.dtype if weight.is_floating_point() else "a floating-point dtype"
             message = f"images have dtype {images.dtype}; write images.to({wanted})."
             raise DataError(message, argument="images")
@@ -144,7 +150,8 @@ class Representation(nn.Module):
         last = self.templates - 1
         if self.kind == "bins":
             index = torch.arange(self.templates, device=images.device).reshape(1, -1, 1, 1)
-            return ((share * self.templates).floor().clamp_max(last) == index).to(images.dtype)
+            inside = (share * self.templates).floor().clamp_max(last) == index
+            return inside + 0 * share  # NaN stays NaN
         cos, sin = torch.cos(math.pi / 2 * share), torch.sin(math.pi / 2 * share)
         terms = [math.sqrt(math.comb(last, m)) * cos ** (last - m) * sin**m for m in range(last + 1)]
         return torch.cat(terms, 1)
@@ -216,6 +223,10 @@ class ConvAC(nn.Module):
         std = check_number(std, "std", 0)
         for conv in self.net.convs.values():
             weight: Any = conv.weight
+            if not isinstance(weight, nn.Parameter):
+                raise OptionError(
+                    "start_averaging_ sets parameters: parametrize or prune filters afterwards."
+                )
             inputs = weight.shape[1] if self.net.share else math.prod(weight.shape[1:-1])
             noise = draw_normal(weight.shape, weight.dtype, weight.device, generator)
             weight.copy_((1 + std * noise) / inputs)

@@ -21,8 +21,10 @@ from tnreg.cnns.pooling import FACTORS, LocalConv, pool, scaled_product, which_r
 from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
+from tnreg.factorizations.module import NetworkModule
+from tnreg.factorizations.stacks import source_of
 from tnreg.networks.network import Level, Network, Stacked
-from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale
+from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale, without_autocast
 from tnreg.trees.grid import grid_of, maps_of
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -32,7 +34,7 @@ _LINES = 60  # longer descriptions of a network are cut in the middle
 
 
 @final
-class ConvNet(nn.Module):
+class ConvNet(NetworkModule):
     """1x1 convolutions and product pooling along a mode tree: the convolutional network that the tree is.
 
     Layer h holds the nodes of height h. Layer 0 convolves the inputs; the others multiply the channels of
@@ -52,7 +54,7 @@ class ConvNet(nn.Module):
             overflows nor underflows; the value is the same. ``None``: from 9 positions on.
         shape: ``(height, width)`` of the images, where the tree does not know it (``ModeTree.grid`` does).
         std: Standard deviation of the normal initial weights.
-        dtype: float32, float64, complex64 or complex128; torch's default if left out.
+        dtype: float16, bfloat16, float32, float64, complex64 or complex128; torch's default if left out.
         device: Any torch device.
         generator: For reproducible weights.
 
@@ -146,12 +148,29 @@ class ConvNet(nn.Module):
         one_level_a_layer = len(self._levels) == self.depth and len(set(network.sizes)) == 1
         self._maps = grid or maps_of(tree) if share and one_level_a_layer else None
         self.convs = self._convolutions(weights)
+        self._place_orders()
+
+    def _place_orders(self) -> None:
+        """Put the orders of the levels' inputs on the device, so that no call waits for the host."""
         for g, level in enumerate(self._levels):
             if level.join == "leaf":
                 modes, order = self._modes(level), None
-                if modes != list(tree.leaves):  # on the device, so that no call waits for the host
+                if modes != list(self.tree.leaves):
                     order = torch.tensor(modes, device=self.device)
                 self.register_buffer(f"_order{g}", order, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._place_orders()  # to_empty leaves numbers out, and no file has these
+        return self
+
+    def _order(self, g: int, x: Tensor) -> Tensor | None:
+        """Return the order of a level's inputs where they are."""
+        order = cast(Tensor | None, getattr(self, f"_order{g}"))
+        if order is not None and order.device != x.device:  # the weights were assigned, one by one
+            self._place_orders()
+            order = cast(Tensor, getattr(self, f"_order{g}"))
+        return order
 
     def _name_levels(self) -> list[str]:
         """Return the levels' keys in ``convs``: one a level, or one a layer if filters are shared."""
@@ -177,16 +196,6 @@ class ConvNet(nn.Module):
             shared = self.share and _shared_conv(filters, members, self.layer_of(members[0]))
             convs[name] = shared or LocalConv(torch.stack(filters))
         return convs
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.parameters()).device
 
     def layer_of(self, node: Node) -> int:
         """Return the number of the layer that holds a node: its height in the tree."""
@@ -216,20 +225,26 @@ class ConvNet(nn.Module):
         The root has an axis of outputs more if there are several. With shared filters all nodes of a
         layer give the same ones.
         """
-        return self._by_node(lambda weight: weight)
+        return self._by_node(lambda conv: cast(Tensor, conv.weight))
 
     @property
     def gradients(self) -> dict[Node, Tensor]:
         """``{node: gradient}`` after ``loss.backward()``, shapes of ``weights``; zeros before it.
 
-        With shared filters every node of a layer gives the gradient of the filters, the sum over nodes.
+        With shared filters every node of a layer gives the gradient of the filters, the sum over nodes. Of
+        parametrized filters as ``Factorization.gradients`` says.
         """
-        return self._by_node(lambda w: torch.zeros_like(w) if w.grad is None else w.grad)
 
-    def _by_node(self, read: Callable[[Tensor], Tensor]) -> dict[Node, Tensor]:
+        def gradient(conv: nn.Module) -> Tensor:
+            source = source_of(conv, "weight", "a convolution's weight")
+            return torch.zeros_like(source) if source.grad is None else source.grad
+
+        return self._by_node(gradient)
+
+    def _by_node(self, read: Callable[[nn.Module], Tensor]) -> dict[Node, Tensor]:
         filters: dict[Node, Tensor] = {}
         for name, _, nodes in self.layers():
-            values = read(cast(Tensor, self.convs[name].weight))
+            values = read(self.convs[name])
             for k, node in enumerate(nodes):
                 shape = self.network.shape(self.tree.position(node))
                 if node == self.tree.root and self.outputs is not None:
@@ -260,7 +275,8 @@ class ConvNet(nn.Module):
 
         Args:
             x: Channels first: ``(B, D, N)``, or ``(B, D, H, W)`` with ``H * W = N`` and position
-                ``row * W + column``; with unequal sizes N tensors ``(B, D_n)``.
+                ``row * W + column``; with unequal sizes N tensors ``(B, D_n)``. In the dtype of the
+                weights, which values are computed in and have; under ``torch.autocast`` in any floating one.
 
         Raises:
             ShapeError: Sizes that do not fit the positions.
@@ -284,7 +300,9 @@ class ConvNet(nn.Module):
         """
         logs: list[Tensor] = []
         through = self._through_blocks if self._maps is None else self._through_maps
-        values = through(self._check(x), logs)
+        inputs = self._check(x)
+        with without_autocast(self.device):
+            values = through(inputs, logs)
         # every scale of every node divides the whole once, as f is linear in each node's values
         total = sum(logs[1:], logs[0]) if self.scaled else None
         return (values if self.outputs is not None else values[:, 0]), total
@@ -309,10 +327,10 @@ class ConvNet(nn.Module):
             if level.join != "leaf":
                 parts = values.children(level)
             else:
-                order = getattr(self, f"_order{g}")
                 if not isinstance(x, Tensor):
                     block = torch.stack([x[mode] for mode in self._modes(level)])
                 else:
+                    order = self._order(g, x)
                     block = x.permute(2, 0, 1)[slice(None) if order is None else order].contiguous()
                 parts = [self._rescale(block, 2, logs)]
             values.append(self._convolve(g, parts, 2, logs))
@@ -323,7 +341,7 @@ class ConvNet(nn.Module):
         assert self._maps is not None
         x = self._rescale(cast(Tensor, x), 1, logs)
         if self._maps.order is not None:
-            x = x.index_select(2, cast(Tensor, self._order0))
+            x = x.index_select(2, cast(Tensor, self._order(0, x)))
         x = self._convolve(0, [x.reshape(*x.shape[:2], *self._maps.shape)], 1, logs)
         for g, (rows, columns) in enumerate(self._maps.windows, 1):
             b, c, height, width = x.shape
@@ -348,9 +366,9 @@ class ConvNet(nn.Module):
             return x.sum(dim, keepdim=True)
         conv = self.convs[self._names[g]]
         if self.scaled and isinstance(conv, LocalConv):
-            x, log = conv.scaled(x)
-            logs.append(log)
-            return x
+            scaled: Scaled = conv(x, True)
+            logs.append(scaled.log2)
+            return scaled.x
         if self.scaled:
             # what filters of any size make of x is then as moderate as x was
             sizes = cast(Tensor, conv.weight).detach().abs()
@@ -415,7 +433,7 @@ def _shared_conv(filters: Sequence[Tensor], nodes: Sequence[Node], layer: int) -
     flat = [weight.flatten(0, -2) for weight in filters]
     first = flat[0]
     for node, weight in zip(nodes, flat, strict=True):
-        if weight.shape != first.shape or not torch.equal(weight, first):
+        if weight.shape != first.shape or not (first.is_meta or torch.equal(weight, first)):
             how = "channels" if weight.shape != first.shape else "weights"
             raise OptionError(
                 f"share=True: the nodes of height {layer} differ in their {how}, first {node!r}.\n"

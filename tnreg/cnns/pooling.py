@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +85,16 @@ class LocalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``(positions, B, channels in)`` to ``(positions, B, channels out)``."""
-        return torch.bmm(x, self.weight.flatten(1, -2))
+    def forward(self, x: Tensor, scaled: bool = False) -> Any:
+        """Convolve ``(positions, B, channels in)`` to ``(positions, B, channels out)``.
 
-    def scaled(self, x: Tensor) -> Scaled:
-        """Convolve with filters of magnitude 1; the logarithm is the sum over positions."""
-        filters = rescale(self.weight.flatten(1, -2), (1, 2))
-        return Scaled(torch.bmm(x, filters.x), filters.log2.sum())
+        With ``scaled`` by filters of magnitude 1, to a ``Scaled`` whose logarithm is the sum over positions.
+        """
+        filters = self.weight.flatten(1, -2)
+        if not scaled:
+            return torch.bmm(x, filters)
+        small = rescale(filters, (1, 2))
+        return Scaled(torch.bmm(x, small.x), small.log2.sum())
 
     def extra_repr(self) -> str:
         """Describe the filters for ``print``."""
