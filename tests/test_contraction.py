@@ -1,6 +1,7 @@
 """Plans as values: routes, printing, caching, and what is refused."""
 
 import re
+from collections import Counter
 
 import opt_einsum
 import pytest
@@ -9,7 +10,9 @@ import zoo
 
 from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, SizeError, TnregError, plan
 from tnreg.networks import plan as plans
-from tnreg.networks.einsum import einsum
+from tnreg.networks.einsum import einsum, find_path
+from tnreg.networks.network import Network
+from tnreg.networks.schedule import schedule
 
 HTF = ModeTree.binary(4)
 
@@ -67,6 +70,57 @@ def test_route_by_counted_cost():
     joins = plan(Factorization(ModeTree.binary(16), 8, 16, join="full"), batch=1024).joins
     assert [len(join.level.positions) for join in joins] == [16, 8, 4, 2, 1]
     assert all(join.level.block is not None for join in joins[1:])
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """What opt_einsum is asked to search: (terms, most of them that share an index, how)."""
+    for cached in (find_path, plans._plans, schedule):
+        cached.cache_clear()
+    asked, search = [], opt_einsum.contract_path
+
+    def counted(equation, *shapes, optimize, **options):
+        terms = equation.split("->")[0].split(",")
+        shared = max(Counter(symbol for term in terms for symbol in term).values())
+        asked.append((len(terms), shared, optimize))
+        return search(equation, *shapes, optimize=optimize, **options)
+
+    monkeypatch.setattr(opt_einsum, "contract_path", counted)
+    return asked
+
+
+@pytest.mark.parametrize("order", [4, 8, 14, 20, 1024])
+@pytest.mark.parametrize(("kind", "join"), [
+    ("star", "diagonal"), ("regular", "diagonal"), ("binary", "diagonal"), ("binary", "full"),
+    ("caterpillar", "full"), ("chain", "diagonal"),
+])  # fmt: skip
+def test_planning_searches_little(kind, order, join, searches):
+    """Never exhaustively over many tensors, and thousands of them not at all."""
+    arguments = {"chain": [min(order, 400)], "regular": [order, 5]}.get(kind, [order])
+    net = Network.build(getattr(ModeTree, kind)(*arguments), 2, 3, join=join)
+    index = zoo.random_index(net.sizes, 50)
+    for options in ({"batch": 50}, {"index": index}, {"index": index, "memory": "1GB"}):
+        plan(net, **options)
+    assert len(searches) < 100
+    for terms, shared, how in searches:
+        assert terms <= 1024 and (how == "auto" or (terms <= 12 and shared <= 5))
+
+
+@pytest.mark.parametrize(("order", "join"), [(3, "full"), (10, "diagonal"), (100, "full")])
+def test_what_is_alike_shares_a_search(order, join, searches):
+    """Batches of similar sizes, in large networks of any size; indices of which only the values change."""
+    model = Factorization(ModeTree.binary(order), 4, 3, join=join)
+    plan(model, batch=7), plan(model, batch=100)
+    del searches[:]
+    assert [plan(model, batch=b).batch for b in (7, 8, 97, 128)] == [7, 8, 97, 128]
+    assert order < 100 or plan(model, batch=5000).batch == 5000
+    assert searches == []
+    plans._row_costs.cache_clear()
+    for seed in range(20):
+        index = zoo.random_index(model.sizes, 500, seed=seed)
+        index[:, : order // 2] %= 2
+        plan(model, index=index)
+    assert plans._row_costs.cache_info().misses <= 4 and len(searches) <= 12
 
 
 def test_an_index_changed_in_place_is_planned_again():

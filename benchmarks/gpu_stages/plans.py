@@ -47,7 +47,7 @@ class Case:
         total, few = math.prod(self.network.sizes), torch.Generator().manual_seed(0)
         flat = torch.randperm(total, generator=few)[: self.entries]
         index = torch.stack(torch.unravel_index(flat, self.network.sizes), 1)
-        return _plans_of_entries(self.network, index.to(device))
+        return tuple(_plans_of_entries(self.network, index.to(device)))
 
 
 def cases(*, tiny: bool) -> Iterator[Case]:

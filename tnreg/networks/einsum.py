@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache, partial, reduce
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import opt_einsum
 import torch
 from opt_einsum.helpers import flop_count
 from opt_einsum.parser import get_symbol
 from torch import Tensor
+
+from tnreg.tensors.arrays import Scaled, rescale
 
 _Tuples = tuple[tuple[int, ...], ...]  # shapes, or the steps of a path
 
@@ -43,28 +46,61 @@ class Cost:
         return self.held if gradients else self.peak
 
 
+class Step(NamedTuple):
+    """One call of an einsum.
+
+    Attributes:
+        taken: Operands, as positions in the list that shrinks and gets the result at its end.
+        equation: What the call does.
+        call: The call, for operands of any sizes.
+    """
+
+    taken: tuple[int, ...]
+    equation: str
+    call: Callable[..., Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Einsum:
     """One einsum as a sequence of steps, two operands each, with its counted cost.
 
+    It can be called with operands of other sizes than its ``shapes``, which are what the cost is of.
+
     Attributes:
         path: Operands taken at each step, as opt_einsum writes paths.
-        steps: For each step the operands taken (positions in the shrinking list), its equation, and
-            the call that does it.
         cost: Counted cost; operands do not count.
     """
 
     equation: str
     shapes: _Tuples
     path: _Tuples
-    steps: tuple[tuple[tuple[int, ...], str, Callable[..., Tensor]], ...]
+    steps: tuple[Step, ...]
     cost: Cost
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         """Carry out the steps."""
         left = list(operands)
         for taken, _, call in self.steps:
-            left.append(call(*[left.pop(i) for i in taken]))
+            left.append(call(*map(left.pop, taken)))
+        return left[0]
+
+    def scaled(self, operands: Sequence[Scaled], rows: str) -> Scaled:
+        """Carry out the steps with one scale for each combination of ``rows``, symbols of the output.
+
+        Scales have the axes of what they belong to, of size 1 where these are no rows.
+        """
+        left = list(operands)
+        for taken, equation, call in self.steps:
+            parts = [left.pop(i) for i in taken]
+            words, result = equation.split("->")
+            terms = zip(parts, words.split(","), strict=True)
+            x = call(*(part.x for part in parts))
+            log2 = [_spread(part.log2, term, result) for part, term in terms]
+            inner = tuple(k for k, s in enumerate(result) if s not in rows)
+            if inner:
+                x, more = rescale(x, inner)
+                log2.append(more)
+            left.append(Scaled(x, reduce(torch.add, log2)))
         return left[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,18 +109,20 @@ class Einsum:
 
 
 @lru_cache(maxsize=4096)
-def einsum(equation: str, *shapes: tuple[int, ...], search: str = "auto") -> Einsum:
-    """Plan an einsum of operands of these shapes with a path search of opt_einsum and count its cost.
+def einsum(equation: str, *shapes: tuple[int, ...]) -> Einsum:
+    """Plan an einsum of operands of these shapes with opt_einsum's "auto" and count its cost.
 
-    ``search`` is its name, or "smallest": dynamic programming for the smallest intermediates. Equations
-    are explicit, with any number of distinct symbols.
+    Equations are explicit, with any number of distinct symbols.
     """
-    return along(equation, shapes, find_path(equation, shapes, search))
+    return along(equation, shapes, find_path(equation, shapes, "auto"))
 
 
 @lru_cache(maxsize=1024)
 def find_path(equation: str, shapes: _Tuples, search: str) -> _Tuples:
-    """Return the pairwise path that opt_einsum finds for these shapes."""
+    """Return the pairwise path that a search of opt_einsum finds for these shapes.
+
+    ``search`` is its name, or "smallest": dynamic programming for the smallest intermediates.
+    """
     how = opt_einsum.DynamicProgramming(minimize="size") if search == "smallest" else search
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=how)
     return tuple(tuple(step) for step in path)
@@ -93,36 +131,55 @@ def find_path(equation: str, shapes: _Tuples, search: str) -> _Tuples:
 @lru_cache(maxsize=4096)
 def along(equation: str, shapes: _Tuples, path: _Tuples) -> Einsum:
     """Make the einsum along a given path, with its cost for these shapes."""
-    inputs, output = equation.split("->")
-    terms = inputs.split(",")
+    terms = equation.split("->")[0].split(",")
     pairs = zip(terms, shapes, strict=True)
     size = {s: n for term, shape in pairs for s, n in zip(term, shape, strict=True)}
+    steps = _steps(equation, path)
+    flops = largest = held = peak = now = 0
+    made = [0] * len(terms)  # entries of what was made on the way; operands do not count
+    for taken, step, _ in steps:
+        parts, result = step.split("->")
+        union = frozenset(parts) - {","}
+        flops += flop_count(union, len(result) < len(union), len(taken), size)
+        entries = math.prod(size[s] for s in result)
+        largest, held, peak = max(largest, entries), held + entries, max(peak, now + entries)
+        now += entries - sum(map(made.pop, taken))
+        made.append(entries)
+    return Einsum(equation, shapes, path, steps, Cost(flops, largest, held, peak))
+
+
+@lru_cache(maxsize=4096)
+def _steps(equation: str, path: _Tuples) -> tuple[Step, ...]:
+    """Make the steps of a path."""
+    inputs, output = equation.split("->")
+    terms = inputs.split(",")
     holders = Counter(s for term in terms for s in set(term))  # terms that still have a symbol
     holders.update(output)
-    flops = largest = held = peak = 0
-    made = [0] * len(terms)  # entries of what was made on the way; operands do not count
     steps = []
     for step in path:
         taken = tuple(sorted(step, reverse=True))
         parts = [terms.pop(i) for i in taken]
         holders.subtract(s for part in parts for s in set(part))
         union = dict.fromkeys("".join(parts))
-        kept = {s for s in union if holders[s] > 0}
         # axes of the output first and axes to be summed last: the order in which a matrix product
         # needs no copy of its left factor
+        kept = {s for s in union if holders[s] > 0}
         result = "".join(s for s in dict.fromkeys([*output, *union]) if s in kept)
-        flops += flop_count(frozenset(union), len(kept) < len(union), len(parts), size)
-        entries = math.prod(size[s] for s in result)
-        largest, held = max(largest, entries), held + entries
-        peak = max(peak, sum(made) + entries)
-        made = [*(n for i, n in enumerate(made) if i not in taken), entries]
-        steps.append((taken, f"{','.join(parts)}->{result}", _call(parts, result, size)))
+        steps.append(Step(taken, f"{','.join(parts)}->{result}", _call(parts, result)))
         terms.append(result)
         holders.update(set(result))
-    return Einsum(equation, shapes, path, tuple(steps), Cost(flops, largest, held, peak))
+    return tuple(steps)
 
 
-def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
+def _spread(log2: Tensor, term: str, result: str) -> Tensor:
+    """Turn the scales of a term into those of a result: the axes that it lacks have size 1."""
+    gone = [k for k, s in enumerate(term) if s not in result]
+    kept = [s for s in result if s in term]
+    log2 = log2.permute([*map(term.index, kept), *gone])
+    return log2.reshape([log2.shape[kept.index(s)] if s in kept else 1 for s in result])
+
+
+def _call(parts: list[str], result: str) -> Callable[..., Tensor]:
     """Make the torch call of one step: a product with broadcast, a matrix product, or ``torch.einsum``.
 
     On small tensors ``torch.einsum`` spends more time on views of its own than on arithmetic: with it a
@@ -131,11 +188,8 @@ def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..
     terms = "".join(parts)
     if len(parts) == 2 and all(s in result or terms.count(s) == 2 for s in terms):
         if any(s not in result for s in terms):
-            return _matrix_product(parts, result, size)
-        first, second = (
-            _view(term, [s for s in result if s in term], [size[s] if s in term else 1 for s in result], size)
-            for term in parts
-        )  # fmt: skip
+            return _matrix_product(parts, result)
+        first, second = (_view(term, [[s] if s in term else [] for s in result]) for term in parts)
         return lambda a, b: first(a) * second(b)
     # torch reads a-z and A-Z only; a single step of a long network needs few of them
     table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys(terms))}
@@ -143,7 +197,7 @@ def _call(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..
     return partial(torch.einsum, f"{','.join(inputs)}->{output}")
 
 
-def _matrix_product(parts: list[str], result: str, size: Mapping[str, int]) -> Callable[..., Tensor]:
+def _matrix_product(parts: list[str], result: str) -> Callable[..., Tensor]:
     """Make a call of ``mm`` or ``bmm``, or of a product and a sum where it would be of dot products."""
     summed = [s for s in parts[0] if s not in result]
     batch = [s for s in result if s in parts[0] and s in parts[1]]
@@ -153,23 +207,23 @@ def _matrix_product(parts: list[str], result: str, size: Mapping[str, int]) -> C
     left, right = parts
     if swap:
         left, right, rows, columns = right, left, columns, rows
-    count, inner, height, width = (
-        math.prod(size[s] for s in axes) for axes in (batch, summed, rows, columns)
-    )
-    product: Callable[[Tensor, Tensor], Tensor] = torch.mm if count == 1 else torch.bmm
-    stack = [] if count == 1 else [count]
-    shapes = [*stack, height, inner], [*stack, inner, width], [*stack, height, width]
-    if height == width == 1 < count:
-        product, shapes = _dots, ([count, inner], [count, inner], [count])
-    first = _view(left, [*batch, *rows, *summed], shapes[0], size)
-    second = _view(right, [*batch, *summed, *columns], shapes[1], size)
+    product: Callable[[Tensor, Tensor], Tensor] = torch.bmm if batch else torch.mm
+    stack = [batch] if batch else []
+    groups = [[*stack, rows, summed], [*stack, summed, columns], [*stack, rows, columns]]
+    if batch and not rows and not columns:
+        product, groups = _dots, [[batch, summed], [batch, summed], [batch]]
+    first, second = _view(left, groups[0]), _view(right, groups[1])
     axes = [*batch, *rows, *columns]
-    wide, order = [size[s] for s in axes], [axes.index(s) for s in result]
+    order = None if axes == [*result] else [axes.index(s) for s in result]
+    wide = [(s in left, (left if s in left else right).index(s)) for s in axes]
+    split = any(len(group) != 1 for group in groups[2])
 
     def call(a: Tensor, b: Tensor) -> Tensor:
-        x = product(first(b), second(a)) if swap else product(first(a), second(b))
-        x = x if wide == shapes[2] else x.reshape(wide)
-        return x if axes == [*result] else x.permute(order)
+        if swap:
+            a, b = b, a
+        x = product(first(a), second(b))
+        x = x.reshape([(a if there else b).shape[k] for there, k in wide]) if split else x
+        return x if order is None else x.permute(order)
 
     return call
 
@@ -178,14 +232,21 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
-def _view(
-    term: str, axes: list[str], shape: list[int], size: Mapping[str, int]
-) -> Callable[[Tensor], Tensor]:
-    """Make a call that permutes the axes of a term, then reshapes, where that changes anything."""
-    order = [term.index(s) for s in axes]
-    if order == sorted(order):
-        return _same if [size[s] for s in axes] == shape else lambda x: x.reshape(shape)
-    return lambda x: x.permute(order).reshape(shape)
+def _view(term: str, groups: Sequence[Sequence[str]]) -> Callable[[Tensor], Tensor]:
+    """Make a call that permutes the axes of a term and joins them in groups, where that changes anything."""
+    order = [term.index(s) for group in groups for s in group]
+    ends = list(accumulate(map(len, groups)))
+    spans = list(pairwise([0, *ends]))
+    turned, grouped = order != sorted(order), any(len(group) != 1 for group in groups)
+    if not grouped:
+        return (lambda x: x.permute(order)) if turned else _same
+
+    def view(x: Tensor) -> Tensor:
+        x = x.permute(order) if turned else x
+        shape = x.shape
+        return x.reshape([math.prod(shape[a:b]) for a, b in spans])
+
+    return view
 
 
 def _same(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ The tree's own way is the ``schedule``; the other is one einsum along a path of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -25,9 +26,19 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, SizeError, check_integer
 from tnreg.machine.memory import NEVER_MIND, available, does_not_fit, limit_of, written
-from tnreg.networks.einsum import Cost, Einsum, along, einsum, find_path
+from tnreg.networks.einsum import Cost, Einsum, along, find_path
 from tnreg.networks.network import Network
-from tnreg.networks.schedule import Join, cost_of, distinct_rows, run, schedule
+from tnreg.networks.schedule import (
+    TYPICAL,
+    Join,
+    cost_of,
+    distinct_rows,
+    gather,
+    rounded,
+    rows_to_take,
+    run,
+    schedule,
+)
 from tnreg.tensors.arrays import check_index
 
 # Moving one number through memory costs about as much time as this many flops of a matrix product.
@@ -39,11 +50,13 @@ _FLOPS_PER_MOVE = 32
 # that of the faster route is 1.04, at worst 1.58; by flops alone 1.14 and 1.94.
 _OPT_EINSUM_SAVES = 2.5
 
-# Networks of at most this many tensors get an exhaustive path search (some milliseconds, once).
-_EXHAUSTIVE = 20
+# Networks of at most so many tensors, of which so many may share an index, get an exhaustive path search as
+# well: at most 20 ms on one CPU core. It takes 3 times longer for each tensor more that shares an index.
+_EXHAUSTIVE, _SHARED = 12, 5
 
-# Networks of more tensors than this are searched once for batches of similar size, not for each.
-_LARGE = 128
+# Networks of more tensors than the first are searched for one batch size, not for each of similar ones; those
+# of more than the second go by the tree: the search takes time in proportion to the square of their number.
+_LARGE, _SEARCHED = 128, 1024
 
 _ADVICE = {
     "dense": "ask for model.entries(index), model(features), model.norm() or spectra(model) instead",
@@ -76,7 +89,7 @@ class Plan:
     kind: str
     route: str
     cost: Cost
-    candidates: Mapping[str, int] = field(default_factory=dict)
+    candidates: Mapping[str, float] = field(default_factory=dict)
     batch: int | None = None
     joins: tuple[Join, ...] = field(default=(), repr=False)
     whole: Einsum | None = field(default=None, repr=False)
@@ -161,13 +174,16 @@ def plan(
     if not isinstance(network, Network):
         found = type(model).__name__
         raise OptionError(f"plan: expected a Factorization or its network, found {found}.", argument="model")
+    plans: tuple[Plan, ...]
     if index is not None:
         if batch is not None:
             both = "plan: give batch= for inputs or index= for entries, not both."
             raise OptionError(both, argument="batch")
         # made to be kept: a plan made in inference mode could not be trained with later
         with torch.inference_mode(False), torch.no_grad():
-            plans = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
+            routes = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
+            # the others are made only for who may need one that takes less memory
+            plans = next(routes), *(routes if limit is not None else ())
     elif batch is not None:
         plans = _plans(network, check_integer(batch, 1, "plan: batch", DataError))
     elif math.prod(network.sizes) > DENSE_LIMIT:
@@ -203,7 +219,7 @@ def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = 
     if plan.kind != "entries":
         plans = _plans(plan.network, plan.batch)
     elif index is not None:
-        plans = _plans_of_entries(plan.network, index)
+        plans = tuple(_plans_of_entries(plan.network, index))
     return _within(plans, limit, item, gradients=gradients, device=str(device))
 
 
@@ -235,14 +251,13 @@ def contract(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Ten
 # Planning
 
 
-def _rank(plans: Sequence[Plan], counted: Mapping[str, int]) -> tuple[Plan, ...]:
-    """Put the chosen plan first, then the others by what their routes count."""
+def _ranked(counted: Mapping[str, float]) -> list[str]:
+    """Put the chosen route first, then the others by what they count."""
     chosen = choose(counted)
-    order = sorted(plans, key=lambda plan: (plan.route != chosen, counted[plan.route]))
-    return tuple(replace(plan, candidates=counted) for plan in order)
+    return sorted(counted, key=lambda route: (route != chosen, counted[route]))
 
 
-def choose(counted: Mapping[str, int]) -> str:
+def choose(counted: Mapping[str, float]) -> str:
     """Return the route that counts least, the first of equals; opt_einsum's if it saves enough."""
     handicap = {"opt_einsum": _OPT_EINSUM_SAVES}
     return min(counted, key=lambda route: counted[route] * handicap.get(route, 1))
@@ -253,41 +268,57 @@ def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
     """Make both plans of the dense tensor or of a batch, the chosen one first."""
     kind = "dense" if batch is None else "batch"
     joins = schedule(network, batch=batch, features=batch is not None)
-    whole = _whole(network, batch)
-    plans = (
-        Plan(network, kind, "tree", cost_of(network, joins), batch=batch, joins=joins),
-        Plan(network, kind, "opt_einsum", whole.cost, batch=batch, whole=whole),
-    )
-    return _rank(plans, {plan.route: plan.flops for plan in plans})
+    plans = {"tree": Plan(network, kind, "tree", cost_of(network, joins), batch=batch, joins=joins)}
+    if whole := _whole(network, batch):
+        plans["opt_einsum"] = Plan(network, kind, "opt_einsum", whole.cost, batch=batch, whole=whole)
+    counted = {route: plan.flops for route, plan in plans.items()}
+    return tuple(replace(plans[route], candidates=counted) for route in _ranked(counted))
 
 
-def _plans_of_entries(network: Network, index: Tensor) -> tuple[Plan, ...]:
+def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
     """Make the plans of all routes to entries, the chosen one first."""
-    tree, count = network.tree, index.shape[0]
+    tree, samples = network.tree, index.shape[0]
     columns = index.unbind(1)
-    plans: list[Plan] = []
-
-    def add(route: str, cost: Cost, taken: int, **how: Any) -> None:
-        """Add a route that takes so many of its results in the end."""
-        cost = replace(cost, held=cost.held + taken, peak=cost.peak + taken)
-        plans.append(Plan(network, "entries", route, cost, batch=count, **how))
-
+    rows, taken, ids = distinct_rows(network, columns)
+    leaves = tuple(not below for below in tree.links)
+    each = zip(rows, _row_costs(network, taken), strict=True)
+    counted = {
+        "distinct": sum(n * cost for n, cost in each) + _FLOPS_PER_MOVE * samples,
+        "per-sample": sum(_row_costs(network, leaves, batch=1)) * samples,
+    }
     if math.prod(network.sizes) <= DENSE_LIMIT:
         dense = _plans(network, None)[0]
-        flat = torch.zeros_like(columns[0])
-        # the tree leaves its rows in the order of its leaves, opt_einsum in that of the modes
-        for mode in tree.leaf_order if dense.whole is None else tree.leaves:
-            flat = flat * network.sizes[mode] + columns[mode]
-        add("dense", dense.cost, count, joins=dense.joins, whole=dense.whole, take=flat)
+        counted = {"dense": dense.flops + _FLOPS_PER_MOVE * (dense.held + samples), **counted}
+    for route in _ranked(counted):
+        if route == "per-sample":
+            joins = schedule(
+                network, batch=samples, taken=tuple(samples if leaf else None for leaf in leaves)
+            )
+            joins = gather(joins, {tree.position(mode): (columns[mode],) for mode in tree.leaves})
+            yield Plan(network, "entries", route, cost_of(network, joins), counted, samples, joins)
+            continue
+        if route == "distinct":
+            some = tuple(n if here else None for n, here in zip(rows, taken, strict=True))
+            joins = gather(schedule(network, taken=some), rows_to_take(network, rows, taken, ids))
+            cost, whole, take = cost_of(network, joins), None, ids[-1]
+        else:
+            cost, joins, whole, take = dense.cost, dense.joins, dense.whole, torch.zeros_like(ids[-1])
+            # the tree leaves its rows in the order of its leaves, opt_einsum in that of the modes
+            for mode in tree.leaf_order if whole is None else tree.leaves:
+                take = take * network.sizes[mode] + columns[mode]
+        cost = replace(cost, held=cost.held + samples, peak=cost.peak + samples)
+        yield Plan(network, "entries", route, cost, counted, samples, joins, whole, take)
 
-    gathers, take = distinct_rows(network, columns)
-    joins = schedule(network, gathers=gathers)
-    add("distinct", cost_of(network, joins), count, joins=joins, take=take)
 
-    rows = {tree.position(mode): (columns[mode],) for mode in tree.leaves}
-    joins = schedule(network, batch=count, gathers=rows)
-    add("per-sample", cost_of(network, joins), 0, joins=joins)
-    return _rank(plans, {plan.route: plan.flops + _FLOPS_PER_MOVE * plan.held for plan in plans})
+@lru_cache(maxsize=256)
+def _row_costs(network: Network, taken: tuple[bool, ...], batch: int | None = None) -> list[float]:
+    """Flops plus 32 for every number moved of one row of every node, if rows are taken at these ones."""
+    costs = [0.0] * len(taken)
+    for join in schedule(network, batch=batch, taken=tuple(1 if here else None for here in taken)):
+        cost = cost_of(network, (join,))
+        for i in join.level.positions:
+            costs[i] = (cost.flops + _FLOPS_PER_MOVE * cost.held) / (len(join.level.positions) * join.rows)
+    return costs
 
 
 def _within(
@@ -302,8 +333,9 @@ def _within(
     sizes = [item * plan.cost.entries(gradients) for plan in plans]
     if min(sizes) > limit and first.kind != "entries":  # the smallest intermediates, at whatever cost
         whole = _whole(first.network, first.batch, "smallest")
-        plans = (*plans, replace(first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole))
-        sizes.append(item * whole.cost.entries(gradients))
+        if whole is not None:
+            plans = (*plans, replace(first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole))
+            sizes.append(item * whole.cost.entries(gradients))
     for plan, size in zip(plans, sizes, strict=True):
         if size <= limit:
             return plan
@@ -319,8 +351,8 @@ def _within(
     raise does_not_fit(f"{what}: the contraction", min(sizes), limit, advice, note=note, device=device)
 
 
-def _whole(network: Network, batch: int | None, search: str | None = None) -> Einsum:
-    """Return the network as one einsum by the cheapest path that opt_einsum finds, or by one search.
+def _whole(network: Network, batch: int | None, search: str = "dp") -> Einsum | None:
+    """Return the network as one einsum by the cheapest path that opt_einsum finds, if it is asked for any.
 
     The weights come first, then the inputs. Small networks are searched by dynamic programming as well.
     """
@@ -334,17 +366,17 @@ def _whole(network: Network, batch: int | None, search: str | None = None) -> Ei
     if batch is not None:
         output = get_symbol(order + len(network.tree.nodes))  # after the modes and the bonds
         terms += [output + get_symbol(mode) for mode in range(order)]
+    if len(terms) > _SEARCHED:
+        return None
     equation = f"{','.join(terms)}->{output}"
 
     def shapes(samples: int | None) -> tuple[tuple[int, ...], ...]:
         inputs = [] if samples is None else [(samples, size) for size in network.sizes]
         return (*(network.shape(p) for p in network.weighted), *inputs)
 
-    if len(terms) > _LARGE:
-        similar = None if batch is None else 1 << (batch - 1).bit_length()
-        return along(equation, shapes(batch), find_path(equation, shapes(similar), "auto"))
     searches = ["auto"]
-    if len(terms) <= _EXHAUSTIVE:
-        searches = ["auto", "dp"] if search is None else [search]
-    found = (einsum(equation, *shapes(batch), search=name) for name in searches)
-    return min(found, key=lambda path: path.cost.flops)
+    if len(terms) <= _EXHAUSTIVE and max(Counter("".join(terms)).values()) <= _SHARED:
+        searches.append(search)
+    similar = batch and (TYPICAL if len(terms) > _LARGE else rounded(batch))
+    found = [along(equation, shapes(batch), find_path(equation, shapes(similar), how)) for how in searches]
+    return found[-1] if search == "smallest" else min(found, key=lambda call: call.cost.flops)

@@ -7,16 +7,21 @@ children's rows that occur among given entries; its columns are the bond above i
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
-from tnreg.networks.einsum import Cost, Einsum, along, einsum
+from tnreg.networks.einsum import Cost, Einsum, along, find_path
 from tnreg.networks.network import Level, Network, Stacked
+
+# Samples of the batch that a search is for which serves all of them.
+TYPICAL = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,67 +33,84 @@ class Join:
         einsum: Operands are the children's matrices (or the inputs of a leaf), then the weight;
             ``None`` at a leaf without inputs.
         rows: Rows of every node's result.
-        gathers: For each child (or the leaf itself) the rows to take, flat over the nodes; empty to
-            take them as they are.
+        heights: Rows of each child of a node, or of a leaf itself.
+        taken: Whether some of these rows are taken first.
+        gathers: Which ones, flat over the nodes, for each child (or the leaf itself).
     """
 
     level: Level
     einsum: Einsum | None
     rows: int
-    gathers: tuple[Tensor, ...]
+    heights: tuple[int, ...]
+    taken: bool
+    gathers: tuple[Tensor, ...] = ()
 
 
+def rounded(count: int) -> int:
+    """Return the next number of two binary digits and zeros: counts that a search need not tell apart."""
+    unit = 1 << max((count - 1).bit_length() - 2, 0)
+    return -(-count // unit) * unit
+
+
+@lru_cache(maxsize=256)
 def schedule(
     network: Network,
     *,
     batch: int | None = None,
     features: bool = False,
-    gathers: Mapping[int, tuple[Tensor, ...]] | None = None,
+    taken: tuple[int | None, ...] | None = None,
 ) -> tuple[Join, ...]:
     """Plan the batched calls from the leaves to the root.
 
     A node's rows are all combinations of its children's rows, unless it is *aligned*: then its row
-    i comes from row i of every child, after ``gathers``.
+    i comes from row i of every child, of which some may be taken (see ``gather``).
 
     Args:
         network: The network.
         batch: Rows of every node; all nodes are aligned.
         features: Whether leaves contract an input (with ``batch``).
-        gathers: Position -> for each child (or for the leaf itself) which of its rows to take.
+        taken: For every position how many of its children's rows (or of a leaf's own) are taken; ``None`` at
+            those that take them as they are.
     """
-    links, gathers = network.tree.links, gathers or {}
+    links = network.tree.links
+    taken = taken or (None,) * len(links)
     rows: list[int] = []
     for i, below in enumerate(links):
-        if i in gathers:
-            rows.append(gathers[i][0].numel())
+        count = taken[i]
+        if count is not None:
+            rows.append(count)
         elif batch is not None and (below or features):
             rows.append(batch)
         else:
             rows.append(math.prod(rows[c] for c in below) if below else network.shape(i)[0])
-    kinds = [(rows[i], i in gathers, *(rows[c] for c in below)) for i, below in enumerate(links)]
+    kinds = [(rows[i], taken[i], *(rows[c] for c in below)) for i, below in enumerate(links)]
     joins = []
     for level in network.split_levels(kinds):
         first = level.positions[0]
-        heights = [rows[c] for c in links[first]] or [level.shape[0]]
+        heights = tuple(rows[c] for c in links[first]) or (level.shape[0],)
         call = None
         if links[first] or features:
-            aligned = batch is not None or first in gathers
-            read = [rows[first]] * len(heights) if aligned else heights
+            aligned = batch is not None or taken[first] is not None
+            read = (rows[first],) * len(heights) if aligned else heights
             call = _node_einsum(network, level, read, aligned)
-        flat = _flat([gathers[i] for i in level.positions], heights) if first in gathers else ()
-        joins.append(Join(level, call, rows[first], flat))
+        joins.append(Join(level, call, rows[first], heights, taken[first] is not None))
     return tuple(joins)
 
 
-def _flat(gathers: Sequence[tuple[Tensor, ...]], heights: Sequence[int]) -> tuple[Tensor, ...]:
-    """Join the rows to take of every child over the nodes of a level; ``heights`` are those of one node."""
-    return tuple(
-        torch.cat([rows + k * height for k, rows in enumerate(child)])
-        for child, height in zip(zip(*gathers, strict=True), heights, strict=True)
-    )
+def gather(joins: Sequence[Join], rows: Mapping[int, tuple[Tensor, ...]]) -> tuple[Join, ...]:
+    """Give a schedule the rows to take: position -> for each child (or for the leaf itself) which ones."""
+
+    def flat(join: Join) -> tuple[Tensor, ...]:
+        each = zip(*(rows[i] for i in join.level.positions), strict=True)
+        return tuple(
+            torch.cat([part + k * height for k, part in enumerate(child)])
+            for child, height in zip(each, join.heights, strict=True)
+        )
+
+    return tuple(replace(join, gathers=flat(join)) if join.taken else join for join in joins)
 
 
-def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool) -> Einsum:
+def _node_einsum(network: Network, level: Level, rows: Sequence[int], aligned: bool) -> Einsum:
     """Plan the call of a level: children ``(g, rows, bond)`` and weights to ``(g, rows.., bond)``.
 
     For a single node the axis g is left out. A leaf has its input as a child, with the mode as its bond.
@@ -105,45 +127,82 @@ def _node_einsum(network: Network, level: Level, rows: list[int], aligned: bool)
     row = next(symbols)
     heads = [row if aligned else next(symbols) for _ in rows]
     terms = [group + head + bond for head, bond in zip(heads, bonds, strict=True)]
-    shapes = [(*count, n, size) for n, size in zip(rows, sizes, strict=True)]
     if level.weight is not None:
         terms.append(group + (shared if diagonal else "".join(bonds)) + above)
-        shapes.append((*count, *level.shape))
     equation = f"{','.join(terms)}->{group}{row if aligned else ''.join(heads)}{above}"
-    call = einsum(equation, *shapes)
-    if len(terms) < 3:
-        return call
+
+    def shapes(heights: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        children = [(*count, n, size) for n, size in zip(heights, sizes, strict=True)]
+        return (*children, *([] if level.weight is None else [(*count, *level.shape)]))
+
     # children one after another, then the weight: a search that minds sizes may miss it where all are 1
     last = range(len(terms) - 2, 0, -1)
-    plain = along(equation, tuple(shapes), ((0, 1), *((0, k) for k in last)))
-    return min(call, plain, key=lambda call: call.cost.flops)
+    paths: list[tuple[tuple[int, ...], ...]] = (
+        [((0, 1), *((0, k) for k in last))] if len(terms) > 1 else [((0,),)]
+    )
+    if len(terms) > 2 and not (aligned and diagonal):  # there no other order costs less
+        similar = [TYPICAL] * len(rows) if aligned else [rounded(n) for n in rows]
+        paths.append(find_path(equation, shapes(similar), "auto"))
+    calls = [along(equation, shapes(rows), path) for path in paths]
+    return min(calls, key=lambda call: call.cost.flops)
 
 
 def distinct_rows(
     network: Network, columns: Sequence[Tensor]
-) -> tuple[dict[int, tuple[Tensor, ...]], Tensor]:
-    """Find the combinations of children's rows that occur at every node, and each entry's row at the root.
+) -> tuple[list[int], tuple[bool, ...], list[Tensor]]:
+    """Find the combinations of children's rows that occur among entries.
 
-    A node at which all combinations occur is left out: nothing has to be gathered there.
+    Returns:
+        For every node how many there are; whether these are not all, so that they have to be taken; and which
+        of its rows each entry has.
     """
-    gathers: dict[int, tuple[Tensor, ...]] = {}
-    ids: list[Tensor] = []
-    counts: list[int] = []
+    counts, taken, ids = list[int](), list[bool](), list[Tensor]()
+    unlike = set[int]()  # positions at which no two entries are alike
     for i, below in enumerate(network.tree.links):
         if not below:
             mode: int = network.tree.nodes[i]  # type: ignore[assignment]
             ids.append(columns[mode])
             counts.append(network.sizes[mode])
+            taken.append(False)
             continue
-        combined, rows = ids[below[0]], [torch.arange(counts[below[0]], device=columns[0].device)]
-        for c in below[1:]:  # two at a time, so that the number of a combination never overflows
-            numbers, combined = torch.unique(combined * counts[c] + ids[c], return_inverse=True)
-            rows = [r.index_select(0, numbers // counts[c]) for r in rows] + [numbers % counts[c]]
+        # entries that differ at a child differ here
+        start = next((c for c in below if c in unlike), below[0])
+        combined, count = ids[start], counts[start]
+        if start in unlike:
+            unlike.add(i)
+        for c in below[1:] if start not in unlike else ():
+            # two at a time, so that the number of a combination never overflows
+            combined, count = _renumber(combined * counts[c] + ids[c], count * counts[c])
+            if count == len(combined):
+                unlike.add(i)
+                break
         ids.append(combined)
-        counts.append(rows[0].numel())
-        if counts[i] < math.prod(counts[c] for c in below):
-            gathers[i] = tuple(rows)
-    return gathers, ids[-1]
+        counts.append(count)
+        taken.append(count < math.prod(counts[c] for c in below))
+    return counts, tuple(taken), ids
+
+
+def _renumber(numbers: Tensor, most: int) -> tuple[Tensor, int]:
+    """Replace numbers below ``most`` by their ranks among the distinct ones, and count these."""
+    if most > 4 * len(numbers):
+        found, inverse = torch.unique(numbers, return_inverse=True)
+        return inverse, len(found)
+    # without sorting
+    order = numbers.new_zeros(most).index_fill_(0, numbers, 1).cumsum(0)
+    return order.index_select(0, numbers) - 1, int(order[-1])
+
+
+def rows_to_take(
+    network: Network, counts: Sequence[int], taken: Sequence[bool], ids: Sequence[Tensor]
+) -> dict[int, tuple[Tensor, ...]]:
+    """Return the rows of its children that every node takes, from what ``distinct_rows`` found."""
+    entries = torch.arange(len(ids[-1]), device=ids[-1].device)
+    rows = {}
+    for i in itertools.compress(range(len(taken)), taken):
+        # any entry that has the combination tells them
+        example = entries.new_empty(counts[i]).scatter_(0, ids[i], entries)
+        rows[i] = tuple(ids[c].index_select(0, example) for c in network.tree.links[i])
+    return rows
 
 
 def cost_of(network: Network, joins: Sequence[Join]) -> Cost:
@@ -157,11 +216,11 @@ def cost_of(network: Network, joins: Sequence[Join]) -> Cost:
             largest = max(largest, join.einsum.cost.largest)
         else:
             largest = max(largest, len(join.level.positions) * join.rows * network.bonds[first])
-        sources = network.tree.links[first] or (first,)
-        for source, gather in zip(sources, join.gathers, strict=False):
-            gathered = gather.numel() * network.bonds[source]
-            held += gathered
-            largest = max(largest, gathered)
+        if join.taken:
+            for source in network.tree.links[first] or (first,):
+                gathered = len(join.level.positions) * join.rows * network.bonds[source]
+                held += gathered
+                largest = max(largest, gathered)
     return Cost(flops, largest, held, held)
 
 
