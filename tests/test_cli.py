@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -244,10 +245,10 @@ def test_probe(cli, answer):
     np.save("x.npy", images.numpy())
     tnreg.export_pt2(net, "net.pt2", example=images[:2])
     words, tables = "--data x.npy --distances 0 4 --pairs 3 --samples 4", []
-    for model in ("small-cnn --weights w.safetensors", "small-cnn --weights w.pt", "net.pt2"):
+    for model in ("small-cnn --weights w.safetensors", "small-cnn --weights w.pt", "net.pt2 --trust"):
         tables.append(cli(f"probe {model} {words}")[0].split("pixels\n")[1])
     assert tables[0] == tables[1] == tables[2] and len(tables[0].splitlines()) == 3
-    cli("probe net.pt2 --data digits:8 --pairs 2 --png p.png")
+    cli("probe net.pt2 --trust --data digits:8 --pairs 2 --png p.png")
     assert Path("p.png").exists()
     options = "--distances 0 4 --pairs 1 --samples 4 --anywhere"
     [document] = answer(f"probe small-cnn --data x.npy --weights w.pt {options}")["models"]
@@ -260,7 +261,7 @@ def test_probe(cli, answer):
     interaction = profile.interaction[:, 0].tolist()
     assert [row["interaction"] for row in rows] == pytest.approx(interaction, abs=1e-6)
     np.save("small.npy", images[..., :16].numpy())
-    _, err = cli("probe net.pt2 --data small.npy", 1)
+    _, err = cli("probe net.pt2 --trust --data small.npy", 1)
     assert "does not take images of shape (1, 8, 16)" in err
     classifier = ConvNet(ModeTree.grid((8, 8)), 2, 3, outputs=2)
     ConvAC(Representation(2, kind="sine"), classifier).save("ac.safetensors")
@@ -291,6 +292,32 @@ def test_tensors_on_disk(cli):
         ("decompose x.zarr --memory 1kB", "does not fit into memory"),
     ):
         assert message in cli(words, 1)[1]
+
+
+def test_probe_runs_code_of_the_user_alone(cli):
+    """Import paths and files are run where they are typed, not where a file names or holds them."""
+    code = "with open('ran', 'a') as file:\n    file.write('x')\n"
+    Path("mine.py").write_text(f"{code}from tnreg.experiments.nets import SmallCNN as Net\n")
+    net = build("small-cnn", 1).eval()
+    os.mkdir("sent")
+    safetensors.torch.save_model(net, "sent/model.safetensors")
+    about = {"tnreg": "0.1.0", "experiment": "locality_run", "config": {"model": "mine:Net"}}
+    Path("sent/config.json").write_text(json.dumps(about))
+    tnreg.export_pt2(net, "net.pt2", example=torch.randn(2, 1, 8, 40))
+    words = "--data digits:8 --pairs 2 --distances 0"
+    assert "--model mine:Net" in cli(f"probe sent {words}", 1)[1]
+    assert "--trust" in cli(f"probe net.pt2 {words}", 1)[1]
+    assert not Path("ran").exists()
+    for model in ("sent --model mine:Net", "sent --model mine.py:Net", "sent --model small-cnn"):
+        assert "patches of 1x1" in cli(f"probe {model} {words}")[0]
+    assert Path("ran").read_text() == "xx"
+    weights = "--weights sent/model.safetensors"
+    for model, message in (
+        ("smal-cnn", "did you mean 'small-cnn'"),
+        ("mine.py:Other", "no network 'mine.py:O"),
+    ):
+        error = cli(f"probe {model} {weights} {words}", 1)[1]
+        assert message in error and "option:" not in error
 
 
 # Errors

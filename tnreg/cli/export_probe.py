@@ -57,6 +57,8 @@ def probe(
     *,
     data: str,
     weights: Path | None = None,
+    model: str | None = None,
+    trust: bool = False,
     distances: tuple[int, ...] = (),
     size: int | None = None,
     samples: int = 8,
@@ -70,10 +72,13 @@ def probe(
 
     Args:
         models: Run folders of single trainings of locality, .pt2 files of torch.export, .safetensors models
-            of tnreg; or the name or import path of one network, together with weights.
+            of tnreg; or one network together with weights: small-cnn, resnet-18, an import path
+            (torchvision.models:resnet18) or a name in a file (mine.py:Net).
         data: An image set of tnreg.images (.npz), a file with images (N, C, H, W), or digits:24 for pairs of
             digits that far apart.
         weights: State dict of the network, .safetensors or .pt.
+        model: The network of the run folders, where it is not one of tnreg's own: import path or mine.py:Net.
+        trust: Open .pt2 files, whose reader in torch runs code that a file brings along.
         distances: Pixels between the patches; nine up to the largest if left out.
         size: Side of the patches in pixels; an eighth of the image's shorter side if left out.
         samples: Images whose patches are crossed.
@@ -93,7 +98,7 @@ def probe(
         try:
             with reply.undisturbed():
                 with reply.working(f"reading {name} ..."):
-                    net = network_of(name, images.shape[1], weights=weights)
+                    net = network_of(name, images.shape[1], weights=weights, model=model, trust=trust)
                 profiles[name] = tnreg.locality_profile(
                     net, images, distances=distances or None, size=size, samples=samples, pairs=pairs,
                     where="anywhere" if anywhere else "differing", seed=seed, progress=reply.shows(),

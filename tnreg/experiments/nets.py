@@ -8,8 +8,12 @@ et al. (2016), arXiv:1512.03385, for images of 60 pixels or more.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import os
+import runpy
+import sys
 from typing import Any, cast
 
 import torch
@@ -97,13 +101,14 @@ BUILT_IN: dict[str, Any] = {"small-cnn": SmallCNN, "resnet-18": ResNet18}
 def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float = 0.0) -> nn.Module:
     """Return a network by name, with initial weights from torch's own random numbers.
 
-    A name is "small-cnn", "resnet-18", or an import path such as ``torchvision.models:resnet18``: anything
-    that returns an ``nn.Module``. It is called with those of the other arguments that its signature names;
-    ``num_classes`` also where it takes any keyword. Where ``in_channels`` is not one of them and the first
+    A name is "small-cnn", "resnet-18", an import path such as ``torchvision.models:resnet18`` (modules of
+    the working directory are found), or ``FILE.py:NAME``: anything that returns an ``nn.Module``. It is
+    called with those of the other arguments that its signature names; ``num_classes`` also where it takes
+    any keyword. Where ``in_channels`` is not one of them and the first
     convolution takes more channels, gray images are repeated.
 
     Raises:
-        OptionError: Nothing importable of that name, no module, or dropout that it does not know.
+        OptionError: Nothing importable of that name, no network, or dropout that it does not know.
     """
     make = BUILT_IN.get(name) or _import(name)
     known = inspect.signature(make).parameters.values()
@@ -133,16 +138,23 @@ def as_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _import(path: str) -> Any:
-    module, colon, name = path.partition(":")
+    module, colon, name = path.rpartition(":")
     try:
         if not (module and colon and name):
-            raise ImportError("expected MODULE:CALLABLE")
-        return getattr(importlib.import_module(module), name)
-    # torchvision raises RuntimeError where it does not fit the installed torch
-    except (ImportError, AttributeError, RuntimeError) as error:
+            raise ImportError("expected MODULE:CALLABLE or FILE.py:CALLABLE")
+        is_file = module.endswith(".py")
+        folder = os.path.dirname(os.path.abspath(module)) if is_file else os.getcwd()
+        if folder not in sys.path:  # python itself puts it there, an installed script does not
+            sys.path.append(folder)
+        return runpy.run_path(module)[name] if is_file else getattr(importlib.import_module(module), name)
+    # whatever the code of others raises while it is run
+    except Exception as error:
+        near = difflib.get_close_matches(path, BUILT_IN, 1)
         raise OptionError(
             f"no network {path!r}: {type(error).__name__}: {error}\n"
-            f"  model: {', '.join(BUILT_IN)}, or an import path such as torchvision.models:resnet18"
+            + (f"  did you mean {near[0]!r}?\n" if near else "")
+            + f"  model: {', '.join(BUILT_IN)}, an import path such as torchvision.models:resnet18, or\n"
+            "  a file and a name in it, such as mine.py:Net"
         ) from None
 
 

@@ -16,15 +16,19 @@ from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import load_pt2
 from tnreg.errors import FileError, OptionError, ShapeError, TnregError, blame
 from tnreg.experiments.folder import read_about, reading
-from tnreg.experiments.nets import as_input, build
+from tnreg.experiments.nets import BUILT_IN, as_input, build
 from tnreg.factorizations.factorization import load
 from tnreg.tensors.loading import load_tensor
 
 Net = Callable[[Tensor], Tensor]
 
 
-def network_of(source: str, channels: int, *, weights: Path | None = None) -> Net:
+def network_of(
+    source: str, channels: int, *, weights: Path | None = None, model: str | None = None, trust: bool = False
+) -> Net:
     """Return a trained network to be probed.
+
+    No code is run that a file brings along or names, unless ``trust`` or ``model`` says so.
 
     Args:
         source: A run folder of one training of ``locality``; a ``.pt2`` file of ``torch.export``; a
@@ -32,14 +36,23 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
             with ``weights``.
         channels: Channels of the images.
         weights: Its state dict as safetensors, or as a ``.pt`` file that holds tensors only.
+        model: What ``nets.build`` takes, for a run folder whose network is none of those built in: its
+            import path in the folder is only text.
+        trust: Open a ``.pt2`` file: torch's reader runs expressions that such a file holds.
 
     Raises:
-        FileError, OptionError: Nothing of that kind there, or weights that do not fit.
+        FileError, OptionError: Nothing of that kind there, weights that do not fit, or code of others.
     """
     path = Path(source)
     if path.is_dir():
-        return _of_run(path, channels)
+        return _of_run(path, channels, model)
     if path.suffix == ".pt2" and path.is_file():
+        if not trust:
+            raise OptionError(
+                f"{path}: torch runs code that a .pt2 file brings along.\n"
+                "  if you trust where it comes from, say so: --trust",
+                argument="trust",
+            )
         try:
             return load_pt2(path)
         except Exception as error:
@@ -58,18 +71,25 @@ def network_of(source: str, channels: int, *, weights: Path | None = None) -> Ne
         state = _read_state(weights)
     # as many logits as the last weight of the state says
     logits = [len(value) for value in state.values() if value.ndim >= 1] or [1]
-    net = build(source, channels, num_classes=logits[-1])
+    with blame("source"):
+        net = build(source, channels, num_classes=logits[-1])
     with blame("weights"):
         return _load_state(net, state, weights)
 
 
-def _of_run(folder: Path, channels: int) -> Net:
+def _of_run(folder: Path, channels: int, model: str | None) -> Net:
     with reading("a run folder of one training of locality", folder):
         about = read_about(folder)
-        name = about["config"]["model"]
+        name = model or str(about["config"]["model"])
         if about["experiment"] != "locality_run":
             raise ValueError(f"a run of {about['experiment']!r}")
         inputs = about.get("inputs")
+    if model is None and name not in BUILT_IN:
+        raise OptionError(
+            f"{folder}: its network is {name!r}, code outside of tnreg, which no file may start.\n"
+            f"  if that is the code you mean, name it yourself: --model {name}",
+            argument="model",
+        )
     file = folder / "model.safetensors"
     net = _load_state(build(name, channels), _read_state(file), file)
     return net if inputs is None else _Standardized(net, **inputs)
