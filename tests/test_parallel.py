@@ -7,6 +7,7 @@ process.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_regularizers import PAIR, batch, network
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -160,6 +163,7 @@ def check_others(count, rank, ddp):
         for penalty, part, error, message in (
             (kind(PAIR), x[:rank], ShapeError, empty),
             (kind(PAIR, statistics="batch"), x, OptionError, "statistics of one process's part"),
+            (kind(PAIR), x.clone().requires_grad_(), OptionError, "images that require gradients"),
         ):
             with pytest.raises(error, match=f"{kind.__name__}: .*{message}"):
                 penalty(ddp, part, y[: len(part)])
@@ -178,6 +182,39 @@ def test_penalties_are_those_of_the_whole_batch():
     told = re.findall(r"rank (\d) checked (\d+)", torchrun(3, __file__, "penalties").stdout)
     both, one = str(2 * len(CASES)), str(len(CASES))
     assert sorted(told) == [("0", both), ("1", both), ("2", one)]
+
+
+def sharded():
+    """Interaction energy of networks under ``fully_shard``; what the other penalty and other meshes say."""
+    with joined() as everyone:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+        for classes, stay in itertools.product((1, 3), (True, False)):
+            lengths, net, sharded = (2, 4), net_of(classes), net_of(classes)
+            fully_shard(sharded[0], reshard_after_forward=not stay)
+            fully_shard(sharded, reshard_after_forward=not stay)
+            x, y = batch(6)
+            expected = InteractionEnergy(DifferingPatches(2), samples=5)(net, x, y)
+            expected.backward()
+            x, y = (t.split(lengths)[everyone.rank] for t in (x, y))
+            penalty = InteractionEnergy(
+                DifferingPatches(2, seed=everyone.rank), samples=5, seed=everyone.rank
+            )
+            found = penalty(sharded, x, y) if classes > 1 else penalty(sharded, x)
+            (found + 0 * sharded(x).sum()).backward()
+            assert_close(found, expected, rtol=1e-12, atol=0)
+            gradients = [p.grad.full_tensor() for p in sharded.parameters()]
+            assert_close(gradients, [p.grad for p in net.parameters()], rtol=1e-9, atol=1e-13)
+            with pytest.raises(OptionError, match="InputGradientChange: fully_shard lets go of weights"):
+                InputGradientChange(PAIR)(sharded, x, y)
+        other = net_of(1)
+        fully_shard(other, mesh=mesh)
+        with pytest.raises(OptionError, match="needs a mesh of one axis"):
+            InteractionEnergy(PAIR)(other, x)
+        print("checked", everyone.rank)
+
+
+def test_the_energy_of_sharded_networks_is_that_of_the_whole():
+    assert torchrun(2, __file__, "sharded").stdout.count("checked") == 2
 
 
 def test_a_process_without_a_share_of_the_energy_has_a_graph(monkeypatch):
