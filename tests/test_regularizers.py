@@ -317,14 +317,14 @@ class Checkpointed(nn.Module):
 
     def block(self, x):
         self.runs += 1
-        return torch.tanh(self.dropout(self.norm(x)))
+        return torch.tanh(nn.functional.dropout(self.dropout(self.norm(x)), training=self.training))
 
     def forward(self, x):
         x = self.first(x)
         if self.reentrant is None:
             x = self.block(x)
         else:
-            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+            x = checkpoint(lambda z: self.block(z), x, use_reentrant=self.reentrant)
         return self.last(x.flatten(1))
 
 

@@ -6,7 +6,7 @@ own modes back. Its two ways to do so are replaced while a penalty runs, and onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,12 @@ from tnreg.errors import ShapeError
 
 
 @contextmanager
-def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
+def evaluation(net: Any, statistics: str = "frozen", *, found: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put every module into evaluation mode; afterwards, errors included, each has its own mode again.
 
     With the statistics of the ``"batch"``, normalization layers use them; either way no running statistic
-    changes. Modules that a function uses are found when it calls them. What is checkpointed runs in the
-    same modes when it is called again.
+    changes. Modules that a function uses are found when it calls them; ``found`` are others. What is
+    checkpointed runs in the same modes when it is called again.
     """
     before: dict[nn.Module, tuple[bool, Any]] = {}
 
@@ -40,22 +40,22 @@ def evaluation(net: Any, statistics: str = "frozen") -> Iterator[None]:
 
     def again(function: Callable[..., Any]) -> Callable[..., Any]:
         def evaluated(*args: Any, **kwargs: Any) -> Any:
-            with evaluation(net, statistics):
+            with evaluation(net, statistics, found=before):
                 return function(*args, **kwargs)
 
         return evaluated
 
-    owner, found = getattr(net, "__self__", net), None
-    if isinstance(owner, nn.Module):
-        switch(owner)
-    else:
-        found = register_module_forward_pre_hook(switch)
+    owner, hook = getattr(net, "__self__", net), None
+    if not isinstance(owner, nn.Module):
+        hook = register_module_forward_pre_hook(switch)
+    for module in found if hook else (owner, *found):
+        switch(module)
     try:
         with checkpoints(again):
             yield
     finally:
-        if found is not None:
-            found.remove()
+        if hook:
+            hook.remove()
         for m, (mode, tracks) in reversed(before.items()):  # a compiled module's mode is that of its part
             m.training = mode
             if isinstance(m, _NormBase):

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.far.input_gradient import input_gradient
 from tnreg.far.modes import evaluation, logits_of
-from tnreg.far.patches import RandomStream, as_given, box_mask
+from tnreg.far.patches import RandomStream, box_mask, check_images
 from tnreg.far.scheduled import Draw, Net, Scheduled, zero
 from tnreg.machine.processes import Processes, sharded_parts, unwrapped
 from tnreg.tensors.arrays import rescale
@@ -107,7 +107,7 @@ class InputGradientChange(Scheduled):
         one forward and one backward pass, unless the network has dropout or frozen normalization layers.
         Other layers are taken to do the same in training mode as in evaluation mode.
         """
-        x = as_given(x)
+        x = check_images(x, self.name, least=0)
         if not (self.statistics == "batch" and torch.is_grad_enabled() and _trains_as_evaluated(net)):
             return net(x.clone()), self.value(net, x, y, drawn)
         outputs: list[Any] = []
@@ -261,7 +261,7 @@ class InteractionEnergy(Scheduled):
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what the network gives in its training pass, and ``value``."""
-        x = as_given(x)
+        x = check_images(x, self.name, least=0)
         return net(x.clone()), self.value(net, x, y, drawn)
 
     def _streams(self) -> dict[str, Any]:
