@@ -367,7 +367,7 @@ def test_what_vanishes():
 
 def test_products_too_large_for_memory(monkeypatch):
     wide = Factorization(ModeTree.binary(8), 2, 100, join="full", dtype=torch.float64)
-    monkeypatch.setattr("tnreg.algebra.arithmetic.available", lambda device: 10**9)
+    monkeypatch.setattr("tnreg.machine.memory.available", lambda device: 10**9)
     for options in ({}, {"ranks": 3}):
         with pytest.raises(SizeError, match=r"(?s)the exact product would not .* available on cpu"):
             al.hadamard(wide, wide, **options)

@@ -198,8 +198,8 @@ def test_what_does_not_fit_is_refused_before_it_is_made(kind, monkeypatch):
                     "fewer entries at a time, here no more than"),
     }[kind]  # fmt: skip
     chosen = plan(model, **options)
-    monkeypatch.setattr(plans, "available", lambda device: 20_000_000)
-    monkeypatch.setattr(plans, "NEVER_MIND", 0)
+    monkeypatch.setattr("tnreg.machine.memory.available", lambda device: 20_000_000)
+    monkeypatch.setattr("tnreg.machine.memory.NEVER_MIND", 0)
     # and nothing may be carried out
     monkeypatch.setattr("tnreg.factorizations.factorization.contract", None)
     for refused in (call, lambda: plan(model, memory=20_000_000, **options)):
@@ -224,8 +224,8 @@ def test_another_route_is_taken_where_memory_is_short(monkeypatch):
     first, *others = plans._plans_of_entries(model.network, index)
     smallest = min([first, *others], key=lambda p: p.held)
     assert smallest is not first
-    monkeypatch.setattr(plans, "available", lambda device: 8 * smallest.held)
-    monkeypatch.setattr(plans, "NEVER_MIND", 0)
+    monkeypatch.setattr("tnreg.machine.memory.available", lambda device: 8 * smallest.held)
+    monkeypatch.setattr("tnreg.machine.memory.NEVER_MIND", 0)
     model._entry_plans.clear()
     assert torch.allclose(model.entries(index), wanted)
     assert model._entry_plans[0][1].route == smallest.route

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnreg import Factorization, ModeTree, decompose, hierarchical_rank, spectra, truncate
-from tnreg.errors import OptionError, ShapeError, TreeError
+from tnreg.errors import OptionError, ShapeError, SizeError, TreeError
 
 TOLERANCES = [None, 0.0, 1e-12, 1e-6, 1e-2, 0.3, 0.9]
 DTYPES = [torch.float64, torch.complex128, torch.float32, torch.complex64]
@@ -243,7 +243,7 @@ def test_refuses():
         decompose(zoo.model_of(ModeTree.binary(4)), ModeTree.binary(4))
     with pytest.raises(OptionError, match=r"write decompose\(tensor, tree\)"):
         truncate(torch.ones(2, 2))
-    with pytest.raises(ShapeError, match="40 children; its core would have"):
+    with pytest.raises(SizeError, match="40 children, would not fit"):
         truncate(Factorization(ModeTree.star(40), 3, 4))
 
 

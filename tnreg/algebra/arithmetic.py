@@ -11,7 +11,7 @@ from torch import Tensor
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.assembly import full_weight, weights_of
 from tnreg.factorizations.factorization import Factorization
-from tnreg.machine.memory import NEVER_MIND, available, does_not_fit
+from tnreg.machine.memory import must_fit
 from tnreg.ranks.decompose import truncate
 from tnreg.trees.reading import Node
 
@@ -20,14 +20,16 @@ def add(one: Factorization, other: Factorization) -> Factorization:
     """Add entry by entry: ``one + other``, whose bonds are the sums of theirs.
 
     Where one has a diagonal join and the other a full one, the result has a full one. ShapeError if their
-    trees or sizes differ.
+    trees or sizes differ, SizeError if it would not fit into memory.
     """
     pairs, joins = _pair_weights(one, other)
     weights: dict[Node, Tensor] = {}
     for node, (a, b) in pairs.items():
         modes = _mode_axes(one, node)  # all other axes hold the two blocks one after the other
         starts = [0 if axis in modes else n for axis, n in enumerate(a.shape)]
-        weights[node] = a.new_zeros([n + m for n, m in zip(starts, b.shape, strict=True)])
+        shape = [n + m for n, m in zip(starts, b.shape, strict=True)]
+        must_fit("add: the sum", [shape], a.dtype, a.device, copies=2)  # another in the model
+        weights[node] = a.new_zeros(shape)
         weights[node][tuple(map(slice, a.shape))] = a
         weights[node][tuple(slice(n, None) for n in starts)] = b
     return Factorization.from_weights(one.tree, weights, join=joins)
@@ -148,12 +150,23 @@ def hadamard(
         v: [n if axis in modes[v] else n * b.shape[axis] for axis, n in enumerate(a.shape)]
         for v, (a, b) in pairs.items()
     }
-    _check_memory(pairs[0][0], sum(map(math.prod, shapes.values())), exact)
+    sample = pairs[0][0]
+    # rounding works in double precision, on some copies
+    kind = sample.dtype if exact else torch.promote_types(sample.dtype, torch.float64)
+    must_fit(
+        "hadamard: the exact product", shapes.values(), kind, sample.device,
+        "truncate the factors first, or use a tree with fewer children per node",
+        copies=2 if exact else 5, note=", its weights and copies of them",
+    )  # fmt: skip
     weights: dict[Node, Tensor] = {}
     for node, (a, b) in pairs.items():
-        for axis in reversed(range(a.ndim)):  # mode axes stay aligned, all others are crossed
-            a, b = a.unsqueeze(axis + 1), b.unsqueeze(axis + (axis in modes[node]))
-        weights[node] = (a * b).reshape(shapes[node])
+        left, right = list[int](), list[int]()  # mode axes stay aligned, all others are crossed
+        for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)):
+            crossed = axis not in modes[node] and n > 1 < m
+            if n > 1 or m > 1:  # without axes of 1: torch has no more than 64
+                left += [n, 1] if crossed else [n]
+                right += [1, m] if crossed else [m]
+        weights[node] = (a.reshape(left) * b.reshape(right)).reshape(shapes[node])
     product = Factorization.from_weights(one.tree, weights, join=joins)
     del weights  # the product holds copies
     return product if exact else truncate(product, rtol=rtol, ranks=ranks)
@@ -178,19 +191,6 @@ def _absorb_wide_leaves(
                 pairs[child] = torch.eye(len(left)).to(left), left.new_ones(len(left), 1)
                 modes[node].add(axis)
         pairs[node] = a, b
-
-
-def _check_memory(sample: Tensor, numbers: int, exact: bool) -> None:
-    """Raise SizeError if a product of so many weights would not fit; rounding works in double."""
-    kind = sample.dtype if exact else torch.promote_types(sample.dtype, torch.float64)
-    needed = (2 if exact else 5) * numbers * kind.itemsize
-    limit = available(sample.device) if needed > NEVER_MIND else None
-    if limit is not None and needed > limit:
-        raise does_not_fit(
-            "hadamard: the exact product", needed, limit,
-            "truncate the factors first, or use a tree with fewer children per node",
-            note=f", {numbers:.3g} weights and copies of them", device=str(sample.device),
-        )  # fmt: skip
 
 
 def _mode_axes(model: Factorization, node: Node) -> set[int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 
 from tnreg.errors import OptionError, blame
-from tnreg.factorizations.assembly import assemble, full_weight, weights_of
+from tnreg.factorizations.assembly import assemble, full_weight, product, weights_of
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import must_fit
 from tnreg.trees.reading import Node
 
 
@@ -23,6 +25,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
     Raises:
         TreeError: No such node.
         OptionError: The node is a leaf.
+        SizeError: A full join would not fit into memory.
     """
     tree = model.tree
     target, top = tree.position(node), len(tree.nodes) - 1
@@ -52,14 +55,14 @@ def reroot(model: Factorization, node: Node) -> Factorization:
         above = [i]
         if i == path[0] and len(links[i]) == 1:
             above = links.pop(i)
-            weights[above[0]] = weights[above[0]] @ weights.pop(i)
+            weights[above[0]] = product(weights[above[0]], weights.pop(i))
     links[target] += above
     modes = {tree.position(mode): mode for mode in tree.leaves}
     return assemble(target, links, weights, kinds, modes)[0]
 
 
 def full_joins(model: Factorization) -> Factorization:
-    """Make all joins full, exactly; a diagonal join of bond R gets R^children entries.
+    """Make all joins full, exactly; a diagonal join of bond R gets R^children entries, SizeError if too many.
 
     For wide joins ``truncate(model)`` does the same on bonds that are no larger than needed.
     """
@@ -71,11 +74,17 @@ def full_joins(model: Factorization) -> Factorization:
 
 
 def diagonal_joins(model: Factorization) -> Factorization:
-    """Make all joins diagonal, exactly; siblings get the product of their bonds as their common one."""
+    """Make all joins diagonal, exactly; siblings get the product of their bonds as their common one.
+
+    SizeError if that would not fit into memory.
+    """
     tree, weights = model.tree, weights_of(model)
     full = {v: tree.children(v) for v, join in model.network.named_joins.items() if join == "full"}
     wider = {v: w.flatten(0, len(full[v]) - 1) if v in full else w for v, w in weights.items()}
-    for children in full.values():
+    for node, children in full.items():
+        common = math.prod(weights[c].shape[-1] for c in children)
+        shapes = [(*wider[c].shape[:-1], common) for c in children]
+        must_fit(f"diagonal_joins: the weights below {node!r}", shapes, model.dtype, model.device, copies=2)
         bonds = [torch.arange(weights[c].shape[-1], device=model.device) for c in children]
         combined = torch.cartesian_prod(*bonds).reshape(-1, len(children))
         for child, columns in zip(children, combined.unbind(1), strict=True):

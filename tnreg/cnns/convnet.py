@@ -23,6 +23,7 @@ from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.factorizations.module import NetworkModule
 from tnreg.factorizations.stacks import source_of
+from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Level, Network, Stacked
 from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale, without_autocast
 from tnreg.trees.grid import grid_of, maps_of
@@ -191,6 +192,8 @@ class ConvNet(NetworkModule):
             nodes_at.setdefault(name, []).extend(nodes)
         for name, members in nodes_at.items():
             filters = [weights[node].detach() for node in members]
+            shapes = [w.shape for w in filters]
+            must_fit("a network: its filters", shapes, filters[0].dtype, filters[0].device)
             if members[-1] == self.tree.root and self.outputs is None:
                 filters[-1] = filters[-1].unsqueeze(-1)
             shared = self.share and _shared_conv(filters, members, self.layer_of(members[0]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import must_fit
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -81,7 +82,7 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
         # a root above nothing but a leaf stays
         elif len(links[i]) == 1 < len(below) and (i != top or links.get(links[i][0])):
             child = stand_in[i] = links[i][0]
-            weights[child] = weights[child] @ weights[i]
+            weights[child] = product(weights[child], weights[i])
     if top in contracted:
         return weights[top]
     modes = [mode for mode in tree.leaves if mode not in vectors]
@@ -105,8 +106,20 @@ def _contract_children(weight: Tensor, join: str, vectors: Sequence[Tensor | Non
     return weight.sum(0) if whole else weight
 
 
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """Multiply the last axis of a weight by a matrix or vector; SizeError if the result would not fit."""
+    must_fit("a product of weights", [(*one.shape[:-1], *other.shape[1:])], one.dtype, one.device, copies=2)
+    return one @ other
+
+
 def full_weight(weight: Tensor, children: int) -> Tensor:
-    """Return a diagonal weight ``(R, ...)`` as that of a full join, ``(R, .., R, ...)``."""
-    full = weight.new_zeros([len(weight)] * children + list(weight.shape[1:]))
+    """Return a diagonal weight ``(R, ...)`` as that of a full join, ``(R, .., R, ...)``.
+
+    Raises:
+        SizeError: It would not fit into memory, or needs more than 64 axes.
+    """
+    shape = [len(weight)] * children + list(weight.shape[1:])
+    must_fit("a full join: its weight", [shape], weight.dtype, weight.device)
+    full = weight.new_zeros(shape)
     full[(torch.arange(len(weight), device=weight.device),) * children] = weight
     return full

@@ -23,6 +23,7 @@ from tnreg.errors import DataError, FileError, OptionError, ShapeError, blame, c
 from tnreg.factorizations.module import NetworkModule
 from tnreg.factorizations.stacks import NodeTensors, Stacks
 from tnreg.machine.files import read_model, write_safetensors
+from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
 from tnreg.networks.scaled import column_norms, inner_products
@@ -67,6 +68,7 @@ class Factorization(NetworkModule):
 
     Raises:
         TreeError, ShapeError, OptionError: Arguments that do not fit the tree.
+        SizeError: The weights would not fit into memory, or one of them would need more than 64 axes.
 
     Example:
         >>> model = Factorization(ModeTree([[0, 1], [2, 3]]), (2, 3, 5, 7), 4)
@@ -92,10 +94,12 @@ class Factorization(NetworkModule):
         std = check_number(std, "std", 0)
         network = Network.build(tree, sizes, ranks, join=join, root=root)
         shapes = [(len(stack.positions), *stack.shape) for stack in network.stacks]
+        # an axis more: where nodes are treated alike the root's weight has a bond above it too
+        must_fit("a factorization: its weights", [(*shape, 1) for shape in shapes], dtype, device)
         if std == 0:  # no numbers are drawn: loading a model leaves the random generators alone
             weights = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         else:
-            weights = [std * draw_normal(shape, dtype, device, generator) for shape in shapes]
+            weights = [draw_normal(shape, dtype, device, generator).mul_(std) for shape in shapes]
         self._set(network, Stacks(weights))
 
     @classmethod

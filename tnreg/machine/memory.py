@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,13 +21,15 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 # Arrays up to this many bytes are made without asking for free memory, which takes 0.1 ms.
 NEVER_MIND = 2**28
+# Bytes and axes that no array of torch can have more of.
+_MOST_BYTES, MOST_AXES = 2**63 - 1, 64
 
 
 def available(device: torch.device | str = "cpu") -> int | None:
     """Return how many bytes can still be allocated on a device; ``None`` if that is unknown.
 
-    On a GPU: free memory and what torch keeps cached. Elsewhere: what Linux says is available, at most the
-    container's limit; on other systems all memory.
+    On a GPU: free memory and what torch keeps cached. Elsewhere: what Linux says is available, at most what
+    the container's limit and that of the process (``ulimit -v``) leave; on other systems all memory.
     """
     kind = torch.device(device)
     if kind.type == "cuda":
@@ -38,7 +43,65 @@ def available(device: torch.device | str = "cpu") -> int | None:
     except (ValueError, OSError, AttributeError):
         return None
     free, limit = int(match[1]) * 1024 if match else all_memory, _read(_LIMIT).strip()
-    return min(free, int(limit)) if limit.isdigit() else free
+    return min(free, _unmapped(), int(limit) if limit.isdigit() else free)
+
+
+def _unmapped() -> int:
+    """Return how many bytes the process may still map."""
+    with suppress(ImportError, OSError, ValueError, IndexError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            return max(limit - int(_read("/proc/self/statm").split()[0]) * os.sysconf("SC_PAGE_SIZE"), 0)
+    return _MOST_BYTES
+
+
+def shortage(needed: int, device: torch.device | str) -> int | None:
+    """Return the bytes available on a device if fewer than are ``needed``, otherwise ``None``."""
+    if needed <= NEVER_MIND:
+        return None
+    limit = available(device)
+    limit = _MOST_BYTES if limit is None else limit
+    return limit if needed > limit else None
+
+
+def must_fit(
+    what: str,
+    shapes: Iterable[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    advice: str = "take smaller ranks, or a tree with fewer children under a full join",
+    *,
+    copies: int = 1,
+    note: str = "",
+) -> None:
+    """Refuse arrays before they are made if they would not fit: the guard of all that allocates.
+
+    Args:
+        what: Name of the arrays.
+        shapes: Shapes of all that exist at the same time.
+        dtype: Their type.
+        device: Where they will be.
+        advice: What to do instead.
+        copies: How often each of them exists.
+        note: See ``does_not_fit``.
+
+    Raises:
+        SizeError: Less is available on the device, or torch has no arrays of so many axes.
+
+    Cost: some microseconds up to 256 MiB.
+    """
+    shapes = list(shapes)
+    axes = max(map(len, shapes), default=0)
+    if axes > MOST_AXES:
+        message = f"{what} would need an array of {axes} axes; torch has no more than {MOST_AXES}."
+        raise SizeError(f"{message}\n  {advice}")
+    device = torch.get_default_device() if device is None else device
+    needed = copies * dtype.itemsize * sum(map(math.prod, shapes))
+    limit = shortage(needed, device)
+    if limit is not None:
+        raise does_not_fit(what, needed, limit, advice, note=note, device=str(device))
 
 
 def limit_of(memory: int | str | None, what: str) -> int | None:

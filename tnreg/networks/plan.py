@@ -25,7 +25,7 @@ from opt_einsum.parser import get_symbol
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, SizeError, check_integer
-from tnreg.machine.memory import NEVER_MIND, available, does_not_fit, limit_of, written
+from tnreg.machine.memory import MOST_AXES, does_not_fit, limit_of, shortage, written
 from tnreg.networks.einsum import Cost, Einsum, along, find_path
 from tnreg.networks.network import Network
 from tnreg.networks.schedule import (
@@ -186,10 +186,10 @@ def plan(
             plans = next(routes), *(routes if limit is not None else ())
     elif batch is not None:
         plans = _plans(network, check_integer(batch, 1, "plan: batch", DataError))
-    elif math.prod(network.sizes) > DENSE_LIMIT:
+    elif not _may_be_dense(network):
         raise SizeError(
-            f"the dense tensor would have about 10^{sum(map(math.log10, network.sizes)):.0f} entries.\n"
-            f"  {_ADVICE['dense']}"
+            f"the dense tensor would have {network.tree.order} axes (torch has no more than {MOST_AXES}) and "
+            f"about 10^{sum(map(math.log10, network.sizes)):.0f} entries.\n  {_ADVICE['dense']}"
         )
     else:
         plans = _plans(network, None)
@@ -208,12 +208,9 @@ def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = 
     """
     item = max(t.dtype.itemsize for t in tensors)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    size = item * plan.cost.entries(gradients)
-    if size < NEVER_MIND:
-        return plan
     device = tensors[0].device
-    limit = available(device)
-    if limit is None or size <= limit:
+    limit = shortage(item * plan.cost.entries(gradients), device)
+    if limit is None:
         return plan
     plans: tuple[Plan, ...] = (plan,)
     if plan.kind != "entries":
@@ -251,6 +248,10 @@ def contract(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Ten
 # Planning
 
 
+def _may_be_dense(network: Network) -> bool:
+    return network.tree.order <= MOST_AXES and math.prod(network.sizes) <= DENSE_LIMIT
+
+
 def _ranked(counted: Mapping[str, float]) -> list[str]:
     """Put the chosen route first, then the others by what they count."""
     chosen = choose(counted)
@@ -286,7 +287,7 @@ def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
         "distinct": sum(n * cost for n, cost in each) + _FLOPS_PER_MOVE * samples,
         "per-sample": sum(_row_costs(network, leaves, batch=1)) * samples,
     }
-    if math.prod(network.sizes) <= DENSE_LIMIT:
+    if _may_be_dense(network):
         dense = _plans(network, None)[0]
         counted = {"dense": dense.flops + _FLOPS_PER_MOVE * (dense.held + samples), **counted}
     for route in _ranked(counted):

@@ -286,7 +286,7 @@ def truncate(
 
     Raises:
         OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
-        ShapeError: A node with so many children that its core would not fit into memory.
+        SizeError: A core would not fit into memory, or would need more than 64 axes.
 
     Cost: QR and singular values per node: linear in the number of nodes, fourth order in the bonds of a
     binary tree. Works in double precision and on logarithmic scales.

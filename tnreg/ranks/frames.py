@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Level, Network, Places, Stacked
 from tnreg.tensors.arrays import Scaled, power_below
 
@@ -163,6 +164,9 @@ def frames(network: Network, stacks: Sequence[Tensor], *, bases: bool = True) ->
     Without ``bases`` the factors alone are kept. They are differentiable in the weights.
     """
     weights, factors, results = Stacked(stacks), _Factors(), list[Frame]()
+    numbers = [batch.numbers for batch in batches(network)]
+    needed = max(numbers) * 6 + sum(numbers) * bases  # the largest is copied, factored and multiplied
+    must_fit("the frames of a factorization", [(needed,)], stacks[0].dtype, stacks[0].device)
     for batch in batches(network):
         below = factors.below(batch)
         weight = _weight(batch, weights, below)

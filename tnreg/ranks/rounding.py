@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, ShapeError, check_integer, check_number
+from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
 from tnreg.tensors.axes import cut_smallest, rounding_rtol
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
-
-# Numbers in all frames together, and in one weight.
-_LARGEST_CORE = 2**31
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,6 @@ def round_network(
         before: An error made before, relative to the norm, and the positions whose cuts are not orthogonal
             to it: with the sum ``c`` of the squares cut there, its own square grows by ``2 error √c`` more.
     """
-    parts = batches(net)
-    widest = max(parts, key=lambda batch: batch.numbers // len(batch.nodes))
-    numbers = sum(batch.numbers for batch in parts)
-    _check_size(net, widest.nodes[0], widest.numbers // len(widest.nodes), numbers)
     found = frames(net, stacks)
     results = _match_root(net, found, values_in_frames(net, found, vectors=True))
     ranks, lost = _choose_ranks(net, results, limits, share, dtype, before)
@@ -90,17 +84,6 @@ def _match_root(net: Network, found: Sequence[Frame], results: Sequence[Values])
     changed = second.clone()
     changed[slot1] = torch.linalg.qr(core @ first[slot0].conj(), mode="complete")[0]
     return [Values(r.values, changed) if b == b1 else r for b, r in enumerate(results)]
-
-
-def _check_size(net: Network, node: int, numbers: int, total: int = 0) -> None:
-    """Raise if a node's core, or all of them in total, would have too many entries."""
-    if max(numbers, total) > _LARGEST_CORE:
-        raise ShapeError(
-            f"node {net.tree.nodes[node]!r} has {len(net.tree.links[node])} children; its core would "
-            f"have {numbers:.3g} entries.\n"
-            "  use a tree with fewer children per node, or smaller ranks",
-            argument="model",
-        )
 
 
 def _choose_ranks(
@@ -179,7 +162,12 @@ def _project(
             vectors = _mask(vectors, [ranks[node] for node in batch.nodes])
         block = _in_frame(batch, found[b], vectors)
         axes = [size for child in batch.below for size in axes_of[child.pairs[0][0]]]
-        _check_size(net, batch.nodes[0], math.prod(axes) * block.shape[-1])
+        node = batch.nodes[0]
+        must_fit(
+            f"rounding: the core of node {net.tree.nodes[node]!r}, {len(links[node])} children,",
+            [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
+            "use a tree with fewer children per node, or smaller ranks", copies=3,
+        )  # fmt: skip
         block = climb(block, [inside.pick(child) for child in reversed(batch.below)])
         if batch.step:
             inside.append(block.flatten(1, -2))

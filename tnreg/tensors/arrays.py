@@ -13,6 +13,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.machine.memory import must_fit
 from tnreg.trees.tree import ModeTree
 
 
@@ -76,6 +77,9 @@ def as_tensor(values: Any, *, missing: bool = False) -> Tensor:
     refused; with ``missing`` they are NaN.
     """
     if isinstance(values, Tensor):
+        if values.layout != torch.strided:
+            advice = "for a few entries of a large tensor: completion(index=..., values=..., sizes=...)"
+            must_fit("a sparse tensor as a dense one", [values.shape], values.dtype, values.device, advice)
         strided = values.to_dense() if values.layout != torch.strided else values
         return strided.resolve_conj().resolve_neg()  # lazy views have no real parts to look at
     try:
@@ -176,7 +180,10 @@ def check_numbers(tensor: Tensor) -> Tensor:
 def double(x: Tensor) -> Tensor:
     """Return a tensor in double precision, where its device has that."""
     wide = torch.complex128 if x.is_complex() else torch.float64
-    return x if x.device.type == "mps" else x.to(wide)
+    if x.dtype == wide or x.device.type == "mps":
+        return x
+    must_fit("a copy in double precision", [x.shape], wide, x.device, "take a smaller one")
+    return x.to(wide)
 
 
 def to_core(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
