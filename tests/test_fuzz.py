@@ -26,6 +26,7 @@ from tnreg import ConvAC, FileError, ModeTree, TnregError, Trajectory, TreeError
 from tnreg.cli import main
 from tnreg.experiments.folder import experiment_of, read_run
 from tnreg.experiments.locality import state as locality_state
+from tnreg.machine.files import seal, unseal
 from tnreg.training.checkpoint import Checkpoint
 from tnreg.trees.tree import read_tree
 
@@ -305,6 +306,29 @@ def test_any_bytes_and_mutated_files(kind, tmp_path, data):
     assert_read_or_refused(kind, tmp_path, data.draw(st.binary(max_size=200)))
 
 
+@pytest.mark.parametrize(("kind", "numbers"), [
+    ("model.safetensors", lambda path: list(tnreg.load(path).state_dict().values())),
+    ("convac.safetensors", lambda path: list(ConvAC.load(path).state_dict().values())),
+    ("tree.json", lambda path: [torch.tensor([hash(tnreg.load_tree(path))])]),
+    ("run.npz", lambda path: list(map(torch.from_numpy, {**Trajectory.load(path)["components"]}.values()))),
+])  # fmt: skip
+def test_damaged_files_are_refused(kind, numbers, tmp_path):
+    """Flipped bytes: an error of tnreg, or what was written to the last bit."""
+    path, random, refused = tmp_path / kind, np.random.default_rng(0), 0
+    path.write_bytes(valid(kind))
+    expected = numbers(path)
+    for trial in range(200):
+        data = np.frombuffer(valid(kind), np.uint8).copy()
+        places = random.choice(len(data), 1 + trial % 3, replace=False)
+        data[places] ^= random.integers(1, 256, len(places), dtype=np.uint8)
+        path.write_bytes(data.tobytes())
+        try:
+            assert all(map(torch.equal, numbers(path), expected)), data.tobytes()
+        except TnregError:
+            refused += 1
+    assert refused > 150
+
+
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4),
               st.sampled_from(["diagonal", "full", "leaf", "complex32", "float16", "int64", "save"])),
@@ -330,8 +354,10 @@ def with_header(data, change):
     """Return a safetensors file with other metadata."""
     end = 8 + int.from_bytes(data[:8], "little")
     head = json.loads(data[8:end])
-    about = head["__metadata__"]
-    about.update((key, json.dumps(change(json.loads(text)))) for key, text in list(about.items()))
+    tensors = safetensors.torch.load(data)
+    about = unseal(head["__metadata__"], tensors)
+    about = {key: json.dumps(change(json.loads(text))) for key, text in about.items()}
+    head["__metadata__"] = seal(about, tensors)
     text = json.dumps(head).encode()
     return len(text).to_bytes(8, "little") + text + data[end:]
 

@@ -1,6 +1,7 @@
 """Read files at once; write files and folders whole: under another name, then renamed.
 
-If the process dies in between, the old content or the new one is there, never a part of it.
+If the process dies in between, the old content or the new one is there, never a part of it. JSON objects and
+tensors carry a checksum (``seal``), so that damage on a disk or on the way is found where they are read.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from tnreg.errors import FileError, TnregError
 Model = TypeVar("Model")
 
 # What a disk that cannot hold the data reports; such errors come without a file's name.
+_SEAL = "crc32"  # name of the checksum in a file, and how it starts
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -43,12 +47,37 @@ def is_file(path: str | os.PathLike[str]) -> bool:
     return is_there(path) and not os.path.isdir(path)
 
 
+def seal(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return a JSON object with a checksum of it, and of tensors on the CPU that belong to it."""
+    code = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    for name, value in sorted((tensors or {}).items()):
+        code = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), code)
+        code = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data, code)
+    return {**content, _SEAL: f"{_SEAL}:{code:08x}"}
+
+
+def unseal(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return what was sealed, without the checksum; ``FileError`` if it is not the same any more.
+
+    What never had a checksum, of older versions or written by hand, is returned as it is.
+    """
+    # found by its name or its form: the damage may be there
+    kept = (not isinstance(v, str) or not v.startswith(f"{_SEAL}:") for v in content.values())
+    plain = {key: content[key] for key, keep in zip(content, kept, strict=True) if keep and key != _SEAL}
+    if plain != content and seal(plain, tensors) != content:
+        raise FileError(
+            "the file is damaged: its content does not fit its checksum.\n"
+            f"  take another copy of it; if you changed it by hand, remove {_SEAL!r} from it"
+        )
+    return plain
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return metadata and tensors of a safetensors file."""
+    """Return metadata and tensors of a safetensors file; ``FileError`` if a checksum does not fit."""
     data = path.read_bytes()  # safetensors opens it twice; another process may replace it in between
     tensors = dict(sorted(safetensors.torch.load(data).items()))  # load returns them in any order
     length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors
+    return unseal(json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors), tensors
 
 
 def write_safetensors(
@@ -56,7 +85,7 @@ def write_safetensors(
 ) -> Path:
     """Write tensors, and ``about`` as JSON under ``key`` in the metadata; see ``write_whole``."""
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    text = {key: json.dumps(about)}
+    text = seal({key: json.dumps(about)}, copies)
     return write_whole(path, lambda file: safetensors.torch.save_file(copies, file, metadata=text))
 
 
@@ -77,6 +106,8 @@ def read_model(
     try:
         try:
             metadata, tensors = read_safetensors(file)
+        except TnregError:
+            raise
         except Exception as error:
             raise FileError(f"not a safetensors file: {error}") from None
         if key not in metadata:

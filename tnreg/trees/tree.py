@@ -18,7 +18,7 @@ from typing import Any
 import networkx as nx
 
 from tnreg.errors import FileError, TreeError, blame, check_integer
-from tnreg.machine.files import is_file, write_whole
+from tnreg.machine.files import is_file, seal, unseal, write_whole
 from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import (
     LONGEST_CHAIN,
@@ -309,7 +309,7 @@ class ModeTree:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tree as a JSON file that ``load_tree`` reads; the file appears whole or not at all."""
-        text = json.dumps(tree_to_json(self)) + "\n"
+        text = json.dumps(seal(tree_to_json(self))) + "\n"
         write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
@@ -319,7 +319,8 @@ def load_tree(source: str | os.PathLike[str]) -> ModeTree:
 
     Args:
         source: A name that ``gallery()`` lists, such as ``"htf-4"``, or the path of a JSON file
-            ``{"tree": [[0, 1], [2, 3]]}`` (``"modes"`` and ``"sizes"`` may stand beside).
+            ``{"tree": [[0, 1], [2, 3]]}`` (``"modes"`` and ``"sizes"`` may stand beside). ``"crc32"`` is a
+            checksum that ``ModeTree.save`` writes and this checks; leave it out of what you write or change.
 
     Raises:
         FileError: There is no such name or file, or it is not a JSON file of that form.
@@ -360,6 +361,7 @@ def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
             )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        content = unseal(content) if isinstance(content, dict) else content
     except FileNotFoundError:
         raise FileError(f"no such tree file: {path}") from None
     except (OSError, ValueError, RecursionError) as error:
