@@ -65,6 +65,7 @@ def test_other_kinds_of_values():
 def test_no_unit_matters(dtype, power):
     """That of the values scales spectra and leaves shares and ranks; so does that of the images."""
     x, (a, b) = images().to(dtype), (t.to(dtype) for t in (A, B))
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(96, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
     options = {"size": 2, "distances": [0, 3], "pairs": 5}
     expected = locality_profile(net, x, **options)
@@ -195,6 +196,8 @@ def test_profile_of_batches_and_defaults():
     assert np.allclose(whole.standard_error, share.std(1, ddof=1) / np.sqrt(3))
     single = locality_profile(Near(3), x, pairs=1)
     assert "nan" in str(single) and np.isnan(single.standard_error).all()
+    named = locality_profile(lambda z: {"a": Near(3)(z)}, x, pairs=3, output=lambda out: out["a"])
+    assert np.array_equal(named.interaction, share)
     # functions without interaction
     for net in (nn.Sequential(nn.Flatten(), nn.Linear(96, 1)), lambda x: torch.zeros(len(x))):
         profile = locality_profile(net, images(), size=2, pairs=4)
@@ -243,4 +246,4 @@ def test_networks_with_weights_that_cannot_be_used(tmp_path):
         (str(tmp_path / "text.pt2"), None, "not a torch.export program"),
     ):
         with pytest.raises(FileError, match=message):
-            network_of(name, 1, weights=weights)
+            network_of(name, 1, weights=weights, trust=True)

@@ -85,8 +85,9 @@ def checkpoints(again: Callable[[Callable[..., Any]], Callable[..., Any]] | None
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, other
 
 
-def logits_of(out: Any, batch: int) -> Tensor:
-    """Return what a network gave for a batch as logits of shape ``(batch, C)``, or raise."""
+def logits_of(out: Any, batch: int, output: Callable[[Any], Any] | None = None) -> Tensor:
+    """Return what a network gave for a batch, or ``output`` of it, as logits ``(batch, C)``, or raise."""
+    out = out if output is None else output(out)
     if isinstance(out, Tensor) and out.ndim in (1, 2) and len(out) == batch and out.numel():
         return out.reshape(batch, -1)
     found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
-from tnreg.far.modes import evaluation
+from tnreg.far.modes import evaluation, logits_of
 from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, box_mask, check_images
 from tnreg.far.regularizers import crossed_values, interaction_energy
 from tnreg.machine.progress import advancing
@@ -132,6 +133,7 @@ def locality_profile(
     samples: int = 8,
     pairs: int = 32,
     where: str = "differing",
+    output: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> LocalityProfile:
@@ -152,6 +154,7 @@ def locality_profile(
         samples: k.
         pairs: Pairs of patches for each distance.
         where: ``"differing"``: places where images differ, see ``DifferingPatches``; ``"anywhere"``.
+        output: Function from what the model gives to its logits, e.g. ``lambda out: out.logits``.
         seed: Same seed and data: the same patches and images, so that two models can be compared.
         progress: Show a progress bar.
 
@@ -184,7 +187,7 @@ def locality_profile(
             for _ in range(pairs):
                 order = torch.randperm(len(images), generator=generator)
                 background, *others = images[order[: samples + 1].to(images.device)]
-                values = _cross(net, background, torch.stack(others), sampler)
+                values = _cross(net, background, torch.stack(others), sampler, output)
                 shares.append(1 - interaction_energy(values))
                 wide = values.double()
                 centred = wide - wide.mean(0, keepdim=True)
@@ -201,12 +204,13 @@ def locality_profile(
     return LocalityProfile(np.array(distances), table(shares), table(ranks), table(spectra), size)
 
 
-def _cross(net: Any, background: Tensor, images: Tensor, sampler: Any) -> Tensor:
+def _cross(net: Any, background: Tensor, images: Tensor, sampler: Any, output: Any) -> Tensor:
     """Return the model's values with I from image i and J from image j, ``(k, k, C)``."""
     inside, outside = sampler.draw(images)
     others = torch.where(box_mask(outside, *images.shape[-2:]), images, background)
     with evaluation(net):
-        values = crossed_values(net, others, images, inside).transpose(0, 1)
+        values = crossed_values(net, others, images, inside, partial(logits_of, output=output))
+        values = values.transpose(0, 1)
     if not torch.isfinite(values).all():
         raise DataError("locality_profile: the model gave NaN or infinite values.", argument="net")
     return values if values.dtype == torch.float64 else values.float()

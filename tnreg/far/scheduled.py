@@ -124,8 +124,7 @@ class Scheduled(ABC):
         return bool(getattr(self.patches, "shape_only", False))
 
     def _logits(self, out: Any, batch: int) -> Tensor:
-        """Return what a network gave for a batch as logits of shape ``(batch, C)``, or raise."""
-        return logits_of(out if self.output is None else self.output(out), batch)
+        return logits_of(out, batch, self.output)
 
     def _whole(self, x: Any, processes: Processes) -> tuple[Tensor, int]:
         """Check a batch; return it and the size of that of all processes, each of which needs an image."""
