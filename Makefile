@@ -42,7 +42,7 @@ docs: $(READY)
 # runs/ is not trained again, and what was killed goes on.
 figures: $(DYNAMICS) $(SWEEPS)
 	mkdir -p runs/figures
-	$(BIN)/tnreg plot runs/mf-1 runs/cp-1 runs/htf-1 --png runs/figures/dynamics.png
+	$(BIN)/tnreg plot runs/mf-1 runs/cp-1 runs/htf-1 --figure runs/figures/dynamics.png
 	$(BIN)/tnreg plot runs/htf-1
 	cp runs/htf-1/rates.png runs/figures/rates.png
 	cp runs/htf-1/spectra.png runs/figures/spectra.png

@@ -61,7 +61,7 @@ def gallery_page() -> str:
         "# Gallery",
         "",
         "One JSON file a tree: nested lists of mode numbers, with optional mode names and sizes.",
-        '`tnreg.load_tree("htf-4")` reads one by its name; `tnreg tree NAME --png FILE` draws it.',
+        '`tnreg.load_tree("htf-4")` reads one by its name; `tnreg tree NAME --figure FILE` draws it.',
         'A file of your own needs the key `tree` only: `{"tree": [[0, 1], [2, 3]]}`.',
     ]
     for name in tnreg.gallery():

@@ -81,7 +81,7 @@ def main(path: str, steps: int, seed: int = 1) -> None:
             ax.set_title(f"measurement {measurement}, {what if title == 'measured' else title}")
     figure.supxlabel("time")
     figure.supylabel("emission wavelength, at one excitation")
-    figure.savefig(path, dpi=100, format="png")
+    figure.savefig(path, dpi=100)
     print(f"wrote {path}")
 
 

@@ -61,7 +61,7 @@ def main(path: str) -> None:
             ax.set_xscale("log")
             ax.set_title(f"{name}, {title}: {needed[1]:,} numbers for 5 %")
         print()
-    figure.savefig(path, dpi=100, format="png")
+    figure.savefig(path, dpi=100)
     print(f"wrote {path}")
 
 

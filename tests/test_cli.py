@@ -68,7 +68,7 @@ def table_rows(out):
 def test_tree(cli, answer):
     out, _ = cli("tree htf-4 --ascii")
     assert "order 4, 7 nodes, height 2" in out and "(0, 1)" in out
-    assert "(0, 2)" in cli("tree [[0,2],[1,3]] --png t.png")[0]
+    assert "(0, 2)" in cli("tree [[0,2],[1,3]] --png t.png")[0]  # its name in 0.1
     assert Path("t.png").stat().st_size > 1000
     assert "0 ligand size 13" in cli("tree il2-4 --sizes")[0]
     ModeTree.star(3).save("own.json")
@@ -91,7 +91,7 @@ def test_tree(cli, answer):
 
 def test_rank(cli, answer, tensor):
     words, tree = "rank x.npy --tree across-4 --rtol 0.1", ModeTree([[0, 2], [1, 3]])
-    rows, document = table_rows(cli(f"{words} --png r.png")[0]), answer(words)
+    rows, document = table_rows(cli(f"{words} --figure r.png")[0]), answer(words)
     assert document["sizes"] == list(tensor.shape) and document["rtol"] == 0.1
     expected = tnreg.hierarchical_rank(tensor, tree, rtol=0.1)
     ranks = {str(node): rank for node, rank in expected.items()}
@@ -109,7 +109,7 @@ def test_rank(cli, answer, tensor):
 
 def test_decompose(cli, answer, tensor):
     words = "decompose x.npy --tree htf-4 --rtol 0.2 --out m.safetensors"
-    (out, _), document = cli(f"{words} --png d.png"), answer(words)
+    (out, _), document = cli(f"{words} --figure d.png"), answer(words)
     model, errors, norm = load("m.safetensors"), document["relative error"], tensor.norm()
     error = ((model.to_tensor() - tensor).norm() / norm).item()
     assert errors["reached"] == pytest.approx(error, rel=1e-9) and f"reached {error:.4g}" in out
@@ -145,7 +145,7 @@ def test_fit_and_plot(cli, tensor):
     assert trajectory.steps[-1] == 60 and trajectory["loss"][-1] < trajectory["loss"][0]
     (run / "training.png").unlink()
     cli("plot run")
-    cli("plot run/trajectory.npz --names loss --png l.png")
+    cli("plot run/trajectory.npz --names loss --figure l.png")
     assert (run / "training.png").exists() and Path("l.png").exists()
 
 
@@ -163,7 +163,7 @@ def test_run_dynamics_and_init_scale(cli):
     Path("s/init-scale.png").unlink()
     for words, picture in (
         (run, run / "rates.png"), (f"{run} {run}", "runs/panels.png"), ("s", "s/init-scale.png"),
-        (f"{run} --png one.png", "one.png"), (f"{run} --names spectra loss", run / "training.png"),
+        (f"{run} --figure one.png", "one.png"), (f"{run} --names spectra loss", run / "training.png"),
     ):  # fmt: skip
         cli(f"plot {words}")
         assert Path(picture).exists()
@@ -226,7 +226,7 @@ def test_run_convac_and_locality(cli):
     out, _ = cli(f"run locality {words} --no-progress")
     assert "interaction" in out and "x plain" in out and Path("l/results.csv").exists()
     for words, target in (
-        ("plot run --png", "p.png"), ("plot l --png", "l.png"),
+        ("plot run --figure", "p.png"), ("plot l --figure", "l.png"),
         ("export run/quad.safetensors --format state --out", "q.network.safetensors"),
         ("export run/random.safetensors --format onnx --out", "r.onnx"),
     ):  # fmt: skip
@@ -248,7 +248,7 @@ def test_probe(cli, answer):
     for model in ("small-cnn --weights w.safetensors", "small-cnn --weights w.pt", "net.pt2 --trust"):
         tables.append(cli(f"probe {model} {words}")[0].split("pixels\n")[1])
     assert tables[0] == tables[1] == tables[2] and len(tables[0].splitlines()) == 3
-    cli("probe net.pt2 --trust --data digits:8 --pairs 2 --png p.png")
+    cli("probe net.pt2 --trust --data digits:8 --pairs 2 --figure p.png")
     assert Path("p.png").exists()
     options = "--distances 0 4 --pairs 1 --samples 4 --anywhere"
     [document] = answer(f"probe small-cnn --data x.npy --weights w.pt {options}")["models"]
@@ -332,14 +332,16 @@ def test_probe_runs_code_of_the_user_alone(cli):
     ("rank covid19 --tree nope", "no tree named 'nope'", "--tree"),
     ("rank covid19 --tree htf-4", "3 axes and the tree 4 modes", "--tree"),
     ("rank covid19 --tree x.json", "no such tree file", "--tree"),
-    ("rank covid19 --rtol 2", "rtol must be in [0, 1)", "--rtol"),
+    ("rank covid19 --rtol 2", "rtol must be a number in [0, 1)", "--rtol"),
     ("rank covid19 --memory lots", "memory must be a number of bytes", "--memory"),
     ("rank covid19 --device warp", "cannot use the device 'warp'", "--device"),
-    ("rank covid19 --png nowhere/x.png", "there is no folder", "--png"),
+    ("rank covid19 --figure nowhere/x.png", "there is no folder", "--figure"),
     ("decompose covid19 --rtol -1", "rtol must be a number in [0, 1)", "--rtol"),
     ("decompose covid19 --ranks 0", "needs a positive integer", "--ranks"),
     ("decompose covid19 --out nowhere/x.safetensors", "there is no folder", "--out"),
-    ("decompose covid19 --png .", "give the path of a file", "--png"),
+    ("decompose covid19 --figure .", "give the path of a file", "--figure"),
+    ("rank nope.npy --png x.doc", "found the suffix 'doc'", "--figure"),
+    ("plot theirs --figure x", "found no suffix", "--figure"),
     ("fit covid19 --tree htf-4", "3 mode sizes for a tree over 4 modes", "--tree"),
     ("fit covid19 --observed 1", "observed must be a share", "--observed"),
     ("fit il2", "192 NaN entries", "--missing"),
@@ -371,7 +373,7 @@ def test_probe_runs_code_of_the_user_alone(cli):
     ("plot nowhere", "no such trajectory file", ""),
     ("plot nowhere nowhere", "not a run folder", ""),
     ("plot", "give a run folder", ""),
-    ("plot theirs --png nowhere/x.png", "there is no folder", "--png"),
+    ("plot theirs --figure nowhere/x.png", "there is no folder", "--figure"),
     ("demo --device warp", "cannot use the device 'warp'", "--device"),
 ])  # fmt: skip
 def test_errors_name_the_option(cli, words, message, option):
@@ -394,7 +396,7 @@ def test_unknown_options(cli, words, message):
 
 @pytest.mark.parametrize(("command", "argument", "option"), [
     ("fit covid19", "tree", "--tree"), ("fit covid19", "ranks", "--rank"),
-    ("fit covid19", "folder", "--out"), ("fit covid19", "png", None), ("fit covid19", None, None),
+    ("fit covid19", "folder", "--out"), ("fit covid19", "figure", None), ("fit covid19", None, None),
     ("run init-scale", "std", "--stds"), ("run init-scale", "rank", None),
 ])  # fmt: skip
 def test_the_option_that_an_error_is_about(cli, monkeypatch, command, argument, option):
@@ -521,7 +523,7 @@ def test_work_shows_a_line_on_a_terminal_only(cli, tensor, monkeypatch):
         ("decompose x.npy", "decomposing ..."),
         ("export m.safetensors --format state", "writing state ..."),
         ("probe small-cnn --data p.npy --weights w.pt --pairs 1", "pairs of patches"),
-        ("tree htf-4 --png t.png", "drawing ..."),
+        ("tree htf-4 --figure t.png", "drawing ..."),
         ("doctor --json", "looking at packages"),
         ("fit x.npy --steps 5 --out r", "5/5"),
         ("plot r", "drawing ..."),

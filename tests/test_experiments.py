@@ -69,7 +69,7 @@ def test_demo(tmp_path, capsys):
     assert demo.figure(folder).read_bytes() == picture
     code, _, err = call(capsys, "plot", str(folder))  # draws the folder's own pictures
     assert code == 0 and (folder / "training.png").read_bytes() == picture, err
-    code, _, err = call(capsys, "plot", str(folder), "--png", str(tmp_path / "again.png"))
+    code, _, err = call(capsys, "plot", str(folder), "--figure", str(tmp_path / "again.png"))
     assert code == 0 and (tmp_path / "again.png").read_bytes() == picture, err
     other = dataclasses.replace(demo.tiny, tensor="covid19", tree="star-3")
     demo.run(other, folder)  # a run folder may be replaced, and tensors have any order

@@ -498,7 +498,7 @@ def test_names_that_no_file_can_have(name):
 arguments = st.lists(
     st.sampled_from(
         ["tree", "rank", "export", "probe", "plot", "htf-4", "list", "[[0,2],[1,3]]", "[", "[[0,0]]",
-         "x.npy", "nothing", "--tree", "--rtol", "--png", "--ascii", "--sizes", "--format", "--out",
+         "x.npy", "nothing", "--tree", "--rtol", "--figure", "--ascii", "--sizes", "--format", "--out",
          "--key", "-1", "1e999", "nan", "", "--", "-h", "il2-4", "x.npy:y", "/", "é", "\0"]
     ) | st.text(max_size=4),
     max_size=5,

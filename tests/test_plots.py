@@ -70,11 +70,27 @@ def test_components(ax, run):
         plots.components(run, name="loss")
 
 
-def test_bars_and_new_axes(tmp_path):
+def test_bars_and_new_axes():
     drawn = plots.bars({"a": 1.0, "b": 2.0})
     assert [p.get_width() for p in drawn.patches] == [1.0, 2.0]
-    plots.save_figure(drawn.figure, tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "start"), [
+    ("x.png", b"\x89PNG"), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml"), ("x.eps", b"%!PS"),
+    ("x.jpg", b"\xff\xd8"),
+])  # fmt: skip
+def test_the_suffix_says_the_format(tmp_path, ax, name, start):
+    pairs = tnreg.images.ImageSet(np.zeros((2, 1, 4, 4)), np.arange(2), (), np.zeros(0), {})
+    for write in (lambda path: plots.save_figure(ax.figure, path), pairs.sheet):
+        path = write(tmp_path / name)
+        assert path.read_bytes().startswith(start)
+        for other in ("x.doc", "x", ".png"):
+            with pytest.raises(
+                OptionError, match=r"the suffix says how [^$]*expected: \.png, \.pdf"
+            ) as error:
+                write(tmp_path / other)
+            assert error.value.argument == "figure"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_decomposition_shows_ranks_and_budget():

@@ -556,7 +556,7 @@ def test_dynamics_on_the_command_line(capsys, tmp_path):
     assert there["test error"] == row["test error"] and there["steps"] == 10
     one = json.loads((tmp_path / "s" / "tree-htf-4-std-0.3-seed-2" / "config.json").read_text())
     assert one["config"]["off_tree"] == ["0,2", "0,3"] and one["experiment"] == "dynamics"
-    code, out, err = call(capsys, "plot", str(tmp_path / "s"), "--png", str(tmp_path / "p.png"))
+    code, out, err = call(capsys, "plot", str(tmp_path / "s"), "--figure", str(tmp_path / "p.png"))
     assert code == 0 and (tmp_path / "p.png").stat().st_size > 1000, err
 
 

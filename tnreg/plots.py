@@ -16,7 +16,7 @@ import numpy as np
 from tnreg.errors import OptionError
 from tnreg.machine.files import write_whole
 from tnreg.training.trajectory import Trajectory
-from tnreg.trees.drawing import draw_tree, node_spots, node_text
+from tnreg.trees.drawing import draw_tree, node_spots, node_text, picture_format
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -267,13 +267,18 @@ def locality_profile(data: LocalityProfile | Mapping[str, LocalityProfile], ax: 
 
 
 def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure in the format of the suffix (.png, .pdf, .svg, ...), whole or not at all.
+
+    Raises:
+        OptionError: Another suffix.
+        FileError: The file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     while not isinstance(drawn, Figure):
         drawn = drawn.figure
-    figure = drawn
-    return write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format="png"))
+    figure, kind = drawn, picture_format(path)
+    return write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format=kind))
 
 
 def _net(data: Any, who: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from tnreg import Factorization, algebra, plots, spectra, truncate
 from tnreg import decompose as hierarchical_svd
 from tnreg.cli.inputs import DEFAULTS, Input, InputOptions, read_input
-from tnreg.cli.output import Reply, table_of
+from tnreg.cli.output import Picture, Reply, table_of
 from tnreg.errors import OptionError
 from tnreg.ranks.decompose import distance
 from tnreg.tensors.blocks import is_blocks
@@ -26,7 +26,7 @@ def decompose(
     ranks: int | None = None,
     randomized: bool = False,
     out: Path | None = None,
-    png: Path | None = None,
+    figure: Picture = None,
     json: bool = False,
 ) -> None:
     """Hierarchical SVD of a tensor along a tree, or rounding of a saved model, to a relative error.
@@ -39,10 +39,10 @@ def decompose(
         ranks: Largest bond.
         randomized: First approximate the columns of large nodes by products with random vectors.
         out: Save the factorization into this file.
-        png: Draw singular values and the tree with its ranks and error budget into this file.
+        figure: Draw singular values and the tree with its ranks and error budget into this file.
         json: Print one JSON document instead of the table.
     """
-    reply = Reply(json, out, png)
+    reply = Reply(json, out, figure)
     with reply.working("decomposing ..."):
         source = read_input(file, reading)
         start = time.perf_counter()
@@ -82,7 +82,7 @@ def decompose(
         {
             "tensor": source.name, "sizes": model.sizes, "seconds": seconds, "nodes": rows,
             "numbers": weights, "numbers before": before, "relative error": errors,
-            "written": [str(path) for path in (out, png) if path is not None],
+            "written": [str(path) for path in (out, figure) if path is not None],
         }
     )  # fmt: skip
 

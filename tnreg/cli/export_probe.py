@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import tnreg
 from tnreg import ConvAC, ConvNet, LocalityProfile, plots
-from tnreg.cli.output import Reply
+from tnreg.cli.output import Picture, Reply
 from tnreg.cnns.classifier import is_classifier
 from tnreg.errors import OptionError, blame
 from tnreg.experiments.probed import images_of, network_of
@@ -65,7 +65,7 @@ def probe(
     pairs: int = 32,
     anywhere: bool = False,
     seed: int = 0,
-    png: Path | None = None,
+    figure: Picture = None,
     json: bool = False,
 ) -> None:
     """Measure which patches trained networks tie together: interaction against distance.
@@ -85,12 +85,12 @@ def probe(
         pairs: Pairs of patches for each distance.
         anywhere: Patches anywhere, not only where images differ.
         seed: Draws patches and images; the same for all models.
-        png: Draw all models into this file.
+        figure: Draw all models into this file.
         json: Print one JSON document instead of the tables.
     """
     if not models or (weights is not None and len(models) > 1):
         raise OptionError("probe: name one model or more; with --weights exactly one.")
-    reply = Reply(json, png=png)
+    reply = Reply(json, figure=figure)
     with reply.working("reading images ..."), blame("data"):
         images = images_of(data)
     profiles = {}

@@ -7,33 +7,40 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from tyro import conf
 
 from tnreg import plots
 from tnreg.errors import FileError
 from tnreg.machine.progress import working
 from tnreg.tensors.blocks import log as log_of_passes
+from tnreg.trees.drawing import picture_format
+
+Picture = Annotated[Path | None, conf.arg(aliases=["--png"])]
+"""Where to draw; the suffix says how."""
 
 
 class Reply:
     """Prints the parts of an answer; where it is to be ``json``, standard output holds nothing else.
 
     Raises:
-        FileError: ``out`` or ``png`` could not be written, which is checked before any work.
+        FileError: ``out`` or ``figure`` could not be written, which is checked before any work.
     """
 
-    def __init__(self, json: bool = False, out: Path | None = None, png: Path | None = None) -> None:
-        for option, path in (("--out", out), ("--png", png)):
+    def __init__(self, json: bool = False, out: Path | None = None, figure: Path | None = None) -> None:
+        for option, path in (("--out", out), ("--figure", figure)):
             if path is not None and path.is_dir():
                 raise FileError(f"{option}: {path} is a folder; give the path of a file.")
             if path is not None and not path.parent.is_dir():
                 raise FileError(f"{option}: cannot write {path}: there is no folder {path.parent}")
-        self.json, self._png = json, png
+        if figure is not None:
+            picture_format(figure)
+        self.json, self._figure = json, figure
         self.console = Console(stderr=json)
 
     def table(self, table: Table) -> None:
@@ -57,15 +64,15 @@ class Reply:
 
     def picture(self, draw: Callable[[Any], Any], panels: int = 1) -> None:
         """Write the picture, if there is to be one; ``draw`` fills the axes that it is given."""
-        if self._png is None:
+        if self._figure is None:
             return
         from matplotlib.figure import Figure
 
         with self.working("drawing ..."):
             figure = Figure(figsize=(2 + 5 * panels, 4.5), layout="constrained")
             draw(figure.subplots(1, panels))
-            plots.save_figure(figure, self._png)
-        self.note(f"wrote {self._png}")
+            plots.save_figure(figure, self._figure)
+        self.note(f"wrote {self._figure}")
 
     def shows(self, progress: bool = True) -> bool:
         """Return whether to show a progress bar: one is wanted and standard error is a terminal."""

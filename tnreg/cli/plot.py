@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tnreg import Trajectory, plots
-from tnreg.cli.output import Reply
+from tnreg.cli.output import Picture, Reply
 from tnreg.errors import OptionError
 from tnreg.experiments import completion, convac, demo, dynamics, locality
 from tnreg.experiments.dynamics import init_scale
@@ -13,8 +13,8 @@ from tnreg.experiments.sweep import pictures as sweep_pictures
 
 # Pictures of experiments; where there is a trajectory, its panels can be chosen as well.
 _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
-    "dynamics": lambda folder, png: (
-        plots.save_figure(dynamics.panels([folder]), png) if png else dynamics.figure(folder)
+    "dynamics": lambda folder, path: (
+        plots.save_figure(dynamics.panels([folder]), path) if path else dynamics.figure(folder)
     ),
     "demo": demo.figure,
     "init_scale": init_scale.figure,
@@ -26,7 +26,7 @@ _PICTURES: dict[str, Callable[[Path, Path | None], Path]] = {
 
 
 def plot(
-    runs: tuple[Path, ...], /, *, names: tuple[str, ...] = (), linear: bool = False, png: Path | None = None
+    runs: tuple[Path, ...], /, *, names: tuple[str, ...] = (), linear: bool = False, figure: Picture = None
 ) -> None:
     """Draw what a run recorded; several runs of `dynamics` side by side.
 
@@ -34,10 +34,10 @@ def plot(
         runs: Run folders, or one trajectory .npz file.
         names: What to draw, one panel each.
         linear: Linear instead of logarithmic vertical axes.
-        png: Where to write the picture; if left out, the experiment's own pictures in its folder are drawn
+        figure: Where to write the picture; if left out, the experiment's own pictures in its folder are drawn
             again, training.png beside a trajectory, panels.png beside several runs.
     """
-    reply = Reply(png=png)
+    reply = Reply(figure=figure)
     if not runs:
         raise OptionError("plot: give a run folder.")
     first, several, about = runs[0], len(runs) > 1, ""
@@ -49,13 +49,12 @@ def plot(
         )
     with reply.working("drawing ..."):
         if several:
-            figure = dynamics.panels(runs)
-            picture = plots.save_figure(figure, png or first.parent / "panels.png")
+            picture = plots.save_figure(dynamics.panels(runs), figure or first.parent / "panels.png")
         elif kind in _PICTURES and not panels:
-            picture = _PICTURES[kind](first, png)
+            picture = _PICTURES[kind](first, figure)
         else:
             file = first / "trajectory.npz" if first.is_dir() else first
             run = Trajectory.load(file)
-            figure, about = completion.draw(run, names or run.names, log=not linear), f"{run!r}\n"
-            picture = plots.save_figure(figure, png or file.with_name("training.png"))
+            drawn, about = completion.draw(run, names or run.names, log=not linear), f"{run!r}\n"
+            picture = plots.save_figure(drawn, figure or file.with_name("training.png"))
     reply.note(f"{about}wrote {picture}")

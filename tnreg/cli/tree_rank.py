@@ -1,13 +1,12 @@
 """The commands ``tree`` and ``rank``, which look at trees and at tensors."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tnreg import ModeTree, effective_rank, entanglement_entropy, gallery, load_tree, plots, spectra
 from tnreg.cli.inputs import DEFAULTS, InputOptions, read_input
-from tnreg.cli.output import Reply, table_of
+from tnreg.cli.output import Picture, Reply, table_of
 from tnreg.errors import FileError
 from tnreg.ranks.dense import numerical_rank
 from tnreg.trees.reading import Node
@@ -15,7 +14,7 @@ from tnreg.trees.tree import read_tree, read_tree_file, tree_to_json
 
 
 def tree(
-    source: str, /, *, ascii: bool = False, sizes: bool = False, png: Path | None = None, json: bool = False
+    source: str, /, *, ascii: bool = False, sizes: bool = False, figure: Picture = None, json: bool = False
 ) -> None:
     """Draw a mode tree.
 
@@ -23,10 +22,10 @@ def tree(
         source: A gallery name (htf-4), a JSON file, or nested lists ("[[0,1],[2,3]]"); or "list".
         ascii: Draw with plain characters only.
         sizes: Show mode names and sizes, if the file has them.
-        png: Also draw a picture into this file.
+        figure: Also draw a picture into this file.
         json: Print one JSON document instead of the drawing or the list.
     """
-    reply = Reply(json, png=png)
+    reply = Reply(json, figure=figure)
     if source == "list":
         return _list_gallery(reply)
     mode_tree = read_tree(source)
@@ -51,7 +50,7 @@ def rank(
     *,
     reading: InputOptions = DEFAULTS,
     rtol: float = 1e-3,
-    png: Path | None = None,
+    figure: Picture = None,
     json: bool = False,
 ) -> None:
     """Print the hierarchical ranks, effective ranks and entropies of a tensor along a tree.
@@ -61,10 +60,10 @@ def rank(
             il2, covid19, indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
         reading: How the file is read.
         rtol: A singular value counts if it is above rtol times the largest of its node.
-        png: Draw the singular values into this file.
+        figure: Draw the singular values into this file.
         json: Print one JSON document instead of the table.
     """
-    reply = Reply(json, png=png)
+    reply = Reply(json, figure=figure)
     with torch.no_grad(), reply.working("singular values ..."):
         tensor = read_input(file, reading)
         values = spectra(tensor.x, tensor.tree, memory=reading.memory)

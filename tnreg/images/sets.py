@@ -25,6 +25,7 @@ from tnreg.images.scene import longest, render, sample_scene
 from tnreg.machine.files import write_whole
 from tnreg.machine.progress import advancing
 from tnreg.machine.versions import __version__
+from tnreg.trees.drawing import picture_format
 
 Array = np.ndarray[Any, Any]
 
@@ -102,9 +103,13 @@ class ImageSet:
         return write_whole(path, write)
 
     def sheet(self, path: str | os.PathLike[str], *, rows: int = 4, columns: int = 8) -> Path:
-        """Write a PNG of the first images, enlarged if small: label 0 in the upper rows, 1 in the lower."""
+        """Draw the first images, enlarged if small: label 0 in the upper rows, 1 in the lower.
+
+        The suffix of ``path`` says the format: .png, .pdf, .svg, ...
+        """
         from matplotlib.image import imsave
 
+        kind = picture_format(path)
         half = max(check_integer(rows, 1, "sheet: rows") // 2, 1)
         columns = check_integer(columns, 1, "sheet: columns")
         zoom = max(1, 128 // max(self.images.shape[-2:]))
@@ -118,7 +123,7 @@ class ImageSet:
             lines += [np.concatenate(list(line), -1) for line in np.split(cells, half)]
         picture = np.concatenate(lines, 1).transpose(1, 2, 0).clip(0, 1)
         picture = picture if picture.shape[-1] == 3 else picture[..., :1].repeat(3, -1)
-        return write_whole(path, lambda beside: imsave(beside, picture, format="png"))
+        return write_whole(path, lambda beside: imsave(beside, picture, format=kind))
 
 
 def pathfinder(

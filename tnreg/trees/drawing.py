@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from tnreg.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_NODES = 60
 """Notebooks show larger trees as text."""
+
+_FORMATS = ("png", "pdf", "svg", "eps", "jpg", "jpeg", "webp", "tif", "tiff")
 
 
 def draw_tree(
@@ -63,6 +68,19 @@ def node_text(node: Any) -> str:
     if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
         return "{" + ",".join(map(str, node)) + "}"
     return str(node)
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """Return the format that the suffix of a picture's file says; ``OptionError`` for any other suffix."""
+    suffix = os.path.splitext(os.fspath(path))[1].lower().removeprefix(".")
+    if suffix not in _FORMATS:
+        found = f"the suffix {suffix!r}" if suffix else "no suffix"
+        raise OptionError(
+            f"{os.fspath(path)}: the suffix says how a picture is written, found {found}.\n"
+            f"  expected: .{', .'.join(_FORMATS)}",
+            argument="figure",
+        )
+    return suffix
 
 
 def tree_svg(
