@@ -13,9 +13,10 @@ from command import call
 from rich.console import Console
 
 from tnreg import DataError, FileError, ModeTree, OptionError, Trajectory, load
-from tnreg.experiments import completion, convac, demo, locality
+from tnreg.experiments import completion, convac, demo, dynamics, locality, sweep
 from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.sweep import pictures as sweep_figure
+from tnreg.training.tasks import relative_error
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,35 @@ def test_completion(tmp_path):
     assert run.names == ("loss", "test error", "unbalancedness", "components")
     (tmp_path / "run" / "training.png").unlink()
     assert completion.figure(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    (completion, completion.tiny), (demo, demo.tiny), (convac, convac.tiny),
+    (dynamics, dynamics.tiny), (init_scale, init_scale.tiny),
+], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
+def test_a_sweep_and_files_of_the_user_are_left_alone(tmp_path, kind, settings):
+    sweep.run(lambda cell, folder, checkpoint: {"v": cell["x"]}, [{"x": 1}, {"x": 2}], tmp_path, workers=0)
+    (tmp_path / "x-1" / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((FileError, OptionError), match="is a run of 'sweep'"):
+        kind.run(settings, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-60, 1e-35, 1e25, 1e40, 1e150])
+def test_completion_in_any_unit(tmp_path, scale):
+    """The saved model is in the unit of the data, and fits them as well as in any other unit."""
+    tensor = zoo.model_of(ModeTree.star(3), sizes=(4, 5, 6)).to_tensor().detach()
+    config = completion.Config(tensor=str(tmp_path / "x.npy"), tree="star-3", steps=100, rank=3)
+
+    def found(unit):
+        np.save(config.tensor, (unit * tensor).numpy())
+        summary = completion.run(config, tmp_path / "run")
+        model = load(tmp_path / "run" / "model.safetensors").to(torch.float64)
+        error = relative_error(model.to_tensor().detach(), unit * tensor)
+        return [error, *(summary[name] for name in ("final loss", "train error", "test error"))]
+
+    assert found(scale) == pytest.approx(found(1.0), rel=1e-4)
 
 
 def test_completion_of_other_kinds(tmp_path):
@@ -119,8 +149,8 @@ def write_tensor(path, scale, extra=None):
     return str(path)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-def test_the_saved_model_is_in_the_unit_of_the_data(tmp_path, scale):
+def test_the_saved_model_is_in_the_unit_of_the_data(tmp_path):
+    scale = 1e30
     file = write_tensor(tmp_path / "x.npy", scale)
     settings = {"tree": "htf-4", "rank": 6, "steps": 600, "observed": 0.9, "dtype": "float64"}
     config = completion.Config(tensor=file, **settings)

@@ -54,22 +54,30 @@ def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+FILES = ("config.json", "picture.png")
+
+
+def run_folder(target):
+    return folder_written_whole(target, "study", FILES)
+
+
 def test_folder_written_whole(tmp_path):
     target = tmp_path / "run"
-    with folder_written_whole(target) as partial:
-        (partial / "config.json").write_text(json.dumps({"tnreg": "0"}))
+    with run_folder(target) as partial:
+        (partial / "config.json").write_text(json.dumps({"tnreg": "0", "experiment": "study"}))
         assert not target.exists()
     full = OSError(errno.ENOSPC, "No space left on device")
     other, none = (ConnectionError(), ConnectionError), (None, FileError)
     for error, kind in ((RuntimeError(), RuntimeError), other, (full, FileError), none):
-        with pytest.raises(kind) as raised, folder_written_whole(target) as partial:
+        with pytest.raises(kind) as raised, run_folder(target) as partial:
             (partial / "half").write_text("x")
             if error is None:
                 (partial / "no" / "folder").write_text("x")
             raise error
         assert kind is not FileError or f"cannot write {target}: No s" in str(raised.value)
         assert os.listdir(target) == ["config.json"] and os.listdir(tmp_path) == ["run"]
-    with folder_written_whole(target) as partial:
+    (target / "picture.png").touch()
+    with run_folder(target) as partial:
         (partial / "new").write_text("x")
     assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["run"]
 
@@ -77,20 +85,38 @@ def test_folder_written_whole(tmp_path):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     target = tmp_path / "photos"
     target.mkdir()
-    with folder_written_whole(target) as partial:  # an empty one may be used
+    with run_folder(target) as partial:  # an empty one may be used
         (partial / "precious").write_text("x")
     for content in ("{", "{}", '{"name": 1}', "3"):
         (target / "config.json").write_text(content)
         with pytest.raises(FileError, match="is no run folder of tnreg; it is left alone") as error:
-            folder_written_whole(target).__enter__()
+            run_folder(target).__enter__()
         assert error.value.argument == "folder"
     assert (target / "precious").read_text() == "x"
     with pytest.raises(FileError, match="left alone"):
-        folder_written_whole(target / "precious").__enter__()
+        run_folder(target / "precious").__enter__()
     other = tmp_path / "x"
-    with pytest.raises(FileError, match="left alone"), folder_written_whole(other):
+    with pytest.raises(FileError, match="left alone"), run_folder(other):
         (other / "precious").mkdir(parents=True)  # put there meanwhile
     assert os.listdir(other) == ["precious"] and set(os.listdir(tmp_path)) == {"photos", "x"}
+
+
+@pytest.mark.parametrize(("experiment", "more", "message"), [
+    ("sweep", None, "is a run of 'sweep', not of 'study'; it is left alone"),
+    (None, None, "is a run of None"),
+    ("study", "notes.txt", r"holds what no run of 'study' writes \(notes.txt\)"),
+    ("study", "picture.png/mine.txt", r"holds what no run of 'study' writes \(picture.png\)"),
+    ("study", ".hidden", "holds what no run"),
+])  # fmt: skip
+def test_only_files_of_the_same_kind_of_run_are_replaced(tmp_path, experiment, more, message):
+    (tmp_path / "config.json").write_text(json.dumps({"tnreg": "1", "experiment": experiment}))
+    if more is not None:
+        (tmp_path / more).parent.mkdir(exist_ok=True)
+        (tmp_path / more).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileError, match=message):
+        run_folder(tmp_path).__enter__()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -19,7 +19,7 @@ from tnreg import ConvAC, ConvNet, Factorization, ModeTree, Representation, Traj
 from tnreg.errors import FileError, OptionError
 from tnreg.experiments import sweep
 from tnreg.experiments.completion import Config, completion
-from tnreg.experiments.folder import read_run, write_run
+from tnreg.experiments.folder import RUN_FILES, read_run, write_run
 from tnreg.machine.files import folder_written_whole
 from tnreg.training.checkpoint import Checkpoint
 
@@ -56,7 +56,7 @@ def checkpoint_of(path):
 
 def write_folder(path, version):
     settings, run, model = Config(seed=version), run_of(version), model_of(version)
-    with folder_written_whole(path) as partial:
+    with folder_written_whole(path, "completion", RUN_FILES) as partial:
         write_run(partial, "completion", settings, run, model, {"v": version})
 
 

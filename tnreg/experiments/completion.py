@@ -3,7 +3,8 @@
 A run folder holds ``config.json`` (settings, versions, results), ``model.safetensors``,
 ``trajectory.npz`` and ``training.png``. It appears as a whole when the run ends. Training is on
 entries scaled to a mean square of 1, and the recorded losses are of these; the saved model is in the
-unit of the data again, and ``scale`` in the summary is what lies between.
+unit of the data again (in float64 if that is beyond 1e-30 or 1e30), and ``scale`` in the summary is
+what lies between.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any, Literal
 import torch
 
 from tnreg.errors import DataError, OptionError
-from tnreg.experiments.folder import write_run
+from tnreg.experiments.folder import RUN_FILES, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
 from tnreg.plots import save_figure, trajectory
 from tnreg.tensors.loading import DenseTensor, load_tensor
 from tnreg.training.fit import fit
-from tnreg.training.tasks import Completion, completion, relative_error
+from tnreg.training.tasks import Completion, completion, relative_error, root_mean_square
 from tnreg.training.trajectory import Trajectory
 from tnreg.trees.tree import ModeTree, read_tree
 
@@ -92,11 +93,15 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
         raise OptionError(message, argument="observed")
     task, scale = scaled_task(tensor, config)
     model = new_model(tree, task, config)
-    with folder_written_whole(folder) as beside:
+    with folder_written_whole(folder, "completion", (*RUN_FILES, "training.png")) as beside:
         start = time.perf_counter()
         recorded = train(model, task, config, progress)
-        if len(recorded) == 0:  # interrupted before there was anything to keep
-            raise KeyboardInterrupt
+        if len(recorded) == 0:  # it ended before there was anything to keep
+            raise (
+                KeyboardInterrupt
+                if recorded.stop_reason == "interrupted"
+                else DataError(recorded.stop_reason)
+            )
         summary = {
             "tree": repr(tree),
             "observed entries": len(task.values),
@@ -149,8 +154,7 @@ def scaled_task(tensor: DenseTensor, config: Settings) -> tuple[Completion, floa
     # checked and scaled in double precision: squares of large or small data leave the range of floats
     task = completion(tensor.values.double(), config.observed, seed=config.seed, missing=config.missing)
     known = torch.cat([task.values, _test_values(task)])
-    largest = known.abs().max()
-    scale = float(largest * (known / largest).square().mean().sqrt()) if largest > 0 else 1.0
+    scale = root_mean_square(known) or 1.0
     scaled = Completion(
         task.index, task.values / scale, task.sizes, task.test_index, _test_values(task) / scale
     )
@@ -182,10 +186,13 @@ def train(
 
 @torch.no_grad()
 def in_units(model: Factorization, scale: float) -> Factorization:
-    """Return a copy, for the data itself, of a model that was trained on scaled data."""
-    copied = copy.deepcopy(model)
-    node, weight = list(copied.weights.items())[-1]
-    copied.load_weights({node: weight * scale})
+    """Return a copy, for the data itself, of a model that was trained on scaled data.
+
+    The scale is spread over all weights. They are of type float64 where floats could not hold the entries.
+    """
+    copied = copy.deepcopy(model) if 1e-30 < scale < 1e30 else copy.deepcopy(model).double()
+    factor = scale ** (1 / len(copied.weights))
+    copied.load_weights({node: weight * factor for node, weight in copied.weights.items()})
     return copied
 
 

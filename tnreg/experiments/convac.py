@@ -7,6 +7,7 @@ a network of that depth is decided by the tree (Cohen and Shashua 2017, arXiv:16
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -24,7 +25,7 @@ from tnreg.cnns.classifier import ConvAC, Representation
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
-from tnreg.experiments.folder import read_about, reading, write_about
+from tnreg.experiments.folder import UNREADABLE, read_about, reading, write_about
 from tnreg.experiments.sweep.pictures import means
 from tnreg.factorizations.components import drop_components
 from tnreg.images.sets import load_digits
@@ -90,7 +91,10 @@ def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: boo
     start = time.perf_counter()
     rows, smaller = list[dict[str, Any]](), list[dict[str, Any]]()
     epochs = len(config.seeds) * len(config.trees) * config.epochs
-    with folder_written_whole(folder) as beside, advancing("epochs", epochs, progress) as advance:
+    with (
+        folder_written_whole(folder, "convac", _files(folder)) as beside,
+        advancing("epochs", epochs, progress) as advance,
+    ):
         for seed in config.seeds:
             random = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(images), generator=random)
@@ -122,6 +126,15 @@ def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: boo
         write_about(beside, "convac", config=dataclasses.asdict(config), summary=summary)
         figure(beside)
     return summary
+
+
+def _files(folder: str | Path) -> list[str]:
+    """Return the names of what a run in this folder wrote."""
+    with contextlib.suppress(*UNREADABLE):
+        trees = read_about(folder)["config"]["trees"]
+        models = [f"{name}.{suffix}" for name in trees for suffix in ("safetensors", "onnx")]
+        return ["config.json", "convac.png", *models]
+    return []
 
 
 def tree_of(name: str, seed: int = 0) -> ModeTree:

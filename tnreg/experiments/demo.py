@@ -27,7 +27,7 @@ from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments import completion
 from tnreg.experiments.completion import in_units, mean_error, new_model, scaled_task, train
-from tnreg.experiments.folder import write_run
+from tnreg.experiments.folder import RUN_FILES, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import working
@@ -102,7 +102,8 @@ def run(
     title = f"measured tensor ({tensor.missing} missing entries set to the mean)"
     show_ranks(title, measured, filled)
 
-    with folder_written_whole(folder) as beside:
+    files = (*RUN_FILES, *_PICTURES, "trajectory-cp.npz", "network.onnx", "report.html")
+    with folder_written_whole(folder, "demo", files) as beside:
         task, scale = scaled_task(tensor, config)
         show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
         model = new_model(tree, task, config)

@@ -18,6 +18,9 @@ from tnreg.training.trajectory import Trajectory
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a ``config.json`` raises that is missing, no JSON, or other than expected."""
 
+RUN_FILES = ("config.json", "trajectory.npz", "model.safetensors")
+"""What ``write_run`` writes."""
+
 
 @dataclass(frozen=True)
 class Run:

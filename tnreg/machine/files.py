@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -153,36 +153,51 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> P
     return target
 
 
-def check_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a run folder to be written; ``FileError`` if something else is there."""
+def check_folder(
+    path: str | os.PathLike[str], kind: str | None, files: Collection[str] | None = None
+) -> Path:
+    """Return the absolute path of a run folder to be written; ``FileError`` if something else is there.
+
+    A run may be there of the same ``kind`` of experiment (any if ``None``) that holds nothing but ``files``
+    (anything if ``None``).
+    """
     target, _ = _names(path)
     with _writing(target):
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return target
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        if "tnreg" in json.loads((target / "config.json").read_text(encoding="utf-8")):
-            return target
+    found = "is there already and is no run folder of tnreg"
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        about = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        if "tnreg" in about:
+            there = about.get("experiment")
+            others = [
+                p.name for p in target.iterdir() if files is not None and (p.name not in files or p.is_dir())
+            ]
+            if kind not in (None, there):
+                found = f"is a run of {there!r}, not of {kind!r}"
+            elif others:
+                found = f"holds what no run of {kind!r} writes ({min(others)})"
+            else:
+                return target
     raise FileError(
-        f"{target} is there already and is no run folder of tnreg; it is left alone.\n"
-        "  choose another folder, or remove it first",
-        argument="folder",
+        f"{target} {found}; it is left alone.\n  choose another folder, or remove it first", argument="folder"
     )
 
 
 @contextlib.contextmanager
-def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def folder_written_whole(path: str | os.PathLike[str], kind: str, files: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to ``path`` when the block ends without an error.
 
-    An empty folder, or a run folder that tnreg wrote before, is replaced. An error changes nothing; it is a
-    ``FileError`` if the folder cannot be written, or holds something else.
+    An empty folder, or a run of the same kind with nothing but ``files``, is replaced. An error changes
+    nothing; it is a ``FileError`` if the folder cannot be written, or holds something else.
     """
-    check_folder(path)
+    check_folder(path, kind, files)
     target, partial = _names(path)
     with _writing(target):
         partial.mkdir(parents=True)
     try:
         yield partial
-        check_folder(target)  # again: another program may have put something there
+        check_folder(target, kind, files)  # again: another program may have put something there
         _, old = _names(path)
         with contextlib.suppress(FileNotFoundError):
             os.replace(target, old)

@@ -310,6 +310,12 @@ def scaled_norm(x: Tensor) -> Scaled:
     return Scaled(torch.linalg.vector_norm(part), log2[0])
 
 
+def root_mean_square(x: Tensor) -> float:
+    """Return the root of the mean square of all entries, at any scale."""
+    norm, log2 = scaled_norm(x)
+    return float(Scaled(norm / math.sqrt(x.numel()), log2).value())
+
+
 def _cast(x: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     """Move a tensor; refuse a dtype that cannot hold its largest entry with all digits."""
     cast = x.to(device, dtype)

@@ -17,7 +17,7 @@ from tnreg.dynamics import predicted_rate, predicted_singular_rate
 from tnreg.errors import DataError, FileError, OptionError, blame
 from tnreg.experiments.dynamics.pictures import rates_figure, spectra_figure, training_figure
 from tnreg.experiments.dynamics.tracked import tracks
-from tnreg.experiments.folder import read_run, write_run
+from tnreg.experiments.folder import RUN_FILES, read_run, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.plots import save_figure
@@ -27,7 +27,7 @@ from tnreg.tensors.arrays import as_tensor, check_numbers, matricize
 from tnreg.tensors.loading import load_tensor
 from tnreg.training.fit import fit
 from tnreg.training.optim import GroupRMSprop
-from tnreg.training.tasks import Completion, Sensing, completion, relative_error, sensing
+from tnreg.training.tasks import Completion, Sensing, completion, relative_error, root_mean_square, sensing
 from tnreg.training.trajectory import Trajectory
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, read_tree
@@ -117,6 +117,8 @@ tiny = dataclasses.replace(
 )  # fmt: skip
 MODELS: dict[str, Config] = {"mf": mf, "cp": cp, "htf": htf, "htf-small": htf_small, "tiny": tiny}
 
+_FILES = (*RUN_FILES, "dynamics.png", "spectra.png", "rates.png")
+
 # Entries of a tensor that is made dense once a row for errors and singular values: at 8^4 and width 512 that
 # costs a quarter of the factored spectra. Its singular values are computed on the CPU, as a GPU takes longer
 # for matrices this small. A larger tensor is made dense only for off-tree sets, if asked for.
@@ -153,7 +155,7 @@ def run(
         TnregError: Settings that do not fit each other, or a checkpoint of other settings.
         KeyboardInterrupt: After Ctrl-C; the checkpoint stays.
     """
-    place = check_folder(folder)
+    place = check_folder(folder, "dynamics", _FILES)
     file = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
     model_tree = read_tree(config.tree) if tree is None else tree
     task, dense, scale = _task(config, target)
@@ -179,9 +181,11 @@ def run(
     )  # fmt: skip
     if trajectory.stop_reason == "interrupted":
         raise KeyboardInterrupt
+    if len(trajectory) == 0:
+        raise DataError(trajectory.stop_reason)
     seconds = None if resumed else time.perf_counter() - start
     summary = _summary(config, model, dense, trajectory) | {"scale": scale, "seconds": seconds}
-    with folder_written_whole(place) as beside:
+    with folder_written_whole(place, "dynamics", _FILES) as beside:
         write_run(beside, "dynamics", config, trajectory, model, summary)
         if pictures:
             figure(beside)
@@ -229,7 +233,7 @@ def _task(config: Config, target: Any) -> tuple[Completion | Sensing, Tensor, fl
         )
     dense = dense.detach().double()
     known = dense[~torch.isnan(dense)] if config.missing == "nan" else check_numbers(dense)
-    rms = float(torch.linalg.vector_norm(known) / math.sqrt(max(known.numel(), 1)))
+    rms = root_mean_square(known) if known.numel() else 0.0  # of nothing: refused by the task
     scale = rms / config.target_rms if rms > 0 else 1.0
     dense = dense / scale
     task: Completion | Sensing

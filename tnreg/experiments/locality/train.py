@@ -53,6 +53,7 @@ from tnreg.training.checkpoint import no_checkpoint
 from tnreg.training.cuda_graph import CapturedSteps
 from tnreg.training.trajectory import Trajectory
 
+_FILES = ("config.json", "trajectory.npz", "model.safetensors", "history.csv")
 _EXACT = Execution()
 _EVALUATED = 500  # images at a time, when nothing is learned
 
@@ -106,7 +107,7 @@ def train(
     run = _Run({"arm": arm, "seed": seed, **dataclasses.asdict(settings)})
 
     def places() -> tuple[Path, Path]:
-        place = check_folder(folder)
+        place = check_folder(folder, "locality_run", _FILES)
         place.parent.mkdir(parents=True, exist_ok=True)
         return place, Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
 
@@ -156,7 +157,7 @@ def _train(state: _State, test: ImageSet, run: _Run, deadline: float) -> dict[st
     summary = state.summary(state.accuracy(test_x, test_y))
 
     def write_run() -> dict[str, Any]:
-        with folder_written_whole(run.folder) as beside:
+        with folder_written_whole(run.folder, "locality_run", _FILES) as beside:
             if execution.model_file:
                 save_model(state.net, str(beside / "model.safetensors"))
             state.rows.save(beside / "trajectory.npz")

@@ -7,6 +7,7 @@ two sweeps in one folder, or a task on a cluster that outlives its sweep, never 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -14,6 +15,7 @@ import platform
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from tnreg.errors import FileError, OptionError, TnregError, blame
 from tnreg.experiments.folder import read_about, reading
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.machine.versions import versions
+from tnreg.training.checkpoint import for_json, plain
 
 Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 """``work(settings, folder, checkpoint)``: writes into an empty folder, returns results for JSON."""
@@ -68,7 +71,7 @@ def find(cell: Cell) -> dict[str, Any] | None:
         FileError: Something else is in its place.
     """
     with blame("folder"):
-        place = check_folder(cell.folder / cell.name)
+        place = check_folder(cell.folder / cell.name, None)
         if not (place / "config.json").exists():
             return None
         with reading("a run folder", place, "a cell of this sweep; delete it, or choose another folder"):
@@ -101,7 +104,7 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
             before = torch.get_num_threads()
             torch.set_num_threads(threads or before)
             try:
-                with folder_written_whole(cell.folder / cell.name) as folder:
+                with folder_written_whole(cell.folder / cell.name, "cell", ()) as folder:
                     summary = work(dict(cell.settings), folder, cell.checkpoint)
                     summary = _describe(cell, folder, summary)
             finally:
@@ -115,7 +118,7 @@ def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, An
     """Write ``config.json`` unless ``work`` did; return the results as the next sweep reads them."""
     file = folder / "config.json"
     if not file.exists():
-        summary = as_json(summary, "the function of a sweep must return a dict of values for JSON")
+        summary = _results(summary)
         about = {**versions(), "experiment": "cell", "config": cell.settings, "summary": summary}
         file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     try:
@@ -137,10 +140,29 @@ def _remove(cell: Cell, pattern: str) -> None:
 def as_json(values: Any, message: str) -> dict[str, Any]:
     """Return a dict as JSON returns it, or raise an ``OptionError`` with this message."""
     try:
-        copy: dict[str, Any] = json.loads(json.dumps(dict(values)))
+        copy: dict[str, Any] = json.loads(json.dumps(plain(dict(values)), default=for_json))
     except (TypeError, ValueError, RecursionError) as error:
         raise OptionError(f"{message}: {error}") from None
     return copy
+
+
+def _results(values: Any) -> dict[str, Any]:
+    """Return a dict as JSON returns it, with what JSON cannot hold as text: the rest is not lost for it."""
+    try:
+        return as_json(values, "the function of a sweep must return a dict of values for JSON")
+    except OptionError:
+        if not isinstance(values, Mapping):
+            raise
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        try:
+            kept |= as_json({key: value}, "")
+        except OptionError as error:
+            warnings.warn(f"the result {key!r} is kept as text{error}", stacklevel=2)
+            kept[str(key)] = f"<{type(value).__name__}>"
+            with contextlib.suppress(ValueError, RecursionError):  # an integer of thousands of digits
+                kept[str(key)] = str(value)
+    return kept
 
 
 def cell_name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:

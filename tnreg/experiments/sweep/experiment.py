@@ -148,10 +148,10 @@ def run(
     if scheduler is not None and workers is not None:
         message = "sweep: workers are those of the scheduler; give one of the two."
         raise OptionError(message, argument="workers")
-    place = check_folder(folder)
-    if (there := experiment_of(place)) not in ("", what.title):
-        message = f"{place} is a run of {there!r}; choose another folder."
+    if (there := experiment_of(folder)) not in ("", what.title):
+        message = f"{folder} is a run of {there!r}; choose another folder."
         raise OptionError(message, argument="folder")
+    place = check_folder(folder, what.title)
     settings = [as_json(cell, "sweep: a cell is a dict of values for JSON") for cell in cells]
     about = _describe(what, settings)
     all_cells = [Cell(place, what.name(one, about["fields"]), one) for one in settings]
