@@ -67,6 +67,45 @@ def test_on_random_trees(tree, seed, rtol):
     assert error <= max(rtol or 0, 1e-13) * found.norm().item()
 
 
+def test_rounding_below_what_was_cut_before():
+    """A cut below a node that has lost something is not orthogonal to it; both were found by search."""
+    tree, sizes = ModeTree([[[0, 2], 4], [1, 3]]), (2, 2, 3, 2, 4)
+    decays = torch.exp(-2.0 * sum(torch.meshgrid(*map(torch.arange, sizes), indexing="ij")).double())
+    x = zoo.randn(*sizes, seed=130) * decays
+    assert_kept(decompose(x, tree, rtol=0.2), x, 0.2)
+
+
+def test_rounding_below_what_was_cut_block_by_block(monkeypatch):
+    array = pytest.importorskip("dask.array")
+    monkeypatch.setattr("tnreg.tensors.blocks._ROWS", 4)  # a tensor with rows of more than one node
+    monkeypatch.setattr("tnreg.ranks.decompose.whole", lambda *_: None)
+    x = [7, -4, -5, 15, 20, -24, 1, 7, 2, 5, 11, -56, 49, 2, 3, 8, -8, 100, 12, -26, -18, -73, -23, 12]
+    x = torch.tensor(x).double().reshape(2, 2, 2, 3)
+    for rtol in (0.53, 0.5356838):
+        found = decompose(array.from_array(x.numpy()), ModeTree([[0, 1], [2, 3]]), rtol=rtol, memory=2**24)
+        assert_kept(found, x, rtol)
+
+
+@pytest.mark.parametrize("randomized", [False, True])
+def test_no_search_breaks_the_promise(randomized, monkeypatch):
+    """Climb to tensors and tolerances with a larger error over what was promised."""
+    monkeypatch.setattr("tnreg.ranks.decompose._RANDOMIZED_ROWS", 2)
+    tree, draw = ModeTree([[[0, 2], 4], [1, 3]]), torch.Generator().manual_seed(2)
+    sizes, best = (2, 2, 3, 2, 3), 0.0
+    x, rtol = torch.randn(sizes, generator=draw, dtype=torch.float64), 0.5
+    for _ in range(100):
+        noise = 0.2 * torch.randn((2, *sizes), generator=draw, dtype=torch.float64)
+        changed = x * (1 + noise[0]) + 0.3 * noise[1]
+        tried = min(rtol * math.exp(float(noise.sum()) / 10), 0.9)
+        found = decompose(changed, tree, rtol=tried, randomized=randomized)
+        error = float((found.to_tensor().detach() - changed).norm())
+        share = max(error / (tried * float(changed.norm())), error / found.error_bound)
+        assert share <= 1 + 1e-9
+        if share >= best:
+            x, rtol, best = changed, tried, share
+    assert best > 0.9
+
+
 ENTRY = torch.zeros(4, 5, 6, 3).double()
 ENTRY[1, 1, 1, 1] = 1
 HARD = {

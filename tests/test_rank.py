@@ -1,17 +1,22 @@
 """Ranks of dense tensors against brute force, their limits, and what is refused."""
 
+import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import zoo
 
-from tnreg import Factorization, ModeTree, decompose, matricize
+from tnreg import Factorization, ModeTree, decompose, matricize, truncate
+from tnreg.cnns.penalties import EffectiveRankPenalty, LocalComponentPenalty
 from tnreg.errors import DataError, OptionError, ShapeError
+from tnreg.factorizations.components import distance_bound, drop_components, keep_components
 from tnreg.ranks.decompose import distance
 from tnreg.ranks.dense import effective_rank, entanglement_entropy
 from tnreg.ranks.spectra import hierarchical_rank, spectra
+from tnreg.tensors.axes import rounding_rtol
 
 
 def brute_force_matrix(tensor, modes):
@@ -208,6 +213,96 @@ def test_numpy_goes_in():
         spectra("il2", tree)
     with pytest.raises(OptionError, match="write a ModeTree"):
         spectra(array, [0, 1, 2])
+
+
+def test_default_threshold():
+    """What counts by default depends on the dtype, hardly on the size, and never fails."""
+    matrix, tree = torch.zeros(2, 10**6), ModeTree([0, 1])
+    matrix[0, ::2], matrix[1, 1::2] = 1, 0.1
+    for x in (matrix, matrix.to(torch.complex64), matrix.to(torch.bfloat16), matrix.double()):
+        assert hierarchical_rank(x, tree) == {0: 2, 1: 2}
+        assert decompose(x, tree).network.bonds[:2] == (2, 2)
+    binary = ModeTree.binary(3)
+    weights = {n: torch.linalg.qr(zoo.randn(16, 2, seed=n))[0] for n in binary.leaves}
+    weights |= {(0, 1): torch.eye(2), binary.root: torch.tensor([1, 0.5])}
+    for dtype in (torch.float64, torch.float32, torch.complex64, torch.float16, torch.bfloat16):
+        rounded = {node: weight.to(dtype) for node, weight in weights.items()}
+        model = Factorization.from_weights(binary, rounded, join="diagonal")
+        x = model.to_tensor().detach()  # with entries rounded once more
+        ranks = dict.fromkeys(binary.nodes[:-1], 2)
+        assert hierarchical_rank(x, binary) == hierarchical_rank(model) == ranks
+        assert set(decompose(x, binary).network.bonds[:-1]) == {2}
+        assert set(truncate(model).network.bonds[:-1]) == {2}
+    assert rounding_rtol(10**12, torch.float8_e5m2, torch.float64) <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_differentiates(dtype):
+    tree = ModeTree([[0, 1], 2])
+    x = zoo.randn(4, 5, 6).to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    for part in (x, wide):
+        values = spectra(part, tree)
+        sum(s.sum() + effective_rank(s) + entanglement_entropy(s) for s in values.values()).backward()
+    assert x.grad.dtype == dtype and values[0].dtype == torch.float64
+    assert torch.allclose(x.grad.double(), wide.grad, rtol=0.1, atol=0.1)
+    model = zoo.model_of(tree, dtype=dtype)
+    for penalty in (LocalComponentPenalty(), EffectiveRankPenalty()):
+        (penalty(model) + model.norm()).backward()
+    assert all(g.isfinite().all() and g.any() for g in model.gradients.values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+def test_broken_weights_are_noticed(bad, join):
+    """NaN in, NaN or one clear error out."""
+    model = zoo.model_of(ModeTree([[0, 1], 2]), join)
+    with torch.no_grad():
+        model.weights[1].view(-1)[1] = bad
+    for function in (spectra, hierarchical_rank, truncate, EffectiveRankPenalty()):
+        with pytest.raises(DataError, match="weights of 1 nodes are NaN or infinite, first 1"):
+            function(model)
+    assert not distance_bound(model, 0).isfinite()
+    if join == "diagonal":
+        norms = model.local_components()[0, 1], model.unbalancedness(), LocalComponentPenalty()(model)
+        assert not any(bool(x.isfinite().all()) for x in (*norms, keep_components(model, 0).to_tensor()))
+        with pytest.raises(DataError, match="weight of node 1 has NaN or infinite"):
+            drop_components(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [(torch.float32, 30), (torch.complex64, 30), (torch.float64, 150), (torch.complex128, 150)],
+)
+def test_ratios_do_not_depend_on_the_unit(dtype, power):
+    tree = ModeTree([[0, 2], [1, 3]])
+
+    def ratios(x):
+        norm, values = float(spectra(x, tree)[0].double().norm()), spectra(x, tree)
+        found = [decompose(x, tree, rtol=rtol) for rtol in (None, 0.1, 0.3)]
+        yield [hierarchical_rank(x, tree), *(model.network.bonds for model in found)]
+        yield torch.stack([f(s) for f in (effective_rank, entanglement_entropy) for s in values.values()])
+        yield torch.cat([s / norm for s in values.values()])
+        yield torch.tensor([model.error_bound / norm for model in found])
+
+    def ratios_of(model):
+        kept, dropped = keep_components(model, 2), drop_components(model, below=0.5)
+        yield [hierarchical_rank(model), truncate(model, rtol=0.3).network, dropped.network]
+        yield (kept.log_norm() - model.log_norm()).exp()
+        yield torch.cat([s / s.max() for s in model.local_components().values()])
+
+    plain, model = zoo.randn(4, 3, 5, 3, dtype=dtype), zoo.model_of(tree, dtype=dtype)
+    expected, expected_of = list(ratios(plain)), list(ratios_of(model))
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-9)
+    for unit in (10.0**power, 10.0**-power):
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            scaled.weights[0].mul_(unit)
+        for found, wanted in ((ratios(plain * unit), expected), (ratios_of(scaled), expected_of)):
+            ranks, *others = found
+            assert ranks == wanted[0]
+            for a, b in zip(others, wanted[1:], strict=True):
+                close(a, b)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Fa
     slots, tree = model.network.slots, model.tree
     for node, dropped in _dropped(model, ranks).items():
         for stack, slot in (slots[c] for c in tree.links[tree.position(node)]):
-            smaller.stacks[stack][slot][..., dropped] = 0
+            smaller.stacks[stack][slot][..., dropped] *= 0  # NaN stays NaN
     return smaller
 
 
@@ -88,7 +88,7 @@ def distance_bound(model: Factorization, ranks: int | Mapping[Node, int]) -> Ten
     """
     weights, norms = model.weights, model.component_norms()
     largest = torch.stack([torch.linalg.vector_norm(w) for w in weights.values()]).max()
-    total = torch.zeros_like(largest)
+    total = 0 * largest
     for node, dropped in _dropped(model, ranks).items():
         part = norms[node].prod(0)[dropped].sum()
         total = total + largest ** (len(weights) - len(norms[node])) * part

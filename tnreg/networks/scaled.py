@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network
-from tnreg.tensors.arrays import Scaled, power_below
+from tnreg.tensors.arrays import Scaled, power_below, powers_below
 
 
 def scale_columns(x: Tensor) -> Scaled:
@@ -25,7 +25,7 @@ def scale_columns(x: Tensor) -> Scaled:
     columns = x.detach().flatten(0, -2)
     real = not x.is_complex()  # without a copy of the magnitudes
     largest = torch.maximum(columns.amax(0), -columns.amin(0)) if real else columns.abs().amax(0)
-    log2 = power_below(largest)
+    log2 = powers_below(largest)
     return Scaled(x / torch.exp2(log2), log2)
 
 
@@ -139,6 +139,6 @@ def _product(grams: Sequence[_Gram]) -> _Gram:
 
 def _equilibrate(x: Tensor) -> _Gram:
     """Divide rows, then columns of a matrix by the powers of two below their largest magnitudes."""
-    rows = power_below(x.detach().abs().amax(1))
+    rows = powers_below(x.detach().abs().amax(1))
     x, columns = scale_columns(x / torch.exp2(rows).unsqueeze(1))
     return _Gram(x, rows, columns)

@@ -22,8 +22,15 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
-from tnreg.ranks.rounding import limits_of, network_of, round_network, share_of, to_factorization
-from tnreg.tensors.arrays import as_tensor, check_dense, double, seeded, to_core
+from tnreg.ranks.rounding import (
+    finite_stacks,
+    limits_of,
+    network_of,
+    round_network,
+    share_of,
+    to_factorization,
+)
+from tnreg.tensors.arrays import as_tensor, check_dense, seeded, to_core
 from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors, rounding_rtol
 from tnreg.tensors.blocks import (
     as_blocks,
@@ -286,6 +293,7 @@ def truncate(
 
     Raises:
         OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
+        DataError: NaN or infinite weights.
         SizeError: A core would not fit into memory, or would need more than 64 axes.
 
     Cost: QR and singular values per node: linear in the number of nodes, fourth order in the bonds of a
@@ -298,9 +306,7 @@ def truncate(
     net = model.network
     limits, share = limits_of(model.tree, ranks), share_of(rtol, model.dtype)
     with torch.no_grad():
-        rounded = round_network(
-            net, [double(stack) for stack in model.stacks], limits, share, dtype=model.dtype
-        )
+        rounded = round_network(net, finite_stacks(model), limits, share, dtype=model.dtype)
         lost = math.sqrt(rounded.lost) * rounded.size
         return to_factorization(model.tree, rounded.weights, rounded.log2, model.dtype, lost)
 

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Level, Network, Places, Stacked
-from tnreg.tensors.arrays import Scaled, power_below
+from tnreg.tensors.arrays import Scaled, powers_below
 
 # Numbers in all frames together (a GiB), and in those of one batch of several nodes.
 _MOST_NUMBERS, _MOST_AT_ONCE = 2**27, 2**24
@@ -313,7 +313,7 @@ def _rescale(matrix: Tensor) -> tuple[Scaled, Tensor]:
     """
     largest = matrix.detach().abs().amax(1)
     safe = ((largest > _SMALL) & (largest < 1 / _SMALL)).all()
-    log2 = power_below(largest)
+    log2 = powers_below(largest)
     return Scaled(matrix * torch.exp2(-log2).unsqueeze(1), log2), safe
 
 

@@ -18,6 +18,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.decompose import decompose
 from tnreg.ranks.dense import dense_spectra, numerical_rank, scaled_spectra
 from tnreg.ranks.frames import batches, frames, frames_fit, scale_of, values_in_frames, values_through_bonds
+from tnreg.ranks.rounding import finite_stacks
 from tnreg.tensors.arrays import Scaled, check_dense, double
 from tnreg.tensors.axes import rounding_rtol
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
@@ -44,7 +45,7 @@ def spectra(x: Any, tree: ModeTree | None = None, *, memory: int | str | None = 
         zeros.
 
     Raises:
-        ShapeError, DataError: ``x`` does not fit the tree, or has NaN, infinite or integer entries.
+        ShapeError, DataError: ``x`` does not fit the tree, or has NaN, infinite or integer numbers.
         OptionError: A dense tensor without a tree, or a factorization with another tree than its own.
         SizeError: Read block by block, the tensor's ranks do not let it become small enough for the
             memory allowed; ``spectra(decompose(x, tree, rtol=...))`` is then off by at most ``rtol ‖x‖``.
@@ -98,7 +99,7 @@ def hierarchical_rank(
     Args:
         x: As in ``spectra``.
         tree: As in ``spectra``.
-        rtol: Default: what rounding may leave of zeros, ``16 eps`` of the dtype and, for the work,
+        rtol: Default: what rounding may leave of zeros, ``8 eps`` of the dtype and, for the work,
             ``sqrt(max(rows, columns))`` (1000 for a factorization) times that of double precision; at most
             1/2. For a trained model take e.g. 1e-3.
         memory: As in ``spectra``.
@@ -170,7 +171,7 @@ def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:
 def _factored_spectra(model: Factorization) -> list[tuple[tuple[int, ...], Scaled]]:
     """Return positions and singular values ``(positions, count)``, together of every node but the root."""
     net = model.network
-    stacks = [double(stack) for stack in model.stacks]
+    stacks = finite_stacks(model)
     differentiable = torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks)
     if differentiable or not frames_fit(net):
         return values_through_bonds(net, stacks)

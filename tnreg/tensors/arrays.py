@@ -50,6 +50,13 @@ def power_below(size: Tensor) -> Tensor:
     return (size + (size == 0)).log2().floor().clamp(-reach, reach)
 
 
+def powers_below(sizes: Tensor) -> Tensor:
+    """Return ``power_below``, but of zeros the lowest along the last axis: they set no common scale."""
+    log2, dead = power_below(sizes), sizes == 0
+    lowest = torch.where(dead, math.inf, log2).amin(-1, keepdim=True)
+    return torch.where(dead, torch.where(lowest.isinf(), 0, lowest), log2)
+
+
 def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int) -> Tensor:
     """Return the matrix of a tensor with the given modes as rows and the other modes as columns.
 

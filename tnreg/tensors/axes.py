@@ -121,16 +121,16 @@ def left_vectors(
 def rounding_rtol(longest: int | None, dtype: torch.dtype, work: torch.dtype) -> float:
     """Return the share of the largest singular value up to which others are zero to rounding.
 
-    ``16 eps + sqrt(longest) eps(work)``, at most 1/2, ``longest`` the longer side of the matrix; for that of
+    ``8 eps + sqrt(longest) eps(work)``, at most 1/2, ``longest`` the longer side of the matrix; for that of
     a factorization, which is never formed, ``None``: 1000 in place of the root.
     Entries rounded to a dtype are off by up to ``eps/2`` of themselves. Where these errors are independent,
     their singular values are some ``eps/4 (sqrt(rows) + sqrt(columns))`` times the mean square root of the
     entries, which is below ``eps`` times the largest value for any shape; in the worst case, at rank r, they
-    are ``sqrt(r) eps/2``. The 16 leaves room for the arithmetic that made the data. The second term is for
+    are ``sqrt(r) eps/2``. The 8 leaves room for the arithmetic that made the data. The second term is for
     that of the decomposition itself, whose errors grow with the root of the length (measured: a fifth of it).
     """
     length = 1000.0 if longest is None else math.sqrt(longest)
-    return min(16 * torch.finfo(dtype).eps + length * torch.finfo(work).eps, 0.5)
+    return min(8 * torch.finfo(dtype).eps + length * torch.finfo(work).eps, 0.5)
 
 
 def cut_smallest(
