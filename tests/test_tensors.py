@@ -11,9 +11,11 @@ from refusals import Bomb
 
 import tnreg
 from tnreg import DataError, FileError, ModeTree, OptionError, load_tensor, open_tensor
+from tnreg.cli import main
 from tnreg.tensors.loading import DATASETS
 
 h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+pd, xarray = pytest.importorskip("pandas"), pytest.importorskip("xarray")
 
 
 @pytest.mark.parametrize(("name", "shape", "missing"), [
@@ -71,9 +73,10 @@ def test_refuses(tmp_path):
         load_tensor(tmp_path / "i.npy")
     with pytest.raises(FileError, match="no such tensor: nothing.npy\n  by name: kinetic, il2"):
         load_tensor("nothing.npy")
-    (tmp_path / "x.csv").write_text("1,2")
-    with pytest.raises(FileError, match="cannot tell what .* is from its ending '.csv'"):
-        load_tensor(tmp_path / "x.csv")
+    (tmp_path / "x.txt").write_text("1,2")
+    known = r"npy, .npz, .safetensors, .pt, .mat, .nc, .csv, .parquet; or, for open_tensor, .zarr, .h5, .hdf5"
+    with pytest.raises(FileError, match=f"cannot tell what .* is from its ending '.txt'.\n  .*{known}"):
+        load_tensor(tmp_path / "x.txt")
 
 
 def test_names_the_extra(monkeypatch):
@@ -134,3 +137,182 @@ def test_open_tensor_refuses(stored, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(OptionError, match=r"needs h5py.*pip install 'tnreg\[scale\]'"):
         open_tensor(f"{folder}/x.h5:other")
+
+
+# Files of other programs, and tables
+
+
+ARRAY = np.random.default_rng(0).standard_normal((2, 3, 4))
+
+
+def write_mat73(path, **arrays):
+    """Write what MATLAB 7.3 writes: HDF5 behind 512 bytes of its own, axes in reverse order."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, array in arrays.items():
+            pairs = np.stack([array.real, array.imag], -1) @ np.eye(2)
+            pairs = pairs.view([("real", float), ("imag", float)])[..., 0]
+            file[name] = (pairs if np.iscomplexobj(array) else array).T
+            file[name].attrs["MATLAB_class"] = np.bytes_("char" if array.dtype == np.uint16 else "double")
+    head = b"MATLAB 7.3 MAT-file".ljust(116) + bytes(8) + b"\x00\x02IM"
+    with open(path, "r+b") as file:
+        file.write(head)
+
+
+@pytest.mark.parametrize("version", ["5", "7.3"])
+def test_matlab(version, tmp_path):
+    from scipy.io import savemat
+
+    arrays = {"x": ARRAY, "z": ARRAY * 1j + 1, "name": np.array([[65, 66]], dtype=np.uint16)}
+    if version == "5":
+        savemat(tmp_path / "a.mat", {**arrays, "name": "AB", "cell": {"inside": 1.0}})
+    else:
+        write_mat73(tmp_path / "a.mat", **arrays)
+    for name in "xz":
+        assert np.array_equal(load_tensor(f"{tmp_path}/a.mat:{name}").values, arrays[name])
+    with pytest.raises(FileError, match="holds 2; arrays there: x, z\n"):
+        load_tensor(tmp_path / "a.mat")
+
+
+@pytest.mark.parametrize("engine", ["scipy", "h5netcdf"])
+@pytest.mark.filterwarnings("ignore:numpy.ndarray size changed")
+def test_netcdf(engine, tmp_path, capsys):
+    gaps = ARRAY.copy()
+    gaps[1, 2, 3] = np.nan
+    field = xarray.DataArray(gaps, dims=["lat", "lon", "time"], name="t", coords={"lat": [10.0, 20.0]})
+    field.to_netcdf(tmp_path / "a.nc", engine=engine, encoding={"t": {"_FillValue": -999.0}})
+    found = load_tensor(tmp_path / "a.nc")
+    assert np.array_equal(found.values, gaps, equal_nan=True) and found.missing == 1
+    assert found.modes == ("lat", "lon", "time")
+    main(["rank", str(tmp_path / "a.nc"), "--missing", "nan", "--png", str(tmp_path / "ranks.png")])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("0 lat", "1 lon", "2 time"))
+    main(["decompose", str(tmp_path / "a.nc"), "--missing", "nan"])
+    assert "2 time" in capsys.readouterr().out
+    task = tnreg.completion(field, 20, missing="nan")
+    assert len(task.values) + len(task.test_values) == 23
+
+
+def long_form(**kinds):
+    """Return a table of all entries but one, in mixed order."""
+    rows, columns, times = (part.ravel() for part in np.indices(ARRAY.shape))
+    table = pd.DataFrame({"user": rows, "item": columns, "time": times, "value": ARRAY.ravel()})
+    return table.astype(kinds).iloc[1:].sample(frac=1, random_state=0)
+
+
+LABELS = {
+    "integers": lambda table: table,
+    "text": lambda table: table.assign(item=table["item"].map(["a", "b", "c"].__getitem__)),
+    "dates": lambda table: table.assign(
+        time=pd.Timestamp("2020-02-27") + pd.to_timedelta(table["time"], "D")),
+    "negative": lambda table: table.assign(user=table["user"] - 7, time=table["time"] - 1.5),
+    "categories": lambda table: table.assign(
+        item=pd.Categorical.from_codes(table["item"], categories=["low", "middle", "high"])),
+    "nullable": lambda table: table.astype({"user": "Int64", "value": "Float64"}),
+    "arrow": lambda table: table.astype({"user": "int64[pyarrow]", "value": "double[pyarrow]"}),
+    "values first": lambda table: table[["value", "user", "item", "time"]],
+    "levels": lambda table: table.set_index(["user", "item", "time"]),
+    "series": lambda table: table.set_index(["user", "item", "time"])["value"].rename("score"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_tables(name, tmp_path):
+    table = LABELS[name](long_form())
+    task = tnreg.completion(table)
+    assert task.sizes == (2, 3, 4) and len(task.values) == 23 and task.test_index is None
+    assert torch.equal(task.values, torch.from_numpy(ARRAY)[tuple(task.index.T)])
+    drawn = tnreg.completion(table, 0.5, seed=1)
+    both = torch.cat([drawn.index, drawn.test_index])
+    assert len(drawn.values) == 12 and len(both.unique(dim=0)) == 23
+    if name != "series":
+        table.reset_index(drop=name != "levels").to_parquet(tmp_path / "a.parquet")
+        table.to_csv(tmp_path / "a.csv", index=name == "levels")
+        for suffix in ("parquet", "csv") if name != "categories" else ("parquet",):
+            found = load_tensor(tmp_path / f"a.{suffix}")
+            assert found.missing == 1 and torch.isnan(found.values[0, 0, 0])
+            assert np.array_equal(found.values.ravel()[1:], ARRAY.ravel()[1:])
+            assert found.modes == ("user", "item", "time")
+
+
+def test_missing_values_in_a_table():
+    table = long_form(value="Float64")
+    table.loc[5, "value"] = pd.NA
+    with pytest.raises(DataError, match="1 NaN entries of 23"):
+        tnreg.completion(table)
+    task = tnreg.completion(table, missing="nan")
+    assert len(task.values) == 22 and torch.equal(task.values, torch.from_numpy(ARRAY)[tuple(task.index.T)])
+    counts = tnreg.completion(long_form().assign(value=3))  # ratings and counts are numbers
+    assert counts.values.dtype == torch.float64 and bool((counts.values == 3).all())
+
+
+def test_a_matrix_is_no_table(tmp_path):
+    matrix = pd.DataFrame(ARRAY[0], columns=list("abcd"))
+    assert tnreg.completion(matrix, 6).sizes == (3, 4)
+    for text in ("a,b\n0.5,0.25\n", "1,2,3\n4,5,6\n", "a\n1\n"):
+        (tmp_path / "m.csv").write_text(text)
+        with pytest.raises(FileError, match="not a readable .csv file of numbers: .*\n  it is no table"):
+            load_tensor(tmp_path / "m.csv")
+
+
+def test_tables_that_are_refused():
+    table = long_form()
+    for wrong, message in (
+        (pd.concat([table, table[:1]]), "twice: .*'user': .*, again in row 23"),
+        (table.assign(item=table["item"].where(table.index > 4)), "column 'item' is an index, and 4 of its"),
+        (table.assign(value="a"), "not a tensor of numbers"), (table[:0], "has no rows"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            tnreg.completion(wrong)
+
+
+def test_a_table_is_not_made_dense_beyond_memory(tmp_path):
+    pd.DataFrame({"i": [0, 10**6], "j": [10**6, 0], "value": [1.0, 2.0]}).to_csv(
+        tmp_path / "a.csv", index=False
+    )
+    with pytest.raises(tnreg.SizeError, match=r"completion\(table\)"):
+        load_tensor(tmp_path / "a.csv")
+
+
+# HDF5 files with links, and with many arrays
+
+
+LINKS = {
+    "dead soft link": lambda file: file.__setitem__("dead", h5py.SoftLink("/nowhere")),
+    "missing file": lambda file: file.__setitem__("far", h5py.ExternalLink("no.h5", "/x")),
+    "link to the root": lambda file: file.__setitem__("again", h5py.SoftLink("/")),
+    "group in itself": lambda file: file["g"].__setitem__("up", file["g"]),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links(name, tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["g/x"] = ARRAY
+        LINKS[name](file)
+    for text in (f"{path}:g/x", str(path)):
+        assert np.array_equal(open_tensor(text).compute(), ARRAY)
+    with pytest.raises(FileError, match="no array 'dead' .*; arrays there: g/x\n"):
+        open_tensor(f"{path}:dead")
+
+
+@pytest.mark.parametrize("kind", ["h5", "zarr", "npz"])
+def test_one_array_among_many(kind, tmp_path, monkeypatch):
+    path = tmp_path / f"a.{kind}"
+    arrays = {"x": ARRAY, **{f"log{i}": np.zeros(1) for i in range(30)}, "objects": np.array([{}])}
+    if kind == "npz":
+        np.savez(path, **arrays)
+        assert np.array_equal(load_tensor(f"{path}:x").values, ARRAY)
+    else:
+        opened = h5py.File(path, "w") if kind == "h5" else zarr.open_group(str(path), mode="w")
+        for name in list(arrays)[:-1]:
+            opened.create_dataset(name, data=arrays[name]) if kind == "h5" else opened.create_array(
+                name, data=arrays[name]
+            )
+        if kind == "h5":
+            opened.close()
+        with monkeypatch.context() as patch:
+            patch.setattr("tnreg.tensors.loading._arrays_in", None)
+            assert np.array_equal(open_tensor(f"{path}:x").compute(), ARRAY)
+    with pytest.raises(FileError, match="log1.* and 1[12] more"):
+        (load_tensor if kind == "npz" else open_tensor)(f"{path}:y")

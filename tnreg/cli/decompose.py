@@ -69,6 +69,8 @@ def decompose(
         before = sum(p.numel() for p in source.x.parameters())
     errors = {"asked": rtol, "bound": (model.error_bound or 0.0) / norm, "reached": error / norm}
     cells = [{key: _in_table(value) for key, value in row.items()} for row in rows]
+    for node, cell in zip(values, cells, strict=True):
+        cell["node"] = source.labels.get(node, cell["node"])
     title = f"{source.name} {model.sizes}, {seconds:.2f} s"
     reply.table(table_of(cells, tuple(rows[0]), title=title))
     reply.text(f"numbers: {weights} of {before} ({before / weights:.4g} to 1)")
@@ -77,7 +79,7 @@ def decompose(
     if out is not None:
         model.save(out)
         reply.note(f"wrote {out}")
-    reply.picture(lambda axes: plots.decomposition(values, model, axes), panels=2)
+    reply.picture(lambda axes: plots.decomposition(values, model, axes, labels=source.labels), panels=2)
     reply.document(
         {
             "tensor": source.name, "sizes": model.sizes, "seconds": seconds, "nodes": rows,

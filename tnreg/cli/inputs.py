@@ -1,7 +1,9 @@
 """What ``rank`` and ``decompose`` work on: a tensor in memory or on disk, or a saved model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,11 +38,12 @@ DEFAULTS = InputOptions()
 
 
 class Input(NamedTuple):
-    """A dense tensor, a Dask array or a ``Factorization``, and its name in titles."""
+    """A dense tensor, a Dask array or a ``Factorization``, its name in titles and labels of named modes."""
 
     x: Any
     tree: ModeTree | None  # None for a model along its own
     name: str
+    labels: Mapping[Any, str] = MappingProxyType({})
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -73,7 +76,8 @@ def read_input(file: str, options: InputOptions) -> Input:
             f"{file} has {tensor.missing} missing entries (NaN); ranks need all of them.\n"
             "  --missing nan sets them to the mean of the others; or complete it first: tnreg fit"
         )
-    return Input(values, tree or ModeTree.binary(values.ndim), tensor.name)
+    labels = {m: f"{m} {name}" for m, name in enumerate(tensor.modes) if name != f"mode {m}"}
+    return Input(values, tree or ModeTree.binary(values.ndim), tensor.name, labels)
 
 
 def check_device(name: str) -> torch.device:

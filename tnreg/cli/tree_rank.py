@@ -56,8 +56,9 @@ def rank(
     """Print the hierarchical ranks, effective ranks and entropies of a tensor along a tree.
 
     Args:
-        file: A .npy, .npz, .safetensors or .pt file, a model that `tnreg fit` saved, or kinetic,
-            il2, covid19, indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
+        file: A .npy, .npz, .safetensors, .pt, .mat, .nc, .csv or .parquet file, a model that `tnreg fit`
+            saved, or kinetic, il2, covid19, indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read
+            block by block.
         reading: How the file is read.
         rtol: A singular value counts if it is above rtol times the largest of its node.
         figure: Draw the singular values into this file.
@@ -78,8 +79,10 @@ def rank(
         "effective rank": "{effective rank:.2f}", "entropy": "{entropy:.3f}", "largest": "{largest:.4g}",
     }  # fmt: skip
     title = f"{tensor.name} {tensor.sizes}"
-    reply.table(table_of(rows, columns, title=title, title_justify="center"))
-    reply.picture(lambda axes: plots.spectra(values, axes))
+    named = {tensor.labels.get(node, node): s for node, s in values.items()}
+    cells = [{**row, "node": str(node)} for row, node in zip(rows, named, strict=True)]
+    reply.table(table_of(cells, columns, title=title, title_justify="center"))
+    reply.picture(lambda axes: plots.spectra(named, axes))
     reply.document({"tensor": tensor.name, "sizes": tensor.sizes, "rtol": rtol, "nodes": rows})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import zipfile
@@ -19,6 +20,9 @@ from tnreg.errors import DataError, FileError, OptionError, TnregError
 from tnreg.machine.files import is_file, is_there, read_safetensors
 from tnreg.tensors.arrays import as_tensor
 from tnreg.tensors.blocks import as_blocks
+from tnreg.tensors.tables import entries_of, is_table
+
+Named = tuple[Any, tuple[str, ...]]  # an array, and the names of its modes if it has them
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +58,20 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     """Read a real tensor by name, or a file.
 
     Args:
-        source: One of ``DATASETS`` (needs the extra ``tnreg[data]``), or the path of a ``.npy``,
-            ``.npz``, ``.safetensors`` or ``.pt`` file. A file with several arrays needs the name of
-            one after a colon, ``"run.npz:target"``. Nothing in a file is executed.
+        source: One of ``DATASETS``, or the path of a ``.npy``, ``.npz``, ``.safetensors``, ``.pt``,
+            ``.mat`` (MATLAB 5 and 7.3), ``.nc`` (NetCDF), ``.csv`` or ``.parquet`` file. A file with several
+            arrays needs the name of one after a colon, ``"run.npz:target"``. Tables are in long form, with
+            the columns of the index and ``value``, see ``tensors.tables``. Data sets and the formats from
+            ``.mat`` on need the extra ``tnreg[data]``. Nothing in a file is executed.
 
     Returns:
-        The tensor, its entries that were not measured NaN, in the dtype of the file.
+        The tensor, its entries that were not measured NaN, in the dtype of the file (values of a table in
+        double precision); its modes are named like the file's dimensions or columns, if these have names.
 
     Raises:
         FileError: No such name or file, or a file that is not what it says.
-        DataError: Integer entries, or none.
+        DataError: Integer entries, or none; a table with an entry twice, or an index that is incomplete.
+        SizeError: The dense tensor of a table would not fit into memory.
         OptionError: The extra is not installed.
     """
     text = os.fspath(source)
@@ -73,18 +81,16 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     if not is_file(path):
         raise FileError(
             f"no such tensor: {text}\n  by name: {', '.join(DATASETS)}\n"
-            f"  or the path of a file: {', '.join(_READERS)}"
+            f"  or the path of a file: {', '.join(_READERS)}; by open_tensor: {', '.join(_LARGE)}"
         )
     if path.suffix not in _READERS:
         raise FileError(
             f"cannot tell what {path} is from its ending {path.suffix!r}.\n"
-            f"  expected: one of {', '.join(_READERS)}"
+            f"  expected: one of {', '.join(_READERS)}; or, for open_tensor, {', '.join(_LARGE)}"
         )
-    try:
-        arrays = _READERS[path.suffix](path)
-    except Exception as error:
-        raise _unreadable(path, "file of numbers", error) from None
-    values = arrays[_choose(path, key, list(arrays))]
+    with _reading(path, "file of numbers", "data"):
+        array, modes = _READERS[path.suffix](path, key)
+        values = as_tensor(array)
     if not (values.is_floating_point() or values.is_complex()):
         raise DataError(
             f"{path} has dtype {values.dtype}; real or complex numbers are needed.\n"
@@ -92,13 +98,13 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
         )
     if not values.numel():
         raise DataError(f"{path} holds an empty tensor of shape {tuple(values.shape)}.")
-    return DenseTensor(path.stem, values, tuple(f"mode {n}" for n in range(values.ndim)), str(path))
+    return DenseTensor(path.stem, values, modes or tuple(f"mode {n}" for n in range(values.ndim)), str(path))
 
 
 def is_large_file(source: str | os.PathLike[str]) -> bool:
     """Return whether this names a file or folder that is made for reading in parts: zarr or HDF5."""
     name, _, _ = os.fspath(source).partition(":")
-    return Path(name).suffix in (".zarr", ".h5", ".hdf5") and is_there(name)
+    return Path(name).suffix in _LARGE[:3] and is_there(name)
 
 
 def open_tensor(source: str | os.PathLike[str]) -> Any:
@@ -118,23 +124,34 @@ def open_tensor(source: str | os.PathLike[str]) -> Any:
     """
     text = os.fspath(source)
     path, key = _split(text, is_there)
-    if path.suffix not in (".zarr", ".h5", ".hdf5", ".npy") or not is_there(path):
+    if path.suffix not in _LARGE or not is_there(path):
         raise FileError(
             f"no such tensor on disk: {text}\n  expected: the path of a .zarr folder, or of a .h5, .hdf5 or "
             ".npy file; with several arrays PATH:NAME"
         )
-    try:
+    with _reading(path, "tensor", "scale"):
         return as_blocks(_Stored(path, key))
-    except ImportError as error:
-        raise OptionError(
-            f"reading {path.suffix} needs {error.name}, which is not installed; pip install 'tnreg[scale]'"
-        ) from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str, extra: str) -> Iterator[None]:
+    """Turn whatever a reader raises into one error that names the file, or the extra that it needs."""
+    try:
+        yield
     except FileError:
         raise
     except TnregError as error:
-        raise type(error)(f"{error}\n  file: {path}") from None
+        raise type(error)(f"{error}\n  file: {path}", argument=error.argument) from None
+    except ImportError as error:
+        missing = error.name or str(error)
+        raise OptionError(
+            f"reading {path.suffix} needs {missing}, which is not installed; pip install 'tnreg[{extra}]'"
+        ) from None
     except Exception as error:
-        raise _unreadable(path, "tensor", error) from None
+        reason = str(error) or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) or "pickle" in reason.lower():
+            reason = "it holds Python objects, which are not loaded"
+        raise FileError(f"not a readable {path.suffix} {what}: {path}\n  {reason}") from None
 
 
 class _Stored:
@@ -166,21 +183,36 @@ class _Stored:
                 yield self._pick(file, h5py.Dataset)
 
     def _pick(self, content: Any, kind: Any) -> Any:
-        if not isinstance(content, kind):
-            return content[_choose(self.path, self.key, _arrays_in(content, kind))]
-        if self.key:
-            raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
-        return content
+        if isinstance(content, kind):
+            if self.key:
+                raise FileError(f"{self.path} holds one array without a name, not {self.key!r}")
+            return content
+        if not isinstance(self.key and _linked(content, self.key), kind):
+            # a name that is known is not looked for again among thousands
+            self.key = _choose(self.path, self.key, _arrays_in(content, kind))
+        return content[self.key]
 
 
-def _arrays_in(group: Any, kind: Any, before: str = "") -> list[str]:
-    names = []
-    for name in group:
-        if isinstance(group[name], kind):
-            names.append(before + name)
-        elif hasattr(group[name], "keys"):
-            names += _arrays_in(group[name], kind, f"{before}{name}/")
-    return names
+def _arrays_in(group: Any, kind: Any) -> list[str]:
+    """List the arrays of a file by their path, those of a group that links lead to again once."""
+    names, seen, waiting = list[str](), set[Any](), [(group, "")]
+    while waiting:
+        group, before = waiting.pop()
+        for name in group:
+            item = _linked(group, name)
+            if isinstance(item, kind):
+                names.append(before + name)
+            elif hasattr(item, "keys") and (known := getattr(item, "id", before + name)) not in seen:
+                seen.add(known)
+                waiting.append((item, f"{before}{name}/"))
+    return sorted(names)
+
+
+def _linked(group: Any, name: str) -> Any:
+    """Return what has this name in a group; ``None`` for a link that leads nowhere."""
+    with contextlib.suppress(KeyError, OSError, RuntimeError):
+        return group[name]
+    return None
 
 
 def _load_dataset(name: str) -> DenseTensor:
@@ -198,26 +230,94 @@ def _load_dataset(name: str) -> DenseTensor:
     return DenseTensor(name, torch.from_numpy(values), modes, DATASETS[name])
 
 
-def _read_npy(path: Path) -> dict[str, Tensor]:
+def _read_npy(path: Path, key: str) -> Named:
+    _choose(path, key, [path.stem])
     with path.open("rb") as raw:
-        return {path.stem: as_tensor(np.load(raw, allow_pickle=False))}
+        return np.load(raw, allow_pickle=False), ()
 
 
-def _read_npz(path: Path) -> dict[str, Tensor]:
+def _read_npz(path: Path, key: str) -> Named:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not a zip archive")
     # opened here: numpy leaves a file open that it cannot read
     with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-        return {key: as_tensor(file[key]) for key in file.files}
+        return file[_choose(path, key, file.files)], ()
 
 
-def _read_pt(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, key: str) -> Named:
+    tensors = read_safetensors(path)[1]
+    return tensors[_choose(path, key, list(tensors))], ()
+
+
+def _read_pt(path: Path, key: str) -> Named:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Tensor):
-        return {path.stem: as_tensor(content)}
-    if isinstance(content, dict):
-        return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    raise ValueError(f"it holds a {type(content).__name__}, not a tensor or a dict of tensors")
+        content = {path.stem: content}
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a tensor or a dict of tensors")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors[_choose(path, key, list(tensors))], ()
+
+
+def _read_mat(path: Path, key: str) -> Named:
+    from scipy.io import loadmat
+
+    try:
+        with path.open("rb") as raw:
+            arrays = {
+                name: array.toarray() if hasattr(array, "toarray") else array
+                for name, array in loadmat(raw).items()
+            }
+    except NotImplementedError:  # version 7.3
+        return _read_mat73(path, key), ()
+    numbers = [
+        name for name, array in arrays.items() if getattr(array, "dtype", np.dtype(object)).kind in "fciub"
+    ]
+    return arrays[_choose(path, key, numbers)], ()
+
+
+def _read_mat73(path: Path, key: str) -> np.ndarray[Any, Any]:
+    """Read an HDF5 file of MATLAB, which stores axes in reverse order and complex numbers as pairs."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        names = [name for name in _arrays_in(file, h5py.Dataset) if not name.startswith("#")]
+        array = file[_choose(path, key, [n for n in names if file[n].attrs.get("MATLAB_class") != b"char"])][
+            ()
+        ]
+    if array.dtype.names:
+        array = array["real"] + 1j * array["imag"]
+    return np.asarray(array.T)
+
+
+def _read_nc(path: Path, key: str) -> Named:
+    import xarray
+
+    with xarray.open_dataset(path) as file:
+        array = file[_choose(path, key, list(map(str, file.data_vars)))]
+        return array.to_numpy(), tuple(map(str, array.dims))
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
+
+
+def _read_table(path: Path, key: str) -> Named:
+    import pandas
+
+    _choose(path, key, [path.stem])
+    # arrow reads every digit of a number in text; pandas itself did not before version 3
+    read: Any = pandas.read_csv if path.suffix == ".csv" else pandas.read_parquet
+    table = read(path, engine="pyarrow")
+    if not is_table(table) or any(map(_is_number, table)):
+        raise ValueError(
+            "it is no table in long form: names of columns, then a row for every entry with its index "
+            "(integers, text or dates) and last its value"
+        )
+    entries = entries_of(table)
+    return entries.dense(), entries.modes
 
 
 def _split(source: str, exists: Callable[[str], bool]) -> tuple[Path, str]:
@@ -231,18 +331,12 @@ def _choose(path: Path, key: str, names: list[str]) -> str:
     if key in names or (not key and len(names) == 1):
         return key or names[0]
     problem = f"no array {key!r} in {path}" if key else f"{path} holds {len(names)}"
-    listed = ", ".join(names) or "none"
+    listed = ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20) or "none"
     raise FileError(f"{problem}; arrays there: {listed}\n  name one of them: {path}:NAME")
 
 
-def _unreadable(path: Path, what: str, error: Exception) -> FileError:
-    reason = str(error) or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError) or "pickle" in reason.lower():
-        reason = "it holds Python objects, which are not loaded"
-    return FileError(f"not a readable {path.suffix} {what}: {path}\n  {reason}")
-
-
-_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-    ".npy": _read_npy, ".npz": _read_npz, ".safetensors": lambda path: read_safetensors(path)[1],
-    ".pt": _read_pt,
+_READERS: dict[str, Callable[[Path, str], Named]] = {
+    ".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors, ".pt": _read_pt,
+    ".mat": _read_mat, ".nc": _read_nc, ".csv": _read_table, ".parquet": _read_table,
 }  # fmt: skip
+_LARGE = (".zarr", ".h5", ".hdf5", ".npy")

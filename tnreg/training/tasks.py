@@ -28,6 +28,7 @@ from tnreg.tensors.arrays import (
     rescale,
     seeded,
 )
+from tnreg.tensors.tables import entries_of, is_table
 
 
 class Completion:
@@ -175,9 +176,10 @@ def completion(
     """Complete a tensor from some of its entries: drawn from a target, or your own by their index.
 
     Args:
-        target: Dense tensor, or a ``Factorization`` that stands for one.
+        target: Dense tensor, or a ``Factorization`` that stands for one; or a pandas table in long form,
+            a row for every entry that is known (columns of the index and ``value``, ``tensors.tables``).
         samples: Number of observed entries, drawn uniformly without replacement; a float in (0, 1) is
-            their share. The other entries are the test set.
+            their share. The other entries are the test set. Left out, all rows of a table are observed.
         seed: Chooses the entries, the same ones on every device.
         missing: ``"nan"`` if NaN (or a mask of numpy's) in the target marks entries that were never
             measured: they are neither observed nor tested. Otherwise NaN is refused.
@@ -211,14 +213,15 @@ def completion(
     if missing not in (None, "nan"):
         message = f"completion: unknown missing={missing!r}; write missing='nan' or leave it out."
         raise OptionError(message, argument="missing")
-    dense = _check_target(target, "completion", may_miss=missing is not None)
+    table = entries_of(target) if is_table(target) else None
+    dense = _check_target(table.values if table else target, "completion", may_miss=missing is not None)
     known = torch.nonzero(~torch.isnan(dense.reshape(-1)).cpu()).reshape(-1)
-    count = _count_samples(samples, len(known))
+    count = len(known) if table and samples is None else _count_samples(samples, len(known))
     order = known[torch.randperm(len(known), generator=seeded(seed, "completion: seed"))]
-    rows = torch.stack(torch.unravel_index(order, dense.shape), 1).to(dense.device)
-    entries = dense.reshape(-1)[order.to(dense.device)]
+    rows = table.index[order] if table else torch.stack(torch.unravel_index(order, dense.shape), 1)
+    rows, entries = rows.to(dense.device), dense.reshape(-1)[order.to(dense.device)]
     rest = (rows[count:], entries[count:]) if count < len(order) else (None, None)
-    return Completion(rows[:count], entries[:count], dense.shape, *rest)
+    return Completion(rows[:count], entries[:count], table.sizes if table else dense.shape, *rest)
 
 
 def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
