@@ -243,3 +243,26 @@ def test_refuses_files(tmp_path):
         load_tree("htf-5")
     with pytest.raises(FileError, match="no such tree file"):
         load_tree(tmp_path / "none.json")
+
+
+class Name(str):
+    """A name that counts how often it is hashed: names of large nodes are long tuples, which takes time."""
+
+    hashed = 0
+
+    def __hash__(self):
+        Name.hashed += 1
+        return super().__hash__()
+
+
+def test_names_are_hashed_a_few_times_only(tmp_path, monkeypatch):
+    graph = nx.DiGraph([(Name("all"), mode) for mode in range(500)])
+    Name.hashed = 0
+    tree = ModeTree(graph)
+    assert tree.nodes[-1] == "all" and Name.hashed < 50
+    star = ModeTree.star(500)
+    for saved in (star, tree):
+        saved.save(tmp_path / "tree.json")
+        with monkeypatch.context() as patch:  # a graph hashes the name of a parent for each of its children
+            patch.setattr("tnreg.trees.tree._graph_of", None)
+            assert load_tree(tmp_path / "tree.json") == saved == pickle.loads(pickle.dumps(saved))

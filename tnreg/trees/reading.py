@@ -68,19 +68,46 @@ def read_nested(structure: Any) -> tuple[tuple[Node, ...], tuple[tuple[int, ...]
 @blame("structure")
 def read_graph(graph: nx.DiGraph[Any]) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
     """Read a graph with edges parent -> child as names and links; interior nodes keep their names."""
-    order = list(nx.dfs_postorder_nodes(graph, _root_of(graph)))
-    children = [list(graph.successors(node)) for node in order]
-    for node, below in zip(order, children, strict=True):
-        if below and _is_int(node):
+    root, names = _root_of(graph), list(graph)
+    # a name may be a long tuple, which is hashed anew each time: positions from here on
+    position = {name: i for i, name in enumerate(names)}
+    links = [[position[c] for c in below] for _, below in graph.adjacency()]
+    return read_links(names, links, position[root])
+
+
+@blame("structure")
+def read_links(
+    names: Sequence[Node], links: Sequence[Sequence[int]], root: int
+) -> tuple[tuple[Node, ...], tuple[tuple[int, ...], ...]]:
+    """Put names and links in order, children before parents; every node but the root has one parent."""
+    order, waiting = list[int](), [root]
+    while waiting:
+        i = waiting.pop()
+        order.append(i)
+        waiting.extend(links[i])
+    order.reverse()
+    if len(order) < len(names):
+        lost = [names[i] for i in sorted(set(range(len(names))) - set(order))]
+        raise TreeError(
+            f"not a mode tree: {lost[:8]} cannot be reached from the root {names[root]!r} "
+            "(a cycle of their own)."
+        )
+    if not links[root]:
+        raise TreeError(
+            f"not a mode tree: the graph has the single node {names[root]!r}; a root needs children.\n"
+            "  for one mode write ModeTree([0])"
+        )
+    for i in order:
+        if links[i] and _is_int(names[i]):
             raise TreeError(
-                f"not a mode tree: the interior node {node!r} is named like a mode; its children: {below}.\n"
+                f"not a mode tree: the interior node {names[i]!r} is named like a mode; its children: "
+                f"{[names[c] for c in links[i]]}.\n"
                 "  integers are leaves; give interior nodes other names, e.g. a string or the tuple of modes"
             )
-    leaves = [node for node, below in zip(order, children, strict=True) if not below]
-    modes = iter(_check_leaves(leaves, graph=True))
-    position = {node: i for i, node in enumerate(order)}
-    names = tuple(node if below else next(modes) for node, below in zip(order, children, strict=True))
-    return names, tuple(tuple(position[c] for c in below) for below in children)
+    modes = iter(_check_leaves([names[i] for i in order if not links[i]], graph=True))
+    new = {i: place for place, i in enumerate(order)}
+    named = tuple(names[i] if links[i] else next(modes) for i in order)
+    return named, tuple(tuple(new[c] for c in links[i]) for i in order)
 
 
 def _root_of(graph: nx.DiGraph[Any]) -> Node:
@@ -108,16 +135,6 @@ def _root_of(graph: nx.DiGraph[Any]) -> Node:
             "  join them under one node, e.g. graph.add_edges_from([('root', r) for r in roots])"
         )
     root: Node = roots[0]
-    lost = list(set(graph) - {root} - nx.descendants(graph, root))
-    if lost:
-        raise TreeError(
-            f"not a mode tree: {lost[:8]} cannot be reached from the root {root!r} (a cycle of their own)."
-        )
-    if graph.out_degree(root) == 0:
-        raise TreeError(
-            f"not a mode tree: the graph has the single node {root!r}; a root needs children.\n"
-            "  for one mode write ModeTree([0])"
-        )
     return root
 
 
@@ -196,3 +213,5 @@ def check_links(links: list[list[int]]) -> None:
             if type(c) is not int or not 0 <= c < i or c in seen:
                 raise ValueError(f"node {i} has the child {c!r}: not a node before it without a parent")
             seen.add(c)
+    if len(seen) < len(links) - 1:
+        raise ValueError(f"{len(links) - len(seen)} nodes have no parent; a tree has one root, the last node")

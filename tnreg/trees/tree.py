@@ -26,6 +26,7 @@ from tnreg.trees.reading import (
     check_links,
     in_a_line,
     read_graph,
+    read_links,
     read_nested,
     usual_names,
 )
@@ -83,6 +84,18 @@ class ModeTree:
             names, links = read_graph(structure)
         else:
             names, links = read_nested(structure)
+        self._set(names, links, shape)
+
+    @classmethod
+    def _holding(
+        cls, names: tuple[Node, ...], links: tuple[tuple[int, ...], ...], shape: Sequence[int] | None
+    ) -> ModeTree:
+        """Make a tree of checked names and links."""
+        return cls.__new__(cls)._set(names, links, shape)
+
+    def _set(
+        self, names: tuple[Node, ...], links: tuple[tuple[int, ...], ...], shape: Sequence[int] | None
+    ) -> ModeTree:
         up: list[int | None] = [None] * len(names)
         heights = [0] * len(names)
         for i, below in enumerate(links):
@@ -96,6 +109,7 @@ class ModeTree:
         vars(self).update(order=order, shape=shape)
         position = {name: i for i, name in enumerate(names)}
         vars(self).update(_up=tuple(up), _position=position, _hash=hash((names, links)))
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a ModeTree is immutable; its {name} cannot be set.")
@@ -412,7 +426,6 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
         full = [given.get(i, name) for i, name in enumerate(usual_names(links, names))]
         if given and len(set(full)) < len(full):
             raise ValueError("two nodes have the same name")
-        graph = _graph_of(full, links)
     except TreeError:
         raise
     except Exception as error:
@@ -423,7 +436,7 @@ def tree_from_json(content: Any, *, where: str = "JSON") -> ModeTree:
     shape = content.get("shape")
     if isinstance(tree, list) and not given:
         return ModeTree(tree, shape=shape)  # its errors speak of the lists that the user wrote
-    return ModeTree(graph, shape=shape)
+    return ModeTree._holding(*read_links(full, links, len(links) - 1), shape)
 
 
 def _flatten_json(tree: Any) -> tuple[list[list[int]], list[Node], dict[int, Node]]:
@@ -481,8 +494,8 @@ def _check_shape(shape: Sequence[int], order: int) -> tuple[int, int]:
     return height, width
 
 
-def _rebuild(names: Sequence[Node], links: Sequence[Sequence[int]], shape: Any = None) -> ModeTree:
-    return ModeTree(_graph_of(names, links), shape=shape)
+def _rebuild(names: Any, links: Any, shape: Any = None) -> ModeTree:
+    return ModeTree._holding(names, links, shape)
 
 
 def _graph_of(names: Sequence[Node], links: Sequence[Sequence[int]]) -> nx.DiGraph[Any]:
