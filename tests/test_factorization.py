@@ -293,3 +293,84 @@ def test_nan_stays_nan():
     features[1][0, 0] = torch.nan
     for values in (model(features), to_cnn(model)(features)):
         assert values.isnan().tolist() == [True, False, False]
+
+
+def test_gradients_of_a_loss_by_node():
+    model, other = zoo.model_of(HTF), zoo.model_of(HTF, seed=1)
+    model.stacks[0].requires_grad_(False)
+    found = model.grad_by_node(model.norm(), create_graph=True)
+    model.norm().backward()
+    assert all(torch.equal(found[v], g) for v, g in model.gradients.items()) and list(found) == list(
+        HTF.nodes
+    )
+    assert not found[0].any() and found[1].any()
+    found[1].sum().backward()  # of the second order
+    view = to_cnn(other).as_factorization()
+    assert_close(view.grad_by_node(view.norm())[1], other.grad_by_node(other.norm())[1])
+    for loss in (other.norm(), model.norm().detach(), model.to_tensor()):
+        with pytest.raises(
+            OptionError, match="one number with a gradient, computed with the weights of this"
+        ):
+            model.grad_by_node(loss)
+
+
+def test_weights_are_to_be_read(tmp_path):
+    model = zoo.model_of(HTF)
+    with pytest.raises(OptionError, match=r"to node 0 would not .*\n  write model.load_weights"):
+        model.weights[0] = torch.zeros(2, 2)
+    torch.save(model.weights, tmp_path / "weights")
+    assert list(torch.load(tmp_path / "weights")) == list(HTF.nodes) == list(model.weights | {0: 1})
+    assert 7 not in model.weights and repr(model.weights).startswith("{0: tensor")
+
+
+def trained_by_node(network, weights, groups, steps=3):
+    """Weights after some steps of Adam, every node in a parameter of its own."""
+    own = {v: w.detach().clone().requires_grad_(groups.get(v, {}) is not None) for v, w in weights.items()}
+    optimizer = torch.optim.Adam([{"params": [w], **(groups.get(v) or {})} for v, w in own.items()], lr=0.1)
+    nodes = network.tree.nodes
+    for _ in range(steps):
+        optimizer.zero_grad()
+        stacks = [torch.stack([own[nodes[p]] for p in level.positions]) for level in network.stacks]
+        Factorization.viewing(network, stacks).norm().backward()
+        optimizer.step()
+    return own
+
+
+def test_settings_by_node(tmp_path):
+    """Learning rates, decay and freezing of any nodes are those of separate parameters; then others."""
+    tree = ModeTree.binary(8)
+    model = zoo.model_of(tree, sizes=(3,) * 8, bonds=2)
+    keys, twin = list(model.state_dict()), copy.deepcopy(model)
+    slow, decay = {"lr": 1e-3}, {"weight_decay": 0.5}
+    for groups in ({0: slow, 3: slow, 4: decay, (0, 1): None, tree.root: slow}, {7: None}, {}):
+        wanted = trained_by_node(model.network, model.weights, groups)
+        optimizer = torch.optim.Adam(model.parameter_groups(groups), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.norm().backward()
+            optimizer.step()
+        for v, weight in model.weights.items():
+            assert_close(weight, wanted[v])
+            expected = torch.zeros_like(weight) if groups.get(v, {}) is None else wanted[v].grad
+            assert_close(model.gradients[v], expected, 1e-11)
+        again = copy.deepcopy(model)
+        again.load_weights({v: 2 * w for v, w in model.weights.items()})
+        assert_close(again.to_tensor(), 2.0**15 * model.to_tensor())
+        again.load_state_dict(model.state_dict())
+        again.save(tmp_path / "model")
+        assert torch.equal(load(tmp_path / "model").to_tensor(), model.to_tensor())
+    assert sorted(model.state_dict()) == keys
+    twin.load_state_dict(model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    weight_norm(model.stacks, "0")
+    assert len(model.parameter_groups({v: slow for v in range(8)})[1]["params"]) == 2
+    with pytest.raises(OptionError, match="its nodes cannot have different settings"):
+        model.parameter_groups({0: slow})
+
+
+test_refused_settings = refuses([
+    ({"x": {}}, TreeError, "no node 'x'"),
+    ({0: 1e-3}, OptionError, r"options of node 0 must be \{name: value\} .*found 0\.001"),
+    ({0: {"params": []}}, OptionError, "options of node 0 must be"),
+    ({HTF.root: {"lr": 1.0}}, OptionError, "fixed to ones"),
+], lambda settings: zoo.model_of(HTF, root="ones").parameter_groups(settings))  # fmt: skip

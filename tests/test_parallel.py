@@ -6,6 +6,7 @@ process.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from tnreg import Trajectory, images
+from tnreg import Factorization, ModeTree, Trajectory, completion, images, spectra, to_cnn
 from tnreg.cli import main
 from tnreg.errors import DataError, FileError, OptionError, ShapeError
 from tnreg.experiments.locality import train as locality_run
@@ -184,6 +185,48 @@ def test_penalties_are_those_of_the_whole_batch():
     assert sorted(told) == [("0", both), ("1", both), ("2", one)]
 
 
+def check_factorization(everyone):
+    """Tasks of one half each: gradients are those of the whole, and every answer that of one model."""
+    tree, seed = ModeTree.binary(4), torch.Generator().manual_seed
+    model = Factorization(tree, (2, 3, 5, 7), 3, std=0.7, dtype=torch.float64, generator=seed(0))
+    target = Factorization(tree, model.sizes, 2, std=1.0, dtype=torch.float64, generator=seed(1))
+    whole = completion(target, 40)
+    parts = [
+        completion(index=whole.index[half], values=whole.values[half], sizes=whole.sizes,
+                   test_index=whole.test_index, test_values=whole.test_values)
+        for half in (slice(20), slice(20, 40))
+    ]  # fmt: skip
+    wanted, values = model.grad_by_node(whole.loss(model)), model.entries(whole.index)
+    dense, sizes, error = model.to_tensor(), spectra(model), whole.test_error(model)
+    task = parts[everyone.rank]
+    mesh = init_device_mesh("cpu", (2,))
+    for wrap in (DistributedDataParallel, lambda model: fully_shard(model, mesh=mesh)):
+        inner = copy.deepcopy(model)
+        wrapped = wrap(inner)
+        with torch.no_grad():
+            assert_close(wrapped(whole.index), values)
+        task.loss(wrapped).backward()
+        assert_close(dict(inner.gradients), dict(wanted))
+        assert_close(inner.entries(whole.index), values)
+        assert task.test_error(wrapped) == pytest.approx(error)
+        if wrapped is inner:
+            assert_close(wrapped.norm(), dense.norm())
+            assert_close(wrapped.to_tensor(), dense)
+            assert_close(dict(spectra(wrapped)), dict(sizes))
+            with pytest.raises(OptionError, match="it is sharded"):
+                wrapped.load_weights(model.weights)
+            with pytest.raises(OptionError, match="sharded over processes: its nodes cannot"):
+                wrapped.parameter_groups({(0, 1): None})
+    net = to_cnn(model, shape=(2, 2))
+    weights, x = dict(net.weights), [torch.ones(2, n, dtype=torch.float64) for n in model.sizes]
+    expected = net(x)
+    fully_shard(net, mesh=mesh)
+    assert_close(dict(net.weights), weights)
+    with pytest.raises(OptionError, match="register_fsdp_forward_method"):
+        net.scaled_values(x)
+    assert_close(net(x), expected)
+
+
 def sharded():
     """Interaction energy of networks under ``fully_shard``; what the other penalty and other meshes say."""
     with joined() as everyone:
@@ -210,10 +253,11 @@ def sharded():
         fully_shard(other, mesh=mesh)
         with pytest.raises(OptionError, match="needs a mesh of one axis"):
             InteractionEnergy(PAIR)(other, x)
+        check_factorization(everyone)
         print("checked", everyone.rank)
 
 
-def test_the_energy_of_sharded_networks_is_that_of_the_whole():
+def test_what_is_sharded_is_as_the_whole():
     assert torchrun(2, __file__, "sharded").stdout.count("checked") == 2
 
 

@@ -22,7 +22,7 @@ from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.factorizations.module import NetworkModule
-from tnreg.factorizations.stacks import source_of
+from tnreg.factorizations.stacks import gather, source_of
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Level, Network, Stacked
 from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale, without_autocast
@@ -228,7 +228,7 @@ class ConvNet(NetworkModule):
         The root has an axis of outputs more if there are several. With shared filters all nodes of a
         layer give the same ones.
         """
-        return self._by_node(lambda conv: cast(Tensor, conv.weight))
+        return self._by_node(lambda conv: gather(cast(Tensor, conv.weight)))
 
     @property
     def gradients(self) -> dict[Node, Tensor]:
@@ -240,11 +240,12 @@ class ConvNet(NetworkModule):
 
         def gradient(conv: nn.Module) -> Tensor:
             source = source_of(conv, "weight", "a convolution's weight")
-            return torch.zeros_like(source) if source.grad is None else source.grad
+            return gather(torch.zeros_like(source) if source.grad is None else source.grad)
 
         return self._by_node(gradient)
 
     def _by_node(self, read: Callable[[nn.Module], Tensor]) -> dict[Node, Tensor]:
+        self._reshard()
         filters: dict[Node, Tensor] = {}
         for name, _, nodes in self.layers():
             values = read(self.convs[name])
@@ -301,6 +302,11 @@ class ConvNet(NetworkModule):
         Values are shaped as those of ``forward``; the binary logarithms ``(B,)``, constant to autograd, are
         ``None`` if the network does not multiply on scales.
         """
+        if hasattr(self._first, "full_tensor"):
+            raise OptionError(
+                "the filters are sharded over processes outside net(x).\n"
+                "  torch.distributed.fsdp.register_fsdp_forward_method(net, 'scaled_values')"
+            )
         logs: list[Tensor] = []
         through = self._through_blocks if self._maps is None else self._through_maps
         inputs = self._check(x)

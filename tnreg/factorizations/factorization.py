@@ -173,7 +173,8 @@ class Factorization(NetworkModule):
 
     @property
     def _first(self) -> Tensor:
-        return self.stacks[0] if isinstance(self.stacks, list) else next(self.stacks.parameters())
+        found = None if isinstance(self.stacks, list) else next(self.stacks.parameters(), None)
+        return self.stacks[0] if found is None else found
 
     @property
     def weights(self) -> Mapping[Node, Tensor]:
@@ -184,6 +185,7 @@ class Factorization(NetworkModule):
         no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views, so that a loss is
         not differentiable in them: see ``grad_by_node``. ``load_weights`` changes weights.
         """
+        self._reshard()
         return NodeTensors(self.network, self.stacks)
 
     @property
@@ -246,6 +248,7 @@ class Factorization(NetworkModule):
     @property
     def _own(self) -> Stacks:
         """The parameters, or an error where there are none."""
+        self._reshard()
         if isinstance(self.stacks, Stacks):
             return self.stacks
         raise OptionError(
@@ -344,7 +347,7 @@ class Factorization(NetworkModule):
         Raises:
             SizeError: It would not fit into the memory available; nothing was allocated.
         """
-        return self._contract(plan(self))
+        return self._carry_out(plan(self))
 
     def entries(self, index: Tensor | Plan) -> Tensor:
         """Entries of the tensor at multi-indices, without the dense tensor where that is cheaper.
@@ -360,6 +363,9 @@ class Factorization(NetworkModule):
             ShapeError, DataError: Wrong shape or dtype, no rows, or an index out of range.
             SizeError: Intermediates would not fit into the memory available.
         """
+        return self._carry_out(self._plan_of(index))
+
+    def _plan_of(self, index: Tensor | Plan) -> Plan:
         chosen = index if isinstance(index, Plan) else self._entry_plan(index)
         if chosen.kind != "entries" or chosen.network != self.network:
             raise OptionError(
@@ -367,7 +373,11 @@ class Factorization(NetworkModule):
                 "  write tnreg.plan(model, index=index)",
                 argument="index",
             )
-        return self._contract(chosen)
+        return chosen
+
+    def _carry_out(self, chosen: Plan) -> Tensor:
+        # under fully_shard by a call, which gathers weights and lets processes exchange gradients
+        return self(chosen) if hasattr(self, "reshard") else self._contract(chosen)
 
     def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)
@@ -405,11 +415,11 @@ class Factorization(NetworkModule):
             SizeError: Intermediates would not fit into the memory available.
         """
         if isinstance(features, Plan):
-            return self.entries(features)
+            return self._contract(features if features.kind == "dense" else self._plan_of(features))
         if not isinstance(features, Tensor | Sequence):
             features = as_tensor(features)
         if isinstance(features, Tensor) and features.dtype == torch.int64 and features.ndim == 2:
-            return self.entries(features)
+            return self._contract(self._plan_of(features))
         parts = check_features(features, self.sizes, self.dtype)
         inputs = parts[0] if isinstance(features, Tensor) else parts
         return self._contract(plan(self, batch=parts[0].shape[0]), inputs)

@@ -35,6 +35,11 @@ class NetworkModule(nn.Module):
         """Device of the weights."""
         return self._first.device
 
+    def _reshard(self) -> None:
+        """Under ``fully_shard`` put parameters back in place of the whole ones that a call leaves there."""
+        if reshard := getattr(self, "reshard", None):
+            reshard()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # tried first: numbers in a dtype that cannot be computed with would be lost
         check_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype)

@@ -73,7 +73,7 @@ class Stacks(nn.ParameterList):
         for hook in self._forward_pre_hooks.values():  # of pruning, for a forward pass that a list has not
             hook(self, ())
         stack = super().__getitem__(k)
-        return _gather(stack)
+        return gather(stack)
 
     def _is_plain(self, k: int) -> bool:
         own = self._parameters.get(str(k))
@@ -130,7 +130,7 @@ class Stacks(nn.ParameterList):
 
     def join(self, k: int, parts: Sequence[Tensor]) -> Tensor:
         """Put together what is of the shapes of ``sources``, e.g. gradients."""
-        first, parts = self._first_step(k), [_gather(part) for part in parts]
+        first, parts = self._first_step(k), [gather(part) for part in parts]
         return first(*parts) if isinstance(first, _Parts) else parts[0]
 
     def split(self, k: int, slots: Sequence[Sequence[int]]) -> None:
@@ -193,7 +193,7 @@ def source_of(module: nn.Module, name: str, what: str) -> nn.Parameter:
     return cast(nn.Parameter, original)
 
 
-def _gather(x: Tensor) -> Tensor:
+def gather(x: Tensor) -> Tensor:
     """Return a tensor that may be sharded as a whole; the gradient is the mean of those of all processes."""
     if not hasattr(x, "full_tensor"):
         return x

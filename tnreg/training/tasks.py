@@ -101,16 +101,18 @@ class Completion:
     def _predict(self, model: nn.Module, *, unseen: bool = False) -> Tensor:
         index = self.test_index if unseen else self.index
         assert index is not None
-        if not isinstance(model, Factorization):
+        inner = _inside(model)
+        if not isinstance(inner, Factorization):
             return model.entries(index)  # type: ignore[operator, no-any-return]
-        _check_model(model, self.sizes)
-        if model.device.type != self.values.device.type:
-            places = f"the model is on {model.device}, the task on {self.values.device}"
+        _check_model(inner, self.sizes)
+        if inner.device.type != self.values.device.type:
+            places = f"the model is on {inner.device}, the task on {self.values.device}"
             raise OptionError(f"{places}; write task.to(model.device).")
-        key = (model.network, model.device, unseen)
+        key = (inner.network, inner.device, unseen)
         if key not in self._plans:  # checked and planned once, not at every step
-            self._plans[key] = plan(model.network, index=index.to(model.device))
-        return model.entries(self._plans[key])
+            self._plans[key] = plan(inner.network, index=index.to(inner.device))
+        # wrappers can only be called, and let processes exchange gradients then
+        return (inner.entries if inner is model else model)(self._plans[key])
 
     def __repr__(self) -> str:
         unseen = 0 if self.test_values is None else len(self.test_values)
@@ -131,8 +133,8 @@ class Sensing:
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return ``1/B Σ_b |<x_b0 ⊗ .. ⊗ x_bN-1, W> - values_b|²``: scalar, differentiable."""
-        if isinstance(model, Factorization):
-            _check_model(model, self.sizes)
+        if isinstance(inner := _inside(model), Factorization):
+            _check_model(inner, self.sizes)
         return _mean_square(model(self.features) - self.values)
 
     @torch.no_grad()
@@ -140,7 +142,7 @@ class Sensing:
         """Return ``‖W - W*‖ / ‖W*‖`` over all entries, of which only projections were observed."""
         if self.target is None:
             raise OptionError("test_error: this task does not know its target tensor.")
-        return relative_error(model.to_tensor(), self.target)  # type: ignore[operator]
+        return relative_error(_inside(model).to_tensor(), self.target)
 
     @torch.no_grad()
     def train_error(self, model: nn.Module) -> float:
@@ -286,6 +288,11 @@ def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tup
         message = f"completion: {tuple(values.shape)} values for {rows} rows of the index."
         raise ShapeError(f"{message}\n  expected: ({rows},)", argument="values")
     return index, check_numbers(values)
+
+
+def _inside(model: nn.Module) -> Any:
+    """Return the model in a wrapper such as ``DistributedDataParallel``, also a compiled one."""
+    return getattr(getattr(model, "_orig_mod", model), "module", model)
 
 
 def _check_model(model: Factorization, sizes: tuple[int, ...]) -> None:
