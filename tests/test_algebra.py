@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from zoo import random
 
 from tnreg import Factorization, ModeTree, decompose, truncate
 from tnreg import algebra as al
-from tnreg.errors import OptionError, ShapeError, SizeError, TreeError
+from tnreg.errors import DataError, OptionError, ShapeError, SizeError, TreeError
 
 DTYPES = [torch.float64, torch.complex128]
 
@@ -249,6 +250,16 @@ def test_nothing_given_is_changed():
     (lambda m: al.reroot(m, 0), OptionError, "node", "0 is a leaf; name an interior node"),
     (lambda m: al.linear_combination([m], [1, 2], rtol=1e-3), OptionError, "coefficients", "1 and 2"),
     (lambda m: al.linear_combination([], rtol=1e-3), OptionError, "models", "as many coefficients"),
+    (lambda m: al.linear_combination([m, 3], rtol=1e-3), OptionError, "other", "found int"),
+    (lambda m: al.linear_combination([m, m], rtol=None), OptionError, "rtol", "rtol must be a number in"),
+    (lambda m: al.linear_combination([m], [[1.0]], rtol=0.1), OptionError, "coefficients", "finite number"),
+    (lambda m: al.scale(m, torch.ones(1)), OptionError, "factor", "must be a finite number"),
+    (lambda m: al.scale(m, np.array([2.0, 3.0])), OptionError, "factor", "must be a finite number"),
+    (lambda m: al.scale(m, math.nan), OptionError, "factor", "must be a finite number, found nan"),
+    (lambda m: al.scale(m, complex(0, math.inf)), OptionError, "factor", "must be a finite number"),
+    (lambda m: al.scale(m, "2"), OptionError, "factor", "must be a finite number, found '2'"),
+    (lambda m: al.scale(m, True), OptionError, "factor", "must be a finite number, found True"),
+    (lambda m: al.scale(3, 2), OptionError, "model", "expected a Factorization, found int"),
 ])  # fmt: skip
 def test_refuses(call, error, argument, message):
     with pytest.raises(error, match=message) as caught:
@@ -363,6 +374,105 @@ def test_what_vanishes():
     model = zoo.model_of(tree)
     found = al.linear_combination([model, model, model], [1.0, 1.0, -2.0], rtol=1e-3)
     assert dense(found).norm() <= 1e-13 * model.norm()
+
+
+NUMBERS = [
+    2, 0.0, 2j, Fraction(1, 4), np.int8(-3), np.float16(0.5), np.longdouble(3), np.complex64(1 + 2j),
+    np.clongdouble(1 - 2j), np.array(2.5), np.array(2j), torch.tensor(-2), torch.tensor(1 + 2j).conj(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+def test_numbers_of_any_kind(number):
+    model, value = zoo.model_of(ModeTree.binary(3)), complex(number)
+    x = dense(model) * (value if value.imag else value.real)
+    assert_equal(al.scale(model, number), x)
+    assert_equal(al.linear_combination([model, model], [number, 0.5], rtol=1e-13), x + 0.5 * dense(model))
+
+
+def cosine(one, other):
+    x, log2 = one.scaled_inner(other)
+    logs = log2 * math.log(2) - (one.log_norm() + other.log_norm()).detach()
+    return float(x.detach().real * logs.exp())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["root", 0])
+@pytest.mark.parametrize(
+    ("dtype", "power"), [(torch.float32, 30), (torch.complex64, -30), (torch.float64, 150)], ids=str
+)
+def test_units_do_not_matter(dtype, power, where):
+    """Models, matrices and vectors in another unit: sizes follow, ratios and ranks stay."""
+    tree, found = zoo.TREES["across"], []
+    for unit in (1.0, 10.0**power, 10.0**-power):
+
+        def in_unit(model, unit=unit):
+            if where == "root":
+                return al.scale(model, unit)
+            weights = {v: w * unit if v == where else w for v, w in model.weights.items()}
+            return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+
+        one, other, third = (
+            in_unit(zoo.model_of(tree, join, dtype=dtype, seed=seed))
+            for seed, join in enumerate(("diagonal", "full", "diagonal"))
+        )
+        total = al.linear_combination([one, other, third, one], [1, -2, 0.5, 0.3], rtol=1e-2)
+        product, cut = al.hadamard(one, other), al.hadamard(one, other, rtol=1e-2)
+        ones = torch.ones(3, one.sizes[1]).to(dtype) * unit
+        products = [product, al.mode_product(one, {1: ones}), al.contract_modes(one, {1: ones[0]})]
+        others = [total, al.select(one, 1), al.marginal(one, [1]), al.reroot(one, tree.interior[0])]
+        logs = [m.log_norm() - 2 * math.log(unit) for m in [*products, cut, al.scale(one, unit)]]
+        logs += [m.log_norm() - math.log(unit) for m in [*others, al.subtract(one, other)]]
+        ratios = [cosine(one, other), cosine(total, one), cosine(product, one), cosine(cut, product)]
+        found.append([float(x) for x in (*logs, *ratios, *total.network.bonds, *cut.network.bonds)])
+    for changed in found[1:]:
+        assert changed == pytest.approx(found[0], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("tree", [ModeTree.binary(64), ModeTree.star(64), ModeTree.caterpillar(64)], ids=repr)
+def test_unbalanced_weights(tree):
+    """1e3 on half of the leaves and 1e-3 on the others: no partial product leaves the range."""
+    model = Factorization(tree, 2, 1, dtype=torch.float32)
+    sizes = {v: (1e3 if v < 32 else 1e-3) if v in tree.leaves else 1.0 for v in tree.nodes}
+    weights = {v: torch.full_like(w, sizes[v]) for v, w in model.weights.items()}
+    model = Factorization.from_weights(tree, weights, join="diagonal")
+    zoo.assert_close(al.select(model, (0,) * 64), 1.0, 1e-4)
+    zoo.assert_close(al.marginal(model, range(64)), 2.0**64, 1e-4)
+    zoo.assert_close(al.select(model, (0,) * 40).log_norm(), 12 * math.log(2), 1e-4)
+
+
+def test_axes_of_size_one():
+    """Tensors and bonds of size 1 with any strides; a product of many more axes than an array has."""
+    x, y = zoo.randn(1, 4, 1, 4), zoo.randn(1, 4, 1, 4, seed=1)
+    tree = ModeTree([1, 3, 0, 2])
+    one, other = decompose(x, tree), decompose(y, tree, ranks=2)
+    assert_equal(al.hadamard(one, other), x * dense(other))
+    wide = Factorization(
+        ModeTree.star(60), 2, {v: 2 if v < 5 else 1 for v in range(60)}, join="full", std=1.0
+    )
+    square = al.hadamard(wide, wide)
+    zoo.assert_close(al.select(square, (0,) * 60), al.select(wide, (0,) * 60) ** 2, 1e-4)
+
+
+def test_nan_does_not_become_a_number():
+    model = zoo.model_of(zoo.TREES["across"])
+    for node, call in itertools.product((0, model.tree.root), (
+        lambda m: al.add(m, model), lambda m: al.scale(m, 2.0), lambda m: al.hadamard(model, m),
+        lambda m: al.hadamard(m, model, rtol=0.1), al.full_joins, al.diagonal_joins,
+        lambda m: al.linear_combination([model, model, m], rtol=0.1), lambda m: al.select(m, 1),
+        lambda m: al.marginal(m, 0), lambda m: al.select(m, (1, 1, 1, 1)), lambda m: m.inner(model),
+        lambda m: al.mode_product(m, {0: torch.zeros(2, 2).double()}), lambda m: m.norm(),
+        lambda m: al.permute_modes(m, (3, 2, 1, 0)), lambda m: al.reroot(m, m.tree.interior[0]),
+    )):  # fmt: skip
+        broken = copy.deepcopy(model)
+        stack, slot = broken.network.slots[broken.tree.position(node)]
+        broken.stacks[stack].data[slot].flatten()[0] = math.nan
+        try:
+            result = call(broken)
+        except DataError as error:
+            assert "NaN" in str(error)
+        else:
+            assert isinstance(result, torch.Tensor) and bool(result.isnan().any())
 
 
 def test_products_too_large_for_memory(monkeypatch):

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError, ShapeError
-from tnreg.factorizations.assembly import full_weight, weights_of
+from tnreg.errors import OptionError, ShapeError, blame, check_number, check_scalar
+from tnreg.factorizations.assembly import full_weight, split, spread, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.ranks.decompose import truncate
+from tnreg.tensors.arrays import largest_of, times_power_of_two
 from tnreg.trees.reading import Node
 
 
@@ -59,60 +60,77 @@ def linear_combination(
         A factorization with full joins; its ``error_bound`` bounds the error.
 
     Raises:
-        OptionError: No models, another number of coefficients, or ``rtol`` outside ``[0, 1)``.
+        OptionError: No models, another number of coefficients or none that are finite numbers, or ``rtol``
+            outside ``[0, 1)``.
         ShapeError: Another tree or other sizes.
 
     Cost: an inner product for every pair of models, for the norm of the sum, and a rounding per model. If
     the terms cancel to less than 1e-7 of their size, partial sums lose only what is zero to rounding.
     """
-    models = list(models)
-    factors = [1.0] * len(models) if coefficients is None else list(coefficients)
-    if not models or len(factors) != len(models):
+    models, rtol = list(models), check_number(rtol, "linear_combination: rtol", 0, 1)
+    factors = None if coefficients is None else list(coefficients)
+    if not models or (factors is not None and len(factors) != len(models)):
         raise OptionError(
             "linear_combination needs models and as many coefficients, "
-            f"found {len(models)} and {len(factors)}.",
+            f"found {len(models)} and {len(factors or ())}.",
             argument="models" if not models else "coefficients",
         )
-    terms = [m if c == 1 else scale(m, c) for m, c in zip(models, factors, strict=True)]
-    for term in terms:
-        _check_pair(terms[0], term)
+    for model in models:
+        _check_pair(models[0], model)
+    terms = models
+    if factors is not None:
+        with blame("coefficients"):
+            terms = [scale(m, c) for m, c in zip(models, factors, strict=True)]
     # half of the error allowed is spent on the partial sums, in equal parts
-    step = rtol * _least_norm_of_sum(terms) / 2 / max(len(terms) - 2, 1)
-    total, lost = terms[0], 0.0
+    part, least = rtol / 2 / max(len(terms) - 2, 1), _least_log_norm_of_sum(terms)
+    total, lost, spent = terms[0], 0.0, 0.0
     for k, term in enumerate(terms[1:], 1):
         total = add(total, term)
         if k < len(terms) - 1:
-            norm = total.norm().item()
-            share = min(step / norm, 0.5) if 0 < norm < math.inf else 0.0
-            total = truncate(total, rtol=share or None)
+            ratio = least - total.log_norm().item()  # not of norms, which may leave the range
+            share = min(part * math.exp(min(ratio, 300.0)), 0.5) if not math.isnan(ratio) else 0.0
+            total, spent = truncate(total, rtol=share or None), spent + share
             lost += total.error_bound or 0.0
-    norm = total.norm().item()
-    if lost > 0 and 0 < norm < math.inf:  # the exact sum has a norm of at least norm - lost
+    norm = total.norm().double().item()
+    if 0 < lost < math.inf and 0 < norm < math.inf:  # the exact sum has a norm of at least norm - lost
         rtol = max(rtol * (norm - lost) - lost, 0.0) / norm
+    elif spent:  # half of it is left, of a norm that may have grown by half
+        rtol /= 3
     result = truncate(total, rtol=rtol, ranks=ranks)
     result.error_bound = (result.error_bound or 0.0) + lost
     return result
 
 
-def _least_norm_of_sum(models: Sequence[Factorization]) -> float:
-    """Bound the norm of a sum from below by inner products; 0 if rounding hides it."""
-    square = magnitude = 0.0
+def _least_log_norm_of_sum(models: Sequence[Factorization]) -> float:
+    """Bound the logarithm of the norm of a sum from below by inner products; -inf if rounding hides it."""
     with torch.no_grad():
-        for i, one in enumerate(models):
-            for j, other in enumerate(models[: i + 1]):
-                value = complex(one.inner(other)).real * (1 if i == j else 2)
-                square, magnitude = square + value, magnitude + abs(value)
+        products = [
+            (one.scaled_inner(other), 1 if i == j else 2)
+            for i, one in enumerate(models)
+            for j, other in enumerate(models[: i + 1])
+        ]
+    top = max(float(log2) for (_, log2), _ in products)
+    parts = [complex(x).real * times * 2.0 ** (float(log2) - top) for (x, log2), times in products]
     eps = max(torch.finfo(model.dtype).eps for model in models)
-    least = square - 64 * len(models[0].tree.nodes) * eps * magnitude
-    return math.sqrt(least) if 0 < least < math.inf else 0.0
+    least = sum(parts) - 64 * len(models[0].tree.nodes) * eps * sum(map(abs, parts))
+    return (math.log(least) + top * math.log(2)) / 2 if 0 < least < math.inf else -math.inf
 
 
 def scale(model: Factorization, factor: float | complex) -> Factorization:
-    """Multiply the tensor by a number, in the root's weight; a root of ones becomes a weight."""
+    """Multiply the tensor by a number, in the root's weight; a root of ones becomes a weight.
+
+    If its weight would leave the range of the dtype, all weights share the number. That is Python's,
+    numpy's or torch's, real or complex; OptionError for anything else, such as a vector, NaN or infinity.
+    """
+    factor = check_scalar(factor, "scale: factor")
     with torch.no_grad():
         weights, root = weights_of(model, ones=False), model.tree.root
+        reach, log2 = torch.finfo(model.dtype).max ** 0.85, 0
+        if factor and not 1 / reach < abs(factor) * float(largest_of(weights[root])) < reach:
+            log2 = math.frexp(abs(factor))[1]
+            factor = times_power_of_two(factor, -log2)
         weights[root] = weights[root] * factor
-        return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+        return Factorization.from_weights(model.tree, spread(weights, log2), join=model.network.named_joins)
 
 
 def hadamard(
@@ -158,8 +176,10 @@ def hadamard(
         "truncate the factors first, or use a tree with fewer children per node",
         copies=2 if exact else 5, note=", its weights and copies of them",
     )  # fmt: skip
-    weights: dict[Node, Tensor] = {}
+    weights, log2 = dict[Node, Tensor](), 0
     for node, (a, b) in pairs.items():
+        (a, more), (b, own) = split(a), split(b)
+        log2 += more + own
         left, right = list[int](), list[int]()  # mode axes stay aligned, all others are crossed
         for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)):
             crossed = axis not in modes[node] and n > 1 < m
@@ -167,7 +187,7 @@ def hadamard(
                 left += [n, 1] if crossed else [n]
                 right += [1, m] if crossed else [m]
         weights[node] = (a.reshape(left) * b.reshape(right)).reshape(shapes[node])
-    product = Factorization.from_weights(one.tree, weights, join=joins)
+    product = Factorization.from_weights(one.tree, spread(weights, log2), join=joins)
     del weights  # the product holds copies
     return product if exact else truncate(product, rtol=rtol, ranks=ranks)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError, TreeError
-from tnreg.factorizations.assembly import assemble, contract_leaves, product, weights_of
+from tnreg.factorizations.assembly import assemble, contract_leaves, product, split, spread, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import as_tensor, check_numbers
 
@@ -24,11 +24,12 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
         matrices: ``{mode: (new size, size)}``; TreeError for other modes, ShapeError for other shapes,
             SizeError for a result that would not fit into memory.
     """
-    weights = weights_of(model)
+    weights, log2 = weights_of(model), 0
     for mode, matrix in _check_arrays(model, matrices, 2).items():
         dtype = torch.promote_types(matrix.dtype, model.dtype)
-        weights[mode] = product(matrix.to(dtype), weights[mode].to(dtype))
-    return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+        (left, more), (right, own) = split(matrix.to(dtype)), split(weights[mode].to(dtype))
+        weights[mode], log2 = product(left, right), log2 + more + own
+    return Factorization.from_weights(model.tree, spread(weights, log2), join=model.network.named_joins)
 
 
 def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factorization | Tensor:

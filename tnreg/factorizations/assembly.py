@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
+from tnreg.tensors.arrays import largest_of, times_power_of_two
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 
 def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
     """Return detached weights; with ``ones=False`` a root of ones has its weight as well."""
+    if not isinstance(model, Factorization):
+        raise OptionError(f"expected a Factorization, found {type(model).__name__}.", argument="model")
     weights = {node: w.detach() for node, w in model.weights.items()}
     if model.network.root_ones and not ones:
         bond = model.network.bonds[model.tree.links[-1][0]]
@@ -64,6 +69,14 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
     tree, joins = model.tree, model.network.named_joins
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()), model.dtype)
     weights = [weight.to(dtype) for weight in weights_of(model, ones=False).values()]
+    scale = 0  # the result is 2**scale times what is computed
+
+    def moderate(x: Tensor) -> Tensor:
+        nonlocal scale
+        x, log2 = split(x)
+        scale += log2
+        return x
+
     contracted = set[int]()  # what is left of these is a vector over the bond above, as their weight
     stand_in: dict[int, int] = {}  # a node that was removed -> the child in its place
     links: dict[int, list[int]] = {}
@@ -71,39 +84,67 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
     for i, (node, below) in enumerate(zip(tree.nodes, tree.links, strict=True)):
         if not below:
             if node in vectors:
-                weights[i] = vectors[node].to(dtype) @ weights[i]  # type: ignore[index]
+                vector = moderate(vectors[node].to(dtype))  # type: ignore[index]
+                weights[i] = moderate(vector @ moderate(weights[i]))
                 contracted.add(i)
             continue
-        inner = [weights[c] if c in contracted else None for c in below]
-        weights[i] = _contract_children(weights[i], joins[node], inner)
+        for axis, c in reversed(list(enumerate(below))):
+            if c in contracted:
+                weights[i] = moderate(_times_vector(moderate(weights[i]), joins[node], axis, weights[c]))
+        if joins[node] == "diagonal" and contracted.issuperset(below):
+            weights[i] = moderate(weights[i].sum(0))
         links[i] = [stand_in.get(c, c) for c in below if c not in contracted]
         if not links[i]:
             contracted.add(i)
         # a root above nothing but a leaf stays
         elif len(links[i]) == 1 < len(below) and (i != top or links.get(links[i][0])):
             child = stand_in[i] = links[i][0]
-            weights[child] = product(weights[child], weights[i])
+            weights[child] = moderate(product(moderate(weights[child]), moderate(weights[i])))
     if top in contracted:
-        return weights[top]
+        value: Tensor = times_power_of_two(weights[top], scale)
+        return value
     modes = [mode for mode in tree.leaves if mode not in vectors]
+    kept = {i: w for i, w in enumerate(weights) if i not in contracted and i not in stand_in}
     return assemble(
         stand_in.get(top, top),
         links,
-        dict(enumerate(weights)),
+        spread(kept, scale),
         {tree.position(node): join for node, join in joins.items()},
         {tree.position(mode): k for k, mode in enumerate(modes)},
     )[0]
 
 
-def _contract_children(weight: Tensor, join: str, vectors: Sequence[Tensor | None]) -> Tensor:
-    """Contract a node's weight with those of its children that are vectors now."""
-    for axis, vector in reversed(list(enumerate(vectors))):
-        if vector is not None and join == "full":
-            weight = torch.tensordot(vector, weight, ([0], [axis]))
-        elif vector is not None:
-            weight = vector.reshape(-1, *[1] * (weight.ndim - 1)) * weight
-    whole = join == "diagonal" and all(vector is not None for vector in vectors)
-    return weight.sum(0) if whole else weight
+def _times_vector(weight: Tensor, join: str, axis: int, vector: Tensor) -> Tensor:
+    """Multiply a node's weight by what is left of one of its children."""
+    if join == "full":
+        weight = torch.tensordot(vector, weight, ([0], [axis]))
+        return weight
+    return vector.reshape(-1, *[1] * (weight.ndim - 1)) * weight
+
+
+def split(x: Tensor) -> tuple[Tensor, int]:
+    """Return ``(y, log2)``, x as ``y * 2**log2``: where x is far from 1, y is near, else it is x itself.
+
+    Products of two such y stay in the range of the dtype.
+    """
+    log2 = math.frexp(float(largest_of(x)))[1]
+    if abs(log2) <= math.log2(torch.finfo(x.dtype).max) / 3:
+        return x, 0
+    return times_power_of_two(x, -log2), log2
+
+
+def spread(weights: Mapping[Any, Tensor], log2: int) -> dict[Any, Tensor]:
+    """Multiply a tensor by a power of two in equal parts, so that no weight alone leaves the range.
+
+    Weights stay as they are for ``log2 = 0``; otherwise what their own sizes are is shared as well.
+    """
+    if log2 == 0:
+        return dict(weights)
+    own = {key: math.frexp(float(largest_of(w)))[1] for key, w in weights.items()}
+    each, rest = divmod(log2 + sum(own.values()), len(own))
+    return {
+        key: times_power_of_two(w, each + (k < rest) - own[key]) for k, (key, w) in enumerate(weights.items())
+    }
 
 
 def product(one: Tensor, other: Tensor) -> Tensor:

@@ -428,7 +428,7 @@ class Factorization(NetworkModule):
 
     def log_norm(self) -> Tensor:
         """Natural logarithm of the tensor's Frobenius norm; ``-inf`` for zero. Never overflows."""
-        square, log2 = self._scaled_inner(self)
+        square, log2 = self.scaled_inner(self)
         return 0.5 * (square.real.clamp_min(0).log() + log2 * math.log(2))
 
     def norm(self) -> Tensor:
@@ -436,7 +436,7 @@ class Factorization(NetworkModule):
 
         Only a norm which itself leaves the range of the dtype overflows. Cost: linear in the number of nodes.
         """
-        square, log2 = self._scaled_inner(self)
+        square, log2 = self.scaled_inner(self)
         return Scaled(square.real.clamp_min(0).sqrt(), log2 / 2).value()
 
     @blame("other")
@@ -458,9 +458,10 @@ class Factorization(NetworkModule):
                 "inner products need the same tree and sizes.\n"
                 f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
             )
-        return self._scaled_inner(other).value()
+        return self.scaled_inner(other).value()
 
-    def _scaled_inner(self, other: Factorization) -> Scaled:
+    def scaled_inner(self, other: Factorization) -> Scaled:
+        """Return ``inner``, unchecked, with its scale."""
         dtype = torch.promote_types(self.dtype, other.dtype)
         first = [w.to(dtype) for w in self.weights.values()]
         second = first if other is self else [w.to(dtype) for w in other.weights.values()]
