@@ -39,6 +39,7 @@ def cli(capsys, tmp_path, monkeypatch):
         assert code == expected, out + err
         return out, err
 
+    run.call = partial(call, capsys)  # words with spaces
     return run
 
 
@@ -318,6 +319,32 @@ def test_probe_runs_code_of_the_user_alone(cli):
     ):
         error = cli(f"probe {model} {weights} {words}", 1)[1]
         assert message in error and "option:" not in error
+
+
+# Names from files
+
+
+NAMES = ["light [nm]", "[/x]", "[b]a[/b]", ":smiley:", "\x1b[31mred", "a\x9b31mb", "a\u202eb", "a\\nb"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_from_files_are_plain_text(cli, answer, tensor, name):
+    """No markup of rich, no escape sequences to the terminal, whatever a tree or a file is called."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    content = {"tree": [{"name": name, "children": [0, 1]}, {"name": "b", "children": [2, 3]}]}
+    content |= {"modes": [name, "x", "y", "z"], "about": name}
+    Path("t.json").write_text(json.dumps(content))
+    stem = name.replace("/", "")
+    np.save(f"{stem}.npy", tensor.numpy())
+    words = ["rank x.npy --tree t.json", "tree t.json --sizes", "decompose x.npy --tree t.json"]
+    for out, err in map(cli, words):
+        assert shown in out and not err
+    for command, file, code in (("rank", stem, 0), ("rank", "no", 1), ("tree", "no", 1), ("plot", "no", 1)):
+        found, out, err = cli.call(command, f"{file if code == 0 else file + stem}.npy")
+        assert found == code and shown.replace("/", "") in out + err
+        assert all(c.isprintable() or c == "\n" for c in out + err)
+    assert answer("tree t.json")["modes"][0] == name
+    assert all(c.isprintable() or c == "\n" for c in cli("tree t.json --json")[0])
 
 
 # Errors

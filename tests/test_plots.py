@@ -133,6 +133,18 @@ def test_component_frames_its_filters():
         plots.component(net, 0)
 
 
+@pytest.mark.parametrize("name", ["$x^$", r"$\no", "_a", "cost $"])
+def test_names_are_drawn_as_they_are(name, ax):
+    """No formulas of matplotlib, which would also be errors, and none left out of a legend."""
+    values = {name: torch.ones(2), "b": torch.ones(2)}
+    profile = tnreg.LocalityProfile((0, 4), np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3, 1)), 1)
+    for axes in (plots.spectra(values, ax), plots.bars({name: 1.0}), plots.locality_profile({name: profile})):
+        axes.figure.canvas.draw()
+        drawn = [*(axes.get_legend().get_texts() if axes.get_legend() else axes.get_yticklabels())]
+        assert drawn[0].get_text().replace(r"\$", "$").strip() == name
+        assert drawn[0]._preprocess_math(drawn[0].get_text())[0].strip() == name
+
+
 def test_every_plot_is_named():
     own = {name for name, value in vars(plots).items() if inspect.isfunction(value)
            and value.__module__ == "tnreg.plots" and not name.startswith("_")}  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 from tnreg.errors import OptionError
 from tnreg.machine.files import write_whole
 from tnreg.training.trajectory import Trajectory
-from tnreg.trees.drawing import draw_tree, node_spots, node_text, picture_format
+from tnreg.trees.drawing import draw_tree, node_spots, node_text, picture_format, plain_label
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
@@ -69,7 +69,9 @@ def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 
         s = s / s[0] if len(s) and s[0] > 0 else s
         s = s[s > floor]
         marker = "o" if len(s) <= 40 else None
-        ax.semilogy(np.arange(1, len(s) + 1), s, marker=marker, ms=3, lw=1, label=node_text(node))
+        ax.semilogy(
+            np.arange(1, len(s) + 1), s, marker=marker, ms=3, lw=1, label=plain_label(node_text(node))
+        )
     if len(data) <= 12:
         ax.legend(title="modes below", fontsize=7)
     return ax
@@ -123,13 +125,13 @@ def trajectory(
         parts = recorded if isinstance(recorded, dict) else {"": recorded}
         for key, values in parts.items():
             for line in ax.plot(data.steps, values.reshape(len(values), -1), lw=1.2)[:1]:
-                line.set_label(f"{name} {node_text(key)}" if parts is recorded else name)
+                line.set_label(plain_label(f"{name} {node_text(key)}" if parts is recorded else name))
     if log and any((_array(line.get_ydata()) > 0).any() for line in ax.lines):
         ax.set_yscale("log")
     if len(ax.get_legend_handles_labels()[0]) <= 12:
         ax.legend(fontsize=7)
     else:
-        ax.set_ylabel(", ".join(names))
+        ax.set_ylabel(plain_label(", ".join(names)))
     return ax
 
 
@@ -154,7 +156,7 @@ def components(
     if node not in recorded:
         message = f"plots.components: no node {node!r}; there is {', '.join(map(str, recorded))}."
         raise OptionError(message, argument="node")
-    ax = _axes(ax, "step", f"local components at {node_text(node)}")
+    ax = _axes(ax, "step", plain_label(f"local components at {node_text(node)}"))
     values = recorded[node]
     ax.plot(data.steps, values[:, np.argsort(-values[-1])[:top]], lw=1.2)
     return ax
@@ -219,7 +221,7 @@ def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None
     tree(whole, left, labels=dict.fromkeys(whole.leaves, "") if whole.order > 32 else None)
     for v in (node, *children):
         left.scatter(*spots[v], s=160, facecolors="none", edgecolors="C3", lw=1.8, zorder=3)
-    left.set_title(f"local component ({node_text(node)}, {r})", fontsize=10)
+    left.set_title(plain_label(f"local component ({node_text(node)}, {r})"), fontsize=10)
     weights = {v: _array(w.abs().float()) for v, w in data.weights.items()}
     x, tallest = 0, 0
     for v in [*children, *([node] if node in weights else [])]:
@@ -245,7 +247,9 @@ def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None
 def bars(data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error") -> Axes:
     """Draw named numbers side by side, each with its value."""
     ax = _axes(ax, unit)
-    rows = ax.barh(list(data), list(data.values()), color=[f"C{k}" for k in range(len(data))])
+    rows = ax.barh(
+        list(map(plain_label, data)), list(data.values()), color=[f"C{k}" for k in range(len(data))]
+    )
     ax.bar_label(rows, fmt="%.3f", padding=3, fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.15)
@@ -259,7 +263,7 @@ def locality_profile(data: LocalityProfile | Mapping[str, LocalityProfile], ax: 
     for name, profile in profiles.items():
         mean = profile.interaction.mean(axis=1)
         ax.errorbar(profile.distances, mean, profile.standard_error, marker="o", ms=3, lw=1.2,
-                    capsize=2, label=name or None)  # fmt: skip
+                    capsize=2, label=plain_label(name) if name else None)  # fmt: skip
     ax.set_ylim(bottom=0)
     if any(profiles):
         ax.legend(fontsize=8)
@@ -295,7 +299,7 @@ def _height(nodes: int) -> float:
 
 def _write(ax: Axes, text: str, x: float, y: float, side: str, size: int = 8, **style: Any) -> None:
     """Write a text centred at ``x``, with this side of it (``"top"``, ...) at ``y``."""
-    ax.annotate(text, (x, y), ha="center", va=side, fontsize=size, **style)
+    ax.annotate(text, (x, y), ha="center", va=side, fontsize=size, parse_math=False, **style)
 
 
 def _axes(ax: Axes | None, x_label: str = "", y_label: str = "") -> Axes:

@@ -20,6 +20,7 @@ from tnreg.cli.tree_rank import rank, tree
 from tnreg.errors import OptionError, TnregError
 from tnreg.experiments import locality
 from tnreg.machine.processes import ProcessLost, is_first, started
+from tnreg.machine.progress import printable
 
 # Arguments of the library whose options have another name.
 _OPTIONS = {"folder": "out", "sizes": "tree"}
@@ -85,5 +86,5 @@ def _exit(error: TnregError, options: Collection[str]) -> None:
         flag = f"--{option.replace('_', '-')}"
         if option and flag not in message:
             message += f"\n  option: {flag}"
-        print(f"tnreg: {type(error).__name__}: {message}", file=sys.stderr)
+        print(printable(f"tnreg: {type(error).__name__}: {message}", keep="\n"), file=sys.stderr)
     raise SystemExit(1) from None

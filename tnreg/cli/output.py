@@ -17,7 +17,7 @@ from tyro import conf
 
 from tnreg import plots
 from tnreg.errors import FileError
-from tnreg.machine.progress import working
+from tnreg.machine.progress import plain_text, printable, working
 from tnreg.tensors.blocks import log as log_of_passes
 from tnreg.trees.drawing import picture_format
 
@@ -51,16 +51,17 @@ class Reply:
     def text(self, text: Any) -> None:
         """Print lines without colours or wrapping, unless a JSON document replaces them."""
         if not self.json:
-            print(text)
+            print(printable(text, keep="\n"))
 
     def note(self, text: str) -> None:
         """Print a remark beside the answer, such as which file was written, without breaking paths."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(plain_text(text), soft_wrap=True)
 
     def document(self, value: Any) -> None:
         """Print the answer as JSON, if that was asked for; see ``plain``."""
         if self.json:
-            print(json_format.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+            text = json_format.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+            print("".join(c if c.isprintable() or c == "\n" else json_format.dumps(c)[1:-1] for c in text))
 
     def picture(self, draw: Callable[[Any], Any], panels: int = 1) -> None:
         """Write the picture, if there is to be one; ``draw`` fills the axes that it is given."""
@@ -113,13 +114,14 @@ def table_of(
         left: How many columns are aligned to the left; the others hold numbers.
         options: For example a ``title``.
     """
-    table = Table(**{"title_justify": "left", **options})
+    texts = {key: plain_text(value) for key, value in options.items() if key == "title"}
+    table = Table(**{"title_justify": "left", **options, **texts})
     if not isinstance(columns, Mapping):
         columns = {name: f"{{{name}}}" for name in columns}
     for i, heading in enumerate(columns):
-        table.add_column(heading, justify="left" if i < left else "right")
+        table.add_column(plain_text(heading), justify="left" if i < left else "right")
     for row in rows:
-        table.add_row(*(text.format_map(row) for text in columns.values()))
+        table.add_row(*(plain_text(text.format_map(row)) for text in columns.values()))
     return table
 
 

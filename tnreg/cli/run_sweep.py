@@ -18,6 +18,7 @@ from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.sweep import command as sweep_command
 from tnreg.experiments.sweep import run as run_cells
 from tnreg.machine.processes import is_first
+from tnreg.machine.progress import printable
 
 
 def make_run(model: str, image_set: str) -> Callable[..., None]:
@@ -117,7 +118,7 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
         )  # fmt: skip
         if failed:
             print(f"tnreg: {len(failed)} of {len(cells)} runs failed:", file=sys.stderr)
-            lines = (f"  {name}: {error}" for name, error in failed.items())
+            lines = (printable(f"  {name}: {error}", keep="\n") for name, error in failed.items())
             print(*lines, "  the same command tries them again", sep="\n", file=sys.stderr)
             raise SystemExit(1)
 

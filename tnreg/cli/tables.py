@@ -7,6 +7,7 @@ from rich.table import Table
 
 from tnreg.cli.output import short, table_of
 from tnreg.experiments import locality, sweep
+from tnreg.machine.progress import plain_text
 
 
 def sweep_table(result: sweep.Result, name: str) -> Table:
@@ -76,7 +77,7 @@ def convac_tables(summary: dict[str, Any]) -> list[Table]:
 
 def summary_table(summary: dict[str, Any], title: str) -> Table:
     """Return what one training found, a line for each value."""
-    table = Table("", "", title=title, show_header=False)
+    table = Table("", "", title=plain_text(title), show_header=False)
     for key, value in summary.items():
         if key == "components":
             value = "\n".join(f"{v}: {' '.join(f'{c:.3g}' for c in c)}" for v, c in value.items())
@@ -86,7 +87,7 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
             value = ", ".join(f"{v}: {short(c)}" for v, c in value.items())
         elif isinstance(value, list):
             value = " ".join(map(short, value))
-        table.add_row(key, short(value))
+        table.add_row(plain_text(key), plain_text(short(value)))
     return table
 
 

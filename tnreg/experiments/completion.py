@@ -27,6 +27,7 @@ from tnreg.tensors.loading import DenseTensor, load_tensor
 from tnreg.training.fit import fit
 from tnreg.training.tasks import Completion, completion, relative_error, root_mean_square
 from tnreg.training.trajectory import Trajectory
+from tnreg.trees.drawing import plain_label
 from tnreg.trees.tree import ModeTree, read_tree
 
 
@@ -136,7 +137,7 @@ def draw(found: Trajectory, names: Sequence[str], *, log: bool = True) -> Any:
     figure = Figure(figsize=(4.2 * max(len(names), 1), 3.4), layout="constrained")
     for k, name in enumerate(names):
         trajectory(found, figure.add_subplot(1, len(names), k + 1), names=[name], log=log)
-        figure.axes[k].set_title(name)
+        figure.axes[k].set_title(plain_label(name))
     return figure
 
 

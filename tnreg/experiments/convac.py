@@ -33,6 +33,7 @@ from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import advancing
 from tnreg.plots import save_figure
 from tnreg.ranks.decompose import truncate
+from tnreg.trees.drawing import plain_label
 from tnreg.trees.tree import ModeTree, read_tree
 
 _SIDE = 8
@@ -237,7 +238,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     upper, lower = whole.subfigures(2, 1)
     left, right = upper.subplots(1, 2, width_ratios=[1, 1.2])
     plots.tree(model.net.tree, left, labels=dict.fromkeys(model.net.tree.leaves, ""))
-    left.set_title(f"{trees[0]} tree over the pixels")
+    left.set_title(plain_label(f"{trees[0]} tree over the pixels"))
     plots.network(model.net, right)
     right.set_title("the network that it is")
     first, second = lower.subplots(1, 2, width_ratios=[1, 1.2])
@@ -251,7 +252,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         for k, tree in enumerate(trees):
             rows = [r for r in summary["smaller"] if r["how"] == how and r["model"] == tree]
             second.plot([r["weights"] for r in rows], [100 * r["test"] for r in rows],
-                        marker=marker, color=f"C{k}", ls=line, label=f"{tree}, {how}")  # fmt: skip
+                        marker=marker, color=f"C{k}", ls=line,
+                        label=plain_label(f"{tree}, {how}"))  # fmt: skip
     second.set(xscale="log", xlabel="weights", ylabel="test accuracy, %")
     second.axvline(_count_weights(model), color="0.7", lw=1)
     second.set_title("shrunk (grey: weights as trained)")

@@ -30,7 +30,7 @@ from tnreg.experiments.completion import in_units, mean_error, new_model, scaled
 from tnreg.experiments.folder import RUN_FILES, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
-from tnreg.machine.progress import working
+from tnreg.machine.progress import plain_text, printable, working
 from tnreg.ranks.dense import effective_rank
 from tnreg.ranks.spectra import hierarchical_rank, spectra
 from tnreg.tensors.loading import load_tensor
@@ -84,7 +84,7 @@ def run(
     modes = dict(enumerate(tensor.modes))
     below = {v: ", ".join(modes[m] for m in tree.modes_below(v)) for v in tree.nodes}
     labels: dict[Any, str] = {mode: f"{mode} {name}" for mode, name in modes.items()}
-    show(f"[bold]{config.tensor}[/]: {tensor.source}")
+    show(f"{printable(config.tensor)}: {printable(tensor.source)}", markup=False)
     show(tree.text(label=lambda v: labels.get(v) or f"{{{below[v]}}}"), markup=False)
     filled = torch.where(torch.isnan(tensor.values), tensor.values.nanmean(), tensor.values)
     measured = spectra(filled, tree)
@@ -172,7 +172,8 @@ def run(
             (beside / "report.html").write_text(page, encoding="utf-8")
     show(
         f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, trajectory-cp.npz, "
-        "model.safetensors, network.onnx, config.json"
+        "model.safetensors, network.onnx, config.json",
+        markup=False,
     )
     show(f"{time.perf_counter() - start:.0f} seconds")
     return summary
@@ -196,11 +197,11 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str], rows: Seque
     """Return a table with columns of text, then columns of numbers."""
     from rich.table import Table
 
-    table = Table(*texts, title=title, title_justify="left")
+    table = Table(*texts, title=plain_text(title), title_justify="left")
     for head in numbers:
         table.add_column(head, justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain_text, row))
     return table
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tnreg.errors import OptionError
+from tnreg.machine.progress import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,11 +40,11 @@ def draw_tree(
             ax.plot(x, y, color="0.6", lw=1, zorder=1)
             if (text := edges.get(tree.nodes[c])) is not None:
                 middle = (sum(x) / 2, sum(y) / 2)
-                ax.annotate(str(text), middle, va="center", color="C3", bbox=white, **style)
+                ax.annotate(printable(text, keep="\n"), middle, va="center", color="C3", bbox=white, **style)
         text = labels.get(node)
         if text is not None or not (crowded and below):
             side, shift = ("bottom", 8) if below else ("top", -8)
-            ax.annotate(node_text(node) if text is None else text, spot, va=side,
+            ax.annotate(node_text(node) if text is None else printable(text, keep="\n"), spot, va=side,
                         xytext=(0, shift), textcoords="offset points", **style)  # fmt: skip
     x_all, y_all = zip(*spots, strict=True)
     ax.scatter(x_all, y_all, s=30, c=["C0" if below else "C1" for below in tree.links], zorder=2)
@@ -67,7 +68,13 @@ def node_text(node: Any) -> str:
     """Return a node's name as a label: ``{0,1}`` for the node over modes 0 and 1."""
     if isinstance(node, tuple) and all(isinstance(part, int) for part in node):
         return "{" + ",".join(map(str, node)) + "}"
-    return str(node)
+    return printable(node)
+
+
+def plain_label(text: object) -> str:
+    """Return a text for a legend, a title or an axis that matplotlib draws as it is, without formulas."""
+    label = printable(text, keep="\n").replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def picture_format(path: str | os.PathLike[str]) -> str:
@@ -97,11 +104,6 @@ def tree_svg(
     from matplotlib.figure import Figure
 
     texts = {node: node_text(node) for node in tree.nodes} | dict(labels or {})
-    # XML does not know all characters
-    texts = {
-        node: "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-        for node, text in texts.items()
-    }
     figure = Figure((max(4.0, 0.8 * tree.order), 1 + 0.8 * tree.heights[-1]), layout="constrained")
     draw_tree(tree, figure.subplots(), labels=texts, edges=edges).set_title(title, fontsize=9)
     svg = io.StringIO()

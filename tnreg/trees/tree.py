@@ -19,6 +19,7 @@ import networkx as nx
 
 from tnreg.errors import FileError, TreeError, blame, check_integer
 from tnreg.machine.files import is_file, seal, unseal, write_whole
+from tnreg.machine.progress import printable
 from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import (
     LONGEST_CHAIN,
@@ -315,7 +316,7 @@ class ModeTree:
         """
         shown = _graph_of(range(len(self.nodes)), self.links)
         for i, name in enumerate(self.nodes):
-            shown.nodes[i]["label"] = label(name)
+            shown.nodes[i]["label"] = printable(label(name))
         root = [len(self.nodes) - 1]
         return "\n".join(nx.generate_network_text(shown, sources=root, ascii_only=ascii_only))
 

@@ -14,6 +14,7 @@ from tnreg.experiments.dynamics.tracked import tracks
 from tnreg.experiments.folder import Run, read_run
 from tnreg.plots import node_text
 from tnreg.training.trajectory import Trajectory
+from tnreg.trees.drawing import plain_label
 from tnreg.trees.reading import Node
 
 Array = np.ndarray[Any, Any]
@@ -99,7 +100,7 @@ def rates_figure(run: Run) -> Any:
         local = tracks(run.trajectory, node)
         both = (local.measured > 0) & (local.predicted > 0)
         points = (local.predicted[both], local.measured[both])
-        right.loglog(*points, ".", ms=2, label=node_text(node))
+        right.loglog(*points, ".", ms=2, label=plain_label(node_text(node)))
     high = 3 * max(right.get_xlim()[1], right.get_ylim()[1])
     low = high * 1e-9  # far below, rounding is all there is to see
     right.plot([low, high], [low, high], color="0.5", lw=0.8)
@@ -130,4 +131,4 @@ def _draw_components(
 def _draw(trajectory: Trajectory, ax: Any, values: Array, title: str, **options: Any) -> None:
     ax.plot(trajectory.steps, values, lw=1.3)
     ax.set_xlabel("step")
-    ax.set_title(title, **options)
+    ax.set_title(plain_label(title), **options)

@@ -13,6 +13,7 @@ import numpy as np
 from tnreg.experiments.folder import read_about, reading
 from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.plots import save_figure
+from tnreg.trees.drawing import plain_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,13 +108,13 @@ def picture(means: Rows, begun: Rows, fields: Sequence[str], config: Mapping[str
         ax.errorbar(
             [row["distance"] + aside for row in rows], [100 * row["test accuracy"] for row in rows],
             yerr=np.nan_to_num([100 * row["deviation"] for row in rows]), marker="o", ms=4, lw=1.5,
-            capsize=3, color=f"C{i}", label=f"{label} ({seeds} seed{'s' * (most > 1)})",
+            capsize=3, color=f"C{i}", label=plain_label(f"{label} ({seeds} seed{'s' * (most > 1)})"),
         )  # fmt: skip
     for row in begun:
         at = (row["distance"], 100 * row["test accuracy"])
         ax.plot(*at, marker="o", ms=6, mfc="none", color="0.3", ls="")
         text = f" {_LABELS.get(row['arm'], row['arm'])}, epoch {row['epochs']}"
-        ax.annotate(text, at, fontsize=7, va="center")
+        ax.annotate(plain_label(text), at, fontsize=7, va="center")
     published: set[int] = set()
     for arm, name, values in _PUBLISHED.get(config["set"], ()):
         published |= values.keys()
@@ -128,7 +129,7 @@ def picture(means: Rows, begun: Rows, fields: Sequence[str], config: Mapping[str
     pathfinder = config["set"] == "pathfinder"
     ax.set_xlabel("paddles of a path" if pathfinder else "distance between the images (pixels)")
     ax.set_ylabel("test accuracy (%)")
-    ax.set_title(f"{config['set']}, {config['model']}", fontsize=10)
+    ax.set_title(plain_label(f"{config['set']}, {config['model']}"), fontsize=10)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8)
     return canvas

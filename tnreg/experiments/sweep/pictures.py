@@ -13,6 +13,7 @@ import numpy as np
 
 from tnreg.experiments.folder import read_about, reading
 from tnreg.plots import save_figure
+from tnreg.trees.drawing import plain_label
 
 
 def means(rows: list[dict[str, Any]], fields: Sequence[str], headline: str) -> list[dict[str, Any]]:
@@ -63,15 +64,16 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     drawn = Figure(figsize=(5.4, 3.8), layout="constrained")
     ax = drawn.subplots()
     for label, line in lines.items():
-        x = [point[along] if numbers else str(point[along]) for point in line]
+        x = [point[along] if numbers else plain_label(point[along]) for point in line]
         y, bars = ([point[key] for point in line] for key in (headline, "deviation"))
-        ax.errorbar(x, y, np.nan_to_num(bars), marker="o", ms=4, lw=1.5, capsize=3, label=label)
+        ax.errorbar(x, y, np.nan_to_num(bars), marker="o", ms=4, lw=1.5, capsize=3, label=plain_label(label))
     for key, scale in ((along, ax.set_xscale), (headline, ax.set_yscale)):
         values: list[Any] = [point[key] for point in points]
         if all(is_number(v) and v > 0 for v in values) and max(values) >= 100 * min(values):
             scale("log")
     seeds = max(point["seeds"] for point in points)
-    ax.set(xlabel=along, ylabel=headline, title=f"means and deviations of {seeds} seeds" * (seeds > 1))
+    ax.set(xlabel=plain_label(along), ylabel=plain_label(headline))
+    ax.set(title=f"means and deviations of {seeds} seeds" * (seeds > 1))
     if len(lines) > 1:
         ax.legend(fontsize=8)
     return save_figure(drawn, png or place / "sweep.png")
