@@ -6,6 +6,9 @@ own modes back. Its two ways to do so are replaced while a penalty runs, and onl
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -45,21 +48,31 @@ def evaluation(net: Any, statistics: str = "frozen", *, found: Collection[nn.Mod
 
         return evaluated
 
-    owner, hook = getattr(net, "__self__", net), None
-    if not isinstance(owner, nn.Module):
-        hook = register_module_forward_pre_hook(switch)
-    for module in found if hook else (owner, *found):
+    owner = getattr(net, "__self__", net)
+    known = isinstance(owner, nn.Module)
+    for module in (owner, *found) if known else found:
         switch(module)
     try:
-        with checkpoints(again):
+        with checkpoints(again), contextlib.nullcontext() if known else _each_module(switch):
             yield
     finally:
-        if hook:
-            hook.remove()
         for m, (mode, tracks) in reversed(before.items()):  # a compiled module's mode is that of its part
             m.training = mode
             if isinstance(m, _NormBase):
                 m.track_running_stats = tracks
+
+
+@contextmanager
+def _each_module(switch: Callable[..., None]) -> Iterator[None]:
+    """Call ``switch`` with every module that is called; compiled ones run as they were written."""
+    with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
+            with contextlib.suppress(RuntimeError):  # within a compiled function
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", ".*global hooks on modules")
+        stack.callback(register_module_forward_pre_hook(switch).remove)
+        yield
 
 
 @contextmanager
