@@ -28,6 +28,7 @@ from tnreg import (
     plots,
     spectra,
 )
+from tnreg.cli import tables
 from tnreg.experiments import dynamics
 from tnreg.experiments.dynamics import init_scale, train
 from tnreg.experiments.folder import read_run
@@ -296,3 +297,26 @@ def test_init_scale(tmp_path):
     assert len(init_scale.run(one, tmp_path / "b", base=base)) == 2
     model = load(tmp_path / "b" / cells[0] / "model.safetensors")
     assert isinstance(model, Factorization) and set(model.network.bonds[:-1]) == {3}
+
+
+def test_a_sweep_says_what_never_left_its_plateau(tmp_path):
+    config = init_scale.Config(model="tiny", stds=(1e-4, 0.5), seeds=(1,), steps=60)
+    rows = init_scale.run(config, tmp_path)
+    assert [row["left its plateau"] for row in rows] == [False, True]
+    assert init_scale.on_plateau(rows).startswith("1 of 2 trainings never left their plateau")
+    assert init_scale.on_plateau(rows[1:]) == ""
+    assert init_scale.on_plateau(rows) in tables.init_scale_table(rows, "tiny").caption
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_targets_of_any_unit(tmp_path, scale):
+    target = zoo.model_of(ModeTree.binary(4), sizes=3).to_tensor().detach()
+    config = dataclasses.replace(dynamics.tiny, steps=20)
+    small, other = (
+        dynamics.run(config, tmp_path / str(unit), target=unit * target, pictures=False)
+        for unit in (1.0, scale)
+    )
+    assert other["scale"] == pytest.approx(small["scale"] * scale) and other["loss"] == pytest.approx(
+        small["loss"]
+    )
+    assert other["ranks"] == small["ranks"] and other["test error"] == pytest.approx(small["test error"])

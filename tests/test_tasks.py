@@ -213,6 +213,15 @@ def test_tasks_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("kind", [completion, sensing])
+def test_tasks_made_in_inference_mode_train(kind):
+    with torch.inference_mode():
+        task = kind(target(), 20)
+    model = zoo.model_of(TREE)
+    task.loss(model).backward()
+    assert all(g.abs().max() > 0 for g in model.gradients.values())
+
+
 def test_plans_made_in_inference_mode_train():
     model, task = zoo.model_of(TREE), completion(target(), 20)
     index = zoo.random_index(model.sizes, 6)

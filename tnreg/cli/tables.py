@@ -7,6 +7,7 @@ from rich.table import Table
 
 from tnreg.cli.output import short, table_of
 from tnreg.experiments import locality, sweep
+from tnreg.experiments.dynamics import init_scale
 from tnreg.machine.progress import plain_text
 
 
@@ -21,7 +22,7 @@ def sweep_table(result: sweep.Result, name: str) -> Table:
         for row in result.table
     ]  # fmt: skip
     columns = (*fields, "seeds", result.headline)
-    return table_of(rows, columns, len(fields), title=name)
+    return table_of(rows, columns, len(fields), title=name, caption=init_scale.on_plateau(result.rows))
 
 
 def locality_table(means: list[dict[str, Any]], title: str) -> Table:
@@ -95,7 +96,8 @@ def init_scale_table(rows: list[dict[str, Any]], model: str) -> Table:
     """Return the results of trainings from several initial scales."""
     cells = [{key: short(value) for key, value in row.items()} for row in rows]
     title = f"{model} from several initial scales"
-    return table_of(cells, tuple(rows[0]), len(rows[0]), title=title, title_justify="center")
+    return table_of(cells, tuple(rows[0]), len(rows[0]), title=title, title_justify="center",
+                    caption=init_scale.on_plateau(rows))  # fmt: skip
 
 
 def _mean(mean: float, deviation: float, form: str, form_of_deviation: str) -> str:

@@ -128,7 +128,9 @@ class Sensing:
     """
 
     def __init__(self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None) -> None:
-        self.features, self.values, self.target = tuple(features), values, target
+        with torch.inference_mode(False):  # what was made there cannot be trained on; a copy can
+            self.features = tuple(f.clone() if f.is_inference() else f for f in features)
+        self.values, self.target = values, target
         self.sizes = tuple(part.shape[1] for part in self.features)
 
     def loss(self, model: nn.Module) -> Tensor:

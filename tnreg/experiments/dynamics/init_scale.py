@@ -66,6 +66,17 @@ def run(
     return result.rows
 
 
+def on_plateau(rows: list[dict[str, Any]]) -> str:
+    """Return a sentence about the runs of dynamics that did not leave their plateau; empty without any."""
+    count = sum(row.get("left its plateau") is False for row in rows)
+    if not count:
+        return ""
+    return (
+        f"{count} of {len(rows)} trainings never left their plateau: their loss fell by less than a tenth. "
+        "They need more steps, or larger initial weights (std)."
+    )
+
+
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw components by scale for the first seed, then errors of all seeds, into ``init-scale.png``."""
     from matplotlib.figure import Figure
@@ -83,6 +94,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         tracks = dynamics.tracks(trajectory)
         ax.plot(tracks.steps, tracks.norms, lw=1.2)
         ax.set(title=f"std {std:g}", xlabel="step")
+    if note := on_plateau(rows):
+        lower.suptitle(note, fontsize=9, color="C3")
     left, right = lower.subplots(1, 2)
     for name, scale, ax in (("test error", "log", left), ("effective rank", "linear", right)):
         mean = means(rows, _FIELDS, name)

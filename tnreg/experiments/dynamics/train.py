@@ -203,11 +203,15 @@ def figure(folder: str | Path) -> Path:
 
 
 def row(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the few numbers of a summary that stand for it in a table of several runs."""
+    """Return the few numbers of a summary that stand for it in a table of several runs.
+
+    A run whose loss fell by less than a tenth did not leave the plateau that it starts on.
+    """
     largest = list(summary["components"].values())[-1] if "components" in summary else []
     return {
         "steps": summary["steps"],
         "loss": summary["loss"],
+        "left its plateau": summary["loss"] < 0.9 * summary.get("first loss", math.inf),
         "test error": summary.get("test error"),
         "components above 1 %": sum(c > 0.01 * largest[0] for c in largest),
         "effective rank": max(summary["effective rank"].values()),
@@ -346,6 +350,7 @@ def _summary(config: Config, model: Factorization, dense: Tensor, trajectory: Tr
         "weights": sum(p.numel() for p in model.parameters()),
         "steps": int(trajectory.steps[-1]),
         "stopped by": trajectory.stop_reason,
+        "first loss": float(trajectory["loss"][0]),
         **{name: float(trajectory[name][-1]) for name in errors if name in trajectory},
         "ranks": {str(v): r for v, r in hierarchical_rank(model, rtol=config.rtol).items()},
         "effective rank": {str(v): float(e[-1]) for v, e in trajectory["effective rank"].items()},
