@@ -1,5 +1,7 @@
 """The command line: what it prints and writes, exit codes, and help for every option."""
 
+import importlib
+import inspect
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from command import call, screen
 
 import tnreg
 from tnreg import ConvAC, ConvNet, ModeTree, Representation, load, spectra
+from tnreg.cli.entry import COMMANDS
 from tnreg.cli.output import Reply, plain
 from tnreg.experiments import completion, convac, locality
 from tnreg.experiments.dynamics import init_scale, train
@@ -188,7 +191,7 @@ def test_an_interrupted_run_says_how_to_go_on(cli, monkeypatch):
     monkeypatch.setattr(train, "fit", interrupt)
     _, err = cli("run dynamics --model tiny", 130)
     assert "the same command goes on where this one stopped" in err
-    monkeypatch.setattr("tnreg.cli.tree_rank.read_tree", interrupt)
+    monkeypatch.setattr("tnreg.cli.tree.read_tree", interrupt)
     assert cli("tree htf-4", 130)[1] == "tnreg: interrupted\n"
 
 
@@ -352,6 +355,8 @@ def test_names_from_files_are_plain_text(cli, answer, tensor, name):
 
 @pytest.mark.parametrize(("words", "message", "option"), [
     ("tree nope", "no tree named 'nope'", ""),
+    ("tree hft-4", "did you mean 'htf-4'?", ""),
+    ("rank covid-19", "did you mean 'covid19'?", ""),
     ("tree [[0,1]", "not nested lists", ""),
     ("tree [0,2]", "mode 1 is missing", ""),
     ("rank nope.npy", "no such tensor", ""),
@@ -536,6 +541,24 @@ def test_every_option_is_explained(cli, command):
     options = [i for i, line in enumerate(lines) if re.match(r"--[a-z]", line)]
     assert options and all("(default:" in " ".join(lines[i : i + 8]) for i in options)
     assert all(len(" ".join(lines[i : i + 2]).split()) > 3 for i in options)
+    assert "{None}" not in "".join(lines) and "As above" not in "".join(lines)
+
+
+def test_the_list_of_commands(cli):
+    """Its lines are those of the commands; it, drawings and what is no command are shown without torch."""
+    out = " ".join(re.sub("[│\\n]", " ", cli("--help")[0]).split())
+    for name, (file, about) in COMMANDS.items():
+        module = importlib.import_module(f"tnreg.cli.{file}")
+        command = getattr(module, name, None) or getattr(module, f"make_{name}")("", "")
+        assert inspect.getdoc(command).splitlines()[0] == about and f"• {name} {about}" in out
+    assert "did you mean 'decompose'?" in cli("decompse x.npy", 2)[1]
+    assert cli("--version")[0] == f"tnreg {tnreg.__version__}\n"
+    script = (
+        "import sys; from tnreg.cli import main\ntry: main(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules)"
+    )
+    for words in ("--version", "tree list", "tree quad-4x4 --json", "tree [[0,1],2]"):
+        subprocess.run([sys.executable, "-c", script, *words.split()], check=True, capture_output=True)
 
 
 def test_work_shows_a_line_on_a_terminal_only(cli, tensor, monkeypatch):

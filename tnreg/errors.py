@@ -6,9 +6,10 @@ what is wrong and where, what was found against what was expected, and what to w
 
 import cmath
 import contextlib
+import difflib
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Complex, Real
 from typing import Any
 
@@ -107,6 +108,12 @@ def plain_number(value: Any) -> Any:
     if isinstance(number, bool):
         raise TypeError("neither True nor False is a number")
     return number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a line for a message that names what is nearest to the word; empty if nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"  did you mean {near[0]!r}?\n" if near else ""
 
 
 @contextlib.contextmanager

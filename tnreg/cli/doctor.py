@@ -14,7 +14,9 @@ from tnreg.machine.memory import available, written
 
 
 def doctor(*, json: bool = False) -> None:
-    """List needed packages and devices; exit code 1 if one that is always needed is missing or too old.
+    """List needed packages and devices.
+
+    Exit code 1: a package that is always needed is missing or too old.
 
     Args:
         json: Print one JSON document instead of the table.

@@ -9,20 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from tyro import conf
 
-from tnreg import plots
 from tnreg.errors import FileError
 from tnreg.machine.progress import plain_text, printable, working
-from tnreg.tensors.blocks import log as log_of_passes
 from tnreg.trees.drawing import picture_format
 
 Picture = Annotated[Path | None, conf.arg(aliases=["--png"])]
 """Where to draw; the suffix says how."""
+
+
+_LOG_OF_PASSES = logging.getLogger("tnreg.tensors.blocks")  # by name: not all commands read tensors
 
 
 class Reply:
@@ -69,6 +68,8 @@ class Reply:
             return
         from matplotlib.figure import Figure
 
+        from tnreg import plots
+
         with self.working("drawing ..."):
             figure = Figure(figsize=(2 + 5 * panels, 4.5), layout="constrained")
             draw(figure.subplots(1, panels))
@@ -86,17 +87,17 @@ class Reply:
     @contextlib.contextmanager
     def working(self, text: str) -> Iterator[None]:
         """Show a status line in this block; it names the passes over a tensor on disk as they begin."""
-        level = log_of_passes.level
+        level = _LOG_OF_PASSES.level
         with working(text) as say:
             line = logging.Handler()
             line.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
-            log_of_passes.addHandler(line)
-            log_of_passes.setLevel(logging.INFO)
+            _LOG_OF_PASSES.addHandler(line)
+            _LOG_OF_PASSES.setLevel(logging.INFO)
             try:
                 yield
             finally:
-                log_of_passes.removeHandler(line)
-                log_of_passes.setLevel(level)
+                _LOG_OF_PASSES.removeHandler(line)
+                _LOG_OF_PASSES.setLevel(level)
 
 
 def table_of(
@@ -129,7 +130,7 @@ def plain(value: Any) -> Any:
     """Return a value as JSON has it: keys and nodes as text, NaN and infinity as null."""
     if isinstance(value, dict):
         return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, np.ndarray | torch.Tensor | np.generic):
+    if hasattr(value, "tolist"):  # of numpy or torch
         return plain(value.tolist())
     if isinstance(value, list | tuple | Set):
         return [plain(v) for v in (sorted(value) if isinstance(value, Set) else value)]

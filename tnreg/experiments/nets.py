@@ -8,7 +8,6 @@ et al. (2016), arXiv:1512.03385, for images of 60 pixels or more.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -19,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tnreg.errors import OptionError, blame
+from tnreg.errors import OptionError, blame, did_you_mean
 
 
 class SmallCNN(nn.Module):
@@ -149,11 +148,9 @@ def _import(path: str) -> Any:
         return runpy.run_path(module)[name] if is_file else getattr(importlib.import_module(module), name)
     # whatever the code of others raises while it is run
     except Exception as error:
-        near = difflib.get_close_matches(path, BUILT_IN, 1)
         raise OptionError(
-            f"no network {path!r}: {type(error).__name__}: {error}\n"
-            + (f"  did you mean {near[0]!r}?\n" if near else "")
-            + f"  model: {', '.join(BUILT_IN)}, an import path such as torchvision.models:resnet18, or\n"
+            f"no network {path!r}: {type(error).__name__}: {error}\n{did_you_mean(path, BUILT_IN)}"
+            f"  model: {', '.join(BUILT_IN)}, an import path such as torchvision.models:resnet18, or\n"
             "  a file and a name in it, such as mine.py:Net"
         ) from None
 

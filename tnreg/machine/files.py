@@ -15,14 +15,14 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from tnreg.errors import FileError, TnregError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Model = TypeVar("Model")
 
@@ -51,6 +51,8 @@ def seal(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
     """Return a JSON object with a checksum of it, and of tensors on the CPU that belong to it."""
     code = zlib.crc32(json.dumps(content, sort_keys=True).encode())
     for name, value in sorted((tensors or {}).items()):
+        import torch  # here and below: trees are read and drawn without it
+
         code = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), code)
         code = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data, code)
     return {**content, _SEAL: f"{_SEAL}:{code:08x}"}
@@ -74,8 +76,10 @@ def unseal(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = No
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return metadata and tensors of a safetensors file; ``FileError`` if a checksum does not fit."""
+    from safetensors.torch import load
+
     data = path.read_bytes()  # safetensors opens it twice; another process may replace it in between
-    tensors = dict(sorted(safetensors.torch.load(data).items()))  # load returns them in any order
+    tensors = dict(sorted(load(data).items()))  # load returns them in any order
     length = int.from_bytes(data[:8], "little")
     return unseal(json.loads(data[8 : 8 + length]).get("__metadata__") or {}, tensors), tensors
 
@@ -84,9 +88,11 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], key: str, about: Any
 ) -> Path:
     """Write tensors, and ``about`` as JSON under ``key`` in the metadata; see ``write_whole``."""
+    from safetensors.torch import save_file
+
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = seal({key: json.dumps(about)}, copies)
-    return write_whole(path, lambda file: safetensors.torch.save_file(copies, file, metadata=text))
+    return write_whole(path, lambda file: save_file(copies, file, metadata=text))
 
 
 def read_model(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.errors import DataError, FileError, OptionError, TnregError
+from tnreg.errors import DataError, FileError, OptionError, TnregError, did_you_mean
 from tnreg.machine.files import is_file, is_there, read_safetensors
 from tnreg.tensors.arrays import as_tensor
 from tnreg.tensors.blocks import as_blocks
@@ -80,7 +80,7 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     path, key = _split(text, is_file)
     if not is_file(path):
         raise FileError(
-            f"no such tensor: {text}\n  by name: {', '.join(DATASETS)}\n"
+            f"no such tensor: {text}\n{did_you_mean(text, DATASETS)}  by name: {', '.join(DATASETS)}\n"
             f"  or the path of a file: {', '.join(_READERS)}; by open_tensor: {', '.join(_LARGE)}"
         )
     if path.suffix not in _READERS:

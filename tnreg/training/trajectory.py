@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, check_integer
 from tnreg.machine.files import write_whole
@@ -212,9 +211,9 @@ def _freeze(name: str, value: Any) -> Any:
 
 
 def _freeze_array(name: str, value: Any) -> Array:
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "detach"):  # a tensor; pictures of a trajectory need no torch
         value = value.detach().resolve_conj().resolve_neg().cpu()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
     try:
         array = np.array(value)  # a copy: on the CPU the value goes on changing with the weights
     except ValueError:

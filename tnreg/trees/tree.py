@@ -17,7 +17,7 @@ from typing import Any
 
 import networkx as nx
 
-from tnreg.errors import FileError, TreeError, blame, check_integer
+from tnreg.errors import FileError, TreeError, blame, check_integer, did_you_mean
 from tnreg.machine.files import is_file, seal, unseal, write_whole
 from tnreg.machine.progress import printable
 from tnreg.trees.drawing import tree_svg
@@ -371,7 +371,7 @@ def read_tree_file(source: str | os.PathLike[str]) -> dict[str, Any]:
         if not is_file(path):
             raise FileError(
                 f"no tree named {str(source)!r} in the gallery and no such file.\n"
-                f"  gallery: {', '.join(gallery())}\n"
+                f"{did_you_mean(str(source), gallery())}  gallery: {', '.join(gallery())}\n"
                 "  a file of your own is given by its path, e.g. load_tree('my_tree.json')"
             )
     try:

@@ -42,10 +42,10 @@ class Settings:
         igc_until: Steps after which there is no penalty; 0 for none.
         igc_target: Value that is low enough: only what is above it counts; 0 for none.
         interaction: Weight of the interaction energy.
-        interaction_every: As above.
-        interaction_warmup: As above.
-        interaction_until: As above.
-        interaction_target: As above.
+        interaction_every: That penalty only every so many steps.
+        interaction_warmup: Steps over which its weight grows.
+        interaction_until: Steps after which it is left out; 0 for none.
+        interaction_target: Value that is low enough: only what is above it counts; 0 for none.
         interaction_samples: Images whose patches are crossed.
         device: Torch device.
         precision: "bfloat16" computes the network in that precision (autocast); "float64" holds and
