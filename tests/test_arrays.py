@@ -10,6 +10,9 @@ from tnreg import DataError, Factorization, ModeTree, OptionError
 from tnreg.errors import check_integer, check_number, check_scalar
 from tnreg.tensors.arrays import as_tensor, seeded
 
+pd, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+dask = pytest.importorskip("dask.array")
+
 TREE, SIZES = ModeTree.binary(3), (4, 5, 6)
 MODEL = Factorization(TREE, SIZES, 2, std=1.0, dtype=torch.float64, generator=seeded(0, "seed"))
 X = MODEL.to_tensor().detach().numpy()
@@ -177,6 +180,24 @@ def test_dtypes_of_masked_arrays():
     for given, expected in (("<i8", "float64"), (">f4", "float32"), ("c8", "complex64")):
         found = as_tensor(hidden(np.arange(3).astype(given), fill=1), missing=True)
         assert str(found.dtype) == f"torch.{expected}" and found.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: pd.Series([1.0, None, 3.0]), lambda: pd.Series([1, None, 3], dtype="Int64"),
+    lambda: pd.Series([1.0, None, 3.0], dtype="double[pyarrow]"),
+    lambda: pd.array([1.0, None, 3.0], dtype="Float64"),
+    lambda: pyarrow.array([1, None, 3]), lambda: pyarrow.chunked_array([[1.0, None], [3.0]]),
+    lambda: dask.from_array(hidden(np.array([1.0, 2.0, 3.0]))),
+], ids=["NaN", "Int64", "arrow", "pandas array", "pyarrow", "chunks", "dask"])  # fmt: skip
+def test_missing_numbers_of_other_libraries(make):
+    found = as_tensor(make(), missing=True)
+    assert found.dtype == torch.float64 and found[[0, 2]].tolist() == [1, 3] and found[1].isnan()
+    assert torch.equal(as_tensor([make()], missing=True).isnan(), found.isnan()[None])
+    for given in (make(), [make()]):
+        with pytest.raises(DataError, match="1 of 3 entries are masked or missing"):
+            as_tensor(given)
+    with pytest.raises(DataError, match="1 of 3 entries are masked or missing"):
+        tnreg.completion(index=np.zeros((3, 1), int), values=make(), sizes=[1])
 
 
 test_what_is_no_array = refuses([

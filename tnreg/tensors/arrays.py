@@ -80,8 +80,8 @@ def matricize(tensor: Tensor | np.ndarray[Any, Any], modes: Sequence[int] | int)
 def as_tensor(values: Any, *, missing: bool = False) -> Tensor:
     """Read numbers of any kind as a torch tensor: torch, DLPack, numpy in any layout or byte order, lists.
 
-    What is behind a mask of ``numpy.ma``, also inside lists, and ``None`` or ``pandas.NA`` among numbers are
-    refused; with ``missing`` they are NaN.
+    What is behind a mask of ``numpy.ma`` (also in lists and Dask arrays), ``None`` among numbers and what
+    pandas or arrow call missing are refused; with ``missing`` they are NaN.
     """
     if isinstance(values, Tensor):
         if values.layout != torch.strided:
@@ -90,7 +90,7 @@ def as_tensor(values: Any, *, missing: bool = False) -> Tensor:
         strided = values.to_dense() if values.layout != torch.strided else values
         return strided.resolve_conj().resolve_neg()  # lazy views have no real parts to look at
     try:
-        if hasattr(values, "__dlpack__") and not isinstance(values, np.ndarray):
+        if hasattr(values, "__dlpack__") and not (isinstance(values, np.ndarray) or _may_hide(values)):
             try:
                 return torch.utils.dlpack.from_dlpack(values)
             except (BufferError, RuntimeError, TypeError, ValueError):
@@ -118,9 +118,14 @@ def as_tensor(values: Any, *, missing: bool = False) -> Tensor:
 
 def _with_mask(values: Any) -> Any:
     """Return an array, a masked one if entries are masked in it or in the lists that it is made of."""
-    if isinstance(values, list | tuple) and any(map(_is_masked, values)):
+    if isinstance(values, list | tuple) and _may_hide(values):
         return np.ma.stack(list(map(_with_mask, values)))
+    if getattr(values, "null_count", 0):  # pyarrow
+        values = values.to_pylist()
+    values = values.compute() if hasattr(values, "compute") else values  # dask: numpy forgets its masks
     array = np.asanyarray(values)
+    if hasattr(values, "isna") and array.dtype != object:  # pandas
+        return np.ma.array(array, mask=np.asarray(values.isna()))
     if array.dtype != object:
         return array
     unknown = [x is None or x is np.ma.masked or type(x).__name__ == "NAType" for x in array.flat]
@@ -128,10 +133,13 @@ def _with_mask(values: Any) -> Any:
     return np.ma.array(known, mask=unknown).reshape(array.shape)
 
 
-def _is_masked(values: Any) -> bool:
+def _may_hide(values: Any) -> bool:
+    """Return whether numpy forgets which of these are missing: masks, arrays of pandas, arrow and Dask."""
     if isinstance(values, list | tuple):
-        return any(map(_is_masked, values))
-    return isinstance(values, np.ma.MaskedArray)
+        return not {float, int}.issuperset(map(type, values)) and any(map(_may_hide, values))
+    return isinstance(values, np.ma.MaskedArray) or any(
+        hasattr(values, name) for name in ("isna", "null_count", "compute")
+    )
 
 
 def array_of(values: Any, axes: int | None, what: str) -> Tensor:
