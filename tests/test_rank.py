@@ -270,6 +270,23 @@ def test_broken_weights_are_noticed(bad, join):
             drop_components(model, 1)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e30), (torch.float64, 1e200)])
+def test_components_of_unbalanced_weights(dtype, unit):
+    """Norms whose product is in range, but not that of the first two, and not their squares."""
+    model = zoo.model_of(ModeTree.star(3), dtype=dtype, root="ones")
+    wanted = model.local_components()[0, 1, 2] * unit
+    with torch.no_grad():
+        for mode, power in enumerate((1, 1, -1)):
+            model.weights[mode].mul_(unit**power)
+    assert torch.allclose(model.local_components()[0, 1, 2], wanted, rtol=1e-5)
+    assert model.unbalancedness() == math.inf and LocalComponentPenalty()(model).isfinite()
+    with torch.no_grad():
+        for weight in model.weights.values():
+            weight.fill_(unit)
+            weight[1:] = 0
+    assert model.unbalancedness() == 0
+
+
 @pytest.mark.parametrize(
     ("dtype", "power"),
     [(torch.float32, 30), (torch.complex64, 30), (torch.float64, 150), (torch.complex128, 150)],

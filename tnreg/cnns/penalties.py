@@ -173,7 +173,7 @@ def _weighted_sum(
             f"  nodes: {nodes}; or only heights, {sorted(set(heights.values()))}"
         )
     # zero, but with a graph: a zero tensor has no gradient of its own
-    total: Tensor = 0 * model.stacks[0].real.sum()
+    total: Tensor = (0 * model.stacks[0].real).sum()
     for node, key in keys.items():
         if penalty.weights is None or key in weights:
             total = total + weights.get(key, 1.0) * measure(values[node])

@@ -26,7 +26,7 @@ from tnreg.machine.files import read_model, write_safetensors
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
-from tnreg.networks.scaled import column_norms, inner_products
+from tnreg.networks.scaled import column_norms, inner_products, product_of_rows
 from tnreg.tensors.arrays import Scaled, as_tensor, check_dtype, check_features, draw_normal, without_autocast
 from tnreg.trees.drawing import tree_svg
 from tnreg.trees.reading import Node
@@ -501,15 +501,15 @@ class Factorization(NetworkModule):
         has no first factor (Definition 5 of Razin, Maman and Cohen 2022). Few large ones at every node
         mean a tensor near low hierarchical rank.
         """
-        return {node: norms.prod(0) for node, norms in self.component_norms().items()}
+        return {node: product_of_rows(norms) for node, norms in self.component_norms().items()}
 
     def unbalancedness(self) -> Tensor:
         """Largest ``| ‖w‖² - ‖w'‖² |`` over vectors w, w' of one local component; 0 without any.
 
         Gradient flow from any weights conserves every such difference.
         """
-        squares = [norms**2 for norms in self.component_norms().values()]
-        differences = [(square.amax(0) - square.amin(0)).max() for square in squares]
+        ends = [(norms.amax(0), norms.amin(0)) for norms in self.component_norms().values()]
+        differences = [((high - low) * (high + low)).max() for high, low in ends]  # squares may overflow
         zero = torch.zeros((), dtype=self.dtype.to_real(), device=self.device)
         return torch.stack([zero, *differences]).max()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network
-from tnreg.tensors.arrays import Scaled, power_below, powers_below
+from tnreg.tensors.arrays import Scaled, double, power_below, powers_below
 
 
 def scale_columns(x: Tensor) -> Scaled:
@@ -74,6 +74,13 @@ def column_norms(matrix: Tensor) -> Tensor:
     alive = squares != 0  # the root has no gradient at zero; the norm has a subgradient, 0
     norms = torch.where(alive, torch.where(alive, squares, 1).sqrt(), 0)
     return (norms * scale).to(matrix.dtype)
+
+
+def product_of_rows(norms: Tensor) -> Tensor:
+    """Product along the first axis; it leaves the range of the dtype only if the result does."""
+    log2 = power_below(norms.detach())
+    product = Scaled(double(norms / torch.exp2(log2)).prod(0), double(log2).sum(0))
+    return product.value().to(norms.dtype)
 
 
 class _Gram(NamedTuple):
