@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from zoo import assert_close
 
 from tnreg import ConvNet, Factorization, ModeTree, Representation, balance_, completion, load, to_cnn
+from tnreg.dynamics import predicted_rate
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, TreeError
 
 HTF = ModeTree.binary(4)
@@ -234,6 +235,17 @@ def test_weights_computed_from_other_parameters():
         assert int((pruned.weights[0] == 0).sum()) == pruned.weights[0].numel() // 2
         with torch.no_grad():
             pruned.stacks.get_parameter("0_orig").mul_(2)
+    assert torch.equal(copy.deepcopy(pruned).to_tensor(), pruned.to_tensor())
+    rates, plain = (
+        predicted_rate(m, Factorization.norm)
+        for m in (
+            model,
+            Factorization.from_weights(
+                HTF, {v: w.detach() for v, w in model.weights.items()}, join="diagonal"
+            ),
+        )
+    )
+    assert all(torch.equal(rates[v], rate) for v, rate in plain.items())
     for setting in (lambda: pruned.load_weights(ones), lambda: pruned.gradients):
         with pytest.raises(OptionError, match="stack 0 is computed from other parameters"):
             setting()
@@ -316,10 +328,11 @@ def test_gradients_of_a_loss_by_node():
 
 def test_weights_are_to_be_read(tmp_path):
     model = zoo.model_of(HTF)
-    with pytest.raises(OptionError, match=r"to node 0 would not .*\n  write model.load_weights"):
-        model.weights[0] = torch.zeros(2, 2)
-    torch.save(model.weights, tmp_path / "weights")
-    assert list(torch.load(tmp_path / "weights")) == list(HTF.nodes) == list(model.weights | {0: 1})
+    for each in (model, to_cnn(model)):
+        with pytest.raises(OptionError, match=r"to node 0 would not .*\n  write model.load_weights"):
+            each.weights[0] = torch.zeros(2, 2)
+        torch.save(each.weights, tmp_path / "weights")
+        assert list(torch.load(tmp_path / "weights")) == list(HTF.nodes) == list(each.weights | {0: 1})
     assert 7 not in model.weights and repr(model.weights).startswith("{0: tensor")
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnreg.errors import DataError, OptionError, check_integer, check_number
 from tnreg.factorizations.components import distance_bound, drop_components, keep_components
@@ -236,9 +236,12 @@ def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tenso
 def _velocity(model: Factorization, loss: Loss) -> Factorization:
     """Return ``-dphi/dW`` as a factorization's weights, without touching the ``grad`` of the model's."""
     with differentiating():
-        if any(stack.is_inference() or not stack.requires_grad for stack in model.stacks):
+        plain = (
+            isinstance(s, nn.Parameter) and s.requires_grad and not s.is_inference() for s in model.stacks
+        )
+        if not all(plain):
             model = Factorization.holding(model.network, [stack.clone() for stack in model.stacks])
-        gradients = model.grad_by_stack(loss(model))
+        gradients = torch.autograd.grad(loss(model), list(model.stacks))
     return Factorization.holding(model.network, [-gradient for gradient in gradients])
 
 

@@ -22,7 +22,7 @@ from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.factorizations.module import NetworkModule
-from tnreg.factorizations.stacks import gather, source_of
+from tnreg.factorizations.stacks import NodeDict, gather, source_of
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Level, Network, Stacked
 from tnreg.tensors.arrays import Scaled, check_features, draw_normal, power_below, rescale, without_autocast
@@ -254,14 +254,14 @@ class ConvNet(NetworkModule):
                 if node == self.tree.root and self.outputs is not None:
                     shape = (*shape, self.outputs)
                 filters[node] = (values.flatten(1).mT if self.share else values[k]).reshape(shape)
-        return {node: filters[node] for node in self.tree.nodes if node in filters}
+        return NodeDict((node, filters[node]) for node in self.tree.nodes if node in filters)
 
     def as_factorization(self) -> Factorization:
         """Return the factorization with these very weights: its gradients flow to the network.
 
         It has no parameters of its own. Several outputs are a further mode N, a leaf below the root.
         """
-        network, weights = self.network, self.weights
+        network, weights = self.network, dict(self.weights)
         if self.outputs is not None:
             network = _with_classes(network, self.outputs)
             last, root = weights.pop(self.tree.root), network.tree.root

@@ -220,17 +220,14 @@ class Factorization(NetworkModule):
             OptionError: A loss that is no scalar or does not depend on the weights; weights as ``gradients``
                 refuses them.
         """
-        options = {"create_graph": create_graph, "retain_graph": retain_graph}
-        return NodeTensors(self.network, self.grad_by_stack(loss, **options))
-
-    def grad_by_stack(self, loss: Tensor, **options: Any) -> list[Tensor]:
-        """Return the gradients of ``grad_by_node`` in the order of ``network.stacks``."""
         own = self.stacks
         parts = [own.sources(k) if isinstance(own, Stacks) else [own[k]] for k in range(len(own))]
         sources = [p for part in parts for p in part if p.requires_grad]
         found: dict[int, Tensor | None] = {}
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad and sources:
-            gradients = torch.autograd.grad(loss, sources, allow_unused=True, **options)
+            gradients = torch.autograd.grad(
+                loss, sources, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            )
             found = dict(zip(map(id, sources), gradients, strict=True))
         if all(gradient is None for gradient in found.values()):
             raise OptionError(
@@ -243,7 +240,8 @@ class Factorization(NetworkModule):
             return torch.zeros_like(p) if gradient is None else gradient
 
         joined = [[of(p) for p in part] for part in parts]
-        return [own.join(k, j) if isinstance(own, Stacks) else j[0] for k, j in enumerate(joined)]
+        stacks = [own.join(k, j) if isinstance(own, Stacks) else j[0] for k, j in enumerate(joined)]
+        return NodeTensors(self.network, stacks)
 
     @property
     def _own(self) -> Stacks:
@@ -559,6 +557,9 @@ class Factorization(NetworkModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Factorization:
         if isinstance(self.stacks, list):  # torch copies no tensors that have a history
             return Factorization.holding(self.network, [stack.detach().clone() for stack in self.stacks])
+        for x in vars(self.stacks).values():  # nor those that pruning leaves until it is done again
+            if isinstance(x, Tensor) and not x.is_leaf:
+                memo[id(x)] = x.detach()
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         for ours, theirs in zip(twin.parameters(), self.parameters(), strict=True):

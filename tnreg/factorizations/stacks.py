@@ -18,7 +18,25 @@ from tnreg.trees.reading import Node
 _COMPUTED = "parametrizations."  # how torch begins the names of what stacks are computed from
 
 
-class NodeTensors(Mapping[Node, Tensor]):
+class _Read:
+    """A mapping of nodes to be read; a file holds it as a dictionary, which ``torch.load`` knows."""
+
+    def __setitem__(self, node: Node, tensor: Any) -> None:
+        raise OptionError(
+            f"weights are read here: what is assigned to node {node!r} would not reach the model.\n"
+            "  write model.load_weights({node: tensor}); of a ConvNet, net.weights[node].copy_(tensor) "
+            "under torch.no_grad()"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())  # type: ignore[attr-defined]
+
+
+class NodeDict(_Read, dict[Node, Tensor]):
+    """``{node: tensor}`` to be read."""
+
+
+class NodeTensors(_Read, Mapping[Node, Tensor]):
     """``{node: tensor}`` in the order of ``tree.nodes``, to read: views of stacks.
 
     With gradients a stack is unbound once for its nodes: one backward instead of a full-size one for each.
@@ -39,12 +57,6 @@ class NodeTensors(Mapping[Node, Tensor]):
             self._read[stack] = whole.unbind(0) if tracked else whole
         return self._read[stack][slot]
 
-    def __setitem__(self, node: Node, tensor: Any) -> None:
-        raise OptionError(
-            f"weights are read here: what is assigned to node {node!r} would not reach the model.\n"
-            "  write model.load_weights({node: tensor})"
-        )
-
     def __iter__(self) -> Iterator[Node]:
         nodes = self._network.tree.nodes
         return (nodes[p] for p in self._network.weighted)
@@ -57,9 +69,6 @@ class NodeTensors(Mapping[Node, Tensor]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, (), None, None, iter(self.items())  # which torch.load knows
 
 
 class Stacks(nn.ParameterList):
