@@ -254,6 +254,11 @@ def test_made_on_the_meta_device(share):
         fill(late)
         assert torch.equal(late(x), net(x))
         assert torch.equal(torch.func.functional_call(late.to("meta"), state, (x,)), net(x))
+    swa = torch.optim.swa_utils
+    averaged = swa.AveragedModel(net, multi_avg_fn=swa.get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(2):
+        averaged.update_parameters(net)
+    assert_close(averaged(x), net(x))
 
 
 def test_pruned_filters():

@@ -152,25 +152,26 @@ class ConvNet(NetworkModule):
         self._place_orders()
 
     def _place_orders(self) -> None:
-        """Put the orders of the levels' inputs on the device, so that no call waits for the host."""
-        for g, level in enumerate(self._levels):
-            if level.join == "leaf":
-                modes, order = self._modes(level), None
-                if modes != list(self.tree.leaves):
-                    order = torch.tensor(modes, device=self.device)
-                self.register_buffer(f"_order{g}", order, persistent=False)
+        """Put the orders of the levels' inputs on the device, so that no call waits for the host.
+
+        They are no buffers: those are averaged by ``AveragedModel``, and emptied by ``to_empty``.
+        """
+        every = list(self.tree.leaves)
+        modes = [self._modes(level) if level.join == "leaf" else every for level in self._levels]
+        with torch.inference_mode(False):  # else nothing could be trained with them
+            self._orders = [None if m == every else torch.tensor(m, device=self.device) for m in modes]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._place_orders()  # to_empty leaves numbers out, and no file has these
+        self._place_orders()
         return self
 
     def _order(self, g: int, x: Tensor) -> Tensor | None:
         """Return the order of a level's inputs where they are."""
-        order = cast(Tensor | None, getattr(self, f"_order{g}"))
-        if order is not None and order.device != x.device:  # the weights were assigned, one by one
+        order = self._orders[g]
+        if order is not None and order.device != x.device:  # weights were assigned from elsewhere
             self._place_orders()
-            order = cast(Tensor, getattr(self, f"_order{g}"))
+            order = self._orders[g]
         return order
 
     def _name_levels(self) -> list[str]:
