@@ -9,6 +9,7 @@ import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 from refusals import refuses
+from torch.nn.utils import prune
 from zoo import assert_close, randn
 
 from tnreg import ConvNet, Factorization, ModeTree, from_cnn, spectra, to_cnn
@@ -264,7 +265,7 @@ def test_made_on_the_meta_device(share):
 def test_pruned_filters():
     """Masked anew before each pass, also where products are scaled."""
     net, x = random_net(ModeTree.grid((4, 4))), randn(2, 3, 4, 4)
-    torch.nn.utils.prune.l1_unstructured(net.convs["layer1"], "weight", 0.5)
+    prune.l1_unstructured(net.convs["layer1"], "weight", 0.5)
     for factor in (1, 2):
         with torch.no_grad():
             net.convs["layer1"].weight_orig.mul_(factor)
