@@ -23,6 +23,9 @@ pytestmark = pytest.mark.slow
 
 def test_completion(tmp_path):
     summary = completion.run(completion.tiny, tmp_path / "run")
+    numpys = {k: np.array(v)[()] for k, v in vars(completion.tiny).items() if isinstance(v, int | float)}
+    again = completion.run(dataclasses.replace(completion.tiny, **numpys), tmp_path / "run")
+    assert again | {"seconds": 0} == summary | {"seconds": 0}
     assert summary["stopped by"] == "steps" and 0 < summary["test error"] < 2
     assert summary["observed entries"] == 1440 and summary["unseen entries"] == 3360
     about = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from tnreg.errors import DataError, OptionError
-from tnreg.experiments.folder import RUN_FILES, write_run
+from tnreg.experiments.folder import RUN_FILES, plain_config, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
 from tnreg.plots import save_figure, trajectory
@@ -87,6 +87,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
 
     Ctrl-C during the training ends it and writes what was recorded.
     """
+    config = plain_config(config)
     tensor = load_tensor(config.tensor)
     tree = ModeTree.binary(tensor.values.ndim) if config.tree is None else read_tree(config.tree)
     if not 0 < config.observed < 1:

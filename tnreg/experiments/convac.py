@@ -25,7 +25,7 @@ from tnreg.cnns.classifier import ConvAC, Representation
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
-from tnreg.experiments.folder import UNREADABLE, read_about, reading, write_about
+from tnreg.experiments.folder import UNREADABLE, plain_config, read_about, reading, write_about
 from tnreg.experiments.sweep.pictures import means
 from tnreg.factorizations.components import drop_components
 from tnreg.images.sets import load_digits
@@ -89,7 +89,7 @@ def run(config: Config, folder: str | Path, *, progress: bool = False, onnx: boo
     pixels, classes = load_digits()
     images = torch.tensor(pixels / 16, dtype=torch.float32, device=config.device)
     images, labels = images.reshape(-1, 1, _SIDE, _SIDE), torch.tensor(classes, device=config.device)
-    start = time.perf_counter()
+    start, config = time.perf_counter(), plain_config(config)
     rows, smaller = list[dict[str, Any]](), list[dict[str, Any]]()
     epochs = len(config.seeds) * len(config.trees) * config.epochs
     with (

@@ -27,7 +27,7 @@ from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments import completion
 from tnreg.experiments.completion import in_units, mean_error, new_model, scaled_task, train
-from tnreg.experiments.folder import RUN_FILES, write_run
+from tnreg.experiments.folder import RUN_FILES, plain_config, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import plain_text, printable, working
@@ -79,7 +79,7 @@ def run(
         What ``config.json`` holds under ``summary``.
     """
     show: Any = console.print if console is not None else lambda *_, **__: None
-    start = time.perf_counter()
+    start, config = time.perf_counter(), plain_config(config)
     tensor, tree = load_tensor(config.tensor), load_tree(config.tree)
     modes = dict(enumerate(tensor.modes))
     below = {v: ", ".join(modes[m] for m in tree.modes_below(v)) for v in tree.nodes}

@@ -8,12 +8,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tnreg.errors import FileError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.versions import versions
+from tnreg.training.checkpoint import plain
 from tnreg.training.trajectory import Trajectory
+
+Settings = TypeVar("Settings")
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a ``config.json`` raises that is missing, no JSON, or other than expected."""
@@ -39,6 +42,11 @@ class Run:
     config: dict[str, Any]
     summary: dict[str, Any]
     trajectory: Trajectory
+
+
+def plain_config(config: Settings) -> Settings:
+    """Return settings whose numbers are Python's, where some are numpy's."""
+    return dataclasses.replace(config, **plain(dict(vars(config))))  # type: ignore[type-var]
 
 
 def write_run(

@@ -26,7 +26,9 @@ class GroupRMSprop(torch.optim.Optimizer):
         params: Parameters or groups of them; a group may have its own ``lr``.
         lr: Step length, roughly the distance moved per step by all parameters together.
         alpha: Decay of the running average, in ``[0, 1)``.
-        eps: Added to the root; dominates the denominator while gradients are smaller.
+        eps: Added to the root; dominates the denominator while gradients are smaller, so steps depend on
+            the unit of the loss there. Gradients whose squares leave the range of their dtype need a
+            loss in another unit.
 
     Raises:
         OptionError: ``lr`` or ``eps`` is negative, or ``alpha`` not in ``[0, 1)``.

@@ -63,7 +63,10 @@ class Completion:
         self._plans: dict[tuple[Network, torch.device, bool], Plan] = {}
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Return ``1/B Σ_b |W[index_b] - values_b|²`` over the observed entries; scalar, differentiable."""
+        """Return ``1/B Σ_b |W[index_b] - values_b|²`` over the observed entries; scalar, differentiable.
+
+        It is in the square of the data's unit: scale data whose squares leave the range of the dtype.
+        """
         return _mean_square(self._predict(model) - self.values)
 
     @torch.no_grad()

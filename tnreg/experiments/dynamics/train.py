@@ -17,7 +17,7 @@ from tnreg.dynamics import predicted_rate, predicted_singular_rate
 from tnreg.errors import DataError, FileError, OptionError, blame
 from tnreg.experiments.dynamics.pictures import rates_figure, spectra_figure, training_figure
 from tnreg.experiments.dynamics.tracked import tracks
-from tnreg.experiments.folder import RUN_FILES, read_run, write_run
+from tnreg.experiments.folder import RUN_FILES, plain_config, read_run, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import check_folder, folder_written_whole
 from tnreg.plots import save_figure
@@ -155,7 +155,7 @@ def run(
         TnregError: Settings that do not fit each other, or a checkpoint of other settings.
         KeyboardInterrupt: After Ctrl-C; the checkpoint stays.
     """
-    place = check_folder(folder, "dynamics", _FILES)
+    place, config = check_folder(folder, "dynamics", _FILES), plain_config(config)
     file = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
     model_tree = read_tree(config.tree) if tree is None else tree
     task, dense, scale = _task(config, target)
