@@ -252,6 +252,13 @@ def test_half_precision_differentiates(dtype):
     assert all(g.isfinite().all() and g.any() for g in model.gradients.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool], ids=str)
+def test_dtypes_that_cannot_be_computed_with(dtype):
+    for function in (spectra, hierarchical_rank, decompose):
+        with pytest.raises(DataError, match="has dtype torch.* need real or complex numbers"):
+            function(torch.ones(2, 2).to(dtype), ModeTree([0, 1]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("join", ["diagonal", "full"])
 def test_broken_weights_are_noticed(bad, join):

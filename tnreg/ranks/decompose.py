@@ -193,8 +193,7 @@ class _Sweep:
                 basis, lost = self._basis(i, budget / (len(part) - count))
                 budget -= min(lost, budget)
                 self.lost += lost
-                if lost:
-                    self.cut[i] = lost
+                self.cut[i] = lost
                 weights[i] = basis.reshape(*shape, -1)
         weights[last] = core.tensor.reshape(core.sizes)
         return weights
@@ -204,7 +203,7 @@ class _Sweep:
         tree, rest, share = self.core.tree, self.total - self.lost, None
         if self.share is not None:
             share = math.sqrt(max(self.share**2 * self.total - self.lost, 0.0) / rest)
-        above = [i for i in self.cut if tree.links[i]]
+        above = [i for i, lost in self.cut.items() if lost and tree.links[i]]
         crossed = set().union(*(positions_below(tree, i) for i in above))
         error = math.sqrt(min(sum(self.cut[i] for i in above), self.lost) / rest)
         net, stacks = network_of(tree, weights)

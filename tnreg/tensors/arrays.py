@@ -172,11 +172,12 @@ def check_order(shape: Sequence[int], tree: ModeTree) -> None:
 
 
 def check_numbers(tensor: Tensor) -> Tensor:
-    """Refuse integer, empty, NaN and infinite data."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    """Refuse integers, dtypes that cannot be computed with, and empty, NaN and infinite data."""
+    if tensor.dtype not in _DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise DataError(
-            f"the tensor has dtype {tensor.dtype}; ranks and factorizations need real or complex numbers.\n"
-            "  write tensor.to(torch.float64)"
+            f"the tensor has dtype {tensor.dtype}; ranks and factorizations need real or complex numbers:\n"
+            f"  {names}; write tensor.to(torch.float64)"
         )
     if tensor.numel() == 0:
         raise DataError(f"the tensor is empty: shape {tuple(tensor.shape)}.")
