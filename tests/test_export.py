@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import zoo
 from tnreg import ConvAC, ConvNet, Factorization, ModeTree, Representation, to_cnn
 from tnreg.cnns import export
 from tnreg.cnns.export import example_inputs, export_onnx, export_pt2, export_state
-from tnreg.errors import DataError, OptionError
+from tnreg.errors import DataError, FileError, OptionError
 from tnreg.machine.files import read_safetensors
 
 pytestmark = pytest.mark.slow
@@ -144,6 +146,20 @@ def test_a_file_with_other_values_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_TOLERANCE", -1.0)
     with pytest.raises(DataError, match="would give other values than the network"):
         export_pt2(NETWORKS["deep"], tmp_path / "x.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [export_onnx, export_pt2, export_state])
+def test_a_full_disk_is_told(tmp_path, write):
+    """Torch's own writer of programs would end the process."""
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, kept[1][1]))
+        with pytest.raises(FileError, match="cannot write"):
+            write(NETWORKS["deep"], tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept[1])
+        signal.signal(signal.SIGXFSZ, kept[0])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,8 @@
 """Pictures: every function draws what it was given, on axes given or new."""
 
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +133,26 @@ def test_component_frames_its_filters():
         plots.component(net, (0, 1), 9)
     with pytest.raises(OptionError, match="node 0 has 0 local components"):
         plots.component(net, 0)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_half_pictures(tmp_path):
+    """Where files may not grow any more; PIL itself would leave half a JPEG and say nothing."""
+    script = """if True:
+        import resource, signal, numpy, matplotlib.figure, tnreg
+        pairs = tnreg.images.ImageSet(numpy.random.rand(20, 1, 40, 40), numpy.arange(20) % 2, (), (), {})
+        figure = matplotlib.figure.Figure()
+        figure.subplots().imshow(numpy.random.rand(300, 300))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        writers = [pairs.sheet, lambda path: tnreg.plots.save_figure(figure, path)]
+        for write, name in ((write, f"x.{end}") for write in writers for end in ("png", "jpg", "tif", "pdf")):
+            try:
+                write(name)
+            except tnreg.FileError as error:
+                print(str(error).split()[0])"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["cannot"] * 8 and not list(tmp_path.iterdir()), done.stderr
 
 
 @pytest.mark.parametrize("name", ["$x^$", r"$\no", "_a", "cost $"])

@@ -5,6 +5,7 @@ matplotlib is imported when something is drawn, not before.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -281,8 +282,9 @@ def save_figure(drawn: Figure | SubFigure, path: str | os.PathLike[str]) -> Path
 
     while not isinstance(drawn, Figure):
         drawn = drawn.figure
-    figure, kind = drawn, picture_format(path)
-    return write_whole(path, lambda beside: figure.savefig(beside, dpi=150, format=kind))
+    raw = io.BytesIO()  # a full disk would leave half a JPEG without an error
+    drawn.savefig(raw, dpi=150, format=picture_format(path))
+    return write_whole(path, lambda beside: beside.write_bytes(raw.getbuffer()))
 
 
 def _net(data: Any, who: str) -> Any:

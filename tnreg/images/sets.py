@@ -123,7 +123,9 @@ class ImageSet:
             lines += [np.concatenate(list(line), -1) for line in np.split(cells, half)]
         picture = np.concatenate(lines, 1).transpose(1, 2, 0).clip(0, 1)
         picture = picture if picture.shape[-1] == 3 else picture[..., :1].repeat(3, -1)
-        return write_whole(path, lambda beside: imsave(beside, picture, format=kind))
+        raw = io.BytesIO()
+        imsave(raw, picture, format=kind)
+        return write_whole(path, lambda beside: beside.write_bytes(raw.getbuffer()))
 
 
 def pathfinder(

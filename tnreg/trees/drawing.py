@@ -87,7 +87,7 @@ def picture_format(path: str | os.PathLike[str]) -> str:
             f"  expected: .{', .'.join(_FORMATS)}",
             argument="figure",
         )
-    return suffix
+    return {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix)
 
 
 def tree_svg(
