@@ -154,7 +154,7 @@ def test_a_full_disk_is_told(tmp_path, write):
     """Torch's own writer of programs would end the process."""
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, kept[1][1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, kept[1][1]))
         with pytest.raises(FileError, match="cannot write"):
             write(NETWORKS["deep"], tmp_path / "x")
     finally:
