@@ -24,7 +24,7 @@ from refusals import Bomb, refuses
 import tnreg
 from tnreg import ConvAC, FileError, ModeTree, TnregError, Trajectory, TreeError, images
 from tnreg.cli import main
-from tnreg.experiments.folder import experiment_of, read_run
+from tnreg.experiments.folder import experiment_of, read_about, read_run, write_about
 from tnreg.experiments.locality import state as locality_state
 from tnreg.machine.files import seal, unseal
 from tnreg.training.checkpoint import Checkpoint
@@ -415,6 +415,15 @@ def test_run_folders(tmp_path):
         assert isinstance(run.config, dict) and isinstance(run.summary, dict)
 
     accepts(st.data(), check, 60, TnregError)
+
+
+def test_damaged_descriptions_of_runs_are_refused(tmp_path):
+    write_about(tmp_path, "completion", config={"a": (0.25, 1)}, summary={"loss": float("nan"), "b": [1, 2]})
+    path, about = tmp_path / "config.json", read_about(tmp_path)
+    assert about["config"] == {"a": [0.25, 1]} and "crc32" not in about
+    path.write_text(path.read_text().replace("0.25", "0.35"))
+    with pytest.raises(FileError, match="damaged"):
+        read_about(tmp_path)
 
 
 def test_a_zarr_folder_with_other_descriptions(tmp_path):

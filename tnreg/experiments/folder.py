@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tnreg.errors import FileError
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.files import seal, unseal
 from tnreg.machine.versions import versions
 from tnreg.training.checkpoint import plain
 from tnreg.training.trajectory import Trajectory
@@ -65,14 +66,14 @@ def write_run(
 
 def write_about(folder: Path, experiment: str, **more: Any) -> None:
     """Write ``config.json``: versions, the name of the experiment, and more such as settings and results."""
-    text = json.dumps({**versions(), "experiment": experiment, **more}, indent=1, default=str) + "\n"
+    about = json.loads(json.dumps({**versions(), "experiment": experiment, **more}, default=str))
+    text = json.dumps(seal(about), indent=1) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:
     """Return what ``config.json`` of a folder holds, or raise one of ``UNREADABLE``."""
-    about: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return about
+    return unseal(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
 
 
 @contextlib.contextmanager
@@ -106,7 +107,7 @@ def read_run(folder: str | Path) -> Run:
             text = (path / "config.json").read_text(encoding="utf-8")
             if run is not None and text == before:  # else another process has put a new run there
                 return run
-            about = json.loads(text)
+            about = unseal(json.loads(text))
             name, config, summary = str(about["experiment"]), about["config"], about["summary"]
             if not (isinstance(config, dict) and isinstance(summary, dict)):
                 raise TypeError("config and summary are objects")

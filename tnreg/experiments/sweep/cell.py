@@ -25,9 +25,8 @@ import torch
 from filelock import FileLock
 
 from tnreg.errors import FileError, OptionError, TnregError, blame
-from tnreg.experiments.folder import read_about, reading
+from tnreg.experiments.folder import read_about, reading, write_about
 from tnreg.machine.files import check_folder, folder_written_whole
-from tnreg.machine.versions import versions
 from tnreg.training.checkpoint import for_json, plain
 
 Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
@@ -116,11 +115,9 @@ def compute(cell: Cell, work: Work, threads: int | None) -> tuple[dict[str, Any]
 
 def _describe(cell: Cell, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Write ``config.json`` unless ``work`` did; return the results as the next sweep reads them."""
-    file = folder / "config.json"
-    if not file.exists():
+    if not (folder / "config.json").exists():
         summary = _results(summary)
-        about = {**versions(), "experiment": "cell", "config": cell.settings, "summary": summary}
-        file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_about(folder, "cell", config=cell.settings, summary=summary)
     try:
         return find(replace(cell, name=folder.name)) or {}
     except TnregError as error:

@@ -17,7 +17,7 @@ from tnreg.experiments.folder import experiment_of
 from tnreg.experiments.sweep import pictures
 from tnreg.experiments.sweep.cell import Cell, Unfinished, Work, as_json, as_text, cell_name, find, same
 from tnreg.experiments.sweep.workers import results
-from tnreg.machine.files import check_folder, write_whole
+from tnreg.machine.files import check_folder, seal, write_whole
 from tnreg.machine.progress import advancing
 from tnreg.machine.versions import versions
 
@@ -260,5 +260,5 @@ def _row(fields: Sequence[str], cell: Row, columns: Row) -> Row:
 def _write_about(place: Path, about: Row) -> None:
     """Write ``config.json``; numbers that are not finite are null, for JSON has no others."""
     finite = json.loads(json.dumps(about), parse_constant=lambda name: None)
-    text = json.dumps(finite, indent=1) + "\n"
+    text = json.dumps(seal(finite), indent=1) + "\n"
     write_whole(place / "config.json", lambda partial: partial.write_text(text, encoding="utf-8"))
