@@ -14,7 +14,9 @@ from tnreg import (
     OptionError,
     ShapeError,
     SizeError,
+    balance_,
     completion,
+    convert,
     decompose,
     spectra,
     to_cnn,
@@ -94,6 +96,9 @@ SPARSE = torch.zeros(99, 99, 99).to_sparse()
 WIDE, CORE, MIXED = model(QUAD, 30, 40, "full"), model(STAR(4), 3, 7, "full"), model(QUAD, 30, 40)
 CP, LONG, NESTED = model(STAR(12), 4, 3), model(STAR(70), 2, 1), model([list(range(7)), 7], 2, 5)
 UNEVEN = model(TRAIN, (2, 2, 200, 2), {0: 1, 1: 1, (0, 1): 1, 2: 1, (0, 1, 2): 600, 3: 1}, "full")
+CORE_OF_7, TRAIN_OF_99 = model(STAR(6), 3, 7, "full"), model(TRAIN, 3, 99, "full")
+LEAFY = model(QUAD, 999, 9)
+CORES = [torch.ones(1, 2, 2), torch.ones(2, 999, 2), torch.ones(2, 2, 1)]
 
 
 def refused(call):
@@ -123,6 +128,11 @@ test_what_does_not_fit = refuses([
     (lambda: al.reroot(NESTED, NESTED.tree.interior[0]), "a full join: its weight would not fit"),
     (lambda: al.mode_product(CP, {0: torch.ones(9000, 4)}), "a product of weights would not fit"),
     (lambda: al.marginal(UNEVEN, (0, 1)), "a product of weights would not fit"),
+    (lambda: convert.to_tucker(CORE_OF_7), "Tucker would not fit"),
+    (lambda: convert.to_tensor_train(TRAIN_OF_99), "a core of a tensor train would not fit"),
+    (lambda: convert.from_tensor_train(CORES), "an identity for a leaf would not fit"),
+    (lambda: WIDE.norm(), "a weight: its scaled copies would not fit"),
+    (lambda: balance_(LEAFY), "balance_: copies of the weights would not fit"),
     (lambda: to_cnn(WIDE), "a network: its filters would not fit"),
     (lambda: decompose(SPARSE, STAR(3)), "a sparse tensor as a dense one would not fit"),
     (lambda: completion(SPARSE, 100), "a sparse tensor as a dense one would not fit"),

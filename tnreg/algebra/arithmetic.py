@@ -24,15 +24,18 @@ def add(one: Factorization, other: Factorization) -> Factorization:
     trees or sizes differ, SizeError if it would not fit into memory.
     """
     pairs, joins = _pair_weights(one, other)
+    starts = {  # all axes but those of modes hold the two blocks one after the other
+        node: [0 if axis in _mode_axes(one, node) else n for axis, n in enumerate(a.shape)]
+        for node, (a, _) in pairs.items()
+    }
+    shapes = {v: [n + m for n, m in zip(starts[v], b.shape, strict=True)] for v, (_, b) in pairs.items()}
+    sample = pairs[0][0]
+    must_fit("add: the sum", shapes.values(), sample.dtype, sample.device, copies=2)  # the model has copies
     weights: dict[Node, Tensor] = {}
     for node, (a, b) in pairs.items():
-        modes = _mode_axes(one, node)  # all other axes hold the two blocks one after the other
-        starts = [0 if axis in modes else n for axis, n in enumerate(a.shape)]
-        shape = [n + m for n, m in zip(starts, b.shape, strict=True)]
-        must_fit("add: the sum", [shape], a.dtype, a.device, copies=2)  # another in the model
-        weights[node] = a.new_zeros(shape)
+        weights[node] = a.new_zeros(shapes[node])
         weights[node][tuple(map(slice, a.shape))] = a
-        weights[node][tuple(slice(n, None) for n in starts)] = b
+        weights[node][tuple(slice(n, None) for n in starts[node])] = b
     return Factorization.from_weights(one.tree, weights, join=joins)
 
 

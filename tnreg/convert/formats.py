@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
-from tnreg.factorizations.assembly import weights_of
+from tnreg.factorizations.assembly import identity, weights_of
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import must_fit
 from tnreg.tensors.arrays import array_of
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -57,7 +58,9 @@ def _from_star(top: Tensor | None, factors: Sequence[Any], join: str) -> Factori
 def _to_star(model: Factorization, join: str, what: str) -> tuple[Tensor, list[Tensor]]:
     tree = model.tree
     _check_format(model, tree == ModeTree.star(tree.order), join, f"{what} is a star")
-    weights = {node: w.clone() for node, w in weights_of(model, ones=False).items()}
+    weights = weights_of(model, ones=False)
+    must_fit(what, [w.shape for w in weights.values()], model.dtype, model.device)
+    weights = {node: w.clone() for node, w in weights.items()}
     return weights[tree.root], [weights[n] for n in tree.leaves]
 
 
@@ -80,7 +83,7 @@ def from_tensor_train(cores: Sequence[Any]) -> Factorization:
     tree = ModeTree.caterpillar(len(cores))
     weights: dict[Node, Tensor] = {0: cores[0][0]}
     for n, (node, core) in enumerate(zip(tree.interior, cores[1:], strict=True), 1):
-        weights[n] = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+        weights[n] = identity(core, 1)
         weights[node] = core if node != tree.root else core[..., 0]
     return Factorization.from_weights(tree, weights, join="full")
 
@@ -94,6 +97,8 @@ def to_tensor_train(model: Factorization) -> list[Tensor]:
     weights[tree.root] = weights[tree.root].unsqueeze(-1)
     cores = [weights[0].unsqueeze(0).clone()]
     for n, node in enumerate(tree.interior, 1):
+        shape = (weights[node].shape[0], model.sizes[n], weights[node].shape[2])
+        must_fit("a core of a tensor train", [shape], model.dtype, model.device, copies=2)
         cores.append(torch.einsum("abc,db->adc", weights[node], weights[n]))
     return cores
 

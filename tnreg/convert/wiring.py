@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor
 
 from tnreg.algebra.arithmetic import scale
 from tnreg.algebra.modes import contract_modes
 from tnreg.errors import ShapeError, TreeError
-from tnreg.factorizations.assembly import assemble
+from tnreg.factorizations.assembly import assemble, identity
 from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.tree import ModeTree
 
@@ -94,7 +93,7 @@ class _Wiring:
             if len(self.holders[j]) > 1 or list(modes).count(j) > 1:  # put an identity in
                 own, sample = object(), parts[self.holders[j][0]]
                 assert sample.tensor is not None
-                eye = _identity(sample.tensor, sample.indices.index(j))
+                eye = identity(sample.tensor, sample.indices.index(j))
                 self.add(Part([f"mode {mode}"], eye, [own, j]))
             self.mode_of[own] = mode
 
@@ -183,7 +182,7 @@ class _Wiring:
     def put_in(self, i: int, axis: int, index: Any, children: list[int]) -> int:
         """Put an identity below an axis of a node: a diagonal join of its children, or a leaf."""
         new = -1 - len(self.weights)
-        self.weights[new] = _identity(self.weights[i], axis)
+        self.weights[new] = identity(self.weights[i], axis)
         if children:
             self.links[new], self.joins[new] = children, "diagonal"
         else:
@@ -240,8 +239,3 @@ def loop(caller: str, name: Any) -> str:
         f"{caller}: the network has a loop through {name!r}; a factorization is a tree.\n"
         "  flatten edges that run in parallel, split or contract others first"
     )
-
-
-def _identity(tensor: Tensor, axis: int) -> Tensor:
-    """Return the identity on one axis of a tensor."""
-    return torch.eye(tensor.shape[axis], dtype=tensor.dtype, device=tensor.device)

@@ -153,6 +153,13 @@ def product(one: Tensor, other: Tensor) -> Tensor:
     return one @ other
 
 
+def identity(tensor: Tensor, axis: int) -> Tensor:
+    """Return the identity on one axis of a tensor; SizeError if it would not fit."""
+    size = tensor.shape[axis]
+    must_fit("an identity for a leaf", [(size, size)], tensor.dtype, tensor.device, copies=2)
+    return torch.eye(size, dtype=tensor.dtype, device=tensor.device)
+
+
 def full_weight(weight: Tensor, children: int) -> Tensor:
     """Return a diagonal weight ``(R, ...)`` as that of a full join, ``(R, .., R, ...)``.
 

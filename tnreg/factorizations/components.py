@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import must_fit
 from tnreg.trees.reading import Node
 
 
@@ -38,6 +39,7 @@ def balance_(model: Factorization, *, rtol: float | None = None, sweeps: int = 1
         raise OptionError(message, argument="model")
     rtol = max(1e-12, torch.finfo(model.dtype).eps) if rtol is None else rtol
     wide = torch.complex128 if model.dtype.is_complex else torch.float64
+    must_fit("balance_: copies of the weights", [s.shape for s in model.stacks], wide, model.device, copies=2)
     weights = [w.to(wide, copy=True) for w in model.weights.values()]
     joins = [i for i, kind in enumerate(net.joins) if kind == "diagonal"]
     change = 0.0
@@ -70,6 +72,7 @@ def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Fa
     ``ranks`` is how many to keep, for all joins or ``{node: number}`` (nodes left out keep all). The copy
     has the same shapes; the rank of its matricization at a child of v is at most the number kept at v.
     """
+    must_fit("a copy of the model", [s.shape for s in model.stacks], model.dtype, model.device)
     smaller = Factorization.holding(model.network, [stack.detach().clone() for stack in model.stacks])
     slots, tree = model.network.slots, model.tree
     for node, dropped in _dropped(model, ranks).items():

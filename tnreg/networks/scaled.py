@@ -15,6 +15,7 @@ import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
 
+from tnreg.machine.memory import must_fit
 from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network
 from tnreg.tensors.arrays import Scaled, double, power_below, powers_below
@@ -35,6 +36,7 @@ def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
     Returns:
         The weight with columns of largest magnitude about 1 (or 0), and their logarithms ``(R,)``.
     """
+    must_fit("a weight: its scaled copies", [weight.shape], weight.dtype, weight.device, copies=3)
     total = torch.zeros((), dtype=weight.real.dtype, device=weight.device)
     for axis, log2 in enumerate(logs):
         if log2 is not None:

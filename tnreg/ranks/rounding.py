@@ -15,7 +15,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
-from tnreg.tensors.arrays import double
+from tnreg.tensors.arrays import double, largest_of
 from tnreg.tensors.axes import cut_smallest, rounding_rtol
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -239,7 +239,7 @@ def to_factorization(
 
 def finite_stacks(model: Factorization) -> list[Tensor]:
     """Return a factorization's stacks in double precision, or raise if they are not finite."""
-    if not all(bool(stack.isfinite().all()) for stack in model.stacks):
+    if not all(bool(largest_of(stack.detach()).isfinite()) for stack in model.stacks):
         broken = [node for node, weight in model.weights.items() if not weight.isfinite().all()]
         raise DataError(
             f"the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}.", argument="model"
