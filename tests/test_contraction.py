@@ -8,10 +8,22 @@ import pytest
 import torch
 import zoo
 
-from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, SizeError, TnregError, plan
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    SizeError,
+    TnregError,
+    algebra,
+    plan,
+)
 from tnreg.networks import plan as plans
+from tnreg.networks import scaled
 from tnreg.networks.einsum import einsum, find_path
 from tnreg.networks.network import Network
+from tnreg.networks.scaled import Growth
 from tnreg.networks.schedule import schedule
 
 HTF = ModeTree.binary(4)
@@ -256,3 +268,91 @@ def test_what_is_counted_is_held(model):
         copied += item * sum(part.numel() for part in features)
         assert sum(kept.values()) <= item * chosen.held + copied
         assert out.numel() <= chosen.peak <= chosen.held
+
+
+def moved(model, spread, *, seed=0):
+    """The same tensor by weights whose columns went up or down, by powers of two that their parents undo."""
+    weights = {v: w.detach().clone() for v, w in model.weights.items()}
+    for v in model.tree.interior:
+        children, generator = model.tree.children(v), zoo.random(seed)
+        steps = [
+            torch.randint(-spread, spread + 1, weights[c].shape[-1:], generator=generator) for c in children
+        ]
+        if v not in weights:  # a root of ones: the last child undoes what the others did
+            steps[-1] = -sum(steps[:-1]) if len(steps) > 1 else 0 * steps[0]
+        for axis, (c, step) in enumerate(zip(children, steps, strict=True)):
+            weights[c] *= torch.exp2(step.double())
+            if v in weights:
+                axis *= model.network.joins[model.tree.position(v)] == "full"
+                shape = [-1 if k == axis else 1 for k in range(weights[v].ndim)]
+                weights[v] *= torch.exp2(-step.double()).reshape(shape)
+    return Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+
+
+@pytest.mark.parametrize("model", list(zoo.zoo()))
+def test_scaled_contractions_are_the_same(model, monkeypatch):
+    """Values and gradients, with scales in use, of weights that scales alone keep in range, and of others."""
+    monkeypatch.setattr(Growth, "may_show", lambda *arguments: True)
+    index, features = zoo.random_index(model.sizes, 30), zoo.random_features(model.sizes, 5, model.dtype)
+    found = []
+    for other in (model, moved(model, 200)):
+        values = other.to_tensor().reshape(-1), other.entries(index), other(features)
+        gradients = torch.autograd.grad(torch.cat(values).abs().square().sum(), list(other.parameters()))
+        found.append([*values, *(p * g.conj() for p, g in zip(other.parameters(), gradients, strict=True))])
+    monkeypatch.undo()
+    plain = model.to_tensor().reshape(-1), model.entries(index), model(features)
+    for wanted, one, two in zip(plain, *found, strict=False):
+        zoo.assert_close(one, wanted), zoo.assert_close(two, wanted)
+    for one, two in zip(*found, strict=True):
+        zoo.assert_close(two, one.detach(), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(("kind", "join"), [
+    ("star", "diagonal"), ("binary", "diagonal"), ("binary", "full"), ("caterpillar", "full"),
+])  # fmt: skip
+def test_unbalanced_weights(kind, join, dtype):
+    """Half of the leaves 10^3 or more, the others 10^-3: all routes, samples on scales of their own too."""
+    order, up = 64, 1e3 if dtype != torch.float64 else 1e12
+    tree = getattr(ModeTree, kind)(order)
+    plain = Factorization(tree, 2, 1, join=join, std=0.0, dtype=torch.float64)
+    plain.load_weights({v: 1 + 0.3 * zoo.randn(*w.shape, seed=len(str(v))) for v, w in plain.weights.items()})
+    scales = {n: up if n < order // 2 else 1 / up for n in range(order)}
+    weights = {v: (w * scales.get(v, 1)).to(dtype) for v, w in plain.weights.items()}
+    model = Factorization.from_weights(tree, weights, join=join)
+    index, x = zoo.random_index(plain.sizes, 9), 1 + 0.3 * zoo.randn(9, order, 2)
+    wanted, measured = plain.entries(index).detach(), plain(x).detach()
+    found = model.entries(index)
+    assert torch.allclose(found.real.double(), wanted, 1e-3)
+    assert torch.allclose(model(x.to(dtype)).real.double(), measured, 1e-3)
+    for n in range(order):
+        x[::2, n] /= scales[n]
+        x[1::2, n] *= scales[n]  # and of half of the samples what overflows twice
+        x[1::2, order - 1 - n] *= scales[n]
+    mixed = model(x.to(dtype)).real.double()
+    assert torch.allclose(mixed, measured, 1e-3)
+    found.abs().sum().backward()
+    signs = model.weights[0].detach().conj() * model.gradients[0].to(dtype)
+    assert torch.allclose(signs.sum().real.double(), wanted.abs().sum(), 1e-3)  # linear in each weight
+    selected = algebra.select(model, tuple(index[0].tolist()))
+    assert torch.allclose(selected.real.double(), wanted[0], 1e-3)
+    part = algebra.select(model, (*index[0, :-3].tolist(), ...))
+    assert torch.allclose(part.to_tensor()[tuple(index[0, -3:])].real.double(), wanted[0], 1e-3)
+
+
+def test_scales_are_looked_at_again(monkeypatch):
+    """When weights change: at once if it is no training, and whenever a result looks odd."""
+    reads = []
+    monkeypatch.setattr(scaled, "_mean_growth", lambda norm, count: reads.append(count) or 0.0)
+    model, index = zoo.model_of(HTF), zoo.random_index(zoo.sizes_of(HTF), 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for _ in range(64):
+        optimizer.zero_grad()
+        model.entries(index).sum().backward()
+        optimizer.step()
+    assert len(reads) == 2 * len(model.stacks)
+    with torch.no_grad():
+        model.entries(index)
+    model.load_weights({0: 2 * model.weights[0].detach()})
+    model.entries(index)
+    assert len(reads) == 4 * len(model.stacks)

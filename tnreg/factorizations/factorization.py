@@ -26,7 +26,7 @@ from tnreg.machine.files import read_model, write_safetensors
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network
 from tnreg.networks.plan import Plan, contract, plan, within_memory
-from tnreg.networks.scaled import column_norms, inner_products, product_of_rows
+from tnreg.networks.scaled import Growth, column_norms, inner_products, product_of_rows
 from tnreg.tensors.arrays import (
     Scaled,
     as_tensor,
@@ -166,6 +166,7 @@ class Factorization(NetworkModule):
         self.network = network
         self.stacks = stacks  # those of equal nodes in one, so that a level is one batched call
         self._entry_plans: list[tuple[Tensor, Plan]] = []
+        self._growth = Growth()
         self.error_bound: float | None = None
         return self
 
@@ -181,8 +182,14 @@ class Factorization(NetworkModule):
 
     @property
     def _first(self) -> Tensor:
-        found = None if isinstance(self.stacks, list) else next(self.stacks.parameters(), None)
-        return self.stacks[0] if found is None else found
+        if isinstance(self.stacks, list):
+            return self.stacks[0]
+        # the plain ones are at hand: walking through modules takes longer than some contractions
+        plain: Any = self.stacks._parameters
+        found: Tensor | None = next(iter(plain.values() if plain else self.stacks.parameters()), None)
+        if found is None:
+            found = self.stacks[0]
+        return found
 
     @property
     def weights(self) -> Mapping[Node, Tensor]:
@@ -373,7 +380,8 @@ class Factorization(NetworkModule):
 
     def _plan_of(self, index: Tensor | Plan) -> Plan:
         chosen = index if isinstance(index, Plan) else self._entry_plan(index)
-        if chosen.kind != "entries" or chosen.network != self.network:
+        same = chosen.network is self.network or chosen.network == self.network
+        if chosen.kind != "entries" or not same:
             raise OptionError(
                 f"a plan of {chosen.kind} for another network cannot give the entries of this model.\n"
                 "  write tnreg.plan(model, index=index)",
@@ -387,8 +395,8 @@ class Factorization(NetworkModule):
 
     def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)
-        with without_autocast(self.device):
-            return contract(within_memory(chosen, stacks), stacks, inputs)
+        with without_autocast(stacks[0].device):
+            return contract(within_memory(chosen, stacks), stacks, inputs, self._growth)
 
     def _entry_plan(self, index: Tensor) -> Plan:
         if isinstance(index, Tensor):

@@ -87,20 +87,16 @@ class Einsum:
     def scaled(self, operands: Sequence[Scaled], rows: str) -> Scaled:
         """Carry out the steps with one scale for each combination of ``rows``, symbols of the output.
 
-        Scales have the axes of what they belong to, of size 1 where these are no rows.
+        Scales have the axes of what they belong to, of size 1 where these are no rows. Whatever enters a
+        step is scaled before, so that nothing leaves the range of the dtype on the way.
         """
         left = list(operands)
         for taken, equation, call in self.steps:
-            parts = [left.pop(i) for i in taken]
             words, result = equation.split("->")
-            terms = zip(parts, words.split(","), strict=True)
-            x = call(*(part.x for part in parts))
-            log2 = [_spread(part.log2, term, result) for part, term in terms]
-            inner = tuple(k for k, s in enumerate(result) if s not in rows)
-            if inner:
-                x, more = rescale(x, inner)
-                log2.append(more)
-            left.append(Scaled(x, reduce(torch.add, log2)))
+            terms = words.split(",")
+            parts = [_level(left.pop(i), term, rows) for i, term in zip(taken, terms, strict=True)]
+            logs = [_spread(part.log2, term, result) for part, term in zip(parts, terms, strict=True)]
+            left.append(Scaled(call(*(part.x for part in parts)), reduce(torch.add, logs)))
         return left[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -169,6 +165,15 @@ def _steps(equation: str, path: _Tuples) -> tuple[Step, ...]:
         terms.append(result)
         holders.update(set(result))
     return tuple(steps)
+
+
+def _level(part: Scaled, term: str, rows: str) -> Scaled:
+    """Scale the largest magnitude of every combination of rows to about 1."""
+    inner = tuple(k for k, s in enumerate(term) if s not in rows)
+    if not inner:
+        return part
+    x, log2 = rescale(part.x, inner)
+    return Scaled(x, part.log2 + log2)
 
 
 def _spread(log2: Tensor, term: str, result: str) -> Tensor:

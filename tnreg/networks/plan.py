@@ -28,6 +28,7 @@ from tnreg.errors import DataError, OptionError, SizeError, check_integer
 from tnreg.machine.memory import MOST_AXES, does_not_fit, limit_of, shortage, written
 from tnreg.networks.einsum import Cost, Einsum, along, find_path
 from tnreg.networks.network import Network
+from tnreg.networks.scaled import Growth, balance
 from tnreg.networks.schedule import (
     TYPICAL,
     Join,
@@ -37,9 +38,10 @@ from tnreg.networks.schedule import (
     rounded,
     rows_to_take,
     run,
+    run_scaled,
     schedule,
 )
-from tnreg.tensors.arrays import check_index
+from tnreg.tensors.arrays import Scaled, check_index
 
 # Moving one number through memory costs about as much time as this many flops of a matrix product.
 # Measured on two CPU cores (8⁴ entries, width 512): it ranks dense, distinct and per-sample as timed.
@@ -220,20 +222,21 @@ def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = 
     return _within(plans, limit, item, gradients=gradients, device=str(device))
 
 
-def contract(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+def contract(
+    plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = (), growth: Growth | None = None
+) -> Tensor:
     """Carry out a plan with the weights as ``network.stacks`` groups them, and the features of a batch.
+
+    Where partial products may leave the range of the dtype it is done again with scales; ``growth`` is what a
+    model knows of that. Only on the CPU: elsewhere it would have to wait for the device.
 
     Returns:
         The dense tensor (axis n is mode n), or one value per sample ``(B,)``.
     """
     network = plan.network
-    if plan.whole is not None:
-        parts = [stack.unbind(0) for stack in stacks]
-        weights = [parts[s][k] for s, k in (network.slots[p] for p in network.weighted)]
-        features = inputs.unbind(1) if isinstance(inputs, Tensor) else inputs
-        out = plan.whole([*weights, *features])
-    else:
-        out = run(network, plan.joins, stacks, inputs)
+    out = _carry_out(plan, stacks, inputs)
+    if _readable(out) and (growth or Growth()).may_show(stacks, inputs, out):
+        out = _carry_out_scaled(plan, stacks, inputs)
     if plan.take is not None:
         return out.reshape(-1).index_select(0, plan.take)
     if plan.kind != "dense":
@@ -243,6 +246,39 @@ def contract(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Ten
     order = network.tree.leaf_order
     shaped = out.reshape([network.sizes[mode] for mode in order])
     return shaped.permute([order.index(mode) for mode in range(len(order))])
+
+
+def _carry_out(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return the result of the schedule or of the einsum."""
+    if plan.whole is None:
+        return run(plan.network, plan.joins, stacks, inputs)
+    return plan.whole(_of_whole(plan.network, stacks, inputs))
+
+
+def _carry_out_scaled(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Do the same with scales, so that only what leaves the range of the dtype in the end is lost."""
+    stacks, top = balance(plan.network, stacks)
+    if plan.whole is None:
+        x, log2 = run_scaled(plan.network, plan.joins, stacks, inputs)
+    else:
+        parts = _of_whole(plan.network, stacks, inputs)
+        operands = [Scaled(x, x.real.new_zeros([1] * x.ndim)) for x in parts]
+        x, log2 = plan.whole.scaled(operands, plan.whole.equation.split("->")[1])
+    return Scaled(x, log2 + top).value()
+
+
+def _of_whole(network: Network, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the operands of one einsum of the whole network: the weights, then the features."""
+    parts = [stack.unbind(0) for stack in stacks]
+    weights = [parts[s][k] for s, k in (network.slots[p] for p in network.weighted)]
+    return [*weights, *(inputs.unbind(1) if isinstance(inputs, Tensor) else inputs)]
+
+
+def _readable(x: Tensor) -> bool:
+    """Tell whether numbers can be read without waiting for a device: not while they are traced either."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not (torch._C._is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 # Planning

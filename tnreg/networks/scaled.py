@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tnreg.machine.memory import must_fit
 from tnreg.networks.einsum import einsum
-from tnreg.networks.network import Network
-from tnreg.tensors.arrays import Scaled, double, power_below, powers_below
+from tnreg.networks.network import Network, Stacked
+from tnreg.tensors.arrays import Scaled, double, largest_of, power_below, powers_below
 
 
 def scale_columns(x: Tensor) -> Scaled:
@@ -54,6 +54,97 @@ def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
     # |weight| * 2**(total - top) < 2, but the power alone may overflow
     return Scaled(Scaled(weight, total - top).value(), top)
+
+
+def balance(network: Network, stacks: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Scale the columns of all weights to moderate numbers; what their parents make up for goes to the root.
+
+    Stacks are as ``network.stacks`` groups the weights.
+
+    Returns:
+        Stacks of the same tensor divided by ``2**log2``, and this logarithm.
+    """
+    stacks, logs = list(stacks), Stacked()
+    for level in network.levels:
+        below = logs.children(level)
+        below = [torch.stack(below).sum(0)] if level.join == "diagonal" else below
+        if level.weight is None:  # a root of ones: its first child takes the scales
+            top = below[0].amax(1)
+            stack, slot = network.slots[network.tree.links[-1][0]]
+            weight = stacks[stack]
+            shift = top.new_zeros(len(weight), *[1] * (weight.ndim - 2), weight.shape[-1])
+            shift[slot] += below[0][0] - top
+            stacks[stack] = Scaled(weight, shift).value()
+            break
+        stack = level.weight.pairs[0][0]
+        weight = stacks[stack] if level is not network.levels[-1] else stacks[stack].unsqueeze(-1)
+        size = weight.detach().abs().log2()  # -inf at zeros
+        total = torch.zeros_like(size[:, :1])
+        for axis, log2 in enumerate(below, 1):
+            total = total + log2.reshape(
+                [len(log2), *(-1 if k == axis else 1 for k in range(1, weight.ndim))]
+            )
+        size, inner = size + total, tuple(range(1, weight.ndim - 1))
+        high = size.amax(inner, keepdim=True)
+        low = torch.where(size == -math.inf, math.inf, size).amin(inner, keepdim=True)
+        # half way, so that entries apart by more than the range of the dtype stay what they are
+        top = torch.maximum((high + low) / 2, high - math.log2(torch.finfo(size.dtype).max) / 2).floor()
+        top = torch.where(top.isfinite(), top, 0)
+        stacks[stack] = Scaled(weight, total - top).value().reshape(stacks[stack].shape)
+        logs.append(top.reshape(len(weight), -1))
+    return stacks, top.reshape(())
+
+
+class Growth:
+    """How much the contractions of a model enlarge what is lost on the way, as last read from its weights.
+
+    What lies below the range of the dtype is lost up to its smallest normal number; on the way to the result
+    that grows by no more than the product of the weights' norms, of those above 1. Stacks are bounded as a
+    whole, by the mean of their weights. In a training that updates all stacks equally often the weights are
+    read at every 32nd step, and 2**32 is allowed for between.
+    """
+
+    def __init__(self) -> None:
+        self._log2 = 0.0
+        self._read_at: list[tuple[int, int]] = []
+
+    def may_show(self, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor], result: Tensor) -> bool:
+        """Tell whether a result may show what left the range: above it, it is NaN or infinite. Reads."""
+        norm: float = torch.linalg.vector_norm(result.detach()).tolist()
+        if not norm < math.inf:  # squares may overflow where the result does not
+            norm = largest_of(result.detach()).tolist()  # type: ignore[assignment]
+        if not norm < math.inf:
+            return True
+        info = torch.finfo(result.dtype)
+        # down to 2**-20 of the result, or to what is below the range itself
+        size = math.log2(norm) - math.log2(result.numel()) / 2 if norm else -math.inf
+        allowed = max(size - math.log2(info.tiny) - 20, -math.log2(info.eps))
+        if len(inputs):
+            order = inputs.shape[1] if isinstance(inputs, Tensor) else len(inputs)
+            samples = inputs.flatten(1) if isinstance(inputs, Tensor) else torch.cat(list(inputs), 1)
+            allowed -= _mean_growth(torch.linalg.vector_norm(samples.detach(), dim=1).max(), order)
+        if self._log2 + 32 <= allowed and self._is_recent(stacks):
+            return False
+        self._log2 = sum(_mean_growth(torch.linalg.vector_norm(s.detach()), len(s)) for s in stacks)
+        return not self._log2 <= allowed
+
+    def _is_recent(self, stacks: Sequence[Tensor]) -> bool:
+        """Tell whether no more than 32 updates of all stacks came after the weights were read."""
+        if not torch.is_grad_enabled() or not all(s.requires_grad and s.is_leaf for s in stacks):
+            return False
+        now = [(s.data_ptr(), s._version) for s in stacks]
+        pairs = zip(self._read_at, now, strict=False)
+        updates = {new[1] - old[1] if new[0] == old[0] else -1 for old, new in pairs}
+        if len(updates) == 1 and 0 <= updates.pop() <= 32:
+            return True
+        self._read_at = now
+        return False
+
+
+def _mean_growth(norm: Tensor, count: int) -> float:
+    """Bound the logarithm of the product of so many norms, of those above 1, by all of them together."""
+    size: float = norm.tolist()  # type: ignore[assignment]
+    return count / 2 * math.log2(1 + size * size / count)
 
 
 def column_norms(matrix: Tensor) -> Tensor:

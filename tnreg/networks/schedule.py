@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tnreg.networks.einsum import Cost, Einsum, along, find_path
 from tnreg.networks.network import Level, Network, Stacked
+from tnreg.tensors.arrays import Scaled
 
 # Samples of the batch that a search is for which serves all of them.
 TYPICAL = 64
@@ -234,24 +235,65 @@ def run(
     """
     weights, results = Stacked(stacks), Stacked()
     for join in joins:
-        level, single = join.level, len(join.level.positions) == 1
-        if level.join == "leaf" and join.einsum is not None:
-            operands = [_features(inputs, [network.tree.nodes[i] for i in level.positions])]  # type: ignore[misc]
-        elif single:
-            operands = [results.slot(*child.pairs[0]) for child in level.children]
-        else:
-            operands = results.children(level)
-        if level.weight is not None:
-            places = level.weight
-            operands.append(weights.slot(*places.pairs[0]) if single else weights.pick(places))
-        for k, rows in enumerate(join.gathers):
-            operands[k] = _gather(operands[k], rows)
+        operands = _operands(network, join, weights, results, inputs)
         result = operands[0] if join.einsum is None else join.einsum(operands)
-        if join.einsum is not None and join is not joins[-1] and result.ndim != 3 - single:
-            # several row axes become one
-            result = result.reshape(*result.shape[: 1 - single], join.rows, -1)
-        results.append(result, single=single)
+        results.append(_flat(join, result, joins[-1]), single=len(join.level.positions) == 1)
     return result
+
+
+def run_scaled(
+    network: Network, joins: Sequence[Join], stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]
+) -> Scaled:
+    """Carry out a schedule as ``run`` does, with a scale for every row of a node."""
+    weights, results, logs = Stacked(stacks), Stacked(), Stacked()
+    for join in joins:
+        operands = _operands(network, join, weights, results, inputs)
+        scales = _children(join, logs)
+        if join.taken:
+            scales = [_gather(log2, rows) for log2, rows in zip(scales, join.gathers, strict=False)]
+        scales += [x.real.new_zeros([1] * x.ndim) for x in operands[len(scales) :]]
+        parts = [Scaled(x, log2) for x, log2 in zip(operands, scales, strict=True)]
+        if join.einsum is None:
+            x, log2 = operands[0], operands[0].real.new_zeros((*operands[0].shape[:-1], 1))
+        else:
+            output = join.einsum.equation.split("->")[1]
+            x, log2 = join.einsum.scaled(parts, output if join is joins[-1] else output[:-1])
+        single = len(join.level.positions) == 1
+        results.append(_flat(join, x, joins[-1]), single=single)
+        logs.append(_flat(join, log2, joins[-1]), single=single)
+    return Scaled(x, log2)
+
+
+def _operands(
+    network: Network, join: Join, weights: Stacked, results: Stacked, inputs: Tensor | Sequence[Tensor]
+) -> list[Tensor]:
+    """Return what a call takes: features or the results of children, then weights."""
+    level, places = join.level, join.level.weight
+    if level.join == "leaf" and join.einsum is not None:
+        operands = [_features(inputs, [network.tree.nodes[i] for i in level.positions])]  # type: ignore[misc]
+    else:
+        operands = _children(join, results)
+    if places is not None:
+        single = len(level.positions) == 1
+        operands.append(weights.slot(*places.pairs[0]) if single else weights.pick(places))
+    for k, rows in enumerate(join.gathers):
+        operands[k] = _gather(operands[k], rows)
+    return operands
+
+
+def _children(join: Join, results: Stacked) -> list[Tensor]:
+    """Return for every child its results, without the axis of nodes if there is one node only."""
+    if len(join.level.positions) == 1:
+        return [results.slot(*child.pairs[0]) for child in join.level.children]
+    return results.children(join.level)
+
+
+def _flat(join: Join, result: Tensor, last: Join) -> Tensor:
+    """Make one axis of several axes of rows."""
+    nodes = 0 if len(join.level.positions) == 1 else 1
+    if join.einsum is None or join is last or result.ndim == 2 + nodes:
+        return result
+    return result.reshape(*result.shape[:nodes], join.rows, -1)
 
 
 def _features(inputs: Tensor | Sequence[Tensor], modes: list[int]) -> Tensor:

@@ -28,14 +28,13 @@ class Scaled(NamedTuple):
     log2: Tensor
 
     def value(self) -> Tensor:
-        """Return the tensor without a scale: infinite only if the result is, and zeros stay zeros."""
+        """Return the tensor without a scale: infinite only if the result is; zeros stay, with gradients."""
         x, log2 = self
         if x.is_complex():
             return torch.complex(Scaled(x.real, log2).value(), Scaled(x.imag, log2).value())
         # the power alone may overflow where the product does not
-        half = (log2 / 2).floor()
-        value = x * torch.exp2(half) * torch.exp2(log2 - half)
-        return torch.where(x == 0, torch.zeros_like(value), value)
+        half, reach = (log2 / 2).floor(), _reach(x.dtype)
+        return x * torch.exp2(half.clamp(-reach, reach)) * torch.exp2((log2 - half).clamp(-reach, reach))
 
 
 def rescale(x: Tensor, dim: int | tuple[int, ...]) -> Scaled:
@@ -46,8 +45,13 @@ def rescale(x: Tensor, dim: int | tuple[int, ...]) -> Scaled:
 
 def power_below(size: Tensor) -> Tensor:
     """Exponents of the powers of two below these magnitudes, 0 for zeros, within what can be inverted."""
-    reach = math.log2(torch.finfo(size.dtype).max) - 2
+    reach = _reach(size.dtype)
     return (size + (size == 0)).log2().floor().clamp(-reach, reach)
+
+
+def _reach(dtype: torch.dtype) -> float:
+    """Return the exponent of a power of two that is finite, and so is its inverse."""
+    return math.log2(torch.finfo(dtype).max) - 2
 
 
 def powers_below(sizes: Tensor) -> Tensor:

@@ -108,12 +108,13 @@ class Completion:
         if not isinstance(inner, Factorization):
             return model.entries(index)  # type: ignore[operator, no-any-return]
         _check_model(inner, self.sizes)
-        if inner.device.type != self.values.device.type:
-            places = f"the model is on {inner.device}, the task on {self.values.device}"
+        device = inner.device
+        if device.type != self.values.device.type:
+            places = f"the model is on {device}, the task on {self.values.device}"
             raise OptionError(f"{places}; write task.to(model.device).")
-        key = (inner.network, inner.device, unseen)
+        key = (inner.network, device, unseen)
         if key not in self._plans:  # checked and planned once, not at every step
-            self._plans[key] = plan(inner.network, index=index.to(inner.device))
+            self._plans[key] = plan(inner.network, index=index.to(device))
         # wrappers can only be called, and let processes exchange gradients then
         return (inner.entries if inner is model else model)(self._plans[key])
 
