@@ -245,6 +245,11 @@ def test_missing_values_in_a_table():
     assert counts.values.dtype == torch.float64 and bool((counts.values == 3).all())
 
 
+def test_row_numbers_in_a_table_are_no_mode(tmp_path):
+    long_form().reset_index(drop=True).to_csv(tmp_path / "a.csv")
+    assert load_tensor(tmp_path / "a.csv").modes == ("user", "item", "time")
+
+
 def test_a_matrix_is_no_table(tmp_path):
     matrix = pd.DataFrame(ARRAY[0], columns=list("abcd"))
     assert tnreg.completion(matrix, 6).sizes == (3, 4)

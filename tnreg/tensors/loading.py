@@ -311,6 +311,7 @@ def _read_table(path: Path, key: str) -> Named:
     # arrow reads every digit of a number in text; pandas itself did not before version 3
     read: Any = pandas.read_csv if path.suffix == ".csv" else pandas.read_parquet
     table = read(path, engine="pyarrow")
+    table = table[[name for name in table if not str(name).startswith("Unnamed: ")]]  # row numbers
     if not is_table(table) or any(map(_is_number, table)):
         raise ValueError(
             "it is no table in long form: names of columns, then a row for every entry with its index "
