@@ -129,7 +129,8 @@ def scale(model: Factorization, factor: float | complex) -> Factorization:
     with torch.no_grad():
         weights, root = weights_of(model, ones=False), model.tree.root
         reach, log2 = torch.finfo(model.dtype).max ** 0.85, 0
-        if factor and not 1 / reach < abs(factor) * float(largest_of(weights[root])) < reach:
+        size = abs(factor) * float(largest_of(weights[root]))
+        if factor and bool(weights[root].any()) and not 1 / reach < size < reach:
             log2 = math.frexp(abs(factor))[1]
             factor = times_power_of_two(factor, -log2)
         weights[root] = weights[root] * factor

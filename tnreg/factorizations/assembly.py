@@ -141,6 +141,8 @@ def spread(weights: Mapping[Any, Tensor], log2: int) -> dict[Any, Tensor]:
     if log2 == 0:
         return dict(weights)
     own = {key: math.frexp(float(largest_of(w)))[1] for key, w in weights.items()}
+    sample = next(iter(weights.values()))
+    must_fit("weights on another scale", [w.shape for w in weights.values()], sample.dtype, sample.device)
     each, rest = divmod(log2 + sum(own.values()), len(own))
     return {
         key: times_power_of_two(w, each + (k < rest) - own[key]) for k, (key, w) in enumerate(weights.items())

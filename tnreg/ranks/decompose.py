@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
+from tnreg.machine.memory import must_fit
 from tnreg.ranks.rounding import (
     finite_stacks,
     limits_of,
@@ -325,6 +326,9 @@ def distance(tensor: Any, model: Factorization, *, memory: int | str | None = No
     with torch.no_grad():
         if not is_blocks(tensor):
             tensor = check_dense(tensor, model.tree)
+            must_fit(
+                "a difference: its terms", [sizes], tensor.dtype, tensor.device, "take entries", copies=2
+            )
             return norm(tensor - model.to_tensor()), norm(tensor)
         weights = {node: w.detach().cpu() for node, w in model.weights.items()}
         rows_of = partial(_dense_part, model.tree, weights, model.network.named_joins)
