@@ -356,3 +356,27 @@ def test_scales_are_looked_at_again(monkeypatch):
     model.load_weights({0: 2 * model.weights[0].detach()})
     model.entries(index)
     assert len(reads) == 4 * len(model.stacks)
+
+
+@pytest.mark.parametrize(("tree", "options"), [
+    (zoo.TREES["uneven"], {}), (zoo.TREES["one-child"], {"join": "full"}),
+    (ModeTree.star(3), {"root": "ones"}), (ModeTree.caterpillar(5), {"join": "full", "sizes": (3,) * 5}),
+])  # fmt: skip
+def test_compiled_and_exported(tree, options):
+    """As one graph for a batch of any size, with gradients, and for torch.export in both of its modes."""
+    model = zoo.model_of(tree, **options)
+    inputs = [zoo.random_features(model.sizes, count, seed=count) for count in (6, 4)]
+    sizes = [{0: torch.export.Dim("samples", min=2, max=99)}] * tree.order
+    if "sizes" in options:
+        inputs, sizes = [torch.stack(x, 1) for x in inputs], sizes[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for x in inputs:
+        wanted, found = (
+            torch.autograd.grad(f(x).square().sum(), list(model.parameters())) for f in (model, compiled)
+        )
+        for one, two in zip(wanted, found, strict=True):
+            zoo.assert_close(two, one)
+    for strict in (True, False):
+        program = torch.export.export(model, (inputs[0],), dynamic_shapes=(sizes,), strict=strict)
+        zoo.assert_close(program.module()(inputs[1]), model(inputs[1]))

@@ -25,7 +25,7 @@ from tnreg.factorizations.stacks import NodeTensors, Stacks
 from tnreg.machine.files import read_model, write_safetensors
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network
-from tnreg.networks.plan import Plan, contract, plan, within_memory
+from tnreg.networks.plan import Plan, contract, contract_traced, plan, steps_of_batch, within_memory
 from tnreg.networks.scaled import Growth, column_norms, inner_products, product_of_rows
 from tnreg.tensors.arrays import (
     Scaled,
@@ -436,7 +436,13 @@ class Factorization(NetworkModule):
             return self._contract(self._plan_of(features))
         parts = check_features(features, self.sizes, self.dtype)
         inputs = parts[0] if isinstance(features, Tensor) else parts
+        if torch.compiler.is_compiling():
+            return contract_traced(self._steps(), list(self.stacks), inputs)
         return self._contract(plan(self, batch=parts[0].shape[0]), inputs)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _steps(self) -> str:
+        return steps_of_batch(self.network)
 
     # Norms
 

@@ -196,10 +196,14 @@ def _call(parts: list[str], result: str) -> Callable[..., Tensor]:
             return _matrix_product(parts, result)
         first, second = (_view(term, [[s] if s in term else [] for s in result]) for term in parts)
         return lambda a, b: first(a) * second(b)
-    # torch reads a-z and A-Z only; a single step of a long network needs few of them
-    table = {s: get_symbol(i) for i, s in enumerate(dict.fromkeys(terms))}
-    *inputs, output = ("".join(table[s] for s in term) for term in (*parts, result))
-    return partial(torch.einsum, f"{','.join(inputs)}->{output}")
+    return partial(torch.einsum, letters(f"{','.join(parts)}->{result}"))
+
+
+def letters(equation: str) -> str:
+    """Return an equation in the letters that torch reads, of which a step of a long network needs few."""
+    symbols = dict.fromkeys(s for s in equation if s not in ",->")
+    table = {s: get_symbol(i) for i, s in enumerate(symbols)}
+    return "".join(table.get(s, s) for s in equation)
 
 
 def _matrix_product(parts: list[str], result: str) -> Callable[..., Tensor]:

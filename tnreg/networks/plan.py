@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, SizeError, check_integer
 from tnreg.machine.memory import MOST_AXES, does_not_fit, limit_of, shortage, written
-from tnreg.networks.einsum import Cost, Einsum, along, find_path
+from tnreg.networks.einsum import Cost, Einsum, along, find_path, letters
 from tnreg.networks.network import Network
 from tnreg.networks.scaled import Growth, balance
 from tnreg.networks.schedule import (
@@ -274,6 +274,57 @@ def _of_whole(network: Network, stacks: Sequence[Tensor], inputs: Tensor | Seque
     return [*weights, *(inputs.unbind(1) if isinstance(inputs, Tensor) else inputs)]
 
 
+def steps_of_batch(network: Network) -> str:
+    """Return the contraction of a batch of any size as a text, which a compiler takes for a constant.
+
+    Its first line says where the weights are in their stacks; each of the others which operands are taken,
+    as positions in a list that shrinks and gets the result, and what is done with them.
+    """
+    chosen = _plans(network, TYPICAL)[0]
+    equation, shapes = _equation(network, TYPICAL)
+    path = chosen.whole.path if chosen.whole is not None else _leaf_to_root(network)
+    steps = along(equation, shapes, path).steps
+    slots = " ".join("{} {}".format(*network.slots[p]) for p in network.weighted)
+    return "\n".join(
+        [slots, *(f"{' '.join(map(str, step.taken))}:{letters(step.equation)}" for step in steps)]
+    )
+
+
+def contract_traced(text: str, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Carry out what ``steps_of_batch`` wrote."""
+    first, *lines = text.split("\n")
+    slots = [int(n) for n in first.split(" ")]
+    left = [stacks[s][k] for s, k in zip(slots[::2], slots[1::2], strict=True)]
+    left += [*(inputs.unbind(1) if isinstance(inputs, Tensor) else inputs)]
+    for line in lines:
+        taken, equation = line.split(":")
+        parts = []
+        for i in taken.split(" "):
+            parts.append(left.pop(int(i)))
+        left.append(torch.einsum(equation, *parts))
+    return left[0]
+
+
+def _leaf_to_root(network: Network) -> tuple[tuple[int, ...], ...]:
+    """Return the path of one einsum that multiplies children and then the weight of every node."""
+    links, count = network.tree.links, len(network.weighted)
+    # numbers of operands and results, in the order in which they are left
+    left, made, path = list(range(count + network.tree.order)), count + network.tree.order, []
+    results: list[int] = []
+    for i, below in enumerate(links):
+        parts = [results[c] for c in below] or [count + network.tree.nodes[i]]  # type: ignore[operator]
+        parts += [i] if i < count else []
+        for other in parts[1:]:
+            step = (left.index(parts[0]), left.index(other))
+            path.append(step)
+            for position in sorted(step, reverse=True):
+                del left[position]
+            left.append(made)
+            parts[0], made = made, made + 1
+        results.append(parts[0])
+    return tuple(path)
+
+
 def _readable(x: Tensor) -> bool:
     """Tell whether numbers can be read without waiting for a device: not while they are traced either."""
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -393,27 +444,30 @@ def _whole(network: Network, batch: int | None, search: str = "dp") -> Einsum | 
 
     The weights come first, then the inputs. Small networks are searched by dynamic programming as well.
     """
+    equation, shapes = _equation(network, batch)
+    terms = equation.split("->")[0].split(",")
+    if len(terms) > _SEARCHED:
+        return None
+    searches = ["auto"]
+    if len(terms) <= _EXHAUSTIVE and max(Counter("".join(terms)).values()) <= _SHARED:
+        searches.append(search)
+    similar = batch and (TYPICAL if len(terms) > _LARGE else rounded(batch))
+    alike = _equation(network, similar)[1]
+    found = [along(equation, shapes, find_path(equation, alike, how)) for how in searches]
+    return found[-1] if search == "smallest" else min(found, key=lambda call: call.cost.flops)
+
+
+def _equation(network: Network, batch: int | None) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    """Return the network as one einsum and the shapes of its operands: the weights, then the inputs."""
     order = network.tree.order
 
     def word(indices: Iterable[int]) -> str:
         return "".join(map(get_symbol, indices))
 
-    terms = [word(network.indices(p)) for p in network.weighted]
-    output = word(range(order))
+    terms, output = [word(network.indices(p)) for p in network.weighted], word(range(order))
+    shapes = [network.shape(p) for p in network.weighted]
     if batch is not None:
         output = get_symbol(order + len(network.tree.nodes))  # after the modes and the bonds
         terms += [output + get_symbol(mode) for mode in range(order)]
-    if len(terms) > _SEARCHED:
-        return None
-    equation = f"{','.join(terms)}->{output}"
-
-    def shapes(samples: int | None) -> tuple[tuple[int, ...], ...]:
-        inputs = [] if samples is None else [(samples, size) for size in network.sizes]
-        return (*(network.shape(p) for p in network.weighted), *inputs)
-
-    searches = ["auto"]
-    if len(terms) <= _EXHAUSTIVE and max(Counter("".join(terms)).values()) <= _SHARED:
-        searches.append(search)
-    similar = batch and (TYPICAL if len(terms) > _LARGE else rounded(batch))
-    found = [along(equation, shapes(batch), find_path(equation, shapes(similar), how)) for how in searches]
-    return found[-1] if search == "smallest" else min(found, key=lambda call: call.cost.flops)
+        shapes += [(batch, size) for size in network.sizes]
+    return f"{','.join(terms)}->{output}", tuple(shapes)
