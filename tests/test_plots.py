@@ -53,6 +53,48 @@ def test_spectra(ax):
     assert plots.spectra({0: torch.zeros(3)}, Figure().subplots()).lines
 
 
+def test_spectra_that_lie_on_one_another_are_told_apart(ax):
+    same = torch.tensor([1.0, 0.1, 0.01])
+    plots.spectra({0: same, 1: 3 * same, 2: same**2}, ax)
+    below, above, alone = (line.get_linewidth() for line in ax.lines)
+    assert below > 2 * above and above == alone
+
+
+@pytest.mark.parametrize("tree", [TREE, ModeTree.star(6), ModeTree.caterpillar(5)])
+def test_labels_of_a_tree_are_apart_from_edges_and_each_other(tree, ax):
+    ax.figure.set_size_inches(8, 5)
+    plots.tree(tree, ax, edges=dict.fromkeys(tree.nodes[:-1], "12"))
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+    lines = [line.get_transform().transform_path(line.get_path()) for line in ax.lines]
+    named = [box for box, text in zip(boxes, ax.texts, strict=True) if text.get_text() != "12"]
+    assert not any(line.intersects_bbox(box, filled=False) for line in lines for box in named)
+
+
+def test_rates_have_a_symmetric_scale_and_a_colour_a_component(ax):
+    measured = np.array([[1.0, -1e-3], [-0.5, 0.0], [np.nan, 1e-2]])
+    assert plots.rates(measured, ax, predicted=2 * measured, steps=[0, 5, 9]) is ax
+    assert ax.get_yscale() == "symlog" and ax.get_ylim()[0] == -ax.get_ylim()[1] <= -2
+    colours = [line.get_color() for line in ax.lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3] and len(colours) == 4
+    assert plots.rates(np.zeros((3, 1))).lines[0].get_xdata().tolist() == [0, 1, 2]
+    for wrong in (
+        {"data": [1.0]},
+        {"data": measured, "predicted": [[1.0]]},
+        {"data": measured, "steps": [1]},
+    ):
+        with pytest.raises(tnreg.ShapeError, match="rates are .rows, components., found"):
+            plots.rates(**wrong)
+
+
+def test_numbers_stand_beyond_their_error_bars(ax):
+    plots.bars({"a": 1.0, "b": 2.0}, ax, errors=[0.5, 0.1])
+    ax.figure.canvas.draw()
+    ends = [ax.transData.transform((end, 0))[0] for end in (1.5, 2.1)]
+    assert all(t.get_window_extent().x0 > end for t, end in zip(ax.texts, ends, strict=True))
+
+
 def test_trajectory(ax, run):
     assert plots.trajectory(run, ax, names=["loss", "vector"]) is ax
     assert len(ax.lines) == 3 and ax.lines[0].get_ydata().tolist() == run["loss"].tolist()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tnreg.errors import OptionError
+from tnreg.errors import OptionError, ShapeError
 from tnreg.machine.files import write_whole
 from tnreg.training.trajectory import Trajectory
 from tnreg.trees.drawing import draw_tree, node_spots, node_text, picture_format, plain_label
@@ -37,6 +37,7 @@ __all__ = [
     "locality_profile",
     "network",
     "node_text",
+    "rates",
     "save_figure",
     "spectra",
     "trajectory",
@@ -62,17 +63,22 @@ def tree(
 def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 1e-8) -> Axes:
     """Draw what ``tnreg.spectra`` returns: singular values relative to the largest of their node.
 
-    The axis is logarithmic; values below ``floor`` times the largest are left out.
+    The axis is logarithmic; values below ``floor`` times the largest are left out. Where several lie on one
+    another, those below are wide.
     """
     ax = _axes(ax, "index of the singular value", "relative to the largest")
-    for node, values in data.items():
+    shown = []
+    for values in data.values():
         s = _array(values)
         s = s / s[0] if len(s) and s[0] > 0 else s
-        s = s[s > floor]
+        shown.append(s[s > floor])
+    for k, (node, s) in enumerate(zip(data, shown, strict=True)):
         marker = "o" if len(s) <= 40 else None
-        ax.semilogy(
-            np.arange(1, len(s) + 1), s, marker=marker, ms=3, lw=1, label=plain_label(node_text(node))
-        )
+        pairs = (np.stack([s[:n], t[:n]]) for t in shown[k + 1 :] if (n := min(len(s), len(t))))
+        over = sum(float(np.isclose(*pair, rtol=0.05).mean()) > 0.5 for pair in pairs)
+        wide = {"lw": 1 + 3 * over, "ms": 3 + 4 * over, "alpha": 0.5 if over else 1}
+        label = plain_label(node_text(node))
+        ax.semilogy(np.arange(1, len(s) + 1), s, marker=marker, label=label, **wide)
     if len(data) <= 12:
         ax.legend(title="modes below", fontsize=7)
     return ax
@@ -245,12 +251,51 @@ def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None
     return [left, right]
 
 
-def bars(data: Mapping[str, float], ax: Axes | None = None, *, unit: str = "relative error") -> Axes:
-    """Draw named numbers side by side, each with its value."""
+def rates(data: Any, ax: Axes | None = None, *, predicted: Any = None, steps: Any = None) -> Axes:
+    """Draw rates of growth, one colour a component: measured ones wide, predicted ones dashed over them.
+
+    The vertical axis is logarithmic on both sides of zero, and linear below a thousandth of the largest.
+
+    Args:
+        data: Signed rates, ``(rows, components)``, e.g. of ``dynamics.measured_rate`` at one node.
+        ax: Axes to draw on.
+        predicted: What theory says, of the same shape, e.g. of ``dynamics.predicted_rate``.
+        steps: Updates done at every row; their numbers if left out.
+
+    Raises:
+        ShapeError: Rates without rows and components, or shapes that differ.
+    """
+    measured = _array(data).astype(float)
+    theory = measured if predicted is None else _array(predicted).astype(float)
+    steps = np.arange(measured.shape[0] if measured.ndim else 0) if steps is None else _array(steps)
+    if measured.ndim != 2 or theory.shape != measured.shape or steps.shape != measured.shape[:1]:
+        found = f"{measured.shape}, {theory.shape} predicted, steps {steps.shape}"
+        raise ShapeError(f"plots.rates: rates are (rows, components), found {found}.", argument="data")
+    ax = _axes(ax, "step", "dσ/dt")
+    for k, (values, line) in enumerate(zip(measured.T, theory.T, strict=True)):
+        ax.plot(steps, values, color=f"C{k}", lw=2, alpha=0.4 if predicted is not None else 1)
+        if predicted is not None:
+            ax.plot(steps, line, color=f"C{k}", lw=1, ls="--")
+    sizes = np.abs(np.concatenate([measured, theory]))
+    largest = float(sizes[np.isfinite(sizes)].max(initial=0.0)) or 1.0
+    ax.set_yscale("symlog", linthresh=10.0 ** (math.floor(math.log10(largest)) - 2))
+    ax.set_ylim(-2 * largest, 2 * largest)
+    return ax
+
+
+def bars(
+    data: Mapping[str, float],
+    ax: Axes | None = None,
+    *,
+    unit: str = "relative error",
+    errors: Sequence[float] | None = None,
+) -> Axes:
+    """Draw named numbers side by side, each with its value, beyond its error bar if there are ``errors``."""
     ax = _axes(ax, unit)
     rows = ax.barh(
-        list(map(plain_label, data)), list(data.values()), color=[f"C{k}" for k in range(len(data))]
-    )
+        [plain_label(name) for name in data], list(data.values()), xerr=errors,
+        color=[f"C{k}" for k in range(len(data))],
+    )  # fmt: skip
     ax.bar_label(rows, fmt="%.3f", padding=3, fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.15)

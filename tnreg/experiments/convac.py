@@ -243,8 +243,12 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     right.set_title("the network that it is")
     first, second = lower.subplots(1, 2, width_ratios=[1, 1.2])
     mean, spread = 100 * np.array(list(summary["mean and spread"].values())).T
-    plots.bars(dict(zip(summary["mean and spread"], mean, strict=True)), first, unit="test accuracy, %")
-    first.errorbar(mean, range(len(mean)), xerr=spread, fmt="none", color="0.2")
+    plots.bars(
+        dict(zip(summary["mean and spread"], mean, strict=True)),
+        first,
+        unit="test accuracy, %",
+        errors=np.nan_to_num(spread),
+    )
     low = float((mean - 2 * spread).min())
     first.set_xlim(max(0, math.floor(low / 5) * 5 - 5), 100)
     first.set_title(f"mean and standard deviation over {len(about['config']['seeds'])} seeds")

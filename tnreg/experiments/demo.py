@@ -36,6 +36,7 @@ from tnreg.ranks.spectra import hierarchical_rank, spectra
 from tnreg.tensors.loading import load_tensor
 from tnreg.training.tasks import Completion
 from tnreg.training.trajectory import Trajectory
+from tnreg.trees.drawing import plain_label
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, load_tree
 
@@ -162,7 +163,10 @@ def run(
                 plots.spectra(s, ax, floor=1e-5)
                 ax.set_title(f"{title}: singular values per node")
             plots.save_figure(drawn, beside / "spectra.png")
-            plots.save_figure(_slices_figure(model, task, modes), beside / "slices.png")
+            plots.save_figure(
+                _slices_figure(model, task, modes, _categories(config.tensor, task.sizes)),
+                beside / "slices.png",
+            )
             figure(beside)
             drawn, (left, right) = _figure((12, 4), 2, width_ratios=[1, 1.6])
             plots.tree(tree, left, labels=labels)
@@ -216,7 +220,18 @@ def _largest_values(model: Factorization) -> dict[Node, torch.Tensor]:
     return {node: values[:8] for node, values in spectra(model).items()}
 
 
-def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]) -> Any:
+def _categories(tensor: str, sizes: Sequence[int]) -> list[list[str]]:
+    """Return what the places along every mode are called, their numbers where nobody says."""
+    if tensor != "il2":
+        return [list(map(str, range(size))) for size in sizes]
+    from tensorly.datasets import load_IL2data
+
+    return [[x if isinstance(x, str) else f"{x:.2g}" for x in ticks] for ticks in load_IL2data().ticks]
+
+
+def _slices_figure(
+    model: Factorization, task: Completion, modes: dict[int, str], names: Sequence[Sequence[str]]
+) -> Any:
     with torch.no_grad():
         learned = model.to_tensor().cpu()
     observed = torch.full(task.sizes, math.nan)
@@ -233,17 +248,24 @@ def _slices_figure(model: Factorization, task: Completion, modes: dict[int, str]
     tensors = {"observed": observed, "learned": learned, "measured": measured}
     for row, (name, values) in zip(axes, tensors.items(), strict=True):
         for ax, place in zip(row, places, strict=True):
-            at: list[Any] = [-1] * values.ndim
+            at: list[Any] = [size - 1 for size in task.sizes]
             at[down] = at[right] = slice(None)
-            title = name
             if across is not None:
-                at[across], title = place, f"{name}, {modes[across]} {place}"
+                at[across] = place
             image = ax.imshow(values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis")
-            ax.set_title(title, fontsize=9)
+            if name != "learned":  # grey where nobody measured, white where it was kept for testing
+                never = torch.where(torch.isnan(measured[tuple(at)]), 0.6, math.nan)
+                ax.imshow(never.numpy(), vmin=0, vmax=1, aspect="auto", cmap="gray")
+            slices = (f"{modes[n]} {names[n][k]}" for n, k in enumerate(at) if isinstance(k, int))
+            ax.set_title(plain_label(", ".join([name, *slices])), fontsize=8)
+            if max(task.sizes[down], task.sizes[right]) <= 20:
+                ax.set_xticks(range(task.sizes[right]), names[right], rotation=90, fontsize=7)
+                ax.set_yticks(range(task.sizes[down]), names[down], fontsize=7)
         row[0].set_ylabel(modes[down])
     for ax in axes[-1]:
         ax.set_xlabel(modes[right])
     drawn.colorbar(image, ax=axes, shrink=0.6)
+    drawn.suptitle("white: not observed; grey: never measured", fontsize=9)
     return drawn
 
 

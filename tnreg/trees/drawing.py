@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,20 +33,32 @@ def draw_tree(
     spots = node_spots(tree)
     crowded = len(tree.nodes) > 48
     labels, edges = labels or {}, (not crowded and edges) or {}
-    style: dict[str, Any] = {"ha": "center", "fontsize": 6 if crowded else 8, "parse_math": False}
+    style: dict[str, Any] = {"fontsize": 6 if crowded else 8, "parse_math": False}
     white = {"fc": "white", "ec": "none", "pad": 0.8}
-    for spot, node, below in zip(spots, tree.nodes, tree.links, strict=True):
+    # long texts lie along their edges, where they have room beside each other
+    turned = max((len(str(text)) for text in edges.values()), default=0) > 4
+    above = {c: spot[0] for spot, below in zip(spots, tree.links, strict=True) for c in below}
+    for k, (spot, node, below) in enumerate(zip(spots, tree.nodes, tree.links, strict=True)):
         for c in below:
             x, y = zip(spot, spots[c], strict=True)
             ax.plot(x, y, color="0.6", lw=1, zorder=1)
             if (text := edges.get(tree.nodes[c])) is not None:
-                middle = (sum(x) / 2, sum(y) / 2)
-                ax.annotate(printable(text, keep="\n"), middle, va="center", color="C3", bbox=white, **style)
+                part = 0.5 if turned else 0.6  # edges part further down
+                near = (x[0] + part * (x[1] - x[0]), y[0] + part * (y[1] - y[0]))
+                angle = math.degrees(math.atan2(y[1] - y[0], x[1] - x[0]))
+                ax.text(*near, printable(text, keep="\n"), ha="center", va="center", color="C3", bbox=white,
+                        rotation=(angle + 90) % 180 - 90 if turned else 0, rotation_mode="anchor",
+                        transform_rotates_text=turned,
+                        **style | {"fontsize": 6 if tree.order > 6 else 8})  # fmt: skip
         text = labels.get(node)
         if text is not None or not (crowded and below):
-            side, shift = ("bottom", 8) if below else ("top", -8)
-            ax.annotate(node_text(node) if text is None else printable(text, keep="\n"), spot, va=side,
-                        xytext=(0, shift), textcoords="offset points", **style)  # fmt: skip
+            # beside the edge to the parent, which leaves to the other side
+            aside = (1 if spot[0] >= above[k] else -1) if below and k in above else 0
+            ax.annotate(
+                node_text(node) if text is None else printable(text, keep="\n"), spot,
+                xytext=(5 * aside, (3 if aside else 8) if below else -8), textcoords="offset points",
+                ha=("center", "left", "right")[aside], va="bottom" if below else "top", **style,
+            )  # fmt: skip
     x_all, y_all = zip(*spots, strict=True)
     ax.scatter(x_all, y_all, s=30, c=["C0" if below else "C1" for below in tree.links], zorder=2)
     ax.set_axis_off()

@@ -90,12 +90,8 @@ def rates_figure(run: Run) -> Any:
     figure, [(left, right)] = _new_figure(10, 4, 1, 2)
     root = tracks(run.trajectory)
     alive = np.flatnonzero(root.norms[-1] > 0.01 * root.norms[-1].max())
-    for k in alive:
-        [line] = left.plot(root.steps[1:-1], root.measured[:, k], lw=2, alpha=0.4)
-        left.plot(root.steps[1:-1], root.predicted[:, k], lw=1, ls="--", color=line.get_color())
-    left.set(xlabel="step", ylabel="dσ/dt", title="at the root: measured (wide), predicted (dashed)")
-    largest = float(np.nanmax(np.abs(root.measured[:, alive]), initial=0.0))
-    left.set_yscale("symlog", linthresh=largest * 1e-3 if largest > 0 else 1.0)
+    plots.rates(root.measured[:, alive], left, predicted=root.predicted[:, alive], steps=root.steps[1:-1])
+    left.set_title("at the root: measured (wide), predicted (dashed)")
     for node in run.trajectory["components"]:
         local = tracks(run.trajectory, node)
         both = (local.measured > 0) & (local.predicted > 0)
