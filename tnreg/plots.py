@@ -74,8 +74,8 @@ def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 
         shown.append(s[s > floor])
     for k, (node, s) in enumerate(zip(data, shown, strict=True)):
         marker = "o" if len(s) <= 40 else None
-        pairs = (np.stack([s[:n], t[:n]]) for t in shown[k + 1 :] if (n := min(len(s), len(t))))
-        over = sum(float(np.isclose(*pair, rtol=0.05).mean()) > 0.5 for pair in pairs)
+        pairs = ((s[:n], t[:n]) for t in shown[k + 1 :] if (n := min(len(s), len(t))))
+        over = sum(float(np.isclose(one, two, rtol=0.05).mean()) > 0.5 for one, two in pairs)
         wide = {"lw": 1 + 3 * over, "ms": 3 + 4 * over, "alpha": 0.5 if over else 1}
         label = plain_label(node_text(node))
         ax.semilogy(np.arange(1, len(s) + 1), s, marker=marker, label=label, **wide)
