@@ -191,7 +191,7 @@ def custom_tree():
     {"observe": {"\ud800": lambda m: {np.int64(3): 1.0, (np.int8(1),): 2}}},
     {"observe": {"parts": lambda m: m.local_components()}},
     {"scheduler": lambda p: torch.optim.lr_scheduler.MultiStepLR(p, [2, 12], np.float64(0.3))},
-], ids=str)  # fmt: skip
+], ids=lambda options: next(iter(options)))  # fmt: skip
 def test_what_is_written_is_read(tmp_path, options):
     """The training ends in the same bits, whatever its numbers, names and keys are made of."""
 
