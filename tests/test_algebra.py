@@ -259,7 +259,13 @@ def test_nothing_given_is_changed():
     (lambda m: al.scale(m, complex(0, math.inf)), OptionError, "factor", "must be a finite number"),
     (lambda m: al.scale(m, "2"), OptionError, "factor", "must be a finite number, found '2'"),
     (lambda m: al.scale(m, True), OptionError, "factor", "must be a finite number, found True"),
-    (lambda m: al.scale(3, 2), OptionError, "model", "expected a Factorization, found int"),
+    *(
+        (call, OptionError, "model", "expected a Factorization, found int")
+        for call in (
+            lambda m: al.scale(3, 2), lambda m: al.marginal(5, [0]), lambda m: al.contract_modes(5, {}),
+            lambda m: al.permute_modes(5, [0]), lambda m: al.reroot(5, 0), lambda m: al.diagonal_joins(5),
+        )
+    ),
 ])  # fmt: skip
 def test_refuses(call, error, argument, message):
     with pytest.raises(error, match=message) as caught:

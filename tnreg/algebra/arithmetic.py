@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError, blame, check_number, check_scalar
-from tnreg.factorizations.assembly import full_weight, split, spread, weights_of
+from tnreg.factorizations.assembly import check_factorization, full_weight, split, spread, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.ranks.decompose import truncate
@@ -225,9 +225,7 @@ def _mode_axes(model: Factorization, node: Node) -> set[int]:
 def _check_pair(one: Factorization, other: Factorization) -> None:
     """Raise an error unless both are factorizations over the same tree and sizes."""
     for argument, model in {"one": one, "other": other}.items():
-        if not isinstance(model, Factorization):
-            message = f"expected a Factorization, found {type(model).__name__}."
-            raise OptionError(message, argument=argument)
+        check_factorization(model, argument)
     if one.tree != other.tree or one.sizes != other.sizes:
         raise ShapeError(
             "both factorizations need the same tree and sizes.\n"

@@ -8,13 +8,12 @@ from itertools import pairwise
 import torch
 
 from tnreg.errors import OptionError, blame
-from tnreg.factorizations.assembly import assemble, full_weight, product, weights_of
+from tnreg.factorizations.assembly import assemble, check_factorization, full_weight, product, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.trees.reading import Node
 
 
-@blame("node")
 def reroot(model: Factorization, node: Node) -> Factorization:
     """Hang the tree from another interior node: the same tensor, exactly, on the same bonds.
 
@@ -27,11 +26,13 @@ def reroot(model: Factorization, node: Node) -> Factorization:
         OptionError: The node is a leaf.
         SizeError: A full join would not fit into memory.
     """
+    check_factorization(model)
     tree = model.tree
-    target, top = tree.position(node), len(tree.nodes) - 1
+    with blame("node"):
+        target, top = tree.position(node), len(tree.nodes) - 1
     if not tree.links[target]:
         message = f"reroot: {node!r} is a leaf; name an interior node, e.g. {tree.root!r}."
-        raise OptionError(message)
+        raise OptionError(message, argument="node")
     joins, named = model.network.named_joins, weights_of(model, ones=False)
     if target == top:
         return Factorization.from_weights(tree, named, join=joins)
@@ -78,7 +79,7 @@ def diagonal_joins(model: Factorization) -> Factorization:
 
     SizeError if that would not fit into memory.
     """
-    tree, weights = model.tree, weights_of(model)
+    weights, tree = weights_of(model), model.tree
     full = {v: tree.children(v) for v, join in model.network.named_joins.items() if join == "full"}
     wider = {v: w.flatten(0, len(full[v]) - 1) if v in full else w for v, w in weights.items()}
     for node, children in full.items():

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError, TreeError
-from tnreg.factorizations.assembly import assemble, contract_leaves, product, split, spread, weights_of
+from tnreg.factorizations.assembly import (
+    assemble,
+    check_factorization,
+    contract_leaves,
+    product,
+    split,
+    spread,
+    weights_of,
+)
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import as_tensor, check_numbers
 
@@ -45,6 +53,7 @@ def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factoriz
     Returns:
         A factorization of fewer modes, or a 0-dimensional tensor if none is left.
     """
+    check_factorization(model)
     with torch.no_grad():
         return contract_leaves(model, _check_arrays(model, vectors, 1))
 
@@ -54,6 +63,7 @@ def marginal(model: Factorization, modes: int | Iterable[int]) -> Factorization 
 
     Negative modes do not count from the end: TreeError.
     """
+    check_factorization(model)
     summed = list(modes) if isinstance(modes, Iterable) else [modes]
     for mode in summed:
         _check_mode(model, mode)
@@ -108,6 +118,7 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     The tree is the same with its leaves renamed; interior nodes get their usual names. OptionError if
     ``order`` does not hold every mode once.
     """
+    check_factorization(model)
     tree, order = model.tree, list(order)
     if sorted(order) != list(tree.leaves):
         message = f"permute_modes: order must hold each of 0..{tree.order - 1} once, found {order!r}."

@@ -18,10 +18,15 @@ from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 
+def check_factorization(model: Any, argument: str = "model") -> None:
+    """Raise an error for anything but a factorization."""
+    if not isinstance(model, Factorization):
+        raise OptionError(f"expected a Factorization, found {type(model).__name__}.", argument=argument)
+
+
 def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
     """Return detached weights; with ``ones=False`` a root of ones has its weight as well."""
-    if not isinstance(model, Factorization):
-        raise OptionError(f"expected a Factorization, found {type(model).__name__}.", argument="model")
+    check_factorization(model)
     weights = {node: w.detach() for node, w in model.weights.items()}
     if model.network.root_ones and not ones:
         bond = model.network.bonds[model.tree.links[-1][0]]

@@ -7,6 +7,7 @@ own modes back. Its two ways to do so are replaced while a penalty runs, and onl
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -96,6 +97,18 @@ def checkpoints(again: Callable[[Callable[..., Any]], Callable[..., Any]] | None
         yield
     finally:
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, other
+
+
+def uncompiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method run as it was written where it is called from a compiled function."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():  # else torch.compiler.disable would import dynamo, which takes long
+            return torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-any-return]
+        return method(*args, **kwargs)
+
+    return run
 
 
 def logits_of(out: Any, batch: int, output: Callable[[Any], Any] | None = None) -> Tensor:

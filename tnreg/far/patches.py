@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
@@ -227,9 +227,16 @@ def box_mask(box: Tensor, height: int, width: int) -> Tensor:
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
-def as_given(x: Any) -> Any:
-    """Return an array of any kind as a tensor, and all else as it is."""
-    return as_tensor(x) if hasattr(x, "__array__") else x
+def as_given(x: Any, net: Any = None) -> Any:
+    """Return an array of any kind as a tensor, and all else as it is.
+
+    Floating-point arrays, which are no tensors, come in dtype and on the device of the network's weights.
+    """
+    given, x = x, as_tensor(x) if hasattr(x, "__array__") else x
+    if isinstance(net, nn.Module) and x is not given and not isinstance(given, Tensor):
+        weights = (p for p in net.parameters() if p.is_floating_point())
+        x = x.to(next(weights, x)) if x.is_floating_point() else x
+    return x
 
 
 def call_of(thing: Any) -> str:
@@ -241,9 +248,9 @@ def call_of(thing: Any) -> str:
     return f"{type(thing).__name__}({options})"
 
 
-def check_images(x: Any, name: str, least: int = 2, *, floating: bool = True) -> Tensor:
-    """Return the batch if it holds floating-point images of shape ``(B, ..., H, W)``, or raise."""
-    x = as_given(x)
+def check_images(x: Any, name: str, least: int = 2, *, floating: bool = True, net: Any = None) -> Tensor:
+    """Return the batch, see ``as_given``, if it holds floating-point images ``(B, ..., H, W)``, or raise."""
+    x = as_given(x, net)
     if not isinstance(x, Tensor) or x.ndim < 3:
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         message = f"expected images of shape (B, ..., height, width), found {found}."

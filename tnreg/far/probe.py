@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
 from tnreg.far.modes import evaluation, logits_of
-from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, box_mask, check_images
+from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, as_given, box_mask, check_images
 from tnreg.far.regularizers import crossed_values, interaction_energy
 from tnreg.machine.progress import advancing
 from tnreg.ranks.dense import effective_rank
@@ -170,7 +170,7 @@ def locality_profile(
     if where not in ("differing", "anywhere"):
         message = f"locality_profile: where must be 'differing' or 'anywhere', found {where!r}."
         raise OptionError(message, argument="where")
-    images = check_images(_read_images(data), "locality_profile", samples + 1)
+    images = check_images(_read_images(data, net), "locality_profile", samples + 1)
     if not torch.isfinite(images).all():
         raise DataError("locality_profile: images are NaN or infinite somewhere.", argument="data")
     height, width = images.shape[-2:]
@@ -236,16 +236,16 @@ def _check_samples(x: Any, name: str) -> Tensor:
 
 
 @blame("data")
-def _read_images(data: Any) -> Tensor:
-    """Return the images, or as many as needed of those that come in batches."""
+def _read_images(data: Any, net: Any) -> Tensor:
+    """Return the images, or as many as needed of those that come in batches; see ``as_given``."""
     if isinstance(data, Tensor | np.ndarray):
-        return as_tensor(data)
+        return as_tensor(as_given(data, net))
     if not isinstance(data, Iterable):
         expected = "images (N, ..., H, W) or batches of them"
         raise ShapeError(f"locality_profile: data must be {expected}, found {type(data).__name__}.")
     batches: list[Tensor] = []
     for batch in data:
-        batches.append(as_tensor(batch[0] if isinstance(batch, list | tuple) else batch))
+        batches.append(as_tensor(as_given(batch[0] if isinstance(batch, list | tuple) else batch, net)))
         if sum(map(len, batches)) >= _MOST_IMAGES:
             break
     if not batches:

@@ -14,6 +14,7 @@ penalty of the process's part alone.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,12 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.far.input_gradient import input_gradient
-from tnreg.far.modes import evaluation, logits_of
+from tnreg.far.modes import evaluation, logits_of, uncompiled
 from tnreg.far.patches import RandomStream, box_mask, check_images
 from tnreg.far.scheduled import Draw, Net, Scheduled, zero
 from tnreg.machine.processes import Processes, sharded_parts, unwrapped
 from tnreg.tensors.arrays import rescale
+from tnreg.tensors.gradients import differentiating
 
 
 class InputGradientChange(Scheduled):
@@ -107,7 +109,7 @@ class InputGradientChange(Scheduled):
         one forward and one backward pass, unless the network has dropout or frozen normalization layers.
         Other layers are taken to do the same in training mode as in evaluation mode.
         """
-        x = check_images(x, self.name, least=0)
+        x = check_images(x, self.name, least=0, net=net)
         if not (self.statistics == "batch" and torch.is_grad_enabled() and _trains_as_evaluated(net)):
             return net(x.clone()), self.value(net, x, y, drawn)
         outputs: list[Any] = []
@@ -119,6 +121,7 @@ class InputGradientChange(Scheduled):
         value = self.value(net, x, y, drawn, training_pass)
         return outputs[0], value
 
+    @uncompiled
     def value(
         self,
         net: Net,
@@ -246,7 +249,8 @@ class InteractionEnergy(Scheduled):
         net, x, y, drawn, processes = self._prepare(net, x, y, drawn)
         samples = drawn.samples
         images = processes.rows(x, samples)
-        with evaluation(net, self.statistics):
+        errors = differentiating() if torch.is_grad_enabled() else contextlib.nullcontext()
+        with evaluation(net, self.statistics), errors:
             values = _all_crossed_values(net, images, drawn.pair[1], processes, self._logits)
         unknown = nan_of(x, values)
         if values.shape[-1] > 1:  # C logits: the matrix of each drawn sample's class
@@ -261,7 +265,7 @@ class InteractionEnergy(Scheduled):
         self, net: Net, x: Tensor, y: Tensor | None = None, drawn: Draw | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return what the network gives in its training pass, and ``value``."""
-        x = check_images(x, self.name, least=0)
+        x = check_images(x, self.name, least=0, net=net)
         return net(x.clone()), self.value(net, x, y, drawn)
 
     def _streams(self) -> dict[str, Any]:

@@ -80,8 +80,7 @@ class Scheduled(ABC):
     def __call__(self, net: Net, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the weighted penalty of this batch."""
         weight = self.next_weight()
-        x = as_given(x)
-        return weight * self.value(net, x, y) if weight else zero(x)
+        return weight * self.value(net, x, y) if weight else zero(as_given(x))
 
     def next_weight(self) -> float:
         """Count a call and return its weight; 0 where there is no penalty."""
@@ -137,9 +136,9 @@ class Scheduled(ABC):
 
     def _prepare(self, net: Net, x: Any, y: Any, drawn: Draw | None) -> tuple[Any, ...]:
         """Check the arguments of ``value``; return them, the network without its wrapper, its processes."""
-        drawn = self.draw(net, x) if drawn is None else drawn
         inner, processes = unwrapped(net)
-        x, y = check_images(x, self.name, least=0), as_given(y)
+        x, y = check_images(x, self.name, least=0, net=inner), as_given(y)
+        drawn = self.draw(net, x) if drawn is None else drawn
         if processes.count > 1 and x.requires_grad and torch.is_grad_enabled():
             message = "images that require gradients would get those of one process alone; in several "
             message += "processes make what computes them a part of the network, or write x.detach()."
