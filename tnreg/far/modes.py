@@ -105,7 +105,7 @@ def uncompiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():  # else torch.compiler.disable would import dynamo, which takes long
-            return torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-any-return]
+            return torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
         return method(*args, **kwargs)
 
     return run
