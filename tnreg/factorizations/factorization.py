@@ -391,7 +391,7 @@ class Factorization(NetworkModule):
 
     def _carry_out(self, chosen: Plan) -> Tensor:
         # under fully_shard by a call, which gathers weights and lets processes exchange gradients
-        return self(chosen) if hasattr(self, "reshard") else self._contract(chosen)
+        return self(chosen) if hasattr(type(self), "reshard") else self._contract(chosen)
 
     def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
         stacks = list(self.stacks)

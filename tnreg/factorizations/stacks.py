@@ -79,9 +79,11 @@ class Stacks(nn.ParameterList):
     """
 
     def __getitem__(self, k: Any) -> Any:
-        for hook in self._forward_pre_hooks.values():  # of pruning, for a forward pass that a list has not
-            hook(self, ())
-        stack = super().__getitem__(k)
+        stack = self._parameters.get(str(k))
+        if stack is None:
+            for hook in self._forward_pre_hooks.values():  # of pruning: a list has no forward pass
+                hook(self, ())
+            stack = super().__getitem__(k)
         return gather(stack)
 
     def _is_plain(self, k: int) -> bool:

@@ -147,20 +147,24 @@ def _mean_growth(norm: Tensor, count: int) -> float:
     return count / 2 * math.log2(1 + size * size / count)
 
 
+# Sums of squares between these have lost nothing that shows.
+_PLAIN_SQUARES = {torch.float32: (1e-24, 1e30), torch.float64: (1e-280, 1e300)}
+
+
 def column_norms(matrix: Tensor) -> Tensor:
     """Norms of the columns, safe at scales whose squares leave the range of the dtype."""
     if matrix.is_complex():  # (n, R) -> (n, R, 2) -> (2n, R)
         matrix = torch.view_as_real(matrix.resolve_conj()).mT.flatten(0, 1)
     # not linalg.vector_norm, which takes ten times as long along columns
+    if matrix.device.type == "cpu" and matrix.dtype in _PLAIN_SQUARES:  # where numbers can be read
+        squares = matrix.square().sum(0, dtype=torch.float64)
+        low, high = torch.aminmax(squares.detach())
+        least, most = _PLAIN_SQUARES[matrix.dtype]
+        if least < low.item() and high.item() < most:
+            return squares.sqrt().to(matrix.dtype)
     scale: Tensor | float = 1.0
-    if matrix.dtype == torch.float32:
-        squares = None
-        if matrix.device.type == "cpu":  # a copy in doubles is slow here; most often floats will do
-            squares = matrix.square().sum(0, dtype=torch.float64)
-            if not bool(((squares > 1e-24) & (squares < 1e30)).all()):
-                squares = None
-        if squares is None:  # squares of floats fit into doubles
-            squares = matrix.double().square().sum(0)
+    if matrix.dtype == torch.float32:  # squares of floats fit into doubles
+        squares = matrix.double().square().sum(0)
     else:
         scale = torch.exp2(power_below(matrix.detach().abs().amax(0)))
         squares = (matrix / scale).double().square().sum(0)
@@ -171,6 +175,13 @@ def column_norms(matrix: Tensor) -> Tensor:
 
 def product_of_rows(norms: Tensor) -> Tensor:
     """Product along the first axis; it leaves the range of the dtype only if the result does."""
+    if (
+        norms.device.type == "cpu"
+    ):  # where numbers can be read: most often no product can leave that of doubles
+        low, high = torch.aminmax(norms.detach())
+        most = 2.0 ** (1000 / len(norms))
+        if 1 / most < low.item() and high.item() < most:
+            return norms.prod(0, dtype=torch.float64).to(norms.dtype)
     log2 = power_below(norms.detach())
     product = Scaled(double(norms / torch.exp2(log2)).prod(0), double(log2).sum(0))
     return product.value().to(norms.dtype)

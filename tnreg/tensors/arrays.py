@@ -45,8 +45,12 @@ def rescale(x: Tensor, dim: int | tuple[int, ...]) -> Scaled:
 
 def power_below(size: Tensor) -> Tensor:
     """Exponents of the powers of two below these magnitudes, 0 for zeros, within what can be inverted."""
+    return _power_below(size + (size == 0))
+
+
+def _power_below(size: Tensor) -> Tensor:
     reach = _reach(size.dtype)
-    return (size + (size == 0)).log2().floor().clamp(-reach, reach)
+    return size.log2().floor().clamp(-reach, reach)
 
 
 def _reach(dtype: torch.dtype) -> float:
@@ -56,6 +60,8 @@ def _reach(dtype: torch.dtype) -> float:
 
 def powers_below(sizes: Tensor) -> Tensor:
     """Return ``power_below``, but of zeros the lowest along the last axis: they set no common scale."""
+    if sizes.device.type == "cpu" and bool(sizes.all()):  # as most often, and cheaper to ask than to mend
+        return _power_below(sizes)
     log2, dead = power_below(sizes), sizes == 0
     lowest = torch.where(dead, math.inf, log2).amin(-1, keepdim=True)
     return torch.where(dead, torch.where(lowest.isinf(), 0, lowest), log2)
