@@ -30,7 +30,7 @@ def test_completion(tmp_path):
     assert summary["observed entries"] == 1440 and summary["unseen entries"] == 3360
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert completion.Config(**about["config"]) == completion.tiny
-    assert set(about) == {"tnreg", "torch", "python", "experiment", "config", "summary"}
+    assert set(about) == {"tnreg", "torch", "python", "experiment", "config", "summary", "crc32"}
     run = Trajectory.load(tmp_path / "run" / "trajectory.npz")
     assert run.names == ("loss", "test error", "unbalancedness", "components")
     (tmp_path / "run" / "training.png").unlink()

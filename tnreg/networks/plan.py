@@ -454,6 +454,8 @@ def _whole(network: Network, batch: int | None, search: str = "dp") -> Einsum | 
     similar = batch and (TYPICAL if len(terms) > _LARGE else rounded(batch))
     alike = _equation(network, similar)[1]
     found = [along(equation, shapes, find_path(equation, alike, how)) for how in searches]
+    if any(len(step.split("->")[1]) > MOST_AXES for call in found for _, step, _ in call.steps):
+        return None  # axes of size 1, which cost nothing
     return found[-1] if search == "smallest" else min(found, key=lambda call: call.cost.flops)
 
 

@@ -110,7 +110,7 @@ class Growth:
 
     def may_show(self, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor], result: Tensor) -> bool:
         """Tell whether a result may show what left the range: above it, it is NaN or infinite. Reads."""
-        norm: float = torch.linalg.vector_norm(result.detach()).tolist()
+        norm: float = torch.linalg.vector_norm(result.detach().reshape(-1)).tolist()
         if not norm < math.inf:  # squares may overflow where the result does not
             norm = largest_of(result.detach()).tolist()  # type: ignore[assignment]
         if not norm < math.inf:
