@@ -190,7 +190,7 @@ def custom_tree():
     {"observe": {"a\0b": lambda m: 1.0, "a": lambda m: 2.0}},
     {"observe": {"\ud800": lambda m: {np.int64(3): 1.0, (np.int8(1),): 2}}},
     {"observe": {"parts": lambda m: m.local_components()}},
-    {"scheduler": lambda p: torch.optim.lr_scheduler.MultiStepLR(p, [2, 12], np.float64(0.3))},
+    {"scheduler": lambda p: torch.optim.lr_scheduler.MultiStepLR(p, np.array([2, 12]), np.float32(0.3))},
 ], ids=lambda options: next(iter(options)))  # fmt: skip
 def test_what_is_written_is_read(tmp_path, options):
     """The training ends in the same bits, whatever its numbers, names and keys are made of."""

@@ -77,9 +77,10 @@ def test_folder_written_whole(tmp_path):
         assert kind is not FileError or f"cannot write {target}: No s" in str(raised.value)
         assert os.listdir(target) == ["config.json"] and os.listdir(tmp_path) == ["run"]
     (target / "picture.png").touch()
-    with run_folder(target) as partial:
+    (link := tmp_path / "link").symlink_to(target)
+    with run_folder(link) as partial:
         (partial / "new").write_text("x")
-    assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["run"]
+    assert os.listdir(target) == ["new"] and {*os.listdir(tmp_path)} == {"link", "run"} and link.is_symlink()
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):

@@ -165,6 +165,8 @@ def test_matlab(version, tmp_path):
     arrays = {"x": ARRAY, "z": ARRAY * 1j + 1, "name": np.array([[65, 66]], dtype=np.uint16)}
     if version == "5":
         savemat(tmp_path / "a.mat", {**arrays, "name": "AB", "cell": {"inside": 1.0}})
+        savemat(tmp_path / "packed.mat", {"x": np.arange(6).reshape(2, 3)}, format="4")  # doubles, as int64
+        assert load_tensor(tmp_path / "packed.mat").values.tolist() == [[0.0, 1, 2], [3, 4, 5]]
     else:
         write_mat73(tmp_path / "a.mat", **arrays)
     for name in "xz":
@@ -289,15 +291,17 @@ LINKS = {
 }
 
 
+@pytest.mark.parametrize("array", ["x", "g/x"])
 @pytest.mark.parametrize("name", LINKS)
-def test_links(name, tmp_path):
+def test_links(name, array, tmp_path):
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as file:
-        file["g/x"] = ARRAY
+        file.create_group("g")
+        file[array] = ARRAY
         LINKS[name](file)
-    for text in (f"{path}:g/x", str(path)):
+    for text in (f"{path}:{array}", str(path)):
         assert np.array_equal(open_tensor(text).compute(), ARRAY)
-    with pytest.raises(FileError, match="no array 'dead' .*; arrays there: g/x\n"):
+    with pytest.raises(FileError, match=f"no array 'dead' .*; arrays there: {array}\n"):
         open_tensor(f"{path}:dead")
 
 

@@ -101,6 +101,12 @@ def test_refuses_what_is_no_number(value):
     assert len(run) == 0
 
 
+def test_what_is_behind_a_mask_is_no_number():
+    run = Trajectory()
+    run.append(0, {"x": np.ma.array([1, 999], mask=[False, True]), "y": {"z": np.ma.masked}})
+    assert run["x"][0, 0] == 1 and np.isnan([run["x"][0, 1], run["y"]["z"][0]]).all()
+
+
 def test_refuses_changed_forms():
     run = example()
     good = {"loss": 1.0, "vector": torch.zeros(3), "parts": {(0, 1): torch.ones(2), "top": 1}}

@@ -226,7 +226,7 @@ def conservation_drift(before: Mapping[Node, Tensor], after: Mapping[Node, Tenso
 
     ``before`` and ``after`` are ``model.component_norms()`` at these times.
     """
-    changes = [after[node].square() - before[node].square() for node in before]
+    changes = [as_tensor(after[node]).square() - as_tensor(before[node]).square() for node in before]
     if not changes:
         message = "conservation_drift: no diagonal joins, so nothing to conserve."
         raise OptionError(message, argument="before")

@@ -16,7 +16,7 @@ import numpy as np
 
 from tnreg.errors import OptionError, ShapeError
 from tnreg.machine.files import write_whole
-from tnreg.training.trajectory import Trajectory
+from tnreg.training.trajectory import Trajectory, as_array
 from tnreg.trees.drawing import draw_tree, node_spots, node_text, picture_format, plain_label
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -69,7 +69,7 @@ def spectra(data: Mapping[Node, Any], ax: Axes | None = None, *, floor: float = 
     ax = _axes(ax, "index of the singular value", "relative to the largest")
     shown = []
     for values in data.values():
-        s = _array(values)
+        s = as_array(values)
         s = s / s[0] if len(s) and s[0] > 0 else s
         shown.append(s[s > floor])
     for k, (node, s) in enumerate(zip(data, shown, strict=True)):
@@ -106,7 +106,7 @@ def decomposition(
     spectra(data, left)
     edges: dict[Node, str] = {}
     for node, rank in model.network.named_bonds.items():
-        s = _array(data[node]).astype(float)
+        s = as_array(data[node]).astype(float)
         largest, share = s.max(initial=0.0), 0.0
         if largest > 0:
             share = float(np.linalg.norm(s[rank:] / largest) / np.linalg.norm(s / largest))
@@ -133,7 +133,7 @@ def trajectory(
         for key, values in parts.items():
             for line in ax.plot(data.steps, values.reshape(len(values), -1), lw=1.2)[:1]:
                 line.set_label(plain_label(f"{name} {node_text(key)}" if parts is recorded else name))
-    if log and any((_array(line.get_ydata()) > 0).any() for line in ax.lines):
+    if log and any((as_array(line.get_ydata()) > 0).any() for line in ax.lines):
         ax.set_yscale("log")
     if len(ax.get_legend_handles_labels()[0]) <= 12:
         ax.legend(fontsize=7)
@@ -229,7 +229,7 @@ def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None
     for v in (node, *children):
         left.scatter(*spots[v], s=160, facecolors="none", edgecolors="C3", lw=1.8, zorder=3)
     left.set_title(plain_label(f"local component ({node_text(node)}, {r})"), fontsize=10)
-    weights = {v: _array(w.abs().float()) for v, w in data.weights.items()}
+    weights = {v: as_array(w.abs().float()) for v, w in data.weights.items()}
     x, tallest = 0, 0
     for v in [*children, *([node] if node in weights else [])]:
         own, w = v == node, weights[v]
@@ -265,9 +265,9 @@ def rates(data: Any, ax: Axes | None = None, *, predicted: Any = None, steps: An
     Raises:
         ShapeError: Rates without rows and components, or shapes that differ.
     """
-    measured = _array(data).astype(float)
-    theory = measured if predicted is None else _array(predicted).astype(float)
-    steps = np.arange(measured.shape[0] if measured.ndim else 0) if steps is None else _array(steps)
+    measured = as_array(data).astype(float)
+    theory = measured if predicted is None else as_array(predicted).astype(float)
+    steps = np.arange(measured.shape[0] if measured.ndim else 0) if steps is None else as_array(steps)
     if measured.ndim != 2 or theory.shape != measured.shape or steps.shape != measured.shape[:1]:
         found = f"{measured.shape}, {theory.shape} predicted, steps {steps.shape}"
         raise ShapeError(f"plots.rates: rates are (rows, components), found {found}.", argument="data")
@@ -365,7 +365,3 @@ def _new_axes(count: int, size: tuple[float, float] | None = None) -> list[Axes]
 
     drawn = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)[1]
     return list(drawn[0])
-
-
-def _array(values: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)

@@ -14,8 +14,7 @@ from tnreg.errors import FileError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import seal, unseal
 from tnreg.machine.versions import versions
-from tnreg.training.checkpoint import plain
-from tnreg.training.trajectory import Trajectory
+from tnreg.training.trajectory import Trajectory, plain
 
 Settings = TypeVar("Settings")
 

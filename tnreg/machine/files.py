@@ -238,7 +238,7 @@ def _names(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     try:
         with contextlib.suppress(OSError):
             os.stat(name)
+        target = Path(os.path.realpath(name))  # a link stays one
+        return target, target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
     except ValueError as error:
         raise FileError(f"cannot write {name!r}: no file can have that name, {error}") from None
-    target = Path(os.path.abspath(name))
-    return target, target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")

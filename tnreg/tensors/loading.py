@@ -195,7 +195,7 @@ class _Stored:
 
 def _arrays_in(group: Any, kind: Any) -> list[str]:
     """List the arrays of a file by their path, those of a group that links lead to again once."""
-    names, seen, waiting = list[str](), set[Any](), [(group, "")]
+    names, seen, waiting = list[str](), {getattr(group, "id", "")}, [(group, "")]
     while waiting:
         group, before = waiting.pop()
         for name in group:
@@ -264,16 +264,19 @@ def _read_mat(path: Path, key: str) -> Named:
 
     try:
         with path.open("rb") as raw:
-            arrays = {
-                name: array.toarray() if hasattr(array, "toarray") else array
-                for name, array in loadmat(raw).items()
-            }
+            arrays = loadmat(raw)
+            numbers = [name for name, array in arrays.items() if _kind(array) in "fciub"]
+            name = _choose(path, key, numbers)
+            if _kind(arrays[name]) in "iu":  # perhaps doubles, packed; this would lose imaginary parts
+                arrays = loadmat(raw, mat_dtype=True, variable_names=[name])
     except NotImplementedError:  # version 7.3
         return _read_mat73(path, key), ()
-    numbers = [
-        name for name, array in arrays.items() if getattr(array, "dtype", np.dtype(object)).kind in "fciub"
-    ]
-    return arrays[_choose(path, key, numbers)], ()
+    array = arrays[name]
+    return array.toarray() if hasattr(array, "toarray") else array, ()
+
+
+def _kind(array: Any) -> str:
+    return str(getattr(array, "dtype", np.dtype(object)).kind)
 
 
 def _read_mat73(path: Path, key: str) -> np.ndarray[Any, Any]:
@@ -282,9 +285,8 @@ def _read_mat73(path: Path, key: str) -> np.ndarray[Any, Any]:
 
     with h5py.File(path, "r") as file:
         names = [name for name in _arrays_in(file, h5py.Dataset) if not name.startswith("#")]
-        array = file[_choose(path, key, [n for n in names if file[n].attrs.get("MATLAB_class") != b"char"])][
-            ()
-        ]
+        numbers = [n for n in names if file[n].attrs.get("MATLAB_class") != b"char"]
+        array = file[_choose(path, key, numbers)][()]
     if array.dtype.names:
         array = array["real"] + 1j * array["imag"]
     return np.asarray(array.T)

@@ -70,7 +70,9 @@ def entries_of(table: Any) -> Entries:
     codes, sizes = zip(*(_numbered(frame[name]) for name in frame), strict=True)
     twice = frame.duplicated().to_numpy().nonzero()[0]
     if len(twice):
-        raise DataError(f"an entry is there twice: {dict(frame.iloc[twice[0]])}, again in row {twice[0]}.")
+        raise DataError(
+            f"an entry is there twice: {frame.iloc[twice[0]].to_dict()}, again in row {twice[0]}."
+        )
     values = values if values.is_floating_point() or values.is_complex() else values.double()
     return Entries(torch.stack(codes, 1), values, sizes, tuple(map(str, frame)))
 

@@ -24,7 +24,7 @@ from tnreg.errors import FileError, OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import write_whole
 from tnreg.training.tasks import Completion, Sensing
-from tnreg.training.trajectory import Trajectory, key_text
+from tnreg.training.trajectory import Trajectory, key_text, plain
 
 _FORMAT = "tnreg.checkpoint/2"
 
@@ -63,15 +63,6 @@ def read_state_bytes(data: bytes) -> dict[str, Any]:
             raise ValueError(f"damaged: {name} is not what was written")
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
-
-
-def plain(value: Any) -> Any:
-    """Return numbers of numpy inside dicts, lists and tuples as Python's: files hold no others."""
-    if type(value) is dict:
-        return {plain(key): plain(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def for_json(value: Any) -> Any:

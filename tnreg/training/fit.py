@@ -20,7 +20,7 @@ from tnreg.machine.progress import shown_progress
 from tnreg.training.checkpoint import Checkpoint, describe_model, describe_task
 from tnreg.training.cuda_graph import CapturedStep
 from tnreg.training.optim import GroupRMSprop
-from tnreg.training.trajectory import Trajectory
+from tnreg.training.trajectory import Trajectory, plain
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "group-rmsprop": GroupRMSprop,
@@ -102,6 +102,8 @@ def fit(
     watched = _check_functions(model, observe, stop=stop, each_step=each_step)
     update = _make_optimizer(optimizer, model, lr)
     schedule = _make_scheduler(scheduler, update)
+    for group in update.param_groups:  # numpy's numbers compute in their own precision until they are saved
+        group.update(plain(group))
     if graph and not (schedule is None and each_step is None):
         message = "fit: graph=True repeats a step as recorded; leave out scheduler and each_step."
         raise OptionError(message, argument="graph")
@@ -296,6 +298,8 @@ def _make_scheduler(chosen: Any, update: torch.optim.Optimizer) -> Any:
     if getattr(made, "optimizer", update) is not update:
         message = "fit: the scheduler is of another optimizer; give scheduler=lambda optimizer: ..."
         raise OptionError(message, argument="scheduler")
+    if made is not None:
+        made.load_state_dict(plain(made.state_dict()))
     return made
 
 

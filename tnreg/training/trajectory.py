@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -206,16 +207,13 @@ class Trajectory(Mapping[str, Any]):
 
 def _freeze(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {_plain(key): _freeze_array(f"{name}[{key!r}]", part) for key, part in value.items()}
+        return {plain(key): _freeze_array(f"{name}[{key!r}]", part) for key, part in value.items()}
     return _freeze_array(name, value)
 
 
 def _freeze_array(name: str, value: Any) -> Array:
-    if hasattr(value, "detach"):  # a tensor; pictures of a trajectory need no torch
-        value = value.detach().resolve_conj().resolve_neg().cpu()
-        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
     try:
-        array = np.array(value)  # a copy: on the CPU the value goes on changing with the weights
+        array = as_array(value).copy()  # on the CPU the value goes on changing with the weights
     except ValueError:
         array = np.array(None)
     if array.dtype.kind not in "biufcU":
@@ -223,6 +221,16 @@ def _freeze_array(name: str, value: Any) -> Array:
         hint = "return a number, a tensor, or a dict of them"
         raise DataError(f"{message}\n  {hint}", argument="values")
     return array
+
+
+def as_array(values: Any) -> Array:
+    """Return numbers of torch, numpy and others as an array, what is behind a mask as NaN."""
+    if hasattr(values, "detach"):  # a tensor; pictures of a trajectory need no torch
+        values = values.detach().resolve_conj().resolve_neg().cpu()
+        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.ma.filled(values.astype(np.result_type(values, np.float16)), np.nan)
+    return np.asarray(values)
 
 
 def _form(value: Any) -> Any:
@@ -240,11 +248,13 @@ def key_text(key: Any) -> str:
     return repr(key)
 
 
-def _plain(key: Any) -> Any:
-    """Return numbers of numpy in a key as Python's, which are equal to them and can be read again."""
-    if type(key) is tuple:
-        return tuple(map(_plain, key))
-    return key.item() if isinstance(key, np.generic) else key
+def plain(value: Any) -> Any:
+    """Return numbers of numpy inside dicts, lists and tuples as Python's: files hold no others."""
+    if type(value) in (dict, Counter):
+        return type(value)({plain(key): plain(part) for key, part in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _read_key(text: str) -> Any:

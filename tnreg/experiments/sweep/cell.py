@@ -27,7 +27,8 @@ from filelock import FileLock
 from tnreg.errors import FileError, OptionError, TnregError, blame
 from tnreg.experiments.folder import read_about, reading, write_about
 from tnreg.machine.files import check_folder, folder_written_whole
-from tnreg.training.checkpoint import for_json, plain
+from tnreg.training.checkpoint import for_json
+from tnreg.training.trajectory import plain
 
 Work = Callable[[dict[str, Any], Path, Path], dict[str, Any]]
 """``work(settings, folder, checkpoint)``: writes into an empty folder, returns results for JSON."""
