@@ -94,6 +94,7 @@ def test_network_by_import_path(monkeypatch):
     assert isinstance(nets.build("someones:bare", 1), torch.nn.Flatten)
     for name, channels, options, message in (
         ("someones:colour", 1, {"dropout": 0.5}, "has no keyword 'dropout'"),
+        ("torch.nn:Linear", 1, {}, "missing a required argument: 'in_features'"),
         ("someones:number", 1, {}, "gave a int, not an nn.Module"),
         ("someones:colour", 2, {}, "takes 3 channels, the images have 2"),
         *((n, 1, {}, f"no network '{n}'") for n in ("nothing", "someones:none", "no_one:net", ":x")),

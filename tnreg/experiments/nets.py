@@ -107,10 +107,12 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
     convolution takes more channels, gray images are repeated.
 
     Raises:
-        OptionError: Nothing importable of that name, no network, or dropout that it does not know.
+        OptionError: Nothing importable of that name, no network, an argument that only you know, or dropout
+            that it does not know.
     """
     make = BUILT_IN.get(name) or _import(name)
-    known = inspect.signature(make).parameters.values()
+    signature = inspect.signature(make)
+    known = signature.parameters.values()
     names = {p.name for p in known if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if any(p.kind == p.VAR_KEYWORD for p in known):
         names |= {"num_classes"}  # torchvision's builders pass it on
@@ -120,7 +122,13 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
             "  wrap it in a function of your own that takes dropout=, and name that"
         )
     options = {"in_channels": in_channels, "num_classes": num_classes, "dropout": dropout}
-    net = make(**{key: value for key, value in options.items() if key in names})
+    chosen = {key: value for key, value in options.items() if key in names}
+    try:
+        signature.bind(**chosen)
+    except TypeError as error:
+        message = f"{name}: {error}.\n  wrap it in a function of your own without that argument, and name that"
+        raise OptionError(message) from None
+    net = make(**chosen)
     if not isinstance(net, nn.Module):
         raise OptionError(f"{name} gave a {type(net).__name__}, not an nn.Module.")
     first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
