@@ -126,7 +126,9 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
     try:
         signature.bind(**chosen)
     except TypeError as error:
-        message = f"{name}: {error}.\n  wrap it in a function of your own without that argument, and name that"
+        message = (
+            f"{name}: {error}.\n  wrap it in a function of your own without that argument, and name that"
+        )
         raise OptionError(message) from None
     net = make(**chosen)
     if not isinstance(net, nn.Module):

@@ -71,12 +71,13 @@ class InputGradientChange(Scheduled):
             gradients; a network under ``fully_shard``, whose weights are gone before they are
             differentiated again (``InteractionEnergy`` takes it).
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
-        DataError: Classes out of range; a network made under ``torch.inference_mode``.
+        DataError: Classes out of range; a network made under ``torch.inference_mode``; masked images or labels.
 
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
     takes some 4 times that without. With frozen statistics only the samples that the swap changes are
-    evaluated. A compiled network is run uncompiled, as compiled graphs have no second derivative. Nothing
-    is checkpointed.
+    evaluated. Compiled networks run uncompiled, also inside a compiled training step, as compiled graphs
+    have no second derivative. Nothing is checkpointed. Images that are arrays of numpy are read in the
+    precision of the network, also by ``InteractionEnergy`` and ``locality_profile``.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
