@@ -126,10 +126,8 @@ def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float =
     try:
         signature.bind(**chosen)
     except TypeError as error:
-        message = (
-            f"{name}: {error}.\n  wrap it in a function of your own without that argument, and name that"
-        )
-        raise OptionError(message) from None
+        advice = "wrap it in a function of your own without that argument, and name that"
+        raise OptionError(f"{name}: {error}.\n  {advice}") from None
     net = make(**chosen)
     if not isinstance(net, nn.Module):
         raise OptionError(f"{name} gave a {type(net).__name__}, not an nn.Module.")

@@ -71,7 +71,7 @@ class InputGradientChange(Scheduled):
             gradients; a network under ``fully_shard``, whose weights are gone before they are
             differentiated again (``InteractionEnergy`` takes it).
         ShapeError: A batch of one, a box outside the image, logits or classes of another shape.
-        DataError: Classes out of range; a network made under ``torch.inference_mode``; masked images or labels.
+        DataError: Classes out of range; masked images or labels; a network made under inference mode.
 
     Cost: two forward passes, two gradients of the input, and their derivative: a training step with it
     takes some 4 times that without. With frozen statistics only the samples that the swap changes are
