@@ -63,6 +63,7 @@ SETTINGS = {
     "rtol": lambda c: torch.tensor(list(tnreg.hierarchical_rank(X, TREE, rtol=c(0.25)).values())),
     "rtol of truncate": lambda c: tnreg.truncate(MODEL, rtol=c(0.25)).to_tensor(),
     "ranks": lambda c: Factorization(TREE, 4, c(2), generator=seeded(0, "s")).stacks[0],
+    "share": lambda c: tnreg.completion(X, c(0.5)).values,
     "completion": lambda c: tnreg.completion(X, 0.5, seed=c(3)).values,
     "sensing": lambda c: tnreg.sensing(X, 5, seed=c(3)).values,
     "randomized": lambda c: tnreg.decompose(X, TREE, ranks=2, randomized=True, seed=c(3)).to_tensor(),

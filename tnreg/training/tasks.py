@@ -13,7 +13,7 @@ import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor, nn
 
-from tnreg.errors import DataError, OptionError, ShapeError, check_integer
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.networks.einsum import einsum
 from tnreg.networks.network import Network, check_sizes
@@ -278,9 +278,9 @@ def _check_target(target: Any, who: str, *, may_miss: bool = False) -> Tensor:
 
 
 def _count_samples(samples: int | float | None, known: int) -> int:
-    if isinstance(samples, float | np.floating) and 0 < samples < 1:
-        return max(1, round(float(samples) * known))
     with suppress(OptionError):
+        if 0 < (share := check_number(samples, "samples")) < 1:
+            return max(1, round(share * known))
         if (count := check_integer(samples, 1, "samples")) <= known:
             return count
     allowed = f"an integer from 1 to {known} (the known entries) or a share in (0, 1)"
