@@ -37,7 +37,10 @@ def balance_(model: Factorization, *, rtol: float | None = None, sweeps: int = 1
     if "diagonal" not in net.joins:
         message = "balance_ needs a diagonal join; this factorization has full joins only."
         raise OptionError(message, argument="model")
-    rtol = max(1e-12, torch.finfo(model.dtype).eps) if rtol is None else rtol
+    rtol = (
+        max(1e-12, torch.finfo(model.dtype).eps) if rtol is None else check_number(rtol, "balance_: rtol", 0)
+    )
+    sweeps = check_integer(sweeps, 1, "balance_: sweeps")
     wide = torch.complex128 if model.dtype.is_complex else torch.float64
     must_fit("balance_: copies of the weights", [s.shape for s in model.stacks], wide, model.device, copies=2)
     weights = [w.to(wide, copy=True) for w in model.weights.values()]

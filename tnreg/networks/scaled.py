@@ -36,7 +36,6 @@ def absorb(weight: Tensor, logs: Sequence[Tensor | None]) -> Scaled:
     Returns:
         The weight with columns of largest magnitude about 1 (or 0), and their logarithms ``(R,)``.
     """
-    must_fit("a weight: its scaled copies", [weight.shape], weight.dtype, weight.device, copies=3)
     total = torch.zeros((), dtype=weight.real.dtype, device=weight.device)
     for axis, log2 in enumerate(logs):
         if log2 is not None:
@@ -210,30 +209,34 @@ def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tenso
         diagonal = [network.joins[i] == "diagonal" for network in networks]
         if all(diagonal):
             children = [_product(children)]
-        operands, logs, words = [child.x for child in children], [], []
         symbols = [
             # a diagonal join has one index below it; at a leaf both networks meet in the mode
             [get_symbol(2 + (side if below else 0) + (0 if diagonal[side] else 2 * k))
              for k in range(max(len(children), 1))]
             for side in range(2)
         ]  # fmt: skip
+        pair = []
         for side in range(2):
             if i == len(weights[side]):  # a root of ones
-                weight = children[0].x.new_ones(children[0].x.shape[side], 1)
+                pair.append(children[0].x.new_ones(children[0].x.shape[side], 1))
             else:
-                weight = weights[side][i]
-                weight = weight.unsqueeze(-1) if i == len(links) - 1 else weight
-            inside = [child[1 + side] for child in children]
-            inside = [torch.stack(inside).sum(0)] if diagonal[side] else inside
+                pair.append(weights[side][i].unsqueeze(-1) if i == len(links) - 1 else weights[side][i])
+        words = ["".join(dict.fromkeys(symbols[side])) + get_symbol(side) for side in range(2)]
+        inner = [one + other for one, other in zip(*symbols, strict=True)] if below else []
+        equation = f"{','.join([*inner, *words])}->{get_symbol(0)}{get_symbol(1)}"
+        operands, logs = [child.x for child in children], []
+        call = einsum(equation, *(tuple(x.shape) for x in (*operands, *pair)))
+        shapes = [pair[0].shape, pair[1].shape, (call.cost.peak,)]
+        must_fit("an inner product", shapes, pair[0].dtype, pair[0].device, "take smaller ranks", copies=3)
+        for side, weight in enumerate(pair):
+            below_it = [child[1 + side] for child in children]
+            below_it = [torch.stack(below_it).sum(0)] if diagonal[side] else below_it
             # in a norm both sides of a leaf are the same
             if side == 0 or below or weights[0] is not weights[1]:
-                scaled, log2 = absorb(weight, inside)
+                scaled, log2 = absorb(weight, below_it)
             operands.append(scaled if side else scaled.conj())
             logs.append(log2)
-            words.append("".join(dict.fromkeys(symbols[side])) + get_symbol(side))
-        pairs = [one + other for one, other in zip(*symbols, strict=True)] if below else []
-        equation = f"{','.join([*pairs, *words])}->{get_symbol(0)}{get_symbol(1)}"
-        gram = _equilibrate(einsum(equation, *(tuple(o.shape) for o in operands))(operands))
+        gram = _equilibrate(call(operands))
         grams.append(_Gram(gram.x, logs[0] + gram.rows, logs[1] + gram.columns))
     gram = grams[-1]
     return Scaled(gram.x[0, 0], gram.rows[0] + gram.columns[0])
