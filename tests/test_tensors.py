@@ -184,7 +184,8 @@ def test_netcdf(engine, tmp_path, capsys):
     field.to_netcdf(tmp_path / "a.nc", engine=engine, encoding={"t": {"_FillValue": -999.0}})
     found = load_tensor(tmp_path / "a.nc")
     assert np.array_equal(found.values, gaps, equal_nan=True) and found.missing == 1
-    assert found.modes == ("lat", "lon", "time")
+    assert found.modes == load_tensor(field).modes == ("lat", "lon", "time")
+    assert np.array_equal(load_tensor(field).values, gaps, equal_nan=True) and load_tensor(field).name == "t"
     main(["rank", str(tmp_path / "a.nc"), "--missing", "nan", "--png", str(tmp_path / "ranks.png")])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("0 lat", "1 lon", "2 time"))
@@ -199,6 +200,12 @@ def long_form(**kinds):
     rows, columns, times = (part.ravel() for part in np.indices(ARRAY.shape))
     table = pd.DataFrame({"user": rows, "item": columns, "time": times, "value": ARRAY.ravel()})
     return table.astype(kinds).iloc[1:].sample(frac=1, random_state=0)
+
+
+def test_tables_are_tensors():
+    found = load_tensor(long_form())
+    assert found.missing == 1 and found.modes == ("user", "item", "time")
+    assert np.array_equal(found.values.flatten()[1:], ARRAY.flatten()[1:])
 
 
 LABELS = {

@@ -54,15 +54,16 @@ _LOADERS = {  # functions of tensorly.datasets, and what the modes are
 }
 
 
-def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
-    """Read a real tensor by name, or a file.
+def load_tensor(source: Any) -> DenseTensor:
+    """Read a real tensor by name, from a file, or from an object of xarray or pandas.
 
     Args:
         source: One of ``DATASETS``, or the path of a ``.npy``, ``.npz``, ``.safetensors``, ``.pt``,
             ``.mat`` (MATLAB 5 and 7.3), ``.nc`` (NetCDF), ``.csv`` or ``.parquet`` file. A file with several
             arrays needs the name of one after a colon, ``"run.npz:target"``. Tables are in long form, with
             the columns of the index and ``value``, see ``tensors.tables``. Data sets and the formats from
-            ``.mat`` on need the extra ``tnreg[data]``. Nothing in a file is executed.
+            ``.mat`` on need the extra ``tnreg[data]``. Nothing in a file is executed. Or an
+            ``xarray.DataArray``, or a table of pandas in long form.
 
     Returns:
         The tensor, its entries that were not measured NaN, in the dtype of the file (values of a table in
@@ -74,6 +75,13 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
         SizeError: The dense tensor of a table would not fit into memory.
         OptionError: The extra is not installed.
     """
+    if is_table(source):
+        entries = entries_of(source)
+        return _tensor_of("table", "pandas", entries.dense(), entries.modes)
+    if hasattr(source, "dims"):
+        return _tensor_of(
+            str(source.name or "array"), "xarray", source.to_numpy(), tuple(map(str, source.dims))
+        )
     text = os.fspath(source)
     if text in DATASETS:
         return _load_dataset(text)
@@ -91,14 +99,19 @@ def load_tensor(source: str | os.PathLike[str]) -> DenseTensor:
     with _reading(path, "file of numbers", "data"):
         array, modes = _READERS[path.suffix](path, key)
         values = as_tensor(array)
+    return _tensor_of(path.stem, str(path), values, modes)
+
+
+def _tensor_of(name: str, source: str, array: Any, modes: tuple[str, ...]) -> DenseTensor:
+    values = as_tensor(array)
     if not (values.is_floating_point() or values.is_complex()):
         raise DataError(
-            f"{path} has dtype {values.dtype}; real or complex numbers are needed.\n"
+            f"{source} has dtype {values.dtype}; real or complex numbers are needed.\n"
             "  convert it first, e.g. numpy.save(path, array.astype(float))"
         )
     if not values.numel():
-        raise DataError(f"{path} holds an empty tensor of shape {tuple(values.shape)}.")
-    return DenseTensor(path.stem, values, modes or tuple(f"mode {n}" for n in range(values.ndim)), str(path))
+        raise DataError(f"{source} holds an empty tensor of shape {tuple(values.shape)}.")
+    return DenseTensor(name, values, modes or tuple(f"mode {n}" for n in range(values.ndim)), source)
 
 
 def is_large_file(source: str | os.PathLike[str]) -> bool:
