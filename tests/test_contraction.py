@@ -343,6 +343,23 @@ def test_unbalanced_weights(kind, join, dtype):
     assert torch.allclose(part.to_tensor()[tuple(index[0, -3:])].real.double(), wanted[0], 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["binary", "caterpillar"])
+def test_unbalanced_weights_in_half_precision(kind):
+    """Sums of exponents have more digits than these numbers."""
+    tree = getattr(ModeTree, kind)(8)
+    plain = zoo.model_of(tree, sizes=2, bonds=2, std=0.5).to(torch.bfloat16)
+    scales = {n: 2.0 ** (66 + n) if n < 4 else 2.0 ** -(73 - n) for n in range(8)}  # +-66 to +-69
+    weights = {v: w * scales.get(v, 1) for v, w in plain.weights.items()}
+    model = Factorization.from_weights(tree, weights, join="diagonal")
+    index, x, wanted = zoo.random_index((2,) * 8, 9), torch.ones(3, 8, 2), plain.double()
+    for found, right in (
+        (model.entries(index), wanted.entries(index)), (model(x.to(torch.bfloat16)), wanted(x.double())),
+        (model.norm(), wanted.norm()), (model.inner(model), wanted.inner(wanted)),
+    ):  # fmt: skip
+        assert found.dtype == torch.bfloat16
+        zoo.assert_close(found.double(), right, 0.1)
+
+
 def test_scales_are_looked_at_again(monkeypatch):
     """When weights change: at once if it is no training, and whenever a result looks odd."""
     reads = []

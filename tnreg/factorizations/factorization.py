@@ -33,6 +33,7 @@ from tnreg.tensors.arrays import (
     check_dtype,
     check_features,
     draw_normal,
+    exact_scales,
     largest_of,
     without_autocast,
 )
@@ -449,7 +450,7 @@ class Factorization(NetworkModule):
     def log_norm(self) -> Tensor:
         """Natural logarithm of the tensor's Frobenius norm; ``-inf`` for zero. Never overflows."""
         square, log2 = self.scaled_inner(self)
-        return 0.5 * (square.real.clamp_min(0).log() + log2 * math.log(2))
+        return (0.5 * (square.real.clamp_min(0).log() + log2 * math.log(2))).to(self.dtype.to_real())
 
     def norm(self) -> Tensor:
         """Frobenius norm of the tensor, without forming it; differentiable except at zero.
@@ -457,7 +458,7 @@ class Factorization(NetworkModule):
         Only a norm which itself leaves the range of the dtype overflows. Cost: linear in the number of nodes.
         """
         square, log2 = self.scaled_inner(self)
-        return Scaled(square.real.clamp_min(0).sqrt(), log2 / 2).value()
+        return Scaled(square.real.clamp_min(0).sqrt(), log2 / 2).value().to(self.dtype.to_real())
 
     @blame("other")
     def inner(self, other: Factorization) -> Tensor:
@@ -478,13 +479,13 @@ class Factorization(NetworkModule):
                 "inner products need the same tree and sizes.\n"
                 f"  found: {self.tree!r} {self.sizes}\n  and:   {other.tree!r} {other.sizes}"
             )
-        return self.scaled_inner(other).value()
+        return self.scaled_inner(other).value().to(torch.promote_types(self.dtype, other.dtype))
 
     def scaled_inner(self, other: Factorization) -> Scaled:
-        """Return ``inner``, unchecked, with its scale."""
+        """Return ``inner``, unchecked, with its scale; in float32 at least."""
         dtype = torch.promote_types(self.dtype, other.dtype)
-        first = [w.to(dtype) for w in self.weights.values()]
-        second = first if other is self else [w.to(dtype) for w in other.weights.values()]
+        first = [exact_scales(w.to(dtype)) for w in self.weights.values()]
+        second = first if other is self else [exact_scales(w.to(dtype)) for w in other.weights.values()]
         with without_autocast(self.device):
             return inner_products((self.network, other.network), (first, second))
 

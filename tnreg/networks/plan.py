@@ -41,7 +41,7 @@ from tnreg.networks.schedule import (
     run_scaled,
     schedule,
 )
-from tnreg.tensors.arrays import Scaled, check_index
+from tnreg.tensors.arrays import Scaled, check_index, exact_scales
 
 # Moving one number through memory costs about as much time as this many flops of a matrix product.
 # Measured on two CPU cores (8⁴ entries, width 512): it ranks dense, distinct and per-sample as timed.
@@ -257,6 +257,9 @@ def _carry_out(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[T
 
 def _carry_out_scaled(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
     """Do the same with scales, so that only what leaves the range of the dtype in the end is lost."""
+    dtype = stacks[0].dtype
+    stacks = [exact_scales(x) for x in stacks]
+    inputs = exact_scales(inputs) if isinstance(inputs, Tensor) else [exact_scales(x) for x in inputs]
     stacks, top = balance(plan.network, stacks)
     if plan.whole is None:
         x, log2 = run_scaled(plan.network, plan.joins, stacks, inputs)
@@ -264,7 +267,7 @@ def _carry_out_scaled(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Seq
         parts = _of_whole(plan.network, stacks, inputs)
         operands = [Scaled(x, x.real.new_zeros([1] * x.ndim)) for x in parts]
         x, log2 = plan.whole.scaled(operands, plan.whole.equation.split("->")[1])
-    return Scaled(x, log2 + top).value()
+    return Scaled(x, log2 + top).value().to(dtype)
 
 
 def _of_whole(network: Network, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -58,6 +58,11 @@ def _reach(dtype: torch.dtype) -> float:
     return math.log2(torch.finfo(dtype).max) - 2
 
 
+def exact_scales(x: Tensor) -> Tensor:
+    """Return half precision as float32: sums of many exponents would be rounded, and scales wrong."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def powers_below(sizes: Tensor) -> Tensor:
     """Return ``power_below``, but of zeros the lowest along the last axis: they set no common scale."""
     if sizes.device.type == "cpu" and bool(sizes.all()):  # as most often, and cheaper to ask than to mend
