@@ -372,7 +372,7 @@ def test_host_reads_are_seen():
     ):
         assert [line.split(" at ")[0] for line in waiting.host_reads(cpu, call)] == names
     model = tnreg.Factorization(tnreg.ModeTree.binary(2), 3, 2, std=1.0)
-    (line,) = waiting.host_reads(cpu, model.norm)
+    *_, line = waiting.host_reads(cpu, model.norm)  # on a CPU it also asks for zeros
     assert line.startswith("_local_scalar_dense.default at tnreg/networks/scaled.py:")
     assert waiting.waits(cpu, lambda: x + 1) is None
 
