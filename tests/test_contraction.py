@@ -378,6 +378,7 @@ def test_scales_are_looked_at_again(monkeypatch):
     assert len(reads) == 4 * len(model.stacks)
 
 
+@pytest.mark.slow  # the compiler
 @pytest.mark.parametrize(("tree", "options"), [
     (zoo.TREES["uneven"], {}), (zoo.TREES["one-child"], {"join": "full"}),
     (ModeTree.star(3), {"root": "ones"}), (ModeTree.caterpillar(5), {"join": "full", "sizes": (3,) * 5}),

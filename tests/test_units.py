@@ -109,7 +109,7 @@ def of_a_function(scale, dtype):
     yield "separation_spectrum", vector([tnreg.effective_rank(s), (s / s[0]).sum()])
 
 
-def compare(kind, found, wanted, margin):
+def assert_unchanged(kind, found, wanted, margin):
     for (name, here), (_, right) in zip(found, wanted, strict=True):
         off = (here - right).abs() / right.abs().clamp_min(1)
         assert bool((off < margin).all()), f"{kind} {name}: {here} where {right} is right"
@@ -118,16 +118,18 @@ def compare(kind, found, wanted, margin):
 @pytest.mark.parametrize(("dtype", "power"), UNITS, ids=str)
 def test_of_a_tensor(dtype, power):
     x = data(dtype)
-    compare("tensor", of_a_tensor(10.0**power * x), of_a_tensor(x), MARGIN[dtype])
+    assert_unchanged("tensor", of_a_tensor(10.0**power * x), of_a_tensor(x), MARGIN[dtype])
 
 
 @pytest.mark.parametrize("join", ["diagonal", "full"])
 @pytest.mark.parametrize(("dtype", "power"), UNITS, ids=str)
 def test_of_a_model(dtype, power, join):
     m = model(dtype, join)
-    compare("model", of_a_model(algebra.scale(m, 10.0**power), join), of_a_model(m, join), MARGIN[dtype])
+    assert_unchanged(
+        "model", of_a_model(algebra.scale(m, 10.0**power), join), of_a_model(m, join), MARGIN[dtype]
+    )
 
 
 @pytest.mark.parametrize(("dtype", "power"), [u for u in UNITS if not u[0].is_complex], ids=str)
 def test_of_a_function(dtype, power):
-    compare("function", of_a_function(10.0**power, dtype), of_a_function(1.0, dtype), MARGIN[dtype])
+    assert_unchanged("function", of_a_function(10.0**power, dtype), of_a_function(1.0, dtype), MARGIN[dtype])
