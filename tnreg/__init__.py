@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Load torch and the package at the first use: the command line draws trees without them."""
     if not name.startswith("__") or name == "__all__":
-        public = importlib.import_module("tnreg.public")
-        if hasattr(public, name):
-            return globals().setdefault(name, getattr(public, name))
+        public = vars(importlib.import_module("tnreg.public"))
+        for names in (public, globals()):  # the latter holds the wings that are loaded now
+            if name in names:
+                return globals().setdefault(name, names[name])
     raise AttributeError(f"module 'tnreg' has no attribute {name!r}")
 
 
