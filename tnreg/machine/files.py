@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model")
 
-# What a disk that cannot hold the data reports; such errors come without a file's name.
 _SEAL = "crc32"  # name of the checksum in a file, and how it starts
+
+# What a disk that cannot hold the data reports; such errors come without a file's name.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 

@@ -174,9 +174,7 @@ def column_norms(matrix: Tensor) -> Tensor:
 
 def product_of_rows(norms: Tensor) -> Tensor:
     """Product along the first axis; it leaves the range of the dtype only if the result does."""
-    if (
-        norms.device.type == "cpu"
-    ):  # where numbers can be read: most often no product can leave that of doubles
+    if norms.device.type == "cpu":  # where numbers can be read: mostly no product can leave that of doubles
         low, high = torch.aminmax(norms.detach())
         most = 2.0 ** (1000 / len(norms))
         if 1 / most < low.item() and high.item() < most:
