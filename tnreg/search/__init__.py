@@ -1,0 +1,1 @@
+"""Trees found from tensors, factorizations and samples; tensors known as functions."""
