@@ -11,7 +11,7 @@ import tnreg
 
 WINGS = (
     "errors machine trees tensors networks factorizations ranks algebra convert training dynamics "
-    "search completion cnns far images plots public experiments cli __main__"
+    "search recovery cnns far images plots public experiments cli __main__"
 ).split()
 PACKAGE = Path(tnreg.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
