@@ -142,12 +142,15 @@ def test_fit_and_plot(cli, tensor):
     first, model = (load(f"{name}/model.safetensors") for name in ("again", "run"))
     assert torch.equal(first.to_tensor(), model.to_tensor()) and model.tree == ModeTree.binary(4)
     assert "test error of the mean" in out and "stopped by" in out
+    assert "trained on 95 entries, held out 10 to choose the row, tested on 105; `tnreg complete`" in out
     run = Path("run")
     about = json.loads((run / "config.json").read_text())
     assert about["config"]["seed"] == 3 and about["summary"]["observed entries"] == 105
     trajectory = tnreg.Trajectory.load(run / "trajectory.npz")
     assert trajectory.steps[-1] == 60 and trajectory["loss"][-1] < trajectory["loss"][0]
     (run / "training.png").unlink()
+    np.save("far.npy", 1 + np.arange(24.0).reshape(2, 3, 4) / 24)
+    assert "1 is not below 0." in cli("fit far.npy --tree star-3 --steps 1 --out far")[0].replace("\n", " ")
     cli("plot run")
     cli("plot run/trajectory.npz --names loss --figure l.png")
     assert (run / "training.png").exists() and Path("l.png").exists()
@@ -376,6 +379,7 @@ def test_names_from_files_are_plain_text(cli, answer, tensor, name):
     ("plot theirs --figure x", "found no suffix", "--figure"),
     ("fit covid19 --tree htf-4", "3 mode sizes for a tree over 4 modes", "--tree"),
     ("fit covid19 --observed 1", "observed must be a share", "--observed"),
+    ("fit covid19 --holdout 1", "holdout must be a share", "--holdout"),
     ("fit il2", "192 NaN entries", "--missing"),
     ("fit covid19 --rank 0", "ranks must be a positive integer", "--rank"),
     ("fit covid19 --std=-1", "std must be", "--std"),

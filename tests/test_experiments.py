@@ -32,9 +32,20 @@ def test_completion(tmp_path):
     assert completion.Config(**about["config"]) == completion.tiny
     assert set(about) == {"tnreg", "torch", "python", "experiment", "config", "summary", "crc32"}
     run = Trajectory.load(tmp_path / "run" / "trajectory.npz")
-    assert run.names == ("loss", "test error", "unbalancedness", "components")
+    assert run.names == ("loss", "held-out error", "test error", "unbalancedness", "components")
     (tmp_path / "run" / "training.png").unlink()
     assert completion.figure(tmp_path / "run").exists()
+
+
+def test_the_row_kept_is_the_best_one(tmp_path):
+    """The training goes on until it fits noise; what is saved is what fits the held-out entries best."""
+    config = dataclasses.replace(completion.tiny, rank=24, std=0.3, optimizer="adam", steps=400, observed=0.1)
+    summary = completion.run(config, tmp_path / "run")
+    run = Trajectory.load(tmp_path / "run" / "trajectory.npz")
+    row = int(run["held-out error"].argmin())
+    assert summary["kept step"] == run.steps[row] < 400 and summary["of them held out"] == 48
+    assert summary["held-out error"] == run["held-out error"][row]
+    assert summary["test error"] == pytest.approx(run["test error"][row]) != run["test error"][-1]
 
 
 @pytest.mark.parametrize(("kind", "settings"), [
@@ -71,7 +82,11 @@ def test_completion_of_other_kinds(tmp_path):
     config = dataclasses.replace(completion.tiny, **changes)
     summary = completion.run(config, tmp_path / "run")
     assert summary["tree"] == "ModeTree([[0, 1], [2, 3]])"
-    assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == ("loss", "test error")
+    assert Trajectory.load(tmp_path / "run" / "trajectory.npz").names == (
+        "loss",
+        "held-out error",
+        "test error",
+    )
 
 
 def test_demo(tmp_path, capsys):

@@ -21,8 +21,10 @@ def fit(
     progress: bool = True,
     json: bool = False,
 ) -> None:
-    """Complete a tensor from a part of its entries with a factorization along a tree.
+    """Train a factorization along a tree on a part of a tensor's entries, by gradients, to study that.
 
+    To fill in gaps take `tnreg complete`: it uses all known entries, and finds ranks and a tree. Here the
+    entries that are not observed test the model of the row that fits held-out entries best.
     Writes config.json, model.safetensors, trajectory.npz and training.png, also after Ctrl-C.
 
     Args:
@@ -39,6 +41,19 @@ def fit(
         summary = completion.run(config, out, progress=reply.shows(progress))
     figures = {key: value for key, value in summary.items() if key != "tree"}
     reply.table(summary_table(figures, f"{file} along {summary['tree']}"))
+    used, held, unseen = (
+        summary[name] for name in ("observed entries", "of them held out", "unseen entries")
+    )
+    reply.note(
+        f"trained on {used - held:,} entries, held out {held:,} to choose the row, tested on {unseen:,}; "
+        "`tnreg complete` uses them all"
+    )
+    error, mean = summary["test error"], summary["test error of the mean"]
+    if not error < mean:
+        reply.note(
+            f"warning: the test error {error:.3g} is not below {mean:.3g}, that of the mean; "
+            "take more --steps, --optimizer adam with --std 0.3, or `tnreg complete`"
+        )
     reply.note(f"wrote {out}")
     reply.document({"tensor": file, "folder": out, **summary})
 

@@ -1,15 +1,17 @@
 """Complete a tensor from a part of its entries, along any tree, into a run folder.
 
 A run folder holds ``config.json`` (settings, versions, results), ``model.safetensors``,
-``trajectory.npz`` and ``training.png``. It appears as a whole when the run ends. Training is on
-entries scaled to a mean square of 1, and the recorded losses are of these; the saved model is in the
-unit of the data again (in float64 if that is beyond 1e-30 or 1e30), and ``scale`` in the summary is
-what lies between.
+``trajectory.npz`` and ``training.png``. It appears as a whole when the run ends. A part of the observed
+entries is held out from the training; the saved model is that of the row where it fits them best.
+Training is on entries scaled to a mean square of 1, and the recorded losses are of these; the saved model
+is in the unit of the data again (in float64 if that is beyond 1e-30 or 1e30), and ``scale`` in the summary
+is what lies between.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from tnreg.errors import DataError, OptionError
+from tnreg.errors import DataError, OptionError, check_number
 from tnreg.experiments.folder import RUN_FILES, plain_config, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
@@ -38,6 +40,7 @@ class Settings:
     Attributes:
         tree: Gallery name, JSON file or nested lists; a binary tree if left out.
         observed: Share of the known entries that is observed; the rest tests.
+        holdout: Share of the observed entries that is not trained on; the row that fits them best is kept.
         rank: Size of every bond.
         join: Kind of join at every node.
         root: "ones" fixes the weight of a diagonal root (CP without weights).
@@ -45,7 +48,8 @@ class Settings:
         every: Updates between observations.
         lr: Learning rate.
         std: Standard deviation of the initial weights.
-        optimizer: group-rmsprop is that of the theory.
+        optimizer: group-rmsprop (one step size for all weights) follows the theory; adam, lbfgs and sgd are
+            gradients for practice.
         missing: "nan": entries that are NaN were not measured.
         seed: Chooses the observed entries and the initial weights.
         device: Any torch device, e.g. cuda.
@@ -54,6 +58,7 @@ class Settings:
 
     tree: str | None = None
     observed: float = 0.3
+    holdout: float = 0.1
     rank: int = 32
     join: Literal["diagonal", "full"] = "diagonal"
     root: Literal["trained", "ones"] = "trained"
@@ -94,26 +99,32 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
         message = f"observed must be a share between 0 and 1, found {config.observed!r}."
         raise OptionError(message, argument="observed")
     task, scale = scaled_task(tensor, config)
+    trained, held = _hold_out(task, config.holdout)
+    best = _Best(held)
     model = new_model(tree, task, config)
     with folder_written_whole(folder, "completion", (*RUN_FILES, "training.png")) as beside:
         start = time.perf_counter()
-        recorded = train(model, task, config, progress)
+        recorded = train(model, trained, config, progress, **{"held-out error": best})
         if len(recorded) == 0:  # it ended before there was anything to keep
             raise (
                 KeyboardInterrupt
                 if recorded.stop_reason == "interrupted"
                 else DataError(recorded.stop_reason)
             )
+        model.load_state_dict(best.state)
         summary = {
             "tree": repr(tree),
             "observed entries": len(task.values),
+            "of them held out": len(held.values),
             "unseen entries": len(_test_values(task)),
             "scale": scale,
             "weights": sum(p.numel() for p in model.parameters()),
             "seconds": time.perf_counter() - start,
             "stopped by": recorded.stop_reason,
+            "kept step": int(recorded.steps[recorded["held-out error"].argmin()]),
             "final loss": float(recorded["loss"][-1]),
-            "train error": task.train_error(model),
+            "train error": trained.train_error(model),
+            "held-out error": best.least,
             "test error": task.test_error(model),
             "test error of the mean": mean_error(task),
         }
@@ -201,6 +212,33 @@ def in_units(model: Factorization, scale: float) -> Factorization:
 def mean_error(task: Completion) -> float:
     """Return the held-out error of predicting the mean of the observed entries everywhere."""
     return relative_error(task.values.mean(), _test_values(task))
+
+
+class _Best:
+    """The error on entries held out; keeps the weights of the row where it was least."""
+
+    def __init__(self, held: Completion) -> None:
+        self.held, self.least = held, math.inf
+        self.state: dict[str, Any] = {}
+
+    def __call__(self, model: Factorization) -> float:
+        error = self.held.train_error(model)
+        if not self.state or error < self.least:
+            self.least, self.state = error, copy.deepcopy(model.state_dict())
+        return error
+
+
+def _hold_out(task: Completion, share: float) -> tuple[Completion, Completion]:
+    """Split off a share of the observed entries, which are in random order, at least one on either side."""
+    if not 0 < check_number(share, "holdout") < 1:
+        raise OptionError(f"holdout must be a share between 0 and 1, found {share!r}.", argument="holdout")
+    if (count := len(task.values)) < 2:
+        message = "a single entry is observed; one to train on and one to hold out are needed."
+        raise DataError(message, argument="observed")
+    k = min(max(1, round(share * count)), count - 1)
+    parts = [(task.index[at], task.values[at]) for at in (slice(k, None), slice(k))]
+    trained, held = (Completion(*part, task.sizes, task.test_index, task.test_values) for part in parts)
+    return trained, held
 
 
 def _test_values(task: Completion) -> torch.Tensor:
