@@ -8,9 +8,9 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from tnreg.errors import DataError, FileError, OptionError, TnregError, did_you_
 from tnreg.machine.files import is_file, is_there, read_safetensors
 from tnreg.tensors.arrays import as_tensor
 from tnreg.tensors.blocks import as_blocks
-from tnreg.tensors.tables import entries_of, is_table
+from tnreg.tensors.tables import Entries, entries_of, is_table, known_entries, modes_of
 
-Named = tuple[Any, tuple[str, ...]]  # an array, and the names of its modes if it has them
+Named = tuple[Any, tuple[str, ...]]  # an array or a table, and the names of its modes if it has them
+Form = TypeVar("Form")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +76,40 @@ def load_tensor(source: Any) -> DenseTensor:
         SizeError: The dense tensor of a table would not fit into memory.
         OptionError: The extra is not installed.
     """
-    if is_table(source):
-        entries = entries_of(source)
-        return _tensor_of("table", "pandas", entries.dense(), entries.modes)
-    if hasattr(source, "dims"):
-        return _tensor_of(
-            str(source.name or "array"), "xarray", source.to_numpy(), tuple(map(str, source.dims))
+    name, origin, values, modes = _load(source, _dense)
+    if not (values.is_floating_point() or values.is_complex()):
+        raise DataError(
+            f"{origin} has dtype {values.dtype}; real or complex numbers are needed.\n"
+            "  convert it first, e.g. numpy.save(path, array.astype(float))"
         )
+    if not values.numel():
+        raise DataError(f"{origin} holds an empty tensor of shape {tuple(values.shape)}.")
+    return DenseTensor(name, values, modes or tuple(f"mode {n}" for n in range(values.ndim)), origin)
+
+
+def load_entries(source: str | os.PathLike[str]) -> Entries:
+    """Read the known entries of a tensor, as ``load_tensor`` does, but for tables without the dense tensor.
+
+    Integers become numbers in double precision, and an entry may be there twice.
+    """
+    _, _, entries, modes = _load(source, known_entries)
+    return replace(entries, modes=modes or entries.modes)
+
+
+def _dense(content: Any) -> Tensor:
+    return entries_of(content).dense() if is_table(content) else as_tensor(content)
+
+
+def _load(source: Any, form: Callable[[Any], Form]) -> tuple[str, str, Form, tuple[str, ...]]:
+    """Return the name, where it is from, what ``form`` makes of its array or table, and names of modes."""
+    if is_table(source):
+        return "table", "pandas", form(source), modes_of(source)
+    if hasattr(source, "dims"):
+        return str(source.name or "array"), "xarray", form(source.to_numpy()), tuple(map(str, source.dims))
     text = os.fspath(source)
     if text in DATASETS:
-        return _load_dataset(text)
+        array, modes = _load_dataset(text)
+        return text, DATASETS[text], form(array), modes
     path, key = _split(text, is_file)
     if not is_file(path):
         raise FileError(
@@ -97,21 +122,8 @@ def load_tensor(source: Any) -> DenseTensor:
             f"  expected: one of {', '.join(_READERS)}; or, for open_tensor, {', '.join(_LARGE)}"
         )
     with _reading(path, "file of numbers", "data"):
-        array, modes = _READERS[path.suffix](path, key)
-        values = as_tensor(array)
-    return _tensor_of(path.stem, str(path), values, modes)
-
-
-def _tensor_of(name: str, source: str, array: Any, modes: tuple[str, ...]) -> DenseTensor:
-    values = as_tensor(array)
-    if not (values.is_floating_point() or values.is_complex()):
-        raise DataError(
-            f"{source} has dtype {values.dtype}; real or complex numbers are needed.\n"
-            "  convert it first, e.g. numpy.save(path, array.astype(float))"
-        )
-    if not values.numel():
-        raise DataError(f"{source} holds an empty tensor of shape {tuple(values.shape)}.")
-    return DenseTensor(name, values, modes or tuple(f"mode {n}" for n in range(values.ndim)), source)
+        content, modes = _READERS[path.suffix](path, key)
+        return path.stem, str(path), form(content), modes
 
 
 def is_large_file(source: str | os.PathLike[str]) -> bool:
@@ -228,7 +240,7 @@ def _linked(group: Any, name: str) -> Any:
     return None
 
 
-def _load_dataset(name: str) -> DenseTensor:
+def _load_dataset(name: str) -> Named:
     try:
         import tensorly.datasets
     except ImportError:
@@ -240,7 +252,7 @@ def _load_dataset(name: str) -> DenseTensor:
     values = np.array(bunch["tensor"], dtype=np.float64)
     if "missing_values_position" in bunch:  # the wheel has zeros there and a mask beside
         values[np.asarray(bunch["missing_values_position"], dtype=bool)] = np.nan
-    return DenseTensor(name, torch.from_numpy(values), modes, DATASETS[name])
+    return values, modes
 
 
 def _read_npy(path: Path, key: str) -> Named:
@@ -332,8 +344,7 @@ def _read_table(path: Path, key: str) -> Named:
             "it is no table in long form: names of columns, then a row for every entry with its index "
             "(integers, text or dates) and last its value"
         )
-    entries = entries_of(table)
-    return entries.dense(), entries.modes
+    return table, modes_of(table)
 
 
 def _split(source: str, exists: Callable[[str], bool]) -> tuple[Path, str]:
