@@ -8,9 +8,7 @@ the same way.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import itertools
 import math
 import time
@@ -25,7 +23,7 @@ from tnreg import plots
 from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
-from tnreg.experiments import completion
+from tnreg.experiments import completion, report
 from tnreg.experiments.completion import in_units, mean_error, new_model, scaled_task, train
 from tnreg.experiments.folder import RUN_FILES, plain_config, write_run
 from tnreg.factorizations.factorization import Factorization
@@ -278,34 +276,20 @@ def _side_by_side(left: str, right: str) -> str:
 
 def _report(folder: Path, config: Config, source: str, tree: ModeTree, summary: dict[str, Any]) -> str:
     """Return the page, with the pictures of the folder inside."""
-    errors = {name: f"{error:.4f}" for name, error in summary["test error"].items()}
-    pictures = ""
-    for name, text in _PICTURES.items():
-        data, text = base64.b64encode((folder / name).read_bytes()).decode(), html.escape(text)
-        pictures += f"<figure><img src='data:image/png;base64,{data}' alt='{text}'>"
-        pictures += f"<figcaption>{text}</figcaption></figure>"
-    settings = html.escape(", ".join(f"{k} = {v}" for k, v in vars(config).items()))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>tnreg demo</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }} figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
-td, th {{ padding: .1rem 1rem .1rem 0; text-align: left }} pre {{ background: #f5f5f5; padding: 1rem }}
-</style></head><body>
-<h1>A real tensor, completed along a tree</h1>
-<p>{html.escape(source)}. Observed: {config.observed:.0%} of the known entries; started near zero.</p>
-<pre>{html.escape(tree.text())}</pre>
-<h2>Error on unseen entries, ‖W − W*‖ / ‖W*‖</h2><table>{_cells(errors)}</table>
-<h2>Hierarchical rank of the learned tensor (rtol {config.rtol:g})</h2>
-<table><tr><th>node</th><th>rank</th></tr>{_cells(summary["ranks"])}</table>
-{pictures}
-<h2>Settings</h2><p>{settings}; {summary["seconds"]:.0f} seconds.</p>
-</body></html>
-"""
-
-
-def _cells(values: dict[str, Any]) -> str:
-    return "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in values.items())
+    settings = ", ".join(f"{k} = {v}" for k, v in vars(config).items())
+    known = f"{config.observed:.0%} of the known entries; started near zero"
+    return report.page(
+        "A real tensor, completed along a tree",
+        report.text(f"{source}. Observed: {known}."),
+        report.text(tree.text(), "pre"),
+        report.text("Error on unseen entries, ‖W − W*‖ / ‖W*‖", "h2"),
+        report.table({name: f"{error:.4f}" for name, error in summary["test error"].items()}),
+        report.text(f"Hierarchical rank of the learned tensor at each node (rtol {config.rtol:g})", "h2"),
+        report.table(summary["ranks"]),
+        *(report.picture(folder / name, caption) for name, caption in _PICTURES.items()),
+        report.text("Settings", "h2"),
+        report.text(f"{settings}; {summary['seconds']:.0f} seconds."),
+    )
 
 
 def _size(model: Factorization) -> int:
