@@ -9,6 +9,7 @@ These make the metric of damping, ridge and preconditioner, which no choice of g
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -177,7 +178,7 @@ class Metric:
         net: The network.
         weights: Its weights.
         grams: Of the features, by mode; ``None`` for indices.
-        floor: Share of the largest eigenvalue that is added to all in ``solve``.
+        floor: Share of the largest eigenvalue of a node that is added to all of it in ``solve``.
         orthonormal: Positions whose frames are known to be orthonormal.
     """
 
@@ -216,8 +217,7 @@ class Metric:
             (torch.linalg.eigh(right), [(k, *torch.linalg.eigh(gram)) for k, gram in left])
             for left, right in zip(self._left, self._above, strict=False)
         ]
-        top = max(float(v[-1]) * math.prod(float(own[-1]) for _, own, _ in left) for (v, _), left in found)
-        return [self._inverse_of(right, left, max(self._floor * top, 1e-300)) for right, left in found]
+        return [self._inverse_of(right, left) for right, left in found]
 
     def apply(self, tangent: Sequence[Tensor]) -> list[Tensor]:
         """Apply the metric to one tensor for every weight."""
@@ -284,12 +284,11 @@ class Metric:
         return [(k, self._below[c]) for k, c in enumerate(below) if c not in self._known]
 
     def _inverse_of(
-        self, right: tuple[Tensor, Tensor], left: Sequence[tuple[int, Tensor, Tensor]], floor: float
+        self, right: tuple[Tensor, Tensor], left: Sequence[tuple[int, Tensor, Tensor]]
     ) -> Callable[[Tensor], Tensor]:
-        values, vectors = right
-        if not left:
-            inverse = (vectors / (values.clamp_min(0) + floor)) @ vectors.mH
-            return lambda z: z @ inverse
+        values, vectors = right  # never multiplied out: an inverse of singular matrices would keep no digits
+        top = math.prod((float(own[-1]) for _, own, _ in left), start=float(values[-1]))
+        floor = max(self._floor * top, 1e-300)
 
         def solve(z: Tensor) -> Tensor:
             z, below = z @ vectors, values.clamp_min(0)
@@ -430,12 +429,9 @@ class LevenbergMarquardt:
         """Solve the equations of a step directly."""
         dense = double(jacobian(None))  # type: ignore[arg-type]
         normal = dense.mH @ dense
-        weight = torch.block_diag(
-            *[  # type: ignore[no-untyped-call]
-                len(self.samples) * metric.matrix(k) for k in range(len(self._sizes))
-            ]
-        )
-        floor = 1e-14 * float(weight.diagonal().real.max())
+        blocks = [len(self.samples) * metric.matrix(k) for k in range(len(self._sizes))]
+        weight = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        floor = _flat([1e-14 * own.max().expand_as(own) for own in (b.diagonal().real for b in blocks)])
 
         def search(slope: Tensor) -> Tensor:
             matrix = normal + (self.damping + self.ridge) * weight
@@ -501,7 +497,9 @@ class LevenbergMarquardt:
 
         def jacobian(flat: Tensor) -> Tensor:
             tangent = tuple(self._stacks(self._shaped(flat) + fixed))
-            change: Tensor = torch.func.jvp(self._contract, stacks, tangent)[1]
+            with warnings.catch_warnings():  # torch, of its own code, when it is first asked
+                warnings.simplefilter("ignore", DeprecationWarning)
+                change: Tensor = torch.func.jvp(self._contract, stacks, tangent)[1]
             return change
 
         def adjoint(sums: Tensor) -> Tensor:
