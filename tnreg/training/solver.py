@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -178,7 +178,6 @@ class Metric:
         net: The network.
         weights: Its weights.
         grams: Of the features, by mode; ``None`` for indices.
-        floor: Share of the largest eigenvalue of a node that is added to all of it in ``solve``.
         orthonormal: Positions whose frames are known to be orthonormal.
     """
 
@@ -188,13 +187,12 @@ class Metric:
         weights: Sequence[Tensor],
         grams: Sequence[Tensor | None],
         *,
-        floor: float = 1e-12,
         orthonormal: Container[int] = (),
     ) -> None:
         self._links, self._joins = net.tree.links, net.joins
         self._grams = [None if below else grams[net.tree.nodes[i]] for i, below in enumerate(self._links)]  # type: ignore[call-overload]
         self._known = orthonormal
-        self._weights, self._floor = weights, floor
+        self._weights = weights
         self._shapes = [w.shape for w in weights[: len(net.weighted)]]
         self._below = self._frames(weights)
 
@@ -212,26 +210,47 @@ class Metric:
         return [self._left_of(i) for i in range(len(self._shapes))]
 
     @cached_property
-    def _inverse(self) -> list[Callable[[Tensor], Tensor]]:
-        found = [
-            (torch.linalg.eigh(right), [(k, *torch.linalg.eigh(gram)) for k, gram in left])
+    def _eigen(self) -> list[tuple[Any, list[tuple[int, Any]]]]:
+        """Eigenvalues and vectors of the Gram matrices of every node, of the last axis first."""
+        return [
+            (torch.linalg.eigh(right), [(k, torch.linalg.eigh(gram)) for k, gram in left])
             for left, right in zip(self._left, self._above, strict=False)
         ]
-        return [self._inverse_of(right, left) for right, left in found]
 
-    def apply(self, tangent: Sequence[Tensor]) -> list[Tensor]:
-        """Apply the metric to one tensor for every weight."""
+    @cached_property
+    def largest(self) -> list[float]:
+        """Largest eigenvalue of the metric of every node."""
+        return [
+            math.prod((float(e[-1]) for _, (e, _) in left), start=float(e[-1]))
+            for (e, _), left in self._eigen
+        ]
+
+    def apply(self, tangent: Sequence[Tensor], floor: float = 0.0) -> list[Tensor]:
+        """Apply the metric to one tensor for every weight; adds ``floor`` times the largest eigenvalue."""
         found = []
-        for z, left, right in zip(tangent, self._left, self._above, strict=False):
-            z = z @ right
+        for node, (z, left, right) in enumerate(zip(tangent, self._left, self._above, strict=False)):
+            image = z @ right
             for k, gram in left:
-                z = _times(gram, z, k)
-            found.append(z)
+                image = _times(gram, image, k)
+            found.append(image + (floor * self.largest[node]) * z if floor else image)
         return found
 
-    def solve(self, tangent: Sequence[Tensor]) -> list[Tensor]:
-        """Apply the inverse."""
-        return [inverse(z) for z, inverse in zip(tangent, self._inverse, strict=True)]
+    def solve(self, tangent: Sequence[Tensor], floor: float = 1e-12) -> list[Tensor]:
+        """Apply the inverse of ``apply``."""
+        return [self._solve(node, z, floor) for node, z in enumerate(tangent)]
+
+    def _solve(self, node: int, z: Tensor, floor: float) -> Tensor:
+        (values, vectors), left = self._eigen[node]
+        # by eigenvectors: an inverse of singular matrices that is multiplied out keeps no digits
+        z, below = z @ vectors, values.clamp_min(0)
+        for k, (own, turned) in left:
+            z = _times(turned.mH, z, k)
+            below = own.clamp_min(0).reshape(-1, *[1] * (z.ndim - 1 - k)) * below
+        z = z / (below + max(floor * self.largest[node], 1e-300))
+        for k, (_, turned) in left:
+            z = _times(turned, z, k)
+        found: Tensor = z @ vectors.mH
+        return found
 
     def _frames(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Gram matrix of the frame below every node."""
@@ -282,25 +301,6 @@ class Metric:
         if self._joins[i] == "diagonal":
             return [(0, _product([self._below[c] for c in below]))]
         return [(k, self._below[c]) for k, c in enumerate(below) if c not in self._known]
-
-    def _inverse_of(
-        self, right: tuple[Tensor, Tensor], left: Sequence[tuple[int, Tensor, Tensor]]
-    ) -> Callable[[Tensor], Tensor]:
-        values, vectors = right  # never multiplied out: an inverse of singular matrices would keep no digits
-        top = math.prod((float(own[-1]) for _, own, _ in left), start=float(values[-1]))
-        floor = max(self._floor * top, 1e-300)
-
-        def solve(z: Tensor) -> Tensor:
-            z, below = z @ vectors, values.clamp_min(0)
-            for k, own, turned in left:
-                z = _times(turned.mH, z, k)
-                below = own.clamp_min(0).reshape(-1, *[1] * (z.ndim - 1 - k)) * below
-            z = z / (below + floor)
-            for k, _, turned in left:
-                z = _times(turned, z, k)
-            return z @ vectors.mH
-
-        return solve
 
     def matrix(self, k: int) -> Tensor:
         """Return the metric of the weight at a position as a square matrix."""
@@ -356,6 +356,8 @@ class LevenbergMarquardt:
         ridge: Weight of the mean square.
         damping: What of the metric is added to ``Jᴴ J``; it follows what succeeds.
         iterations: Most iterations of conjugate gradients in a step.
+        frozen: Positions whose weights stay; steps are then without ``gauge``.
+        dtype: Type that new weights are rounded to, if it is less than double precision.
     """
 
     def __init__(
@@ -366,13 +368,17 @@ class LevenbergMarquardt:
         ridge: float = 0.0,
         damping: float = 1e-2,
         iterations: int = 25,
+        frozen: Container[int] = (),
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.samples, self.net, self.ridge, self.damping = samples, net, ridge, damping
-        self._iterations = iterations
+        self._iterations, self._dtype = iterations, dtype
         shapes = [net.shape(i) for i in net.weighted]
         if not net.root_ones:
             shapes[-1] = (*shapes[-1], 1)
         self._shapes, self._sizes = shapes, [math.prod(shape) for shape in shapes]
+        free = [torch.full((size,), k not in frozen) for k, size in enumerate(self._sizes)]
+        self._free = _flat(free).to(samples.values.device)
         count, columns = len(samples), sum(self._sizes)
         self._direct = columns <= _DIRECT and count * columns <= _DENSE
         self._plan: Plan | None = None
@@ -407,14 +413,16 @@ class LevenbergMarquardt:
         before = self.cost(residual, metric.mean_square)
         flat = _flat(weights[: len(self._sizes)])
         jacobian, adjoint = self._linearize(weights)
-        slope = adjoint(residual) + count * self.ridge * self._metric(metric.apply, flat)
+        slope = adjoint(residual) + self._free * count * self.ridge * self._metric(metric.apply, flat)
         search = (
             self._by_cholesky(jacobian, metric)
             if self._direct
             else self._by_gradients(jacobian, adjoint, metric)
         )
         for _ in range(12):
-            trial = self._shaped(flat + search(-slope)) + weights[len(self._sizes) :]
+            moved = flat + search(-slope)
+            moved = moved if self._dtype is None else moved.to(self._dtype).to(moved)
+            trial = self._shaped(moved) + weights[len(self._sizes) :]
             mean_square = Metric(self.net, trial, grams).mean_square if self.ridge else 0.0
             after = self.cost(self.residual(trial), mean_square)
             if after < before:
@@ -423,19 +431,28 @@ class LevenbergMarquardt:
             self.damping = max(self.damping * 8, 1e-6)
         return weights, before, before
 
+    @property
+    def _floor(self) -> float:
+        """Share of a node's largest eigenvalue of the metric that is damped in all directions.
+
+        Large steps go through where the metric is small, but where weights of several nodes cancel each
+        other it says nothing of what they do together.
+        """
+        return 1e-12 + 1e-2 * min(self.damping, 1.0) ** 2
+
     def _by_cholesky(
         self, jacobian: Callable[[Tensor], Tensor], metric: Metric
     ) -> Callable[[Tensor], Tensor]:
         """Solve the equations of a step directly."""
-        dense = double(jacobian(None))  # type: ignore[arg-type]
+        dense = self._free * double(jacobian(None))  # type: ignore[arg-type]
         normal = dense.mH @ dense
         blocks = [len(self.samples) * metric.matrix(k) for k in range(len(self._sizes))]
         weight = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-        floor = _flat([1e-14 * own.max().expand_as(own) for own in (b.diagonal().real for b in blocks)])
+        top = _flat([own.max().expand_as(own) for own in (b.diagonal().real for b in blocks)])
 
         def search(slope: Tensor) -> Tensor:
             matrix = normal + (self.damping + self.ridge) * weight
-            matrix.diagonal().add_(floor)
+            matrix.diagonal().add_((self.damping * self._floor + 1e-14) * top)
             lower, failed = torch.linalg.cholesky_ex(matrix)
             if failed:
                 return torch.zeros_like(slope)
@@ -451,19 +468,20 @@ class LevenbergMarquardt:
 
         def search(slope: Tensor) -> Tensor:
             share = count * (self.damping + self.ridge)
+            apply, solve = (partial(call, floor=self._floor) for call in (metric.apply, metric.solve))
             step, left = torch.zeros_like(slope), slope
-            image = self._metric(metric.solve, left)
+            image = self._metric(solve, left)
             direction, size = image, _dot(left, image)
             enough = 1e-4 * size
             for _ in range(self._iterations):
                 if size <= enough:
                     break
-                applied = adjoint(jacobian(direction)) + share * self._metric(metric.apply, direction)
+                applied = adjoint(jacobian(direction)) + share * self._metric(apply, direction)
                 curvature = _dot(direction, applied)
                 if curvature <= 0:
                     break
                 step, left = step + (size / curvature) * direction, left - (size / curvature) * applied
-                image = self._metric(metric.solve, left)
+                image = self._metric(solve, left)
                 size, last = _dot(left, image), size
                 direction = image + (size / last) * direction
             return step
@@ -505,7 +523,8 @@ class LevenbergMarquardt:
         def adjoint(sums: Tensor) -> Tensor:
             parts = list(pull(sums))
             slots = self.net.slots
-            return _flat([parts[k][slot] for k, slot in (slots[i] for i in self.net.weighted)]).to(weights[0])
+            found = _flat([parts[k][slot] for k, slot in (slots[i] for i in self.net.weighted)])
+            return found.to(weights[0]) * self._free
 
         return jacobian, adjoint
 
@@ -541,7 +560,7 @@ class LevenbergMarquardt:
                 found.append(
                     samples.collect(modes[i], product, shape[0]) if row is None else row.mH @ product
                 )
-            return _flat(found).to(weights[0])
+            return _flat(found).to(weights[0]) * self._free
 
         return jacobian, adjoint
 
