@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from refusals import refuses
+from torch.nn.utils import parametrize, prune
 
 import tnreg
 from tnreg import GroupRMSprop, ModeTree, OptionError, ShapeError, completion, fit
@@ -146,6 +147,98 @@ def test_a_scheduler_and_what_is_called_at_each_step(optimizer):
     assert own.param_groups[0]["lr"] == pytest.approx(1e-4)
     with pytest.raises(OptionError, match="the scheduler is of another optimizer"):
         fit(model, task.loss, steps=3, optimizer="sgd", scheduler=plateau, progress=False)
+
+
+def newton(model, loss, steps=60, **options):
+    """Train by "gauss-newton"."""
+    return fit(model, loss, steps=steps, optimizer="gauss-newton", progress=False, **options)
+
+
+@pytest.mark.parametrize(("join", "options", "reached"), [
+    ("full", {}, 1e-13),
+    ("diagonal", {"root": "ones"}, 1e-13),
+    ({(0, 1): "full"}, {"dtype": torch.complex128}, 1e-13),
+    ("full", {"dtype": torch.float32}, 1e-6),
+    ("full", {"dtype": torch.float16}, 1e-2),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["completion", "sensing"])
+@pytest.mark.parametrize("unit", [1.0, 1e150])
+def test_gauss_newton(join, options, reached, kind, unit):
+    """It finds a tensor near by to the last digit, in its gauge and any unit, and stops by itself."""
+    dtype = options.pop("dtype", torch.float64)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    unit = unit if dtype == wide else 1.0
+    exact = zoo.model_of(TREE, join, bonds=2, dtype=wide, **options)
+    task = getattr(tnreg, kind)(exact.to_tensor().detach() * unit, 150).to(dtype=dtype)
+    model = zoo.model_of(TREE, join, bonds=2, dtype=dtype, **options)
+    share = unit ** (1 / len(exact.weights))
+    model.load_weights({v: share * w * (1 + 0.05 * zoo.randn(*w.shape)) for v, w in exact.weights.items()})
+    before, seen = model.local_components(), []
+    run = newton(model, task.loss, every=1, observe={"norm": lambda m: m.norm()},
+                 each_step=lambda step, m, loss: seen.append(loss.item()))  # fmt: skip
+    assert run.stop_reason == "converged" and len(run) < 60 and task.train_error(model) < reached
+    assert seen == run["loss"][:-1].tolist() and model.dtype == dtype
+    assert np.all(np.diff(run["loss"]) <= reached**2 * run["loss"][0])  # less is rounding
+    for v, norms in model.local_components().items():
+        assert (norms / before[v]).log().abs().max() < 1
+
+
+def test_gauss_newton_keeps_frozen_nodes():
+    model, task = start()
+    model.parameter_groups({0: None, TREE.root: None})
+    model.stacks[1].requires_grad_(False)
+    before = {v: w.detach().clone() for v, w in model.weights.items()}
+    run = newton(model, task.loss, 3)
+    assert run["loss"][-1] < run["loss"][0]
+    moved = {v for v, w in model.weights.items() if not torch.equal(w, before[v])}
+    assert moved and not {0, TREE.root} & moved
+
+
+def test_gauss_newton_at_a_saddle_and_of_another_loss():
+    model, task = start()
+    run = newton(zoo.model_of(TREE, std=0.0), task.loss)
+    assert run.stop_reason == "converged" and run["loss"][0] == run["loss"][-1]
+    with pytest.raises(
+        OptionError, match=r"lowers task.loss, and the loss given is another one: .*\n  give task"
+    ):
+        newton(model, lambda m: task.loss(m) + m.norm(), task=task)
+    assert len(newton(model, lambda m: task.loss(m), 1, task=task)) == 2
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.stacks, "0", torch.nn.Identity())
+    return model
+
+
+def pruned(model):
+    prune.l1_unstructured(model.stacks, "0", 0.5)
+    return model
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+def newton_of(change, options):
+    model, task = start()
+    newton(change(model), options.pop("loss", task.loss), 1, **options)
+
+
+same = lambda model: model  # noqa: E731
+test_gauss_newton_refuses = refuses([
+    (parametrized, {}, "stack 0 is computed from other parameters"),
+    (pruned, {}, "stack 0 is computed from other parameters"),
+    (Wrapper, {}, "sets the weights of a Factorization, found a Wrapper.\n  give the factorization inside"),
+    (tnreg.to_cnn, {}, "found a ConvNet(.|\n)*tnreg.from_cnn"),
+    (lambda model: tnreg.to_cnn(model).as_factorization(), {}, "shows the weights of a network"),
+    (same, {"loss": lambda m: m.norm()}, r"needs the task whose squares .* nothing.\n  write fit\(model"),
+    (same, {"task": 3}, "needs the task whose squares it lowers, found int"),
+    (same, {"graph": True}, "leave out graph and scheduler"),
+    (same, {"scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2)}, "leave out graph and scheduler"),
+    (same, {"loss": completion(zoo.randn(2, 3, 5, 7, dtype=torch.complex64), 9).loss}, "task is complex"),
+], by=newton_of, error=OptionError)  # fmt: skip
 
 
 test_refuses = refuses([

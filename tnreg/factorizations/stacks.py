@@ -163,6 +163,22 @@ class Stacks(nn.ParameterList):
                     part.requires_grad_()  # else torch would make a buffer of the whole
                 parametrize.remove_parametrizations(self, str(k))
 
+    def trained(self, k: int) -> list[bool]:
+        """Return for every slot of a stack whether it is trained.
+
+        Raises:
+            OptionError: It is computed from other parameters, or sharded.
+        """
+        first, parts = self._first_step(k), self.parameters_of(k)
+        if self._is_plain(k):
+            return [parts[0].requires_grad] * len(parts[0])
+        chains: Any = getattr(self, "parametrizations", {})
+        if not (isinstance(first, _Parts) and len(chains[str(k)]) == 1):
+            message = f"stack {k} is computed from other parameters, or sharded over processes"
+            raise OptionError(f"{message}: its weights cannot be set.")
+        found = {slot: p.requires_grad for slots, p in zip(first.slots, parts, strict=True) for slot in slots}
+        return [found[slot] for slot in range(len(found))]
+
     def _first_step(self, k: int) -> nn.Module | None:
         """Return the first parametrization of a stack, if it has one."""
         chains: Any = getattr(self, "parametrizations", {})
