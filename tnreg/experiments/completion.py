@@ -49,7 +49,7 @@ class Settings:
         lr: Learning rate.
         std: Standard deviation of the initial weights.
         optimizer: group-rmsprop (one step size for all weights) follows the theory; adam, lbfgs and sgd are
-            gradients for practice.
+            gradients for practice; gauss-newton needs tens of steps, no lr, few weights and --every 1.
         missing: "nan": entries that are NaN were not measured.
         seed: Chooses the observed entries and the initial weights.
         device: Any torch device, e.g. cuda.
@@ -66,7 +66,7 @@ class Settings:
     every: int = 25
     lr: float = 1e-2
     std: float = 0.1
-    optimizer: Literal["group-rmsprop", "sgd", "adam", "lbfgs"] = "group-rmsprop"
+    optimizer: Literal["group-rmsprop", "sgd", "adam", "lbfgs", "gauss-newton"] = "group-rmsprop"
     missing: Literal["nan"] | None = None
     seed: int = 0
     device: str = "cpu"
