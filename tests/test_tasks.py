@@ -8,7 +8,7 @@ import torch
 import zoo
 from refusals import refuses
 
-from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, sensing
+from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, decompose, sensing
 from tnreg.training.tasks import relative_error
 
 TREE, SIZES = ModeTree.binary(4), (2, 3, 5, 7)
@@ -163,6 +163,30 @@ def test_sensing_measures_the_target():
         sensing(values, 0)
 
 
+def test_own_features_are_regression():
+    """Powers of two variables, as lists, numpy arrays of any precision or one array; tested on others."""
+    x, y = zoo.randn(2, 40)
+    powers = [torch.stack([part**k for k in range(3)], 1) for part in (x, y)]
+    values = 1 + x * y**2
+    rest = {"test_features": [p[30:] for p in powers], "test_values": values[30:]}
+    task = sensing(features=[p[:30].numpy() for p in powers], values=values[:30], **rest)
+    assert repr(task) == "<Sensing of (3, 3): 30 rank-one measurements, 10 to test on>"
+    weights = torch.zeros(3, 3, dtype=torch.float64)
+    weights[0, 0] = weights[1, 2] = 1
+    model = decompose(weights, ModeTree.star(2), ranks=2)
+    assert task.loss(model).item() < 1e-20 and task.test_error(model) < 1e-12
+    whole = sensing(features=torch.stack(powers, 1).numpy(), values=values.float().tolist())
+    assert whole.values.dtype == torch.float64 and torch.equal(whole.features[1], powers[1])
+    narrow = task.to(dtype=torch.float32)
+    assert narrow.test_features[0].dtype == torch.float32 and narrow.test_error(model.float()) < 1e-5
+    with pytest.raises(
+        DataError, match=r"of torch.float64, the task of torch.float32; write task.to\(dtype=mo"
+    ):
+        narrow.loss(model.double())
+    with pytest.raises(OptionError, match="does not know its target tensor, nor other measurements"):
+        whole.test_error(model)
+
+
 def own(rows=1, order=2, value=0.0, sizes=(2, 3), **more):
     """Entries of your own, all at index 0."""
     index = torch.zeros(rows, order, dtype=torch.int64)
@@ -197,6 +221,37 @@ test_completion_refuses = refuses([
     ((), own(value=math.nan), DataError, "not finite"),
     ((), own(test_index=torch.zeros(1, 2).long()), OptionError, "test_index and test_values together"),
 ], by=lambda arguments, options: completion(*arguments, **options))  # fmt: skip
+
+
+def measured(rows=(4, 4), values=4, fill=1.0, **more):
+    """Features of your own, two a mode."""
+    values = torch.ones(values) if isinstance(values, int) else values
+    return {"features": [torch.full((n, 2), fill) for n in rows], "values": values, **more}
+
+
+BOTH = {"test_features": [torch.ones(1, 2)] * 2, "test_values": torch.ones(1)}
+
+test_sensing_refuses = refuses([
+    ((), {}, OptionError, "a target tensor is missing"),
+    ((target(),), {}, DataError, "samples must be an integer >= 1, found None"),
+    ((target(), 5), measured(), OptionError, "either target and samples, or features= and values="),
+    ((), {"features": [torch.ones(2, 2)]}, OptionError, "either target and samples"),
+    ((), measured(seed=1), OptionError, "a seed is for a target"),
+    ((target(), 5), BOTH, OptionError, "a target is tested on as a whole; leave test_features out"),
+    ((), measured((4, 3)), ShapeError, r"found:    features \[\(4, 2\), \(3, 2\)\], values \(4,\)"),
+    ((), measured(values=3), ShapeError, r"values \(3,\)(.|\n)*one \(B, D_n\) for every mode"),
+    ((), measured(features=torch.ones(4, 2)), ShapeError, r"found:    features \(4, 2\)"),
+    ((), measured(features=[torch.ones(4)]), ShapeError, r"for a single feature x\[:, None\]"),
+    ((), measured(features=3), ShapeError, "found:    features int"),
+    ((), measured((0, 0), 0), DataError, "features of mode 0: the tensor is empty"),
+    ((), measured(fill=math.nan), DataError, "features of mode 0: the tensor has 8 entries that are not fin"),
+    ((), measured(fill=1), DataError, "features of mode 0: the tensor has dtype torch.int64"),
+    ((), measured(values=[1, 1, 1, 1]), DataError, "values: the tensor has dtype torch.int64"),
+    ((), measured(features=["x"]), DataError, "not a tensor of numbers"),
+    ((), measured(test_values=torch.ones(1)), OptionError, "test_features and test_values together"),
+    ((), measured(**{**BOTH, "test_features": [torch.ones(1, 2)]}), ShapeError, r"with D = \(2, 2\), as the"),
+    ((), measured(**{**BOTH, "test_values": torch.ones(1) * 1j}), DataError, "values: they are complex"),
+], by=lambda arguments, options: sensing(*arguments, **options))  # fmt: skip
 
 
 def test_a_model_must_fit_the_task():

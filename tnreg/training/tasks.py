@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tnreg.tensors.arrays import (
     check_index,
     check_numbers,
     double,
+    is_autocast,
     largest_of,
     rescale,
     seeded,
@@ -124,36 +125,60 @@ class Completion:
 
 
 class Sensing:
-    """Inner products of a tensor with random rank-one tensors.
+    """Inner products of a tensor with rank-one tensors: random ones, or features of each variable.
 
     Attributes:
         features: For every mode n the factors ``(B, D_n)`` of the measurements ``values``, ``(B,)``.
-        target: The dense tensor, to test against.
+        target: The dense tensor, to test against; ``None`` if it is not known.
+        test_features: Features of measurements to test on, with ``test_values``; ``None`` if there are none.
     """
 
-    def __init__(self, features: Sequence[Tensor], values: Tensor, target: Tensor | None = None) -> None:
-        with torch.inference_mode(False):  # what was made there cannot be trained on; a copy can
-            self.features = tuple(f.clone() if f.is_inference() else f for f in features)
-        self.values, self.target = values, target
+    def __init__(
+        self,
+        features: Any,
+        values: Any,
+        target: Tensor | None = None,
+        test_features: Any = None,
+        test_values: Any = None,
+    ) -> None:
+        self.features, self.values = _check_measurements(features, values)
         self.sizes = tuple(part.shape[1] for part in self.features)
+        self.target = target
+        if (test_features is None) != (test_values is None):
+            message = "sensing: give test_features and test_values together, or neither."
+            raise OptionError(message, argument="test_features")
+        self.test_features, self.test_values = test_features, test_values
+        if test_features is not None:
+            self.test_features, self.test_values = _check_measurements(
+                test_features, test_values, self.sizes, self.values.dtype
+            )
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return ``1/B Σ_b |<x_b0 ⊗ .. ⊗ x_bN-1, W> - values_b|²``: scalar, differentiable."""
-        if isinstance(inner := _inside(model), Factorization):
-            _check_model(inner, self.sizes)
-        return _mean_square(model(self.features) - self.values)
+        return _mean_square(self._predict(model, self.features) - self.values)
 
     @torch.no_grad()
     def test_error(self, model: nn.Module) -> float:
-        """Return ``‖W - W*‖ / ‖W*‖`` over all entries, of which only projections were observed."""
+        """Return the relative error over what is there to test on.
+
+        With measurements of your own it is ``‖y - y*‖ / ‖y*‖`` over the test measurements; for a target
+        ``‖W - W*‖ / ‖W*‖`` over all entries, of which only projections were observed.
+
+        Raises:
+            OptionError: There is nothing to test on.
+        """
+        if self.test_values is not None:
+            return relative_error(self._predict(model, self.test_features), self.test_values)
         if self.target is None:
-            raise OptionError("test_error: this task does not know its target tensor.")
+            message = "test_error: this task does not know its target tensor, nor other measurements."
+            hint = "sensing(features=, values=, test_features=, test_values=)"
+            raise OptionError(f"{message}\n  write {hint}")
         return relative_error(_inside(model).to_tensor(), self.target)
 
     @torch.no_grad()
     def train_error(self, model: nn.Module) -> float:
         """Return ``‖y - y*‖ / ‖y*‖`` over the measurements."""
-        return relative_error(model(self.features), self.values)
+        return relative_error(self._predict(model, self.features), self.values)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Sensing:
         """Return the same task on another device or in another dtype.
@@ -161,12 +186,24 @@ class Sensing:
         Raises:
             DataError: The dtype cannot hold the values.
         """
-        *features, values = (_cast(part, device, dtype) for part in (*self.features, self.values))
-        target = None if self.target is None else _cast(self.target, device, dtype)
-        return Sensing(features, values, target)
+        cast = partial(_cast, device=device, dtype=dtype)
+        target = None if self.target is None else cast(self.target)
+        tested: tuple[Any, ...] = ()
+        if self.test_values is not None:
+            tested = [cast(part) for part in self.test_features], cast(self.test_values)
+        return Sensing([cast(part) for part in self.features], cast(self.values), target, *tested)
+
+    def _predict(self, model: nn.Module, features: Any) -> Tensor:
+        if isinstance(inner := _inside(model), Factorization):
+            _check_model(inner, self.sizes)
+            if inner.dtype != self.values.dtype and not is_autocast(inner.device):
+                types = f"the model is of {inner.dtype}, the task of {self.values.dtype}"
+                raise DataError(f"{types}; write task.to(dtype=model.dtype).")
+        return model(features)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        return f"<Sensing of {self.sizes}: {len(self.values)} rank-one measurements>"
+        tested = "" if self.test_values is None else f", {len(self.test_values)} to test on"
+        return f"<Sensing of {self.sizes}: {len(self.values)} rank-one measurements{tested}>"
 
 
 def completion(
@@ -232,15 +269,50 @@ def completion(
     return Completion(rows[:count], entries[:count], table.sizes if table else dense.shape, *rest)
 
 
-def sensing(target: Any, samples: int, seed: int = 0) -> Sensing:
-    """Measure inner products of a target, a dense tensor or a ``Factorization``, with rank-one tensors.
+def sensing(
+    target: Any = None,
+    samples: int | None = None,
+    seed: int = 0,
+    *,
+    features: Any = None,
+    values: Any = None,
+    test_features: Any = None,
+    test_values: Any = None,
+) -> Sensing:
+    """Measure a tensor by rank-one tensors: random ones of a target, or your own with what they gave.
 
-    Their factors are normal with variance ``(Π D_n)^{-1/N}``, so that a rank-one tensor has norm 1 on
-    average; ``seed`` draws the same ones on every device.
+    Random factors are normal with variance ``(Π D_n)^{-1/N}``, so that a rank-one tensor has norm 1 on
+    average. With features of your own this is regression: features of each variable, such as its powers or
+    splines, and the tensor of coefficients of all their products is looked for.
+
+    Args:
+        target: Dense tensor, or a ``Factorization`` that stands for one.
+        samples: Number of random measurements.
+        seed: Draws the same ones on every device.
+        features: N arrays ``(B, D_n)``, row b of them the factors of measurement b; or one ``(B, N, D)``.
+        values: What was measured, ``(B,)``. Features and values become one dtype.
+        test_features: Features of other measurements, to test on; with ``test_values``.
+        test_values: What these gave.
 
     Raises:
         DataError: NaN, infinite or integer data, or no measurements.
+        ShapeError, OptionError: Shapes or arguments that do not fit each other.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        >>> powers = torch.stack([x**0, x, x**2], 1)
+        >>> sensing(features=[powers, powers.flip(0)], values=x**3)
+        <Sensing of (3, 3): 8 rank-one measurements>
     """
+    if features is not None or values is not None:
+        if target is not None or samples is not None or features is None or values is None:
+            raise OptionError("sensing: give either target and samples, or features= and values=.")
+        if seed != 0:
+            raise OptionError("sensing: a seed is for a target to measure.", argument="seed")
+        return Sensing(features, values, None, test_features, test_values)
+    if test_features is not None or test_values is not None:
+        message = "sensing: a target is tested on as a whole; leave test_features out."
+        raise OptionError(message, argument="test_features")
     dense = _check_target(target, "sensing")
     samples = check_integer(samples, 1, "sensing: samples", DataError)
     generator = seeded(seed, "sensing: seed")
@@ -294,6 +366,46 @@ def _check_entries(index: Tensor, values: Tensor, sizes: tuple[int, ...]) -> tup
         message = f"completion: {tuple(values.shape)} values for {rows} rows of the index."
         raise ShapeError(f"{message}\n  expected: ({rows},)", argument="values")
     return index, check_numbers(values)
+
+
+def _check_measurements(
+    features: Any, values: Any, sizes: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return features by mode and values, in one dtype, or raise one clear error."""
+    whole = features if isinstance(features, Tensor | np.ndarray) else None
+    listed = tuple(features) if whole is None and np.iterable(features) else ()
+    with torch.inference_mode(False):  # what was made there cannot be trained on; a copy can
+        parts = list(
+            as_tensor(whole).unbind(1) if whole is not None and whole.ndim == 3 else map(as_tensor, listed)
+        )
+        values = as_tensor(values)
+        parts = [part.clone() if part.is_inference() else part for part in parts]
+    shapes = [tuple(part.shape) for part in parts]
+    rows = len(values) if values.ndim == 1 else None
+    fits = bool(parts) and all(len(shape) == 2 and shape[0] == rows for shape in shapes)
+    if not fits or (sizes is not None and tuple(shape[1] for shape in shapes) != sizes):
+        found = shapes or (type(features).__name__ if whole is None else tuple(whole.shape))
+        wanted = "one (B, D_n) for every mode, or one array (B, N, D)"
+        if sizes is not None:
+            wanted = f"(B, D_n) with D = {sizes}, as the features to train on"
+        raise ShapeError(
+            "sensing: features and values do not fit each other.\n"
+            f"  found:    features {found}, values {tuple(values.shape)}\n"
+            f"  expected: features {wanted}; values (B,); for a single feature x[:, None]",
+            argument="features",
+        )
+    for what, part in [
+        *((f"features of mode {n}", part) for n, part in enumerate(parts)),
+        ("values", values),
+    ]:
+        try:
+            check_numbers(part)
+            if dtype is not None and part.is_complex() and not dtype.is_complex:
+                raise DataError(f"they are complex, and what is trained on is of {dtype}.")
+        except DataError as error:
+            raise DataError(f"sensing: {what}: {error}", argument="features") from None
+    common = dtype or reduce(torch.promote_types, (part.dtype for part in parts), values.dtype)
+    return tuple(_cast(part, None, common) for part in parts), _cast(values, None, common)
 
 
 def _inside(model: nn.Module) -> Any:
