@@ -56,14 +56,21 @@ def fit(
 
     Rows are recorded before the first update, after every ``every`` updates, and at the end.
 
+    An update of ``"gauss-newton"`` is a step of Levenberg-Marquardt in all weights of a ``Factorization``,
+    for the squares of a completion or sensing task. It fits in tens of updates, to the last digits of the
+    dtype, what gradients approach in thousands. Each costs up to 25 gradients and derivatives, and as many
+    again for every trial that it takes back (up to 12); with at most 450 weights it solves their equations
+    directly. Start it where predictions are of the size of the data: at zero all derivatives vanish. The
+    gauge of the weights stays, and frozen ones as well; the unit of the data does not matter. It does not
+    follow the gradient flow of the theory, and takes neither ``graph`` nor ``scheduler``.
+
     Args:
         model: Any module; trained in place.
         loss: Called with the model, returns a real scalar, e.g. ``task.loss``.
         steps: Number of updates.
         optimizer: ``"group-rmsprop"`` (one step size for all parameters, the optimizer of the
             theory), ``"sgd"``, ``"adam"``, ``"lbfgs"``, ``"gauss-newton"``, a ``torch.optim.Optimizer``, or
-            its class. An update of ``"gauss-newton"`` is a step of Levenberg-Marquardt in all weights of
-            a ``Factorization``, for the squares of a completion or sensing task: see Notes.
+            its class.
         lr: Learning rate; not used with an optimizer of your own, nor by ``"gauss-newton"``.
         observe: ``{name: f(model)}``; numbers, tensors, or dicts of them.
         every: Updates between rows.
@@ -104,14 +111,6 @@ def fit(
             that could not be read again (said before the first update).
         FileError: The checkpoint cannot be read or written.
         Exception: What the loss or a function of yours raises; rows so far are its ``trajectory``.
-
-    Notes:
-        ``"gauss-newton"`` fits in tens of updates, to the last digits of the dtype, what gradients approach
-        in thousands. An update costs up to 25 gradients and derivatives, and as many again for every trial
-        that it takes back (up to 12); with at most 450 weights it solves their equations directly. Start
-        it where predictions are of the size of the data: not near zero, where all gradients vanish. The
-        gauge of the weights stays, and frozen ones as well; the unit of the data does not matter. It does
-        not follow the gradient flow of the theory, and takes neither ``graph`` nor ``scheduler``.
     """
     steps = check_integer(steps, 0, "fit: steps")
     every = check_integer(every, 1, "fit: every")
