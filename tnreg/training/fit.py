@@ -60,9 +60,9 @@ def fit(
     for the squares of a completion or sensing task. It fits in tens of updates, to the last digits of the
     dtype, what gradients approach in thousands. Each costs up to 25 gradients and derivatives, and as many
     again for every trial that it takes back (up to 12); with at most 450 weights it solves their equations
-    directly. Start it where predictions are of the size of the data: at zero all derivatives vanish. The
-    gauge of the weights stays, and frozen ones as well; the unit of the data does not matter. It does not
-    follow the gradient flow of the theory, and takes neither ``graph`` nor ``scheduler``.
+    directly. Weights that predict next to nothing are scaled up first; from zero there is no way. The gauge
+    of the weights stays, and frozen ones as well; the unit of the data does not matter. It does not follow
+    the gradient flow of the theory, and takes neither ``graph`` nor ``scheduler``.
 
     Args:
         model: Any module; trained in place.

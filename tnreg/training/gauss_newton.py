@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.factorizations.stacks import Stacks
-from tnreg.tensors.arrays import times_power_of_two, without_autocast
-from tnreg.training.solver import LevenbergMarquardt, Samples, Weights, to_weights
+from tnreg.tensors.arrays import largest_of, times_power_of_two, without_autocast
+from tnreg.training.solver import LevenbergMarquardt, Samples, Weights, predict, to_weights
 from tnreg.training.tasks import Completion, Sensing, root_mean_square
 
 
@@ -50,9 +50,10 @@ class GaussNewton(torch.optim.Optimizer):
         solver = self._solver = self._solver or self._prepare()
         solver.damping = group["damping"]
         with without_autocast(model.device):
-            weights, before, after = solver.step(self._scaled(to_weights(model), -1), gauge=False)
+            weights, exponents = self._lifted(to_weights(model))
+            weights, before, after = solver.step(_scaled(weights, exponents, -1), gauge=False)
         if after < before:
-            pairs = zip(model.network.weighted, self._scaled(weights, 1), strict=False)
+            pairs = zip(model.network.weighted, _scaled(weights, exponents, 1), strict=False)
             shape, slots = model.network.shape, model.network.slots
             self._stacks.write({slots[i]: w.reshape(shape(i)).to(model.dtype) for i, w in pairs})
         group["damping"] = solver.damping
@@ -74,17 +75,36 @@ class GaussNewton(torch.optim.Optimizer):
         inputs: Any = samples.inputs
         if not isinstance(inputs, Tensor):
             inputs = tuple(x.to(dtype) for x in inputs)
-        values = times_power_of_two(samples.values.to(dtype), -self._log2)
-        frozen = [i for i, (k, slot) in model.network.slots.items() if not self._stacks.trained(k)[slot]]
-        return LevenbergMarquardt(Samples(inputs, values), model.network, frozen=frozen, dtype=model.dtype)
+        samples = Samples(inputs, times_power_of_two(samples.values.to(dtype), -self._log2))
+        rows = torch.arange(0, len(samples), 1 + len(samples) // 4000, device=samples.values.device)
+        self._some = samples[rows]
+        slots = model.network.slots
+        frozen = [i for i in slots if not self._stacks.trained(slots[i][0])[slots[i][1]]]
+        self._free = [i for i in model.network.weighted if i not in frozen]
+        return LevenbergMarquardt(samples, model.network, frozen=frozen, dtype=model.dtype)
 
-    def _scaled(self, weights: Weights, sign: int) -> Weights:
-        """Multiply what the weights predict by the unit of the data, or divide it, with no digit lost."""
-        count = len(self._model.network.weighted)
-        shares = [(self._log2 + i) // count for i in range(count)]
-        return [times_power_of_two(w, sign * e) for w, e in zip(weights, shares, strict=False)] + weights[
-            count:
-        ]
+    def _lifted(self, weights: Weights) -> tuple[Weights, list[int]]:
+        """Return weights, and powers of two that bring each near 1 and what they predict to the data's unit.
+
+        Weights that predict next to nothing are scaled up, all by the same: no step from there would be seen.
+        """
+        solver = self._solver
+        assert solver is not None
+        sizes = [math.frexp(float(largest_of(w)))[1] for w in weights[: len(solver.net.weighted)]]
+        predicted = root_mean_square(predict(self._some, solver.net, _scaled(weights, sizes, -1)))
+        known = predicted > 0 and solver.samples.norm > 0
+        short = self._log2 - sum(sizes) - math.log2(predicted) - 5 if known else 0
+        if short > 5:
+            shares = {k: (round(short) + n) // len(self._free) for n, k in enumerate(self._free)}
+            weights = _scaled(weights, [shares.get(k, 0) for k in range(len(sizes))], 1)
+            sizes = [size + shares.get(k, 0) for k, size in enumerate(sizes)]
+        return weights, [*sizes[:-1], self._log2 - sum(sizes[:-1])]
+
+
+def _scaled(weights: Weights, exponents: Sequence[int], sign: int) -> Weights:
+    """Multiply weights by powers of two, which loses no digit."""
+    pairs = zip(weights, exponents, strict=False)
+    return [times_power_of_two(w, sign * e) for w, e in pairs] + weights[len(exponents) :]
 
 
 def _check_model(model: nn.Module) -> Factorization:
