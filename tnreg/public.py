@@ -16,6 +16,8 @@ from tnreg.factorizations.components import balance_
 from tnreg.tensors.loading import load_tensor, open_tensor
 from tnreg.training.tasks import completion, sensing
 from tnreg.training.fit import fit
+from tnreg.search.find import find_tree
+from tnreg.search.interchange import interchange
 from tnreg.cnns.convnet import from_cnn, to_cnn
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.classifier import ConvAC, Representation
@@ -29,9 +31,9 @@ from tnreg import algebra, convert, dynamics, images, plots
 
 __all__ = [
     # trees and networks
-    "ModeTree", "gallery", "load_tree", "Network", "network", "Plan", "plan",
+    "ModeTree", "gallery", "load_tree", "find_tree", "Network", "network", "Plan", "plan",
     # factorizations
-    "Factorization", "load", "balance_", "decompose", "truncate",
+    "Factorization", "load", "balance_", "decompose", "truncate", "interchange",
     "algebra", "convert",
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",

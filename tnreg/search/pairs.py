@@ -43,12 +43,13 @@ def additive(
     parts = [rest.new_zeros(size) for size in sizes]
     columns = index.unbind(1)
     weights = [torch.bincount(i, minlength=size) + ridge for i, size in zip(columns, sizes, strict=True)]
+    weights = [torch.where(weight > 0, weight, 1) for weight in weights]
     small = 1e-14 * rest.abs().amax()
     for _ in range(sweeps):
         moved = torch.zeros_like(small)
         for part, i, weight in zip(parts, columns, weights, strict=True):
             # the fit to what is left plus the part itself, as a change of the part
-            change = (torch.zeros_like(part).index_add_(0, i, rest) - ridge * part) / weight.clamp_min(1e-300)
+            change = (torch.zeros_like(part).index_add_(0, i, rest) - ridge * part) / weight
             part += change
             rest -= change[i]
             moved = torch.maximum(moved, change.abs().amax())
@@ -115,9 +116,10 @@ def linkage_tree(strengths: Tensor) -> ModeTree:
         strengths: ``(N, N)``, symmetric.
     """
     order = len(strengths)
-    if order < 3 or not strengths.any():
-        return ModeTree.binary(order)
     between, counts = strengths.double().cpu().numpy().copy(), np.ones(order)
+    np.fill_diagonal(between, 0)
+    if not between.any():
+        return ModeTree.binary(order)
     np.fill_diagonal(between, -np.inf)
     groups: list[Any] = list(range(order))
     for _ in range(order - 1):
