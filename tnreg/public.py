@@ -16,6 +16,7 @@ from tnreg.factorizations.components import balance_
 from tnreg.tensors.loading import load_tensor, open_tensor
 from tnreg.training.tasks import completion, sensing
 from tnreg.training.fit import fit
+from tnreg.search.cross import cross
 from tnreg.search.find import find_tree
 from tnreg.search.interchange import interchange
 from tnreg.cnns.convnet import from_cnn, to_cnn
@@ -33,7 +34,7 @@ __all__ = [
     # trees and networks
     "ModeTree", "gallery", "load_tree", "find_tree", "Network", "network", "Plan", "plan",
     # factorizations
-    "Factorization", "load", "balance_", "decompose", "truncate", "interchange",
+    "Factorization", "load", "balance_", "decompose", "truncate", "interchange", "cross",
     "algebra", "convert",
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
