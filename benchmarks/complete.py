@@ -76,7 +76,7 @@ def _complete(task: Task, tree: Any) -> Fitted:
         "interval": list(found.interval),
         "numbers": sum(w.numel() for w in model.parameters()),
         "ranks": list(ranks.values()),
-        "tree": str(model.tree.nested),
+        "tree": repr(model.tree),
         "right": {model.tree.modes_below(v): r for v, r in ranks.items()} == task.ranks,
     }
 
@@ -389,6 +389,16 @@ def opened(out: Path) -> Iterator[dict[str, Any]]:
         empty = {"machine": f"{platform.machine()} CPU, 1 thread, Python {platform.python_version()}"}
         found = json.loads(out.read_text()) if out.exists() else {**empty, "results": {}}
         yield found
+        there = found["results"]
+        found["results"] = {
+            name: {
+                method: dict(sorted(there[name][method].items()))
+                for method in METHODS
+                if method in there[name]
+            }
+            for name in TASKS
+            if name in there
+        }
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
