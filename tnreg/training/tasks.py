@@ -403,7 +403,7 @@ def _check_measurements(
             if dtype is not None and part.is_complex() and not dtype.is_complex:
                 raise DataError(f"they are complex, and what is trained on is of {dtype}.")
         except DataError as error:
-            raise DataError(f"sensing: {what}: {error}", argument="features") from None
+            raise DataError(f"sensing: {what}: {error}", argument=what.partition(" ")[0]) from None
     common = dtype or reduce(torch.promote_types, (part.dtype for part in parts), values.dtype)
     return tuple(_cast(part, None, common) for part in parts), _cast(values, None, common)
 
