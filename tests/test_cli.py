@@ -93,6 +93,31 @@ def test_tree(cli, answer):
     assert answer("tree il2-4")["modes"][0] == "ligand"
 
 
+def test_tree_from_a_tensor(cli, answer, tensor):
+    """Of all entries, of some (NaN) and of a model; saved, drawn, and used by another command."""
+    out, _ = cli("tree --from x.npy --rtol 1e-6 --out found.json --figure t.png")
+    found = tnreg.load_tree("found.json")
+    assert found == tnreg.find_tree(tensor, rtol=1e-6) and Path("t.png").stat().st_size > 1000
+    model = tnreg.decompose(tensor, found, rtol=1e-6)
+    numbers = sum(weight.numel() for weight in model.weights.values())
+    assert f"numbers: {numbers}; along the binary tree " in out and "0 size 2, rank 2" in out
+    model.save("m.safetensors")
+    document = answer("tree --from m.safetensors --rtol 1e-6")
+    assert tree_from_json(document) == found and document["numbers along its own tree"] == numbers
+    assert {row["node"]: row["rank"] for row in document["nodes"][:-1]} == {
+        str(node): rank for node, rank in tnreg.hierarchical_rank(tensor, found, rtol=1e-6).items()
+    }
+    known = np.where(np.arange(tensor.numel()).reshape(tensor.shape) % 3 < 2, tensor.numpy(), np.nan)
+    np.save("some.npy", known)
+    assert "no two modes interact beyond chance; ranks are" in cli("tree --from some.npy")[0]
+    assert tree_from_json(answer("tree --from some.npy")) == ModeTree.binary(4)
+    np.save("none.npy", known * np.nan)
+    assert "all entries are missing" in cli("tree --from none.npy", 1)[1]
+    for words in ("tree", "tree htf-4 --from x.npy"):
+        assert "give one of a tree" in cli(words, 1)[1]
+    assert "option: --rtol" in cli("tree --from x.npy --rtol 2", 1)[1]
+
+
 def test_rank(cli, answer, tensor):
     words, tree = "rank x.npy --tree across-4 --rtol 0.1", ModeTree([[0, 2], [1, 3]])
     rows, document = table_rows(cli(f"{words} --figure r.png")[0]), answer(words)

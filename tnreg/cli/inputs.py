@@ -56,11 +56,10 @@ def read_input(file: str, options: InputOptions) -> Input:
     limit_of(options.memory, "--memory")  # a tensor in memory does not use it
     device = check_device(options.device)
     tree = None if options.tree is None else read_tree(options.tree)
-    is_model = file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file))
-    if options.missing is not None and (is_model or is_large_file(file)):
-        kind = "a model, which has all entries" if is_model else "read block by block"
+    if options.missing is not None and (is_model(file) or is_large_file(file)):
+        kind = "a model, which has all entries" if is_model(file) else "read block by block"
         raise OptionError(f"--missing is for tensors in memory; {file} is {kind}.")
-    if is_model:
+    if is_model(file):
         model = load(file, device=device)
         return Input(model if tree is None else model.to_tensor().detach(), tree, Path(file).stem)
     if is_large_file(file):
@@ -78,6 +77,11 @@ def read_input(file: str, options: InputOptions) -> Input:
         )
     labels = {m: f"{m} {name}" for m, name in enumerate(tensor.modes) if name != f"mode {m}"}
     return Input(values, tree or ModeTree.binary(values.ndim), tensor.name, labels)
+
+
+def is_model(file: str) -> bool:
+    """Return whether a file is a model that tnreg saved."""
+    return file.endswith(".safetensors") and "tnreg" in metadata_of(Path(file))
 
 
 def check_device(name: str) -> torch.device:

@@ -338,13 +338,13 @@ class Web:
             below = (counts[x] for x in self.legs[node] if up.get(x) == node)
             return max(*below, counts[self.centre] - counts[node])
 
-        order, up = self._down_from(min(self.cores, key=lambda node: (largest_branch(node), node)))
-        first, nested = dict[int, int](), dict[int, Any]()
-        below_of: dict[int, list[int]] = {}
+        branches = {node: largest_branch(node) for node in self.cores}
+        least = min(branches.values())
+        middle = (node for node in self.cores if branches[node] == least)  # one or two
+        _, order, up, below_of = max(map(self._ordered, middle))
+        nested = dict[int, Any]()
         for node in reversed(order):
-            below = sorted((x for x in self.legs.get(node, ()) if up.get(x) == node), key=first.__getitem__)
-            below_of[node], first[node] = below, first[below[0]] if below else node
-            nested[node] = [nested.pop(x) for x in below] or node
+            nested[node] = [nested.pop(x) for x in below_of[node]] or node
         tree = ModeTree(nested[order[0]])
         weights: dict[int, Tensor] = {}
         waiting = [order[0]]
@@ -357,6 +357,18 @@ class Web:
             weights[position] = self.cores[node].permute([self.legs[node].index(x) for x in axes])
             waiting += below_of[node]
         return tree, weights
+
+    def _ordered(self, root: int) -> tuple[list[int], list[int], dict[int, int], dict[int, list[int]]]:
+        """Hang the tree from a node, children in the order of the first modes below them.
+
+        Return these of the root's children; all nodes and parents as ``_down_from`` does; the children.
+        """
+        order, up = self._down_from(root)
+        first, below_of = dict[int, int](), dict[int, list[int]]()
+        for node in reversed(order):
+            below = sorted((x for x in self.legs.get(node, ()) if up.get(x) == node), key=first.__getitem__)
+            below_of[node], first[node] = below, first[below[0]] if below else node
+        return [first[x] for x in below_of[root]], order, up, below_of
 
     def _down_from(self, root: int) -> tuple[list[int], dict[int, int]]:
         """Return all nodes, parents first, and the parent of each but the root."""
