@@ -78,7 +78,7 @@ def test_completion_in_any_unit(tmp_path, scale):
 
 
 def test_completion_of_other_kinds(tmp_path):
-    changes = {"join": "full", "dtype": "float64", "tree": None, "optimizer": "adam"}
+    changes = {"join": "full", "dtype": "float64", "tree": None, "optimizer": "gauss-newton"}
     config = dataclasses.replace(completion.tiny, **changes)
     summary = completion.run(config, tmp_path / "run")
     assert summary["tree"] == "ModeTree([[0, 1], [2, 3]])"
