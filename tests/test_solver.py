@@ -149,3 +149,22 @@ def test_units_and_precision(route):
         found.append(tensor_of(model, weights) / unit)
     zoo.assert_close(found[1], found[0])
     zoo.assert_close(found[2], found[0], 1e-3)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_modes_in_another_order(route):
+    """With the tree's leaves, the columns of the index and the sizes renamed, steps are the same."""
+    model, renamed = zoo.model_of(ModeTree([[0, [2, 4]], 1, 3]), "full", bonds=2), [3, 0, 4, 1, 2]
+    samples, found = samples_of(model, count=100), []
+    back = sorted(range(5), key=renamed.__getitem__)
+    other = zoo.model_of(
+        ModeTree([[3, [4, 2]], 0, 1]), "full", bonds=2, sizes=tuple(model.sizes[n] for n in back)
+    )
+    for tried, index in ((model, samples.inputs), (other, samples.inputs[:, back])):
+        weights = solver.to_weights(model)
+        assert [w.shape for w in weights] == [w.shape for w in solver.to_weights(tried)]
+        lm = solver_of(route, Samples(index, samples.values), tried, ridge=0.01)
+        for _ in range(2):
+            weights, _, _ = lm.step(weights)
+        found.append(tensor_of(tried, weights))
+    zoo.assert_close(found[1].permute(renamed), found[0], 1e-9)
