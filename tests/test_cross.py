@@ -106,6 +106,20 @@ def test_the_error_is_honest(function, sizes, tree):
     assert found.error <= 1e-6 and error <= 100 * max(found.error, 1e-15)
 
 
+def test_a_better_tree_is_found():
+    """Pairs that are apart in the order of the modes: a fourth of the evaluations of the binary tree."""
+
+    def function(index):
+        u = index.double() / 15
+        return sum((3 * u[:, i] * u[:, j]).cos() for i, j in ((0, 7), (1, 4), (2, 9), (3, 6), (5, 8)))
+
+    found = cross(function, (16,) * 10)
+    along = cross(function, (16,) * 10, ModeTree.binary(10))
+    assert found.error < 1e-6 and found.evaluations < along.evaluations / 3
+    assert {(0, 7), (2, 9)} <= set(found.model.tree.nodes)
+    assert len(found.history["ranks"]) == len(found.model.tree.nodes) - 1
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
 def test_scales_make_no_difference(scale):
     found = cross(lambda i: scale * hilbert(i), (9,) * 4)

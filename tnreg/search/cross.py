@@ -17,6 +17,8 @@ from torch import Tensor
 from tnreg.errors import OptionError, ShapeError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.progress import working
+from tnreg.ranks.decompose import truncate
+from tnreg.search.interchange import interchange
 from tnreg.search.skeleton import Entries, Skeleton, Spent
 from tnreg.tensors.arrays import seeded
 from tnreg.training.trajectory import Trajectory
@@ -28,6 +30,8 @@ _START, _FRESH = 50, 100
 _BLANK = 1000
 # So many known entries are looked at for the largest error, and so many points may bring nothing new.
 _LOOKED_AT, _PATIENCE = 4000, 5
+# Another tree must need less than this share of the numbers above the leaves.
+_WORTH = 0.7
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class CrossApproximation:
         evaluations: Number of entries that the function was asked for, no entry twice.
         error: Estimate of the relative error ``‖A - model‖ / ‖A‖``, from random entries that were asked for
             after the model was made; exact where no others are left.
-        history: A row for every pass: ``evaluations``, ``error`` on the random entries known, ``numbers`` of
-            the model, ``ranks`` by node. Its ``stop_reason`` is ``"rtol"``, ``"max_evaluations"``,
-            ``"rounding"``, or ``"zero"`` if nothing else was found.
+        history: A row for every pass along the final tree: ``evaluations``, ``error`` on the random entries
+            known, ``numbers`` of the model, ``ranks`` by node. Its ``stop_reason`` is ``"rtol"``,
+            ``"max_evaluations"``, ``"rounding"``, or ``"zero"`` if nothing else was found.
     """
 
     model: Factorization
@@ -77,7 +81,8 @@ def cross(
             complex: a tensor, an array of numpy or Dask, or a list. It is never asked twice for the same
             one, and may do with a batch what it likes: compute it at once, in a loop, or on a cluster.
         sizes: Mode sizes.
-        tree: Mode tree, or what ``ModeTree`` takes; a balanced binary one if left out.
+        tree: Mode tree, or what ``ModeTree`` takes. If left out, it is ``ModeTree.binary(N)`` at first; each
+            time the evaluations have doubled, ``interchange`` looks for a better one for the model so far.
         rtol: Relative error to reach on fresh random entries; 0 goes on to rounding.
         max_evaluations: Largest number of entries to ask for. If more are needed, the model so far is
             returned with its error, and a warning.
@@ -106,6 +111,7 @@ def cross(
     batch = check_integer(batch, 1, "cross: batch")
     if not callable(function):
         raise OptionError(f"cross: function must be callable, found {function!r}.", argument="function")
+    free = tree is None
     if tree is None:
         sizes = tuple(sizes) if np.iterable(sizes) else sizes
         if not isinstance(sizes, tuple) or not sizes:
@@ -126,7 +132,7 @@ def cross(
     entries = Entries(function, sizes, most, batch)
     with working("cross approximation", progress) as say:
         search = _Search(entries, seeded(seed, "cross: seed"), rtol, say)
-        skeleton, error = search.run(tree)
+        skeleton, error = search.run(tree, free)
     run = search.history
     if run.stop_reason == "zero":
         warnings.warn(f"cross: all {len(entries)} entries looked at are zero.", stacklevel=2)
@@ -151,29 +157,35 @@ class _Search:
         self.pool = torch.zeros(0, len(entries.sizes), dtype=torch.int64)
         self.history = Trajectory()
 
-    def run(self, tree: ModeTree) -> tuple[Skeleton, float]:
-        """Return a skeleton along a tree and its error on fresh entries."""
+    def run(self, tree: ModeTree, free: bool) -> tuple[Skeleton, float]:
+        """Return a skeleton along a tree, a better one if it is free, and its error on fresh entries."""
         while not self.entries(self.pool).any():
             fresh = self._fresh(int(min(_START, self.most - len(self.entries))))
             if not len(fresh) or len(self.pool) >= _BLANK:
                 self.history.stop_reason = "zero"
                 return Skeleton(self.entries, tree), 0.0
             self.pool = torch.cat([self.pool, fresh])
-        skeleton, error, reason = Skeleton(self.entries, tree), None, "max_evaluations"
+        self.skeleton, error, reason = Skeleton(self.entries, tree), None, "max_evaluations"
         self.entries.most = self.most - _FRESH
         with suppress(Spent):
-            reason, error = self._grow(skeleton)
+            reason, error = self._grow(free and tree.order > 3)
         self.entries.most = self.most
-        error = self._fresh_error(skeleton) if error is None else error
+        error = self._fresh_error(self.skeleton) if error is None else error
         self.history.stop_reason = "rtol" if error <= self.rtol else reason
-        return skeleton, error
+        return self.skeleton, error
 
-    def _grow(self, skeleton: Skeleton) -> tuple[str, float | None]:
-        """Grow a skeleton; return why it ends, and the error on fresh entries if it is known."""
-        idle, order = 0, skeleton.tree.order
+    def _grow(self, free: bool) -> tuple[str, float | None]:
+        """Grow the skeleton; return why it ends, and the error on fresh entries if it is known."""
+        idle, order, due, error = 0, len(self.entries.sizes), math.inf, 1.0
         for step in count():
+            if len(self.entries) >= due and error > self.rtol / 2:
+                due = 2 * len(self.entries)
+                self._replant(error)
+            skeleton = self.skeleton
             error = self._error(skeleton, self.pool)
             self._record(step, skeleton, error)
+            if free and step == 1:
+                due = 2 * len(self.entries)
             if error <= self.rtol / 2 and self._error(skeleton, self._lines()) <= self.rtol:
                 if (error := self._fresh_error(skeleton)) <= self.rtol:
                     return "rtol", error
@@ -183,6 +195,14 @@ class _Search:
             if idle == _PATIENCE:
                 break
         return "rounding", None
+
+    def _replant(self, error: float) -> None:
+        """Go on along another tree if that needs far fewer numbers for what is known of the tensor."""
+        rtol, model = min(error, 0.5), self.skeleton.model()
+        here, there = truncate(model, rtol=rtol), interchange(model, rtol=rtol)
+        print(len(self.entries), error, _inside(here), _inside(there), there.tree == here.tree)
+        if _inside(there) < _WORTH * _inside(here):
+            self.skeleton, self.history = self.skeleton.along(there.tree), Trajectory()
 
     def _fresh(self, wanted: int) -> Tensor:
         """Draw distinct entries that are not known; fewer if there are no more."""
@@ -243,3 +263,7 @@ class _Search:
         row = {"evaluations": len(self.entries), "error": error, "numbers": numbers, "ranks": skeleton.ranks}
         self.history.append(step, row)
         self.say(f"cross approximation: {len(self.entries):,} evaluations, error {error:.0e}")
+
+
+def _inside(model: Factorization) -> int:
+    return sum(model.weights[v].numel() for v in model.tree.interior)

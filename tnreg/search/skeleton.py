@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,18 @@ class Skeleton:
             shape = [0] * len(below) or [entries.sizes[modes[0]]]
             part = torch.zeros(*shape, len(columns), dtype=entries.values.dtype)
             self.nodes.append(_Node(modes, below, above.get(t), {}, none, columns, part))
+
+    def along(self, tree: ModeTree) -> Skeleton:
+        """Return a skeleton along another tree with the pivots of the leaves; other nodes start without."""
+        found = Skeleton(self.entries, tree)
+        for mode in tree.leaves:
+            t, leaf = tree.position(mode), self.nodes[self.tree.position(mode)]
+            found.nodes[t] = replace(leaf, above=found.nodes[t].above, places=dict(leaf.places))
+        for node in found.nodes:
+            if node.below:
+                shape = [len(found.nodes[c].rows) for c in node.below]
+                node.part = node.part.new_zeros(*shape, len(node.columns))
+        return found
 
     @property
     def ranks(self) -> dict[Any, int]:
