@@ -200,7 +200,6 @@ class _Search:
         """Go on along another tree if that needs far fewer numbers for what is known of the tensor."""
         rtol, model = min(error, 0.5), self.skeleton.model()
         here, there = truncate(model, rtol=rtol), interchange(model, rtol=rtol)
-        print(len(self.entries), error, _inside(here), _inside(there), there.tree == here.tree)
         if _inside(there) < _WORTH * _inside(here):
             self.skeleton, self.history = self.skeleton.along(there.tree), Trajectory()
 
