@@ -46,6 +46,13 @@ class Samples:
         """Take what a task trains on."""
         return cls(task.index if isinstance(task, Completion) else task.features, task.values)
 
+    @classmethod
+    def both(cls, one: Samples, other: Samples) -> Samples:
+        """Put two sets of samples together."""
+        columns = [torch.cat(pair) for pair in zip(one.columns, other.columns, strict=True)]
+        inputs = torch.stack(columns, 1) if isinstance(one.inputs, Tensor) else tuple(columns)
+        return cls(inputs, torch.cat([one.values, other.values]))
+
     def __getitem__(self, rows: Tensor) -> Samples:
         inputs = self.inputs
         some = inputs[rows] if isinstance(inputs, Tensor) else tuple(x[rows] for x in inputs)
@@ -472,7 +479,7 @@ class LevenbergMarquardt:
             step, left = torch.zeros_like(slope), slope
             image = self._metric(solve, left)
             direction, size = image, _dot(left, image)
-            enough = 1e-4 * size
+            enough = 1e-2 * size
             for _ in range(self._iterations):
                 if size <= enough:
                     break
