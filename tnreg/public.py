@@ -19,6 +19,7 @@ from tnreg.training.fit import fit
 from tnreg.search.cross import cross
 from tnreg.search.find import find_tree
 from tnreg.search.interchange import interchange
+from tnreg.recovery.complete import complete
 from tnreg.cnns.convnet import from_cnn, to_cnn
 from tnreg.cnns.convnet import ConvNet
 from tnreg.cnns.classifier import ConvAC, Representation
@@ -40,6 +41,8 @@ __all__ = [
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
     # training
     "load_tensor", "open_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
+    # completion
+    "complete",
     # convolutional networks
     "ConvNet", "to_cnn", "from_cnn", "ConvAC", "Representation", "export_onnx", "export_pt2", "export_state",
     "LocalComponentPenalty", "EffectiveRankPenalty", "grid_tensor",

@@ -21,6 +21,10 @@ from tnreg.machine.versions import __version__
 # Commands: the file that each is in, loaded when it is called for, and its line in the help of all.
 COMMANDS = {
     "demo": ("fit_demo", "Complete a real tensor along a tree, end to end, and write a report."),
+    "complete": (
+        "complete",
+        "Fill the gaps of a tensor from all entries that are known: ranks, tree and the error are found.",
+    ),
     "tree": ("tree", "Draw a mode tree, or find one for a tensor."),
     "rank": ("rank", "Print the hierarchical ranks, effective ranks and entropies of a tensor along a tree."),
     "decompose": (

@@ -73,7 +73,7 @@ def read_input(file: str, options: InputOptions) -> Input:
     elif tensor.missing:
         raise OptionError(
             f"{file} has {tensor.missing} missing entries (NaN); ranks need all of them.\n"
-            "  --missing nan sets them to the mean of the others; or complete it first: tnreg fit"
+            "  --missing nan sets them to the mean of the others; or complete it first: tnreg complete"
         )
     labels = {m: f"{m} {name}" for m, name in enumerate(tensor.modes) if name != f"mode {m}"}
     return Input(values, tree or ModeTree.binary(values.ndim), tensor.name, labels)

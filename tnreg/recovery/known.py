@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnreg.errors import DataError, OptionError
 from tnreg.recovery.holdout import row_keys
-from tnreg.tensors.arrays import as_tensor, check_features, check_numbers, exact_scales
+from tnreg.tensors.arrays import as_tensor, exact_scales
 from tnreg.tensors.loading import DenseTensor, load_entries
 from tnreg.tensors.tables import Entries, floating, known_entries
 from tnreg.training.tasks import Completion, Sensing
@@ -92,9 +92,5 @@ def _once(index: Tensor, values: Tensor, notes: list[str]) -> tuple[Tensor, Tens
 
 
 def _sensing(task: Sensing) -> Sensing:
-    values = exact_scales(floating(as_tensor(task.values).detach()))
-    features = [as_tensor(part).detach().to(values.dtype) for part in task.features]
-    check_features(features, task.sizes, values.dtype)
-    if values.shape != (rows := len(features[0]),):
-        raise DataError(f"complete: {tuple(values.shape)} values for {rows} rows of features.")
-    return Sensing([check_numbers(part) for part in features], check_numbers(values))
+    values = exact_scales(task.values.detach())
+    return Sensing([part.detach().to(values.dtype) for part in task.features], values)

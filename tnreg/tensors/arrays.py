@@ -125,8 +125,7 @@ def as_tensor(values: Any, *, missing: bool = False) -> Tensor:
     if hidden and not missing:
         raise DataError(
             f"{hidden} of {native.size} entries are masked or missing, and all are needed here.\n"
-            "  fill them in first, e.g. array.filled(0.0), or complete the tensor: "
-            "completion(array, samples, missing='nan')"
+            "  fill them in first: tnreg.complete(array).completed(), or e.g. array.filled(0.0)"
         )
     return tensor
 
@@ -202,7 +201,7 @@ def check_numbers(tensor: Tensor) -> Tensor:
         raise DataError(
             f"the tensor has {bad} entries that are not finite ({nan} NaN, {bad - nan} infinite) "
             f"of {tensor.numel()}.\n"
-            "  if NaN marks missing entries: completion(tensor, samples, missing='nan')",
+            "  if NaN marks missing entries: tnreg.complete(tensor).completed()",
             argument="missing",
         )
     return tensor
