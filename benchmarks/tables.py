@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,11 +244,42 @@ def _epochs() -> Rows:
         yield arm, f"{row['1']['epoch']:.2f}", f"{row['2']['epoch']:.2f}"
 
 
+def _trees() -> Rows:
+    """Numbers and seconds by seed; how often tensap's seconds contain those of ``find_tree``."""
+    methods = {"tensap": "tensap 1.8, 100 steps"} | {
+        method: f"`{method}`" for method in ("agglomerate", "interchange", "auto")
+    }
+    yield ["tensor, modes permuted", "its own tree", "natural tree", *methods.values(), "times faster"]
+    for case, by_seed in _results("complete_trees")["dense"].items():
+        rows, cells = list(by_seed.values()), list[str]()
+        for key in methods:
+            seconds = _seeds(f"{row[key]['seconds']:.2g}" for row in rows)
+            cells.append(f"{_seeds(row[key]['numbers'] for row in rows)} / {seconds} s")
+        faster = min(row["tensap"]["seconds"] / row["auto"]["seconds"] for row in rows)
+        own = _seeds(row.get("true", "-") for row in rows)
+        yield [case, own, _seeds(f"{row['natural']:,}" for row in rows), *cells, f"{faster:.0f}"]
+
+
+def _tree_factors() -> Rows:
+    yield ["factors", "given", "found", "its own tree", "seconds"]
+    for case, by_seed in _results("complete_trees")["factors"].items():
+        rows = list(by_seed.values())
+        parts = [_seeds(f"{row[key]:,}" for row in rows) for key in ("given", "numbers", "true")]
+        yield [case, *parts, _seeds(f"{row['seconds']:.2g}" for row in rows)]
+
+
+def _seeds(values: Iterable[Any]) -> str:
+    """Return what came out for every seed, once if it was the same."""
+    return "; ".join(dict.fromkeys(map(str, values)))
+
+
 PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header begins, table
     ("docs/speed.md", "| work | against ", _steps),
     ("docs/complete.md", "| function | method ", _cross),
     ("docs/dynamics.md", "| run | ", _dynamics),
     ("docs/dynamics.md", "| what | ms ", _cost),
+    ("docs/trees.md", "| tensor, modes permuted | ", _trees),
+    ("docs/trees.md", "| factors | ", _tree_factors),
     ("docs/decompose.md", "| tensor | ", _decompose),
     ("docs/decompose.md", "| order/rank | ", _factored),
     ("docs/decompose.md", "| dense tensor | ", _spectra),

@@ -93,7 +93,7 @@ def test_factors_of_order_64_and_more_exchange_what_they_hold():
     assert found.error_bound <= 1e-8 * found.norm().item()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.one_of(models(), models(torch.complex128), models(torch.float32)), st.data())
 def test_interchange_keeps_to_the_tolerance_and_never_takes_more_numbers(model, data):
     """All joins, any tree, any scale; the same result in every run."""

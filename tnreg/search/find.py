@@ -25,6 +25,8 @@ from tnreg.trees.tree import ModeTree
 # Errors of the size of rtol would hide ranks along other trees: what is searched along a tree that need not
 # fit is closer to the tensor than that by the first factor, along one that does by the second.
 _CLOSER, _CLOSE = 0.1, 0.9
+# Numbers along two trees are counted anew from the tensor itself if they are within this factor.
+_CLEARLY = 1.5
 
 
 @torch.no_grad()
@@ -87,7 +89,9 @@ def find_tree(x: Any, *, rtol: float | None = None, method: str = "auto") -> Mod
         return linkage_tree(interactions(x.index, x.values, x.sizes))
     if isinstance(x, Factorization):
         return interchange(x, rtol=_tolerance(rtol, x.dtype)).tree
-    core, sizes, rtol = _compressed(x, rtol)
+    tensor, sizes, rtol = _read(x, rtol)
+    # every mode in a basis of its own: no rank along any tree gets larger by that
+    core = compress(tensor, (rtol * float(torch.linalg.vector_norm(tensor))) ** 2)
     natural = ModeTree.binary(core.ndim)
     if method == "interchange":
         return interchange(decompose(core, natural, rtol=_CLOSER * rtol), rtol=rtol).tree
@@ -96,10 +100,11 @@ def find_tree(x: Any, *, rtol: float | None = None, method: str = "auto") -> Mod
     if method == "agglomerate":
         return web.hang()[0]
     tree, found, _ = web.improve(allowed, _CLOSE * allowed, regroup=False)
-    plain = decompose(core, natural, rtol=rtol).weights.values()
-    return (
-        natural if _numbers(plain, natural, sizes) <= _numbers(found.weights.values(), tree, sizes) else tree
-    )
+    before = _numbers(decompose(core, natural, rtol=rtol).weights.values(), natural, sizes)
+    if before > _CLEARLY * _numbers(found.weights.values(), tree, sizes):
+        return tree
+    numbers = (_numbers(decompose(tensor, t, rtol=rtol).weights.values(), t, sizes) for t in (natural, tree))
+    return natural if next(numbers) <= next(numbers) else tree
 
 
 def _tolerance(rtol: float | None, dtype: torch.dtype) -> float:
@@ -109,11 +114,8 @@ def _tolerance(rtol: float | None, dtype: torch.dtype) -> float:
     return check_number(rtol, "find_tree: rtol", 0, 1)
 
 
-def _compressed(x: Any, rtol: float | None) -> tuple[Tensor, tuple[int, ...], float]:
-    """Return the tensor with every mode in a basis of its own, on a moderate scale; mode sizes, tolerance.
-
-    No rank along any tree gets larger by that.
-    """
+def _read(x: Any, rtol: float | None) -> tuple[Tensor, tuple[int, ...], float]:
+    """Return a tensor on a moderate scale, or the core of one read in blocks; mode sizes and tolerance."""
     if is_blocks(x):
         rtol = _tolerance(rtol, getattr(torch, as_blocks(x).dtype.name))
         star = decompose(x, ModeTree.star(x.ndim), rtol=rtol)
@@ -125,9 +127,9 @@ def _compressed(x: Any, rtol: float | None) -> tuple[Tensor, tuple[int, ...], fl
         raise ShapeError("find_tree: a single number has no modes.", argument="x")
     what = "a search for a tree: copies of the tensor"
     advice = "give it as an array of Dask, zarr or h5py (tnreg.open_tensor)"
-    must_fit(what, [core.shape], torch.float64, core.device, advice, copies=4)
-    core, _ = to_core(check_numbers(core), ModeTree.star(core.ndim))
-    return compress(core, (rtol * float(torch.linalg.vector_norm(core))) ** 2), sizes, rtol
+    double = torch.complex128 if core.is_complex() else torch.float64
+    must_fit(what, [core.shape], double, core.device, advice, copies=4)
+    return to_core(check_numbers(core), ModeTree.star(core.ndim))[0], sizes, rtol
 
 
 def _numbers(weights: Iterable[Tensor], tree: ModeTree, sizes: tuple[int, ...]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -12,7 +11,6 @@ from tnreg.factorizations.assembly import assemble, check_factorization, weights
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.rounding import finite_stacks, round_network, share_of, to_factorization
 from tnreg.search.web import Web
-from tnreg.trees.tree import ModeTree
 
 # Share of the tolerance that the first rounding may spend.
 _FIRST = 0.2
@@ -42,21 +40,16 @@ def interchange(model: Factorization, *, rtol: float) -> Factorization:
         OptionError: No factorization, or ``rtol`` outside ``[0, 1)``.
         DataError: NaN or infinite weights.
 
-    Cost: some ten singular value decompositions of ``R² × R²`` matrices per node and sweep, mostly two to
-    four sweeps (order 64, bonds 3: 0.2 s); for bonds above 10 products with random vectors take their place,
-    and nodes with bonds above some 60 stay. Computed on the CPU, in double precision and at any scale; the
-    same result every time.
+    Cost: three singular value decompositions of ``R² × R²`` matrices per node and sweep, mostly two to four
+    sweeps (order 64, bonds 3: 0.1 s); for bonds above 10 products with random vectors take their place, and
+    nodes with bonds above some 60 stay. Computed on the CPU, in double precision and at any scale; the same
+    result every time.
     """
     check_factorization(model)
     share = share_of(check_number(rtol, "interchange: rtol", 0, 1), model.dtype) or 0.0
     found = _interchanged(model, share)
     if found is None or _numbers(found) > _numbers(model):
-        tree = ModeTree(_nested(model.tree))
-        names = dict(zip(model.tree.nodes, tree.nodes, strict=True))
-        joins = {names[v]: join for v, join in model.network.named_joins.items()}
-        found = Factorization.from_weights(
-            tree, {names[v]: w for v, w in weights_of(model).items()}, join=joins
-        )
+        found = _rebuilt(model)
         found.error_bound = 0.0
     return found
 
@@ -65,7 +58,7 @@ def _interchanged(model: Factorization, share: float) -> Factorization | None:
     """Return the model along the tree that is found; ``None`` if its nodes would not fit into memory."""
     stacks = finite_stacks(model)
     try:
-        binary = _two_at_a_time(model)
+        binary = _rebuilt(model, two_at_a_time=True)
         stacks = [stack.cpu() for stack in finite_stacks(binary)]
         first = round_network(
             binary.network, stacks, {}, _FIRST * share or None, dtype=torch.float64, orthonormal=True
@@ -83,30 +76,23 @@ def _numbers(model: Factorization) -> int:
     return sum(weight.numel() for weight in model.weights.values())
 
 
-def _two_at_a_time(model: Factorization) -> Factorization:
-    """Part diagonal joins of more than two children into joins of two, exactly."""
-    tree, named = model.tree, weights_of(model, ones=False)
-    weights = {tree.position(v): w for v, w in named.items()}
+def _rebuilt(model: Factorization, *, two_at_a_time: bool = False) -> Factorization:
+    """Return a copy with usual names; or, exactly, with diagonal joins of more children as joins of two."""
+    tree, bonds = model.tree, model.network.bonds
+    weights = {tree.position(v): w for v, w in weights_of(model).items()}
     joins = {tree.position(v): join for v, join in model.network.named_joins.items()}
     links = {i: list(below) for i, below in enumerate(tree.links) if below}
     new = len(tree.nodes)
-    for i in list(links):
+    for i in list(links) if two_at_a_time else ():
+        bond = bonds[links[i][0]]
         while joins[i] == "diagonal" and len(links[i]) > 2:
             pairs = [links[i][k : k + 2] for k in range(0, len(links[i]), 2)]
             links[i] = []
             for pair in pairs:
                 if len(pair) == 2:
                     links[new], joins[new] = pair, "diagonal"
-                    weights[new] = torch.eye(len(weights[i])).to(weights[i])
+                    weights[new] = torch.eye(bond, dtype=model.dtype, device=model.device)
                     pair, new = [new], new + 1
                 links[i] += pair
     modes = {tree.position(mode): mode for mode in tree.leaves}
     return assemble(len(tree.nodes) - 1, links, weights, joins, modes)[0]
-
-
-def _nested(tree: ModeTree) -> Any:
-    """Return a tree as nested lists."""
-    nested: list[Any] = []
-    for name, below in zip(tree.nodes, tree.links, strict=True):
-        nested.append([nested[c] for c in below] or name)
-    return nested[-1]

@@ -42,8 +42,8 @@ def additive(
     rest = rest - mean
     parts = [rest.new_zeros(size) for size in sizes]
     columns = index.unbind(1)
-    weights = [torch.bincount(i, minlength=size) + ridge for i, size in zip(columns, sizes, strict=True)]
-    weights = [torch.where(weight > 0, weight, 1) for weight in weights]
+    counts = (torch.bincount(i, minlength=size) for i, size in zip(columns, sizes, strict=True))
+    weights = [torch.where(count > 0, count.double() + ridge, 1.0) for count in counts]
     small = 1e-14 * rest.abs().amax()
     for _ in range(sweeps):
         moved = torch.zeros_like(small)
