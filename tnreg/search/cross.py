@@ -55,7 +55,8 @@ class CrossApproximation:
 
     def __repr__(self) -> str:
         found = f"error {self.error:.1e} from {self.evaluations:,} evaluations"
-        return f"<CrossApproximation of {self.model.sizes}: {found}>"
+        sizes = self.model.sizes
+        return f"<CrossApproximation of {sizes if len(sizes) <= 16 else f'order {len(sizes)}'}: {found}>"
 
 
 def cross(
