@@ -179,7 +179,8 @@ class _Search:
         """Grow the skeleton; return why it ends, and the error on fresh entries if it is known."""
         idle, order, due, error = 0, len(self.entries.sizes), math.inf, 1.0
         for step in count():
-            if len(self.entries) >= due and error > self.rtol / 2:
+            # half of the budget is enough to grow again, and what was known is not lost
+            if due <= len(self.entries) <= self.most / 2 and error > self.rtol / 2:
                 due = 2 * len(self.entries)
                 self._replant(error)
             skeleton = self.skeleton
