@@ -387,8 +387,9 @@ def in_a_process(python: str, name: str, method: str, seed: int, limit: int) -> 
 def opened(out: Path) -> Iterator[dict[str, Any]]:
     """Hold the results, and write them back, beside other processes that do so."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         empty = {"machine": f"{platform.machine()} CPU, 1 thread, Python {platform.python_version()}"}
         found = json.loads(out.read_text()) if out.exists() else {**empty, "results": {}}
         yield found
@@ -403,6 +404,8 @@ def opened(out: Path) -> Iterator[dict[str, Any]]:
             if name in there
         }
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    finally:
+        os.close(folder)
 
 
 def line(row: dict[str, Any]) -> str:
