@@ -28,7 +28,7 @@ from tnreg import (
     load,
     load_tensor,
 )
-from tnreg.recovery.complete import degrees_of_freedom
+from tnreg.recovery.growth import degrees_of_freedom
 from tnreg.recovery.holdout import hold_out, interval
 from tnreg.recovery.known import read_known
 from tnreg.tensors.loading import load_entries

@@ -28,6 +28,7 @@ from tnreg.experiments.completion import draw
 from tnreg.experiments.folder import RUN_FILES, plain_config, write_run
 from tnreg.machine.files import folder_written_whole
 from tnreg.recovery.complete import Completed, complete
+from tnreg.recovery.growth import count_numbers
 from tnreg.recovery.holdout import row_keys
 from tnreg.tensors.loading import load_entries
 from tnreg.tensors.tables import Entries
@@ -97,20 +98,19 @@ def run(config: Config, folder: str | Path, *, progress: bool = False) -> dict[s
                 dataclasses.replace(entries, **on_device), tree, join=config.join, ranks=config.ranks,
                 holdout=config.holdout, max_numbers=config.max_numbers, seed=config.seed, progress=progress,
             )  # fmt: skip
-        known, numbers = found.known, sum(weight.numel() for weight in found.model.weights.values())
         try:
             completed = _write_completed(found, entries, Path(config.tensor.partition(":")[0]).suffix, beside)
         except SizeError as error:
             completed = f"not written: {error}"
         summary = {
             "sizes": found.model.sizes,
-            "known entries": len(known.values),
+            "known entries": len(found.known.values),
             "of them held out": len(found.held.values),
             "entries": math.prod(found.model.sizes),
             "tree": repr(found.tree),
             "joins": " and ".join(sorted(set(found.model.network.named_joins.values()))),
             "ranks": {str(node): rank for node, rank in found.ranks.items()},
-            "numbers": numbers,
+            "numbers": count_numbers(found.model),
             "held-out error": found.error,
             "95 % interval": list(found.interval),
             "held-out error of the mean": found.mean_error,

@@ -17,7 +17,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.machine.progress import working
 from tnreg.ranks.rounding import limits_of
-from tnreg.recovery.growth import grow
+from tnreg.recovery.growth import count_numbers, degrees_of_freedom, grow
 from tnreg.recovery.holdout import hold_out, interval
 from tnreg.recovery.known import read_known
 from tnreg.tensors.arrays import as_tensor, check_order, seeded
@@ -103,12 +103,11 @@ class Completed:
         return self.model.entries(rows if rows.is_floating_point() else rows.long())
 
     def __repr__(self) -> str:
-        numbers = sum(weight.numel() for weight in self.model.weights.values())
         low, high = self.interval
         return (
             f"<Completed {self.model.sizes} from {len(self.known.values)} samples: held-out error "
-            f"{self.error:.2g} ({low:.2g} to {high:.2g}), {numbers} numbers,\n  ranks {self.ranks},\n"
-            f"  {self.tree!r}>"
+            f"{self.error:.2g} ({low:.2g} to {high:.2g}), {count_numbers(self.model)} numbers,\n"
+            f"  ranks {self.ranks},\n  {self.tree!r}>"
         )
 
     def _repr_svg_(self) -> str | None:
@@ -329,19 +328,3 @@ def _unseen(model: Factorization, known: Completion) -> Iterator[str]:
         yield f"no entry is known for some indices: {', '.join(none)}; predictions there rest on nothing."
     if few:
         yield f"some indices have fewer entries than the rank of their mode: {', '.join(few)}."
-
-
-def degrees_of_freedom(model: Factorization) -> int:
-    """Return the dimension of the tensors like this one: its numbers, less those that change nothing.
-
-    A matrix and its inverse between the two nodes of a bond change nothing, under a diagonal join a
-    diagonal one. Diagonal joins above one another leave still more free: there it is an upper bound.
-    """
-    network, tree = model.network, model.tree
-    numbers = sum(weight.numel() for weight in model.weights.values())
-    bonds = network.named_bonds
-    for node, join in network.named_joins.items():
-        children = [bonds[child] for child in tree.children(node)]
-        numbers -= sum(rank**2 if join == "full" else rank for rank in children)
-        numbers += children[0] if node == tree.root and network.root_ones else 0
-    return max(numbers, 1)

@@ -240,9 +240,10 @@ class _Search:
         if join == "diagonal" or not isinstance(self.train.inputs, Tensor) or tree.order < 2:
             return one
         mean, parts = additive(self.train.inputs, self.train.values, self.sizes)
-        both = truncate(_additive_model(tree, mean, parts), rtol=1e-9)
+        both = truncate(_additive_model(tree, mean, parts), rtol=1e-9, ranks=self.limits(tree) or None)
         errors = [self.judge(model, ridge).error for model in (one, both)]
-        return both if errors[1] < 1.05 * min(1.0, errors[0]) else one
+        small = count_numbers(both) <= (self.most or math.inf)
+        return both if small and errors[1] < 1.05 * min(1.0, errors[0]) else one
 
     def rank_one(self, tree: ModeTree, join: str, values: Tensor, ridge: float) -> Factorization:
         """Fit values by a tensor of rank one (alternating least squares)."""
@@ -410,7 +411,10 @@ def count_numbers(model: Factorization) -> int:
 
 
 def degrees_of_freedom(model: Factorization) -> int:
-    """Count the numbers of a model less those that only choose its gauge."""
+    """Count the numbers of a model less those that only choose its gauge.
+
+    An upper bound where diagonal joins are above one another.
+    """
     net = model.network
     bonds = [
         b if j == "diagonal" else b * b
