@@ -66,17 +66,20 @@ def demo(
     steps: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Complete a real tensor along a tree, end to end, and write a report.
+    """Complete a measured tensor, learn another one component by component, and write a report.
 
     Args:
         out: Folder for pictures, trajectory, model and report.html.
         device: Any torch device, e.g. cuda.
         seed: Chooses the observed entries and the initial weights.
-        steps: Fewer updates than the demo's own, to try it out.
+        steps: To try it out: fewer updates, and a small tensor completed.
         progress: Show progress bars.
     """
     config = demo_experiment.Config(device=str(check_device(device)), seed=seed)
     if steps is not None:
-        config = dataclasses.replace(config, steps=steps)
+        small = {
+            name: getattr(demo_experiment.tiny, name) for name in ("completed", "along", "share", "peers")
+        }
+        config = dataclasses.replace(config, steps=steps, **small)
     reply = Reply()
     demo_experiment.run(config, out, console=reply.console, progress=reply.shows(progress))

@@ -1,53 +1,59 @@
-"""The main job on a real tensor: draw the tree, read its ranks, complete it, see components emerge.
+"""Two measured tensors: one completed along a tree, one learned component by component.
 
-The IL-2 response tensor (13 ligands x 4 times x 12 doses x 8 cells) is completed from a part of its
-entries along the tree {ligand, dose} | {time, cell}, starting near zero, and compared on the unseen
-entries with two baselines: the mean of the observed entries, and CP with as many weights, trained in
-the same way.
+The kinetic tensor of fluorescence (64 measurements x 12 emission x 10 excitation wavelengths x 60 times) is
+completed from some of its entries by ``complete``, which finds the ranks, beside CP and Tucker of tensorly.
+Then a factorization of the IL-2 responses along the tree {ligand, dose} | {time, cell} is trained by
+gradients from near zero, the case of the theory: components come one after another, and the rank stays low.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tnreg import plots
 from tnreg.cnns.convnet import to_cnn
 from tnreg.cnns.export import export_onnx
 from tnreg.errors import OptionError
 from tnreg.experiments import completion, report
-from tnreg.experiments.completion import in_units, mean_error, new_model, scaled_task, train
+from tnreg.experiments.complete import slices
+from tnreg.experiments.completion import in_units, new_model, scaled_task, train
 from tnreg.experiments.folder import RUN_FILES, plain_config, write_run
-from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import plain_text, printable, working
-from tnreg.ranks.dense import effective_rank
-from tnreg.ranks.spectra import hierarchical_rank, spectra
+from tnreg.ranks.spectra import hierarchical_rank
+from tnreg.recovery.complete import Completed, complete
+from tnreg.recovery.holdout import interval
+from tnreg.tensors.arrays import seeded
 from tnreg.tensors.loading import load_tensor
-from tnreg.training.tasks import Completion
+from tnreg.training.tasks import Completion, relative_error, root_mean_square
+from tnreg.training.tasks import completion as completion_of
 from tnreg.training.trajectory import Trajectory
-from tnreg.trees.drawing import plain_label
-from tnreg.trees.reading import Node
-from tnreg.trees.tree import ModeTree, load_tree
+from tnreg.trees.tree import load_tree
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _PICTURES = {
-    "demo.png": "The tree, its components emerging one after another, and the error on unseen entries.",
-    "spectra.png": "Singular values at the nodes of the tree: the measured tensor and the learned one.",
-    "slices.png": "Four slices of the tensor: what was observed, what was learned, what was measured.",
-    "training.png": "Loss and test error along the training, and those of the CP baseline.",
-    "network.png": "The tree, and the convolutional network that the learned factorization is along it.",
+    "demo.png": "The tree and the ranks found; errors on unseen entries with intervals; components emerging.",
+    "slices.png": "Slices of the completed tensor: what was observed, and the completion.",
+    "training.png": "Loss and error on unseen entries while the second tensor was learned.",
+    "network.png": "Its tree, and the convolutional network that the learned factorization is along it.",
 }
+
+_MEAN = "mean of the observed"
+_BETTER, _PATIENCE = 0.99, 2  # of tensorly's held-out errors, and how many larger ranks may fail
+_ROUND = 100  # iterations between two of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +61,17 @@ class Config(completion.Config):
     """Settings of the demo; chosen on seeds 100 to 102, so that the default seed is a fresh one.
 
     Attributes:
-        rtol: Threshold of the numerical ranks that are printed.
+        completed: Name or file of the tensor to complete.
+        along: Tree to complete it along.
+        share: Share of its known entries that is observed.
+        peers: Whether tensorly completes it as well.
+        rtol: Threshold of the numerical ranks of what was learned.
     """
 
+    completed: str = "kinetic"
+    along: str = "kinetic-4"
+    share: float = 0.02
+    peers: bool = True
     tree: str = "il2-4"
     rank: int = 64
     steps: int = 8000
@@ -66,78 +80,56 @@ class Config(completion.Config):
     rtol: float = 1e-2
 
 
-tiny = Config(rank=4, steps=40, every=10, std=0.3)
+tiny = Config(completed="il2", along="il2-4", share=0.2, peers=False, rank=4, steps=40, every=10, std=0.3)
 
 
 def run(
     config: Config, folder: str | Path, *, console: Console | None = None, progress: bool = False
 ) -> dict[str, Any]:
-    """Run the demo into ``folder``: pictures, trajectories, model, config.json and report.html.
+    """Run the demo into ``folder``: pictures, trajectories, models, config.json and report.html.
 
     Returns:
         What ``config.json`` holds under ``summary``.
     """
     show: Any = console.print if console is not None else lambda *_, **__: None
     start, config = time.perf_counter(), plain_config(config)
-    tensor, tree = load_tensor(config.tensor), load_tree(config.tree)
-    modes = dict(enumerate(tensor.modes))
-    below = {v: ", ".join(modes[m] for m in tree.modes_below(v)) for v in tree.nodes}
-    labels: dict[Any, str] = {mode: f"{mode} {name}" for mode, name in modes.items()}
-    show(f"{printable(config.tensor)}: {printable(tensor.source)}", markup=False)
-    show(tree.text(label=lambda v: labels.get(v) or f"{{{below[v]}}}"), markup=False)
-    filled = torch.where(torch.isnan(tensor.values), tensor.values.nanmean(), tensor.values)
-    measured = spectra(filled, tree)
-
-    def show_ranks(title: str, values: dict[Node, torch.Tensor], x: Any) -> dict[Node, int]:
-        ranks = hierarchical_rank(x, tree, rtol=config.rtol)
-        rows = [
-            (str(v), below[v], str(ranks[v]), str(len(s)), f"{float(effective_rank(s)):.2f}")
-            for v, s in values.items()
-        ]
-        numbers = (f"rank (rtol {config.rtol:g})", "of", "effective rank")
-        show(_table(title, ("node", "modes below"), numbers, rows))
-        return ranks
-
-    title = f"measured tensor ({tensor.missing} missing entries set to the mean)"
-    show_ranks(title, measured, filled)
-
-    files = (*RUN_FILES, *_PICTURES, "trajectory-cp.npz", "network.onnx", "report.html")
+    files = (*RUN_FILES, *_PICTURES, "completed.safetensors", "history.npz", "network.onnx", "report.html")
     with folder_written_whole(folder, "demo", files) as beside:
-        task, scale = scaled_task(tensor, config)
-        show(f"{task!r}; training from N(0, {config.std:g}²) ...", markup=False)
-        model = new_model(tree, task, config)
-        recorded = train(model, task, config, progress, spectra=_largest_values)
-        count = _size(model) // sum(task.sizes)
-        show(f"baseline: CP of {count} components, as many weights, trained in the same way ...")
-        cp = dataclasses.replace(config, rank=count, root="ones")
-        baseline = new_model(ModeTree.star(tree.order), task, cp)
-        recorded_cp = train(baseline, task, cp, progress, spectra=_largest_values)
-        with torch.no_grad():
-            learned = spectra(model)
-        errors = {
-            "mean of the observed": mean_error(task),
-            "CP, equal weights": task.test_error(baseline),
-            "tnreg, this tree": task.test_error(model),
-        }
-        ranks = show_ranks("learned tensor", learned, model)
-        rows = [
-            (name, f"{error:.4f}", str(count))
-            for (name, error), count in zip(errors.items(), (1, _size(baseline), _size(model)), strict=True)
-        ]
-        title = "error on unseen entries, ‖W - W*‖ / ‖W*‖"
-        show(_table(title, ("",), ("error", "weights"), rows))
-        summary = {
-            "test error": errors,
-            "weights": {"tnreg": _size(model), "CP": _size(baseline)},
-            "ranks": {str(v): r for v, r in ranks.items()},
-            "stopped by": recorded.stop_reason,
-            "scale": scale,
-            "seconds": time.perf_counter() - start,
-        }
-        final = in_units(model, scale)
-        write_run(beside, "demo", config, recorded, final, summary)
-        recorded_cp.save(beside / "trajectory-cp.npz")
-        net = to_cnn(final)
+        tensor = load_tensor(config.completed)
+        show(f"{printable(config.completed)}: {printable(tensor.source)}", markup=False)
+        task = completion_of(tensor.values.double(), config.share, seed=config.seed, missing="nan")
+        show(f"{task!r}; completing it ...", markup=False)
+        found = complete(
+            task.to(config.device), load_tree(config.along), join="full", adapt="ranks",
+            seed=config.seed, progress=progress,
+        )  # fmt: skip
+        dense = {_MEAN: task.values.mean().expand(task.sizes)}
+        with working("completing by tensorly ...", progress):
+            dense |= {
+                f"{name}, tensorly": by_tensorly(name, found) for name in ("CP", "Tucker") * config.peers
+            }
+        dense["tnreg"] = found.model.to_tensor().detach().cpu()
+        errors = {name: judge(x, task) for name, x in dense.items()}
+        found.model.save(beside / "completed.safetensors")
+        found.history.save(beside / "history.npz")
+        text = found.tree.text(label=partial(_of_node, found, tensor.modes))
+        show(text, markup=False)
+        rows = [(name, f"{e:.4f}", f"{low:.4f} to {high:.4f}") for name, (e, low, high) in errors.items()]
+        title = "relative error on unseen entries"
+        show(_table(title, ("", "error", "95 % interval"), rows))
+
+        second = load_tensor(config.tensor)
+        show(f"{printable(config.tensor)}: {printable(second.source)}", markup=False)
+        tree = load_tree(config.tree)
+        below = {v: ", ".join(second.modes[m] for m in tree.modes_below(v)) for v in tree.nodes}
+        show(f"training from N(0, {config.std:g}²) along its tree, one step size for all weights ...")
+        small, scale = scaled_task(second, config)
+        model = new_model(tree, small, config)
+        recorded = train(model, small, config, progress)
+        ranks = hierarchical_rank(model, rtol=config.rtol)
+        rows = [(str(v), below[v], f"{ranks[v]} of {config.rank}") for v in tree.nodes[:-1]]
+        show(_table("learned tensor", ("node", "modes below", f"rank (rtol {config.rtol:g})"), rows))
+        net = to_cnn(final := in_units(model, scale))
         show("the learned factorization as a convolutional network, layer by layer:")
         show(_side_by_side(tree.text(), repr(net)), markup=False, soft_wrap=True)
         with working("exporting ...", progress):
@@ -147,36 +139,55 @@ def run(
             except OptionError as error:  # the extra is missing
                 exported = f"not exported: {error}"
         show(exported, markup=False)
+        summary = {
+            "error on unseen entries": errors,
+            "held-out error": found.error,
+            "held-out interval": found.interval,
+            "tree": repr(found.tree),
+            "ranks": {str(v): rank for v, rank in found.ranks.items()},
+            "numbers": sum(p.numel() for p in found.model.parameters()),
+            "second tensor": {
+                "test error": small.test_error(model),
+                "test error of the mean": completion.mean_error(small),
+                "ranks": {str(v): rank for v, rank in ranks.items()},
+                "stopped by": recorded.stop_reason,
+                "scale": scale,
+            },
+            "seconds": time.perf_counter() - start,
+        }
+        write_run(beside, "demo", config, recorded, final, summary)
         with working("drawing ...", progress):
-            drawn, axes = _figure((13, 3.8), 3, width_ratios=[1, 1.3, 1])
-            plots.tree(tree, axes[0], labels=labels, edges=ranks)
-            axes[0].set_title("tree, learned ranks on its edges")
-            plots.components(recorded, axes[1], top=6)
-            axes[1].set_title("local components at the root, one after another")
-            plots.bars(errors, axes[2])
-            axes[2].set_title(f"unseen entries ({1 - config.observed:.0%} of the known)")
+            drawn, axes = _figure((13, 3.8), 3, width_ratios=[1, 1, 1.2])
+            plots.tree(found.tree, axes[0], labels=_labels(tensor.modes), edges=found.ranks)
+            axes[0].set_title("tree, and the ranks found")
+            bars = {name: values for name, values in errors.items() if name != _MEAN}
+            halves = [(high - low) / 2 for _, low, high in bars.values()]
+            plots.bars({name: error for name, (error, *_) in bars.items()}, axes[1], errors=halves)
+            axes[1].set_title(f"unseen entries ({1 - config.share:.0%} of the known)")
+            plots.components(recorded, axes[2], top=6)
+            axes[2].set_title(f"{config.tensor}: components at the root, one after another")
             plots.save_figure(drawn, beside / "demo.png")
-            drawn, axes = _figure((10, 4), 2, sharey=True)
-            for ax, title, s in zip(axes, ("measured", "learned"), (measured, learned), strict=True):
-                plots.spectra(s, ax, floor=1e-5)
-                ax.set_title(f"{title}: singular values per node")
-            plots.save_figure(drawn, beside / "spectra.png")
-            plots.save_figure(
-                _slices_figure(model, task, modes, _categories(config.tensor, task.sizes)),
-                beside / "slices.png",
-            )
+            plots.save_figure(slices(found, task, tensor.modes), beside / "slices.png")
             figure(beside)
             drawn, (left, right) = _figure((12, 4), 2, width_ratios=[1, 1.6])
-            plots.tree(tree, left, labels=labels)
+            plots.tree(tree, left, labels=_labels(second.modes))
             plots.network(net, right)
             plots.save_figure(drawn, beside / "network.png")
-            page = _report(beside, config, tensor.source, tree, summary)
+            page = report.page(
+                "Measured tensors: one completed, one learned from near zero",
+                report.text(f"{tensor.source}. Observed: {config.share:.0%} of the known entries."),
+                report.text(text, "pre"),
+                report.text("Relative error on unseen entries", "h2"),
+                report.table(
+                    {name: f"{e:.4f}, {low:.4f} to {high:.4f}" for name, (e, low, high) in errors.items()}
+                ),
+                *(report.picture(beside / name, caption) for name, caption in _PICTURES.items()),
+                report.text("Settings", "h2"),
+                report.text(", ".join(f"{k} = {v}" for k, v in vars(config).items())),
+                report.text(f"{summary['seconds']:.0f} seconds"),
+            )
             (beside / "report.html").write_text(page, encoding="utf-8")
-    show(
-        f"wrote {folder}: report.html, {', '.join(_PICTURES)}, trajectory.npz, trajectory-cp.npz, "
-        "model.safetensors, network.onnx, config.json",
-        markup=False,
-    )
+    show(f"wrote {folder}: {', '.join(sorted(files))}", markup=False)
     show(f"{time.perf_counter() - start:.0f} seconds")
     return summary
 
@@ -184,87 +195,79 @@ def run(
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw the training of a demo folder (again), into ``training.png`` there or another file."""
     path = Path(folder)
-    recorded, recorded_cp = (Trajectory.load(path / name) for name in ("trajectory.npz", "trajectory-cp.npz"))
-    drawn, axes = _figure((10, 3.6), 2)
-    for ax, name in zip(axes, ("loss", "test error"), strict=True):
-        ax.semilogy(recorded.steps, recorded[name], label="tnreg")
-        ax.semilogy(recorded_cp.steps, recorded_cp[name], label="CP, equal weights", ls="--")
-        ax.set_xlabel("step")
-        ax.set_title(name)
-        ax.legend()
-    return plots.save_figure(drawn, png or path / "training.png")
+    recorded = Trajectory.load(path / "trajectory.npz")
+    return plots.save_figure(completion.draw(recorded, ("loss", "test error")), png or path / "training.png")
 
 
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    """Return a table with columns of text, then columns of numbers."""
+def judge(x: Tensor, task: Completion) -> tuple[float, float, float]:
+    """Return the error of a dense tensor on the unseen entries, and between what its 95 % interval lies."""
+    assert task.test_index is not None and task.test_values is not None
+    unseen = x[tuple(task.test_index.T)]
+    return relative_error(unseen, task.test_values), *interval(unseen, task.test_values, seeded(0, "seed"))
+
+
+def by_tensorly(name: str, found: Completed) -> Tensor:
+    """Complete by ``"CP"`` or ``"Tucker"`` of tensorly, masked alternating least squares.
+
+    Rank, equal for all modes, and iterations are those of the least error on the entries that ``complete``
+    held out; both stop growing where that error falls no more by one percent, as there. At the end all
+    observed entries are fitted.
+    """
+    from tensorly import cp_to_tensor, tucker_to_tensor
+    from tensorly.decomposition import parafac, tucker
+
+    known, held = found.known.to("cpu"), found.held.to("cpu")
+    assert isinstance(known, Completion) and isinstance(held, Completion)
+    fit, rebuild = {"CP": (parafac, cp_to_tensor), "Tucker": (tucker, tucker_to_tensor)}[name]
+    unit = root_mean_square(known.values)
+    x, mask = np.zeros(known.sizes), np.zeros(known.sizes)
+    at, at_held = (tuple(part.index.T.numpy()) for part in (known, held))
+    x[at], mask[at] = known.values.numpy() / unit, 1
+    train = mask.copy()
+    train[at_held] = 0
+
+    def rounds(mask: Any, rank: int) -> Iterator[Tensor]:
+        state: Any = "random"
+        asked: Any = rank if name == "CP" else [min(rank, size) for size in known.sizes]
+        while True:
+            state = fit(x, asked, n_iter_max=_ROUND, init=state, mask=mask, tol=0, random_state=0)
+            yield unit * torch.from_numpy(rebuild(state))
+
+    best, rank = (math.inf, 0, 0), 0
+    while rank < best[1] + _PATIENCE:
+        rank, errors = rank + 1, list[float]()
+        for dense in rounds(train, rank):
+            errors.append(relative_error(dense[at_held], held.values))
+            if len(errors) > 1 and not errors[-1] < _BETTER * errors[-2]:
+                break
+        if min(errors) < _BETTER * best[0]:
+            best = (min(errors), rank, errors.index(min(errors)))
+    return next(itertools.islice(rounds(mask, best[1]), best[2], None))
+
+
+def _labels(modes: Sequence[str]) -> dict[Any, str]:
+    return {mode: f"{mode} {name}" for mode, name in enumerate(modes)}
+
+
+def _of_node(found: Completed, modes: Sequence[str], node: Any) -> str:
+    below = ", ".join(modes[mode] for mode in found.tree.modes_below(node))
+    return f"{below}: rank {found.ranks[node]}" if node in found.ranks else below
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
 
-    table = Table(*texts, title=plain_text(title), title_justify="left")
-    for head in numbers:
-        table.add_column(head, justify="right")
+    table = Table(*heads, title=plain_text(title), title_justify="left")
     for row in rows:
         table.add_row(*map(plain_text, row))
     return table
 
 
-def _figure(size: tuple[float, float], columns: int, rows: int = 1, **options: Any) -> tuple[Any, Any]:
+def _figure(size: tuple[float, float], columns: int, **options: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=size, layout="constrained")
-    return drawn, drawn.subplots(rows, columns, **options)
-
-
-def _largest_values(model: Factorization) -> dict[Node, torch.Tensor]:
-    return {node: values[:8] for node, values in spectra(model).items()}
-
-
-def _categories(tensor: str, sizes: Sequence[int]) -> list[list[str]]:
-    """Return what the places along every mode are called, their numbers where nobody says."""
-    if tensor != "il2":
-        return [list(map(str, range(size))) for size in sizes]
-    from tensorly.datasets import load_IL2data
-
-    return [[x if isinstance(x, str) else f"{x:.2g}" for x in ticks] for ticks in load_IL2data().ticks]
-
-
-def _slices_figure(
-    model: Factorization, task: Completion, modes: dict[int, str], names: Sequence[Sequence[str]]
-) -> Any:
-    with torch.no_grad():
-        learned = model.to_tensor().cpu()
-    observed = torch.full(task.sizes, math.nan)
-    observed[tuple(task.index.cpu().T)] = task.values.cpu()
-    measured = observed.clone()
-    if task.test_index is not None and task.test_values is not None:
-        measured[tuple(task.test_index.cpu().T)] = task.test_values.cpu()
-    # the two longest modes as a picture, four places of the next one, the last of all others
-    longest = sorted(range(len(task.sizes)), key=lambda n: -task.sizes[n])
-    (down, right), across = sorted(longest[:2]), longest[2] if len(longest) > 2 else None
-    places = [0] if across is None else sorted({task.sizes[across] * k // 4 for k in range(4)})
-    drawn, axes = _figure((11, 6.5), len(places), 3, sharex=True, sharey=True, squeeze=False)
-    limit = float(torch.nan_to_num(measured).abs().max())
-    tensors = {"observed": observed, "learned": learned, "measured": measured}
-    for row, (name, values) in zip(axes, tensors.items(), strict=True):
-        for ax, place in zip(row, places, strict=True):
-            at: list[Any] = [size - 1 for size in task.sizes]
-            at[down] = at[right] = slice(None)
-            if across is not None:
-                at[across] = place
-            image = ax.imshow(values[tuple(at)].numpy(), vmin=0, vmax=limit, aspect="auto", cmap="viridis")
-            if name != "learned":  # grey where nobody measured, white where it was kept for testing
-                never = torch.where(torch.isnan(measured[tuple(at)]), 0.6, math.nan)
-                ax.imshow(never.numpy(), vmin=0, vmax=1, aspect="auto", cmap="gray")
-            slices = (f"{modes[n]} {names[n][k]}" for n, k in enumerate(at) if isinstance(k, int))
-            ax.set_title(plain_label(", ".join([name, *slices])), fontsize=8)
-            if max(task.sizes[down], task.sizes[right]) <= 20:
-                ax.set_xticks(range(task.sizes[right]), names[right], rotation=90, fontsize=7)
-                ax.set_yticks(range(task.sizes[down]), names[down], fontsize=7)
-        row[0].set_ylabel(modes[down])
-    for ax in axes[-1]:
-        ax.set_xlabel(modes[right])
-    drawn.colorbar(image, ax=axes, shrink=0.6)
-    drawn.suptitle("white: not observed; grey: never measured", fontsize=9)
-    return drawn
+    return drawn, drawn.subplots(1, columns, **options)
 
 
 def _side_by_side(left: str, right: str) -> str:
@@ -272,25 +275,3 @@ def _side_by_side(left: str, right: str) -> str:
     lines = list(itertools.zip_longest(left.splitlines(), right.splitlines(), fillvalue=""))
     width = max(len(line) for line, _ in lines) + 3
     return "\n".join(f"{one:{width}s}{other}".rstrip() for one, other in lines)
-
-
-def _report(folder: Path, config: Config, source: str, tree: ModeTree, summary: dict[str, Any]) -> str:
-    """Return the page, with the pictures of the folder inside."""
-    settings = ", ".join(f"{k} = {v}" for k, v in vars(config).items())
-    known = f"{config.observed:.0%} of the known entries; started near zero"
-    return report.page(
-        "A real tensor, completed along a tree",
-        report.text(f"{source}. Observed: {known}."),
-        report.text(tree.text(), "pre"),
-        report.text("Error on unseen entries, ‖W − W*‖ / ‖W*‖", "h2"),
-        report.table({name: f"{error:.4f}" for name, error in summary["test error"].items()}),
-        report.text(f"Hierarchical rank of the learned tensor at each node (rtol {config.rtol:g})", "h2"),
-        report.table(summary["ranks"]),
-        *(report.picture(folder / name, caption) for name, caption in _PICTURES.items()),
-        report.text("Settings", "h2"),
-        report.text(f"{settings}; {summary['seconds']:.0f} seconds."),
-    )
-
-
-def _size(model: Factorization) -> int:
-    return sum(p.numel() for p in model.parameters())
