@@ -273,6 +273,39 @@ def _seeds(values: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(map(str, values)))
 
 
+def _completed() -> Rows:
+    results = _results("complete")
+    names = {method for rows in results.values() for method in rows}
+    methods = sorted(names, key=lambda name: (not name.startswith("tnreg"), name))
+    yield "task", *methods
+    for task, rows in results.items():
+        seeds = max(map(len, rows.values()))
+        yield task, *(_over_seeds(list(rows.get(method, {}).values()), seeds) for method in methods)
+
+
+def _over_seeds(rows: Sequence[dict[str, Any]], seeds: int) -> str:
+    """Smallest and largest error, mean of the seconds, and how many seeds if there are more."""
+    ran = sorted((row for row in rows if "error" in row), key=lambda row: row["error"])
+    if not ran:
+        return rows[0]["failed"] if rows else ""
+    errors = dict.fromkeys(_short(row["error"]) for row in (ran[0], ran[-1]))
+    seconds = sum(row["seconds"] for row in ran) / len(ran)
+    return f"{' to '.join(errors)}, {seconds:.2g} s" + f" ({len(ran)})" * (len(ran) < seeds)
+
+
+def _short(error: float) -> str:
+    return f"{error:.3g}" if error > 0.01 else f"{error:.1e}"
+
+
+def _ours() -> Rows:
+    yield "task", "seed", "error", "held out", "interval", "numbers", "ranks", "s"
+    for task, methods in _results("complete").items():
+        for seed, row in methods.get("tnreg", {}).items():
+            found, held, low, high = map(_short, (row["error"], row["held out"], *row["interval"]))
+            yield (task, seed, found, held, f"{low} to {high}",
+                   row["numbers"], " ".join(map(str, row["ranks"])), f"{row['seconds']:.1f}")  # fmt: skip
+
+
 PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header begins, table
     ("docs/speed.md", "| work | against ", _steps),
     ("docs/complete.md", "| function | method ", _cross),
@@ -289,6 +322,8 @@ PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header beg
     ("docs/cnn.md", "| network | ms ", _cnn),
     ("docs/seeing_far.md", "| arm | distance ", _locality),
     ("docs/seeing_far.md", "| net | step ", _regularizer),
+    ("docs/complete.md", "| task | tnreg ", _completed),
+    ("docs/complete.md", "| task | seed ", _ours),
     ("docs/past_one_machine.md", "| pass | ", _blocks),
     ("docs/past_one_machine.md", "| twelve cells | ", _sweeps),
     ("docs/past_one_machine.md", "| arm | one process", _epochs),
