@@ -77,6 +77,7 @@ def test_how_many_are_held_out():
     assert len(hold_out(task, 0.1, zoo.random())[1].values) == 3
 
 
+@pytest.mark.slow
 def test_interval_holds_the_error_of_the_population():
     """In some 95 of 100 cases."""
     truth, noise = zoo.randn(60, 300, seed=1), 0.1 * zoo.randn(60, 300, seed=2)
@@ -195,7 +196,9 @@ def test_gaps_are_filled():
     assert torch.equal(again.model.to_tensor(), found.model.to_tensor()) and again.interval == found.interval
 
 
-@pytest.mark.parametrize("unit", [1e-150, 1e-5, 1e150])
+@pytest.mark.parametrize(
+    "unit", [1e-5, pytest.param(1e-150, marks=pytest.mark.slow), pytest.param(1e150, marks=pytest.mark.slow)]
+)
 def test_the_unit_of_the_data_changes_nothing(unit):
     x, gaps = exact()
     found, scaled = quiet(gaps, TREE), quiet(gaps * unit, TREE)
@@ -204,12 +207,14 @@ def test_the_unit_of_the_data_changes_nothing(unit):
     assert relative_error(scaled.predictions, scaled.held.values) < 1e-8
 
 
+@pytest.mark.slow
 def test_permuted_modes_are_the_same_tensor():
     x, gaps = exact()
     for order in ((2, 0, 1), (1, 2, 0)):
         assert off(quiet(gaps.permute(order)), x.permute(order)) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128, torch.complex64, torch.float16])
 def test_kinds_of_numbers(dtype):
     x, gaps = exact(dtype=torch.float32 if dtype == torch.float16 else dtype, seed=2)
@@ -239,7 +244,8 @@ def test_rank_one_measurements():
 
 @pytest.mark.parametrize("x", [
     torch.ones(5, 4, 3), torch.zeros(5, 4, 3), 7 * torch.ones(1, 4, 1, 6),
-    torch.outer(torch.arange(1, 9), torch.arange(1, 7)), torch.ones((2,) * 10),
+    torch.outer(torch.arange(1, 9), torch.arange(1, 7)),
+    pytest.param(torch.ones((2,) * 10), marks=pytest.mark.slow),
 ], ids=["ones", "zeros", "sizes of one", "integers", "order 10"])  # fmt: skip
 def test_the_simplest_tensors(x):
     found = quiet(x if x.dtype == torch.int64 else x.double())
@@ -259,6 +265,7 @@ def warned(match, *arguments, **options):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:complete")
 def test_warnings():
     x, gaps = exact()
@@ -325,6 +332,7 @@ test_refusals = refuses([
 ], by=lambda options: complete(**{"task": X, "progress": False, **options}))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:complete")
 def test_what_does_not_fit_into_memory():
     sizes = (6,) * 14

@@ -61,6 +61,7 @@ def test_low_rank_is_exact_with_its_ranks(name, dtype):
     assert_exact(model_of(TREES[name], "full", dtype=dtype), TREES[name])
 
 
+@pytest.mark.slow
 @given(trees(), st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 def test_low_rank_is_exact_along_random_trees(tree, seed):
@@ -106,6 +107,7 @@ def test_the_error_is_honest(function, sizes, tree):
     assert found.error <= 1e-6 and error <= 100 * max(found.error, 1e-15)
 
 
+@pytest.mark.slow
 def test_a_better_tree_is_found():
     """Pairs that are apart in the order of the modes: a fourth of the evaluations of the binary tree."""
 
@@ -120,6 +122,7 @@ def test_a_better_tree_is_found():
     assert len(found.history["ranks"]) == len(found.model.tree.nodes) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-300, 1e-150, 1.0, 1e150, 1e300])
 def test_scales_make_no_difference(scale):
     found = cross(lambda i: scale * hilbert(i), (9,) * 4)
@@ -150,6 +153,7 @@ def test_functions_may_give_any_numbers(as_given):
     assert cross(lambda i: as_given(1.0 + i.sum(1).double()), (5,) * 4).error < 1e-6
 
 
+@pytest.mark.slow
 def test_functions_may_run_on_dask():
     dask, array = pytest.importorskip("dask"), pytest.importorskip("dask.array")
     lazy = cross(lambda i: array.from_array(i.numpy(), chunks=(9, -1)).sum(1), (5,) * 4)
@@ -157,6 +161,7 @@ def test_functions_may_run_on_dask():
     assert lazy.error == delayed.error < 1e-12
 
 
+@pytest.mark.slow
 def test_batches_are_bounded_and_the_seed_decides():
     def function(index):
         assert len(index) <= 7

@@ -82,6 +82,7 @@ def crossed(blocks, size=4):
     return Factorization.from_weights(tree, weights)
 
 
+@pytest.mark.slow
 def test_factors_of_order_64_and_more_exchange_what_they_hold():
     model = crossed(32)
     found = interchange(model, rtol=1e-8)
@@ -93,6 +94,7 @@ def test_factors_of_order_64_and_more_exchange_what_they_hold():
     assert found.error_bound <= 1e-8 * found.norm().item()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.one_of(models(), models(torch.complex128), models(torch.float32)), st.data())
 def test_interchange_keeps_to_the_tolerance_and_never_takes_more_numbers(model, data):
@@ -111,6 +113,7 @@ def test_interchange_keeps_to_the_tolerance_and_never_takes_more_numbers(model, 
     assert found.error_bound / unit <= (rtol + 20 * rounding) * norm
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(models(), st.sampled_from([1e-8, 1e-2, 0.3]))
 def test_no_tree_found_takes_more_numbers_than_the_natural_one(model, rtol):

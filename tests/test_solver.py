@@ -104,6 +104,7 @@ def test_metric(model, features):
         zoo.assert_close(frames[i], torch.eye(len(frames[i]), dtype=model.dtype))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(zoo.models(), st.sampled_from(list(ROUTES)), st.booleans(), st.booleans(), st.sampled_from([0.0, 0.1]))
 def test_steps_go_down(model, route, features, gauge, ridge):
@@ -121,6 +122,7 @@ def _cost(lm, weights):
     return lm.residual(weights).norm().item() ** 2 + lm.ridge * len(lm.samples) * mean_square
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)  # some tensors are too ill-conditioned
 @given(zoo.models(), st.sampled_from(list(ROUTES)), st.booleans())
 def test_recovery(model, route, features):
