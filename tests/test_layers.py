@@ -40,6 +40,7 @@ def test_imports_point_down(path):
     assert set(imported_wings(ast.parse(path.read_text()))) <= set(allowed)
 
 
+@pytest.mark.slow
 def test_the_package_shows_public_names_and_wings():
     """Everything else is inside of a wing; no function hides a module."""
     script = "import tnreg; tnreg.ranks.decompose.distance; print(*(n for n in dir(tnreg) if n[0] != '_'))"
