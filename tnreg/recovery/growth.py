@@ -79,7 +79,7 @@ _PATIENCE = 3
 _RIDGE = 0.1
 _SHRINKAGE = 0.5  # ridge of a correction, relative to the mean square of what it fits
 _STARTS = 3
-_MANY = 20_000  # samples from which one attempt for each join has to do
+_MANY = 20_000  # samples from which one attempt has to do
 _ROUNDS = 100
 
 
@@ -134,7 +134,9 @@ class _Search:
     ) -> None:
         self.train, self.held, self.sizes = Samples.of(task), Samples.of(held), task.sizes
         self.ranks, self.most, self.generator, self.record = ranks, most, generator, record
+        self.many = len(self.train) > _MANY
         self.exact = 500 * torch.finfo(task.values.dtype).eps
+        self.solved = max(self.exact, 1e-9)  # held-out error from which nothing else is tried
 
     # Fitting
 
@@ -194,9 +196,8 @@ class _Search:
 
     def attempts(self, joins: Sequence[str]) -> Iterator[tuple[str, _Effort]]:
         """Ways to grow a model, the most promising ones first."""
-        many = len(self.train) > _MANY
-        for join in joins:
-            efforts = _EFFORTS[:1] if many else _EFFORTS if join == "full" else _EFFORTS[1:2]
+        for join in joins[:1] if self.many else joins:
+            efforts = _EFFORTS[:1] if self.many else _EFFORTS if join == "full" else _EFFORTS[1:2]
             yield from ((join, effort) for effort in efforts)
 
     def best_on(self, tree: ModeTree, joins: Sequence[str]) -> _Candidate:
@@ -209,9 +210,9 @@ class _Search:
             if self.ranks is None and found.is_full and (best is None or found.error < 1.5 * best.error):
                 found = self.prune(found)
             grew = count_numbers(found.model) > count_numbers(begin.model)
-            agree = grew and best is not None and abs(found.error / best.error - 1) < 0.05
+            agree = grew and best is not None and found.model.network.bonds == best.model.network.bonds
             best = found if best is None else self.simpler_of_equals(best, found)
-            if agree or best.error <= self.exact * 100:
+            if (agree and abs(found.error / best.error - 1) < 0.05) or best.error <= self.solved:
                 break
         assert best is not None
         return best
@@ -220,7 +221,7 @@ class _Search:
         """Interchange branches of the tree as far as the held-out error allows, and grow again."""
         for _ in range(3):
             rtol = min(0.3, 5 * found.error)
-            if found.error <= self.exact * 100:
+            if found.error <= self.solved:
                 break
             other, same = interchange(found.model, rtol=rtol), truncate(found.model, rtol=rtol)
             if count_numbers(other) > 0.95 * count_numbers(same):
@@ -260,7 +261,7 @@ class _Search:
         """Fit what is left of the samples by rank one, from several starts; the best for those held out."""
         weights = to_weights(model)
         left, aside = (s.values - predict(s, model.network, weights) for s in (self.train, self.held))
-        starts = 1 if len(self.train) > _MANY else _STARTS
+        starts = 1 if self.many else _STARTS
         terms = [self.rank_one(model.tree, join, left, _SHRINKAGE) for _ in range(starts)]
         rest = [double(aside - predict(self.held, t.network, to_weights(t))) for t in terms]
         return min(zip(terms, rest, strict=True), key=lambda pair: float(torch.linalg.vector_norm(pair[1])))[
@@ -309,7 +310,7 @@ class _Search:
         best, model, ridge, failed = begin, begin.model, begin.ridge, 0
         fixed = self.ranks is not None
         for _ in range(_ROUNDS):
-            if best.error <= self.exact or failed == _PATIENCE:
+            if best.error <= self.exact or failed == _PATIENCE - self.many:
                 break
             share = _KEPT / 2 ** (2 if fixed else failed)
             wide = self.widen(model, join, ridge * min(1.0, best.error) ** 2, share)
