@@ -307,7 +307,7 @@ class _Search:
 
     def grow(self, begin: _Candidate, join: str, effort: _Effort) -> _Candidate:
         """Let a model grow as long as the held-out error falls."""
-        best, model, ridge, failed = begin, begin.model, begin.ridge, 0
+        best, model, ridge, failed, path = begin, begin.model, begin.ridge, 0, [begin]
         fixed = self.ranks is not None
         for _ in range(_ROUNDS):
             if best.error <= self.exact or failed == _PATIENCE - self.many:
@@ -327,9 +327,10 @@ class _Search:
             self.note("grow", chosen)
             if chosen.error < best.error * _BETTER or fixed:
                 best, model, ridge, failed = chosen, chosen.model, chosen.ridge, 0
+                path.append(chosen)
             else:
                 model, failed = grown.model, failed + 1
-        return best
+        return best if fixed else next(c for c in path if self.is_as_good(c, best))
 
     def fits(self, model: Factorization) -> bool:
         """Whether a model has few enough numbers, and not more degrees of freedom than there are samples."""
