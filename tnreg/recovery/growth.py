@@ -22,7 +22,7 @@ from tnreg.ranks.decompose import truncate
 from tnreg.ranks.spectra import spectra
 from tnreg.search.interchange import interchange
 from tnreg.search.pairs import additive, interactions, linkage_tree
-from tnreg.tensors.arrays import double
+from tnreg.tensors.arrays import double, draw_normal
 from tnreg.training.solver import (
     LevenbergMarquardt,
     Samples,
@@ -78,7 +78,7 @@ _BETTER = 0.99  # a change has to lower the held-out error to this part
 _PATIENCE = 3
 _RIDGE = 0.1
 _SHRINKAGE = 0.5  # ridge of a correction, relative to the mean square of what it fits
-_STARTS = 3
+_STARTS = 3  # of a rank-one fit besides one near a constant tensor
 _MANY = 20_000  # samples from which one attempt has to do
 _ROUNDS = 100
 
@@ -237,7 +237,7 @@ class _Search:
 
     def start(self, tree: ModeTree, join: str, ridge: float) -> Factorization:
         """Begin with the additive model, or with rank one if that predicts better."""
-        one = self.rank_one(tree, join, self.train.values, ridge)
+        one = self.best_rank_one(tree, join, None, ridge)
         if join == "diagonal" or not isinstance(self.train.inputs, Tensor) or tree.order < 2:
             return one
         mean, parts = additive(self.train.inputs, self.train.values, self.sizes)
@@ -246,9 +246,9 @@ class _Search:
         small = count_numbers(both) <= (self.most or math.inf)
         return both if small and errors[1] < 1.05 * min(1.0, errors[0]) else one
 
-    def rank_one(self, tree: ModeTree, join: str, values: Tensor, ridge: float) -> Factorization:
-        """Fit values by a tensor of rank one (alternating least squares)."""
-        vectors = _fit_rank_one(self.train, values, self.sizes, ridge, self.generator)
+    def rank_one(self, tree: ModeTree, join: str, values: Tensor, ridge: float, mean: float) -> Factorization:
+        """Fit values by rank one (alternating least squares), from normal vectors with this mean."""
+        vectors = _fit_rank_one(self.train, values, self.sizes, ridge, mean, self.generator)
         weights: dict[Node, Tensor] = {n: v.unsqueeze(1) for n, v in enumerate(vectors)}
         if not tree.interior:
             weights = {tree.root: vectors[0]}
@@ -257,12 +257,17 @@ class _Search:
             weights[node] = vectors[0].new_ones((1,) * axes)
         return Factorization.from_weights(tree, weights, join=join)
 
-    def correction(self, model: Factorization, join: str) -> Factorization:
-        """Fit what is left of the samples by rank one, from several starts; the best for those held out."""
-        weights = to_weights(model)
-        left, aside = (s.values - predict(s, model.network, weights) for s in (self.train, self.held))
-        starts = 1 if self.many else _STARTS
-        terms = [self.rank_one(model.tree, join, left, _SHRINKAGE) for _ in range(starts)]
+    def best_rank_one(
+        self, tree: ModeTree, join: str, model: Factorization | None, ridge: float
+    ) -> Factorization:
+        """Fit what a model leaves of the samples by rank one, from several starts; take the best one."""
+        left, aside = self.train.values, self.held.values
+        if model is not None:
+            weights = to_weights(model)
+            left = left - predict(self.train, model.network, weights)
+            aside = aside - predict(self.held, model.network, weights)
+        means = (1.0, *[0.0] * (0 if self.many and model is not None else _STARTS))
+        terms = [self.rank_one(tree, join, left, ridge, mean) for mean in means]
         rest = [double(aside - predict(self.held, t.network, to_weights(t))) for t in terms]
         return min(zip(terms, rest, strict=True), key=lambda pair: float(torch.linalg.vector_norm(pair[1])))[
             0
@@ -270,7 +275,7 @@ class _Search:
 
     def widen(self, model: Factorization, join: str, ridge: float, share: float) -> Factorization | None:
         """Add a rank-one fit of what is left of the samples, and keep the bonds that it makes larger."""
-        wide = add(model, self.correction(model, join))
+        wide = add(model, self.best_rank_one(model.tree, join, model, _SHRINKAGE))
         bonds, limits = model.network.named_bonds, self.limits(model.tree)
         if join == "diagonal":
             full = bool(limits) and all(bonds[v] >= limits[v] for v in bonds)
@@ -379,11 +384,16 @@ class _Search:
         if candidate.error <= 1e-6:
             return candidate
         best = self.refit(candidate.model, candidate.ridge, candidate.error, _LAST)
-        while best.ridge < 100:
-            tried = self.refit(candidate.model, 3 * best.ridge, candidate.error, _LAST)
-            if tried.error >= best.error:
-                break
-            best = tried
+        for factor in (
+            1.0,
+            0.1,
+            3.0,
+        ):  # the ridge for a smaller error first, then a smaller one, or larger ones
+            for _ in range(_ROUNDS):
+                tried = self.refit(best.model, factor * best.ridge, min(best.error, candidate.error), _LAST)
+                if tried.error >= best.error * _BETTER or tried.error <= self.exact:
+                    break
+                best = tried
         self.note("settle", best)
         return best
 
@@ -446,15 +456,16 @@ def _fit_rank_one(
     values: Tensor,
     sizes: tuple[int, ...],
     ridge: float,
+    mean: float,
     generator: torch.Generator,
-    sweeps: int = 6,
+    sweeps: int = 8,
 ) -> list[Tensor]:
     """Fit values by a product of one vector per mode, each of them in turn."""
     count, ridge = len(values), ridge + 1e-10
 
     def normal(size: int) -> Tensor:
-        drawn = torch.randn(size, 1, generator=generator, dtype=torch.float64)
-        return (1 + 0.5 * drawn).to(values.device, values.dtype)
+        drawn = draw_normal((size, 1), double(values[:0]).dtype, "cpu", generator)
+        return (mean + 0.5 * drawn).to(values.device, values.dtype)
 
     vectors = [normal(size) for size in sizes]
     for _ in range(sweeps):
