@@ -64,21 +64,30 @@ class _Candidate:
 
 
 class _Effort(NamedTuple):
-    """How thoroughly a model is fitted before it grows: long fits may learn noise, short ones get stuck."""
+    """How thoroughly models are fitted between growths: long fits may learn noise, short ones get stuck.
+
+    A correction is fitted with a ridge, ``shrinkage``, relative to the mean square of what it corrects.
+    """
 
     steps: int
     stall: float
     early: bool
+    shrinkage: float = 0.02
+    starts: int = 1
 
 
-_EFFORTS = (_Effort(40, 0.01, True), _Effort(8, 0.03, False), _Effort(25, 0.003, False))
+_EFFORTS = (
+    _Effort(40, 0.01, True),
+    _Effort(8, 0.03, False),
+    _Effort(25, 0.003, False, 0.5, 3),
+    _Effort(8, 0.03, False, 0.0, 3),
+)
 _LAST = _Effort(40, 1e-3, False)
 _KEPT = 0.8  # new singular values are kept from this part of the largest one on
 _BETTER = 0.99  # a change has to lower the held-out error to this part
 _PATIENCE = 3
 _RIDGE = 0.1
-_SHRINKAGE = 0.5  # ridge of a correction, relative to the mean square of what it fits
-_STARTS = 3  # of a rank-one fit besides one near a constant tensor
+_STARTS = 4  # of the rank-one fit to begin with
 _MANY = 20_000  # samples from which one attempt has to do
 _ROUNDS = 100
 
@@ -197,7 +206,7 @@ class _Search:
     def attempts(self, joins: Sequence[str]) -> Iterator[tuple[str, _Effort]]:
         """Ways to grow a model, the most promising ones first."""
         for join in joins[:1] if self.many else joins:
-            efforts = _EFFORTS[:1] if self.many else _EFFORTS if join == "full" else _EFFORTS[1:2]
+            efforts = _EFFORTS[:1] if self.many else _EFFORTS if join == "full" else _EFFORTS[1::-1]
             yield from ((join, effort) for effort in efforts)
 
     def best_on(self, tree: ModeTree, joins: Sequence[str]) -> _Candidate:
@@ -237,7 +246,7 @@ class _Search:
 
     def start(self, tree: ModeTree, join: str, ridge: float) -> Factorization:
         """Begin with the additive model, or with rank one if that predicts better."""
-        one = self.best_rank_one(tree, join, None, ridge)
+        one = self.best_rank_one(tree, join, None, ridge, _STARTS)
         if join == "diagonal" or not isinstance(self.train.inputs, Tensor) or tree.order < 2:
             return one
         mean, parts = additive(self.train.inputs, self.train.values, self.sizes)
@@ -258,7 +267,7 @@ class _Search:
         return Factorization.from_weights(tree, weights, join=join)
 
     def best_rank_one(
-        self, tree: ModeTree, join: str, model: Factorization | None, ridge: float
+        self, tree: ModeTree, join: str, model: Factorization | None, ridge: float, starts: int
     ) -> Factorization:
         """Fit what a model leaves of the samples by rank one, from several starts; take the best one."""
         left, aside = self.train.values, self.held.values
@@ -266,16 +275,18 @@ class _Search:
             weights = to_weights(model)
             left = left - predict(self.train, model.network, weights)
             aside = aside - predict(self.held, model.network, weights)
-        means = (1.0, *[0.0] * (0 if self.many and model is not None else _STARTS))
+        means = (1.0, *[0.0] * (starts - 1))
         terms = [self.rank_one(tree, join, left, ridge, mean) for mean in means]
         rest = [double(aside - predict(self.held, t.network, to_weights(t))) for t in terms]
         return min(zip(terms, rest, strict=True), key=lambda pair: float(torch.linalg.vector_norm(pair[1])))[
             0
         ]
 
-    def widen(self, model: Factorization, join: str, ridge: float, share: float) -> Factorization | None:
+    def widen(
+        self, model: Factorization, join: str, ridge: float, share: float, effort: _Effort
+    ) -> Factorization | None:
         """Add a rank-one fit of what is left of the samples, and keep the bonds that it makes larger."""
-        wide = add(model, self.best_rank_one(model.tree, join, model, _SHRINKAGE))
+        wide = add(model, self.best_rank_one(model.tree, join, model, effort.shrinkage, effort.starts))
         bonds, limits = model.network.named_bonds, self.limits(model.tree)
         if join == "diagonal":
             full = bool(limits) and all(bonds[v] >= limits[v] for v in bonds)
@@ -318,7 +329,7 @@ class _Search:
             if best.error <= self.exact or failed == _PATIENCE - self.many:
                 break
             share = _KEPT / 2 ** (2 if fixed else failed)
-            wide = self.widen(model, join, ridge * min(1.0, best.error) ** 2, share)
+            wide = self.widen(model, join, ridge * min(1.0, best.error) ** 2, share, effort)
             if wide is None or not self.fits(wide):
                 break
             grown = self.refit(wide, ridge, best.error, effort)
@@ -327,6 +338,8 @@ class _Search:
                 tried.append(self.refit(grown.model, ridge / 10, best.error, effort))
                 tried.append(self.refit(best.model, best.ridge / 10, best.error, effort))
             chosen = min(tried, key=lambda c: c.error)
+            if chosen.ridge < ridge and self.is_as_good(grown, chosen):
+                chosen = grown
             if join == "full":
                 chosen = self.cut(chosen, min(chosen.error, 0.1), best.error, effort)
             self.note("grow", chosen)
@@ -384,14 +397,16 @@ class _Search:
         if candidate.error <= 1e-6:
             return candidate
         best = self.refit(candidate.model, candidate.ridge, candidate.error, _LAST)
-        for factor in (
-            1.0,
-            0.1,
-            3.0,
-        ):  # the ridge for a smaller error first, then a smaller one, or larger ones
+        # with the ridge of the smaller error, then a smaller one if that is clearly better, or larger ones
+        for factor in (1.0, 0.1, 3.0):
             for _ in range(_ROUNDS):
                 tried = self.refit(best.model, factor * best.ridge, min(best.error, candidate.error), _LAST)
-                if tried.error >= best.error * _BETTER or tried.error <= self.exact:
+                more, less = (tried, best) if factor > 1 else (best, tried)
+                if (
+                    self.is_as_good(more, less) != (factor > 1)
+                    or best.ridge > 1e3
+                    or tried.error <= self.exact
+                ):
                     break
                 best = tried
         self.note("settle", best)
