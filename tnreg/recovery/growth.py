@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnreg.algebra.arithmetic import add
+from tnreg.algebra.arithmetic import add, subtract
 from tnreg.factorizations.components import balance_
 from tnreg.factorizations.factorization import Factorization
 from tnreg.ranks.decompose import truncate
@@ -125,6 +125,7 @@ def grow(
     everything = Samples.both(search.train, search.held)
     ridge = found.ridge * min(1.0, found.error) ** 2 * (found.error > 1e-6)
     model = search.fit(found.model, ridge, _LAST, everything)
+    model = found.model if search.strays(model, found.model) else model
     search.note("refit", _Candidate(model, found.ridge, found.error))
     return Grown(model, found.error, predict(search.held, found.model.network, to_weights(found.model)))
 
@@ -326,7 +327,7 @@ class _Search:
         best, model, ridge, failed, path = begin, begin.model, begin.ridge, 0, [begin]
         fixed = self.ranks is not None
         for _ in range(_ROUNDS):
-            if best.error <= self.exact or failed == _PATIENCE - self.many:
+            if best.error <= self.exact or failed == _PATIENCE:
                 break
             share = _KEPT / 2 ** (2 if fixed else failed)
             wide = self.widen(model, join, ridge * min(1.0, best.error) ** 2, share, effort)
@@ -342,13 +343,27 @@ class _Search:
                 chosen = grown
             if join == "full":
                 chosen = self.cut(chosen, min(chosen.error, 0.1), best.error, effort)
+            if self.strays(chosen.model, best.model):
+                chosen = self.refit(chosen.model, 10 * chosen.ridge, best.error, effort)
             self.note("grow", chosen)
-            if chosen.error < best.error * _BETTER or fixed:
+            if fixed or (chosen.error < best.error * _BETTER and not self.strays(chosen.model, best.model)):
                 best, model, ridge, failed = chosen, chosen.model, chosen.ridge, 0
                 path.append(chosen)
             else:
                 model, failed = grown.model, failed + 1
         return best if fixed else next(c for c in path if self.is_as_good(c, best))
+
+    def strays(self, model: Factorization, other: Factorization) -> bool:
+        """Whether two models differ much more in all entries than in those known, which then say nothing."""
+        if not isinstance(self.train.inputs, Tensor):
+            return False
+        weights, others = to_weights(model), to_weights(other)
+        squares = [
+            double(predict(s, model.network, weights) - predict(s, other.network, others)).abs().square()
+            for s in (self.train, self.held)
+        ]
+        apart = 2 * subtract(model, other).log_norm().item() - sum(map(math.log, self.sizes))
+        return math.exp(min(apart, 300.0)) > 10 * float(torch.cat(squares).mean()) + 1e-13
 
     def fits(self, model: Factorization) -> bool:
         """Whether a model has few enough numbers, and not more degrees of freedom than there are samples."""
@@ -419,7 +434,7 @@ class _Search:
         return worse if smaller and self.is_as_good(worse, better) else better
 
     def is_as_good(self, tried: _Candidate, best: _Candidate) -> bool:
-        """Whether a model predicts the held-out samples as well as a better one, up to a standard error."""
+        """Whether a model predicts held-out samples as well as a better one, up to what chance explains."""
         if tried.error <= max(best.error * 1.01, self.exact):
             return True
         if tried.error > best.error * 1.25:
@@ -429,7 +444,10 @@ class _Search:
             for c in (tried, best)
         ]
         more = squares[0] - squares[1]
-        return float(more.mean()) <= float(more.std()) / math.sqrt(len(more))
+        # half a standard error of few samples; of many, whose errors have heavy tails, less
+        return float(more.mean()) <= 0.5 * float(more.std()) / math.sqrt(len(more)) * min(
+            1.0, 15 / math.sqrt(len(more))
+        )
 
 
 def count_numbers(model: Factorization) -> int:
