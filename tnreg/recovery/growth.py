@@ -327,7 +327,7 @@ class _Search:
         best, model, ridge, failed, path = begin, begin.model, begin.ridge, 0, [begin]
         fixed = self.ranks is not None
         for _ in range(_ROUNDS):
-            if best.error <= self.exact or failed == _PATIENCE:
+            if best.error <= self.exact or failed == _PATIENCE - self.many:
                 break
             share = _KEPT / 2 ** (2 if fixed else failed)
             wide = self.widen(model, join, ridge * min(1.0, best.error) ** 2, share, effort)
@@ -363,7 +363,7 @@ class _Search:
             for s in (self.train, self.held)
         ]
         apart = 2 * subtract(model, other).log_norm().item() - sum(map(math.log, self.sizes))
-        return math.exp(min(apart, 300.0)) > 10 * float(torch.cat(squares).mean()) + 1e-13
+        return math.exp(min(apart, 300.0)) > 3 * float(torch.cat(squares).mean()) + 1e-13
 
     def fits(self, model: Factorization) -> bool:
         """Whether a model has few enough numbers, and not more degrees of freedom than there are samples."""
