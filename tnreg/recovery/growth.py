@@ -92,6 +92,7 @@ _MANY = 20_000  # samples from which one attempt has to do
 _ROUNDS = 100
 
 
+@torch.no_grad()
 def grow(
     task: Completion | Sensing,
     held: Completion | Sensing,
@@ -293,10 +294,10 @@ class _Search:
             full = bool(limits) and all(bonds[v] >= limits[v] for v in bonds)
             return None if full else self._mixed(wide, limits)
         wide = self.fit(truncate(wide), ridge, _Effort(2, 0.0, False))
-        new = {v: s[bonds[v] : limits.get(v)] for v, s in spectra(wide).items()}
-        largest = {v: float(s[0]) for v, s in new.items() if len(s)}
-        top = max(largest.values(), default=0.0)
-        if top <= self.exact * 1e-2 * max((float(s[0]) for s in spectra(wide).values()), default=0.0):
+        values = {v: s.detach() for v, s in spectra(wide).items()}
+        new = {v: s[bonds[v] : limits.get(v)] for v, s in values.items()}
+        top = max((float(s[0]) for s in new.values() if len(s)), default=0.0)
+        if top <= self.exact * 1e-2 * max((float(s[0]) for s in values.values()), default=0.0):
             return None
         return truncate(wide, ranks={v: bonds[v] + int((s >= share * top).sum()) for v, s in new.items()})
 
@@ -354,16 +355,15 @@ class _Search:
         return best if fixed else next(c for c in path if self.is_as_good(c, best))
 
     def strays(self, model: Factorization, other: Factorization) -> bool:
-        """Whether two models differ much more in all entries than in those known, which then say nothing."""
+        """Whether two models differ much more in all entries than in those held out, which are like them."""
         if not isinstance(self.train.inputs, Tensor):
             return False
-        weights, others = to_weights(model), to_weights(other)
-        squares = [
-            double(predict(s, model.network, weights) - predict(s, other.network, others)).abs().square()
-            for s in (self.train, self.held)
-        ]
+        one, two = (double(predict(self.held, m.network, to_weights(m))) for m in (model, other))
         apart = 2 * subtract(model, other).log_norm().item() - sum(map(math.log, self.sizes))
-        return math.exp(min(apart, 300.0)) > 3 * float(torch.cat(squares).mean()) + 1e-13
+        return (
+            math.exp(min(apart, 300.0))
+            > (3 + 60 / len(one)) * float((one - two).abs().square().mean()) + 1e-13
+        )
 
     def fits(self, model: Factorization) -> bool:
         """Whether a model has few enough numbers, and not more degrees of freedom than there are samples."""
