@@ -20,7 +20,7 @@ from tnreg.machine.versions import __version__
 
 # Commands: the file that each is in, loaded when it is called for, and its line in the help of all.
 COMMANDS = {
-    "demo": ("fit_demo", "Complete a real tensor along a tree, end to end, and write a report."),
+    "demo": ("fit_demo", "Complete a measured tensor, learn another component by component, write a report."),
     "complete": (
         "complete",
         "Fill the gaps of a tensor from all entries that are known: ranks, tree and the error are found.",

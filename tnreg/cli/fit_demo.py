@@ -66,7 +66,7 @@ def demo(
     steps: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Complete a measured tensor, learn another one component by component, and write a report.
+    """Complete a measured tensor, learn another component by component, write a report.
 
     Args:
         out: Folder for pictures, trajectory, model and report.html.
