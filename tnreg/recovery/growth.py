@@ -126,7 +126,8 @@ def grow(
     everything = Samples.both(search.train, search.held)
     ridge = found.ridge * min(1.0, found.error) ** 2 * (found.error > 1e-6)
     model = search.fit(found.model, ridge, _LAST, everything)
-    model = found.model if search.strays(model, found.model) else model
+    if search.strays(model, found.model, 30.0):  # the last fit knows what was held out
+        model = found.model
     search.note("refit", _Candidate(model, found.ridge, found.error))
     return Grown(model, found.error, predict(search.held, found.model.network, to_weights(found.model)))
 
@@ -354,15 +355,18 @@ class _Search:
                 model, failed = grown.model, failed + 1
         return best if fixed else next(c for c in path if self.is_as_good(c, best))
 
-    def strays(self, model: Factorization, other: Factorization) -> bool:
-        """Whether two models differ much more in all entries than in those held out, which are like them."""
+    def strays(self, model: Factorization, other: Factorization, times: float = 3.0) -> bool:
+        """Whether two models differ so many times more in all entries than in those held out.
+
+        These are like all others, so that the differences are of one size but for chance.
+        """
         if not isinstance(self.train.inputs, Tensor):
             return False
         one, two = (double(predict(self.held, m.network, to_weights(m))) for m in (model, other))
         apart = 2 * subtract(model, other).log_norm().item() - sum(map(math.log, self.sizes))
         return (
             math.exp(min(apart, 300.0))
-            > (3 + 60 / len(one)) * float((one - two).abs().square().mean()) + 1e-13
+            > (times + 60 / len(one)) * float((one - two).abs().square().mean()) + 1e-13
         )
 
     def fits(self, model: Factorization) -> bool:
