@@ -31,7 +31,10 @@ COMMANDS = {
         "decompose",
         "Hierarchical SVD of a tensor along a tree, or rounding of a saved model, to a relative error.",
     ),
-    "fit": ("fit_demo", "Complete a tensor from a part of its entries with a factorization along a tree."),
+    "fit": (
+        "fit_demo",
+        "Train a factorization along a tree on a part of a tensor's entries, by gradients, to study that.",
+    ),
     "run": ("run_sweep", "Run an experiment of the paper, or the same on a tree and a target of your own."),
     "sweep": (
         "run_sweep",
