@@ -420,14 +420,12 @@ class _Search:
         for factor in (1.0, 0.1, 3.0):
             for _ in range(_ROUNDS):
                 tried = self.refit(best.model, factor * best.ridge, min(best.error, candidate.error), _LAST)
-                more, less = (tried, best) if factor > 1 else (best, tried)
-                if (
-                    self.is_as_good(more, less) != (factor > 1)
-                    or best.ridge > 1e3
-                    or tried.error <= self.exact
-                ):
+                worse = tried.error > best.error if factor > 1 else self.is_as_good(best, tried)
+                if worse or best.ridge > 1e3:
                     break
                 best = tried
+                if best.error <= self.exact:
+                    break
         self.note("settle", best)
         return best
 
