@@ -144,7 +144,8 @@ def complete(
             become numbers in double precision, half precision becomes single. Of an entry that is there
             several times the mean is taken.
         tree: Mode tree to begin with; found from the data if left out.
-        join: ``"full"``, ``"diagonal"``, or ``"auto"``: whichever predicts held-out samples better.
+        join: ``"full"``, ``"diagonal"``, or ``"auto"``: whichever predicts held-out samples better;
+            of more than 20,000 samples full joins alone.
         ranks: Fixed ranks: one for each non-root node of ``tree``, or an integer, less where the sizes do
             not allow as much.
         adapt: What may change: ``"ranks"``, ``"tree"``; ranks that are given do not.

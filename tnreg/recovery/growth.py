@@ -86,6 +86,7 @@ _LAST = _Effort(40, 1e-3, False)
 _KEPT = 0.8  # new singular values are kept from this part of the largest one on
 _BETTER = 0.99  # a change has to lower the held-out error to this part
 _PATIENCE = 3
+_NOISY = 1e-3  # held-out error from which a lower ridge may be learning noise
 _RIDGE = 0.1
 _STARTS = 4  # of the rank-one fit to begin with
 _MANY = 20_000  # samples from which one attempt has to do
@@ -341,7 +342,7 @@ class _Search:
                 tried.append(self.refit(grown.model, ridge / 10, best.error, effort))
                 tried.append(self.refit(best.model, best.ridge / 10, best.error, effort))
             chosen = min(tried, key=lambda c: c.error)
-            if chosen.ridge < ridge and self.is_as_good(grown, chosen):
+            if chosen.ridge < ridge and chosen.error > _NOISY and self.is_as_good(grown, chosen):
                 chosen = grown
             if join == "full":
                 chosen = self.cut(chosen, min(chosen.error, 0.1), best.error, effort)
