@@ -15,6 +15,7 @@ from typing import Any
 
 import tnreg
 from tnreg.experiments import demo
+from tnreg.recovery.complete import Completed
 
 CONFIG = demo.Config()
 
@@ -37,7 +38,7 @@ def main(seeds: list[int], out: Path) -> None:
         start = time.process_time()
         for method, found in completed(task, seed):
             row: dict[str, Any] = {"seed": seed, "method": method, "seconds": time.process_time() - start}
-            if isinstance(found, tnreg.Completed):
+            if isinstance(found, Completed):
                 row |= {"tree": repr(found.tree), "ranks": {str(v): rank for v, rank in found.ranks.items()}}
                 row |= {"held-out error": found.error, "held-out interval": found.interval}
                 found = found.model.to_tensor().detach()
