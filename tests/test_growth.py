@@ -87,12 +87,15 @@ def test_numbers_are_limited():
 
 
 @pytest.mark.slow
-def test_a_better_tree_is_taken():
+@pytest.mark.parametrize(
+    ("tree", "share"), [(ModeTree([[0, 1], [2, 3]]), 0.35), (None, 0.6)], ids=["given", "none"]
+)
+def test_a_better_tree_is_taken(tree, share):
     model = Factorization(
         ModeTree([[0, 2], [1, 3]]), 5, 3, join="full", std=1.0, dtype=torch.float64, generator=zoo.random(3)
     )
     x = unit(model)
-    found = grown(x, ModeTree([[0, 1], [2, 3]]), 0.35, join="full")
+    found = grown(x, tree, share, join="full")
     assert any(set(found.model.tree.modes_below(v)) in ({0, 2}, {1, 3}) for v in found.model.tree.interior)
     assert relative_error(found.model.to_tensor().detach(), x) < 1e-8
 

@@ -123,7 +123,7 @@ def grow(
     joins = ("full", "diagonal") if join == "auto" else (join,)
     found = search.best_on(tree or search.suggested_tree(), joins)
     if "tree" in adapt and len(task.sizes) > 3 and not isinstance(ranks, Mapping):
-        found = search.on_better_trees(found, joins[:1])
+        found = search.on_better_trees(found, joins[:1], tree is not None)
     everything = Samples.both(search.train, search.held)
     ridge = found.ridge * min(1.0, found.error) ** 2 * (found.error > 1e-6)
     model = search.fit(found.model, ridge, _LAST, everything)
@@ -230,18 +230,26 @@ class _Search:
         assert best is not None
         return best
 
-    def on_better_trees(self, found: _Candidate, joins: Sequence[str]) -> _Candidate:
-        """Interchange branches of the tree as far as the held-out error allows, and grow again."""
+    def on_better_trees(self, found: _Candidate, joins: Sequence[str], given: bool) -> _Candidate:
+        """Interchange branches of the tree as far as the held-out error allows, and grow again.
+
+        Of an exact model the factors themselves are taken over, if no tree was given.
+        """
         for _ in range(3):
-            rtol = min(0.3, 5 * found.error)
-            if found.error <= self.solved:
+            exact = found.error <= self.solved
+            if exact and (given or not found.is_full):
                 break
+            rtol = min(0.3, 5 * max(found.error, self.exact))
             other, same = interchange(found.model, rtol=rtol), truncate(found.model, rtol=rtol)
             if count_numbers(other) > 0.95 * count_numbers(same):
                 break
-            tried = self.best_on(other.tree, joins)
+            tried = (
+                self.refit(other, found.ridge, found.error, _LAST)
+                if exact
+                else self.best_on(other.tree, joins)
+            )
             self.note("interchange", tried)
-            if tried.error >= found.error * _BETTER:
+            if tried.error >= max(found.error * _BETTER, self.solved * exact):
                 break
             found = tried
         return found
