@@ -156,6 +156,7 @@ def test_trees_a_thousand_nodes_deep():
     assert model.entries(index).item() != 0
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(model=zoo.models(), data=st.data())
 def test_random_models(model, data):

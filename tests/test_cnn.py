@@ -360,6 +360,7 @@ test_what_is_refused = refuses([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_three_hundred_layers():
     model = zoo.model_of(ModeTree.caterpillar(300), "full", sizes=2, bonds=3, std=0.8)
     x, net = randn(2, 2, 300), to_cnn(model)

@@ -55,6 +55,7 @@ def test_truncate_keeps_its_promise(name, dtype):
             assert_kept(truncate(model, rtol=rtol), tensor, rtol)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(tree=zoo.trees(), seed=st.integers(0, 2**16), rtol=st.sampled_from(TOLERANCES))
 def test_on_random_trees(tree, seed, rtol):

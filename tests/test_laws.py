@@ -181,6 +181,7 @@ def test_gradients(name, kind):
     assert check_gradients(zoo.model_of(tree, join, sizes=sizes, **options))
 
 
+@pytest.mark.slow
 @given(zoo.models())
 @settings(some, max_examples=15)
 def test_gradients_random(model):

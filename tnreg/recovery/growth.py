@@ -66,7 +66,12 @@ class _Candidate:
 class _Effort(NamedTuple):
     """How thoroughly models are fitted between growths: long fits may learn noise, short ones get stuck.
 
-    A correction is fitted with a ridge, ``shrinkage``, relative to the mean square of what it corrects.
+    Attributes:
+        steps: Most steps of a fit.
+        stall: Least part by which a step has to lower what is minimised.
+        early: Whether the state of the least held-out error is taken.
+        shrinkage: Ridge of a correction, relative to the mean square of what it corrects.
+        starts: From how many starts a correction is fitted.
     """
 
     steps: int
@@ -87,7 +92,7 @@ _KEPT = 0.8  # new singular values are kept from this part of the largest one on
 _BETTER = 0.99  # a change has to lower the held-out error to this part
 _PATIENCE = 3
 _NOISY = 1e-3  # held-out error from which a lower ridge may be learning noise
-_RIDGE = 0.1
+_RIDGE = 0.1  # to begin with, relative to the square of the held-out error
 _STARTS = 4  # of the rank-one fit to begin with
 _MANY = 20_000  # samples from which one attempt has to do
 _ROUNDS = 100
