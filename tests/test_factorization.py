@@ -131,7 +131,13 @@ def test_components_need_a_diagonal_join():
     before = model.to_tensor().detach()
     with pytest.raises(OptionError, match="not balanced to rtol.*\n.*the model is as it was"):
         balance_(model, sweeps=1)
+    with pytest.raises(OptionError, match="not balanced to rtol=0 after .*\n.*or a larger rtol"):
+        balance_(copy.deepcopy(model), rtol=0)
     assert torch.equal(model.to_tensor(), before)
+    broken = copy.deepcopy(model)
+    broken.weights[0].data[0, 0] = torch.nan
+    with pytest.raises(DataError, match="balance_: the model has NaN or infinite weights"):
+        balance_(broken)
     # a dead component
     weight = model.weights[0].detach().clone()
     weight[:, 1] = 0

@@ -435,6 +435,26 @@ def test_balancing_keeps_the_tensor(model):
     assert number(balanced.unbalancedness()) <= 1e-10 * largest**2
 
 
+@pytest.mark.parametrize("spread", [0, 3, 100])
+@pytest.mark.parametrize(
+    "tree", [ModeTree.star(5), ModeTree.binary(64), ModeTree.chain(40), zoo.TREES["uneven"]]
+)
+def test_balancing_at_any_scale(tree, spread):
+    """Norms near underflow or far from each other, and a component of norm zero."""
+    dtype = torch.complex128 if spread else torch.float64
+    model = zoo.model_of(tree, std=1e-3, bonds=4, sizes=2, dtype=dtype)
+    weights = {
+        v: w.detach() * 10 ** (spread * zoo.randn(*w.shape, seed=k).clamp(-1, 1))
+        for k, (v, w) in enumerate(model.weights.items())
+    }
+    weights[0][:, 1] = 0
+    model.load_weights(weights)
+    before = model.log_norm()
+    for norms in balance_(model).component_norms().values():
+        assert (norms - norms[0]).abs().le(1e-11 * norms[0]).all()
+    assert abs(model.log_norm() - before) <= 1e-9
+
+
 def test_conservation_under_gradient_descent():
     """‖w‖² - ‖w'‖² changes by exactly lr² (‖g‖² - ‖g'‖²) in a step with one common step size."""
     model = zoo.model_of(zoo.TREES["uneven"])
