@@ -62,6 +62,7 @@ def of_model(model):
     tree = model.tree
     children = {v: tree.children(v) for v in tree.nodes}
     weights = {v: w.detach().numpy() for v, w in model.weights.items()}
+    weights |= {n: np.eye(model.sizes[n]) for n in tree.leaves if n not in weights}  # bare leaves
     joins = dict(zip(tree.nodes, model.network.joins, strict=True))
     diagonal = {v for v, kind in joins.items() if kind == "diagonal"}
     return dense(children, tree.root, weights, diagonal, model.sizes)

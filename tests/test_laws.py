@@ -23,6 +23,8 @@ from tnreg.tensors.arrays import matricize
 ZOO = list(zoo.zoo())
 some = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 whole_zoo = pytest.mark.parametrize("model", ZOO)
+BARE = [*ZOO, *zoo.bare_zoo()]
+with_bare = pytest.mark.parametrize("model", BARE)
 defined = functools.cache(definition.of_model)
 
 
@@ -45,16 +47,16 @@ def rank_one(features, b):
 
 def check_dense(model):
     assert_close(model.to_tensor(), defined(model))
-    if len(model.weights) > 1:  # a single node has no edge to contract
+    if len(model.weights) > 1 and not model.network.bare:  # a single node has no edge to contract
         assert_close(zoo.contracted(network(model)), model.to_tensor())
 
 
-@whole_zoo
+@with_bare
 def test_dense_is_definition(model):
     check_dense(model)
 
 
-@given(zoo.models())
+@given(zoo.models(bare=True))
 @some
 def test_dense_is_definition_random(model):
     check_dense(model)
@@ -82,11 +84,11 @@ def check_entries(model):
 
 def test_entries_are_dense():
     """On the whole zoo, where each of the three routes is chosen somewhere."""
-    routes = set().union(*(check_entries(*case.values) for case in ZOO))
+    routes = set().union(*(check_entries(*case.values) for case in BARE))
     assert routes == {"dense", "distinct", "per-sample"}
 
 
-@given(zoo.models())
+@given(zoo.models(bare=True))
 @some
 def test_entries_are_dense_random(model):
     check_entries(model)
@@ -96,9 +98,10 @@ def test_entries_are_dense_random(model):
 @pytest.mark.parametrize("route", ["dense", "distinct", "per-sample"])
 @pytest.mark.parametrize("name", ["htf-4", "across", "uneven", "cp-4", "one-child", "named"])
 @pytest.mark.parametrize("join", ["diagonal", "full", "mixed"])
-def test_every_route_to_entries(monkeypatch, route, name, join):
+@pytest.mark.parametrize("bare", [(), (1,), (0, 1, 2)])
+def test_every_route_to_entries(monkeypatch, route, name, join, bare):
     tree = zoo.TREES[name]
-    model = zoo.model_of(tree, zoo.joins_of(tree)[join])
+    model = zoo.bare_model(tree, zoo.joins_of(tree)[join], dict.fromkeys(bare, "bare"))
     index = zoo.random_index(model.sizes, 30)[[*range(30), *range(5)]]
     force(monkeypatch, route)
     chosen = plan(model, index=index)
@@ -118,14 +121,14 @@ def check_forward(model):
     assert_close(model(features), torch.stack(expected), 1e-11)
 
 
-@whole_zoo
+@with_bare
 def test_forward_is_inner_product_with_rank_one(model):
     check_forward(model)
     check_one_hot(model)
     assert model(zoo.random_features(model.sizes, 1, model.dtype)).shape == (1,)
 
 
-@given(zoo.models())
+@given(zoo.models(bare=True))
 @some
 def test_forward_is_inner_product_random(model):
     check_forward(model)
@@ -133,7 +136,7 @@ def test_forward_is_inner_product_random(model):
 
 
 @pytest.mark.parametrize("route", ["tree", "opt_einsum"])
-@whole_zoo
+@with_bare
 def test_both_routes_agree(monkeypatch, model, route):
     """The tree schedule and opt_einsum's path, each by itself, dense and on a batch."""
     force(monkeypatch, route)
@@ -182,13 +185,13 @@ def test_gradients(name, kind):
 
 
 @pytest.mark.slow
-@given(zoo.models())
+@given(zoo.models(bare=True))
 @settings(some, max_examples=15)
 def test_gradients_random(model):
     assert check_gradients(model)
 
 
-@whole_zoo
+@with_bare
 def test_norm_and_inner(model):
     dense = model.to_tensor()
     assert_close(model.norm(), dense.norm().real, 1e-11)
@@ -196,7 +199,7 @@ def test_norm_and_inner(model):
     join = dict(zip(model.tree.nodes, model.network.joins, strict=True))
     flipped = {v: "full" if join[v] == "diagonal" else "diagonal" for v in model.tree.interior}
     for kind in ("diagonal", flipped):
-        other = zoo.model_of(model.tree, kind, seed=5, dtype=torch.complex128)
+        other = zoo.model_of(model.tree, kind, sizes=model.sizes, seed=5, dtype=torch.complex128)
         error = model.inner(other) - (dense.conj() * other.to_tensor()).sum()
         assert number(error.abs()) < 1e-11 * number(model.norm() * other.norm())
 
@@ -313,7 +316,7 @@ def leaf_to_root_flops(model, batch=None):
         if not below:
             size = net.shape(i)[0]
             rows.append(size if batch is None else batch)
-            flops += 0 if batch is None else 2 * batch * size * net.bonds[i]
+            flops += 0 if batch is None or i in net.bare else 2 * batch * size * net.bonds[i]
             continue
         bond = net.bonds[below[0]] if net.joins[i] == "diagonal" else None
         height, width = rows[below[0]], net.bonds[below[0]]
@@ -328,15 +331,18 @@ def leaf_to_root_flops(model, batch=None):
 
 
 def auto_flops(model, batch=None):
-    modes = [f"i{n}" for n in range(model.tree.order)]
-    terms, output = [], modes
-    for v in model.weights:
-        terms.append([f"i{k}" for k in model.network.indices(model.tree.position(v))])
+    net, order = model.network, model.tree.order
+    terms = [list(net.indices(net.tree.position(v))) for v in model.weights]
     shapes = [tuple(w.shape) for w in model.weights.values()]
+    output = list(range(order))
     if batch is not None:
-        terms += [["batch", mode] for mode in modes]
+        ends = [net.tree.position(mode) for mode in range(order)]
+        terms += [["batch", net.above[i] if i in net.bare else n] for n, i in enumerate(ends)]
         shapes += [(batch, size) for size in model.sizes]
         output = ["batch"]
+    else:  # a mode that is another one as well
+        terms += [[net.tree.nodes[i], net.above[i]] for i in net.copies]
+        shapes += [(net.bonds[i],) * 2 for i in net.copies]
     names = dict.fromkeys(itertools.chain(*terms))
     symbols = {name: opt_einsum.get_symbol(k) for k, name in enumerate(names)}
     words = ["".join(symbols[name] for name in term) for term in (*terms, output)]
@@ -357,12 +363,12 @@ def check_cost(model, batch):
 
 def test_plan_costs_no_more_than_it_may():
     """On the whole zoo, where each of the two routes is chosen somewhere."""
-    routes = {check_cost(*case.values, batch) for case in ZOO for batch in (None, 1, 64)}
+    routes = {check_cost(*case.values, batch) for case in BARE for batch in (None, 1, 64)}
     assert routes == {"tree", "opt_einsum"}
 
 
 @pytest.mark.slow
-@given(zoo.models())
+@given(zoo.models(bare=True))
 @example(Factorization(ModeTree.star(4), 1, 1, join="full"))
 @some
 def test_plan_cost_random(model):

@@ -93,8 +93,8 @@ def contracted(nodes: list[Any]) -> Any:
     return torch.as_tensor(tensornetwork.contractors.greedy(nodes, output_edge_order=order).tensor)
 
 
-def zoo() -> Iterator[Any]:
-    """(name, model) over all trees, joins and roots."""
+def zoo(*, bare: bool = False) -> Iterator[Any]:
+    """(name, model) over all trees, joins and roots; with bare leaves as well if asked for."""
     import pytest
 
     for name, tree in TREES.items():
@@ -104,6 +104,37 @@ def zoo() -> Iterator[Any]:
         yield pytest.param(
             model_of(tree, joins_of(tree)["mixed"], dtype=torch.complex128), id=f"{name}-complex"
         )
+    if bare:
+        yield from bare_zoo()
+
+
+def bare_model(
+    tree: ModeTree, join: Any, kinds: dict[int, str], root: str = "trained", seed: int = 0
+) -> Factorization:
+    """A model with bare leaves; those under one diagonal join have one size, all modes other sizes."""
+    sizes, bonds = list(sizes_of(tree)), bonds_of(tree, join)
+    for v in tree.interior:
+        modes = [c for c in tree.children(v) if kinds.get(c) == "bare"]  # type: ignore[call-overload]
+        diagonal = join == "diagonal" or (join != "full" and join[v] == "diagonal")
+        for c in tree.children(v) if diagonal and modes else modes:
+            bonds.pop(c)
+        for c in modes if diagonal else ():
+            sizes[c] = sizes[modes[0]]  # type: ignore[index]
+    return model_of(tree, join, sizes=tuple(sizes), bonds=bonds or 1, leaves=kinds, root=root, seed=seed)
+
+
+def bare_zoo() -> Iterator[Any]:
+    """(name, model) over all trees, with all leaves bare or some."""
+    import pytest
+
+    for name, tree in TREES.items():
+        everyone, some = (dict.fromkeys(range(0, tree.order, step), "bare") for step in (1, 2))
+        kinds = {"full-bare": ("full", everyone), "mixed-some-bare": (joins_of(tree)["mixed"], some)}
+        kinds["diagonal-bare"] = ("diagonal", everyone)
+        for kind, case in kinds.items():
+            yield pytest.param(bare_model(tree, *case), id=f"{name}-{kind}")
+        if tree.order > 1:
+            yield pytest.param(bare_model(tree, "diagonal", {1: "bare"}, "ones"), id=f"{name}-ones-bare")
 
 
 @st.composite
@@ -124,8 +155,8 @@ def trees(draw: st.DrawFn, most: int = 6) -> ModeTree:
 
 
 @st.composite
-def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Factorization:
-    """Random trees with random joins, sizes and bonds."""
+def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64, bare: bool = False) -> Factorization:
+    """Random trees with random joins, sizes and bonds; with bare leaves as well if asked for."""
     tree = draw(trees())
     join = {v: draw(st.sampled_from(["diagonal", "full"])) for v in tree.interior}
     sizes = tuple(draw(st.integers(1, 4)) for _ in range(tree.order))
@@ -137,8 +168,17 @@ def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Factorization
     root = "trained"
     if join[tree.root] == "diagonal":
         root = draw(st.sampled_from(["trained", "ones"]))
+    leaves = {n: draw(st.sampled_from(["weights", "bare"])) if bare else "weights" for n in tree.leaves}
+    for v in tree.interior:
+        modes = [c for c in tree.children(v) if leaves.get(c) == "bare"]  # type: ignore[call-overload]
+        if modes and root == "ones" and v == tree.root and len(modes) == len(tree.children(v)):
+            root = "trained"
+        for c in tree.children(v) if modes and join[v] == "diagonal" else modes:
+            del bonds[c]
+        for c in modes if join[v] == "diagonal" else ():
+            sizes = (*sizes[:c], sizes[modes[0]], *sizes[c + 1 :])  # type: ignore
     return Factorization(
-        tree, sizes, bonds, join=join, root=root, std=1.0, dtype=dtype,
+        tree, sizes, bonds or 1, join=join, root=root, leaves=leaves, std=1.0, dtype=dtype,
         generator=random(draw(st.integers(0, 999))),
     )  # fmt: skip
 

@@ -24,10 +24,19 @@ def check_factorization(model: Any, argument: str = "model") -> None:
         raise OptionError(f"expected a Factorization, found {type(model).__name__}.", argument=argument)
 
 
-def weights_of(model: Factorization, *, ones: bool = True) -> dict[Node, Tensor]:
-    """Return detached weights; with ``ones=False`` a root of ones has its weight as well."""
+def weights_of(model: Factorization, *, ones: bool = True, bare: bool = True) -> dict[Node, Tensor]:
+    """Return detached weights.
+
+    With ``ones=False`` a root of ones has its weight as well, with ``bare=False`` bare leaves have theirs.
+    """
     check_factorization(model)
     weights = {node: w.detach() for node, w in model.weights.items()}
+    if model.network.bare and not bare:
+        dtype, device = model.dtype, model.device
+        sizes = {model.tree.nodes[i]: model.network.bonds[i] for i in model.network.bare}
+        must_fit("identities for bare leaves", [(n, n) for n in sizes.values()], dtype, device)
+        eyes = {mode: torch.eye(size, dtype=dtype, device=device) for mode, size in sizes.items()}
+        weights = {v: eyes[v] if v in eyes else weights[v] for v in model.tree.nodes if v in weights | eyes}
     if model.network.root_ones and not ones:
         bond = model.network.bonds[model.tree.links[-1][0]]
         weights[model.tree.root] = torch.ones(bond, dtype=model.dtype, device=model.device)

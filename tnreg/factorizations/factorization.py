@@ -55,7 +55,8 @@ class Factorization(NetworkModule):
         diagonal join:   φ_v[s] = Σ_r W_v[r, s] φ_c1[r] .. φ_ck[r]
         full join:       φ_v[s] = Σ_{r_1, .., r_k} W_v[r_1, .., r_k, s] φ_c1[r_1] .. φ_ck[r_k]
 
-    and the root, which has no s, gives the entry.
+    and the root, which has no s, gives the entry. A *bare* leaf has no weight: ``φ_n[s]`` is 1 for s = d_n,
+    0 otherwise, so that its mode is an index of its parent's weight (the cores of a tensor train, say).
 
     Args:
         tree: The mode tree, or what ``ModeTree`` takes.
@@ -65,6 +66,9 @@ class Factorization(NetworkModule):
         join: ``"diagonal"``, ``"full"``, or ``{interior node: either}`` (nodes left out: diagonal).
         root: ``"trained"``, or ``"ones"`` to fix the weight of a diagonal root to ones (CP without
             weights, matrix factorization); a fixed root is no entry of ``weights``.
+        leaves: ``"weights"``, ``"bare"``, or ``{mode: either}`` (modes left out: weights). The bond above a
+            bare leaf, and above its siblings under a diagonal join, is its mode's size whatever ``ranks``
+            says as one integer.
         std: Standard deviation of the normal initial weights; small values give the incremental
             learning of the theory.
         dtype: float16, bfloat16, float32, float64, complex64 or complex128; torch's default if left out.
@@ -93,6 +97,7 @@ class Factorization(NetworkModule):
         *,
         join: str | Mapping[Node, str] = "diagonal",
         root: str = "trained",
+        leaves: str | Mapping[int, str] = "weights",
         std: float = 1e-2,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -101,7 +106,7 @@ class Factorization(NetworkModule):
         tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
         dtype = check_dtype(dtype or torch.get_default_dtype())
         std = check_number(std, "std", 0)
-        network = Network.build(tree, sizes, ranks, join=join, root=root)
+        network = Network.build(tree, sizes, ranks, join=join, root=root, leaves=leaves)
         shapes = [(len(stack.positions), *stack.shape) for stack in network.stacks]
         # an axis more: where nodes are treated alike the root's weight has a bond above it too
         must_fit("a factorization: its weights", [(*shape, 1) for shape in shapes], dtype, device)
@@ -113,7 +118,12 @@ class Factorization(NetworkModule):
 
     @classmethod
     def from_weights(
-        cls, tree: ModeTree, weights: Mapping[Node, Tensor], *, join: str | Mapping[Node, str] = "full"
+        cls,
+        tree: ModeTree,
+        weights: Mapping[Node, Tensor],
+        *,
+        join: str | Mapping[Node, str] = "full",
+        leaves: str | Mapping[int, str] = "weights",
     ) -> Factorization:
         """Make a factorization that holds copies of these weights; sizes and ranks are read off them.
 
@@ -122,29 +132,34 @@ class Factorization(NetworkModule):
             weights: ``{node: weight}`` of all nodes, shaped as the property ``weights`` says; a diagonal
                 root that is left out is fixed to ones.
             join: As for the class.
+            leaves: As for the class; bare ones have no weight.
 
         Raises:
             ShapeError, OptionError: Weights that do not fit the tree or each other.
         """
         tensors = {node: as_tensor(weight) for node, weight in weights.items()}
+        kinds = Network.build(tree, 1, 1, join=join, leaves=leaves)  # sizes do not matter yet
+        bare = {tree.nodes[i] for i in kinds.bare}
         with blame("weights"):
             for node in tree.nodes[:-1]:
-                if node not in tensors:
+                if node not in tensors and node not in bare:
                     raise ShapeError(f"from_weights: there is no weight for node {node!r}.")
-                if tensors[node].ndim < 2:
+                if node not in bare and tensors[node].ndim < 2:
                     raise ShapeError(
                         f"the weight of node {node!r} needs two axes or more, with the bond above it last.\n"
                         f"  found: shape {tuple(tensors[node].shape)}"
                     )
+            sizes = [_bare_size(kinds, m, tensors) if m in bare else len(tensors[m]) for m in tree.leaves]
         model = cls(
             tree,
-            [tensors[mode].shape[0] for mode in tree.leaves],
-            {node: tensors[node].shape[-1] for node in tree.nodes[:-1]},
+            sizes,
+            {node: tensors[node].shape[-1] for node in tree.nodes[:-1] if node not in bare},
             join=join,
             root="trained" if tree.root in tensors else "ones",
+            leaves=leaves,
             std=0.0,
             dtype=reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())),
-            device=tensors[tree.nodes[0]].device,
+            device=next(iter(tensors.values())).device,
         )
         model.load_weights(tensors)
         return model
@@ -198,8 +213,9 @@ class Factorization(NetworkModule):
 
         Leaf of mode n: ``(D_n, R_above)``. Diagonal join: ``(R_v, R_above)``. Full join:
         ``(R_c1, ..., R_ck, R_above)`` with the children in ``tree.children(v)`` order. The root has
-        no ``R_above``; with ``root="ones"`` it is left out. Every access makes new views, so that a loss is
-        not differentiable in them: see ``grad_by_node``. ``load_weights`` changes weights.
+        no ``R_above``; with ``root="ones"`` it is left out, as bare leaves are. Every access makes new
+        views, so that a loss is not differentiable in them: see ``grad_by_node``. ``load_weights`` changes
+        weights.
         """
         self._reshard()
         return NodeTensors(self.network, self.stacks)
@@ -301,6 +317,8 @@ class Factorization(NetworkModule):
     def _weighted(self, node: Node) -> int:
         """Return the position of a node that has a weight."""
         position = self.tree.position(node)
+        if position in self.network.bare:
+            raise OptionError(f"leaf {node!r} is bare: it has no weight; leave it out.")
         if position not in self.network.slots:
             raise OptionError("the root's weight is fixed to ones (root='ones'); leave it out.")
         return position
@@ -495,12 +513,13 @@ class Factorization(NetworkModule):
         """``(K_v, R_v)``: norms of the vectors of the local components of one diagonal join.
 
         The local component (v, r) holds column r of every child's weight and row r of the node's
-        own (if it has one); K_v counts them. Rows: the children in order, then the node.
+        own (if it has one); K_v counts them, without bare leaves. Rows: the children in order, then the node.
         """
         i = self.tree.position(node)
         if self.network.joins[i] != "diagonal":
             raise OptionError(f"node {node!r} has no diagonal join, so no local components.", argument="node")
-        matrices = [self._weight(c).flatten(0, -2) for c in self.tree.links[i]]
+        below = [c for c in self.tree.links[i] if c in self.network.slots]
+        matrices = [self._weight(c).flatten(0, -2) for c in below]
         if i in self.network.slots:
             own = self._weight(i)
             matrices.append(own.reshape(len(own), -1).mT)
@@ -557,13 +576,15 @@ class Factorization(NetworkModule):
         sizes = self.sizes if len(self.sizes) <= 16 else f"({len(self.sizes)} modes)"
         root = ", root of ones" if self.network.root_ones else ""
         joins, weights = self._in_words()
+        bare = len(self.network.bare)
+        root += f", {bare} bare {'leaf' if bare == 1 else 'leaves'}" if bare else ""
         low, high = min(self.network.bonds[:-1]), max(self.network.bonds[:-1])
         bonds = f"{low}" if low == high else f"{low} to {high}"
         return f"{self.tree!r}, sizes={sizes},\n{joins} joins{root}, bonds {bonds}, {weights}"
 
     def _in_words(self) -> tuple[str, str]:
         """Which joins there are, and how many weights of which type."""
-        joins = sorted({kind for kind in self.network.joins if kind != "leaf"})
+        joins = sorted(set(self.network.named_joins.values()))
         count = sum(math.prod(self.network.shape(p)) for p in self.network.weighted)
         return " and ".join(joins), f"{count} weights of {str(self.dtype).removeprefix('torch.')}"
 
@@ -588,6 +609,21 @@ class Factorization(NetworkModule):
         for ours, theirs in zip(twin.parameters(), self.parameters(), strict=True):
             ours.grad = None if theirs.grad is None else theirs.grad.clone()
         return twin
+
+
+def _bare_size(kinds: Network, mode: int, weights: Mapping[Node, Tensor]) -> int:
+    """Return the size of a bare leaf: of the axis of its parent's weight, or of a sibling's bond."""
+    parent = kinds.tree.parent(mode)
+    siblings = kinds.tree.children(parent)
+    axis = siblings.index(mode) if kinds.named_joins[parent] == "full" else 0
+    if parent in weights:
+        if weights[parent].ndim <= axis:
+            raise ShapeError(f"the weight of node {parent!r} has no axis for the bare leaf {mode!r}.")
+        return weights[parent].shape[axis]
+    found = next((weights[v] for v in siblings if v in weights), None)
+    if found is None:
+        raise ShapeError(f"from_weights: there is no weight for node {parent!r}.")
+    return found.shape[-1]
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Factorization:

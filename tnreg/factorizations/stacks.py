@@ -49,7 +49,7 @@ class NodeTensors(_Read, Mapping[Node, Tensor]):
     def __getitem__(self, node: Node) -> Tensor:
         try:
             stack, slot = self._network.slots[self._network.tree.position(node)]
-        except TreeError:
+        except (TreeError, KeyError):
             raise KeyError(node) from None
         if stack not in self._read:
             whole = self._stacks[stack]

@@ -3,6 +3,8 @@
 Every edge of the tree is an index. The edge below a leaf is its mode; the edge above a node is its
 bond. Under a *full* join every child keeps a bond of its own; a *diagonal* join ties the bonds of
 its children into one index that all of them and the node's weight share (a hyperedge).
+
+A leaf may be *bare*: it has no weight, and the edge above it is its mode itself.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ class Level:
 
     Attributes:
         positions: The nodes' positions in ``tree.nodes``, ascending.
-        join: ``"leaf"``, ``"diagonal"`` or ``"full"``.
-        shape: Shape of the weight of each of them.
-        weight: Where the weights are among the model's ``stacks``; ``None`` at a root of ones.
+        join: ``"leaf"``, ``"bare"``, ``"diagonal"`` or ``"full"``.
+        shape: Shape of the weight of each of them; of the identity that it stands for at a bare leaf.
+        weight: Where the weights are among the ``stacks``; ``None`` at bare leaves and a root of ones.
+        bare: Which children are bare leaves, by their numbers.
         children: For every child the levels, counted from the leaves, and slots of its results.
         block: The level whose slots are all children of the first node, then of the second, and so
             on, if there is one and a node has several children.
@@ -56,6 +59,7 @@ class Level:
     join: str
     shape: tuple[int, ...]
     weight: Places | None
+    bare: tuple[int, ...]
     children: tuple[Places, ...]
     block: int | None
 
@@ -110,8 +114,8 @@ class Network:
     arguments.
 
     Attributes:
-        bonds: Size of the bond above every node; 1 at the root, which has none.
-        joins: ``"leaf"``, ``"diagonal"`` or ``"full"`` for every node.
+        bonds: Size of the bond above every node, of its mode at a bare leaf; 1 at the root, which has none.
+        joins: ``"leaf"``, ``"bare"`` (a leaf without a weight), ``"diagonal"`` or ``"full"`` for every node.
         root_ones: Whether the root's weight is fixed to ones and so not part of the network.
     """
 
@@ -130,15 +134,16 @@ class Network:
         *,
         join: str | Mapping[Node, str] = "diagonal",
         root: str = "trained",
+        leaves: str | Mapping[int, str] = "weights",
     ) -> Network:
-        """Check sizes, ranks and joins against the tree.
+        """Check sizes, ranks, joins and leaves against the tree.
 
         Raises:
             ShapeError: A size is missing, not a positive integer, or siblings under a diagonal join
                 have different bonds.
-            OptionError: An unknown join or root.
+            OptionError: An unknown join, root or kind of leaf, or no weights at all.
         """
-        checked, joins = check_sizes(sizes, tree.order), _check_joins(tree, join)
+        checked, joins = check_sizes(sizes, tree.order), _check_joins(tree, join, leaves)
         with blame("root"):
             if root not in ("trained", "ones"):
                 raise OptionError(f"unknown root {root!r}; write root='trained' or root='ones'.")
@@ -147,7 +152,12 @@ class Network:
                     "root='ones' needs a diagonal join at the root; with a full join the root's weight is "
                     "the core tensor.\n  write root='trained', or join={..., tree.root: 'diagonal'}"
                 )
-        return cls(tree, checked, _check_ranks(tree, ranks, joins), joins, root == "ones")
+            if root == "ones" and all(joins[c] == "bare" for c in tree.links[-1]):
+                raise OptionError(
+                    "root='ones' above bare leaves alone leaves no weights; write root='trained', or give a "
+                    "leaf a weight."
+                )
+        return cls(tree, checked, _check_ranks(tree, checked, ranks, joins), joins, root == "ones")
 
     def to_json(self) -> dict[str, Any]:
         """Return the network as plain JSON values; the inverse of ``from_json``."""
@@ -160,9 +170,11 @@ class Network:
         """Rebuild a network from what ``to_json`` gave; whatever it raises, the content is another."""
         tree = tree_from_json(content)
         bonds = dict(zip(tree.nodes[:-1], content["bonds"][:-1], strict=True))
-        joins = zip(tree.nodes, content["joins"], strict=True)
-        join = {node: kind for node, kind in joins if kind != "leaf"}
-        return cls.build(tree, content["sizes"], bonds, join=join, root=content["root"])
+        kinds = dict(zip(tree.nodes, content["joins"], strict=True))
+        join = {node: kind for node, kind in kinds.items() if kind not in ("leaf", "bare")}
+        leaves = {node: "bare" for node, kind in kinds.items() if kind == "bare"}
+        sizes, root = content["sizes"], content["root"]
+        return cls.build(tree, sizes, bonds, join=join, root=root, leaves=leaves)  # type: ignore[arg-type]
 
     @cached_property
     def _hash(self) -> int:
@@ -183,12 +195,31 @@ class Network:
     def named_joins(self) -> dict[Node, str]:
         """``{interior node: "diagonal" or "full"}``, as ``build`` takes them."""
         pairs = zip(self.tree.nodes, self.joins, strict=True)
-        return {node: join for node, join in pairs if join != "leaf"}
+        return {node: join for node, join in pairs if join not in ("leaf", "bare")}
+
+    @property
+    def named_leaves(self) -> dict[int, str]:
+        """``{mode: "weights" or "bare"}``, as ``build`` takes them."""
+        leaves = ((mode, self.joins[self.tree.position(mode)]) for mode in self.tree.leaves)
+        return {mode: "bare" if kind == "bare" else "weights" for mode, kind in leaves}
 
     @cached_property
-    def weighted(self) -> range:
-        """Positions of the nodes that have a weight: all, or all but the root if it is fixed to ones."""
-        return range(len(self.tree.nodes) - self.root_ones)
+    def bare(self) -> frozenset[int]:
+        """Positions of the bare leaves."""
+        return frozenset(i for i, kind in enumerate(self.joins) if kind == "bare")
+
+    @cached_property
+    def copies(self) -> tuple[int, ...]:
+        """Positions of bare leaves under a diagonal join after its first: several modes, one index."""
+        pairs = zip(self.tree.links, self.joins, strict=True)
+        lists = ([c for c in below if c in self.bare] for below, join in pairs if join == "diagonal")
+        return tuple(c for bare in lists for c in bare[1:])
+
+    @cached_property
+    def weighted(self) -> tuple[int, ...]:
+        """Positions of the nodes that have a weight: all but bare leaves and a root that is fixed to ones."""
+        count = len(self.tree.nodes) - self.root_ones
+        return tuple(i for i in range(count) if i not in self.bare)
 
     def shape(self, position: int) -> tuple[int, ...]:
         """Shape of the weight at a position of ``tree.nodes``."""
@@ -201,15 +232,21 @@ class Network:
         if not below:
             return (self.tree.nodes[position],)  # type: ignore[return-value]
         below = below[:1] if self.joins[position] == "diagonal" else below
-        return tuple(self.tree.order + c for c in below)
+        return tuple(self.above[c] for c in below)  # type: ignore[misc]
 
     @cached_property
     def above(self) -> tuple[int | None, ...]:
-        """Index above every node: equal for siblings under a diagonal join; ``None`` at the root."""
+        """Index above every node: equal for siblings under a diagonal join; ``None`` at the root.
+
+        Above a bare leaf, and its siblings under a diagonal join, it is the mode (of the first such leaf).
+        """
         above: list[int | None] = [None] * len(self.tree.nodes)
         for i, below in enumerate(self.tree.links):
-            for c in below:
-                above[c] = self.tree.order + (below[0] if self.joins[i] == "diagonal" else c)
+            own: list[Any] = [self.tree.nodes[c] if c in self.bare else self.tree.order + c for c in below]
+            if self.joins[i] == "diagonal":
+                own = [next((own[k] for k, c in enumerate(below) if c in self.bare), own[0])] * len(own)
+            for c, index in zip(below, own, strict=True):
+                above[c] = index
         return tuple(above)
 
     def indices(self, position: int) -> tuple[int, ...]:
@@ -236,9 +273,9 @@ class Network:
     @cached_property
     def slots(self) -> dict[int, tuple[int, int]]:
         """Position -> (which stack, which slot of it)."""
-        groups = self._equal_nodes()
-        return {p: (s, k) for s, members in enumerate(groups) for k, p in enumerate(members)
-                if p in self.weighted}  # fmt: skip
+        weighted = set(self.weighted)
+        groups = [members for members in self._equal_nodes() if members[0] in weighted]
+        return {p: (s, k) for s, members in enumerate(groups) for k, p in enumerate(members)}
 
     def split_levels(self, kinds: Sequence[Hashable] | None = None) -> tuple[Level, ...]:
         """Group nodes that are equal, in ``kinds`` (one for every position) as well; leaves come first."""
@@ -257,7 +294,8 @@ class Network:
             has_weight = first in self.slots
             weight = Places.of([self.slots[i] for i in positions]) if has_weight else None
             join, shape = self.joins[first], self.shape(first)
-            levels.append(Level(tuple(positions), join, shape, weight, children, block))
+            bare = tuple(k for k, c in enumerate(tree.links[first]) if c in self.bare)
+            levels.append(Level(tuple(positions), join, shape, weight, bare, children, block))
             places |= {p: (len(levels) - 1, slot) for slot, p in enumerate(positions)}
         return tuple(levels)
 
@@ -271,8 +309,11 @@ class Network:
     @cached_property
     def _keys(self) -> list[Hashable]:
         """What equal nodes have in common, by position."""
-        tree = self.tree
-        return [(tree.heights[i], self.joins[i], len(c), self.shape(i)) for i, c in enumerate(tree.links)]
+        tree, own = self.tree, list[Hashable]()
+        for i, below in enumerate(tree.links):
+            bare = tuple(k for k, c in enumerate(below) if c in self.bare)
+            own.append((tree.heights[i], self.joins[i], len(below), self.shape(i), bare))
+        return own
 
     def __str__(self) -> str:
         lines = [f"network of {len(self.weighted)} weights over {self.tree!r}"]
@@ -302,8 +343,28 @@ def check_sizes(sizes: Sequence[int] | int, order: int) -> tuple[int, ...]:
     return tuple(_check_size(n, f"the size of mode {mode}") for mode, n in enumerate(listed))
 
 
+def _check_joins(
+    tree: ModeTree, join: str | Mapping[Node, str], leaves: str | Mapping[int, str]
+) -> tuple[str, ...]:
+    """Return what every node is: a leaf, a bare one, or the kind of its join."""
+    joins = _check_interior(tree, join)
+    with blame("leaves"):
+        kinds = leaves if isinstance(leaves, Mapping) else dict.fromkeys(tree.leaves, leaves)
+        for mode, kind in kinds.items():
+            if kind not in ("weights", "bare"):
+                raise OptionError(f"unknown kind {kind!r} of leaf {mode!r}; write 'weights' or 'bare'.")
+            if tree.links[tree.position(mode)]:
+                raise OptionError(f"node {mode!r} is no leaf; name modes only, 0 to {tree.order - 1}.")
+    names = zip(tree.nodes, tree.links, strict=True)
+    bare = {mode: "bare" for mode, kind in kinds.items() if kind == "bare"}
+    return tuple(
+        joins.get(name, "diagonal") if below else bare.get(name, "leaf")  # type: ignore[call-overload]
+        for name, below in names
+    )
+
+
 @blame("join")
-def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, ...]:
+def _check_interior(tree: ModeTree, join: str | Mapping[Node, str]) -> dict[Node, str]:
     if not isinstance(join, str | Mapping):
         raise OptionError(f"join must be 'diagonal', 'full' or {{interior node: either}}, found {join!r}.")
     joins = dict.fromkeys(tree.interior, join) if isinstance(join, str) else dict(join)
@@ -312,15 +373,30 @@ def _check_joins(tree: ModeTree, join: str | Mapping[Node, str]) -> tuple[str, .
             raise OptionError(f"unknown join {kind!r} at node {node!r}; write 'diagonal' or 'full'.")
         if not tree.links[tree.position(node)]:
             raise OptionError(f"node {node!r} is a leaf and joins nothing; name interior nodes only.")
-    names = zip(tree.nodes, tree.links, strict=True)
-    return tuple(joins.get(name, "diagonal") if below else "leaf" for name, below in names)
+    return joins
 
 
 @blame("ranks")
-def _check_ranks(tree: ModeTree, ranks: int | Mapping[Node, int], joins: Sequence[str]) -> tuple[int, ...]:
+def _check_ranks(
+    tree: ModeTree, sizes: tuple[int, ...], ranks: int | Mapping[Node, int], joins: Sequence[str]
+) -> tuple[int, ...]:
     names = tree.nodes[:-1]
+    tied: dict[Node, int] = {}  # bonds that are a mode
+    for i, below in enumerate(tree.links):
+        modes = {c: sizes[tree.nodes[c]] for c in below if joins[c] == "bare"}  # type: ignore[call-overload]
+        for c in (below if joins[i] == "diagonal" else modes) if modes else ():
+            tied[tree.nodes[c]] = modes.get(c, next(iter(modes.values())))
     if not isinstance(ranks, Mapping):
-        return (_check_size(ranks, "ranks", " or {non-root node: rank}"),) * len(names) + (1,)
+        each = _check_size(ranks, "ranks", " or {non-root node: rank}")
+        ranks = dict.fromkeys(names, each) | tied
+    else:
+        for node in tied.keys() & ranks.keys():
+            if ranks[node] != tied[node]:
+                raise ShapeError(
+                    f"the bond above node {node!r} is the mode of a bare leaf, of size {tied[node]}.\n"
+                    f"  found:    {ranks[node]!r}\n  expected: {tied[node]}, or leave it out of ranks"
+                )
+        ranks = {**tied, **ranks}
     for node in ranks:
         if tree.position(node) == len(names):
             raise ShapeError(f"the root {node!r} has no bond above it; leave it out of ranks.")

@@ -241,6 +241,11 @@ def contract(
         return out.reshape(-1).index_select(0, plan.take)
     if plan.kind != "dense":
         return out.reshape(-1)
+    if (
+        len(network.weighted) == 1
+        and out.untyped_storage().data_ptr() == stacks[0].untyped_storage().data_ptr()
+    ):
+        out = out.clone()  # all leaves are bare: the weight is the tensor
     if plan.whole is not None:
         return out
     order = network.tree.leaf_order
@@ -274,6 +279,9 @@ def _of_whole(network: Network, stacks: Sequence[Tensor], inputs: Tensor | Seque
     """Return the operands of one einsum of the whole network: the weights, then the features."""
     parts = [stack.unbind(0) for stack in stacks]
     weights = [parts[s][k] for s, k in (network.slots[p] for p in network.weighted)]
+    if not len(inputs):
+        device, dtype = stacks[0].device, stacks[0].dtype
+        return [*weights, *(torch.eye(network.bonds[i], dtype=dtype, device=device) for i in network.copies)]
     return [*weights, *(inputs.unbind(1) if isinstance(inputs, Tensor) else inputs)]
 
 
@@ -311,12 +319,13 @@ def contract_traced(text: str, stacks: Sequence[Tensor], inputs: Tensor | Sequen
 def _leaf_to_root(network: Network) -> tuple[tuple[int, ...], ...]:
     """Return the path of one einsum that multiplies children and then the weight of every node."""
     links, count = network.tree.links, len(network.weighted)
+    operands = {i: k for k, i in enumerate(network.weighted)}
     # numbers of operands and results, in the order in which they are left
     left, made, path = list(range(count + network.tree.order)), count + network.tree.order, []
     results: list[int] = []
     for i, below in enumerate(links):
         parts = [results[c] for c in below] or [count + network.tree.nodes[i]]  # type: ignore[operator]
-        parts += [i] if i < count else []
+        parts += [operands[i]] if i in operands else []
         for other in parts[1:]:
             step = (left.index(parts[0]), left.index(other))
             path.append(step)
@@ -371,7 +380,7 @@ def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
     tree, samples = network.tree, index.shape[0]
     columns = index.unbind(1)
     rows, taken, ids = distinct_rows(network, columns)
-    leaves = tuple(not below for below in tree.links)
+    leaves = tuple(kind == "leaf" for kind in network.joins)
     each = zip(rows, _row_costs(network, taken), strict=True)
     counted = {
         "distinct": sum(n * cost for n, cost in each) + _FLOPS_PER_MOVE * samples,
@@ -385,7 +394,15 @@ def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
             joins = schedule(
                 network, batch=samples, taken=tuple(samples if leaf else None for leaf in leaves)
             )
-            joins = gather(joins, {tree.position(mode): (columns[mode],) for mode in tree.leaves})
+            own = {tree.position(mode): columns[mode] for mode in tree.leaves}
+            # of a join's children those that are bare alone
+            joins = gather(
+                joins,
+                {
+                    i: tuple(own.get(c, columns[0]) for c in below or (i,))
+                    for i, below in enumerate(tree.links)
+                },
+            )
             yield Plan(network, "entries", route, cost_of(network, joins), counted, samples, joins)
             continue
         if route == "distinct":
@@ -464,7 +481,7 @@ def _whole(network: Network, batch: int | None, search: str = "dp") -> Einsum | 
 
 def _equation(network: Network, batch: int | None) -> tuple[str, tuple[tuple[int, ...], ...]]:
     """Return the network as one einsum and the shapes of its operands: the weights, then the inputs."""
-    order = network.tree.order
+    order, positions = network.tree.order, network.tree.position
 
     def word(indices: Iterable[int]) -> str:
         return "".join(map(get_symbol, indices))
@@ -473,6 +490,11 @@ def _equation(network: Network, batch: int | None) -> tuple[str, tuple[tuple[int
     shapes = [network.shape(p) for p in network.weighted]
     if batch is not None:
         output = get_symbol(order + len(network.tree.nodes))  # after the modes and the bonds
-        terms += [output + get_symbol(mode) for mode in range(order)]
+        places = map(positions, range(order))
+        ends = [network.above[p] if p in network.bare else mode for mode, p in enumerate(places)]
+        terms += [output + word([end]) for end in ends]  # type: ignore[list-item]
         shapes += [(batch, size) for size in network.sizes]
+    else:
+        terms += [word((network.tree.nodes[i], network.above[i])) for i in network.copies]  # type: ignore[arg-type]
+        shapes += [(network.bonds[i],) * 2 for i in network.copies]
     return f"{','.join(terms)}->{output}", tuple(shapes)

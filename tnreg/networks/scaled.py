@@ -65,11 +65,14 @@ def balance(network: Network, stacks: Sequence[Tensor]) -> tuple[list[Tensor], T
     """
     stacks, logs = list(stacks), Stacked()
     for level in network.levels:
+        if level.join == "bare":
+            logs.append(stacks[0].real.new_zeros(len(level.positions), level.shape[0]))
+            continue
         below = logs.children(level)
         below = [torch.stack(below).sum(0)] if level.join == "diagonal" else below
-        if level.weight is None:  # a root of ones: its first child takes the scales
+        if level.weight is None:  # a root of ones: its first child with a weight takes the scales
             top = below[0].amax(1)
-            stack, slot = network.slots[network.tree.links[-1][0]]
+            stack, slot = next(network.slots[c] for c in network.tree.links[-1] if c in network.slots)
             weight = stacks[stack]
             shift = top.new_zeros(len(weight), *[1] * (weight.ndim - 2), weight.shape[-1])
             shift[slot] += below[0][0] - top
@@ -201,6 +204,9 @@ def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tenso
             conjugated.
     """
     links = networks[0].tree.links
+    own = [
+        dict(zip(network.weighted, ws, strict=True)) for network, ws in zip(networks, weights, strict=True)
+    ]
     grams: list[_Gram] = []
     for i, below in enumerate(links):
         children = [grams[c] for c in below]
@@ -215,10 +221,13 @@ def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tenso
         ]  # fmt: skip
         pair = []
         for side in range(2):
-            if i == len(weights[side]):  # a root of ones
+            if i in own[side]:
+                pair.append(own[side][i].unsqueeze(-1) if i == len(links) - 1 else own[side][i])
+            elif below:  # a root of ones
                 pair.append(children[0].x.new_ones(children[0].x.shape[side], 1))
             else:
-                pair.append(weights[side][i].unsqueeze(-1) if i == len(links) - 1 else weights[side][i])
+                size, sample = networks[side].bonds[i], weights[side][0]
+                pair.append(torch.eye(size, dtype=sample.dtype, device=sample.device))
         words = ["".join(dict.fromkeys(symbols[side])) + get_symbol(side) for side in range(2)]
         inner = [one + other for one, other in zip(*symbols, strict=True)] if below else []
         equation = f"{','.join([*inner, *words])}->{get_symbol(0)}{get_symbol(1)}"

@@ -3,19 +3,23 @@
 Which calls those are is a value, a sequence of ``Join``; ``run`` carries it out. Every node holds a matrix:
 its rows are multi-indices of the modes below it, samples of a batch, or those combinations of its
 children's rows that occur among given entries; its columns are the bond above it.
+
+The matrix of a bare leaf is the identity, or the input of its mode. The identity is mostly no operand: its
+rows are an axis of the parent's weight, of which entries take what they need.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from tnreg.networks.einsum import Cost, Einsum, along, find_path
 from tnreg.networks.network import Level, Network, Stacked
@@ -32,19 +36,23 @@ class Join:
     Attributes:
         level: The nodes, and where their weights and their children's results are.
         einsum: Operands are the children's matrices (or the inputs of a leaf), then the weight;
-            ``None`` at a leaf without inputs.
+            ``None`` at a leaf without inputs and at bare leaves.
         rows: Rows of every node's result.
         heights: Rows of each child of a node, or of a leaf itself.
-        taken: Whether some of these rows are taken first.
-        gathers: Which ones, flat over the nodes, for each child (or the leaf itself).
+        axes: Numbers of the bare children that are an axis of the weight and no operand.
+        taken: For each child (or the leaf itself) whether some of these rows are taken first.
+        gathers: Which ones, flat over the nodes; ``None`` for children whose rows are as they are.
+        picks: Which rows are taken of the weights with these axes in front, flat over the nodes.
     """
 
     level: Level
     einsum: Einsum | None
     rows: int
     heights: tuple[int, ...]
-    taken: bool
-    gathers: tuple[Tensor, ...] = ()
+    axes: tuple[int, ...]
+    taken: tuple[bool, ...]
+    gathers: tuple[Tensor | None, ...] = ()
+    picks: Tensor | None = None
 
 
 def rounded(count: int) -> int:
@@ -71,10 +79,11 @@ def schedule(
         batch: Rows of every node; all nodes are aligned.
         features: Whether leaves contract an input (with ``batch``).
         taken: For every position how many of its children's rows (or of a leaf's own) are taken; ``None`` at
-            those that take them as they are.
+            those that take them as they are. With a ``batch`` rows of bare leaves are taken in any case.
     """
     links = network.tree.links
     taken = taken or (None,) * len(links)
+    entries = batch is not None and not features
     rows: list[int] = []
     for i, below in enumerate(links):
         count = taken[i]
@@ -89,32 +98,58 @@ def schedule(
     for level in network.split_levels(kinds):
         first = level.positions[0]
         heights = tuple(rows[c] for c in links[first]) or (level.shape[0],)
-        call = None
+        call: Einsum | None = None
+        axes: tuple[int, ...] = ()
         if links[first] or features:
             aligned = batch is not None or taken[first] is not None
             read = (rows[first],) * len(heights) if aligned else heights
-            call = _node_einsum(network, level, read, aligned)
-        joins.append(Join(level, call, rows[first], heights, taken[first] is not None))
+            axes = _axes(level, aligned, features)
+            if level.join != "bare":
+                call = _node_einsum(network, level, read, aligned, axes)
+        own = [taken[first] is not None or (entries and k in level.bare) for k in range(len(heights))]
+        joins.append(Join(level, call, rows[first], heights, axes, tuple(own)))
     return tuple(joins)
+
+
+def _axes(level: Level, aligned: bool, features: bool) -> tuple[int, ...]:
+    """Return the bare children whose modes are an axis of the result or taken from the weight."""
+    if level.join == "full" and not features:
+        return level.bare
+    # of a diagonal join one mode at most is the index of all
+    return () if aligned else level.bare[:1]
 
 
 def gather(joins: Sequence[Join], rows: Mapping[int, tuple[Tensor, ...]]) -> tuple[Join, ...]:
     """Give a schedule the rows to take: position -> for each child (or for the leaf itself) which ones."""
-
-    def flat(join: Join) -> tuple[Tensor, ...]:
-        each = zip(*(rows[i] for i in join.level.positions), strict=True)
-        return tuple(
-            torch.cat([part + k * height for k, part in enumerate(child)])
-            for child, height in zip(each, join.heights, strict=True)
-        )
-
-    return tuple(replace(join, gathers=flat(join)) if join.taken else join for join in joins)
+    return tuple(_gathering(join, rows) if any(join.taken) else join for join in joins)
 
 
-def _node_einsum(network: Network, level: Level, rows: Sequence[int], aligned: bool) -> Einsum:
+def _gathering(join: Join, rows: Mapping[int, tuple[Tensor, ...]]) -> Join:
+    def flat(each: Iterable[Tensor], height: int) -> Tensor:
+        return torch.cat([part + k * height for k, part in enumerate(each)])
+
+    taken, picks = [rows[i] for i in join.level.positions], None
+    numbers = [
+        flat((part[k] for part in taken), height) if here else None
+        for k, (height, here) in enumerate(zip(join.heights, join.taken, strict=True))
+    ]
+    if join.axes:
+        sizes = [join.heights[k] for k in join.axes]
+        strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
+        pairs = list(zip(join.axes, strides, strict=True))
+        combined = [reduce(torch.add, (part[k] * n for k, n in pairs)) for part in taken]
+        picks = flat(combined, math.prod(sizes))
+    return replace(join, gathers=tuple(numbers), picks=picks)
+
+
+def _node_einsum(
+    network: Network, level: Level, rows: Sequence[int], aligned: bool, axes: Sequence[int]
+) -> Einsum:
     """Plan the call of a level: children ``(g, rows, bond)`` and weights to ``(g, rows.., bond)``.
 
     For a single node the axis g is left out. A leaf has its input as a child, with the mode as its bond.
+    Children that are ``axes`` of the weight are no operands. Where rows are aligned the weight has the rows
+    that were taken of them first, ``(g, rows, ..)``.
     """
     position, diagonal = level.positions[0], level.join == "diagonal"
     sizes = [network.bonds[c] for c in network.tree.links[position]] or [level.shape[0]]
@@ -126,15 +161,20 @@ def _node_einsum(network: Network, level: Level, rows: Sequence[int], aligned: b
         group, count = "", []
     bonds = [shared if diagonal else next(symbols) for _ in rows]
     row = next(symbols)
-    heads = [row if aligned else next(symbols) for _ in rows]
-    terms = [group + head + bond for head, bond in zip(heads, bonds, strict=True)]
+    heads = [row if aligned else bonds[k] if k in axes else next(symbols) for k in range(len(rows))]
+    operands = [k for k in range(len(rows)) if k not in axes]
+    picked = row if aligned and axes else ""
+    terms = [group + heads[k] + bonds[k] for k in operands]
     if level.weight is not None:
-        terms.append(group + (shared if diagonal else "".join(bonds)) + above)
+        inner = shared if diagonal else "".join(b for k, b in enumerate(bonds) if not (picked and k in axes))
+        terms.append(group + picked + inner + above)
     equation = f"{','.join(terms)}->{group}{row if aligned else ''.join(heads)}{above}"
 
     def shapes(heights: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        children = [(*count, n, size) for n, size in zip(heights, sizes, strict=True)]
-        return (*children, *([] if level.weight is None else [(*count, *level.shape)]))
+        children = [(*count, heights[k], sizes[k]) for k in operands]
+        inner = [n for k, n in enumerate(level.shape) if k not in axes] if picked else level.shape
+        weight = (*count, *([heights[0]] if picked else []), *inner)
+        return (*children, *([] if level.weight is None else [weight]))
 
     # children one after another, then the weight: a search that minds sizes may miss it where all are 1
     last = range(len(terms) - 2, 0, -1)
@@ -215,13 +255,15 @@ def cost_of(network: Network, joins: Sequence[Join]) -> Cost:
             flops += join.einsum.cost.flops
             held += join.einsum.cost.held
             largest = max(largest, join.einsum.cost.largest)
-        else:
+        elif join.level.join != "bare":
             largest = max(largest, len(join.level.positions) * join.rows * network.bonds[first])
-        if join.taken:
-            for source in network.tree.links[first] or (first,):
-                gathered = len(join.level.positions) * join.rows * network.bonds[source]
-                held += gathered
-                largest = max(largest, gathered)
+        own, bonds = join.level.shape, [network.bonds[c] for c in network.tree.links[first] or (first,)]
+        picked = [own[k] for k in join.axes if join.taken[k]]
+        taken = [bonds[k] for k, here in enumerate(join.taken) if here and k not in join.axes]
+        for each in [*taken, math.prod(own) // math.prod(picked)] if picked else taken:
+            gathered = len(join.level.positions) * join.rows * each
+            held += gathered
+            largest = max(largest, gathered)
     return Cost(flops, largest, held, held)
 
 
@@ -248,14 +290,15 @@ def run_scaled(
     weights, results, logs = Stacked(stacks), Stacked(), Stacked()
     for join in joins:
         operands = _operands(network, join, weights, results, inputs)
-        scales = _children(join, logs)
-        if join.taken:
-            scales = [_gather(log2, rows) for log2, rows in zip(scales, join.gathers, strict=False)]
-        scales += [x.real.new_zeros([1] * x.ndim) for x in operands[len(scales) :]]
-        parts = [Scaled(x, log2) for x, log2 in zip(operands, scales, strict=True)]
+        scales = [operands[0].real.new_zeros([1] * x.ndim) for x in operands]
+        for k, (child, log2) in enumerate(_children(join, logs)):
+            if child not in join.level.bare:
+                rows = join.gathers[child] if join.gathers else None
+                scales[k] = log2 if rows is None else _gather(log2, rows)
         if join.einsum is None:
             x, log2 = operands[0], operands[0].real.new_zeros((*operands[0].shape[:-1], 1))
         else:
+            parts = [Scaled(x, log2) for x, log2 in zip(operands, scales, strict=True)]
             output = join.einsum.equation.split("->")[1]
             x, log2 = join.einsum.scaled(parts, output if join is joins[-1] else output[:-1])
         single = len(join.level.positions) == 1
@@ -269,23 +312,59 @@ def _operands(
 ) -> list[Tensor]:
     """Return what a call takes: features or the results of children, then weights."""
     level, places = join.level, join.level.weight
-    if level.join == "leaf" and join.einsum is not None:
+    single, operands = len(level.positions) == 1, list[Tensor]()
+    if not level.children and len(inputs):
         operands = [_features(inputs, [network.tree.nodes[i] for i in level.positions])]  # type: ignore[misc]
-    else:
-        operands = _children(join, results)
+    for k, x in _children(join, results):
+        rows = join.gathers[k] if join.gathers else None
+        if k in level.bare and not len(inputs):
+            x = _identity(x, len(level.positions), rows)
+        elif rows is not None:
+            x = _gather(x, rows)
+        operands.append(x)
     if places is not None:
-        single = len(level.positions) == 1
-        operands.append(weights.slot(*places.pairs[0]) if single else weights.pick(places))
-    for k, rows in enumerate(join.gathers):
-        operands[k] = _gather(operands[k], rows)
-    return operands
+        weight = weights.slot(*places.pairs[0]) if single else weights.pick(places)
+        if join.picks is not None:
+            weight = _pick(weight, join)
+        elif not level.children and join.gathers:  # a leaf's own rows
+            weight = _gather(weight, join.gathers[0])  # type: ignore[arg-type]
+        operands.append(weight)
+    # a bare leaf without an input: its size is all that is asked for
+    return operands or [
+        weights.tensors[0].new_empty(()).expand(*[len(level.positions)][single:], level.shape[0])
+    ]
 
 
-def _children(join: Join, results: Stacked) -> list[Tensor]:
-    """Return for every child its results, without the axis of nodes if there is one node only."""
-    if len(join.level.positions) == 1:
-        return [results.slot(*child.pairs[0]) for child in join.level.children]
-    return results.children(join.level)
+def _children(join: Join, results: Stacked) -> list[tuple[int, Tensor]]:
+    """Return results of children that are operands; without the axis of nodes if there is one node only."""
+    level = join.level
+    if len(level.positions) == 1:
+        return [
+            (k, results.slot(*child.pairs[0])) for k, child in enumerate(level.children) if k not in join.axes
+        ]
+    if level.bare:
+        return [(k, results.pick(child)) for k, child in enumerate(level.children) if k not in join.axes]
+    return list(enumerate(results.children(level)))
+
+
+def _identity(sample: Tensor, nodes: int, rows: Tensor | None) -> Tensor:
+    """Return the matrices of bare children of so many nodes, or rows of them by flat numbers."""
+    size = sample.shape[-1]
+    if rows is None:
+        matrix = torch.eye(size, dtype=sample.dtype, device=sample.device)
+        return matrix if sample.ndim == 1 else matrix.expand(nodes, size, size)
+    matrix = one_hot(rows.remainder(size), size).to(sample.dtype)
+    return matrix if sample.ndim == 1 else matrix.reshape(nodes, -1, size)
+
+
+def _pick(weight: Tensor, join: Join) -> Tensor:
+    """Take the rows of bare children from their axes of weights: ``(nodes, rows, other axes)``."""
+    assert join.picks is not None
+    nodes = [len(join.level.positions)] if len(join.level.positions) > 1 else []
+    first = len(nodes)
+    front = weight.movedim([first + k for k in join.axes], list(range(first, first + len(join.axes))))
+    rest = front.shape[first + len(join.axes) :]
+    return front.reshape(-1, *rest).index_select(0, join.picks).reshape(*nodes, -1, *rest)
 
 
 def _flat(join: Join, result: Tensor, last: Join) -> Tensor:
