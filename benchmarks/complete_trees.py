@@ -25,7 +25,7 @@ import torch
 from peers import version
 
 import tnreg
-from tnreg.ranks.rounding import finite_stacks, round_network, to_factorization
+from tnreg.ranks.rounding import Budget, finite_stacks, round_network, to_factorization
 from tnreg.search.web import Web
 
 OUT = Path(__file__).parent / "results" / "complete_trees.json"
@@ -125,9 +125,7 @@ def scrambled(order: int, moves: int, seed: int) -> tuple[int, tnreg.Factorizati
     tree = tnreg.ModeTree(nested(tnreg.ModeTree.binary(order), random.permutation(order)))
     draw = torch.Generator().manual_seed(seed)
     model = tnreg.Factorization(tree, 4, 3, join="full", std=1.0, dtype=torch.float64, generator=draw)
-    found = round_network(
-        model.network, finite_stacks(model), {}, None, dtype=torch.float64, orthonormal=True
-    )
+    found = round_network(model.network, finite_stacks(model), Budget(), dtype=torch.float64)
     web = Web.of(tree, found.weights)
     fewest = sum(w.numel() for w in (*web.cores.values(), *web.bases.values()))
     for _ in range(moves):

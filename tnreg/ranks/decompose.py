@@ -1,12 +1,11 @@
 """Hierarchical singular value decomposition along any tree, of a dense tensor or of a factorization.
 
-Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` cuts the
-smallest of all nodes together: the squares of what is discarded anywhere bound that of the error.
-``decompose`` goes from the leaves up on a core that shrinks with every node, where the squares of what is
-discarded add up to that of the error exactly; it spends a part of the tolerance there and the rest by
-``truncate``. What that discards is orthogonal to what a node lost on the way up, except for what it
-discards below that node: there norms are added, not squares, so at nodes above others little is spent on
-the way up. In both the tolerance bounds the relative error, always (down to the rounding of the dtype).
+Grasedyck (2010): cut the singular values of the matricization at every node. ``truncate`` cuts where it saves
+most numbers for the error, which it measures. ``decompose`` goes from the leaves up on a core that shrinks
+with every node, spends a part of the tolerance there and the rest by ``truncate``. What that discards is
+orthogonal to what leaves lost on the way up, so squares of errors add up. It need not be to what a node above
+them lost: there errors add up, and little is spent. In both the tolerance bounds the relative error, always
+(down to the rounding of the dtype).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from tnreg.errors import OptionError, ShapeError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.ranks.rounding import (
+    Budget,
     finite_stacks,
     limits_of,
     network_of,
@@ -48,7 +48,7 @@ from tnreg.trees.tree import ModeTree
 
 # Shares of the tolerance that decompose may spend on the way up, at leaves and at nodes above others: a
 # larger one makes the core smaller, a smaller one leaves more to where it is needed.
-_FIRST_SHARE, _INNER_SHARE = 0.3, 0.1
+_FIRST_SHARE, _INNER_SHARE = 0.2, 0.01
 
 # What is kept of a node with more rows than this is looked for with random vectors first, if asked for.
 _RANDOMIZED_ROWS = 64
@@ -126,7 +126,7 @@ def decompose(
         weights = sweep.run(range(top), top)
         if share and sweep.total:
             return sweep.finish(weights, log2)
-        return to_factorization(tree, weights, log2, dense.dtype, math.sqrt(sweep.lost))
+        return to_factorization(tree, weights, log2, dense.dtype, math.sqrt(sum(sweep.lost)))
 
 
 def _decompose_blocks(
@@ -147,7 +147,9 @@ def _decompose_blocks(
             sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None, torch.float64)
             weights |= sweep.run(inside, i)
         core = Core(reduced.core, tree, reduced.front)
-        sweep = _Sweep(core, limits, share, dtype, total=reduced.total, lost=reduced.lost, cut=reduced.cut)
+        above = min(sum(cut for i, cut in reduced.cut.items() if tree.links[i]), reduced.lost)
+        lost = [reduced.lost - above, above]
+        sweep = _Sweep(core, limits, share, dtype, total=reduced.total, lost=lost)
         top = len(tree.nodes) - 1
         weights |= sweep.run([i for i in range(top) if i not in weights], top)
         if sweep.total:
@@ -160,8 +162,8 @@ class _Sweep:
 
     ``limits`` are the largest ranks by position, ``dtype`` is the tensor's. ``share`` is the error allowed,
     relative to the norm (``None``: only zeros are cut); ``run`` spends a part of it, ``finish`` the rest. A
-    core that has lost some of the tensor comes with the ``total`` squared norm, what is ``lost`` of it, and
-    what was ``cut`` at which node.
+    core that has lost some of the tensor comes with the ``total`` squared norm and what is ``lost`` of it at
+    leaves and at nodes above others.
     """
 
     def __init__(
@@ -173,12 +175,11 @@ class _Sweep:
         random: torch.Generator | None = None,
         *,
         total: float | None = None,
-        lost: float = 0.0,
-        cut: Mapping[int, float] | None = None,
+        lost: Sequence[float] = (0.0, 0.0),
     ) -> None:
         self.core, self.limits, self.share, self.dtype, self.random = core, limits, share, dtype, random
         self.total = _square(core.tensor) if total is None else total
-        self.lost, self.cut = lost, dict(cut or {})
+        self.lost = list(lost)
 
     def run(self, nodes: Sequence[int], last: int) -> dict[int, Tensor]:
         """Compute the weights of nodes below the last one; that of the last is the core that is left."""
@@ -187,31 +188,27 @@ class _Sweep:
         nodes, tolerated = sorted(nodes, key=lambda i: tree.heights[i]), (self.share or 0.0) ** 2 * self.total
         for inner, most in ((False, _FIRST_SHARE), (True, _INNER_SHARE)):
             part = [i for i in nodes if bool(tree.links[i]) == inner]
-            budget = most**2 * tolerated - sum(x for i, x in self.cut.items() if bool(tree.links[i]) == inner)
-            budget = max(min(budget, tolerated - self.lost), 0.0)
+            left = max(min(most**2 * tolerated - self.lost[inner], tolerated - sum(self.lost)), 0.0)
             for count, i in enumerate(part):
                 shape = core.merge(i)
-                basis, lost = self._basis(i, budget / (len(part) - count))
-                budget -= min(lost, budget)
-                self.lost += lost
-                self.cut[i] = lost
+                basis, lost = self._basis(i, left / (len(part) - count))
+                left -= min(lost, left)
+                self.lost[inner] += lost
                 weights[i] = basis.reshape(*shape, -1)
         weights[last] = core.tensor.reshape(core.sizes)
         return weights
 
     def finish(self, weights: Mapping[int, Tensor], log2: int) -> Factorization:
         """Round the weights of a whole tree with what is left of the tolerance."""
-        tree, rest, share = self.core.tree, self.total - self.lost, None
+        tree, rest, share = self.core.tree, self.total - sum(self.lost), None
+        at_leaves, above = self.lost[0], math.sqrt(self.lost[1])
         if self.share is not None:
-            share = math.sqrt(max(self.share**2 * self.total - self.lost, 0.0) / rest)
-        above = [i for i, lost in self.cut.items() if lost and tree.links[i]]
-        crossed = set().union(*(positions_below(tree, i) for i in above))
-        error = math.sqrt(min(sum(self.cut[i] for i in above), self.lost) / rest)
-        net, stacks = network_of(tree, weights)
-        rounded = round_network(
-            net, stacks, self.limits, share, dtype=self.dtype, orthonormal=True, before=(error, crossed)
-        )
-        lost = self.lost + rounded.lost * (rounded.size * 2.0**rounded.log2) ** 2
+            share = max(math.sqrt(max(self.share**2 * self.total - at_leaves, 0.0)) - above, 0.0) / math.sqrt(
+                rest
+            )
+        budget = Budget(self.limits, share)
+        rounded = round_network(*network_of(tree, weights), budget, dtype=self.dtype)
+        lost = at_leaves + (above + math.sqrt(rounded.lost * rest)) ** 2
         rounded.weights[len(tree.nodes) - 1] *= 2.0**rounded.log2
         return to_factorization(tree, rounded.weights, log2, self.dtype, math.sqrt(lost))
 
@@ -227,7 +224,7 @@ class _Sweep:
             view = self.core.view(i)
         part, (before, width, behind) = None, view.shape
         if self.share is not None:  # a Gram matrix of the short side only
-            kept = self.total - self.lost
+            kept = self.total - sum(self.lost)
             part = allowed / kept if kept > 0 and width <= before * behind else 0.0
         left, squares = left_vectors(
             width, part, partial(axis_gram, view), partial(axis_triangle, view),
@@ -306,7 +303,7 @@ def truncate(
     net = model.network
     limits, share = limits_of(model.tree, ranks), share_of(rtol, model.dtype)
     with torch.no_grad():
-        rounded = round_network(net, finite_stacks(model), limits, share, dtype=model.dtype)
+        rounded = round_network(net, finite_stacks(model), Budget(limits, share), dtype=model.dtype)
         lost = math.sqrt(rounded.lost) * rounded.size
         return to_factorization(model.tree, rounded.weights, rounded.log2, model.dtype, lost)
 

@@ -294,13 +294,17 @@ def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled
     return Scaled(climb(weight * half * half, [child.x for child in below]), top)
 
 
-def climb(weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def climb(weight: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     """Multiply every axis of weights ``(n, R_1, .., R_k, R)`` by ``(n, K_i, R_i)``: ``(n, K_k, .., K_1, R)``.
 
-    An axis is brought to the front, where it is one long product per node, and stays there.
+    An axis is brought to the front, where it is one long product per node, and stays there. ``None`` is an
+    identity.
     """
     for axis, factor in enumerate(factors, 1):
         turned = weight.movedim(axis, 1)
+        if factor is None:
+            weight = turned
+            continue
         product = factor @ turned.reshape(len(turned), turned.shape[1], -1)
         weight = product.reshape(len(turned), -1, *turned.shape[2:])
     return weight

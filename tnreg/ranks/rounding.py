@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +14,38 @@ from tnreg.errors import DataError, OptionError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network, Stacked
+from tnreg.ranks.budget import Choice, Chooser
 from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
 from tnreg.tensors.arrays import double, largest_of
-from tnreg.tensors.axes import cut_smallest, rounding_rtol
+from tnreg.tensors.axes import rounding_rtol
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
+
+# Choices tried for one with an error just below what is allowed, single steps tried after that, and the
+# share of the error allowed that is enough.
+_TRIES, _STEPS, _ENOUGH = 5, 40, 0.985
+# A basis made of its Gram matrix is orthonormal to rounding if no column is this much shorter than before.
+_SHORT = 0.1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a rounded network may have.
+
+    Attributes:
+        limits: Largest bonds by position.
+        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+    """
+
+    limits: Mapping[int, int] = field(default_factory=dict)
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class Rounded:
     """A rounded network: the tensor of the ``weights``, by position, times ``2**log2``.
 
-    The norm before was ``size * 2**log2``; ``lost`` is by how much of its square that of the error grew.
+    The norm before was ``size * 2**log2``; ``lost`` is the square of the error as a share of its square.
     """
 
     weights: dict[int, Tensor]
@@ -34,34 +54,84 @@ class Rounded:
     log2: float
 
 
-def round_network(
-    net: Network,
-    stacks: Sequence[Tensor],
-    limits: Mapping[int, int],
-    share: float | None,
-    *,
-    dtype: torch.dtype,
-    orthonormal: bool = False,
-    before: tuple[float, Container[int]] = (0.0, ()),
-) -> Rounded:
+def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dtype: torch.dtype) -> Rounded:
     """Round a network in orthonormal frames, equal nodes together.
+
+    All weights but the root's have orthonormal columns, and the tensor is an orthogonal projection of what
+    it was. So its squared error is a difference of squared norms.
 
     Args:
         net: The network.
         stacks: Its weights in double precision.
-        limits: Largest bonds by position.
-        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+        budget: What the result may have.
         dtype: That of the numbers before they were brought to double precision.
-        orthonormal: Whether weights but the root's are to have orthonormal columns to rounding.
-        before: An error made before, relative to the norm, and the positions whose cuts are not orthogonal
-            to it: with the sum ``c`` of the squares cut there, its own square grows by ``2 error √c`` more.
     """
     found = frames(net, stacks)
     results = _match_root(net, found, values_in_frames(net, found, vectors=True))
-    ranks, lost = _choose_ranks(net, results, limits, share, dtype, before)
-    weights = _project(net, found, results, ranks, orthonormal)
-    size, log2 = scale_of(found)
-    return Rounded(weights, lost, float(size), float(log2))
+    chooser = _chooser(net, results, budget, dtype)
+    # what rounding may hide in a difference of squared norms
+    hidden = 4 * torch.finfo(torch.float64).eps * (len(net.tree.nodes) + 16)
+
+    def attempt(choice: Choice) -> _Attempt:
+        projection = _Projection(net, found, results, chooser.by_position(choice))
+        return _Attempt(choice, projection, min(chooser.bound(choice), projection.lost + hidden))
+
+    allowed = (budget.share or 0.0) ** 2
+    best = attempt(chooser.within(allowed) if budget.share else chooser.largest())
+    if best.choice.spent <= allowed and not _ENOUGH**2 * allowed <= best.lost <= allowed:
+        best = _spend(chooser, attempt, allowed, best)
+    weights, size, log2 = best.projection.weights(), *map(float, scale_of(found))
+    if chooser.idle(best.choice) and (budget.share is None or budget.share > 0):
+        again = round_network(*network_of(net.tree, weights), Budget(), dtype=torch.float64)
+        return Rounded(again.weights, best.lost, size * 2.0**-again.log2, log2 + again.log2)
+    return Rounded(weights, best.lost, size, log2)
+
+
+class _Attempt(NamedTuple):
+    """A choice of ranks, the projection that it makes, and its squared error."""
+
+    choice: Choice
+    projection: _Projection
+    lost: float
+
+
+def _spend(
+    chooser: Chooser, attempt: Callable[[Choice], _Attempt], allowed: float, first: _Attempt
+) -> _Attempt:
+    """Cut more squares than allowed, as long as the error that this makes is allowed.
+
+    The squares count a part of the tensor again for every node that cuts it. Where ranks are few, single
+    steps follow.
+    """
+    best = first if first.lost <= allowed else None
+    low, high = (0.0, allowed) if best is None else (allowed, math.inf)
+    for _ in range(_TRIES):
+        if best is not None and (not best.lost or best.lost > _ENOUGH**2 * allowed or high < 1.01 * low):
+            break
+        tried = math.sqrt(low * high) if low else high / 4
+        if best is not None and high == math.inf:
+            tried = low * min(max(allowed / best.lost, 1.02), 4.0)
+        choice = chooser.within(tried)
+        found = best if best is not None and chooser.same(choice, best.choice) else attempt(choice)
+        if found.lost <= allowed:
+            best, low = found, tried
+        else:
+            high = tried
+    best = best or attempt(chooser.largest())
+    refused = set[int]()
+    for _ in range(_STEPS):
+        step = None
+        if 0 < best.lost < _ENOUGH**2 * allowed:
+            step = chooser.step(best.choice, best.lost, allowed, refused)
+        if step is None:
+            break
+        cut, choice = step
+        found = attempt(choice)
+        if found.lost <= allowed:
+            best = found
+        else:
+            refused.add(cut)
+    return best
 
 
 def _match_root(net: Network, found: Sequence[Frame], results: Sequence[Values]) -> Sequence[Values]:
@@ -87,108 +157,107 @@ def _match_root(net: Network, found: Sequence[Frame], results: Sequence[Values])
     return [Values(r.values, changed) if b == b1 else r for b, r in enumerate(results)]
 
 
-def _choose_ranks(
-    net: Network,
-    results: Sequence[Values],
-    limits: Mapping[int, int],
-    share: float | None,
-    dtype: torch.dtype,
-    before: tuple[float, Container[int]],
-) -> tuple[list[int], float]:
-    """Choose a rank for every position: the smallest singular values of all cuts together go first.
-
-    Return the ranks as well as the sum of the squares of the values that are cut off, and what it costs more
-    for the error made ``before``.
-    """
-    cuts = net.tree.cuts
-    seconds = {cut[1] for cut in cuts if len(cut) == 2}  # their values are their siblings'
-    nodes, spectra, most = list[int](), list[Tensor](), dict[int, int]()
+def _chooser(net: Network, results: Sequence[Values], budget: Budget, dtype: torch.dtype) -> Chooser:
+    """Prepare the choice of ranks: what the values of all cuts are, and how many may be kept at most."""
+    values, most = dict[int, Any](), dict[int, int]()
     for batch, part in zip(batches(net), results, strict=False):
-        if batch.step:
-            continue
-        most |= {node: min(batch.rank, limits.get(node, batch.rank)) for node in batch.nodes}
-        slots = [slot for slot, node in enumerate(batch.nodes) if node not in seconds]
-        if slots:
-            nodes += [batch.nodes[slot] for slot in slots]
-            spectra.append(part.values if len(slots) == len(batch.nodes) else part.values[slots])
-    error, crossed = before
-    lengths = [len(values) for values in spectra]
-    factors = torch.split(spectra[0].new_tensor([error * (node in crossed) for node in nodes]), lengths)
-    counts = torch.cat(_count_values(spectra, share, dtype, factors)).tolist()
-    count_of = dict(zip(nodes, counts, strict=True))
-    ranks = [1] * len(net.tree.nodes)
-    for cut in cuts:
-        count = max(1, min(count_of[cut[0]], *[most[i] for i in cut]))
-        for i in cut:
-            ranks[i] = count
-    lost, crossing = spectra[0].new_zeros(()), spectra[0].new_zeros(())
-    chosen = torch.tensor([ranks[node] for node in nodes], device=lost.device)
-    for values, rank, factor in zip(spectra, torch.split(chosen, lengths), factors, strict=True):
-        cut_off = torch.arange(values.shape[1], device=lost.device) >= rank.unsqueeze(1)
-        squares = (values.square() * cut_off).sum(1)
-        lost += squares.sum()
-        crossing += (squares * factor.square()).sum()
-    return ranks, float(lost + 2 * crossing.sqrt())
-
-
-def _count_values(
-    spectra: Sequence[Tensor], share: float | None, dtype: torch.dtype, factors: Sequence[Tensor]
-) -> list[Tensor]:
-    """Count the values ``(nodes,)`` to keep of spectra ``(nodes, count)``, see ``_choose_ranks``."""
-    if share is None:
-        zero = rounding_rtol(None, dtype, spectra[0].dtype)
-        return [(values > zero * values.amax(1, keepdim=True)).sum(1) for values in spectra]
+        if not batch.step:
+            values |= zip(batch.nodes, part.values.cpu().numpy(), strict=True)
+            most |= {node: min(batch.rank, budget.limits.get(node, batch.rank)) for node in batch.nodes}
+    kept = [min(most[i] for i in cut) for cut in net.tree.cuts]
+    spectra = [values[cut[0]] for cut in net.tree.cuts]
+    if budget.share is None:
+        zero = rounding_rtol(None, dtype, torch.float64)
+        kept = [min(k, int((s > zero * s[0]).sum())) for k, s in zip(kept, spectra, strict=True)]
     # rounded up by what rounding may hide, unless nothing may be discarded anyway
-    slack = 4 * torch.finfo(spectra[0].dtype).eps if share > 0 else 0.0
-    squares = [(values + slack).square() for values in spectra]
-    crossing = [factor.unsqueeze(1).expand_as(part) for factor, part in zip(factors, squares, strict=True)]
-    return [(~cut).sum(1) for cut in cut_smallest(squares, share**2, crossing)]
+    slack = 4 * torch.finfo(torch.float64).eps if budget.share else 0.0
+    return Chooser(net.tree, net.sizes, [(s + slack) ** 2 for s in spectra], [max(k, 1) for k in kept])
 
 
-def _project(
-    net: Network, found: Sequence[Frame], results: Sequence[Values], ranks: list[int], orthonormal: bool
-) -> dict[int, Tensor]:
-    """Compute the weights between the first singular vectors of all nodes.
+class _Projection:
+    """The tensor in nested spaces: at every node of its first singular vectors, as far as the children go.
 
-    Nodes of a batch have the largest rank among them first, with zeros beyond their own, which they are cut
-    to at the end. ``ranks`` shrink where the children of a node leave it fewer rows.
+    Nodes of a batch have the largest rank among them first, with zeros beyond their own. ``lost`` is the
+    square of the error as a share of that of the norm.
     """
-    links = net.tree.links
-    inside = Stacked()  # (nodes, rank, size of the frame): singular vectors in the frame
-    axes_of: list[list[int]] = []  # what the first of those axes stands for
-    weights: dict[int, Tensor] = {}
-    for b, batch in enumerate(batches(net)):
-        vectors = results[b].vectors if b < len(results) else None  # none at steps and the root
-        if vectors is not None:
-            vectors = _mask(vectors, [ranks[node] for node in batch.nodes])
-        block = _in_frame(batch, found[b], vectors)
-        axes = [size for child in batch.below for size in axes_of[child.pairs[0][0]]]
-        node = batch.nodes[0]
-        must_fit(
-            f"rounding: the core of node {net.tree.nodes[node]!r}, {len(links[node])} children,",
-            [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
-            "use a tree with fewer children per node, or smaller ranks", copies=3,
-        )  # fmt: skip
-        block = climb(block, [inside.pick(child) for child in reversed(batch.below)])
-        if batch.step:
-            inside.append(block.flatten(1, -2))
-            axes_of.append(axes)
-            continue
-        block = block.reshape(len(block), *(axes or batch.shape), -1)
-        if vectors is not None:
-            before = [ranks[i] for i in batch.nodes]
-            for i in batch.nodes if axes else ():
-                ranks[i] = min(ranks[i], math.prod(ranks[c] for c in links[i]))
-            own, turned = [ranks[i] for i in batch.nodes], vectors.mH
-            if orthonormal or own != before:
-                basis, triangle = torch.linalg.qr(block.flatten(1, -2))
-                block = basis.reshape(*block.shape[:-1], -1)
-                turned = _mask((triangle @ turned).mH, own).mH
+
+    def __init__(
+        self, net: Network, found: Sequence[Frame], results: Sequence[Values], ranks: Sequence[int]
+    ) -> None:
+        self._net, self._ranks = net, ranks
+        self._blocks: list[tuple[Tensor, Tensor | None]] = []
+        inside, whole = Stacked(), list[bool]()  # frames in the spaces (nodes, rank, size), or all of them
+        axes_of: list[list[int]] = []  # what the first of those axes stands for
+        for b, batch in enumerate(batches(net)):
+            own, below = [ranks[i] for i in batch.nodes], [child.pairs[0][0] for child in batch.below]
+            axes = [size for c in below for size in axes_of[c]]
+            plain = all(whole[c] for c in below)
+            vectors = None
+            if not (batch.step or batch.root) and min(own) < batch.rank:
+                vectors = results[b].vectors
+                assert vectors is not None
+                vectors = _mask(vectors, own)
+            block = _in_frame(batch, found[b], vectors if plain else None)
+            node = batch.nodes[0]
+            must_fit(
+                f"rounding: the core of node {net.tree.nodes[node]!r}, {len(net.tree.links[node])} children,",
+                [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
+                "use a tree with fewer children per node, or smaller ranks", copies=3,
+            )  # fmt: skip
+            factors = [None if whole[c] else inside.pick(k) for c, k in zip(below, batch.below, strict=True)]
+            block = climb(block, factors[::-1])
+            turned, triangle = block.flatten(1, -2), None
+            if batch.step:
+                axes_of.append(axes)
+            elif not batch.root:
+                if not plain:
+                    block, triangle, turned = _orthonormal(turned, vectors, own)
+                elif vectors is not None:
+                    turned = vectors.mH
+                axes_of.append([block.shape[-1]])
             inside.append(turned)
-            axes_of.append([turned.shape[1]])
-        weights |= zip(batch.nodes, block.unbind(0), strict=True)
-    ends: list[Any] = [*map(slice, ranks[:-1]), 0]  # the root has no bond above it
-    return {i: weight[(*(ends[c] for c in links[i]), ..., ends[i])] for i, weight in weights.items()}
+            whole.append(plain and vectors is None and not batch.step)
+            self._blocks.append((block.reshape(len(block), *(axes or batch.shape), -1), triangle))
+        size, kept = float(scale_of(found).x), float(torch.linalg.vector_norm(self._blocks[-1][0]))
+        self.lost = max(1 - (kept / size) ** 2, 0.0) if size else 0.0
+
+    def weights(self) -> dict[int, Tensor]:
+        """Return the weights by position."""
+        ends: list[Any] = [*map(slice, self._ranks[:-1]), 0]  # the root has no bond above it
+        weights: dict[int, Tensor] = {}
+        for batch, (block, triangle) in zip(batches(self._net), self._blocks, strict=True):
+            if batch.step:
+                continue
+            if triangle is not None:
+                flat = block.flatten(1, -2)
+                flat = torch.linalg.solve_triangular(triangle.mH, flat, upper=True, left=False)
+                block = flat.reshape(block.shape)
+            for i, weight in zip(batch.nodes, block.unbind(0), strict=True):
+                weights[i] = weight[(*(ends[c] for c in self._net.tree.links[i]), ..., ends[i])]
+        return weights
+
+
+def _orthonormal(
+    frame: Tensor, vectors: Tensor | None, own: Sequence[int]
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return a basis ``(n, rows, rank)`` of vectors in a frame, or of all of it, and the frame in that basis.
+
+    The frame's columns need not be orthonormal. The basis is still to be divided by ``triangle^H``, if that
+    is not ``None``.
+    """
+    basis = frame if vectors is None else frame @ vectors
+    gram = basis.mH @ basis
+    if min(own) < basis.shape[-1]:
+        beyond = (
+            torch.arange(basis.shape[-1], device=gram.device)
+            >= torch.tensor(own, device=gram.device)[:, None]
+        )
+        gram = gram + torch.diag_embed(beyond.to(gram.dtype))
+    triangle, failed = torch.linalg.cholesky_ex(gram)
+    if bool((failed == 0).all()) and bool(triangle.diagonal(dim1=1, dim2=2).real.amin() > _SHORT):
+        return basis, triangle, torch.linalg.solve_triangular(triangle, basis.mH @ frame, upper=False)
+    basis = _mask(torch.linalg.qr(basis)[0], own)
+    return basis, None, basis.mH @ frame
 
 
 def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:

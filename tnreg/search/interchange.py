@@ -9,7 +9,7 @@ import torch
 from tnreg.errors import SizeError, check_number
 from tnreg.factorizations.assembly import assemble, check_factorization, weights_of
 from tnreg.factorizations.factorization import Factorization
-from tnreg.ranks.rounding import finite_stacks, round_network, share_of, to_factorization
+from tnreg.ranks.rounding import Budget, finite_stacks, round_network, share_of, to_factorization
 from tnreg.search.web import Web
 
 # Share of the tolerance that the first rounding may spend.
@@ -61,7 +61,7 @@ def _interchanged(model: Factorization, share: float) -> Factorization | None:
         binary = _rebuilt(model, two_at_a_time=True)
         stacks = [stack.cpu() for stack in finite_stacks(binary)]
         first = round_network(
-            binary.network, stacks, {}, _FIRST * share or None, dtype=torch.float64, orthonormal=True
+            binary.network, stacks, Budget(share=_FIRST * share or None), dtype=torch.float64
         )
     except SizeError:
         return None

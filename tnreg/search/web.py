@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnreg.ranks.rounding import Rounded, network_of, round_network
+from tnreg.ranks.rounding import Budget, Rounded, network_of, round_network
 from tnreg.search.agglomerate import Joined, agglomerate, entropy, rank_within
 from tnreg.trees.tree import ModeTree
 
@@ -126,7 +126,7 @@ class Web:
         norm = float(torch.linalg.vector_norm(self.cores[self.centre])) or 1.0
         tree, weights = self.hang()
         share = max(allowed - lost, 0.0) / norm or None  # with nothing left only zeros are cut
-        last = round_network(*network_of(tree, weights), {}, share, dtype=torch.float64)
+        last = round_network(*network_of(tree, weights), Budget(share=share), dtype=torch.float64)
         return tree, last, lost * 2.0**-last.log2 + math.sqrt(last.lost) * last.size
 
     def sweep(self, allowed: float) -> tuple[int, float]:

@@ -1,0 +1,246 @@
+"""Ranks of all bonds of a tree together, by numbers saved per error spent.
+
+To cut the values ``σ_i(v)``, ``i > R_v``, at every node makes a squared error of at most the sum of their
+squares, and leaves ``N = Σ_v R_v Π_children R_c`` numbers, which is linear in every rank. Where
+``N + error² / λ`` is least, a rank is therefore the number of values with ``σ_i(v)² > λ ∂N/∂R_v``. The
+derivatives follow the ranks in some rounds; in each one ``λ`` is found by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tnreg.trees.tree import ModeTree
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.intp]
+Marks = NDArray[np.bool_]
+
+# Rounds in which derivatives follow the ranks, halvings of an interval, single steps at last.
+_ROUNDS, _HALVINGS, _STEPS = 8, 48, 64
+# Logarithms of equal values are told apart by less than this: a limit may fall between any two.
+_APART = 1e-6
+
+
+class Choice(NamedTuple):
+    """Ranks by cut, which positions are bare, how many numbers that is, and the squares that are cut."""
+
+    ranks: Integers
+    bare: Marks
+    numbers: float
+    spent: float
+
+
+class Chooser:
+    """The ranks that a tree may have, by cut, and what they cost.
+
+    Args:
+        tree: The tree.
+        sizes: Mode sizes.
+        squares: Squared singular values of every cut, descending.
+        most: Largest rank of every cut.
+        bare: Positions of leaves without a weight.
+        free: Positions of leaves that may be bare where that saves numbers.
+    """
+
+    def __init__(
+        self,
+        tree: ModeTree,
+        sizes: Sequence[int],
+        squares: Sequence[Floats],
+        most: Sequence[int],
+        bare: Collection[int] = (),
+        free: Collection[int] = (),
+    ) -> None:
+        cuts, links, top = tree.cuts, tree.links, len(tree.nodes) - 1
+        self._inner = np.array([i for i, below in enumerate(links) if below])
+        arities = [len(links[i]) for i in self._inner]
+        self._children = np.array([c for below in links for c in below])
+        self._starts = np.cumsum([0, *arities[:-1]])
+        self._parent, self._cut = np.empty(top, np.intp), np.empty(top, np.intp)
+        self._parent[self._children] = np.repeat(self._inner, arities)
+        for k, cut in enumerate(cuts):
+            self._cut[list(cut)] = k
+        self._modes = np.ones(top)
+        self._modes[[tree.position(mode) for mode in tree.leaves]] = [sizes[mode] for mode in tree.leaves]
+        self._squares = values = np.zeros((len(cuts), max(map(len, squares))))
+        for row, part in zip(values, squares, strict=True):
+            row[: len(part)] = part
+        self._tails = np.pad(np.cumsum(values[:, ::-1], 1)[:, ::-1], ((0, 0), (0, 1)))
+        with np.errstate(divide="ignore"):
+            apart = np.arange(values.size).reshape(values.shape[::-1]).T
+            self._logs = np.log2(values) - apart * (_APART / values.size)
+        self._rows, self._most = np.arange(len(cuts)), np.array(most, np.intp)
+        self._slopes = np.zeros(len(cuts))
+        self._bare, self._free = (np.isin(np.arange(top), list(which)) for which in (bare, free))
+        pair = cuts[-1] if len(cuts[-1]) == 2 else ()
+        if not self._bare[[*pair]].any():  # next to the matrix of a binary root a leaf's own saves nothing
+            self._bare[[i for i in pair[::-1] if self._free[i]][:1]] = True
+
+    def largest(self) -> Choice:
+        """Choose the largest ranks."""
+        return self._settled(self._most)
+
+    def least(self) -> Choice:
+        """Choose ranks of 1."""
+        return self._settled(np.ones_like(self._most))
+
+    def within(self, allowed: float) -> Choice:
+        """Choose the fewest numbers where the squares that are cut sum up to what is allowed.
+
+        If the largest ranks cut more, they are chosen.
+        """
+        return self._search(lambda choice: choice.spent <= allowed, self.largest(), cut=True)
+
+    def fitting(self, numbers: int) -> Choice:
+        """Choose the smallest error with so many numbers, which are no fewer than those of ``least()``."""
+        best = self._search(lambda choice: choice.numbers <= numbers, self.least(), cut=False)
+        for _ in range(_STEPS):  # what is left goes to single steps
+            ranks, bare = best.ranks, best.bare
+            costs = self._derivatives(ranks, bare) + (np.bincount(self._cut[~bare], minlength=len(ranks)) > 1)
+            worth = self._squares[self._rows, np.minimum(ranks, self._squares.shape[1] - 1)] / costs
+            can = (ranks < self._most) & (costs <= numbers - best.numbers) & self._counted(bare)
+            k = int(np.argmax(np.where(can, worth, 0.0)))
+            if not can[k] or worth[k] == 0:
+                break
+            best = self._choice(ranks + (self._rows == k), bare)
+        return best
+
+    def bound(self, choice: Choice) -> float:
+        """Return the sum of all squares that are cut with these ranks."""
+        return float(self._tails[self._rows, choice.ranks] @ self._counted(choice.bare))
+
+    def by_position(self, choice: Choice) -> list[int]:
+        """Return the sizes of the bonds that a choice makes, 1 above the root."""
+        return [*map(int, self._costs(choice.ranks, choice.bare)[0]), 1]
+
+    def same(self, one: Choice, other: Choice) -> bool:
+        """Return whether two choices make the same network."""
+        return bool((one.ranks == other.ranks).all() and (one.bare == other.bare).all())
+
+    def idle(self, choice: Choice) -> bool:
+        """Return whether a bond is larger than the product of the others at the node above."""
+        sizes, _, costs = self._costs(choice.ranks, choice.bare)
+        return bool((~choice.bare & (sizes**2 > costs[self._parent])).any())
+
+    def step(
+        self, choice: Choice, lost: float, allowed: float, refused: Collection[int]
+    ) -> tuple[int, Choice] | None:
+        """Find a rank that may come down by one: which cut, and the choice that this makes.
+
+        Its values that are cut then are alone within what is allowed. The one that saves most for what it
+        is likely to cost comes first, of those that seem to fit.
+        """
+        ranks, bare = choice.ranks, choice.bare
+        can = (ranks > 1) & self._counted(bare) & (self._tails[self._rows, ranks - 1] <= allowed)
+        can[list(refused)] = False
+        if not can.any():
+            return None
+        cost = self._squares[self._rows, ranks - 1] * (lost / max(self.bound(choice), lost))
+        worth = np.where(can, self._derivatives(ranks, bare) / np.maximum(cost, 1e-300), 0.0)
+        k = int(np.argmax(np.where(cost <= allowed - lost, worth * 1e30, worth)))
+        return k, self._choice(ranks - (self._rows == k), bare)
+
+    def _settled(self, ranks: Integers) -> Choice:
+        """Choose bare leaves for ranks."""
+        choice = self._choice(ranks, self._bare)
+        for _ in self._modes:
+            bare = self._turned(choice, math.inf)
+            if (bare == choice.bare).all():
+                break
+            choice = self._choice(ranks, bare)
+        return choice
+
+    def _search(self, fits: Callable[[Choice], bool], best: Choice, *, cut: bool) -> Choice:
+        """Let derivatives and bare leaves follow the ranks; return what is best of all rounds and fits."""
+        bare, seen = self._bare, set[bytes]()
+        for _ in range(_ROUNDS):
+            choice, level = self._bisect(fits, bare, cut)
+            if fits(choice) and (choice.numbers < best.numbers if cut else choice.spent < best.spent):
+                best = choice
+            key = choice.ranks.tobytes() + bare.tobytes()
+            if key in seen:
+                break
+            seen.add(key)
+            self._slopes = np.log2(self._derivatives(choice.ranks, bare))
+            bare = self._turned(choice, level)
+        self._bare, self._slopes = best.bare, np.log2(self._derivatives(best.ranks, best.bare))
+        return best
+
+    def _bisect(self, fits: Callable[[Choice], bool], bare: Marks, cut: bool) -> tuple[Choice, float]:
+        """Keep all above one level of squares per derivative; return also the level's logarithm."""
+        levels = (self._logs - self._slopes[:, None])[np.isfinite(self._logs)]
+        ends = [levels.min() - 1.0, levels.max() + 1.0] if levels.size else [0.0, 0.0]
+        fine, other = ends if cut else ends[::-1]
+        best, far = self._above(fine, bare), self._above(other, bare)
+        if fits(far):
+            return far, other
+        for _ in range(_HALVINGS if fits(best) else 0):
+            if np.abs(best.ranks - far.ranks).sum() <= 1:
+                break
+            level = (fine + other) / 2
+            tried = self._above(level, bare)
+            if fits(tried):
+                best, fine = tried, level
+            else:
+                far, other = tried, level
+        return best, fine
+
+    def _above(self, level: float, bare: Marks) -> Choice:
+        """Keep what is above a level, and at least one value of every cut."""
+        counts = np.count_nonzero(self._logs > (level + self._slopes)[:, None], axis=1)
+        return self._choice(np.clip(counts, 1, self._most), bare)
+
+    def _choice(self, ranks: Integers, bare: Marks) -> Choice:
+        """Count what ranks cost; those above the product of the children's come down, which cuts nothing."""
+        spent = float(self._tails[self._rows, ranks] @ self._counted(bare))
+        while True:
+            _, products, costs = self._costs(ranks, bare)
+            room = np.full(len(ranks), math.inf)
+            np.minimum.at(room, self._cut[~bare], products[~bare])
+            if (ranks <= room).all():
+                return Choice(ranks, bare, float(costs.sum()), spent)
+            ranks = np.minimum(ranks, room).astype(np.intp)
+
+    def _counted(self, bare: Marks) -> Marks:
+        """Return which cuts are between weights, so that they cost an error."""
+        return np.bincount(self._cut[~bare], minlength=len(self._rows)) > 0
+
+    def _costs(self, ranks: Integers, bare: Marks) -> tuple[Floats, Floats, Floats]:
+        """Return sizes of the bonds, products of those below, and numbers, by position; 1 above the root."""
+        sizes = np.ones(len(bare) + 1)
+        sizes[:-1] = np.where(bare, self._modes, ranks[self._cut])
+        products = np.append(self._modes, 1.0)
+        products[self._inner] = np.multiply.reduceat(sizes[self._children], self._starts)
+        costs = sizes * products
+        costs[:-1][bare] = 0.0
+        return sizes[:-1], products[:-1], costs
+
+    def _derivatives(self, ranks: Integers, bare: Marks) -> Floats:
+        """Return the numbers that one more costs at every cut; at a bare leaf as if it had a weight."""
+        sizes, products, costs = self._costs(ranks, bare)
+        own = products + costs[self._parent] / sizes
+        alone = self._counted(bare)[self._cut] & bare  # a bare leaf beside the other end of its cut
+        found: Floats = np.bincount(self._cut[~alone], own[~alone], minlength=len(ranks)).astype(float)
+        return found
+
+    def _turned(self, choice: Choice, level: float) -> Marks:
+        """Change between a weight and none where that saves most, one leaf below every node."""
+        ranks, bare = choice.ranks[self._cut], choice.bare
+        sizes, _, costs = self._costs(choice.ranks, bare)
+        rest = costs[self._parent] / sizes
+        single = np.bincount(self._cut, minlength=len(self._rows))[self._cut] == 1
+        tails = np.where(single, self._tails[self._cut, ranks], 0.0) * 2.0 ** min(-level, 1000.0)
+        saved = (self._modes + rest) * ranks + tails - rest * self._modes
+        saved = np.where(bare, -saved, saved)
+        some = np.flatnonzero(self._free & ((saved > 0) | ((saved == 0) & ~bare)))
+        some = some[np.argsort(-saved[some], kind="stable")]
+        first = some[np.unique(self._parent[some], return_index=True)[1]]
+        turned = bare | (self._free & (ranks >= self._modes))
+        turned[first] = ~bare[first]
+        return turned
