@@ -17,7 +17,7 @@ from functools import reduce
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tnreg.errors import DataError, FileError, OptionError, ShapeError, blame, check_number
 from tnreg.factorizations.module import NetworkModule
@@ -167,7 +167,7 @@ class Factorization(NetworkModule):
     @classmethod
     def holding(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:
         """Make a factorization of weights in the order of ``network.stacks``: no copy, no check."""
-        return cls.__new__(cls)._set(network, Stacks(map(nn.Parameter, stacks)))
+        return cls.__new__(cls)._set(network, Stacks(stacks))
 
     @classmethod
     def viewing(cls, network: Network, stacks: Sequence[Tensor]) -> Factorization:

@@ -11,7 +11,10 @@ a triangular factor ``T_v``. Two ways lead down again:
   stores no frames and is differentiable: to first order only the components of a change in the fixed bases
   ``U_v`` and ``O_v`` matter, so that no QR factorization is differentiated, which fails at low rank.
 
-Scales are powers of two kept per column, so that they are exact and nothing leaves the range of the dtype.
+A bare leaf is its mode: its frame and its factor are identities, with which nothing is multiplied.
+
+Scales are powers of two, so that they are exact and nothing leaves the range of the dtype. At first every
+node has one. Where a column comes near the end of the range all is done again, with a scale per column.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -31,9 +34,9 @@ from tnreg.tensors.arrays import Scaled, powers_below
 
 # Numbers in all frames together (a GiB), and in those of one batch of several nodes.
 _MOST_NUMBERS, _MOST_AT_ONCE = 2**27, 2**24
-# Where scales of one node's columns differ by less than this power of two, and what comes out of a product
-# is larger than this and smaller than its inverse, nothing in it can have left the range of doubles.
-_CLOSE, _SMALL = 200, 1e-100
+# Norms of nodes that need no scale. Where no column of products of such numbers is further from 1 than by
+# this power of two, nothing that shows in it can have left the range of doubles.
+_PLAIN, _MODERATE = (2.0**-32, 2.0**32), 332
 # The last steps before a root have one column above them. Up to so many times the bond it is cheaper to keep
 # all rows of a step than to orthogonalize them.
 _ROWS_KEPT = 4
@@ -53,7 +56,10 @@ class Batch:
         nodes: Positions in ``tree.nodes``; for a step those of the nodes that it belongs to.
         weight: Where the weights are among the network's stacks; ``None`` for steps and a root of ones.
         below: For every child where its frames are: which batch, and which slot of it.
-        shape: Sizes of the children's frames, last child first; of the mode at a leaf.
+        bare: Which children are bare leaves.
+        order: The children as the axes of frames have them: from the last one to the first, and bare leaves
+            behind the others, but before another one under a diagonal join.
+        shape: Sizes of the children's frames, in that order; of the mode at a leaf.
         bond: Size of the bond above.
         rank: Size of the frame: no more than the product of ``shape``, and than the bond but in steps.
         root: Whether it is the root, which has no frame.
@@ -64,15 +70,22 @@ class Batch:
     join: str
     weight: Places | None
     below: tuple[Places, ...]
+    bare: tuple[int, ...]
+    order: tuple[int, ...]
     shape: tuple[int, ...]
     bond: int
     rank: int
     root: bool
 
     @property
+    def fixed(self) -> bool:
+        """Whether it has no bond that rounding can cut: steps, bare leaves and the root."""
+        return self.step or self.root or self.join == "bare"
+
+    @property
     def numbers(self) -> int:
         """Numbers in the nodes' tensors over the frames of their children."""
-        return len(self.nodes) * math.prod(self.shape) * self.bond
+        return 0 if self.join == "bare" else len(self.nodes) * math.prod(self.shape) * self.bond
 
 
 @dataclass(frozen=True)
@@ -81,18 +94,20 @@ class Frame:
 
     ``rows`` are the frames' orthonormal columns in the frames of the children, ``(nodes, *shape, rank)``;
     ``None`` where a frame is all of that space, or not kept. At the root they are the tensor itself.
-    ``factor`` is ``(nodes, rank, bond)``, with a scale ``(nodes, bond)`` for every column.
+    ``factor`` is ``(nodes, rank, bond)``, with a scale ``(nodes, 1)``, or ``(nodes, bond)`` for every column;
+    ``None`` at bare leaves.
     """
 
     rows: Tensor | None
-    factor: Scaled
+    factor: Scaled | None
 
 
 @dataclass(frozen=True)
 class Values:
     """Singular values ``(nodes, count)`` of a batch, descending, for a tensor of norm 1.
 
-    With left singular vectors in the frame, ``(nodes, rank, rank)``, the count is the rank.
+    With left singular vectors in the frame, ``(nodes, rank, rank)``, the count is the rank. None at steps,
+    and at bare leaves none with vectors.
     """
 
     values: Tensor
@@ -125,11 +140,18 @@ def _batch(
     """Describe the nodes of a level, or a step of them, over batches that are there already."""
     at_root = level.positions[-1] == len(network.joins) - 1
     bond = level.shape[0] if step else network.bonds[level.positions[0]]
-    shape = tuple(parts[child.pairs[0][0]].rank for child in reversed(below)) or level.shape[:1]
+    children = [parts[child.pairs[0][0]] for child in below]
+    bare = tuple(k for k, child in enumerate(children) if child.join == "bare")
+    order = [k for k in reversed(range(len(children))) if k not in bare]
+    if level.join == "full":
+        order += bare
+    else:  # the last of two is multiplied last, or not at all
+        order = [*reversed(bare), *order]
+    shape = tuple(children[k].rank for k in order) or level.shape[:1]
     rows = math.prod(shape)
     keep = step and at_root and rows <= _ROWS_KEPT * bond
     return Batch(
-        level.positions, step, level.join, None if step else level.weight, tuple(below),
+        level.positions, step, level.join, None if step else level.weight, tuple(below), bare, tuple(order),
         shape, bond, rows if keep else min(rows, bond), at_root and not step,
     )  # fmt: skip
 
@@ -163,30 +185,45 @@ def frames(network: Network, stacks: Sequence[Tensor], *, bases: bool = True) ->
 
     Without ``bases`` the factors alone are kept. They are differentiable in the weights.
     """
-    weights, factors, results = Stacked(stacks), _Factors(), list[Frame]()
+    found, furthest = _frames(network, stacks, bases, by_column=False)
+    if bool(torch.stack(furthest).amax() < _MODERATE):
+        return found
+    return _frames(network, stacks, bases, by_column=True)[0]
+
+
+def _frames(
+    network: Network, stacks: Sequence[Tensor], bases: bool, by_column: bool
+) -> tuple[list[Frame], list[Tensor]]:
+    """Compute frames on scales of the columns or of the nodes; and how far their products are from 1."""
     numbers = [batch.numbers for batch in batches(network)]
     needed = max(numbers) * 6 + sum(numbers) * bases  # the largest is copied, factored and multiplied
     must_fit("the frames of a factorization", [(needed,)], stacks[0].dtype, stacks[0].device)
+    weights, factors, results = Stacked(stacks), _Factors(), list[Frame]()
+    products: dict[torch.Size, list[Scaled]] = {}
     for batch in batches(network):
+        if batch.join == "bare":
+            results.append(Frame(None, None))
+            factors.append(None)
+            continue
         below = factors.below(batch)
-        weight = _weight(batch, weights, below)
-        for with_care in (False, True):
-            rows, log2 = _join(batch, weight, below, with_care)
-            flat, basis = rows.flatten(1, -2), None
-            if batch.rank < flat.shape[1] and not batch.root:
-                basis, flat = orthogonalize(flat, basis=bases)
-            (flat, more), safe = _rescale(flat)
-            if with_care or bool(safe & _close(below)):
-                break
+        rows, log2 = _join(batch, _weight(batch, weights, below), below, by_column, stacks[0])
+        flat, basis = rows.flatten(1, -2), None
+        if batch.rank < flat.shape[1] and not batch.root:
+            basis, flat = orthogonalize(flat, basis=bases)
+        flat, more = _rescale(flat, by_column)
         if batch.root:
             basis = flat
         elif not bases:
             basis = None
-        shape = (*rows.shape[:-1], -1)
         factor = Scaled(flat, log2 + more)
-        results.append(Frame(None if basis is None else basis.reshape(shape), factor))
+        results.append(Frame(None if basis is None else basis.reshape(*rows.shape[:-1], -1), factor))
         factors.append(factor)
-    return results
+        products.setdefault(flat.shape[1:], []).append(Scaled(flat, more))
+    furthest = []
+    for group in products.values():  # equal ones of a chain together
+        x, log2 = group[0] if len(group) == 1 else map(torch.cat, zip(*group, strict=True))
+        furthest.append(_furthest(x, log2))
+    return results, furthest
 
 
 def orthogonalize(matrix: Tensor, *, basis: bool = True) -> tuple[Tensor, Tensor]:
@@ -227,40 +264,68 @@ def by_gram(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 class _Factors:
     """Factors ``(nodes, rows, bond)`` of batches, from which those below others are picked."""
 
-    def __init__(self, factors: Sequence[Scaled] = ()) -> None:
-        self.x = Stacked([factor.x for factor in factors])
-        self.log2 = Stacked([factor.log2 for factor in factors])
+    def __init__(self, found: Sequence[Frame] = ()) -> None:
+        self.x, self.log2 = Stacked(), Stacked()
+        for frame in found:
+            self.append(frame.factor)
 
-    def append(self, factor: Scaled) -> None:
-        self.x.append(factor.x)
-        self.log2.append(factor.log2)
+    def append(self, factor: Scaled | None) -> None:
+        x, log2 = factor or (torch.empty(0),) * 2  # of bare leaves nothing is picked
+        self.x.append(x)
+        self.log2.append(log2)
 
-    def below(self, batch: Batch) -> list[Scaled]:
-        """Return the factors of a batch's children."""
-        return [Scaled(self.x.pick(child), self.log2.pick(child)) for child in batch.below]
+    def below(self, batch: Batch) -> list[Scaled | None]:
+        """Return the factors of a batch's children; ``None`` for bare leaves."""
+        return [
+            None if k in batch.bare else Scaled(self.x.pick(child), self.log2.pick(child))
+            for k, child in enumerate(batch.below)
+        ]
 
 
-def _weight(batch: Batch, weights: Stacked, below: Sequence[Scaled]) -> Tensor | None:
+def _weight(batch: Batch, weights: Stacked, below: Sequence[Scaled | None]) -> Tensor | None:
     """Return the weights of a batch, ``(nodes, .., bond)``; ``None`` for a step."""
     if batch.step:
         return None
     if batch.weight is None:  # a root of ones
-        return below[0].x.new_ones(1, below[0].x.shape[-1], 1)
+        factor = next(child.x for child in below if child is not None)
+        return factor.new_ones(1, factor.shape[-1], 1)
     weight = weights.pick(batch.weight)
     return weight.unsqueeze(-1) if batch.root else weight  # the root's has no bond above it
 
 
-def _join(batch: Batch, weight: Tensor | None, below: Sequence[Scaled], with_care: bool) -> Scaled:
+def _join(
+    batch: Batch, weight: Tensor | None, below: Sequence[Scaled | None], by_column: bool, like: Tensor
+) -> Scaled:
     """Combine the rows of a batch's children through its weights: ``(nodes, *shape, bond)``."""
-    diagonal = batch.join == "diagonal"
-    if diagonal and weight is not None and len(below) == 2 and weight.shape[-1] < batch.shape[0]:
-        # the last child has more rows than there are columns: it is multiplied last
-        weight = below[0].x.mT.unsqueeze(3) * weight.unsqueeze(2)
-        below = [Scaled(below[1].x, below[0].log2 + below[1].log2)]
-    elif diagonal:
-        below = [_tie(below)]
-    rows, log2 = below[0] if weight is None else _through(weight, below, with_care)
+    if batch.join != "diagonal":
+        assert weight is not None
+        rows, log2 = _through(weight, below, by_column)
+        return Scaled(rows.reshape(len(rows), *batch.shape, -1), log2)
+    below = [below[k] for k in reversed(batch.order)]
+    bare = weight is not None and below[-1] is None and not by_column
+    factors = _with_identities(below[:-1] if bare else below, batch, like)
+    if weight is None:
+        rows, log2 = _tie(factors)
+    elif len(below) == 2 and (bare or weight.shape[-1] < batch.shape[0]):
+        # the last child has more rows than there are columns, or is bare: it is multiplied last, if at all
+        weight = factors[0].x.mT.unsqueeze(3) * weight.unsqueeze(2)
+        rest = [Scaled(child.x, factors[0].log2 + child.log2) for child in factors[1:]]
+        rows, log2 = _through(weight, rest, by_column) if rest else Scaled(weight, factors[0].log2)
+    else:
+        rows, log2 = _through(weight, [_tie(factors)] if factors else [], by_column)
     return Scaled(rows.reshape(len(rows), *batch.shape, -1), log2)
+
+
+def _with_identities(below: Sequence[Scaled | None], batch: Batch, like: Tensor) -> list[Scaled]:
+    """Put the identities that bare leaves under a diagonal join stand for in their places."""
+    whole = list[Scaled]()
+    for child in below:
+        if child is None:
+            nodes, size = len(batch.nodes), batch.shape[batch.order.index(batch.bare[0])]
+            eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(nodes, -1, -1)
+            child = Scaled(eye, like.real.new_zeros(nodes, 1))
+        whole.append(child)
+    return whole
 
 
 def _tie(below: Sequence[Scaled]) -> Scaled:
@@ -272,66 +337,80 @@ def _tie(below: Sequence[Scaled]) -> Scaled:
     return Scaled(rows.flatten(1, 2), first.log2 + last.log2)
 
 
-def _through(weight: Tensor, below: Sequence[Scaled], with_care: bool) -> Scaled:
-    """Combine rows ``(n, K_i, R_i)`` of children through weights ``(n, R_1, .., R_k, R)``.
+def _through(weight: Tensor, below: Sequence[Scaled | None], by_column: bool) -> Scaled:
+    """Combine rows ``(n, K_i, R_i)`` of children through weights ``(n, R_1, .., R_k, R)``, see ``climb``.
 
-    With care, the weights take over the scales, column by column, so that nothing can leave the range, at
-    the cost of a logarithm of every weight. Return ``(n, K_k, .., K_1, R)``, scales ``(n, R)`` or ``(n, 1)``.
+    Where columns have scales, the weights take them over, so that nothing can leave the range, at the cost
+    of a logarithm of every weight. Scales are then ``(n, R)``, else ``(n, 1)``.
     """
+    factors = [None if child is None else child.x for child in below]
+    logs = [(axis, child.log2) for axis, child in enumerate(below, 1) if child is not None]
+    if not by_column:
+        total = reduce(torch.add, (log2 for _, log2 in logs)) if logs else weight.real.new_zeros(1, 1)
+        return Scaled(climb(weight, factors), total)
     total = weight.real.new_zeros(len(weight), *[1] * (weight.ndim - 1))
-    if not with_care:
-        highs = [child.log2.amax(1, keepdim=True) for child in below]
-        scaled = [
-            x * torch.exp2(log2 - high).unsqueeze(1) for (x, log2), high in zip(below, highs, strict=True)
-        ]
-        return Scaled(climb(weight, scaled), sum(highs, total.flatten(1)))
-    for axis, (_, log2) in enumerate(below, 1):
+    for axis, log2 in logs:
         total = total + log2.reshape(len(log2), *[-1 if k == axis else 1 for k in range(1, weight.ndim)])
     size = (weight.detach().abs().log2() + total).flatten(1, -2).amax(1)
     top = torch.where(torch.isfinite(size), size, torch.zeros_like(size)).round()
     apart = total - top.reshape(len(top), *[1] * (weight.ndim - 2), -1)
     half = torch.exp2((apart / 2).clamp(max=500))  # twice, as the whole power may overflow
-    return Scaled(climb(weight * half * half, [child.x for child in below]), top)
+    return Scaled(climb(weight * half * half, factors), top)
 
 
 def climb(weight: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
-    """Multiply every axis of weights ``(n, R_1, .., R_k, R)`` by ``(n, K_i, R_i)``: ``(n, K_k, .., K_1, R)``.
+    """Multiply every axis of weights ``(n, R_1, .., R_k, R)`` by ``(n, K_i, R_i)``, or not: ``None``.
 
-    An axis is brought to the front, where it is one long product per node, and stays there. ``None`` is an
-    identity.
+    An axis is brought to the front, where it is one long product per node, and stays there; the others are
+    left behind: ``(n, K_k, .., K_1, *others, R)``.
     """
     for axis, factor in enumerate(factors, 1):
-        turned = weight.movedim(axis, 1)
-        if factor is None:
-            weight = turned
-            continue
-        product = factor @ turned.reshape(len(turned), turned.shape[1], -1)
-        weight = product.reshape(len(turned), -1, *turned.shape[2:])
+        if factor is not None:
+            turned = weight.movedim(axis, 1)
+            product = factor @ turned.reshape(len(turned), turned.shape[1], -1)
+            weight = product.reshape(len(turned), -1, *turned.shape[2:])
     return weight
 
 
-def _rescale(matrix: Tensor) -> tuple[Scaled, Tensor]:
-    """Divide columns of matrices by the powers of two below their largest magnitudes.
+def climb_back(batch: Batch, block: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+    """Multiply frames ``(n, *shape, R)`` by factors ``(n, K_i, ..)`` of children: ``(n, K_1, .., K_k, R)``.
 
-    Return them, and whether what they were computed from cannot have left the range.
+    ``None`` stands for an identity.
     """
-    largest = matrix.detach().abs().amax(1)
-    safe = ((largest > _SMALL) & (largest < 1 / _SMALL)).all()
-    log2 = powers_below(largest)
-    return Scaled(matrix * torch.exp2(-log2).unsqueeze(1), log2), safe
+    block = climb(block, [factors[k] for k in batch.order])
+    order = [k for k in reversed(batch.order) if factors[k] is not None]
+    order += [k for k in batch.order if factors[k] is None]
+    if order == sorted(order):
+        return block
+    return block.permute(0, *(1 + order.index(k) for k in range(len(order))), -1)
 
 
-def _close(below: Sequence[Scaled]) -> Tensor:
-    """Return whether the scales of every child's columns are close to each other."""
-    spreads = [(child.log2.amax(1) - child.log2.amin(1)).amax() for child in below]
-    return torch.stack(spreads).amax() < _CLOSE if spreads else torch.ones((), dtype=torch.bool)
+def _rescale(matrix: Tensor, by_column: bool) -> Scaled:
+    """Divide matrices, or their columns, by the powers of two below their largest magnitudes.
+
+    Matrices of moderate norms stay as they are. Reads.
+    """
+    if not by_column:
+        norms = torch.linalg.vector_norm(matrix.detach(), dim=(1, 2)).tolist()
+        if all(_PLAIN[0] < norm < _PLAIN[1] for norm in norms):
+            return Scaled(matrix, matrix.real.new_zeros(len(norms), 1))
+    sizes = matrix.detach().abs().amax(1)
+    log2 = powers_below(sizes if by_column else sizes.amax(1, keepdim=True))
+    return Scaled(matrix * torch.exp2(-log2).unsqueeze(1), log2)
+
+
+def _furthest(x: Tensor, log2: Tensor) -> Tensor:
+    """Return how far the columns of products ``x * 2**log2`` are from 1, as a power of two; see ``_rescale``.
+
+    Beyond ``_MODERATE`` they may have left the range.
+    """
+    return (x.detach().abs().amax(1).log2() + log2).abs().amax()
 
 
 def values_in_frames(network: Network, found: Sequence[Frame], *, vectors: bool = False) -> list[Values]:
     """Compute singular values of all nodes but the root in their frames, from the root down.
 
-    Return values, and vectors if asked for, of every batch but the last (none for steps), for the tensor
-    divided by its norm.
+    Return values, and vectors if asked for, of every batch but the last, for the tensor divided by its norm.
     """
     parts = batches(network)
     pieces = [_Pieces() for _ in parts]
@@ -342,10 +421,14 @@ def values_in_frames(network: Network, found: Sequence[Frame], *, vectors: bool 
             assert rows is not None
             size = torch.linalg.vector_norm(rows)
             block = rows / torch.where(size > 0, size, torch.ones_like(size))
+            none = Values(size.new_zeros(len(rows), 0), None)
+        elif batch.join == "bare" and vectors:
+            results.append(none)
+            continue
         else:
             inner = pieces[b].assemble()
             if batch.step:
-                results.append(Values(inner.real[:, :0, 0], None))
+                results.append(none)
             elif vectors:
                 left, values, _ = torch.linalg.svd(inner)
                 count = values.shape[1]
@@ -356,11 +439,13 @@ def values_in_frames(network: Network, found: Sequence[Frame], *, vectors: bool 
             if rows is not None:
                 inner = rows.flatten(1, -2) @ inner
             block = inner.reshape(len(inner), *batch.shape, -1)
-        for axis, child in enumerate(reversed(batch.below), 1):
+        for axis, k in enumerate(batch.order, 1):
+            if vectors and k in batch.bare:
+                continue
             matrix = block.movedim(axis, 1).flatten(2)
             if matrix.shape[2] > matrix.shape[1]:  # a square one has the same values, left vectors
                 matrix = orthogonalize(matrix.mH, basis=False)[1].mH
-            pieces[child.pairs[0][0]].add(child, matrix)
+            pieces[batch.below[k].pairs[0][0]].add(batch.below[k], matrix)
     return results[::-1]
 
 
@@ -370,10 +455,42 @@ def values_through_bonds(network: Network, stacks: Sequence[Tensor]) -> list[tup
     Return some nodes' positions and their values ``(nodes, count)`` with scales ``(nodes, 1)``, again and
     again, together for every node but the root.
     """
+    results, safe = _through_bonds(network, stacks, by_column=False)
+    return results if safe else _through_bonds(network, stacks, by_column=True)[0]
+
+
+def _through_bonds(
+    network: Network, stacks: Sequence[Tensor], by_column: bool
+) -> tuple[list[tuple[tuple[int, ...], Scaled]], bool]:
+    """Compute ``values_through_bonds`` on scales of columns or nodes; and whether all stayed in range."""
     parts, weights = batches(network), Stacked(stacks)
-    factors = _Factors([frame.factor for frame in frames(network, stacks, bases=False)])
+    found, furthest = _frames(network, stacks, False, by_column)
+    factors = _Factors(found)
     matrices, scales = [_Pieces() for _ in parts], [_Pieces() for _ in parts]
     results = []
+
+    def moderate(rows: Tensor) -> Scaled:
+        rows, log2 = _rescale(rows, by_column)
+        furthest.append(_furthest(rows, log2))
+        return Scaled(rows, log2)
+
+    def around(batch: Batch, below: Sequence[Scaled | None], above: Scaled) -> list[list[Scaled]]:
+        """List for every child one or two factors whose rows, combined, are all that is outside it."""
+        weight = _weight(batch, weights, below)
+        if batch.join == "full":
+            assert weight is not None
+            rest = [[*below[:k], *below[k + 1 :], above] for k in range(len(below))]
+            return [[through(weight.movedim(k, -1), others)] for k, others in enumerate(rest, 1)]
+        if weight is not None:
+            above = through(weight.mT, [above])
+        whole = _with_identities(below, batch, stacks[0])
+        return [[*whole[:k], *whole[k + 1 :], above] for k in range(len(whole))]
+
+    def through(weight: Tensor, below: Sequence[Scaled | None]) -> Scaled:
+        rows, log2 = _through(weight, below, by_column)
+        rows, more = moderate(rows.flatten(1, -2))
+        return Scaled(rows, log2 + more)
+
     for b in reversed(range(len(parts))):
         batch = parts[b]
         if not batch.below:
@@ -382,49 +499,32 @@ def values_through_bonds(network: Network, stacks: Sequence[Tensor]) -> list[tup
         above = Scaled(stacks[0].new_ones(1, 1, 1), stacks[0].real.new_zeros(1, 1))
         if not batch.root:
             above = Scaled(matrices[b].assemble().mT, scales[b].assemble())
-        around = _around(batch, _weight(batch, weights, below), below, above)
-        for place, own, outside in zip(batch.below, below, around, strict=True):
+        for place, own, outside in zip(batch.below, below, around(batch, below, above), strict=True):
             child = place.pairs[0][0]
-            product, log2 = _multiply([own, *outside])
+            product, log2 = _multiply(own, outside)
+            furthest.append(_furthest(product.flatten(1).unsqueeze(2), log2.new_zeros(1, 1)))
             if not parts[child].step:
                 nodes = tuple(parts[child].nodes[slot] for _, slot in place.pairs)
                 results.append((nodes, Scaled(torch.linalg.svdvals(product), log2)))
             if parts[child].below:  # only what meets the node itself is of use further down
                 basis = orthogonalize(product.detach().mT)[0]
                 rows, log2 = _tie(outside[::-1])
-                (rows, more), _ = _rescale(basis.mH @ rows)
+                rows, more = moderate(basis.mH @ rows)
                 matrices[child].add(place, rows.mT)
                 scales[child].add(place, log2 + more)
-    return results
+    return results, bool(torch.stack(furthest).amax() < _MODERATE)
 
 
-def _around(
-    batch: Batch, weight: Tensor | None, below: Sequence[Scaled], above: Scaled
-) -> list[list[Scaled]]:
-    """List for every child one or two factors whose rows, combined, are all that is outside it."""
-    siblings = [[*below[:k], *below[k + 1 :]] for k in range(len(below))]
-    if batch.join == "full":
-        assert weight is not None
-        return [
-            [_through_safely(weight.movedim(k, -1), [*others, above])] for k, others in enumerate(siblings, 1)
-        ]
-    if weight is not None:
-        above = _through_safely(weight.mT, [above])
-    return [[*others, above] for others in siblings]
+def _multiply(own: Scaled | None, outside: Sequence[Scaled]) -> Scaled:
+    """Sum two or three factors over their columns: ``(n, rows of the first, all other rows)``.
 
-
-def _through_safely(weight: Tensor, below: Sequence[Scaled]) -> Scaled:
-    """Combine the rows of children through weights as ``(n, rows, R)``, with care where that is needed."""
-    for with_care in (False, True):
-        rows, log2 = _through(weight, below, with_care)
-        (rows, more), safe = _rescale(rows.flatten(1, -2))
-        if with_care or bool(safe & _close(below)):
-            break
-    return Scaled(rows, log2 + more)
-
-
-def _multiply(factors: Sequence[Scaled]) -> Scaled:
-    """Sum two or three factors over their columns: ``(n, rows of the first, all other rows)``."""
+    The first one may be an identity, ``None``.
+    """
+    if own is None:
+        rows, log2 = _tie(outside)
+        high = log2.amax(1, keepdim=True)
+        return Scaled((rows * torch.exp2(log2 - high).unsqueeze(1)).mT, high)
+    factors = [own, *outside]
     order = sorted(range(len(factors)), key=lambda k: factors[k].x.shape[1])
     rows, log2 = _tie([factors[k] for k in reversed(order[:-1])])
     longest = factors[order[-1]]  # multiplied last: no combinations of its rows are formed
@@ -439,7 +539,7 @@ def _multiply(factors: Sequence[Scaled]) -> Scaled:
 def scale_of(found: Sequence[Frame]) -> Scaled:
     """Return the norm of the tensor."""
     rows, factor = found[-1].rows, found[-1].factor
-    assert rows is not None
+    assert rows is not None and factor is not None
     return Scaled(torch.linalg.vector_norm(rows), factor.log2[0, 0])
 
 
@@ -455,8 +555,10 @@ class _Pieces:
 
     def assemble(self) -> Tensor:
         """Return all of it in the order of the slots, and forget it; short rows are filled up with zeros."""
-        most = max(part.shape[-1] for part in self._parts)
-        whole = torch.cat([pad(part, (0, most - part.shape[-1])) for part in self._parts])
-        order = sorted(range(len(whole)), key=self._slots.__getitem__)
-        self._parts = []
-        return whole if order == list(range(len(order))) else whole[order]
+        parts, self._parts = self._parts, []
+        most = max(part.shape[-1] for part in parts)
+        parts = [part if part.shape[-1] == most else pad(part, (0, most - part.shape[-1])) for part in parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._slots == sorted(self._slots):
+            return whole
+        return whole[sorted(range(len(whole)), key=self._slots.__getitem__)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.budget import Choice, Chooser
-from tnreg.ranks.frames import Batch, Frame, Values, batches, climb, frames, scale_of, values_in_frames
+from tnreg.ranks.frames import Batch, Frame, Values, batches, climb_back, frames, scale_of, values_in_frames
 from tnreg.tensors.arrays import double, largest_of
 from tnreg.tensors.axes import rounding_rtol
 from tnreg.trees.reading import Node
@@ -139,14 +140,14 @@ def _match_root(net: Network, found: Sequence[Frame], results: Sequence[Values])
 
     They have to belong to the same singular values; computed apart they need not, where values are equal.
     """
-    ends = net.tree.cuts[-1]
-    if len(ends) == 1:
+    ends = [i for i in net.tree.cuts[-1] if i not in net.bare]
+    if len(ends) < 2:
         return results
     (b0, slot0), (b1, slot1) = (
         (b, batch.nodes.index(node))
         for node in ends
         for b, batch in enumerate(batches(net))
-        if not batch.step and node in batch.nodes
+        if not batch.fixed and node in batch.nodes
     )
     core, first, second = found[-1].rows, results[b0].vectors, results[b1].vectors
     assert core is not None and first is not None and second is not None
@@ -161,17 +162,19 @@ def _chooser(net: Network, results: Sequence[Values], budget: Budget, dtype: tor
     """Prepare the choice of ranks: what the values of all cuts are, and how many may be kept at most."""
     values, most = dict[int, Any](), dict[int, int]()
     for batch, part in zip(batches(net), results, strict=False):
-        if not batch.step:
+        if not batch.fixed:
             values |= zip(batch.nodes, part.values.cpu().numpy(), strict=True)
             most |= {node: min(batch.rank, budget.limits.get(node, batch.rank)) for node in batch.nodes}
-    kept = [min(most[i] for i in cut) for cut in net.tree.cuts]
-    spectra = [values[cut[0]] for cut in net.tree.cuts]
+    cuts = [[i for i in cut if i not in net.bare] for cut in net.tree.cuts]  # what is above bare leaves stays
+    kept = [min((most[i] for i in cut), default=1) for cut in cuts]
+    spectra = [values[cut[0]] if cut else np.ones(1) for cut in cuts]
     if budget.share is None:
         zero = rounding_rtol(None, dtype, torch.float64)
         kept = [min(k, int((s > zero * s[0]).sum())) for k, s in zip(kept, spectra, strict=True)]
     # rounded up by what rounding may hide, unless nothing may be discarded anyway
     slack = 4 * torch.finfo(torch.float64).eps if budget.share else 0.0
-    return Chooser(net.tree, net.sizes, [(s + slack) ** 2 for s in spectra], [max(k, 1) for k in kept])
+    squares, most_kept = [(s + slack) ** 2 for s in spectra], [max(k, 1) for k in kept]
+    return Chooser(net.tree, net.sizes, squares, most_kept, net.bare)
 
 
 class _Projection:
@@ -189,6 +192,11 @@ class _Projection:
         inside, whole = Stacked(), list[bool]()  # frames in the spaces (nodes, rank, size), or all of them
         axes_of: list[list[int]] = []  # what the first of those axes stands for
         for b, batch in enumerate(batches(net)):
+            if batch.join == "bare":
+                inside.append(torch.empty(0))
+                whole.append(True)
+                axes_of.append([batch.bond])
+                continue
             own, below = [ranks[i] for i in batch.nodes], [child.pairs[0][0] for child in batch.below]
             axes = [size for c in below for size in axes_of[c]]
             plain = all(whole[c] for c in below)
@@ -205,7 +213,7 @@ class _Projection:
                 "use a tree with fewer children per node, or smaller ranks", copies=3,
             )  # fmt: skip
             factors = [None if whole[c] else inside.pick(k) for c, k in zip(below, batch.below, strict=True)]
-            block = climb(block, factors[::-1])
+            block = climb_back(batch, block, factors)
             turned, triangle = block.flatten(1, -2), None
             if batch.step:
                 axes_of.append(axes)
@@ -225,7 +233,8 @@ class _Projection:
         """Return the weights by position."""
         ends: list[Any] = [*map(slice, self._ranks[:-1]), 0]  # the root has no bond above it
         weights: dict[int, Tensor] = {}
-        for batch, (block, triangle) in zip(batches(self._net), self._blocks, strict=True):
+        own = [batch for batch in batches(self._net) if batch.join != "bare"]
+        for batch, (block, triangle) in zip(own, self._blocks, strict=True):
             if batch.step:
                 continue
             if triangle is not None:
@@ -265,6 +274,7 @@ def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:
     if vectors is None:
         if frame.rows is not None:
             return frame.rows
+        assert frame.factor is not None
         vectors = torch.eye(batch.rank, dtype=frame.factor.x.dtype, device=frame.factor.x.device)
         vectors = vectors.expand(len(batch.nodes), -1, -1)
     elif frame.rows is not None:
@@ -308,21 +318,31 @@ def to_factorization(
 
 def finite_stacks(model: Factorization) -> list[Tensor]:
     """Return a factorization's stacks in double precision, or raise if they are not finite."""
-    if not all(bool(largest_of(stack.detach()).isfinite()) for stack in model.stacks):
+    stacks = list(model.stacks)
+    # sums are finite, unless something is wrong or near the end of the range
+    sums = torch.stack([stack.detach().sum() for stack in stacks])
+    if not bool(sums.isfinite().all() or all(largest_of(stack.detach()).isfinite() for stack in stacks)):
         broken = [node for node, weight in model.weights.items() if not weight.isfinite().all()]
         raise DataError(
             f"the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}.", argument="model"
         )
-    return [double(stack) for stack in model.stacks]
+    return [double(stack) for stack in stacks]
 
 
 def network_of(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, list[Tensor]]:
     """Return the network with full joins that these weights make, by position, and its stacks."""
-    sizes = tuple(weights[tree.position(mode)].shape[0] for mode in tree.leaves)
-    bonds = (*(weights[i].shape[-1] for i in range(len(tree.nodes) - 1)), 1)
-    joins = tuple("full" if below else "leaf" for below in tree.links)
-    net = Network(tree, sizes, bonds, joins, root_ones=False)
-    return net, [torch.stack([weights[i] for i in level.positions]) for level in net.stacks]
+    bonds, sizes = [1] * len(tree.nodes), [0] * tree.order
+    for i, below in enumerate(tree.links):
+        for axis, c in enumerate(below):
+            bonds[c] = weights[i].shape[axis]
+            if not tree.links[c]:
+                sizes[tree.nodes[c]] = len(weights[c]) if c in weights else bonds[c]  # type: ignore[call-overload]
+    joins = ["full" if below else "leaf" if i in weights else "bare" for i, below in enumerate(tree.links)]
+    net = Network(tree, tuple(sizes), tuple(bonds), tuple(joins), root_ones=False)
+    stacks: dict[int, list[Tensor]] = {}
+    for i, (stack, _) in net.slots.items():
+        stacks.setdefault(stack, []).append(weights[i])
+    return net, [torch.stack(stack) for stack in stacks.values()]
 
 
 def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[int, int]:
