@@ -71,6 +71,59 @@ def test_of_one_model(models):
         assert_equal(al.mode_product(model, matrices), expected)
 
 
+@pytest.mark.parametrize("model", list(zoo.bare_zoo()))
+def test_bare_leaves(model):
+    """Both bare, or one and the other with a weight; modes that are indices of diagonal joins."""
+    x, tree, order = dense(model), model.tree, model.tree.order
+    plain = (zoo.model_of(tree, join, sizes=model.sizes, seed=3) for join in ("diagonal", "full"))
+    for other in (model, *plain):
+        y = dense(other)
+        for one, two in ((model, other), (other, model)):
+            assert_equal(al.add(one, two), x + y)
+            assert_equal(al.subtract(al.add(one, two), one), dense(two), (x.norm() + y.norm()).item())
+            assert_equal(al.hadamard(one, two), x * y)
+    assert_equal(al.scale(model, -2j), -2j * x)
+    assert_equal(al.full_joins(model), x)
+    assert_equal(al.diagonal_joins(model), x)
+    assert set(al.diagonal_joins(model).network.named_joins.values()) == {"diagonal"}
+    turned = torch.randperm(order, generator=random(3)).tolist()
+    assert_equal(al.permute_modes(model, turned), x.permute(turned))
+    for node in tree.interior:
+        assert_equal(al.reroot(model, node), x)
+    for step in (1, 2):
+        matrices = {n: zoo.randn(3, model.sizes[n], seed=n) for n in range(0, order, step)}
+        expected = x
+        for n, matrix in matrices.items():
+            expected = torch.tensordot(expected, matrix, ([n], [1])).movedim(-1, n)
+        assert_equal(al.mode_product(model, matrices), expected)
+        for rest in range(1 + (order > 1)):
+            modes = list(range(rest, order, step))
+            assert_equal(al.marginal(model, modes), x.sum(modes))
+            key = tuple(1 if n in modes else slice(None, None, -1) for n in range(order))
+            assert_equal(al.select(model, key), torch.as_tensor(x.numpy()[key].copy()))
+
+
+def test_bare_leaves_stay_what_they_are():
+    """Cores of trains are added, multiplied and cut as cores; leaves with weights go into full joins."""
+    tree = ModeTree.caterpillar(4)
+    one, other = (
+        zoo.bare_model(tree, "full", kinds) for kinds in ({1: "bare", 2: "bare"}, {2: "bare", 3: "bare"})
+    )
+    for found, bonds in (
+        (al.add(one, other), [a + b for a, b in zip(one.network.bonds, other.network.bonds, strict=True)]),
+        (al.hadamard(one, one), [a * a for a in one.network.bonds]),
+        (al.scale(one, 2), one.network.bonds),
+    ):
+        net = found.network
+        assert {1, 2} <= {n for n, kind in net.named_leaves.items() if kind == "bare"}
+        assert all(
+            net.bonds[i] == (found.sizes[tree.nodes[i]] if i in net.bare else bonds[i])
+            for i in range(len(bonds) - 1)
+        )
+    cut = al.mode_product(al.select(one, (..., slice(0, 2))), {1: torch.ones(1, 3).double()})
+    assert cut.network.named_leaves == one.network.named_leaves and cut.sizes == (2, 1, 5, 2)
+
+
 @pytest.mark.slow
 def test_every_set_of_modes_can_be_taken_away(models):
     generator = random(3)

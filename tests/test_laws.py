@@ -47,7 +47,7 @@ def rank_one(features, b):
 
 def check_dense(model):
     assert_close(model.to_tensor(), defined(model))
-    if len(model.weights) > 1 and not model.network.bare:  # a single node has no edge to contract
+    if len(model.weights) > 1:  # a single node has no edge to contract
         assert_close(zoo.contracted(network(model)), model.to_tensor())
 
 

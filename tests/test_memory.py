@@ -98,7 +98,7 @@ CP, LONG, NESTED = model(STAR(12), 4, 3), model(STAR(70), 2, 1), model([list(ran
 UNEVEN = model(TRAIN, (2, 2, 200, 2), {0: 1, 1: 1, (0, 1): 1, 2: 1, (0, 1, 2): 600, 3: 1}, "full")
 CORE_OF_7, TRAIN_OF_99 = model(STAR(6), 3, 7, "full"), model(TRAIN, 3, 99, "full")
 LEAFY = model(QUAD, 999, 9)
-CORES = [torch.ones(1, 2, 2), torch.ones(2, 999, 2), torch.ones(2, 2, 1)]
+BARE = Factorization(QUAD, 999, {(0, 1): 1, (2, 3): 1, 1: 999, 3: 999}, leaves={0: "bare", 2: "bare"})
 
 
 def refused(call):
@@ -123,7 +123,7 @@ test_what_does_not_fit = refuses([
     (lambda: al.add(WIDE, MIXED), "a full join: its weight would not fit"),
     (lambda: al.linear_combination([CORE, CORE], rtol=0.1), "an inner product would not fit"),
     (lambda: al.hadamard(CORE, CORE), "hadamard: the exact product would not fit"),
-    (lambda: al.hadamard(WIDE, WIDE, rtol=0.1), "hadamard: the exact product would not fit"),
+    (lambda: al.hadamard(WIDE, WIDE, rtol=0.1), "a product of weights would not fit"),
     (lambda: model(STAR(2), 2, 200).norm(), "an inner product would not fit"),
     (lambda: al.diagonal_joins(CORE), "diagonal_joins: the weights below"),
     (lambda: al.reroot(NESTED, NESTED.tree.interior[0]), "a full join: its weight would not fit"),
@@ -131,7 +131,7 @@ test_what_does_not_fit = refuses([
     (lambda: al.marginal(UNEVEN, (0, 1)), "a product of weights would not fit"),
     (lambda: convert.to_tucker(CORE_OF_7), "Tucker would not fit"),
     (lambda: convert.to_tensor_train(TRAIN_OF_99), "a core of a tensor train would not fit"),
-    (lambda: convert.from_tensor_train(CORES), "an identity for a leaf would not fit"),
+    (lambda: al.add(BARE, LEAFY), "an identity for a leaf would not fit"),
     (lambda: WIDE.norm(), "an inner product would not fit"),
     (lambda: balance_(LEAFY), "balance_: copies of the weights would not fit"),
     (lambda: to_cnn(WIDE), "a network: its filters would not fit"),

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError, blame, check_number, check_scalar
-from tnreg.factorizations.assembly import check_factorization, full_weight, split, spread, weights_of
+from tnreg.factorizations.assembly import (
+    check_factorization,
+    full_weight,
+    identity,
+    product,
+    split,
+    spread,
+    weights_of,
+)
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
+from tnreg.networks.network import Network
 from tnreg.ranks.decompose import truncate
 from tnreg.tensors.arrays import largest_of, times_power_of_two
 from tnreg.trees.reading import Node
@@ -20,23 +30,24 @@ from tnreg.trees.reading import Node
 def add(one: Factorization, other: Factorization) -> Factorization:
     """Add entry by entry: ``one + other``, whose bonds are the sums of theirs.
 
-    Where one has a diagonal join and the other a full one, the result has a full one. ShapeError if their
-    trees or sizes differ, SizeError if it would not fit into memory.
+    Where one has a diagonal join and the other a full one, the result has a full one. Leaves that are bare in
+    one of them are bare, except under a diagonal join. ShapeError if their trees or sizes differ, SizeError
+    if it would not fit into memory.
     """
-    pairs, joins = _pair_weights(one, other)
+    pairs, modes, kinds = _pair_weights(one, other, bare_ties=False)
     starts = {  # all axes but those of modes hold the two blocks one after the other
-        node: [0 if axis in _mode_axes(one, node) else n for axis, n in enumerate(a.shape)]
+        node: [0 if axis in modes[node] else n for axis, n in enumerate(a.shape)]
         for node, (a, _) in pairs.items()
     }
     shapes = {v: [n + m for n, m in zip(starts[v], b.shape, strict=True)] for v, (_, b) in pairs.items()}
-    sample = pairs[0][0]
+    sample = next(iter(pairs.values()))[0]
     must_fit("add: the sum", shapes.values(), sample.dtype, sample.device, copies=2)  # the model has copies
     weights: dict[Node, Tensor] = {}
     for node, (a, b) in pairs.items():
         weights[node] = a.new_zeros(shapes[node])
         weights[node][tuple(map(slice, a.shape))] = a
-        weights[node][tuple(slice(n, None) for n in starts[node])] = b
-    return Factorization.from_weights(one.tree, weights, join=joins)
+        weights[node][tuple(slice(n, None) for n in starts[node])] += b
+    return Factorization.from_weights(one.tree, weights, **kinds)
 
 
 def subtract(one: Factorization, other: Factorization) -> Factorization:
@@ -134,7 +145,8 @@ def scale(model: Factorization, factor: float | complex) -> Factorization:
             log2 = math.frexp(abs(factor))[1]
             factor = times_power_of_two(factor, -log2)
         weights[root] = weights[root] * factor
-        return Factorization.from_weights(model.tree, spread(weights, log2), join=model.network.named_joins)
+        kinds = {"join": model.network.named_joins, "leaves": model.network.named_leaves}
+        return Factorization.from_weights(model.tree, spread(weights, log2), **kinds)  # type: ignore[arg-type]
 
 
 def hadamard(
@@ -163,16 +175,15 @@ def hadamard(
     Cost: a binary full join of bonds R in both has ``R**6`` entries in the product (1.3e8 bytes at bonds
     16 and 16, 8.6e9 at 32 and 32), and rounding takes ``O(R**8)`` flops there.
     """
-    pairs, joins = _pair_weights(one, other)
-    modes = {node: _mode_axes(one, node) for node in pairs}
+    pairs, modes, kinds = _pair_weights(one, other, bare_ties=True)
     exact = rtol is None and ranks is None
     if not exact:
-        _absorb_wide_leaves(one, pairs, joins, modes)
+        _absorb_wide_leaves(one, pairs, kinds["join"], modes)
     shapes = {
         v: [n if axis in modes[v] else n * b.shape[axis] for axis, n in enumerate(a.shape)]
         for v, (a, b) in pairs.items()
     }
-    sample = pairs[0][0]
+    sample = next(iter(pairs.values()))[0]
     # rounding works in double precision, on some copies
     kind = sample.dtype if exact else torch.promote_types(sample.dtype, torch.float64)
     must_fit(
@@ -191,7 +202,7 @@ def hadamard(
                 left += [n, 1] if crossed else [n]
                 right += [1, m] if crossed else [m]
         weights[node] = (a.reshape(left) * b.reshape(right)).reshape(shapes[node])
-    product = Factorization.from_weights(one.tree, spread(weights, log2), join=joins)
+    product = Factorization.from_weights(one.tree, spread(weights, log2), **kinds)
     del weights  # the product holds copies
     return product if exact else truncate(product, rtol=rtol, ranks=ranks)
 
@@ -206,20 +217,14 @@ def _absorb_wide_leaves(
     for node, (a, b) in pairs.items():
         children = model.tree.children(node) if joins.get(node) == "full" else ()
         for axis, child in enumerate(children):
+            if model.tree.children(child) or child not in pairs:
+                continue
             left, right = pairs[child]
-            if _mode_axes(model, child) and left.shape[1] * right.shape[1] > len(left):
-                a, b = (
-                    torch.tensordot(w, leaf, ([axis], [1])).movedim(-1, axis)
-                    for w, leaf in ((a, left), (b, right))
-                )
+            if left.shape[1] * right.shape[1] > len(left):
+                a, b = _with_leaf(a, left, axis), _with_leaf(b, right, axis)
                 pairs[child] = torch.eye(len(left)).to(left), left.new_ones(len(left), 1)
                 modes[node].add(axis)
         pairs[node] = a, b
-
-
-def _mode_axes(model: Factorization, node: Node) -> set[int]:
-    """Return which axes of a weight are modes: the first one of a leaf's."""
-    return set() if model.tree.children(node) else {0}
 
 
 def _check_pair(one: Factorization, other: Factorization) -> None:
@@ -235,23 +240,54 @@ def _check_pair(one: Factorization, other: Factorization) -> None:
 
 
 def _pair_weights(
-    one: Factorization, other: Factorization
-) -> tuple[dict[Node, tuple[Tensor, Tensor]], dict[Node, str]]:
-    """Weights of both by node, in one dtype and with equal joins; and those joins.
+    one: Factorization, other: Factorization, *, bare_ties: bool
+) -> tuple[dict[Node, tuple[Tensor, Tensor]], dict[Node, set[int]], dict[str, Any]]:
+    """Weights of both by node, in one dtype, with equal joins and leaves.
 
-    The root is left out if it is of ones in both.
+    The root is left out if it is of ones in both. Under a full join leaves are bare if they are in one of
+    both, under a diagonal one if they are in both and it joins bare leaves alone, or ``bare_ties``.
+
+    Returns:
+        These pairs, which axes of them are modes, and ``join`` and ``leaves``.
     """
     _check_pair(one, other)
     dtype = torch.promote_types(one.dtype, other.dtype)
     ones = one.network.root_ones and other.network.root_ones
     kinds = one.network.named_joins, other.network.named_joins
     joins = {node: kind if kinds[1][node] == kind else "full" for node, kind in kinds[0].items()}
+    tree, leaves = one.tree, dict[Any, str](one.network.named_leaves)
+    found = [{tree.nodes[i] for i in model.network.bare} for model in (one, other)]
+    for node, join in joins.items():
+        below = tree.children(node)
+        first, second = (nodes.intersection(below) for nodes in found)
+        both = first & second
+        bare = first | second if join == "full" else both if bare_ties or len(both) == len(below) else ()
+        leaves |= {c: "bare" if c in bare else "weights" for c in below if c in leaves}
     sides = []
     with torch.no_grad():
         for model, own in zip((one, other), kinds, strict=True):
             weights = {node: w.to(dtype) for node, w in weights_of(model, ones=ones).items()}
+            sample = next(iter(weights.values()))
             for node, join in own.items():
                 if join != joins[node]:
-                    weights[node] = full_weight(weights[node], len(model.tree.children(node)))
+                    weights[node] = full_weight(weights[node], len(tree.children(node)))
+            for mode, kind in leaves.items():
+                parent = tree.parent(mode)
+                if kind == "bare" and mode in weights:
+                    axis = tree.children(parent).index(mode)
+                    weights[parent] = _with_leaf(weights[parent], weights.pop(mode), axis)
+                elif kind == "weights" and mode not in weights:
+                    weights[mode] = identity(model.sizes[mode], sample)
             sides.append(weights)
-    return {node: (a, sides[1][node]) for node, a in sides[0].items()}, joins
+    net = Network.build(tree, 1, 1, join=joins, leaves=leaves)  # for its indices alone
+    modes = {
+        node: {axis for axis, j in enumerate(net.indices(tree.position(node))) if j < tree.order}
+        for node in sides[0]
+    }
+    pairs = {node: (a, sides[1][node]) for node, a in sides[0].items()}
+    return pairs, modes, {"join": joins, "leaves": leaves}
+
+
+def _with_leaf(weight: Tensor, leaf: Tensor, axis: int) -> Tensor:
+    """Multiply a leaf into its axis of a full join above."""
+    return product(weight.movedim(axis, -1), leaf.mT).movedim(-1, axis)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
         raise OptionError(message, argument="node")
     joins, named = model.network.named_joins, weights_of(model, ones=False)
     if target == top:
-        return Factorization.from_weights(tree, named, join=joins)
+        return Factorization.from_weights(tree, named, join=joins, leaves=model.network.named_leaves)
     path = [target]
     while path[0] != top:
         path.insert(0, tree.position(tree.parent(tree.nodes[path[0]])))
@@ -56,7 +57,7 @@ def reroot(model: Factorization, node: Node) -> Factorization:
         above = [i]
         if i == path[0] and len(links[i]) == 1:
             above = links.pop(i)
-            weights[above[0]] = product(weights[above[0]], weights.pop(i))
+            weights[above[0]] = product(weights.get(above[0]), weights.pop(i))
     links[target] += above
     modes = {tree.position(mode): mode for mode in tree.leaves}
     return assemble(target, links, weights, kinds, modes)[0]
@@ -71,16 +72,18 @@ def full_joins(model: Factorization) -> Factorization:
     for node, join in model.network.named_joins.items():
         if join == "diagonal":
             weights[node] = full_weight(weights[node], len(model.tree.children(node)))
-    return Factorization.from_weights(model.tree, weights, join="full")
+    return Factorization.from_weights(model.tree, weights, join="full", leaves=model.network.named_leaves)
 
 
 def diagonal_joins(model: Factorization) -> Factorization:
     """Make all joins diagonal, exactly; siblings get the product of their bonds as their common one.
 
-    SizeError if that would not fit into memory.
+    Bare leaves of full joins get weights of zeros and ones. SizeError if that would not fit into memory.
     """
-    weights, tree = weights_of(model), model.tree
+    weights, tree, leaves = weights_of(model), model.tree, dict[Any, str](model.network.named_leaves)
     full = {v: tree.children(v) for v, join in model.network.named_joins.items() if join == "full"}
+    changed = {c for children in full.values() for c in children if leaves.get(c) == "bare"}
+    weights |= {c: w for c, w in weights_of(model, bare=False).items() if c in changed}
     wider = {v: w.flatten(0, len(full[v]) - 1) if v in full else w for v, w in weights.items()}
     for node, children in full.items():
         common = math.prod(weights[c].shape[-1] for c in children)
@@ -90,4 +93,5 @@ def diagonal_joins(model: Factorization) -> Factorization:
         combined = torch.cartesian_prod(*bonds).reshape(-1, len(children))
         for child, columns in zip(children, combined.unbind(1), strict=True):
             wider[child] = wider[child].index_select(-1, columns)
-    return Factorization.from_weights(tree, wider, join="diagonal")
+    leaves |= dict.fromkeys(changed, "weights")
+    return Factorization.from_weights(tree, wider, join="diagonal", leaves=leaves)

@@ -22,6 +22,7 @@ from tnreg.factorizations.assembly import (
 )
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import as_tensor, check_numbers
+from tnreg.trees.reading import Node
 
 
 def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factorization:
@@ -31,13 +32,22 @@ def mode_product(model: Factorization, matrices: Mapping[int, Any]) -> Factoriza
         model: A factorization.
         matrices: ``{mode: (new size, size)}``; TreeError for other modes, ShapeError for other shapes,
             SizeError for a result that would not fit into memory.
+
+    A bare leaf stays bare, except under a diagonal join, where the matrix becomes its weight.
     """
-    weights, log2 = weights_of(model), 0
+    weights, leaves, log2 = weights_of(model), model.network.named_leaves, 0
     for mode, matrix in _check_arrays(model, matrices, 2).items():
-        dtype = torch.promote_types(matrix.dtype, model.dtype)
-        (left, more), (right, own) = split(matrix.to(dtype)), split(weights[mode].to(dtype))
-        weights[mode], log2 = product(left, right), log2 + more + own
-    return Factorization.from_weights(model.tree, spread(weights, log2), join=model.network.named_joins)
+        holder = _holder(model, mode)
+        if holder is None:
+            weights[mode], leaves[mode] = matrix, "weights"
+            continue
+        node, axis = holder
+        dtype = torch.promote_types(matrix.dtype, weights[node].dtype)
+        (left, more), (right, own) = split(matrix.to(dtype)), split(weights[node].to(dtype).movedim(axis, 0))
+        moved = product(left, right.reshape(len(right), -1)).reshape(-1, *right.shape[1:])
+        weights[node], log2 = moved.movedim(0, axis), log2 + more + own
+    joins = model.network.named_joins
+    return Factorization.from_weights(model.tree, spread(weights, log2), join=joins, leaves=leaves)
 
 
 def contract_modes(model: Factorization, vectors: Mapping[int, Any]) -> Factorization | Tensor:
@@ -88,7 +98,7 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
             arrays accept as well), a step of 0, or too many of them.
         ShapeError: An integer out of range, or a slice of nothing.
     """
-    weights = weights_of(model)
+    weights, leaves = weights_of(model), model.network.named_leaves
     vectors: dict[int, Tensor] = {}
     for mode, item in enumerate(_full_key(key, model.tree.order)):
         size = model.sizes[mode]
@@ -101,14 +111,23 @@ def select(model: Factorization, key: Any) -> Factorization | Tensor:
             if not rows:
                 message = f"select: {item} takes nothing of mode {mode}, size {size}."
                 raise ShapeError(message, argument="key")
-            weights[mode] = weights[mode][rows]
+            holder = _holder(model, mode)
+            if rows == list(range(size)):
+                continue
+            if holder is None:
+                eye = torch.eye(size, dtype=model.dtype, device=model.device)
+                weights[mode], leaves[mode] = eye[rows], "weights"
+            else:
+                node, axis = holder
+                weights[node] = weights[node].index_select(axis, torch.tensor(rows, device=model.device))
         elif -size <= item < size:
             vectors[mode] = torch.zeros(size, dtype=model.dtype, device=model.device)
             vectors[mode][item] = 1
         else:
             message = f"select: index {item} is out of range for mode {mode}, size {size}."
             raise ShapeError(message, argument="key")
-    shorter = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+    joins = model.network.named_joins
+    shorter = Factorization.from_weights(model.tree, weights, join=joins, leaves=leaves)
     return contract_modes(shorter, vectors) if vectors else shorter
 
 
@@ -128,6 +147,15 @@ def permute_modes(model: Factorization, order: Sequence[int]) -> Factorization:
     joins = {tree.position(node): join for node, join in model.network.named_joins.items()}
     modes = {tree.position(mode): n for n, mode in enumerate(order)}
     return assemble(len(tree.nodes) - 1, links, weights, joins, modes)[0]
+
+
+def _holder(model: Factorization, mode: int) -> tuple[Node, int] | None:
+    """Return which weight has a mode as an axis of its own; ``None`` for bare leaves of diagonal joins."""
+    if model.network.named_leaves[mode] == "weights":
+        return mode, 0
+    parent = model.tree.parent(mode)
+    full = model.network.named_joins[parent] == "full"
+    return (parent, model.tree.children(parent).index(mode)) if full else None
 
 
 def _check_mode(model: Factorization, mode: Any, argument: str = "modes") -> None:

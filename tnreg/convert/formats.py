@@ -58,7 +58,7 @@ def _from_star(top: Tensor | None, factors: Sequence[Any], join: str) -> Factori
 def _to_star(model: Factorization, join: str, what: str) -> tuple[Tensor, list[Tensor]]:
     tree = model.tree
     _check_format(model, tree == ModeTree.star(tree.order), join, f"{what} is a star")
-    weights = weights_of(model, ones=False)
+    weights = weights_of(model, ones=False, bare=False)
     must_fit(what, [w.shape for w in weights.values()], model.dtype, model.device)
     weights = {node: w.clone() for node, w in weights.items()}
     return weights[tree.root], [weights[n] for n in tree.leaves]
@@ -67,7 +67,8 @@ def _to_star(model: Factorization, join: str, what: str) -> tuple[Tensor, list[T
 def from_tensor_train(cores: Sequence[Any]) -> Factorization:
     """Convert cores ``(r_n, D_n, r_{n+1})``, ``r_0 = r_N = 1``, to a caterpillar with full joins.
 
-    Leaves beyond the first hold identities. Raises ShapeError for other cores, or fewer than two.
+    The cores are its weights, the first one that of leaf 0; all other leaves are bare. Raises ShapeError for
+    other cores, or fewer than two.
     """
     cores = [array_of(core, 3, f"core {n}") for n, core in enumerate(cores)]
     if not cores or cores[0].shape[0] != 1 or cores[-1].shape[2] != 1:
@@ -82,21 +83,27 @@ def from_tensor_train(cores: Sequence[Any]) -> Factorization:
         raise ShapeError(message, argument="cores")
     tree = ModeTree.caterpillar(len(cores))
     weights: dict[Node, Tensor] = {0: cores[0][0]}
-    for n, (node, core) in enumerate(zip(tree.interior, cores[1:], strict=True), 1):
-        weights[n] = identity(core, 1)
-        weights[node] = core if node != tree.root else core[..., 0]
-    return Factorization.from_weights(tree, weights, join="full")
+    weights |= dict(zip(tree.interior, [*cores[1:-1], cores[-1][..., 0]], strict=True))
+    leaves = dict.fromkeys(tree.leaves[1:], "bare")
+    return Factorization.from_weights(tree, weights, join="full", leaves=leaves)
 
 
 def to_tensor_train(model: Factorization) -> list[Tensor]:
-    """Return the cores ``(r_n, D_n, r_{n+1})`` of a caterpillar with full joins; OptionError for others."""
+    """Return the cores ``(r_n, D_n, r_{n+1})`` of a caterpillar with full joins; OptionError for others.
+
+    Copies of the weights where all leaves but 0 are bare; if leaf 0 is, the first core is an identity.
+    """
     tree = model.tree
     fits = tree.order > 1 and tree == ModeTree.caterpillar(tree.order)
     _check_format(model, fits, "full", "a tensor train is a caterpillar of two modes or more")
     weights = weights_of(model)
     weights[tree.root] = weights[tree.root].unsqueeze(-1)
-    cores = [weights[0].unsqueeze(0).clone()]
+    first = weights[0] if 0 in weights else identity(model.sizes[0], weights[tree.root])
+    cores = [first.unsqueeze(0).clone()]
     for n, node in enumerate(tree.interior, 1):
+        if n not in weights:
+            cores.append(weights[node].clone())
+            continue
         shape = (weights[node].shape[0], model.sizes[n], weights[node].shape[2])
         must_fit("a core of a tensor train", [shape], model.dtype, model.device, copies=2)
         cores.append(torch.einsum("abc,db->adc", weights[node], weights[n]))
@@ -133,7 +140,7 @@ def to_tensorly(model: Factorization) -> Any:
     def convert(x: Tensor) -> Any:
         return x if tensorly.get_backend() == "pytorch" else tensorly.tensor(x.cpu().numpy())
 
-    tree, joins = model.tree, set(model.network.joins) - {"leaf"}
+    tree, joins = model.tree, set(model.network.named_joins.values())
     if tree == ModeTree.star(tree.order) and len(joins) == 1:
         top, factors = to_cp(model) if joins == {"diagonal"} else to_tucker(model)
         kind = CPTensor if joins == {"diagonal"} else TuckerTensor
@@ -148,7 +155,7 @@ def to_tensorly(model: Factorization) -> Any:
 
 def _check_format(model: Factorization, fits: bool, join: str, format_is: str) -> None:
     """Raise an error unless the tree fits and all joins are ``join``."""
-    joins = set(model.network.joins) - {"leaf"}
+    joins = set(model.network.named_joins.values())
     if not fits or joins != {join}:
         raise OptionError(
             f"{format_is} with {join} joins; this is {model.tree!r} with {sorted(joins)} joins.\n"

@@ -10,6 +10,7 @@ import torch
 
 from tnreg.convert.wiring import INSIDE, ONES, Part, order_modes, read_wiring
 from tnreg.errors import OptionError
+from tnreg.factorizations.assembly import identity
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import array_of
 
@@ -20,7 +21,8 @@ def to_quimb(model: Factorization) -> Any:
     Outer indices are ``"mode <n>"``. Under a full join the bond above a node is ``"bond <node>"``; a
     diagonal join is one index that all its tensors share, ``"bond <node> inside"`` after the node that
     joins, ``"ones <root>"`` under a root of ones. Every tensor is tagged with its node, with ``leaf``,
-    ``full`` or ``diagonal``, and the root with ``root``. Indices shared by three tensors need to be told
+    ``full`` or ``diagonal``, and the root with ``root``. Bare leaves are outer indices of the tensor above,
+    and identities tagged ``bare`` under a diagonal join. Indices shared by three tensors need to be told
     what stays: ``net.contract(output_inds=[f"mode {n}" for n in range(order)])``.
 
     The tensors are the model's own weights, so gradients flow through; for numpy write
@@ -34,19 +36,25 @@ def to_quimb(model: Factorization) -> Any:
     net, tree = model.network, model.tree
     top = len(tree.nodes) - 1
 
-    def name(index: int) -> str:
-        if index < tree.order:
-            return f"mode {index}"
-        below = tree.nodes[index - tree.order]
-        above = tree.parent(below)
+    def edge_above(i: int) -> str:
+        node = tree.nodes[i]
+        above = tree.parent(node)
         if net.joins[tree.position(above)] == "full":
-            return f"bond {below}"
+            return f"mode {node}" if i in net.bare else f"bond {node}"
         return f"{ONES}{above}" if net.root_ones and above == tree.root else f"bond {above}{INSIDE}"
 
-    tensors = []
-    for i, (node, weight) in enumerate(model.weights.items()):
-        tags = [str(node), net.joins[i], *(["root"] if i == top else [])]
-        tensors.append(quimb.tensor.Tensor(weight, list(map(name, net.indices(i))), tags))
+    tensors, weights = [], model.weights
+    for i, (node, below, kind) in enumerate(zip(tree.nodes, tree.links, net.joins, strict=True)):
+        names = (
+            list(map(edge_above, below[:1] if kind == "diagonal" else below)) if below else [f"mode {node}"]
+        )
+        names += [] if i == top else [edge_above(i)]
+        tags = [str(node), kind, *(["root"] if i == top else [])]
+        if node in weights:
+            tensors.append(quimb.tensor.Tensor(weights[node], names, tags))
+        elif kind == "bare" and names[0] != names[1]:
+            eye = identity(net.bonds[i], next(iter(weights.values())).detach())
+            tensors.append(quimb.tensor.Tensor(eye, names, tags))
     if net.root_ones and len(tree.links[top]) == 1:  # else its bond would be an outer index
         child = tree.links[top][0]
         ones = torch.ones(net.bonds[child], dtype=model.dtype, device=model.device)
@@ -79,10 +87,10 @@ def from_quimb(net: Any, *, modes: Sequence[str] | None = None, root: str | None
     for tensor in net.tensors:
         tags = list(tensor.tags) or [""]
         array = array_of(tensor.data, None, f"tensor {tags}")
-        mark = next((tag for tag in ("ones", "diagonal") if tag in tags), "")
-        above = not {"leaf", "full", "diagonal"}.isdisjoint(tags) and "root" not in tags
+        mark = next((tag for tag in ("ones", "diagonal", "full", "bare") if tag in tags), "")
+        above = not {"leaf", "full", "diagonal", "bare"}.isdisjoint(tags) and "root" not in tags
         scaled = array * share if net.exponent else array
-        parts.append(Part(tags, scaled, list(tensor.inds), above, mark))
+        parts.append(Part(tags, None if mark == "bare" else scaled, list(tensor.inds), above, mark))
     uses = Counter(index for part in parts for index in part.indices)
     outer = [index for index, times in uses.items() if times == 1 or index in (modes or ())]
     ordered = order_modes("from_quimb", outer, modes)

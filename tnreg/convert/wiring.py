@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import Tensor
 
 from tnreg.algebra.arithmetic import scale
@@ -21,7 +22,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.trees.tree import ModeTree
 
 # Names by which what ``network`` and ``to_quimb`` wrote is recognized.
-ABOVE, INSIDE, ONES, COPY = "bond above ", " inside", "ones ", "copy "
+ABOVE, INSIDE, ONES, COPY, BARE = "bond above ", " inside", "ones ", "copy ", "bare "
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Part:
     """A tensor of a network."""
 
     names: list[str]  # the first one is for messages, and for its tree node if names are kept
-    tensor: Tensor | None  # None for a root of ones
+    tensor: Tensor | None  # None for a root of ones and for bare leaves
     indices: list[Any]  # of its axes; tensors are wired where these are equal
     above: bool = True  # whether the last axis is marked as the bond above it, as tnreg does
-    mark: str = ""  # "diagonal" or "ones" if it is marked as such a join, or as the ones of a root
+    mark: str = ""  # "diagonal", "full" or "bare" if it is marked as such a node, "ones" as those of a root
 
 
 def read_wiring(
@@ -56,7 +57,7 @@ def read_wiring(
         raise ShapeError(f"{caller}: the network has no modes; it is a number, or empty.")
     wiring = _Wiring(caller, parts, modes, ends or {})
     unmarked = [i for i, part in enumerate(parts) if not part.above]
-    if root is None and len(unmarked) <= 1 < len(parts):
+    if root is None and len(unmarked) <= 1 and (len(parts) > 1 or parts[0].mark):
         return wiring.hang(wiring.find_root(unmarked, hubs), named=True)
     if root is None:
         return wiring.hang(wiring.choose_root(), named=False)
@@ -70,8 +71,9 @@ def read_wiring(
 class _Wiring:
     """A network, and the tree that is made of it.
 
-    Nodes have the numbers of their tensors; those that are put in have negative ones. Tensors without
-    modes below them get modes of their own, which are summed over in the end.
+    Nodes have the numbers of their tensors; those that are put in have negative ones. Modes that are no
+    tensor's alone become bare leaves. Tensors without modes below them get modes of their own, which are
+    summed over in the end.
     """
 
     def __init__(
@@ -90,11 +92,9 @@ class _Wiring:
             self.add(part)
         for mode, j in enumerate(modes):
             own = j
-            if len(self.holders[j]) > 1 or list(modes).count(j) > 1:  # put an identity in
-                own, sample = object(), parts[self.holders[j][0]]
-                assert sample.tensor is not None
-                eye = identity(sample.tensor, sample.indices.index(j))
-                self.add(Part([f"mode {mode}"], eye, [own, j]))
+            if len(self.holders[j]) > 1:
+                own = object()
+                self.add(Part([f"mode {mode}"], None, [own, j], mark="bare"))
             self.mode_of[own] = mode
 
     def add(self, part: Part) -> int:
@@ -123,6 +123,8 @@ class _Wiring:
         """Return a tensor without modes, a new root of ones over a shared bond, or the last tensor."""
         free, others = list[int](), list[int]()
         for i, part in enumerate(self.parts):
+            if part.mark == "bare":
+                continue
             if self.mode_of.keys() & part.indices:
                 others.append(i)
             elif len(part.indices) > 1 or any(len(self.holders[j]) > 2 for j in part.indices):
@@ -163,12 +165,15 @@ class _Wiring:
         """Make a tensor a node of the tree; return the tensors below it with the bonds above them."""
         part = self.parts[i]
         below = {j: [c for c in self.holders[j] if c != i] for j in part.indices if j not in above}
+        if part.mark == "bare":
+            self.leaves[i] = self.mode_of[part.indices[0]]
+            return []
         if part.tensor is not None:
             axes = [part.indices.index(j) for j in [*below, *above]]
             self.weights[i] = part.tensor.permute(axes)
-        if above and len(below) < 2 and not any(below.values()):
+        if above and len(below) < 2 and not any(below.values()) and not part.mark:
             self.weights[i] = self.weights[i].reshape(-1, self.weights[i].shape[-1])
-            self.make_leaf(i, next(iter(below), None))
+            self.make_leaf(i, next(iter(below), None), self.weights[i][:, 0])
             return []
         first = next(iter(below.values()), [])
         tied = len(first) > 1 or part.tensor is None or part.mark == "diagonal"
@@ -180,20 +185,20 @@ class _Wiring:
         return [(c, [j]) for j, children in below.items() for c in children]
 
     def put_in(self, i: int, axis: int, index: Any, children: list[int]) -> int:
-        """Put an identity below an axis of a node: a diagonal join of its children, or a leaf."""
-        new = -1 - len(self.weights)
-        self.weights[new] = identity(self.weights[i], axis)
+        """Put a node below an axis of another: an identity that joins its children, or a bare leaf."""
+        new, weight = -1 - len(self.links) - len(self.leaves), self.weights[i]
         if children:
             self.links[new], self.joins[new] = children, "diagonal"
+            self.weights[new] = identity(weight.shape[axis], weight)
         else:
-            self.make_leaf(new, index)
+            self.make_leaf(new, index, weight.movedim(axis, 0).reshape(weight.shape[axis], -1)[:, 0])
         return new
 
-    def make_leaf(self, i: int, index: Any) -> None:
+    def make_leaf(self, i: int, index: Any, sample: Tensor) -> None:
         """Make a node the leaf of the mode that the index is, or of one that is summed over."""
         self.leaves[i] = self.mode_of.get(index, len(self.mode_of) + len(self.summed))
         if index not in self.mode_of:
-            self.summed[self.leaves[i]] = self.weights[i].new_ones(len(self.weights[i]))
+            self.summed[self.leaves[i]] = torch.ones_like(sample)
 
 
 def _rename(model: Factorization, names: Sequence[str]) -> Factorization:

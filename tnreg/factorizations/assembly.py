@@ -53,8 +53,9 @@ def assemble(
     """Make a factorization of the numbered nodes that hang below an interior one, the root.
 
     All arguments are by number: ``links`` are the children and ``joins`` the joins of interior nodes,
-    ``modes`` those of leaves. A diagonal root without a weight is fixed to ones. Interior nodes get their
-    usual names; the numbers of all nodes in the order of ``tree.nodes`` are returned as well.
+    ``modes`` those of leaves. Leaves without a weight are bare, a diagonal root without one is fixed to ones.
+    Interior nodes get their usual names; the numbers of all nodes in the order of ``tree.nodes`` are returned
+    as well.
     """
     order, waiting = list[int](), [root]
     while waiting:  # without recursion: a tensor train of a thousand modes is a thousand nodes deep
@@ -70,6 +71,7 @@ def assemble(
         tree,
         {node: weights[i] for node, i in numbers.items() if i in weights},
         join={node: joins[numbers[node]] for node in tree.interior},
+        leaves={mode: "weights" if numbers[mode] in weights else "bare" for mode in tree.leaves},
     )
     return model, order
 
@@ -82,7 +84,7 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
     """
     tree, joins = model.tree, model.network.named_joins
     dtype = reduce(torch.promote_types, (v.dtype for v in vectors.values()), model.dtype)
-    weights = [weight.to(dtype) for weight in weights_of(model, ones=False).values()]
+    weights = {tree.position(v): weight.to(dtype) for v, weight in weights_of(model, ones=False).items()}
     scale = 0  # the result is 2**scale times what is computed
 
     def moderate(x: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
         if not below:
             if node in vectors:
                 vector = moderate(vectors[node].to(dtype))  # type: ignore[index]
-                weights[i] = moderate(vector @ moderate(weights[i]))
+                weights[i] = moderate(vector @ moderate(weights[i])) if i in weights else vector
                 contracted.add(i)
             continue
         for axis, c in reversed(list(enumerate(below))):
@@ -113,12 +115,13 @@ def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Fact
         # a root above nothing but a leaf stays
         elif len(links[i]) == 1 < len(below) and (i != top or links.get(links[i][0])):
             child = stand_in[i] = links[i][0]
-            weights[child] = moderate(product(moderate(weights[child]), moderate(weights[i])))
+            leaf = moderate(weights[child]) if child in weights else None
+            weights[child] = moderate(product(leaf, moderate(weights[i])))
     if top in contracted:
         value: Tensor = times_power_of_two(weights[top], scale)
         return value
     modes = [mode for mode in tree.leaves if mode not in vectors]
-    kept = {i: w for i, w in enumerate(weights) if i not in contracted and i not in stand_in}
+    kept = {i: w for i, w in weights.items() if i not in contracted and i not in stand_in}
     return assemble(
         stand_in.get(top, top),
         links,
@@ -163,17 +166,21 @@ def spread(weights: Mapping[Any, Tensor], log2: int) -> dict[Any, Tensor]:
     }
 
 
-def product(one: Tensor, other: Tensor) -> Tensor:
-    """Multiply the last axis of a weight by a matrix or vector; SizeError if the result would not fit."""
+def product(one: Tensor | None, other: Tensor) -> Tensor:
+    """Multiply the last axis of a weight by a matrix or vector; SizeError if the result would not fit.
+
+    A bare leaf's weight, the identity, is ``None``.
+    """
+    if one is None:
+        return other
     must_fit("a product of weights", [(*one.shape[:-1], *other.shape[1:])], one.dtype, one.device, copies=2)
     return one @ other
 
 
-def identity(tensor: Tensor, axis: int) -> Tensor:
-    """Return the identity on one axis of a tensor; SizeError if it would not fit."""
-    size = tensor.shape[axis]
-    must_fit("an identity for a leaf", [(size, size)], tensor.dtype, tensor.device, copies=2)
-    return torch.eye(size, dtype=tensor.dtype, device=tensor.device)
+def identity(size: int, sample: Tensor) -> Tensor:
+    """Return an identity in the dtype of another tensor; SizeError if it would not fit."""
+    must_fit("an identity for a leaf", [(size, size)], sample.dtype, sample.device, copies=2)
+    return torch.eye(size, dtype=sample.dtype, device=sample.device)
 
 
 def full_weight(weight: Tensor, children: int) -> Tensor:

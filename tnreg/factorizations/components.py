@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, check_integer, check_number
+from tnreg.factorizations.assembly import identity, weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.trees.reading import Node
@@ -47,8 +48,8 @@ def balance_(model: Factorization, *, rtol: float | None = None, sweeps: int = 1
     weights = {i: w.to(wide) for i, w in zip(net.weighted, model.weights.values(), strict=True)}
     if not all(w.isfinite().all() for w in weights.values()):
         raise DataError("balance_: the model has NaN or infinite weights.", argument="model")
-    links = [(i, [c for c in below if c in weights]) for i, below in enumerate(net.tree.links)]
-    joins = {i: below for i, below in links if net.joins[i] == "diagonal" and (below or i in weights)}
+    links = [[c for c in below if c in weights] for below in net.tree.links]
+    joins = {i: below for i, below in enumerate(links) if net.joins[i] == "diagonal"}
     squares = _log_squares(joins, weights)
     logs, sweep, size = squares, 0, 1.0
     norms, apart = _log_norms(joins, logs)
@@ -85,8 +86,13 @@ def keep_components(model: Factorization, ranks: int | Mapping[Node, int]) -> Fa
     smaller = Factorization.holding(model.network, [stack.detach().clone() for stack in model.stacks])
     slots, tree = model.network.slots, model.tree
     for node, dropped in _dropped(model, ranks).items():
-        for stack, slot in (slots[c] for c in tree.links[tree.position(node)]):
+        i = tree.position(node)
+        weighted = [slots[c] for c in tree.links[i] if c in slots]
+        for stack, slot in weighted:
             smaller.stacks[stack][slot][..., dropped] *= 0  # NaN stays NaN
+        if not weighted:  # bare leaves alone
+            stack, slot = slots[i]
+            smaller.stacks[stack][slot][dropped] *= 0
     return smaller
 
 
@@ -139,7 +145,7 @@ def drop_components(
         below = check_number(below, "below", 0, 1)
         edge = math.log(below) if below > 0 else -math.inf
         ranks = {node: int((s >= edge + s.max()).sum()) for node, s in logs.items()}
-    weights = {node: w.detach() for node, w in model.weights.items()}
+    weights, leaves = weights_of(model), model.network.named_leaves
     sizes = {node: _log_norm(w) for node, w in weights.items()}
     bound = 0.0
     for node, dropped in _dropped(model, ranks).items():  # type: ignore[arg-type]
@@ -152,10 +158,14 @@ def drop_components(
         bound += (rest + logs[node][dropped].logsumexp(0)).exp().item()
         kept = torch.ones(len(logs[node]), dtype=torch.bool, device=model.device)
         kept[dropped] = False
-        weights |= {v: weights[v][..., kept] for v in children}
+        for v in children:
+            if v not in weights:  # a bare leaf
+                weights[v], leaves[v] = identity(len(kept), next(iter(weights.values()))), "weights"  # type: ignore[index]
+            weights[v] = weights[v][..., kept]
         if node in weights:
             weights[node] = weights[node][kept]
-    smaller = Factorization.from_weights(model.tree, weights, join=model.network.named_joins)
+    joins = model.network.named_joins
+    smaller = Factorization.from_weights(model.tree, weights, join=joins, leaves=leaves)
     smaller.error_bound = bound
     return smaller
 
@@ -197,7 +207,7 @@ def _log_norms_at(i: int, children: list[int], logs: Mapping[int, Tensor]) -> Te
 def _log_norms(joins: dict[int, list[int]], logs: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], float]:
     """Return those of all joins, and how far a norm is from the mean of its component at most."""
     norms = {i: _log_norms_at(i, c, logs).nan_to_num(neginf=0.0) for i, c in joins.items()}
-    return norms, max((float((x - x.mean(0)).abs().max()) / 2 for x in norms.values()), default=0.0)
+    return norms, max(float((x - x.mean(0)).abs().max()) / 2 for x in norms.values())
 
 
 def _newton_step(
