@@ -212,7 +212,7 @@ def _frames(
             basis, flat = orthogonalize(flat, basis=bases)
         flat, more = _rescale(flat, by_column)
         if batch.root:
-            basis = flat
+            basis = flat.clone()  # may be the weight itself
         elif not bases:
             basis = None
         factor = Scaled(flat, log2 + more)
@@ -447,6 +447,50 @@ def values_in_frames(network: Network, found: Sequence[Frame], *, vectors: bool 
                 matrix = orthogonalize(matrix.mH, basis=False)[1].mH
             pieces[batch.below[k].pairs[0][0]].add(batch.below[k], matrix)
     return results[::-1]
+
+
+def vectors_by_squares(network: Network, found: Sequence[Frame]) -> list[Values]:
+    """Return what ``values_in_frames`` does with vectors, by squares: about half the time.
+
+    The Gram matrix of node v in its frame, ``C_v C_v^H``, is a sum over that of the node above. What rounding
+    makes of it adds up along the tree: squares of values are off by some eps times the tree's height.
+    """
+    parts = batches(network)
+    pieces = [_Pieces() for _ in parts]
+    top = found[-1].rows
+    assert top is not None
+    grams: dict[int, list[tuple[int, Tensor]]] = {}  # of equal sizes, by batch
+    for b in reversed(range(len(parts))):
+        batch, rows = parts[b], found[b].rows
+        if batch.join == "bare":
+            continue
+        if batch.root:
+            size = torch.linalg.vector_norm(top)
+            rows = half = top / torch.where(size > 0, size, torch.ones_like(size))
+        else:
+            gram = pieces[b].assemble()
+            if not batch.step:
+                grams.setdefault(batch.rank, []).append((b, gram))
+            if not batch.below:
+                continue
+            if rows is None:
+                eye = torch.eye(batch.rank, dtype=gram.dtype, device=gram.device)
+                rows, half = eye.reshape(1, *batch.shape, -1).expand(len(gram), *batch.shape, -1), gram
+            else:
+                half = rows.flatten(1, -2) @ gram
+            half = half.reshape(rows.shape)
+        for axis, k in enumerate(batch.order, 1):
+            if k not in batch.bare:
+                matrices = [x.movedim(axis, 1).flatten(2) for x in (half, rows)]
+                pieces[batch.below[k].pairs[0][0]].add(batch.below[k], matrices[0] @ matrices[1].mH)
+    results = [Values(top.real.new_zeros(1, 0), None)] * (len(parts) - 1)
+    for group in grams.values():  # equal ones of a chain together
+        squares, vectors = torch.linalg.eigh(torch.cat([gram for _, gram in group]))
+        values, vectors = squares.flip(1).clamp_min(0).sqrt(), vectors.flip(2)
+        counts = [len(gram) for _, gram in group]
+        for (b, _), *own in zip(group, values.split(counts), vectors.split(counts), strict=True):
+            results[b] = Values(*own)
+    return results
 
 
 def values_through_bonds(network: Network, stacks: Sequence[Tensor]) -> list[tuple[tuple[int, ...], Scaled]]:

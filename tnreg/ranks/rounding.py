@@ -16,7 +16,17 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network, Stacked
 from tnreg.ranks.budget import Choice, Chooser
-from tnreg.ranks.frames import Batch, Frame, Values, batches, climb_back, frames, scale_of, values_in_frames
+from tnreg.ranks.frames import (
+    Batch,
+    Frame,
+    Values,
+    batches,
+    climb_back,
+    frames,
+    scale_of,
+    values_in_frames,
+    vectors_by_squares,
+)
 from tnreg.tensors.arrays import double, largest_of
 from tnreg.tensors.axes import rounding_rtol
 from tnreg.trees.reading import Node
@@ -25,6 +35,9 @@ from tnreg.trees.tree import ModeTree
 # Choices tried for one with an error just below what is allowed, single steps tried after that, and the
 # share of the error allowed that is enough.
 _TRIES, _STEPS, _ENOUGH = 5, 40, 0.985
+# Above this tolerance squares of singular values are as good as the values: what rounding hides in them is
+# less than a part in a million of what is cut, and the error is measured.
+_BY_SQUARES = 1e-4
 # A basis made of its Gram matrix is orthonormal to rounding if no column is this much shorter than before.
 _SHORT = 0.1
 
@@ -68,20 +81,26 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
         dtype: That of the numbers before they were brought to double precision.
     """
     found = frames(net, stacks)
-    results = _match_root(net, found, values_in_frames(net, found, vectors=True))
+    by_squares = budget.share is not None and budget.share > _BY_SQUARES
+    own = vectors_by_squares(net, found) if by_squares else values_in_frames(net, found, vectors=True)
+    results = _match_root(net, found, own)
     chooser = _chooser(net, results, budget, dtype)
     # what rounding may hide in a difference of squared norms
     hidden = 4 * torch.finfo(torch.float64).eps * (len(net.tree.nodes) + 16)
 
     def attempt(choice: Choice) -> _Attempt:
         projection = _Projection(net, found, results, chooser.by_position(choice))
-        return _Attempt(choice, projection, min(chooser.bound(choice), projection.lost + hidden))
+        bound, lost = chooser.bound(choice), projection.lost + hidden
+        return _Attempt(choice, projection, lost if by_squares and bound else min(bound, lost))
 
     allowed = (budget.share or 0.0) ** 2
     best = attempt(chooser.within(allowed) if budget.share else chooser.largest())
-    if best.choice.spent <= allowed and not _ENOUGH**2 * allowed <= best.lost <= allowed:
+    counted_twice = not _ENOUGH**2 * chooser.bound(best.choice) <= best.lost <= allowed
+    if best.choice.spent <= allowed and counted_twice and not _ENOUGH**2 * allowed <= best.lost <= allowed:
         best = _spend(chooser, attempt, allowed, best)
-    weights, size, log2 = best.projection.weights(), *map(float, scale_of(found))
+    size, log2 = map(float, scale_of(found))
+    found.clear()  # what takes its place needs as much memory
+    weights = best.projection.weights()
     if chooser.idle(best.choice) and (budget.share is None or budget.share > 0):
         again = round_network(*network_of(net.tree, weights), Budget(), dtype=torch.float64)
         return Rounded(again.weights, best.lost, size * 2.0**-again.log2, log2 + again.log2)
@@ -214,33 +233,33 @@ class _Projection:
             )  # fmt: skip
             factors = [None if whole[c] else inside.pick(k) for c, k in zip(below, batch.below, strict=True)]
             block = climb_back(batch, block, factors)
-            turned, triangle = block.flatten(1, -2), None
+            turned, matrix = block.flatten(1, -2), None
             if batch.step:
                 axes_of.append(axes)
             elif not batch.root:
                 if not plain:
-                    block, triangle, turned = _orthonormal(turned, vectors, own)
+                    block, matrix, turned = _orthonormal(turned, vectors, own)
                 elif vectors is not None:
                     turned = vectors.mH
-                axes_of.append([block.shape[-1]])
+                axes_of.append([turned.shape[1] if vectors is not None or not plain else batch.rank])
             inside.append(turned)
             whole.append(plain and vectors is None and not batch.step)
-            self._blocks.append((block.reshape(len(block), *(axes or batch.shape), -1), triangle))
+            self._blocks.append((block.reshape(len(block), *(axes or batch.shape), -1), matrix))
         size, kept = float(scale_of(found).x), float(torch.linalg.vector_norm(self._blocks[-1][0]))
         self.lost = max(1 - (kept / size) ** 2, 0.0) if size else 0.0
 
     def weights(self) -> dict[int, Tensor]:
-        """Return the weights by position."""
+        """Return the weights by position, once: the projection is given up."""
         ends: list[Any] = [*map(slice, self._ranks[:-1]), 0]  # the root has no bond above it
         weights: dict[int, Tensor] = {}
         own = [batch for batch in batches(self._net) if batch.join != "bare"]
-        for batch, (block, triangle) in zip(own, self._blocks, strict=True):
+        self._blocks.reverse()
+        for batch in own:
+            block, matrix = self._blocks.pop()
             if batch.step:
                 continue
-            if triangle is not None:
-                flat = block.flatten(1, -2)
-                flat = torch.linalg.solve_triangular(triangle.mH, flat, upper=True, left=False)
-                block = flat.reshape(block.shape)
+            if matrix is not None:
+                block = (block.flatten(1, -2) @ matrix).reshape(*block.shape[:-1], -1)
             for i, weight in zip(batch.nodes, block.unbind(0), strict=True):
                 weights[i] = weight[(*(ends[c] for c in self._net.tree.links[i]), ..., ends[i])]
         return weights
@@ -249,23 +268,24 @@ class _Projection:
 def _orthonormal(
     frame: Tensor, vectors: Tensor | None, own: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return a basis ``(n, rows, rank)`` of vectors in a frame, or of all of it, and the frame in that basis.
+    """Return a basis of vectors in a frame, or of all of it, as ``frame @ matrix``, and the frame in it.
 
-    The frame's columns need not be orthonormal. The basis is still to be divided by ``triangle^H``, if that
-    is not ``None``.
+    The frame's columns need not be orthonormal. Without a matrix what comes first is the basis itself.
     """
-    basis = frame if vectors is None else frame @ vectors
-    gram = basis.mH @ basis
-    if min(own) < basis.shape[-1]:
+    gram = frame.mH @ frame
+    half = gram if vectors is None else vectors.mH @ gram
+    square = gram if vectors is None else half @ vectors
+    if min(own) < half.shape[1]:
         beyond = (
-            torch.arange(basis.shape[-1], device=gram.device)
-            >= torch.tensor(own, device=gram.device)[:, None]
+            torch.arange(half.shape[1], device=gram.device) >= torch.tensor(own, device=gram.device)[:, None]
         )
-        gram = gram + torch.diag_embed(beyond.to(gram.dtype))
-    triangle, failed = torch.linalg.cholesky_ex(gram)
-    if bool((failed == 0).all()) and bool(triangle.diagonal(dim1=1, dim2=2).real.amin() > _SHORT):
-        return basis, triangle, torch.linalg.solve_triangular(triangle, basis.mH @ frame, upper=False)
-    basis = _mask(torch.linalg.qr(basis)[0], own)
+        square = square + torch.diag_embed(beyond.to(gram.dtype))
+    triangle = torch.linalg.cholesky_ex(square)[0]  # NaN or zeros on the diagonal where it fails
+    if bool(triangle.diagonal(dim1=1, dim2=2).real.amin() > _SHORT):
+        eye = torch.eye(half.shape[1], dtype=gram.dtype, device=gram.device) if vectors is None else vectors
+        matrix = torch.linalg.solve_triangular(triangle.mH, eye, upper=True, left=False)
+        return frame, matrix, triangle.mH if vectors is None else matrix.mH @ gram
+    basis = _mask(torch.linalg.qr(frame if vectors is None else frame @ vectors)[0], own)
     return basis, None, basis.mH @ frame
 
 
@@ -330,7 +350,10 @@ def finite_stacks(model: Factorization) -> list[Tensor]:
 
 
 def network_of(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, list[Tensor]]:
-    """Return the network with full joins that these weights make, by position, and its stacks."""
+    """Return the network with full joins that these weights make, by position, and its stacks of them.
+
+    Copies of them, but where one alone is a stack.
+    """
     bonds, sizes = [1] * len(tree.nodes), [0] * tree.order
     for i, below in enumerate(tree.links):
         for axis, c in enumerate(below):
@@ -342,7 +365,15 @@ def network_of(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, 
     stacks: dict[int, list[Tensor]] = {}
     for i, (stack, _) in net.slots.items():
         stacks.setdefault(stack, []).append(weights[i])
-    return net, [torch.stack(stack) for stack in stacks.values()]
+    return net, [
+        stack[0].unsqueeze(0) if len(stack) == 1 and _is_whole(stack[0]) else torch.stack(stack)
+        for stack in stacks.values()
+    ]
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Return whether a tensor is all that its memory holds."""
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
 
 
 def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[int, int]:
