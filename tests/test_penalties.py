@@ -170,9 +170,10 @@ test_what_is_refused = refuses([
 
 @pytest.mark.parametrize("name", ["htf-4", "uneven", "mixed-arity", "cp-4", "matrix", "one-child"])
 @pytest.mark.parametrize("root", ["trained", "ones"])
-def test_dropped_components(name, root):
+@pytest.mark.parametrize("kinds", [{}, {1: "bare"}], ids=str)
+def test_dropped_components(name, root, kinds):
     """Smaller bonds; the same tensor as with them zeroed; within the bound of law 6, which is tighter."""
-    model = zoo.model_of(zoo.TREES[name], root=root)
+    model = zoo.bare_model(zoo.TREES[name], "diagonal", kinds, root)
     found = dynamics.drop_components(model, 1)
     kept = dynamics.keep_components(model, 1)
     assert max(found.network.bonds[:-1]) == 1
