@@ -21,7 +21,7 @@ MODELS = [
         ("mixed", zoo.joins_of(tree)["mixed"], "trained", torch.float64),
         ("complex", "diagonal", "trained", torch.complex128),
     ]
-]
+] + [p for p in zoo.bare_zoo() if p.id.startswith(("htf-4", "uneven", "one-child")) and "full" not in p.id]
 
 
 def task_of(model):
@@ -40,9 +40,13 @@ def dense_gradient(model, loss):
 def others_zeroed(model, node, r):
     """The end tensor with all components at the node but the r-th set to zero."""
     alone = copy.deepcopy(model)
-    for child in model.tree.children(node):
+    for child in (c for c in model.tree.children(node) if c in model.weights):
         weight = model.weights[child].detach()
         alone.load_weights({child: weight * (torch.arange(weight.shape[-1]) == r)})
+    if node in model.weights:  # for bare leaves alone
+        weight = model.weights[node].detach().clone()
+        weight[torch.arange(len(weight)) != r] = 0
+        alone.load_weights({node: weight})
     return alone.to_tensor().detach()
 
 
@@ -143,9 +147,11 @@ def test_singular_values_of_deep_matrix_factorization(depth):
     weights |= {v: f.T for v, f in zip([1, *ones], factors[::-1], strict=False)}
     balanced = Factorization(tree, (5, 6), 5, root="ones", dtype=torch.float64)
     balanced.load_weights(weights)
-    loss = task_of(balanced).loss
-    law = dy.predicted_singular_rate(balanced, loss, form="balanced")
-    assert torch.allclose(law, dy.predicted_singular_rate(balanced, loss), rtol=1e-8, atol=0)
+    del weights[0]
+    bare = Factorization.from_weights(tree, weights, join="diagonal", leaves={0: "bare"})  # one factor less
+    for m in (balanced, bare):
+        law = dy.predicted_singular_rate(m, loss, form="balanced")
+        assert torch.allclose(law, dy.predicted_singular_rate(m, loss), rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tnreg.errors import DataError, OptionError, check_integer, check_number
+from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.components import distance_bound, drop_components, keep_components
 from tnreg.factorizations.factorization import Factorization
 from tnreg.tensors.arrays import as_tensor
@@ -70,7 +71,7 @@ def _vectors(model: Factorization, loss: Loss) -> dict[Node, list[tuple[Tensor, 
     for node, join in model.network.named_joins.items():
         if join == "diagonal":
             columns = [
-                [w[c].flatten(0, -2) for c in model.tree.children(node)]
+                [w[c].flatten(0, -2) for c in model.tree.children(node) if c in w]
                 + ([w[node].reshape(len(w[node]), -1).mT] if node in w else [])
                 for w in (weights, velocities)
             ]
@@ -176,17 +177,22 @@ def predicted_singular_rate(model: Factorization, loss: Loss, *, form: str = "ex
     if (order := model.tree.order) != 2:
         message = f"predicted_singular_rate is for matrices; this factorization has order {order}."
         raise OptionError(message, argument="model")
-    weights, velocities = model.weights, _velocity(model, loss).weights
-    end = model.to_tensor()
+    weights, end = model.weights, model.to_tensor()
     if not torch.isfinite(end).all():
         message = "predicted_singular_rate: the end matrix has NaN or infinite entries."
         raise DataError(message, argument="model")
     u, s, vh = torch.linalg.svd(end, full_matrices=False)
     if form == "balanced":
+        first = model
+        if 0 not in weights:  # a bare leaf: its identity, which is not trained
+            named = weights_of(model, bare=False)
+            first = Factorization.from_weights(model.tree, named, join=model.network.named_joins)
+        step, own = _velocity(first, loss).weights[0], first.weights[0]
         # with W = W_0 P: <-grad L, u v'> = u' (-grad L) P' W_0' u / s = u' (-dphi/dW_0) W_0' u / s
-        ip = (u.conj() * (velocities[0] @ (weights[0].mH @ u))).real.sum(0)
+        ip = (u.conj() * (step @ (own.mH @ u))).real.sum(0)
         alive, depth = s != 0, len(weights)
         return torch.where(alive, depth * torch.where(alive, s, 1) ** (1 - 2 / depth) * ip, 0)
+    velocities = _velocity(model, loss).weights
     # the end matrix is linear in every weight, so its velocity is a sum of end matrices
     moved = Factorization.holding(model.network, [stack.clone() for stack in model.stacks])
     velocity = torch.zeros_like(u @ vh)
