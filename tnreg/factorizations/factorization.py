@@ -615,7 +615,7 @@ def _bare_size(kinds: Network, mode: int, weights: Mapping[Node, Tensor]) -> int
     """Return the size of a bare leaf: of the axis of its parent's weight, or of a sibling's bond."""
     parent = kinds.tree.parent(mode)
     siblings = kinds.tree.children(parent)
-    axis = siblings.index(mode) if kinds.named_joins[parent] == "full" else 0
+    axis = siblings.index(mode) if kinds.joins[kinds.tree.position(parent)] == "full" else 0
     if parent in weights:
         if weights[parent].ndim <= axis:
             raise ShapeError(f"the weight of node {parent!r} has no axis for the bare leaf {mode!r}.")
