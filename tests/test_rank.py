@@ -72,6 +72,68 @@ def test_spectra_of_hard_tensors(scale):
             assert torch.allclose(s / scale, wanted, rtol=0, atol=1e-11 * wanted[0].item())
 
 
+def graded(*shape, decades, dtype):
+    """Draw a tensor whose spectra at the leaves reach over so many decades, in random directions."""
+    tensor = zoo.randn(*shape, dtype=dtype)
+    for n, size in enumerate(shape):
+        turn = torch.linalg.qr(zoo.randn(size, size, dtype=dtype, seed=n))[0]
+        weights = 10.0 ** torch.linspace(0, -decades, size, dtype=torch.float64)
+        tensor = torch.tensordot(tensor, turn * weights, dims=([0], [1]))
+    return tensor
+
+
+def kinds_of_tensors(shape, dtype):
+    """Full rank, well and badly conditioned, low rank with and without noise, columns that stand out."""
+    terms = [zoo.randn(size, 3, dtype=dtype, seed=n) for n, size in enumerate(shape)]
+    letters = "abcdef"[: len(shape)]
+    low = torch.einsum(",".join(f"{x}r" for x in letters) + "->" + letters, *terms)
+    grids = torch.meshgrid([torch.linspace(0, 1, size, dtype=torch.float64) for size in shape], indexing="ij")
+    smooth = (1 / (1e-2 + sum(grids))).to(dtype)
+    spiked = low.clone()
+    spiked[(1,) * len(shape)] = 1e6
+    noise = zoo.randn(*shape, dtype=dtype, seed=9)
+    decays = {"graded": 2, "steep": 6}
+    made = {name: graded(*shape, decades=decades, dtype=dtype) for name, decades in decays.items()}
+    return {"generic": noise, **made, "low": low, "smooth": smooth, "spiked": spiked,
+            "noisy": low + 1e-9 * noise, "zero": torch.zeros_like(low)}  # fmt: skip
+
+
+SHAPES = {  # of more numbers than get one SVD per node, with matricizations of all proportions
+    "across": (ModeTree([[0, 2], [1, 3]]), (9, 8, 7, 10)),
+    "uneven": (ModeTree([[0, 3], [[1, 4], 2]]), (3, 9, 8, 5, 7)),
+    "caterpillar": (ModeTree.caterpillar(5), (6, 5, 7, 6, 5)),
+    "square": (ModeTree([[1, 2], [0, 3]]), (9, 8, 9, 8)),
+    "one child": (ModeTree([[[0]], [[1, [2]], 3]]), (4, 20, 17, 5)),
+    "star": (ModeTree.star(3), (70, 12, 90)),
+    "long mode": (ModeTree([0, [2, 1]]), (300, 6, 5)),
+    "matrix": (ModeTree([1, 0]), (110, 150)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("name", SHAPES)
+def test_spectra_of_larger_tensors(name, dtype):
+    """Errors stay below 1e-11 of the largest singular value of each node."""
+    tree, shape = SHAPES[name]
+    for kind, tensor in kinds_of_tensors(shape, dtype).items():
+        found = spectra(tensor, tree)
+        assert list(found) == list(tree.nodes[:-1])
+        for v, s in found.items():
+            wanted = torch.linalg.svdvals(matricize(tensor, tree.modes_below(v)))
+            assert s.shape == wanted.shape
+            assert float((s - wanted).abs().max()) <= 1e-11 * float(wanted[0]), (kind, v)
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+def test_spectra_of_every_tree_around_its_middle(name, monkeypatch):
+    monkeypatch.setattr("tnreg.ranks.dense._SMALL", 0)
+    tree = zoo.TREES[name]
+    for sizes in (zoo.sizes_of(tree), (3,) * tree.order, (1,) * tree.order):
+        tensor = zoo.randn(*sizes)
+        for v, s in spectra(tensor, tree).items():
+            zoo.assert_close(s, torch.linalg.svdvals(matricize(tensor, tree.modes_below(v))), 1e-13)
+
+
 def test_exact_ranks():
     tree = ModeTree([[0, 3], [[1, 4], 2]])
     bonds = {v: r for v, r in zip(tree.nodes[:-1], (2, 2, 3, 2, 2, 3, 3, 3), strict=True)}

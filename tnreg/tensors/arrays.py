@@ -195,7 +195,7 @@ def check_numbers(tensor: Tensor) -> Tensor:
         )
     if tensor.numel() == 0:
         raise DataError(f"the tensor is empty: shape {tuple(tensor.shape)}.")
-    if not torch.isfinite(largest_of(tensor.detach())):  # so far without arrays of its size
+    if not math.isfinite(float(largest_of(tensor.detach()))):  # so far without arrays of its size
         bad = int((~torch.isfinite(tensor)).sum())
         nan = int(torch.isnan(tensor).sum())
         raise DataError(
@@ -221,12 +221,16 @@ def to_core(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
 
     In double precision, on a scale whose squares stay in range.
     """
-    core = double(x.detach().permute(tree.leaf_order)).contiguous()
-    largest = float(largest_of(core))
+    return to_range(double(x.detach().permute(tree.leaf_order)).contiguous())
+
+
+def to_range(x: Tensor) -> tuple[Tensor, int]:
+    """Return ``(y, log2)`` with ``x = y * 2**log2``, whose squares stay in range."""
+    largest = float(largest_of(x))
     if squares_fit(largest):
-        return core, 0
+        return x, 0
     log2 = math.frexp(largest)[1] - 1
-    return times_power_of_two(core, -log2), log2
+    return times_power_of_two(x, -log2), log2
 
 
 def times_power_of_two(x: Any, exponent: int) -> Any:

@@ -53,8 +53,8 @@ def axis_gram(view: Tensor) -> Tensor:
     if behind == 1:
         flat = view.reshape(before, rows)
         return flat.mT @ flat.conj()
-    if before == 1:
-        flat = view.reshape(rows, behind)
+    if before == 1 or behind < rows:  # many short products take longer than a copy
+        flat = view.transpose(0, 1).reshape(rows, -1)
         return flat @ flat.mH
     chunk = max(1, _CHUNK // rows**2)
     if before <= chunk:
