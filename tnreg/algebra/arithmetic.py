@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tnreg.errors import OptionError, ShapeError, blame, check_number, check_sca
 from tnreg.factorizations.assembly import (
     check_factorization,
     full_weight,
+    hold,
     identity,
     product,
     split,
@@ -34,20 +36,18 @@ def add(one: Factorization, other: Factorization) -> Factorization:
     one of them are bare, except under a diagonal join. ShapeError if their trees or sizes differ, SizeError
     if it would not fit into memory.
     """
-    pairs, modes, kinds = _pair_weights(one, other, bare_ties=False)
-    starts = {  # all axes but those of modes hold the two blocks one after the other
-        node: [0 if axis in modes[node] else n for axis, n in enumerate(a.shape)]
-        for node, (a, _) in pairs.items()
-    }
-    shapes = {v: [n + m for n, m in zip(starts[v], b.shape, strict=True)] for v, (_, b) in pairs.items()}
+    _check_pair(one, other)
+    net = _combined(one.network, other.network, product=False)
+    pairs = _pair_weights(one, other, net)
     sample = next(iter(pairs.values()))[0]
-    must_fit("add: the sum", shapes.values(), sample.dtype, sample.device, copies=2)  # the model has copies
+    must_fit("add: the sum", [(len(s.positions), *s.shape) for s in net.stacks], sample.dtype, sample.device)
     weights: dict[Node, Tensor] = {}
-    for node, (a, b) in pairs.items():
-        weights[node] = a.new_zeros(shapes[node])
-        weights[node][tuple(map(slice, a.shape))] = a
-        weights[node][tuple(slice(n, None) for n in starts[node])] += b
-    return Factorization.from_weights(one.tree, weights, **kinds)
+    for i, (node, (a, b)) in zip(net.weighted, pairs.items(), strict=True):
+        weights[node] = weight = a.new_zeros(net.shape(i))
+        # the two blocks one after the other, except along modes
+        weight[tuple(map(slice, a.shape))] = a
+        weight[tuple(slice(n - m, n) for n, m in zip(weight.shape, b.shape, strict=True))].add_(b)
+    return hold(net, weights)
 
 
 def subtract(one: Factorization, other: Factorization) -> Factorization:
@@ -145,8 +145,8 @@ def scale(model: Factorization, factor: float | complex) -> Factorization:
             log2 = math.frexp(abs(factor))[1]
             factor = times_power_of_two(factor, -log2)
         weights[root] = weights[root] * factor
-        kinds = {"join": model.network.named_joins, "leaves": model.network.named_leaves}
-        return Factorization.from_weights(model.tree, spread(weights, log2), **kinds)  # type: ignore[arg-type]
+        weights = {v: w if v == root else w.clone() for v, w in spread(weights, log2).items()}
+        return hold(replace(model.network, root_ones=False), weights)
 
 
 def hadamard(
@@ -175,10 +175,16 @@ def hadamard(
     Cost: a binary full join of bonds R in both has ``R**6`` entries in the product (1.3e8 bytes at bonds
     16 and 16, 8.6e9 at 32 and 32), and rounding takes ``O(R**8)`` flops there.
     """
-    pairs, modes, kinds = _pair_weights(one, other, bare_ties=True)
+    _check_pair(one, other)
+    net = _combined(one.network, other.network, product=True)
+    pairs = _pair_weights(one, other, net)
+    modes = {  # axes
+        node: {axis for axis, j in enumerate(net.indices(i)) if j < net.tree.order}
+        for i, node in zip(net.weighted, pairs, strict=True)
+    }
     exact = rtol is None and ranks is None
     if not exact:
-        _absorb_wide_leaves(one, pairs, kinds["join"], modes)
+        _absorb_wide_leaves(one, pairs, net.named_joins, modes)
     shapes = {
         v: [n if axis in modes[v] else n * b.shape[axis] for axis, n in enumerate(a.shape)]
         for v, (a, b) in pairs.items()
@@ -202,9 +208,12 @@ def hadamard(
                 left += [n, 1] if crossed else [n]
                 right += [1, m] if crossed else [m]
         weights[node] = (a.reshape(left) * b.reshape(right)).reshape(shapes[node])
-    product = Factorization.from_weights(one.tree, spread(weights, log2), **kinds)
+    weights = spread(weights, log2)
+    if exact:
+        return hold(net, weights)
+    product = Factorization.from_weights(net.tree, weights, join=net.named_joins, leaves=net.named_leaves)
     del weights  # the product holds copies
-    return product if exact else truncate(product, rtol=rtol, ranks=ranks)
+    return truncate(product, rtol=rtol, ranks=ranks)
 
 
 def _absorb_wide_leaves(
@@ -239,53 +248,49 @@ def _check_pair(one: Factorization, other: Factorization) -> None:
         )
 
 
-def _pair_weights(
-    one: Factorization, other: Factorization, *, bare_ties: bool
-) -> tuple[dict[Node, tuple[Tensor, Tensor]], dict[Node, set[int]], dict[str, Any]]:
-    """Weights of both by node, in one dtype, with equal joins and leaves.
+@lru_cache(maxsize=64)
+def _combined(one: Network, other: Network, product: bool) -> Network:
+    """Return the network of a sum or an entrywise product.
 
-    The root is left out if it is of ones in both. Under a full join leaves are bare if they are in one of
-    both, under a diagonal one if they are in both and it joins bare leaves alone, or ``bare_ties``.
-
-    Returns:
-        These pairs, which axes of them are modes, and ``join`` and ``leaves``.
+    Joins that differ become full ones. Under a full join leaves are bare if they are in one of both. Under a
+    diagonal one they are if they are in both, and in a sum only where it joins nothing else.
     """
-    _check_pair(one, other)
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    ones = one.network.root_ones and other.network.root_ones
-    kinds = one.network.named_joins, other.network.named_joins
-    joins = {node: kind if kinds[1][node] == kind else "full" for node, kind in kinds[0].items()}
-    tree, leaves = one.tree, dict[Any, str](one.network.named_leaves)
-    found = [{tree.nodes[i] for i in model.network.bare} for model in (one, other)]
-    for node, join in joins.items():
-        below = tree.children(node)
-        first, second = (nodes.intersection(below) for nodes in found)
-        both = first & second
-        bare = first | second if join == "full" else both if bare_ties or len(both) == len(below) else ()
-        leaves |= {c: "bare" if c in bare else "weights" for c in below if c in leaves}
-    sides = []
+    tree, joins = one.tree, list(one.joins)
+    for i, below in enumerate(tree.links):
+        if below and other.joins[i] != joins[i]:
+            joins[i] = "full"
+        first, second = one.bare.intersection(below), other.bare.intersection(below)
+        either, both = first | second, first & second
+        bare = either if joins[i] == "full" else both if product or len(both) == len(below) else ()
+        for c in either:
+            joins[c] = "bare" if c in bare else "leaf"
+    net = Network(tree, one.sizes, one.bonds, tuple(joins), one.root_ones and other.root_ones)
+    pairs = zip(net.above[:-1], one.bonds, other.bonds, strict=False)
+    bonds = [one.sizes[j] if j < tree.order else n * m if product else n + m for j, n, m in pairs]  # type: ignore
+    return replace(net, bonds=(*bonds, 1))
+
+
+def _pair_weights(
+    one: Factorization, other: Factorization, net: Network
+) -> dict[Node, tuple[Tensor, Tensor]]:
+    """Weights of both by node, in one dtype, with the joins and leaves of a network that combines theirs."""
+    dtype, tree, sides = torch.promote_types(one.dtype, other.dtype), net.tree, []
     with torch.no_grad():
-        for model, own in zip((one, other), kinds, strict=True):
-            weights = {node: w.to(dtype) for node, w in weights_of(model, ones=ones).items()}
+        for model in (one, other):
+            own = model.network
+            weights = {node: w.to(dtype) for node, w in weights_of(model, ones=net.root_ones).items()}
             sample = next(iter(weights.values()))
-            for node, join in own.items():
-                if join != joins[node]:
-                    weights[node] = full_weight(weights[node], len(tree.children(node)))
-            for mode, kind in leaves.items():
-                parent = tree.parent(mode)
-                if kind == "bare" and mode in weights:
-                    axis = tree.children(parent).index(mode)
-                    weights[parent] = _with_leaf(weights[parent], weights.pop(mode), axis)
-                elif kind == "weights" and mode not in weights:
-                    weights[mode] = identity(model.sizes[mode], sample)
+            for i, node in enumerate(tree.nodes) if own.joins != net.joins else ():
+                below, kinds = tree.links[i], (own.joins[i], net.joins[i])
+                if kinds == ("diagonal", "full"):
+                    weights[node] = full_weight(weights[node], len(below))
+                elif kinds == ("bare", "leaf"):
+                    weights[node] = identity(own.bonds[i], sample)
+                for axis, c in enumerate(below):
+                    if net.joins[c] == "bare" and c not in own.bare:
+                        weights[node] = _with_leaf(weights[node], weights.pop(tree.nodes[c]), axis)
             sides.append(weights)
-    net = Network.build(tree, 1, 1, join=joins, leaves=leaves)  # for its indices alone
-    modes = {
-        node: {axis for axis, j in enumerate(net.indices(tree.position(node))) if j < tree.order}
-        for node in sides[0]
-    }
-    pairs = {node: (a, sides[1][node]) for node, a in sides[0].items()}
-    return pairs, modes, {"join": joins, "leaves": leaves}
+    return {tree.nodes[i]: (sides[0][tree.nodes[i]], sides[1][tree.nodes[i]]) for i in net.weighted}
 
 
 def _with_leaf(weight: Tensor, leaf: Tensor, axis: int) -> Tensor:

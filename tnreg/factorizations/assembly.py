@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnreg.errors import OptionError
+from tnreg.errors import DataError, OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
+from tnreg.networks.network import Network
 from tnreg.tensors.arrays import largest_of, times_power_of_two
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -74,6 +75,22 @@ def assemble(
         leaves={mode: "weights" if numbers[mode] in weights else "bare" for mode in tree.leaves},
     )
     return model, order
+
+
+def hold(net: Network, weights: Mapping[Node, Tensor]) -> Factorization:
+    """Make a factorization of weights that have the shapes of a network and are nobody else's.
+
+    Raises:
+        DataError: NaN or infinite weights.
+    """
+    nodes, stacks = net.tree.nodes, list[Tensor]()
+    dtype = reduce(torch.promote_types, {w.dtype for w in weights.values()})
+    for level in net.stacks:
+        own = [weights[nodes[i]].to(dtype) for i in level.positions]
+        stacks.append(torch.stack(own) if len(own) > 1 else own[0].contiguous().unsqueeze(0))
+    if not torch.stack([largest_of(stack) for stack in stacks]).isfinite().all():
+        raise DataError(f"the result has NaN or infinite entries, or too large ones for {stacks[0].dtype}.")
+    return Factorization.holding(net, stacks)
 
 
 def contract_leaves(model: Factorization, vectors: Mapping[int, Tensor]) -> Factorization | Tensor:
