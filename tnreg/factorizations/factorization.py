@@ -502,8 +502,10 @@ class Factorization(NetworkModule):
     def scaled_inner(self, other: Factorization) -> Scaled:
         """Return ``inner``, unchecked, with its scale; in float32 at least."""
         dtype = torch.promote_types(self.dtype, other.dtype)
-        first = [exact_scales(w.to(dtype)) for w in self.weights.values()]
-        second = first if other is self else [exact_scales(w.to(dtype)) for w in other.weights.values()]
+        self._reshard()
+        other._reshard()
+        first = [exact_scales(stack.to(dtype)) for stack in self.stacks]
+        second = first if other is self else [exact_scales(stack.to(dtype)) for stack in other.stacks]
         with without_autocast(self.device):
             return inner_products((self.network, other.network), (first, second))
 

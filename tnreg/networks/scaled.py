@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,8 +18,8 @@ from opt_einsum.parser import get_symbol
 from torch import Tensor
 
 from tnreg.machine.memory import must_fit
-from tnreg.networks.einsum import einsum
-from tnreg.networks.network import Network, Stacked
+from tnreg.networks.einsum import Einsum, einsum
+from tnreg.networks.network import Network, Places, Stacked
 from tnreg.tensors.arrays import Scaled, double, largest_of, power_below, powers_below
 
 
@@ -195,17 +197,136 @@ class _Gram(NamedTuple):
     columns: Tensor
 
 
-def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tensor]]) -> Scaled:
+@dataclass(frozen=True)
+class _Meeting:
+    """Equal nodes of two networks: how their inner products follow from those of their children.
+
+    Attributes:
+        weights: Where the weights are among the stacks of each network; ``None`` at bare leaves and a root
+            of ones.
+        children: Where the inner products of the children are, but for identities between full joins; and
+            of which size, if they are identities.
+        tied: Whether those are multiplied entry by entry first, as both have a diagonal join.
+        call: The contraction; ``None`` where one leaf is bare, or both.
+    """
+
+    weights: tuple[Places | None, ...]
+    children: tuple[tuple[Places, int | None], ...]
+    tied: bool
+    call: Einsum | None
+
+
+@lru_cache(maxsize=64)
+def _meetings(one: Network, other: Network) -> tuple[_Meeting, ...]:
+    """Plan an inner product, level by level."""
+    links, both = one.tree.links, (one, other)
+    kinds = [(other.shape(i), *(other.joins[k] for k in (i, *below))) for i, below in enumerate(links)]
+    found, node = list[_Meeting](), get_symbol(0)
+    for level in one.split_levels(kinds):
+        first, count = level.positions[0], len(level.positions)
+        joins, shapes = [net.joins[first] for net in both], [net.shape(first) for net in both]
+        weights = tuple(
+            Places.of([net.slots[i] for i in level.positions]) if first in net.slots else None for net in both
+        )
+        if "bare" in joins:
+            found.append(_Meeting(weights, (), False, None))
+            continue
+        # symbols: nodes, bonds above, bonds below; a diagonal join has one of these, and at leaves, and where
+        # both have a bare leaf, both meet in the mode
+        inner = [
+            [get_symbol(3 + (2 * k if joins[side] == "full" else 0) + side) for k in range(len(below))]
+            or [get_symbol(3)]
+            for side, below in enumerate([links[first]] * 2)
+        ]
+        alike = [c in one.bare and c in other.bare for c in links[first]]
+        if joins == ["full", "full"]:
+            inner[1] = [a if same else b for a, b, same in zip(*inner, alike, strict=True)]
+        sizes_of = [one.bonds[c] if same else None for c, same in zip(links[first], alike, strict=True)]
+        pairs = zip(level.children, sizes_of, *inner, strict=True) if alike else ()
+        children = tuple((child, size) for child, size, a, b in pairs if a != b)
+        tied = joins == ["diagonal"] * 2
+        words = [node + a + b for a, b in zip(*inner, strict=True) if a != b][: 1 if tied else None]
+        above = [get_symbol(1), get_symbol(2)] if first < len(links) - 1 else ["", ""]
+        sizes = {node: count}
+        for side, word in enumerate(inner):
+            word = [*dict.fromkeys(word), *above[side]]
+            sizes |= zip(word, shapes[side], strict=True)
+            if weights[side] is not None:
+                words.append(node + "".join(word))
+        call = einsum(f"{','.join(words)}->{node}{above[0]}{above[1]}",
+                      *(tuple(sizes[s] for s in word) for word in words))  # fmt: skip
+        found.append(_Meeting(weights, children, tied, call))
+    return tuple(found)
+
+
+def inner_products(networks: Sequence[Network], stacks: Sequence[Sequence[Tensor]]) -> Scaled:
     """Inner product of two factorizations over one tree and sizes, without either dense tensor.
+
+    At first there is one scale. Where rows or columns of an inner product come near the end of the range all
+    is done again, with a scale for each of them.
 
     Args:
         networks: Two networks.
-        weights: For each its weights in the order of ``network.weighted``, of one dtype; the first are
+        stacks: For each its weights as ``network.stacks`` groups them, of one dtype; those of the first are
             conjugated.
     """
-    links = networks[0].tree.links
+    meetings, sample = _meetings(networks[0], networks[1]), stacks[0][0]
+    most = max((m.call for m in meetings if m.call), key=lambda call: call.cost.peak)
+    shapes = [*most.shapes, (most.cost.peak,)]
+    must_fit("an inner product", shapes, sample.dtype, sample.device, "take smaller ranks", copies=3)
+    found = _plain_inner_products(meetings, stacks)
+    return _scaled_inner_products(networks, stacks) if found is None else found
+
+
+def _plain_inner_products(meetings: Sequence[_Meeting], stacks: Sequence[Sequence[Tensor]]) -> Scaled | None:
+    """Compute an inner product with one scale; ``None`` if something may have left the range. Reads."""
+    sample = stacks[0][0]
+    reach = math.log2(torch.finfo(sample.dtype).max)
+    far, near = 2.0 ** (reach / 5), 2.0 ** (reach / 128)  # what stays in range anyway; what needs no scale
+    distinct = stacks[0] if stacks[1] is stacks[0] else [*stacks[0], *stacks[1]]
+    weights, grams, log2 = [Stacked(side) for side in stacks], Stacked(), 0
+    products: dict[torch.Size, list[Tensor]] = {}
+    sizes = torch.stack([torch.linalg.vector_norm(stack.detach()) for stack in distinct]).tolist()
+
+    def moderate(x: Tensor) -> Tensor:
+        nonlocal log2
+        sizes.append(torch.linalg.vector_norm(x.detach()).item())
+        if not 1 / near < sizes[-1] < near:
+            exponent = math.frexp(sizes[-1])[1]
+            x, log2 = x * 2.0**-exponent, log2 + exponent * len(x)
+        if x.ndim == 3:
+            products.setdefault(x.shape, []).append(x.detach())
+        return x
+
+    for meeting in meetings:
+        one, other = (None if p is None else w.pick(p) for w, p in zip(weights, meeting.weights, strict=True))
+        one = None if one is None else one.conj()
+        if meeting.call is None:  # the other leaf meets an identity
+            grams.append(other if one is None else one.mT)  # type: ignore[arg-type]
+            continue
+        below = list[Tensor]()
+        for place, size in meeting.children:
+            if size is not None:
+                eye = torch.eye(size, dtype=sample.dtype, device=sample.device)
+            below.append(grams.pick(place) if size is None else eye.expand(len(place.pairs), -1, -1))
+        while meeting.tied and len(below) > 1:
+            below.append(moderate(below.pop() * below.pop()))
+        gram = moderate(meeting.call([*below, *(w for w in (one, other) if w is not None)]))
+        grams.append(gram)
+    for group in products.values():  # equal ones of a chain together
+        x = (torch.cat(group) if len(group) > 1 else group[0]).abs()
+        sizes += torch.stack([*torch.aminmax(x.amax(1)), *torch.aminmax(x.amax(2))]).tolist()
+    if not all(1 / far < size < far for size in sizes):
+        return None
+    return Scaled(gram[0], gram.real.new_tensor(float(log2)))
+
+
+def _scaled_inner_products(networks: Sequence[Network], stacks: Sequence[Sequence[Tensor]]) -> Scaled:
+    """Compute an inner product with scales of the rows and columns at every node."""
+    links, sample = networks[0].tree.links, stacks[0][0]
     own = [
-        dict(zip(network.weighted, ws, strict=True)) for network, ws in zip(networks, weights, strict=True)
+        {i: side[stack][slot] for i, (stack, slot) in network.slots.items()}
+        for network, side in zip(networks, stacks, strict=True)
     ]
     grams: list[_Gram] = []
     for i, below in enumerate(links):
@@ -226,20 +347,18 @@ def inner_products(networks: Sequence[Network], weights: Sequence[Sequence[Tenso
             elif below:  # a root of ones
                 pair.append(children[0].x.new_ones(children[0].x.shape[side], 1))
             else:
-                size, sample = networks[side].bonds[i], weights[side][0]
+                size = networks[side].bonds[i]
                 pair.append(torch.eye(size, dtype=sample.dtype, device=sample.device))
         words = ["".join(dict.fromkeys(symbols[side])) + get_symbol(side) for side in range(2)]
         inner = [one + other for one, other in zip(*symbols, strict=True)] if below else []
         equation = f"{','.join([*inner, *words])}->{get_symbol(0)}{get_symbol(1)}"
         operands, logs = [child.x for child in children], []
         call = einsum(equation, *(tuple(x.shape) for x in (*operands, *pair)))
-        shapes = [pair[0].shape, pair[1].shape, (call.cost.peak,)]
-        must_fit("an inner product", shapes, pair[0].dtype, pair[0].device, "take smaller ranks", copies=3)
         for side, weight in enumerate(pair):
             below_it = [child[1 + side] for child in children]
             below_it = [torch.stack(below_it).sum(0)] if diagonal[side] else below_it
             # in a norm both sides of a leaf are the same
-            if side == 0 or below or weights[0] is not weights[1]:
+            if side == 0 or below or stacks[0] is not stacks[1]:
                 scaled, log2 = absorb(weight, below_it)
             operands.append(scaled if side else scaled.conj())
             logs.append(log2)
