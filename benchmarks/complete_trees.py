@@ -25,7 +25,8 @@ import torch
 from peers import version
 
 import tnreg
-from tnreg.ranks.rounding import Budget, finite_stacks, round_network, to_factorization
+from tnreg.ranks.budget import Budget
+from tnreg.ranks.rounding import finite_stacks, round_network, to_factorization
 from tnreg.search.web import Web
 
 OUT = Path(__file__).parent / "results" / "complete_trees.json"

@@ -8,8 +8,11 @@ derivatives follow the ranks in some rounds; in each one ``λ`` is found by bise
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +24,47 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.intp]
 Marks = NDArray[np.bool_]
 
-# Rounds in which derivatives follow the ranks, halvings of an interval, single steps at last.
-_ROUNDS, _HALVINGS, _STEPS = 8, 48, 64
+# Rounds in which derivatives follow the ranks, and single steps at last.
+_ROUNDS, _STEPS = 8, 64
+# With so many leaves that may be bare all single changes are tried, if by the squares that are cut they do
+# not take so many times the numbers.
+_FEW, _WORSE = 12, 1.3
 # Logarithms of equal values are told apart by less than this: a limit may fall between any two.
 _APART = 1e-6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a tensor may lose, and how large its network may be.
+
+    Attributes:
+        limits: Largest bonds by position.
+        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
+        error: The same as a norm; the larger of both counts.
+        rounding: What of it rounding may take, relative to the norm of the tensor.
+        parts: Error allowed at single nodes by position, relative to the norm of the tensor.
+        numbers: Most numbers in all weights together.
+        bare: Positions of leaves without a weight.
+        free: Positions of leaves that may be bare where that saves numbers.
+    """
+
+    limits: Mapping[int, int] = field(default_factory=dict)
+    share: float | None = None
+    error: float | None = None
+    rounding: float = 0.0
+    parts: Mapping[int, float] = field(default_factory=dict)
+    numbers: int | None = None
+    bare: frozenset[int] = frozenset()
+    free: frozenset[int] = frozenset()
+
+    def relative(self, size: float, log2: float) -> Budget:
+        """Return the budget with all of the error as a ``share`` of the norm ``size * 2**log2``."""
+        if self.error is None:
+            return self
+        found = 0.0
+        if self.error and size:
+            found = 2.0 ** min(math.log2(self.error) - math.log2(size) - log2, 0.0)
+        return replace(self, share=max(self.share or 0.0, found - self.rounding), error=None)
 
 
 class Choice(NamedTuple):
@@ -81,25 +121,42 @@ class Chooser:
         pair = cuts[-1] if len(cuts[-1]) == 2 else ()
         if not self._bare[[*pair]].any():  # next to the matrix of a binary root a leaf's own saves nothing
             self._bare[[i for i in pair[::-1] if self._free[i]][:1]] = True
+        self._first = self._bare
 
     def largest(self) -> Choice:
         """Choose the largest ranks."""
-        return self._settled(self._most)
-
-    def least(self) -> Choice:
-        """Choose ranks of 1."""
-        return self._settled(np.ones_like(self._most))
+        choice = self._choice(self._most, self._bare)
+        for _ in self._modes:
+            bare = self._turned(choice, math.inf)
+            if (bare == choice.bare).all():
+                break
+            choice = self._choice(self._most, bare)
+        return choice
 
     def within(self, allowed: float) -> Choice:
         """Choose the fewest numbers where the squares that are cut sum up to what is allowed.
 
         If the largest ranks cut more, they are chosen.
         """
-        return self._search(lambda choice: choice.spent <= allowed, self.largest(), cut=True)
 
-    def fitting(self, numbers: int) -> Choice:
-        """Choose the smallest error with so many numbers, which are no fewer than those of ``least()``."""
-        best = self._search(lambda choice: choice.numbers <= numbers, self.least(), cut=False)
+        def most_cut(rows: Integers, sums: Floats, bare: Marks) -> int:
+            return int(np.searchsorted(sums, allowed, side="right"))
+
+        return self._keep(min(self._rounds(allowed, most_cut), key=lambda choice: choice.numbers))
+
+    def fitting(self, numbers: float) -> Choice:
+        """Choose the smallest error with so many numbers, or the fewest numbers if even these are more."""
+
+        def least_cut(rows: Integers, sums: Floats, bare: Marks) -> int:
+            return bisect_left(
+                range(len(rows)), True,
+                key=lambda k: self._choice(self._without(rows[:k]), bare).numbers <= numbers,
+            )  # fmt: skip
+
+        def merit(choice: Choice) -> tuple[float, float]:
+            return max(choice.numbers, numbers), choice.spent
+
+        best = min(self._rounds(math.inf, least_cut), key=merit)
         for _ in range(_STEPS):  # what is left goes to single steps
             ranks, bare = best.ranks, best.bare
             costs = self._derivatives(ranks, bare) + (np.bincount(self._cut[~bare], minlength=len(ranks)) > 1)
@@ -109,11 +166,22 @@ class Chooser:
             if not can[k] or worth[k] == 0:
                 break
             best = self._choice(ranks + (self._rows == k), bare)
-        return best
+        return self._keep(best)
 
     def bound(self, choice: Choice) -> float:
         """Return the sum of all squares that are cut with these ranks."""
         return float(self._tails[self._rows, choice.ranks] @ self._counted(choice.bare))
+
+    def others(self, choice: Choice) -> Iterator[Chooser]:
+        """List choosers for other leaves, where there are few: the first ones, and any one changed."""
+        free = np.flatnonzero(self._free)
+        changed = [choice.bare ^ (np.arange(len(choice.bare)) == i) for i in free]
+        for bare in [self._first, *changed] if len(free) <= _FEW else []:
+            other = copy.copy(self)
+            other._bare, other._free = bare, np.zeros_like(bare)
+            other._slopes = np.zeros_like(self._slopes)
+            if (bare != choice.bare).any() and other.within(choice.spent).numbers < _WORSE * choice.numbers:
+                yield other
 
     def by_position(self, choice: Choice) -> list[int]:
         """Return the sizes of the bonds that a choice makes, 1 above the root."""
@@ -146,55 +214,40 @@ class Chooser:
         k = int(np.argmax(np.where(cost <= allowed - lost, worth * 1e30, worth)))
         return k, self._choice(ranks - (self._rows == k), bare)
 
-    def _settled(self, ranks: Integers) -> Choice:
-        """Choose bare leaves for ranks."""
-        choice = self._choice(ranks, self._bare)
-        for _ in self._modes:
-            bare = self._turned(choice, math.inf)
-            if (bare == choice.bare).all():
-                break
-            choice = self._choice(ranks, bare)
+    def _keep(self, choice: Choice) -> Choice:
+        """Begin the next search where this one ended."""
+        self._bare, self._slopes = choice.bare, np.log2(self._derivatives(choice.ranks, choice.bare))
         return choice
 
-    def _search(self, fits: Callable[[Choice], bool], best: Choice, *, cut: bool) -> Choice:
-        """Let derivatives and bare leaves follow the ranks; return what is best of all rounds and fits."""
+    def _rounds(self, most: float, count: Callable[[Integers, Floats, Marks], int]) -> Iterator[Choice]:
+        """Let derivatives and bare leaves follow the ranks, from which the squares first in order are cut.
+
+        ``count`` says how many of them, given their cuts, sums, and the bare leaves. No cut loses more than
+        ``most``.
+        """
         bare, seen = self._bare, set[bytes]()
+        cut, column = np.nonzero(self._tails[:, :-1] <= most)
+        inside = (column > 0) & (column < self._most[cut])
+        cut, column = cut[inside], column[inside]
         for _ in range(_ROUNDS):
-            choice, level = self._bisect(fits, bare, cut)
-            if fits(choice) and (choice.numbers < best.numbers if cut else choice.spent < best.spent):
-                best = choice
+            levels = self._logs[cut, column] - self._slopes[cut]
+            order = np.argsort(levels)
+            rows, squares = cut[order], self._squares[cut, column][order]
+            counted = self._counted(bare)
+            sums = np.cumsum(squares * counted[rows]) + self._tails[self._rows, self._most] @ counted
+            k = count(rows, sums, bare)
+            choice = self._choice(self._without(rows[:k]), bare)
+            yield choice
             key = choice.ranks.tobytes() + bare.tobytes()
             if key in seen:
                 break
             seen.add(key)
             self._slopes = np.log2(self._derivatives(choice.ranks, bare))
-            bare = self._turned(choice, level)
-        self._bare, self._slopes = best.bare, np.log2(self._derivatives(best.ranks, best.bare))
-        return best
+            bare = self._turned(choice, levels[order[k - 1]] if k else -math.inf)
 
-    def _bisect(self, fits: Callable[[Choice], bool], bare: Marks, cut: bool) -> tuple[Choice, float]:
-        """Keep all above one level of squares per derivative; return also the level's logarithm."""
-        levels = (self._logs - self._slopes[:, None])[np.isfinite(self._logs)]
-        ends = [levels.min() - 1.0, levels.max() + 1.0] if levels.size else [0.0, 0.0]
-        fine, other = ends if cut else ends[::-1]
-        best, far = self._above(fine, bare), self._above(other, bare)
-        if fits(far):
-            return far, other
-        for _ in range(_HALVINGS if fits(best) else 0):
-            if np.abs(best.ranks - far.ranks).sum() <= 1:
-                break
-            level = (fine + other) / 2
-            tried = self._above(level, bare)
-            if fits(tried):
-                best, fine = tried, level
-            else:
-                far, other = tried, level
-        return best, fine
-
-    def _above(self, level: float, bare: Marks) -> Choice:
-        """Keep what is above a level, and at least one value of every cut."""
-        counts = np.count_nonzero(self._logs > (level + self._slopes)[:, None], axis=1)
-        return self._choice(np.clip(counts, 1, self._most), bare)
+    def _without(self, rows: Integers) -> Integers:
+        """Return the largest ranks less so many as these cuts are listed."""
+        return self._most - np.bincount(rows, minlength=len(self._most))
 
     def _choice(self, ranks: Integers, bare: Marks) -> Choice:
         """Count what ranks cost; those above the product of the children's come down, which cuts nothing."""
@@ -235,7 +288,9 @@ class Chooser:
         sizes, _, costs = self._costs(choice.ranks, bare)
         rest = costs[self._parent] / sizes
         single = np.bincount(self._cut, minlength=len(self._rows))[self._cut] == 1
-        tails = np.where(single, self._tails[self._cut, ranks], 0.0) * 2.0 ** min(-level, 1000.0)
+        tails = np.where(single, self._tails[self._cut, ranks], 0.0) * 2.0 ** float(
+            np.clip(-level, -1000, 1000)
+        )
         saved = (self._modes + rest) * ranks + tails - rest * self._modes
         saved = np.where(bare, -saved, saved)
         some = np.flatnonzero(self._free & ((saved > 0) | ((saved == 0) & ~bare)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,18 +21,12 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import OptionError, ShapeError
+from tnreg.factorizations.assembly import weights_of
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
-from tnreg.ranks.rounding import (
-    Budget,
-    finite_stacks,
-    limits_of,
-    network_of,
-    round_network,
-    share_of,
-    to_factorization,
-)
-from tnreg.tensors.arrays import as_tensor, check_dense, seeded, to_core
+from tnreg.ranks.budget import Budget
+from tnreg.ranks.rounding import budget_of, finite_stacks, network_of, round_network, to_factorization
+from tnreg.tensors.arrays import as_tensor, check_dense, check_order, seeded, to_core
 from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors, rounding_rtol
 from tnreg.tensors.blocks import (
     as_blocks,
@@ -59,7 +54,10 @@ def decompose(
     tree: ModeTree,
     *,
     ranks: int | Mapping[Node, int] | None = None,
-    rtol: float | None = None,
+    rtol: float | Mapping[Node, float] | None = None,
+    atol: float | None = None,
+    max_numbers: int | None = None,
+    leaves: str | Mapping[int, str] = "auto",
     randomized: bool = False,
     seed: int = 0,
     memory: int | str | None = None,
@@ -79,8 +77,17 @@ def decompose(
         tree: Mode tree over ``0..N-1``. A star gives the Tucker decomposition, a caterpillar the tensor
             train, a binary tree hierarchical Tucker.
         ranks: Largest bond: one integer, or ``{node: integer}`` (nodes left out have no limit).
-        rtol: ``‖A - A_H‖ <= rtol ‖A‖``, unless ``ranks`` cut further. With neither, only what is
-            zero to rounding is cut.
+        rtol: ``‖A - A_H‖ <= rtol ‖A‖``, unless ``ranks`` or ``max_numbers`` cut further. What that leaves is
+            spent where it saves most numbers: the error is mostly within a few percent of it. Without any of
+            these only what is zero to rounding is cut. ``{node: rtol}`` allows at each of these nodes values
+            of norm ``rtol ‖A‖`` to be cut off, and elsewhere what is zero to rounding.
+        atol: The same as a norm: ``‖A - A_H‖ <= max(atol, rtol ‖A‖)``.
+        max_numbers: Most numbers in all weights together: of those bonds that allow it, ones with the
+            smallest sum of what is cut off.
+        leaves: ``"weights"``, a matrix at every leaf; ``"bare"``, none: its mode is an axis of the parent's
+            weight, as in a tensor train; ``"auto"``, a matrix where that saves numbers, and where the mode
+            is larger than ``ranks`` allow; or ``{mode: either}``. No error is made at bare leaves, and
+            ``ranks`` do not count there.
         randomized: Look for the columns to keep of large nodes with random vectors first (Halko,
             Martinsson and Tropp 2011), where the tolerance is above some 1e-6. The guarantee is the
             same, as the error is measured; bonds may be a little larger.
@@ -93,7 +100,8 @@ def decompose(
 
     Raises:
         ShapeError, DataError: The tensor does not fit the tree, or has NaN or infinite entries.
-        OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
+        OptionError: ``rtol`` outside ``[0, 1)``, ranks that are no positive integers, ``max_numbers`` that
+            bonds of 1 exceed, or unknown ``leaves``.
         SizeError: Read block by block, the tensor does not get small enough for the memory allowed.
 
     Cost: a Gram matrix per node, of the tensor for the first leaf, of a smaller core afterwards; QR
@@ -110,58 +118,56 @@ def decompose(
         raise OptionError("decompose is for dense tensors; write truncate(model, rtol=...).")
     tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
     top = len(tree.nodes) - 1
+    asked = partial(
+        budget_of, tree, ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves=leaves
+    )
     if is_blocks(tensor):
         array, allowed = as_blocks(tensor), memory_of(memory)
         tensor = whole(array, allowed)
         if tensor is None:
+            check_order(array.shape, tree)
             dtype = getattr(torch, array.dtype.name)
-            share = share_of(rtol, dtype)
-            return _decompose_blocks(array, tree, limits_of(tree, ranks), share, dtype, allowed)
+            return _decompose_blocks(array, tree, asked(array.shape, dtype), dtype, allowed)
     with torch.no_grad():
         dense = check_dense(tensor, tree).detach()
-        limits, share = limits_of(tree, ranks), share_of(rtol, dense.dtype)
         core, log2 = to_core(dense, tree)
         random = seeded(seed, "decompose: seed", core.device) if randomized else None
-        sweep = _Sweep(Core(core, tree), limits, share, dense.dtype, random)
-        weights = sweep.run(range(top), top)
-        if share and sweep.total:
-            return sweep.finish(weights, log2)
-        return to_factorization(tree, weights, log2, dense.dtype, math.sqrt(sum(sweep.lost)))
+        budget = asked(tuple(dense.shape), dense.dtype)
+        sweep = _Sweep(Core(core, tree), budget.relative(norm(core), log2), dense.dtype, random)
+        return sweep.finish(sweep.run(range(top), top), log2)
 
 
 def _decompose_blocks(
-    array: Any,
-    tree: ModeTree,
-    limits: Mapping[int, int],
-    share: float | None,
-    dtype: torch.dtype,
-    memory: int,
+    array: Any, tree: ModeTree, budget: Budget, dtype: torch.dtype, memory: int
 ) -> Factorization:
     """Reduce the tensor to a core block by block, and decompose that in memory."""
     with torch.no_grad():
-        reduced = compress(array, tree, limits, share, memory)
+        if budget.error is not None:  # one reading more
+            budget = budget.relative(distance_of(array, _zeros, memory)[1], 0.0)
+        reduced = compress(array, tree, budget.limits, budget.share, memory)
         weights = dict(reduced.bases)
         for i in reduced.split:  # from the basis of a node, weights of all nodes below it
             inside = positions_below(tree, i)
             leaves = [c for c in sorted(inside) if not tree.links[c]]
-            sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), {}, None, torch.float64)
+            sweep = _Sweep(Core(reduced.bases[i], tree, [*leaves, -1]), Budget(), torch.float64)
             weights |= sweep.run(inside, i)
         core = Core(reduced.core, tree, reduced.front)
         above = min(sum(cut for i, cut in reduced.cut.items() if tree.links[i]), reduced.lost)
         lost = [reduced.lost - above, above]
-        sweep = _Sweep(core, limits, share, dtype, total=reduced.total, lost=lost)
+        sweep = _Sweep(core, budget, dtype, total=reduced.total, lost=lost)
         top = len(tree.nodes) - 1
         weights |= sweep.run([i for i in range(top) if i not in weights], top)
-        if sweep.total:
-            return sweep.finish(weights, reduced.log2)
-        return to_factorization(tree, weights, reduced.log2, dtype, 0.0)
+        return sweep.finish(weights, reduced.log2)
+
+
+def _zeros(slab: Sequence[slice]) -> Tensor:
+    return torch.zeros([part.stop - part.start for part in slab])
 
 
 class _Sweep:
     """From the leaves up: at every node a basis of the core's rows, then the core in that basis.
 
-    ``limits`` are the largest ranks by position, ``dtype`` is the tensor's. ``share`` is the error allowed,
-    relative to the norm (``None``: only zeros are cut); ``run`` spends a part of it, ``finish`` the rest. A
+    ``dtype`` is the tensor's. ``run`` spends a part of the error allowed, ``finish`` the rest. A
     core that has lost some of the tensor comes with the ``total`` squared norm and what is ``lost`` of it at
     leaves and at nodes above others.
     """
@@ -169,15 +175,15 @@ class _Sweep:
     def __init__(
         self,
         core: Core,
-        limits: Mapping[int, int],
-        share: float | None,
+        budget: Budget,
         dtype: torch.dtype,
         random: torch.Generator | None = None,
         *,
         total: float | None = None,
         lost: Sequence[float] = (0.0, 0.0),
     ) -> None:
-        self.core, self.limits, self.share, self.dtype, self.random = core, limits, share, dtype, random
+        self.core, self.budget, self.dtype, self.random = core, budget, dtype, random
+        self.limits, self.share = budget.limits, budget.share
         self.total = _square(core.tensor) if total is None else total
         self.lost = list(lost)
 
@@ -200,13 +206,12 @@ class _Sweep:
 
     def finish(self, weights: Mapping[int, Tensor], log2: int) -> Factorization:
         """Round the weights of a whole tree with what is left of the tolerance."""
-        tree, rest, share = self.core.tree, self.total - sum(self.lost), None
+        tree, rest, share = self.core.tree, max(self.total - sum(self.lost), 1e-300), None
         at_leaves, above = self.lost[0], math.sqrt(self.lost[1])
         if self.share is not None:
-            share = max(math.sqrt(max(self.share**2 * self.total - at_leaves, 0.0)) - above, 0.0) / math.sqrt(
-                rest
-            )
-        budget = Budget(self.limits, share)
+            left = math.sqrt(max(self.share**2 * self.total - at_leaves, 0.0))
+            share = max(left - above, 0.0) / math.sqrt(rest)
+        budget = replace(self.budget, share=share)
         rounded = round_network(*network_of(tree, weights), budget, dtype=self.dtype)
         lost = at_leaves + (above + math.sqrt(rounded.lost * rest)) ** 2
         rounded.weights[len(tree.nodes) - 1] *= 2.0**rounded.log2
@@ -273,23 +278,33 @@ class _Sweep:
 
 
 def truncate(
-    model: Factorization, *, ranks: int | Mapping[Node, int] | None = None, rtol: float | None = None
+    model: Factorization,
+    *,
+    ranks: int | Mapping[Node, int] | None = None,
+    rtol: float | Mapping[Node, float] | None = None,
+    atol: float | None = None,
+    max_numbers: int | None = None,
+    leaves: str | Mapping[int, str] = "auto",
 ) -> Factorization:
     """Round a factorization to smaller bonds, with full joins, without its dense tensor.
 
-    The smallest singular values of all nodes together are discarded, as long as the sum of their squares,
-    ``error_bound²`` (see ``decompose``), is less than the tolerance allows (Grasedyck 2010).
+    Singular values of all nodes are discarded where that saves most numbers, and the error that this makes is
+    measured: the result is an orthogonal projection of the tensor.
 
     Args:
         model: Any joins, any root. Wide diagonal joins are never expanded.
-        ranks: Largest bond: one integer, or ``{node: integer}``.
-        rtol: As in ``decompose``.
+        ranks: As in ``decompose``, and so are the others.
+        rtol: Error allowed, relative to the norm.
+        atol: Error allowed, as a norm.
+        max_numbers: Most numbers in all weights together.
+        leaves: Which leaves have a matrix. Under ``"auto"`` a bare leaf stays bare unless its parent has
+            another one.
 
     Returns:
         A ``Factorization`` of the same dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
 
     Raises:
-        OptionError: ``rtol`` outside ``[0, 1)``, or ranks that are no positive integers.
+        OptionError: As ``decompose``.
         DataError: NaN or infinite weights.
         SizeError: A core would not fit into memory, or would need more than 64 axes.
 
@@ -300,12 +315,22 @@ def truncate(
         raise OptionError(
             f"truncate is for factorizations, found {type(model).__name__}; write decompose(tensor, tree)."
         )
-    net = model.network
-    limits, share = limits_of(model.tree, ranks), share_of(rtol, model.dtype)
+    tree = model.tree
+    budget = budget_of(
+        tree, model.sizes, model.dtype,
+        ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves=leaves,
+    )  # fmt: skip
     with torch.no_grad():
-        rounded = round_network(net, finite_stacks(model), Budget(limits, share), dtype=model.dtype)
+        bare = model.network.bare
+        lone = {i for below in tree.links if len(one := bare.intersection(below)) == 1 for i in one}
+        asked = bare - budget.bare - (budget.free & lone)
+        if asked:  # bare leaves that are to have a matrix, or may
+            kept: dict[Any, str] = {tree.nodes[i]: "bare" for i in bare - asked}
+            given = {v: weight for v, weight in weights_of(model, bare=False).items() if v not in kept}
+            model = Factorization.from_weights(tree, given, join=model.network.named_joins, leaves=kept)
+        rounded = round_network(model.network, finite_stacks(model), budget, dtype=model.dtype)
         lost = math.sqrt(rounded.lost) * rounded.size
-        return to_factorization(model.tree, rounded.weights, rounded.log2, model.dtype, lost)
+        return to_factorization(tree, rounded.weights, rounded.log2, model.dtype, lost)
 
 
 def distance(tensor: Any, model: Factorization, *, memory: int | str | None = None) -> tuple[float, float]:

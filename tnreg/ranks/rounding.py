@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tnreg.errors import DataError, OptionError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network, Stacked
-from tnreg.ranks.budget import Choice, Chooser
+from tnreg.ranks.budget import Budget, Choice, Chooser
 from tnreg.ranks.frames import (
     Batch,
     Frame,
@@ -40,19 +41,6 @@ _TRIES, _STEPS, _ENOUGH = 5, 40, 0.985
 _BY_SQUARES = 1e-4
 # A basis made of its Gram matrix is orthonormal to rounding if no column is this much shorter than before.
 _SHORT = 0.1
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a rounded network may have.
-
-    Attributes:
-        limits: Largest bonds by position.
-        share: Error allowed, relative to the norm of the tensor; ``None`` cuts what is zero to rounding.
-    """
-
-    limits: Mapping[int, int] = field(default_factory=dict)
-    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +69,8 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
         dtype: That of the numbers before they were brought to double precision.
     """
     found = frames(net, stacks)
+    size, log2 = map(float, scale_of(found))
+    budget = budget.relative(size, log2)
     by_squares = budget.share is not None and budget.share > _BY_SQUARES
     own = vectors_by_squares(net, found) if by_squares else values_in_frames(net, found, vectors=True)
     results = _match_root(net, found, own)
@@ -88,21 +78,31 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
     # what rounding may hide in a difference of squared norms
     hidden = 4 * torch.finfo(torch.float64).eps * (len(net.tree.nodes) + 16)
 
+    def bare_of(choice: Choice) -> frozenset[int]:
+        return frozenset(choice.bare.nonzero()[0].tolist())
+
     def attempt(choice: Choice) -> _Attempt:
-        projection = _Projection(net, found, results, chooser.by_position(choice))
+        projection = _Projection(net, found, results, chooser.by_position(choice), bare_of(choice))
         bound, lost = chooser.bound(choice), projection.lost + hidden
         return _Attempt(choice, projection, lost if by_squares and bound else min(bound, lost))
 
-    allowed = (budget.share or 0.0) ** 2
-    best = attempt(chooser.within(allowed) if budget.share else chooser.largest())
-    counted_twice = not _ENOUGH**2 * chooser.bound(best.choice) <= best.lost <= allowed
-    if best.choice.spent <= allowed and counted_twice and not _ENOUGH**2 * allowed <= best.lost <= allowed:
-        best = _spend(chooser, attempt, allowed, best)
-    size, log2 = map(float, scale_of(found))
+    allowed, most = (budget.share or 0.0) ** 2, budget.numbers or math.inf
+    if budget.share:
+        first = _spend(chooser, attempt, allowed, allowed)
+        spent, numbers = max(first.choice.spent, allowed), lambda attempt: attempt.choice.numbers
+        tried = [first, *(_spend(c, attempt, allowed, spent) for c in chooser.others(first.choice))]
+        best = min((_step(chooser, attempt, allowed, a) for a in sorted(tried, key=numbers)[:2]), key=numbers)
+    else:
+        choice = chooser.largest()
+        best = attempt(choice if choice.numbers <= most else chooser.fitting(most))
+    if best.choice.numbers > most:
+        best = attempt(chooser.fitting(most))
     found.clear()  # what takes its place needs as much memory
     weights = best.projection.weights()
     if chooser.idle(best.choice) and (budget.share is None or budget.share > 0):
-        again = round_network(*network_of(net.tree, weights), Budget(), dtype=torch.float64)
+        again = round_network(
+            *network_of(net.tree, weights), Budget(bare=bare_of(best.choice)), dtype=torch.float64
+        )
         return Rounded(again.weights, best.lost, size * 2.0**-again.log2, log2 + again.log2)
     return Rounded(weights, best.lost, size, log2)
 
@@ -116,33 +116,42 @@ class _Attempt(NamedTuple):
 
 
 def _spend(
-    chooser: Chooser, attempt: Callable[[Choice], _Attempt], allowed: float, first: _Attempt
+    chooser: Chooser, attempt: Callable[[Choice], _Attempt], allowed: float, squares: float
 ) -> _Attempt:
-    """Cut more squares than allowed, as long as the error that this makes is allowed.
+    """Cut as many squares as the error allows that this makes, at first so many.
 
-    The squares count a part of the tensor again for every node that cuts it. Where ranks are few, single
-    steps follow.
+    They count a part of the tensor again for every node that cuts it.
     """
-    best = first if first.lost <= allowed else None
-    low, high = (0.0, allowed) if best is None else (allowed, math.inf)
+    best, low, high = None, (0.0, 0.0), (math.inf, math.inf)
     for _ in range(_TRIES):
-        if best is not None and (not best.lost or best.lost > _ENOUGH**2 * allowed or high < 1.01 * low):
-            break
-        tried = math.sqrt(low * high) if low else high / 4
-        if best is not None and high == math.inf:
-            tried = low * min(max(allowed / best.lost, 1.02), 4.0)
-        choice = chooser.within(tried)
-        found = best if best is not None and chooser.same(choice, best.choice) else attempt(choice)
+        choice = chooser.within(squares)
+        found = best if best and chooser.same(choice, best.choice) else attempt(choice)
+        if choice.spent > squares:  # limits on ranks cut more
+            return found
         if found.lost <= allowed:
-            best, low = found, tried
+            best, low = found, (squares, found.lost)
         else:
-            high = tried
-    best = best or attempt(chooser.largest())
+            high = (squares, found.lost)
+        if (best and not 0 < best.lost < _ENOUGH**2 * allowed) or high[0] < 1.005 * low[0]:
+            break
+        goal = (1 + _ENOUGH**2) / 2 * allowed
+        if high[0] == math.inf:
+            squares = low[0] * min(max(goal / low[1], 1.01), 4.0)
+        else:
+            part = (goal - low[1]) / (high[1] - low[1])
+            squares = low[0] + (high[0] - low[0]) * min(max(part, 0.1), 0.9)
+    return best or attempt(chooser.largest())
+
+
+def _step(
+    chooser: Chooser, attempt: Callable[[Choice], _Attempt], allowed: float, best: _Attempt
+) -> _Attempt:
+    """Bring single ranks down by one, where the error is still smaller than it might be."""
     refused = set[int]()
     for _ in range(_STEPS):
-        step = None
-        if 0 < best.lost < _ENOUGH**2 * allowed:
-            step = chooser.step(best.choice, best.lost, allowed, refused)
+        if not 0 < best.lost < _ENOUGH**2 * allowed:
+            break
+        step = chooser.step(best.choice, best.lost, allowed, refused)
         if step is None:
             break
         cut, choice = step
@@ -190,41 +199,61 @@ def _chooser(net: Network, results: Sequence[Values], budget: Budget, dtype: tor
     if budget.share is None:
         zero = rounding_rtol(None, dtype, torch.float64)
         kept = [min(k, int((s > zero * s[0]).sum())) for k, s in zip(kept, spectra, strict=True)]
+    for k, cut in enumerate(cuts):
+        parts = [budget.parts[i] for i in cut if i in budget.parts]
+        if parts:
+            kept[k] = min(kept[k], int((np.cumsum(spectra[k][::-1] ** 2) > min(parts) ** 2).sum()))
     # rounded up by what rounding may hide, unless nothing may be discarded anyway
     slack = 4 * torch.finfo(torch.float64).eps if budget.share else 0.0
     squares, most_kept = [(s + slack) ** 2 for s in spectra], [max(k, 1) for k in kept]
-    return Chooser(net.tree, net.sizes, squares, most_kept, net.bare)
+    bare, free = budget.bare | net.bare, budget.free - net.bare
+    return Chooser(net.tree, net.sizes, squares, most_kept, bare, free)
 
 
 class _Projection:
     """The tensor in nested spaces: at every node of its first singular vectors, as far as the children go.
 
-    Nodes of a batch have the largest rank among them first, with zeros beyond their own. ``lost`` is the
-    square of the error as a share of that of the norm.
+    Nodes of a batch have the largest rank among them first, with zeros beyond their own. Nodes at which
+    nothing is cut keep their frames. ``lost`` is the square of the error as a share of that of the norm.
+
+    Args:
+        net: The network.
+        found: Its frames.
+        results: Its singular vectors in them.
+        ranks: By position; modes at bare leaves.
+        bare: Positions of the leaves that get no weight.
     """
 
     def __init__(
-        self, net: Network, found: Sequence[Frame], results: Sequence[Values], ranks: Sequence[int]
+        self,
+        net: Network,
+        found: Sequence[Frame],
+        results: Sequence[Values],
+        ranks: Sequence[int],
+        bare: Collection[int],
     ) -> None:
-        self._net, self._ranks = net, ranks
+        self._net, self._ranks, self._bare = net, ranks, bare
         self._blocks: list[tuple[Tensor, Tensor | None]] = []
-        inside, whole = Stacked(), list[bool]()  # frames in the spaces (nodes, rank, size), or all of them
+        inside = Stacked()  # frames in the spaces, (nodes, rank, size of the frame)
+        whole, plain = list[bool](), list[bool]()  # which of them are identities, and which have lost nothing
         axes_of: list[list[int]] = []  # what the first of those axes stands for
         for b, batch in enumerate(batches(net)):
             if batch.join == "bare":
                 inside.append(torch.empty(0))
                 whole.append(True)
+                plain.append(True)
                 axes_of.append([batch.bond])
                 continue
-            own, below = [ranks[i] for i in batch.nodes], [child.pairs[0][0] for child in batch.below]
-            axes = [size for c in below for size in axes_of[c]]
-            plain = all(whole[c] for c in below)
+            below = [child.pairs[0][0] for child in batch.below]
+            axes = [size for c in below for size in axes_of[c]] or list(batch.shape)
+            own, empty = [min(ranks[i], batch.rank) for i in batch.nodes], [i in bare for i in batch.nodes]
             vectors = None
             if not (batch.step or batch.root) and min(own) < batch.rank:
                 vectors = results[b].vectors
                 assert vectors is not None
                 vectors = _mask(vectors, own)
-            block = _in_frame(batch, found[b], vectors if plain else None)
+            before = all(plain[c] for c in below)
+            block = _in_frame(batch, found[b], vectors if before else None)
             node = batch.nodes[0]
             must_fit(
                 f"rounding: the core of node {net.tree.nodes[node]!r}, {len(net.tree.links[node])} children,",
@@ -232,21 +261,26 @@ class _Projection:
                 "use a tree with fewer children per node, or smaller ranks", copies=3,
             )  # fmt: skip
             factors = [None if whole[c] else inside.pick(k) for c, k in zip(below, batch.below, strict=True)]
-            block = climb_back(batch, block, factors)
-            turned, matrix = block.flatten(1, -2), None
-            if batch.step:
-                axes_of.append(axes)
-            elif not batch.root:
-                if not plain:
-                    block, matrix, turned = _orthonormal(turned, vectors, own)
-                elif vectors is not None:
-                    turned = vectors.mH
-                axes_of.append([turned.shape[1] if vectors is not None or not plain else batch.rank])
+            block, matrix = climb_back(batch, block, factors).flatten(1, -2), None
+            turned = block
+            if not (batch.step or batch.root or before):
+                block, matrix, turned = _orthonormal(block, vectors, own)
+            elif vectors is not None:
+                turned = vectors.mH
+            self._blocks.append((block.reshape(len(block), *axes, -1), matrix))
+            whole.append(before and vectors is None and not (batch.step or any(empty)))
+            plain.append(before and vectors is None)
+            axes_of.append(axes if batch.step else [max(own)])
+            if any(empty):  # their frames lead to the modes themselves
+                frame = _in_frame(batch, found[b], None)
+                if vectors is None:
+                    turned = torch.eye(batch.rank, dtype=frame.dtype, device=frame.device)
+                turned = pad(turned, (0, 0, 0, frame.shape[1] - turned.shape[-2]))
+                turned = torch.where(torch.tensor(empty, device=frame.device)[:, None, None], frame, turned)
+                axes_of[-1] = [turned.shape[1]]
             inside.append(turned)
-            whole.append(plain and vectors is None and not batch.step)
-            self._blocks.append((block.reshape(len(block), *(axes or batch.shape), -1), matrix))
-        size, kept = float(scale_of(found).x), float(torch.linalg.vector_norm(self._blocks[-1][0]))
-        self.lost = max(1 - (kept / size) ** 2, 0.0) if size else 0.0
+        size, left = float(scale_of(found).x), float(torch.linalg.vector_norm(self._blocks[-1][0]))
+        self.lost = max(1 - (left / size) ** 2, 0.0) if size else 0.0
 
     def weights(self) -> dict[int, Tensor]:
         """Return the weights by position, once: the projection is given up."""
@@ -256,12 +290,11 @@ class _Projection:
         self._blocks.reverse()
         for batch in own:
             block, matrix = self._blocks.pop()
-            if batch.step:
-                continue
             if matrix is not None:
                 block = (block.flatten(1, -2) @ matrix).reshape(*block.shape[:-1], -1)
             for i, weight in zip(batch.nodes, block.unbind(0), strict=True):
-                weights[i] = weight[(*(ends[c] for c in self._net.tree.links[i]), ..., ends[i])]
+                if not batch.step and i not in self._bare:
+                    weights[i] = weight[(*(ends[c] for c in self._net.tree.links[i]), ..., ends[i])]
         return weights
 
 
@@ -316,16 +349,14 @@ def to_factorization(
     tree: ModeTree, weights: Mapping[int, Tensor], log2: float, dtype: torch.dtype, lost: float
 ) -> Factorization:
     """Return the factorization of weights times ``2**log2``; its error bound is ``lost`` times that."""
-    top = len(tree.nodes) - 1
-    size = float(torch.linalg.vector_norm(weights[top]))
-    scales = [0.0] * top
+    top, places = len(tree.nodes) - 1, sorted(weights)
+    size, scales = float(torch.linalg.vector_norm(weights[top])), dict.fromkeys(places, 0)
     if size > 0 and abs(log2 + math.log2(size)) > 0.9 * math.log2(torch.finfo(dtype).max):
         # no weight alone leaves the range; whole powers are exact
-        each = math.floor(log2 / (top + 1))
-        rest = math.floor(log2 - each * (top + 1))
-        scales = [float(each + (i < rest)) for i in range(top)]
-    scales.append(log2 - sum(scales))
-    scaled = {i: (w * 2.0 ** scales[i] if scales[i] else w).to(dtype) for i, w in weights.items()}
+        each, rest = divmod(math.floor(log2), len(places))
+        scales = {i: each + (k < rest) for k, i in enumerate(places)}
+    powers = {**scales, top: log2 - sum(scales[i] for i in places if i < top)}
+    scaled = {i: (w * 2.0 ** powers[i] if powers[i] else w).to(dtype) for i, w in weights.items()}
     model = Factorization.holding(*network_of(tree, scaled))
     # rounding of the weights and of the work, once per node, besides what was discarded
     rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps) * (top + 1) * size
@@ -352,7 +383,7 @@ def finite_stacks(model: Factorization) -> list[Tensor]:
 def network_of(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, list[Tensor]]:
     """Return the network with full joins that these weights make, by position, and its stacks of them.
 
-    Copies of them, but where one alone is a stack.
+    Leaves without a weight are bare. Stacks are copies, but where one weight alone is a stack.
     """
     bonds, sizes = [1] * len(tree.nodes), [0] * tree.order
     for i, below in enumerate(tree.links):
@@ -383,11 +414,7 @@ def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[in
     bonds = ranks if isinstance(ranks, Mapping) else dict.fromkeys(tree.nodes[:-1], ranks)
     limits: dict[int, int] = {}
     for node, rank in bonds.items():
-        position = tree.position(node)
-        if position == len(tree.nodes) - 1:
-            raise OptionError(
-                f"ranks: the root {node!r} has no bond above it; leave it out.", argument="ranks"
-            )
+        position = _below_root(tree, node, "ranks")
         try:
             limits[position] = check_integer(rank, 1, "ranks")
         except OptionError:
@@ -397,9 +424,71 @@ def limits_of(tree: ModeTree, ranks: int | Mapping[Node, int] | None) -> dict[in
     return limits
 
 
+def _below_root(tree: ModeTree, node: Node, what: str) -> int:
+    """Return the position of a node that has a bond above it."""
+    position = tree.position(node)
+    if position == len(tree.nodes) - 1:
+        raise OptionError(f"{what}: the root {node!r} has no bond above it; leave it out.", argument=what)
+    return position
+
+
+def budget_of(
+    tree: ModeTree,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    ranks: int | Mapping[Node, int] | None,
+    rtol: float | Mapping[Node, float] | None,
+    atol: float | None,
+    max_numbers: int | None,
+    leaves: str | Mapping[int, str],
+) -> Budget:
+    """Check what ``decompose`` and ``truncate`` are asked for."""
+    limits, parts, share = limits_of(tree, ranks), dict[int, float](), None
+    if not isinstance(rtol, Mapping):
+        share = share_of(rtol, dtype)
+    elif atol is not None:
+        raise OptionError(
+            "atol is for the whole tensor, and rtol is given for single nodes; give one of them.",
+            argument="atol",
+        )
+    else:
+        for node, part in rtol.items():
+            parts[_below_root(tree, node, "rtol")] = check_number(part, f"node {node!r}: rtol", 0, 1)
+    error = None if atol is None else check_number(atol, "atol", 0)
+    kinds = dict.fromkeys(tree.leaves, leaves) if not isinstance(leaves, Mapping) else leaves
+    for mode, kind in kinds.items():
+        if tree.links[tree.position(mode)]:
+            raise OptionError(f"leaves: node {mode!r} is no leaf; name modes only.", argument="leaves")
+        if kind not in ("auto", "weights", "bare"):
+            raise OptionError(
+                f"leaves: mode {mode!r} needs 'auto', 'weights' or 'bare', found {kind!r}.", argument="leaves"
+            )
+    kind_of = {tree.position(mode): (mode, kinds.get(mode, "auto")) for mode in tree.leaves}
+    bare = frozenset(i for i, (_, kind) in kind_of.items() if kind == "bare")
+    # a leaf that is larger than its limit keeps its matrix
+    free = {i for i, (m, kind) in kind_of.items() if kind == "auto" and limits.get(i, sizes[m]) >= sizes[m]}
+    budget = Budget(limits, share, error, rounding_of(dtype), parts, None, bare, frozenset(free))
+    if max_numbers is not None:
+        most = check_integer(max_numbers, 1, "max_numbers")
+        ones = [1] * len(tree.cuts)
+        least = Chooser(tree, sizes, [np.ones(1)] * len(ones), ones, bare, free).largest().numbers
+        if most < least:
+            raise OptionError(
+                f"max_numbers={most} is too few: with all bonds of size 1 there are {least:.0f} numbers.",
+                argument="max_numbers",
+            )
+        budget = replace(budget, numbers=most)
+    return budget
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Return what rounding of the work and of the weights may add to the error, relative to the norm."""
+    return max(16 * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps / 2)
+
+
 def share_of(rtol: float | None, dtype: torch.dtype) -> float | None:
     """Return the tolerance less what rounding of the work and of the weights may add to the error."""
     if rtol is None:
         return None
-    rounding = max(16 * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps / 2)
-    return max(check_number(rtol, "rtol", 0, 1) - rounding, 0.0)
+    return max(check_number(rtol, "rtol", 0, 1) - rounding_of(dtype), 0.0)

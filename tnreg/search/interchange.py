@@ -9,7 +9,8 @@ import torch
 from tnreg.errors import SizeError, check_number
 from tnreg.factorizations.assembly import assemble, check_factorization, weights_of
 from tnreg.factorizations.factorization import Factorization
-from tnreg.ranks.rounding import Budget, finite_stacks, round_network, share_of, to_factorization
+from tnreg.ranks.budget import Budget
+from tnreg.ranks.rounding import finite_stacks, round_network, share_of, to_factorization
 from tnreg.search.web import Web
 
 # Share of the tolerance that the first rounding may spend.

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tnreg.ranks.rounding import Budget, Rounded, network_of, round_network
+from tnreg.ranks.budget import Budget
+from tnreg.ranks.rounding import Rounded, network_of, round_network
 from tnreg.search.agglomerate import Joined, agglomerate, entropy, rank_within
 from tnreg.trees.tree import ModeTree
 
