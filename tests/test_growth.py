@@ -104,12 +104,12 @@ def test_what_differs_where_nobody_looked_strays():
     x = zoo.randn(6, 6)
     task, held = sampled(x, 0.5)
     search = _Search(task, held, None, None, zoo.random(), lambda row: None)
-    same, other = (tnreg.decompose(y, ModeTree([0, 1])) for y in (x, x.clone()))
+    same, other = (tnreg.decompose(y, ModeTree([0, 1]), leaves="weights") for y in (x, x.clone()))
     assert not search.strays(same, other)
     known = torch.cat([task.index, held.index])
     hidden = torch.ones(6, 6, dtype=torch.bool)
     hidden[tuple(known.T)] = False
-    assert search.strays(tnreg.decompose(x + hidden, ModeTree([0, 1])), same)
+    assert search.strays(tnreg.decompose(x + hidden, ModeTree([0, 1]), leaves="weights"), same)
 
 
 @pytest.mark.parametrize("join", ["full", "diagonal"])

@@ -283,7 +283,7 @@ def test_default_threshold():
     matrix[0, ::2], matrix[1, 1::2] = 1, 0.1
     for x in (matrix, matrix.to(torch.complex64), matrix.to(torch.bfloat16), matrix.double()):
         assert hierarchical_rank(x, tree) == {0: 2, 1: 2}
-        assert decompose(x, tree).network.bonds[:2] == (2, 2)
+        assert decompose(x, tree, leaves="weights").network.bonds[:2] == (2, 2)
     binary = ModeTree.binary(3)
     weights = {n: torch.linalg.qr(zoo.randn(16, 2, seed=n))[0] for n in binary.leaves}
     weights |= {(0, 1): torch.eye(2), binary.root: torch.tensor([1, 0.5])}

@@ -142,7 +142,15 @@ class Chooser:
         def most_cut(rows: Integers, sums: Floats, bare: Marks) -> int:
             return int(np.searchsorted(sums, allowed, side="right"))
 
-        return self._keep(min(self._rounds(allowed, most_cut), key=lambda choice: choice.numbers))
+        best = min(self._rounds(allowed, most_cut), key=lambda choice: choice.numbers)
+        for _ in range(_STEPS):  # what is left goes to single steps
+            ranks, last = best.ranks, self._squares[self._rows, best.ranks - 1]
+            can = (ranks > 1) & (last <= allowed - best.spent) & self._counted(best.bare)
+            if not can.any():
+                break
+            worth = np.where(can, self._derivatives(ranks, best.bare) / np.maximum(last, 1e-300), 0.0)
+            best = self._choice(ranks - (self._rows == np.argmax(worth)), best.bare)
+        return self._keep(best)
 
     def fitting(self, numbers: float) -> Choice:
         """Choose the smallest error with so many numbers, or the fewest numbers if even these are more."""

@@ -245,7 +245,10 @@ class _Search:
             if exact and (given or not found.is_full):
                 break
             rtol = min(0.3, 5 * max(found.error, self.exact))
-            other, same = interchange(found.model, rtol=rtol), truncate(found.model, rtol=rtol)
+            other, same = (
+                interchange(found.model, rtol=rtol),
+                truncate(found.model, rtol=rtol, leaves="weights"),
+            )
             if count_numbers(other) > 0.95 * count_numbers(same):
                 break
             tried = (
@@ -267,7 +270,9 @@ class _Search:
         if join == "diagonal" or not isinstance(self.train.inputs, Tensor) or tree.order < 2:
             return one
         mean, parts = additive(self.train.inputs, self.train.values, self.sizes)
-        both = truncate(_additive_model(tree, mean, parts), rtol=1e-9, ranks=self.limits(tree) or None)
+        both = truncate(
+            _additive_model(tree, mean, parts), rtol=1e-9, ranks=self.limits(tree) or None, leaves="weights"
+        )
         errors = [self.judge(model, ridge).error for model in (one, both)]
         small = count_numbers(both) <= (self.most or math.inf)
         return both if small and errors[1] < 1.05 * min(1.0, errors[0]) else one
@@ -308,13 +313,17 @@ class _Search:
         if join == "diagonal":
             full = bool(limits) and all(bonds[v] >= limits[v] for v in bonds)
             return None if full else self._mixed(wide, limits)
-        wide = self.fit(truncate(wide), ridge, _Effort(2, 0.0, False))
+        wide = self.fit(truncate(wide, leaves="weights"), ridge, _Effort(2, 0.0, False))
         values = {v: s.detach() for v, s in spectra(wide).items()}
         new = {v: s[bonds[v] : limits.get(v)] for v, s in values.items()}
         top = max((float(s[0]) for s in new.values() if len(s)), default=0.0)
         if top <= self.exact * 1e-2 * max((float(s[0]) for s in values.values()), default=0.0):
             return None
-        return truncate(wide, ranks={v: bonds[v] + int((s >= share * top).sum()) for v, s in new.items()})
+        return truncate(
+            wide,
+            ranks={v: bonds[v] + int((s >= share * top).sum()) for v, s in new.items()},
+            leaves="weights",
+        )
 
     def _mixed(self, model: Factorization, limits: Mapping[Node, int]) -> Factorization:
         """Let every component take part a little in the others, or trees of diagonal joins stay sums."""
@@ -396,7 +405,9 @@ class _Search:
         kept = {v: max(1, int((s > rtol * s[0]).sum())) for v, s in values.items()}
         if self.ranks is not None or all(kept[v] == len(s) for v, s in values.items()):
             return candidate
-        cut = self.refit(truncate(candidate.model, ranks=kept), candidate.ridge, error, effort)
+        cut = self.refit(
+            truncate(candidate.model, ranks=kept, leaves="weights"), candidate.ridge, error, effort
+        )
         return cut if cut.error <= max(candidate.error * 1.01, self.exact) else candidate
 
     def prune(self, candidate: _Candidate) -> _Candidate:
@@ -417,7 +428,7 @@ class _Search:
                 self.note("cut", candidate)
                 return candidate
             node = min(ends, key=ends.__getitem__)
-            smaller = truncate(candidate.model, ranks=bonds | {node: bonds[node] - 1})
+            smaller = truncate(candidate.model, ranks=bonds | {node: bonds[node] - 1}, leaves="weights")
             tried = self.refit(smaller, candidate.ridge, best.error, effort)
             if self.is_as_good(tried, best):
                 candidate = tried

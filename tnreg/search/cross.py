@@ -201,7 +201,7 @@ class _Search:
     def _replant(self, error: float) -> None:
         """Go on along another tree if that needs far fewer numbers for what is known of the tensor."""
         rtol, model = min(error, 0.5), self.skeleton.model()
-        here, there = truncate(model, rtol=rtol), interchange(model, rtol=rtol)
+        here, there = truncate(model, rtol=rtol, leaves="weights"), interchange(model, rtol=rtol)
         if _inside(there) < _WORTH * _inside(here):
             self.skeleton, self.history = self.skeleton.along(there.tree), Trajectory()
 

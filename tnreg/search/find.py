@@ -94,16 +94,19 @@ def find_tree(x: Any, *, rtol: float | None = None, method: str = "auto") -> Mod
     core = compress(tensor, (rtol * float(torch.linalg.vector_norm(tensor))) ** 2)
     natural = ModeTree.binary(core.ndim)
     if method == "interchange":
-        return interchange(decompose(core, natural, rtol=_CLOSER * rtol), rtol=rtol).tree
+        return interchange(decompose(core, natural, rtol=_CLOSER * rtol, leaves="weights"), rtol=rtol).tree
     allowed = rtol * float(torch.linalg.vector_norm(core))
     web = Web.joined(core, (_CLOSE * allowed) ** 2)
     if method == "agglomerate":
         return web.hang()[0]
     tree, found, _ = web.improve(allowed, _CLOSE * allowed, regroup=False)
-    before = _numbers(decompose(core, natural, rtol=rtol).weights.values(), natural, sizes)
+    before = _numbers(decompose(core, natural, rtol=rtol, leaves="weights").weights.values(), natural, sizes)
     if before > _CLEARLY * _numbers(found.weights.values(), tree, sizes):
         return tree
-    numbers = (_numbers(decompose(tensor, t, rtol=rtol).weights.values(), t, sizes) for t in (natural, tree))
+    numbers = (
+        _numbers(decompose(tensor, t, rtol=rtol, leaves="weights").weights.values(), t, sizes)
+        for t in (natural, tree)
+    )
     return natural if next(numbers) <= next(numbers) else tree
 
 
@@ -118,7 +121,7 @@ def _read(x: Any, rtol: float | None) -> tuple[Tensor, tuple[int, ...], float]:
     """Return a tensor on a moderate scale, or the core of one read in blocks; mode sizes and tolerance."""
     if is_blocks(x):
         rtol = _tolerance(rtol, getattr(torch, as_blocks(x).dtype.name))
-        star = decompose(x, ModeTree.star(x.ndim), rtol=rtol)
+        star = decompose(x, ModeTree.star(x.ndim), rtol=rtol, leaves="weights")
         core, sizes = star.weights[star.tree.root], star.sizes
     else:
         core = as_tensor(x).detach()

@@ -80,7 +80,7 @@ def _numbers(model: Factorization) -> int:
 def _rebuilt(model: Factorization, *, two_at_a_time: bool = False) -> Factorization:
     """Return a copy with usual names; or, exactly, with diagonal joins of more children as joins of two."""
     tree, bonds = model.tree, model.network.bonds
-    weights = {tree.position(v): w for v, w in weights_of(model).items()}
+    weights = {tree.position(v): w for v, w in weights_of(model, bare=not two_at_a_time).items()}
     joins = {tree.position(v): join for v, join in model.network.named_joins.items()}
     links = {i: list(below) for i, below in enumerate(tree.links) if below}
     new = len(tree.nodes)
