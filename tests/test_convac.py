@@ -102,7 +102,7 @@ def test_truncated_classifiers(join):
     exact = model.truncated()
     assert torch.allclose(exact(x), model(x), rtol=1e-8)
     assert exact.net.network.joins[-1] == "full"
-    smaller, rounded = model.truncated(rtol=0.3), truncate(model.factorization(), rtol=0.3)
+    smaller, rounded = model.truncated(rtol=0.3), truncate(model.factorization(), rtol=0.3, leaves="weights")
     assert smaller.net.outputs == 5 and max(smaller.net.network.bonds) <= max(rounded.network.bonds)
     assert torch.allclose(smaller.factorization().norm(), rounded.norm(), rtol=1e-10)
     assert max(model.truncated(ranks=2).net.network.bonds[:-1]) <= 2

@@ -293,8 +293,8 @@ def test_default_threshold():
         x = model.to_tensor().detach()  # with entries rounded once more
         ranks = dict.fromkeys(binary.nodes[:-1], 2)
         assert hierarchical_rank(x, binary) == hierarchical_rank(model) == ranks
-        assert set(decompose(x, binary).network.bonds[:-1]) == {2}
-        assert set(truncate(model).network.bonds[:-1]) == {2}
+        assert set(decompose(x, binary, leaves="weights").network.bonds[:-1]) == {2}
+        assert set(truncate(model, leaves="weights").network.bonds[:-1]) == {2}
     assert rounding_rtol(10**12, torch.float8_e5m2, torch.float64) <= 0.5
 
 

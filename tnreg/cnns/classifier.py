@@ -277,7 +277,8 @@ class ConvAC(nn.Module):
         Joins become full: product pooling of all pairs of channels, of which fewer are left. ``ranks`` are
         the largest numbers of channels, ``rtol`` is relative to the tensor of all classes together.
         """
-        return self.with_factorization(truncate(self.factorization(), ranks=ranks, rtol=rtol))
+        model = truncate(self.factorization(), ranks=ranks, rtol=rtol, leaves="weights")
+        return self.with_factorization(model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, tree and settings to a safetensors file, whole or not at all."""

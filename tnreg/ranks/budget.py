@@ -251,7 +251,7 @@ class Chooser:
                 break
             seen.add(key)
             self._slopes = np.log2(self._derivatives(choice.ranks, bare))
-            bare = self._turned(choice, levels[order[k - 1]] if k else -math.inf)
+            bare = self._turned(choice, levels[order[max(k - 1, 0)]] if len(order) else math.inf)
 
     def _without(self, rows: Integers) -> Integers:
         """Return the largest ranks less so many as these cuts are listed."""

@@ -329,6 +329,12 @@ def truncate(
             given = {v: weight for v, weight in weights_of(model, bare=False).items() if v not in kept}
             model = Factorization.from_weights(tree, given, join=model.network.named_joins, leaves=kept)
         rounded = round_network(model.network, finite_stacks(model), budget, dtype=model.dtype)
+        reach = 0.9 * math.log2(torch.finfo(model.dtype).max)
+        if abs(rounded.log2) > reach * len(rounded.weights) and budget.free:
+            # too few weights are left for so large or small a tensor
+            return truncate(
+                model, ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves="weights"
+            )
         lost = math.sqrt(rounded.lost) * rounded.size
         return to_factorization(tree, rounded.weights, rounded.log2, model.dtype, lost)
 

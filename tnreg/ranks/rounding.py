@@ -28,7 +28,7 @@ from tnreg.ranks.frames import (
     values_in_frames,
     vectors_by_squares,
 )
-from tnreg.tensors.arrays import double, largest_of
+from tnreg.tensors.arrays import double, largest_of, times_power_of_two
 from tnreg.tensors.axes import rounding_rtol
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -237,7 +237,8 @@ class _Projection:
         inside = Stacked()  # frames in the spaces, (nodes, rank, size of the frame)
         whole, plain = list[bool](), list[bool]()  # which of them are identities, and which have lost nothing
         axes_of: list[list[int]] = []  # what the first of those axes stands for
-        for b, batch in enumerate(batches(net)):
+        parts = batches(net)
+        for b, batch in enumerate(parts):
             if batch.join == "bare":
                 inside.append(torch.empty(0))
                 whole.append(True)
@@ -245,7 +246,13 @@ class _Projection:
                 axes_of.append([batch.bond])
                 continue
             below = [child.pairs[0][0] for child in batch.below]
-            axes = [size for c in below for size in axes_of[c]] or list(batch.shape)
+            sizes = [  # the largest of this child; others of its batch may be larger
+                axes_of[c]
+                if parts[c].step or whole[c]
+                else [max(ranks[parts[c].nodes[slot]] for _, slot in child.pairs)]
+                for c, child in zip(below, batch.below, strict=True)
+            ]
+            axes = [size for child in sizes for size in child] or list(batch.shape)
             own, empty = [min(ranks[i], batch.rank) for i in batch.nodes], [i in bare for i in batch.nodes]
             vectors = None
             if not (batch.step or batch.root) and min(own) < batch.rank:
@@ -260,7 +267,10 @@ class _Projection:
                 [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
                 "use a tree with fewer children per node, or smaller ranks", copies=3,
             )  # fmt: skip
-            factors = [None if whole[c] else inside.pick(k) for c, k in zip(below, batch.below, strict=True)]
+            factors = [
+                None if whole[c] else inside.pick(child)[:, : math.prod(size)]
+                for c, child, size in zip(below, batch.below, sizes, strict=True)
+            ]
             block, matrix = climb_back(batch, block, factors).flatten(1, -2), None
             turned = block
             if not (batch.step or batch.root or before):
@@ -277,7 +287,6 @@ class _Projection:
                     turned = torch.eye(batch.rank, dtype=frame.dtype, device=frame.device)
                 turned = pad(turned, (0, 0, 0, frame.shape[1] - turned.shape[-2]))
                 turned = torch.where(torch.tensor(empty, device=frame.device)[:, None, None], frame, turned)
-                axes_of[-1] = [turned.shape[1]]
             inside.append(turned)
         size, left = float(scale_of(found).x), float(torch.linalg.vector_norm(self._blocks[-1][0]))
         self.lost = max(1 - (left / size) ** 2, 0.0) if size else 0.0
@@ -356,7 +365,9 @@ def to_factorization(
         each, rest = divmod(math.floor(log2), len(places))
         scales = {i: each + (k < rest) for k, i in enumerate(places)}
     powers = {**scales, top: log2 - sum(scales[i] for i in places if i < top)}
-    scaled = {i: (w * 2.0 ** powers[i] if powers[i] else w).to(dtype) for i, w in weights.items()}
+    scaled = {
+        i: (times_power_of_two(w, round(powers[i])) if powers[i] else w).to(dtype) for i, w in weights.items()
+    }
     model = Factorization.holding(*network_of(tree, scaled))
     # rounding of the weights and of the work, once per node, besides what was discarded
     rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps) * (top + 1) * size
