@@ -25,7 +25,16 @@ from tnreg.factorizations.stacks import NodeTensors, Stacks
 from tnreg.machine.files import read_model, write_safetensors
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network
-from tnreg.networks.plan import Plan, contract, contract_traced, plan, steps_of_batch, within_memory
+from tnreg.networks.plan import (
+    Plan,
+    contract,
+    contract_traced,
+    plan,
+    plan_of_similar,
+    plans_of_entries,
+    steps_of_batch,
+    within_memory,
+)
 from tnreg.networks.scaled import Growth, column_norms, inner_products, product_of_rows
 from tnreg.tensors.arrays import (
     Scaled,
@@ -412,10 +421,13 @@ class Factorization(NetworkModule):
         # under fully_shard by a call, which gathers weights and lets processes exchange gradients
         return self(chosen) if hasattr(type(self), "reshard") else self._contract(chosen)
 
-    def _contract(self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+    def _contract(
+        self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = (), batch: int | None = None
+    ) -> Tensor:
         stacks = list(self.stacks)
         with without_autocast(stacks[0].device):
-            return contract(within_memory(chosen, stacks), stacks, inputs, self._growth)
+            chosen = within_memory(chosen, stacks, batch=batch)
+            return contract(chosen, stacks, inputs, self._growth)
 
     def _entry_plan(self, index: Tensor) -> Plan:
         if isinstance(index, Tensor):
@@ -425,7 +437,7 @@ class Factorization(NetworkModule):
                 same_kind = (known.dtype, known.device) == (index.dtype, index.device)
                 if same_kind and torch.equal(known, index):
                     return chosen
-        chosen = within_memory(plan(self, index=index), list(self.stacks), index)
+        chosen = within_memory(plans_of_entries(self.network, index)[0], list(self.stacks), index=index)
         self._entry_plans = [(index.detach().clone(), chosen), *self._entry_plans[:3]]
         return chosen
 
@@ -457,7 +469,7 @@ class Factorization(NetworkModule):
         inputs = parts[0] if isinstance(features, Tensor) else parts
         if torch.compiler.is_compiling():
             return contract_traced(self._steps(), list(self.stacks), inputs)
-        return self._contract(plan(self, batch=parts[0].shape[0]), inputs)
+        return self._contract(plan_of_similar(self.network, len(parts[0])), inputs, len(parts[0]))
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _steps(self) -> str:

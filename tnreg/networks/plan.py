@@ -181,11 +181,7 @@ def plan(
         if batch is not None:
             both = "plan: give batch= for inputs or index= for entries, not both."
             raise OptionError(both, argument="batch")
-        # made to be kept: a plan made in inference mode could not be trained with later
-        with torch.inference_mode(False), torch.no_grad():
-            routes = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
-            # the others are made only for who may need one that takes less memory
-            plans = next(routes), *(routes if limit is not None else ())
+        plans = plans_of_entries(network, index, others=limit is not None)
     elif batch is not None:
         plans = _plans(network, check_integer(batch, 1, "plan: batch", DataError))
     elif not _may_be_dense(network):
@@ -200,23 +196,39 @@ def plan(
     return _within(plans, limit, getattr(model, "dtype", torch.float64).itemsize, gradients=True)
 
 
-def within_memory(plan: Plan, tensors: Sequence[Tensor], index: Tensor | None = None) -> Plan:
+def plan_of_similar(network: Network, batch: int) -> Plan:
+    """Return the plan that batches of similar sizes share, counted for the largest of them."""
+    return _plans(network, rounded(batch))[0]
+
+
+def plans_of_entries(network: Network, index: Tensor, *, others: bool = False) -> tuple[Plan, ...]:
+    """Check an index and plan its entries: the chosen route, and ``others`` for who may need less memory."""
+    # made to be kept: a plan made in inference mode could not be trained with later
+    with torch.inference_mode(False):
+        routes = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
+        return next(routes), *(routes if others else ())
+
+
+def within_memory(
+    plan: Plan, tensors: Sequence[Tensor], *, batch: int | None = None, index: Tensor | None = None
+) -> Plan:
     """Return a plan that can be carried out where these weights are: the one given, or another route.
 
-    Other routes to entries need their ``index``.
+    A plan for batches of similar sizes needs the size; other routes to entries need their ``index``.
 
     Raises:
         SizeError: No route fits into the memory available; nothing was allocated.
     """
+    if shortage(16 * plan.cost.held, device := tensors[0].device) is None:
+        return plan
     item = max(t.dtype.itemsize for t in tensors)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    device = tensors[0].device
     limit = shortage(item * plan.cost.entries(gradients), device)
     if limit is None:
         return plan
     plans: tuple[Plan, ...] = (plan,)
     if plan.kind != "entries":
-        plans = _plans(plan.network, plan.batch)
+        plans = _plans(plan.network, batch or plan.batch)
     elif index is not None:
         plans = tuple(_plans_of_entries(plan.network, index))
     return _within(plans, limit, item, gradients=gradients, device=str(device))
@@ -377,52 +389,51 @@ def _plans(network: Network, batch: int | None) -> tuple[Plan, ...]:
 
 def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
     """Make the plans of all routes to entries, the chosen one first."""
-    tree, samples = network.tree, index.shape[0]
-    columns = index.unbind(1)
-    rows, taken, ids = distinct_rows(network, columns)
-    leaves = tuple(kind == "leaf" for kind in network.joins)
-    each = zip(rows, _row_costs(network, taken), strict=True)
-    counted = {
-        "distinct": sum(n * cost for n, cost in each) + _FLOPS_PER_MOVE * samples,
-        "per-sample": sum(_row_costs(network, leaves, batch=1)) * samples,
-    }
+    tree, samples, columns = network.tree, len(index), index.unbind(1)
+    every = tuple(None if kind == "bare" else samples for kind in network.joins)
+    counted = {"per-sample": sum(_row_costs(network, tuple(n and 1 for n in every))) * samples}
     if _may_be_dense(network):
         dense = _plans(network, None)[0]
         counted = {"dense": dense.flops + _FLOPS_PER_MOVE * (dense.held + samples), **counted}
+    taken, rows, ids = distinct_rows(network, index)
+    each = zip(rows, _row_costs(network, tuple(n and 1 + (n != samples) for n in taken)), strict=True)
+    counted["distinct"] = sum(n * cost for n, cost in each) + _FLOPS_PER_MOVE * samples
     for route in _ranked(counted):
+        whole, take = None, None
         if route == "per-sample":
-            joins = schedule(
-                network, batch=samples, taken=tuple(samples if leaf else None for leaf in leaves)
-            )
-            own = {tree.position(mode): columns[mode] for mode in tree.leaves}
-            # of a join's children those that are bare alone
-            joins = gather(
-                joins,
-                {
-                    i: tuple(own.get(c, columns[0]) for c in below or (i,))
-                    for i, below in enumerate(tree.links)
-                },
-            )
-            yield Plan(network, "entries", route, cost_of(network, joins), counted, samples, joins)
-            continue
-        if route == "distinct":
-            some = tuple(n if here else None for n, here in zip(rows, taken, strict=True))
-            joins = gather(schedule(network, taken=some), rows_to_take(network, rows, taken, ids))
-            cost, whole, take = cost_of(network, joins), None, ids[-1]
+            own = {tree.position(mode): column for mode, column in enumerate(columns)}
+            read = {i: tuple(own.get(c) for c in below or (i,)) for i, below in enumerate(tree.links)}
+            joins, cost = _of_entries(network, samples, every)
+            joins = gather(joins, read)
+        elif route == "distinct":
+            joins, cost = _of_entries(network, samples, taken)
+            joins, take = gather(joins, rows_to_take(network, taken, ids)), ids[-1]
         else:
-            cost, joins, whole, take = dense.cost, dense.joins, dense.whole, torch.zeros_like(ids[-1])
+            cost, joins, whole = dense.cost, dense.joins, dense.whole
             # the tree leaves its rows in the order of its leaves, opt_einsum in that of the modes
-            for mode in tree.leaf_order if whole is None else tree.leaves:
-                take = take * network.sizes[mode] + columns[mode]
-        cost = replace(cost, held=cost.held + samples, peak=cost.peak + samples)
+            first, *others = tree.leaf_order if whole is None else range(tree.order)
+            take = columns[first]
+            for mode in others:
+                take = torch.add(columns[mode], take, alpha=network.sizes[mode])
+        if take is not None:
+            cost = Cost(cost.flops, cost.largest, cost.held + samples, cost.peak + samples)
         yield Plan(network, "entries", route, cost, counted, samples, joins, whole, take)
 
 
 @lru_cache(maxsize=256)
-def _row_costs(network: Network, taken: tuple[bool, ...], batch: int | None = None) -> list[float]:
-    """Flops plus 32 for every number moved of one row of every node, if rows are taken at these ones."""
+def _of_entries(
+    network: Network, samples: int, taken: tuple[int | None, ...]
+) -> tuple[tuple[Join, ...], Cost]:
+    """Return a schedule of entries, without the rows to take, and what it costs."""
+    joins = schedule(network, batch=samples, taken=taken)
+    return joins, cost_of(network, joins)
+
+
+@lru_cache(maxsize=256)
+def _row_costs(network: Network, taken: tuple[int | None, ...]) -> list[float]:
+    """Flops plus 32 for every number moved of one row of every node; rows are taken as in a batch of one."""
     costs = [0.0] * len(taken)
-    for join in schedule(network, batch=batch, taken=tuple(1 if here else None for here in taken)):
+    for join in schedule(network, batch=1, taken=taken):
         cost = cost_of(network, (join,))
         for i in join.level.positions:
             costs[i] = (cost.flops + _FLOPS_PER_MOVE * cost.held) / (len(join.level.positions) * join.rows)

@@ -10,11 +10,11 @@ rows are an axis of the parent's weight, of which entries take what they need.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache
+from typing import Any
 
 import torch
 from opt_einsum.parser import get_symbol
@@ -79,21 +79,21 @@ def schedule(
         batch: Rows of every node; all nodes are aligned.
         features: Whether leaves contract an input (with ``batch``).
         taken: For every position how many of its children's rows (or of a leaf's own) are taken; ``None`` at
-            those that take them as they are. With a ``batch`` rows of bare leaves are taken in any case.
+            those that combine them as they are. ``batch`` of them are those of the samples in order.
     """
     links = network.tree.links
-    taken = taken or (None,) * len(links)
-    entries = batch is not None and not features
-    rows: list[int] = []
+    taken = taken or (batch,) * len(links)
+    rows, own = list[int](), list[tuple[bool, ...]]()
     for i, below in enumerate(links):
         count = taken[i]
-        if count is not None:
-            rows.append(count)
-        elif batch is not None and (below or features):
-            rows.append(batch)
-        else:
-            rows.append(math.prod(rows[c] for c in below) if below else network.shape(i)[0])
-    kinds = [(rows[i], taken[i], *(rows[c] for c in below)) for i, below in enumerate(links)]
+        ordered = count is not None and count == batch
+        if count is None:
+            count = math.prod(rows[c] for c in below) if below else network.shape(i)[0]
+        rows.append(count)
+        # samples in order are as they are: inputs of leaves, or rows of children
+        same = [ordered and taken[c] == batch for c in below] or [features]
+        own.append(tuple(taken[i] is not None and not alike for alike in same))
+    kinds = [(taken[i] is None, own[i], rows[i], *(rows[c] for c in below)) for i, below in enumerate(links)]
     joins = []
     for level in network.split_levels(kinds):
         first = level.positions[0]
@@ -101,13 +101,12 @@ def schedule(
         call: Einsum | None = None
         axes: tuple[int, ...] = ()
         if links[first] or features:
-            aligned = batch is not None or taken[first] is not None
+            aligned = taken[first] is not None
             read = (rows[first],) * len(heights) if aligned else heights
             axes = _axes(level, aligned, features)
             if level.join != "bare":
                 call = _node_einsum(network, level, read, aligned, axes)
-        own = [taken[first] is not None or (entries and k in level.bare) for k in range(len(heights))]
-        joins.append(Join(level, call, rows[first], heights, axes, tuple(own)))
+        joins.append(Join(level, call, rows[first], heights, axes, own[first]))
     return tuple(joins)
 
 
@@ -119,27 +118,25 @@ def _axes(level: Level, aligned: bool, features: bool) -> tuple[int, ...]:
     return () if aligned else level.bare[:1]
 
 
-def gather(joins: Sequence[Join], rows: Mapping[int, tuple[Tensor, ...]]) -> tuple[Join, ...]:
+def gather(joins: Sequence[Join], rows: Mapping[int, tuple[Any, ...]]) -> tuple[Join, ...]:
     """Give a schedule the rows to take: position -> for each child (or for the leaf itself) which ones."""
     return tuple(_gathering(join, rows) if any(join.taken) else join for join in joins)
 
 
-def _gathering(join: Join, rows: Mapping[int, tuple[Tensor, ...]]) -> Join:
-    def flat(each: Iterable[Tensor], height: int) -> Tensor:
-        return torch.cat([part + k * height for k, part in enumerate(each)])
+def _gathering(join: Join, rows: Mapping[int, tuple[Any, ...]]) -> Join:
+    def flat(axes: Sequence[int]) -> Tensor:
+        read = [[rows[i][k] for k in axes] for i in join.level.positions]
+        return _numbered(*_combined(read, [join.heights[k] for k in axes]))
 
-    taken, picks = [rows[i] for i in join.level.positions], None
-    numbers = [
-        flat((part[k] for part in taken), height) if here else None
-        for k, (height, here) in enumerate(zip(join.heights, join.taken, strict=True))
-    ]
-    if join.axes:
-        sizes = [join.heights[k] for k in join.axes]
-        strides = [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-        pairs = list(zip(join.axes, strides, strict=True))
-        combined = [reduce(torch.add, (part[k] * n for k, n in pairs)) for part in taken]
-        picks = flat(combined, math.prod(sizes))
-    return replace(join, gathers=tuple(numbers), picks=picks)
+    numbers = [flat([k]) if here and k not in join.axes else None for k, here in enumerate(join.taken)]
+    return replace(join, gathers=tuple(numbers), picks=flat(join.axes) if join.axes else None)
+
+
+def _numbered(rows: Tensor, height: int) -> Tensor:
+    """Count rows ``(nodes, rows)`` of matrices of a height each through all nodes."""
+    if len(rows) > 1:
+        rows = rows + torch.arange(0, len(rows) * height, height, device=rows.device).unsqueeze(1)
+    return rows.reshape(-1)
 
 
 def _node_einsum(
@@ -188,61 +185,93 @@ def _node_einsum(
     return min(calls, key=lambda call: call.cost.flops)
 
 
-def distinct_rows(
-    network: Network, columns: Sequence[Tensor]
-) -> tuple[list[int], tuple[bool, ...], list[Tensor]]:
+def distinct_rows(network: Network, index: Tensor) -> tuple[tuple[int | None, ...], list[int], list[Any]]:
     """Find the combinations of children's rows that occur among entries.
 
+    Where more than half of all combinations occur, all are kept; where there are more than half as many as
+    entries, every entry has a row of its own. So indices alike in kind share a schedule.
+
     Returns:
-        For every node how many there are; whether these are not all, so that they have to be taken; and which
-        of its rows each entry has.
+        For every node how many rows are taken, as ``schedule`` takes it; how many are distinct, or all that
+        are kept; and which row each entry has, ``None`` if its own.
     """
-    counts, taken, ids = list[int](), list[bool](), list[Tensor]()
-    unlike = set[int]()  # positions at which no two entries are alike
-    for i, below in enumerate(network.tree.links):
-        if not below:
-            mode: int = network.tree.nodes[i]  # type: ignore[assignment]
-            ids.append(columns[mode])
-            counts.append(network.sizes[mode])
-            taken.append(False)
-            continue
-        # entries that differ at a child differ here
-        start = next((c for c in below if c in unlike), below[0])
-        combined, count = ids[start], counts[start]
-        if start in unlike:
-            unlike.add(i)
-        for c in below[1:] if start not in unlike else ():
-            # two at a time, so that the number of a combination never overflows
-            combined, count = _renumber(combined * counts[c] + ids[c], count * counts[c])
-            if count == len(combined):
-                unlike.add(i)
-                break
-        ids.append(combined)
-        counts.append(count)
-        taken.append(count < math.prod(counts[c] for c in below))
-    return counts, tuple(taken), ids
+    links, samples = network.tree.links, len(index)
+    columns = index.unbind(1)
+    taken, counts = list[int | None]([None] * len(links)), list(network.bonds)
+    ids = list[Any]([None] * len(links))
+    for level in network.levels:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in level.positions:
+            if not links[i]:
+                mode: int = network.tree.nodes[i]  # type: ignore[assignment]
+                ids[i], counts[i] = columns[mode], network.sizes[mode]
+            elif any(ids[c] is None for c in links[i]):  # entries that differ at a child differ here
+                taken[i] = counts[i] = samples
+            else:
+                groups.setdefault(tuple(counts[c] for c in links[i]), []).append(i)
+        # as many nodes at once as take little memory
+        step = max(1, 2**20 // samples)
+        for heights, nodes in (
+            (h, g[k : k + step]) for h, g in groups.items() for k in range(0, len(g), step)
+        ):
+            numbers, most = _combined([[ids[c] for c in links[i]] for i in nodes], heights)
+            total = math.prod(heights)
+            for i, each, count in zip(nodes, numbers, _count_distinct(numbers, most), strict=True):
+                if total <= min(samples, 2 * count):
+                    ids[i], counts[i] = each, total
+                elif 2 * count > samples:
+                    taken[i], counts[i] = samples, count
+                else:
+                    ids[i], taken[i], counts[i] = _ranks(each, most), count, count
+    return tuple(taken), counts, ids
 
 
-def _renumber(numbers: Tensor, most: int) -> tuple[Tensor, int]:
-    """Replace numbers below ``most`` by their ranks among the distinct ones, and count these."""
+def _combined(children: Sequence[Sequence[Tensor]], heights: Sequence[int]) -> tuple[Tensor, int]:
+    """Return numbers ``(nodes, B)`` of the combinations of children's rows, and below what they are."""
+    numbers, most = _stacked([below[0] for below in children]), heights[0]
+    for k, height in enumerate(heights[1:], 1):
+        if most * height >= 2**62:
+            numbers, most = torch.stack([_ranks(each, most) for each in numbers]), numbers.shape[1]
+        numbers = torch.add(_stacked([below[k] for below in children]), numbers, alpha=height)
+        most *= height
+    return numbers, most
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(rows)) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+
+def _count_distinct(numbers: Tensor, most: int) -> list[int]:
+    """Count the distinct numbers below ``most`` in every row."""
+    if most > 4 * numbers.shape[1] + 2**12:
+        ordered = numbers.sort(1)[0]
+        found = torch.ne(ordered[:, 1:], ordered[:, :-1]).sum(1) + 1
+    else:  # without sorting
+        found = numbers.new_zeros((len(numbers), most), dtype=torch.bool).scatter_(1, numbers, True).sum(1)
+    return found.tolist()
+
+
+def _ranks(numbers: Tensor, most: int) -> Tensor:
+    """Replace numbers below ``most`` by their ranks among the distinct ones."""
     if most > 4 * len(numbers):
-        found, inverse = torch.unique(numbers, return_inverse=True)
-        return inverse, len(found)
-    # without sorting
+        inverse: Tensor = torch.unique(numbers, return_inverse=True)[1]
+        return inverse
     order = numbers.new_zeros(most).index_fill_(0, numbers, 1).cumsum(0)
-    return order.index_select(0, numbers) - 1, int(order[-1])
+    return order.index_select(0, numbers) - 1
 
 
 def rows_to_take(
-    network: Network, counts: Sequence[int], taken: Sequence[bool], ids: Sequence[Tensor]
-) -> dict[int, tuple[Tensor, ...]]:
+    network: Network, taken: Sequence[int | None], ids: Sequence[Any]
+) -> dict[int, tuple[Any, ...]]:
     """Return the rows of its children that every node takes, from what ``distinct_rows`` found."""
-    entries = torch.arange(len(ids[-1]), device=ids[-1].device)
     rows = {}
-    for i in itertools.compress(range(len(taken)), taken):
-        # any entry that has the combination tells them
-        example = entries.new_empty(counts[i]).scatter_(0, ids[i], entries)
-        rows[i] = tuple(ids[c].index_select(0, example) for c in network.tree.links[i])
+    for i, count in enumerate(taken):
+        if count is not None:
+            rows[i] = tuple(ids[c] for c in network.tree.links[i])
+            if (own := ids[i]) is not None:  # any entry that has a combination tells it
+                entries = torch.arange(len(own), device=own.device)
+                example = entries.new_empty(count).scatter_(0, own, entries)
+                rows[i] = tuple(each.index_select(0, example) for each in rows[i])
     return rows
 
 
