@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tnreg.errors import OptionError, ShapeError, blame, check_number, check_scalar
 from tnreg.factorizations.assembly import (
@@ -25,6 +26,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.networks.network import Network
 from tnreg.ranks.decompose import truncate
+from tnreg.ranks.rounding import check_finite
 from tnreg.tensors.arrays import largest_of, times_power_of_two
 from tnreg.trees.reading import Node
 
@@ -38,16 +40,34 @@ def add(one: Factorization, other: Factorization) -> Factorization:
     """
     _check_pair(one, other)
     net = _combined(one.network, other.network, product=False)
-    pairs = _pair_weights(one, other, net)
-    sample = next(iter(pairs.values()))[0]
-    must_fit("add: the sum", [(len(s.positions), *s.shape) for s in net.stacks], sample.dtype, sample.device)
-    weights: dict[Node, Tensor] = {}
-    for i, (node, (a, b)) in zip(net.weighted, pairs.items(), strict=True):
-        weights[node] = weight = a.new_zeros(net.shape(i))
-        # the two blocks one after the other, except along modes
-        weight[tuple(map(slice, a.shape))] = a
-        weight[tuple(slice(n - m, n) for n, m in zip(weight.shape, b.shape, strict=True))].add_(b)
-    return hold(net, weights)
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    shapes = [(len(level.positions), *level.shape) for level in net.stacks]
+    must_fit("add: the sum", shapes, dtype, one.device)
+    with torch.no_grad():
+        if one.network.slots == other.network.slots == net.slots and one.network.joins == other.network.joins:
+            sides = [check_finite(model) for model in (one, other)]
+            if one.dtype != dtype:
+                sides[0] = [stack.to(dtype) for stack in sides[0]]
+            return Factorization.holding(net, list(map(_blocks, shapes, *sides)))
+        pairs = zip(net.weighted, _pair_weights(one, other, net).items(), strict=True)
+        return hold(net, {node: _blocks(net.shape(i), *pair) for i, (node, pair) in pairs})
+
+
+def _blocks(shape: tuple[int, ...], one: Tensor, other: Tensor) -> Tensor:
+    """Put two blocks one after the other along all axes but those that keep their size, where they add up."""
+    padding, where = _places(shape, one.shape, other.shape)
+    whole = pad(one, padding)
+    whole[where].add_(other)
+    return whole
+
+
+@lru_cache(maxsize=1024)
+def _places(
+    shape: tuple[int, ...], one: torch.Size, other: torch.Size
+) -> tuple[list[int], tuple[slice, ...]]:
+    """Return what ``pad`` puts behind the first block, and where the other one is."""
+    padding = [x for n, m in zip(shape[::-1], one[::-1], strict=True) for x in (0, n - m)]
+    return padding, tuple(slice(n - m, n) for n, m in zip(shape, other, strict=True))
 
 
 def subtract(one: Factorization, other: Factorization) -> Factorization:

@@ -92,6 +92,10 @@ class Stacks(nn.ParameterList):
             stack = super().__getitem__(k)
         return gather(stack)
 
+    def __iter__(self) -> Iterator[Any]:
+        own = map(self._parameters.get, map(str, range(self._size)))
+        return iter([self[k] if stack is None else gather(stack) for k, stack in enumerate(own)])
+
     def _is_plain(self, k: int) -> bool:
         own = self._parameters.get(str(k))
         return own is not None and not hasattr(own, "full_tensor")

@@ -380,15 +380,21 @@ def to_factorization(
 
 def finite_stacks(model: Factorization) -> list[Tensor]:
     """Return a factorization's stacks in double precision, or raise if they are not finite."""
+    return [double(stack) for stack in check_finite(model)]
+
+
+def check_finite(model: Factorization) -> list[Tensor]:
+    """Return a factorization's stacks, or raise if they are not finite."""
     stacks = list(model.stacks)
     # sums are finite, unless something is wrong or near the end of the range
-    sums = torch.stack([stack.detach().sum() for stack in stacks])
-    if not bool(sums.isfinite().all() or all(largest_of(stack.detach()).isfinite() for stack in stacks)):
+    with torch.no_grad():
+        finite = torch.stack([stack.sum() for stack in stacks]).isfinite().all()
+    if not bool(finite or all(largest_of(stack.detach()).isfinite() for stack in stacks)):
         broken = [node for node, weight in model.weights.items() if not weight.isfinite().all()]
         raise DataError(
             f"the weights of {len(broken)} nodes are NaN or infinite, first {broken[0]!r}.", argument="model"
         )
-    return [double(stack) for stack in stacks]
+    return stacks
 
 
 def network_of(tree: ModeTree, weights: Mapping[int, Tensor]) -> tuple[Network, list[Tensor]]:
