@@ -216,7 +216,7 @@ def test_trees_a_thousand_nodes_deep():
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(model=zoo.models(), data=st.data())
+@given(model=st.booleans().flatmap(lambda bare: zoo.models(bare=bare)), data=st.data())
 def test_random_models(model, data):
     x, size = dense(model), weights_norm(model)
     modes = sorted(data.draw(st.sets(st.integers(0, model.tree.order - 1), min_size=1)))
@@ -234,13 +234,13 @@ def test_random_models(model, data):
 )
 def test_guarantees_on_random_models(dtype, rtol, data):
     """decompose, truncate, sums and products: any tree, joins, sizes and dtype, any tolerance."""
-    model = data.draw(zoo.models(dtype))
-    tree, join = model.tree, model.network.named_joins
+    model = data.draw(zoo.models(dtype, bare=data.draw(st.booleans())))
+    tree, join, leaves = model.tree, model.network.named_joins, model.network.named_leaves
     other = copy.deepcopy(model)
     other.load_weights({v: w.detach().flip(0) for v, w in model.weights.items()})
     wide, x, size = torch.promote_types(dtype, torch.float64), dense(model), weights_norm(model)
     weights = ({v: w.to(wide) for v, w in m.weights.items()} for m in (model, other))
-    exact, reverse = (dense(Factorization.from_weights(tree, w, join=join)) for w in weights)
+    exact, reverse = (dense(Factorization.from_weights(tree, w, join=join, leaves=leaves)) for w in weights)
     factors, total = [1.0, -2.0, 0.5], 1.5 * exact - 2 * reverse
     for found, expected, terms in (
         (decompose(x, tree, rtol=rtol), x.to(wide), 0.0),
