@@ -516,8 +516,10 @@ class Factorization(NetworkModule):
         dtype = torch.promote_types(self.dtype, other.dtype)
         self._reshard()
         other._reshard()
-        first = [exact_scales(stack.to(dtype)) for stack in self.stacks]
-        second = first if other is self else [exact_scales(stack.to(dtype)) for stack in other.stacks]
+        first, second = list(self.stacks), list(other.stacks)
+        if not self.dtype == other.dtype == dtype or dtype.itemsize == 2:
+            first, second = ([exact_scales(stack.to(dtype)) for stack in side] for side in (first, second))
+        second = first if other is self else second
         with without_autocast(self.device):
             return inner_products((self.network, other.network), (first, second))
 

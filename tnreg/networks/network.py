@@ -92,7 +92,7 @@ class Stacked:
         if places.span is not None:
             stack, slots = places.span
             tensor = self.tensors[stack]
-            if len(places.pairs) == len(tensor):
+            if len(places.pairs) == tensor.shape[0]:
                 return tensor
             if not (tensor.requires_grad and torch.is_grad_enabled()):
                 return tensor[slots]

@@ -208,12 +208,14 @@ class _Meeting:
             of which size, if they are identities.
         tied: Whether those are multiplied entry by entry first, as both have a diagonal join.
         call: The contraction; ``None`` where one leaf is bare, or both.
+        axis: Of the weights, where the only child is that is no identity: as in trains, two products then do.
     """
 
     weights: tuple[Places | None, ...]
     children: tuple[tuple[Places, int | None], ...]
     tied: bool
     call: Einsum | None
+    axis: int | None = None
 
 
 @lru_cache(maxsize=64)
@@ -255,7 +257,10 @@ def _meetings(one: Network, other: Network) -> tuple[_Meeting, ...]:
                 words.append(node + "".join(word))
         call = einsum(f"{','.join(words)}->{node}{above[0]}{above[1]}",
                       *(tuple(sizes[s] for s in word) for word in words))  # fmt: skip
-        found.append(_Meeting(weights, children, tied, call))
+        axis = None
+        if joins == ["full", "full"] and len(children) == 1 and above[0]:
+            axis = 1 + level.children.index(children[0][0])
+        found.append(_Meeting(weights, children, tied, call, axis))
     return tuple(found)
 
 
@@ -290,12 +295,13 @@ def _plain_inner_products(meetings: Sequence[_Meeting], stacks: Sequence[Sequenc
 
     def moderate(x: Tensor) -> Tensor:
         nonlocal log2
-        sizes.append(torch.linalg.vector_norm(x.detach()).item())
-        if not 1 / near < sizes[-1] < near:
-            exponent = math.frexp(sizes[-1])[1]
+        norm: float = torch.linalg.vector_norm(x.detach() if x.requires_grad else x).tolist()
+        sizes.append(norm)
+        if not 1 / near < norm < near:
+            exponent = math.frexp(norm)[1]
             x, log2 = x * 2.0**-exponent, log2 + exponent * len(x)
         if x.ndim == 3:
-            products.setdefault(x.shape, []).append(x.detach())
+            products.setdefault(x.shape, []).append(x)
         return x
 
     for meeting in meetings:
@@ -311,14 +317,24 @@ def _plain_inner_products(meetings: Sequence[_Meeting], stacks: Sequence[Sequenc
             below.append(grams.pick(place) if size is None else eye.expand(len(place.pairs), -1, -1))
         while meeting.tied and len(below) > 1:
             below.append(moderate(below.pop() * below.pop()))
-        gram = moderate(meeting.call([*below, *(w for w in (one, other) if w is not None)]))
+        operands = [*below, *(w for w in (one, other) if w is not None)]
+        gram = meeting.call(operands) if meeting.axis is None else _along_axis(meeting.axis, *operands)
+        gram = moderate(gram)
         grams.append(gram)
     for group in products.values():  # equal ones of a chain together
-        x = (torch.cat(group) if len(group) > 1 else group[0]).abs()
+        x = (torch.cat(group) if len(group) > 1 else group[0]).detach().abs()
         sizes += torch.stack([*torch.aminmax(x.amax(1)), *torch.aminmax(x.amax(2))]).tolist()
     if not all(1 / far < size < far for size in sizes):
         return None
     return Scaled(gram[0], gram.real.new_tensor(float(log2)))
+
+
+def _along_axis(axis: int, gram: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Contract all but the last axes of weights ``(n, ..)``, one of them through a matrix ``(n, R, R')``."""
+    one, other = one.movedim(axis, 1), other.movedim(axis, 1)
+    product = gram @ other.reshape(len(other), other.shape[1], -1)
+    rows = product.reshape(len(product), -1, other.shape[-1])
+    return one.reshape(len(one), -1, one.shape[-1]).mT @ rows
 
 
 def _scaled_inner_products(networks: Sequence[Network], stacks: Sequence[Sequence[Tensor]]) -> Scaled:
