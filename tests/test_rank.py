@@ -78,7 +78,7 @@ def graded(*shape, decades, dtype):
     for n, size in enumerate(shape):
         turn = torch.linalg.qr(zoo.randn(size, size, dtype=dtype, seed=n))[0]
         weights = 10.0 ** torch.linspace(0, -decades, size, dtype=torch.float64)
-        tensor = torch.tensordot(tensor, turn * weights, dims=([0], [1]))
+        tensor = torch.tensordot(tensor, (turn * weights).to(dtype), dims=([0], [1]))
     return tensor
 
 
@@ -132,6 +132,58 @@ def test_spectra_of_every_tree_around_its_middle(name, monkeypatch):
         tensor = zoo.randn(*sizes)
         for v, s in spectra(tensor, tree).items():
             zoo.assert_close(s, torch.linalg.svdvals(matricize(tensor, tree.modes_below(v))), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64, torch.float16])
+@pytest.mark.parametrize("name", zoo.TREES)
+def test_spectra_in_single_precision(name, dtype, monkeypatch):
+    """Of tensors and factorizations, also where squares would leave the range of float32."""
+    tree, wide = zoo.TREES[name], torch.complex128 if dtype.is_complex else torch.float64
+    model = zoo.model_of(tree, zoo.joins_of(tree)["mixed"], dtype=wide)
+    monkeypatch.setattr("tnreg.ranks.dense._SMALL", 10)
+    for scale in (1.0,) if dtype == torch.float16 else (1.0, 1e-30, 1e30):
+        weights = {
+            v: (w.detach() * scale ** (-1) ** k).to(dtype) for k, (v, w) in enumerate(model.weights.items())
+        }
+        scaled, twin = (
+            Factorization.from_weights(
+                tree, {v: w.to(d) for v, w in weights.items()}, join=model.network.named_joins
+            )
+            for d in (dtype, wide)
+        )
+        x = (scale * zoo.randn(*zoo.sizes_of(tree), dtype=wide)).to(dtype)
+        with torch.no_grad():
+            pairs = [(scaled, twin), (x, x.to(wide))]
+            found = [(spectra(one, tree, precision="single"), spectra(two, tree)) for one, two in pairs]
+        found.append((spectra(scaled, precision="single"), found[0][1]))  # through the bonds
+        for spectra_of, wanted in found:
+            for v, s in spectra_of.items():
+                assert s.dtype == x.real.dtype
+                if 1e-35 < float(wanted[v][0]) < 1e38:
+                    zoo.assert_close(s.double(), wanted[v], 1e-5 if dtype != torch.float16 else 1e-3)
+
+
+def test_single_precision_of_columns_of_any_size():
+    model = zoo.model_of(ModeTree.binary(4), "full", bonds=3)
+    weights, scales = dict(model.weights), torch.tensor([1e-18, 1.0, 1e18], dtype=torch.float64)
+    for node in (0, 1):
+        weights[node] = weights[node] * scales
+    weights[0, 1] = weights[0, 1] / scales[:, None] / scales[:, None, None]
+    scaled = Factorization.from_weights(
+        model.tree, {v: w.detach().float() for v, w in weights.items()}, join="full"
+    )
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for v, s in spectra(scaled, precision="single").items():
+                zoo.assert_close(s.double(), spectra(model)[v], 1e-5)
+
+
+def test_single_precision_of_larger_tensors():
+    for name, (tree, shape) in SHAPES.items():
+        for kind, tensor in kinds_of_tensors(shape, torch.float32).items():
+            for v, s in spectra(tensor, tree, precision="single").items():
+                wanted = torch.linalg.svdvals(matricize(tensor.double(), tree.modes_below(v)))
+                assert float((s - wanted).abs().max()) <= 1e-5 * float(wanted[0]), (name, kind, v)
 
 
 def test_exact_ranks():

@@ -328,7 +328,7 @@ def truncate(
             kept: dict[Any, str] = {tree.nodes[i]: "bare" for i in bare - asked}
             given = {v: weight for v, weight in weights_of(model, bare=False).items() if v not in kept}
             model = Factorization.from_weights(tree, given, join=model.network.named_joins, leaves=kept)
-        rounded = round_network(model.network, finite_stacks(model), budget, dtype=model.dtype)
+        rounded = round_network(model.network, finite_stacks(model)[0], budget, dtype=model.dtype)
         reach = 0.9 * math.log2(torch.finfo(model.dtype).max)
         if abs(rounded.log2) > reach * len(rounded.weights) and budget.free:
             # too few weights are left for so large or small a tensor

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tnreg.errors import DataError, ShapeError, check_number
-from tnreg.tensors.arrays import as_tensor, check_dense, double, seeded, to_range
+from tnreg.tensors.arrays import as_tensor, check_dense, double, seeded, times_power_of_two, to_range
 from tnreg.tensors.axes import axis_gram, triangle
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 # Eigenvalues of a Gram matrix carry an error of about eps * s_max². A singular value s then has an error of
-# some 10 eps * s_max² / s: above this share of s_max below 1e-11 * s_max.
-_GRAM_FLOOR = 1e-3
+# some 10 eps * s_max² / s: above this share of s_max below 1e-11 * s_max, in single precision 1e-5 * s_max.
+_GRAM_FLOOR = {torch.float64: 1e-3, torch.float32: 1e-1}
 
 # Tensors up to here get one SVD per node: more would take longer than it saves.
 _SMALL = 2**12
@@ -43,7 +43,9 @@ class _Branch:
     parts: tuple[_Branch, ...] = ()
 
 
-def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node, Tensor]:
+def dense_spectra(
+    x: Tensor | np.ndarray[Any, Any], tree: ModeTree, work: torch.dtype = torch.float64
+) -> dict[Node, Tensor]:
     """Compute what ``spectra`` promises of a dense tensor.
 
     Some node of the tree has branches around it none of which has more entries than all others together.
@@ -53,20 +55,25 @@ def dense_spectra(x: Tensor | np.ndarray[Any, Any], tree: ModeTree) -> dict[Node
     that, random vectors look for a basis of the rows; if it is small, and misses no more than rounding, its
     coordinates take their place.
 
-    Errors stay below 1e-11 of the largest singular value (float64). A small tensor gets one SVD per node; so
-    does one that requires a gradient, which is then differentiable.
+    Errors stay below 1e-11 of the largest singular value (float64), in single precision below 1e-5. A small
+    tensor gets one SVD per node; so does one that requires a gradient, which is then differentiable.
     """
     x = check_dense(x, tree)
     if x.requires_grad and torch.is_grad_enabled():
-        values, log2 = _svdvals_of_nodes(double(x), tree), 0
+        scaled, log2 = to_range(x, work)
+        values = _svdvals_of_nodes(scaled, tree)
     else:
-        values, log2 = scaled_spectra(x, tree)
-    return {node: (s * 2.0**log2 if log2 else s).to(x.real.dtype) for node, s in values.items()}
+        values, log2 = scaled_spectra(x, tree, work)
+    if log2:  # the power alone may leave the range of single precision
+        values = {node: times_power_of_two(double(s), log2) for node, s in values.items()}
+    return {node: s.to(x.real.dtype) for node, s in values.items()}
 
 
-def scaled_spectra(x: Tensor, tree: ModeTree) -> tuple[dict[Node, Tensor], int]:
+def scaled_spectra(
+    x: Tensor, tree: ModeTree, work: torch.dtype = torch.float64
+) -> tuple[dict[Node, Tensor], int]:
     """Compute ``(values, log2)`` of a checked tensor; its singular values are ``values * 2**log2``."""
-    x, log2 = to_range(double(x.detach()))
+    x, log2 = to_range(x.detach(), work)
     if x.numel() <= _SMALL:
         return _svdvals_of_nodes(x, tree), log2
     branches = _branches_of(tree, tuple(x.shape))
@@ -81,7 +88,10 @@ def scaled_spectra(x: Tensor, tree: ModeTree) -> tuple[dict[Node, Tensor], int]:
 def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
     spectra: dict[int, Tensor] = {}
     for cut, order, columns in _matrices_of(tree, tuple(x.shape)):
-        spectra |= dict.fromkeys(cut, torch.linalg.svdvals(x.permute(order).reshape(-1, columns)))
+        matrix = x.permute(order).reshape(-1, columns)
+        if len(matrix) >= 32 * columns and not x.requires_grad:  # with two threads a fourth of the time
+            matrix = triangle(matrix)
+        spectra |= dict.fromkeys(cut, torch.linalg.svdvals(matrix))
     return {node: spectra[i] for i, node in enumerate(tree.nodes[:-1])}
 
 
@@ -148,13 +158,15 @@ class _Spectra:
             if by_gram and core.numel() >= 2 * branch.rows**2:
                 gram = axis_gram(view)
                 values = _roots(gram)
-                by_gram = bool(values[-1] > _GRAM_FLOOR * values[0])  # else seldom for larger branches
+                by_gram = bool(
+                    values[-1] > _GRAM_FLOOR[values.dtype] * values[0]
+                )  # else seldom for larger branches
                 if by_gram:
                     self._set(branch, values)
                     self._trace(branch, gram)
                     continue
             rows = view.transpose(0, 1).reshape(branch.rows, -1)
-            basis = self._basis(rows)
+            basis = self._basis(rows) if branch.nodes else None
             if basis is not None:
                 rows = basis.mH @ rows
                 core = rows.reshape(-1, len(view), view.shape[2]).transpose(0, 1)

@@ -34,9 +34,11 @@ from tnreg.tensors.arrays import Scaled, powers_below
 
 # Numbers in all frames together (a GiB), and in those of one batch of several nodes.
 _MOST_NUMBERS, _MOST_AT_ONCE = 2**27, 2**24
-# Norms of nodes that need no scale. Where no column of products of such numbers is further from 1 than by
-# this power of two, nothing that shows in it can have left the range of doubles.
-_PLAIN, _MODERATE = (2.0**-32, 2.0**32), 332
+# Powers of two. Nodes whose norms are no further from 1 need no scale; where no column of products of such
+# numbers is further from 1, nothing that shows in it can have left the range; half of the largest power.
+_PLAIN = {torch.float64: 32, torch.float32: 8}
+_MODERATE = {torch.float64: 332, torch.float32: 40}
+_HALF = {torch.float64: 500, torch.float32: 63}
 # The last steps before a root have one column above them. Up to so many times the bond it is cheaper to keep
 # all rows of a step than to orthogonalize them.
 _ROWS_KEPT = 4
@@ -181,12 +183,12 @@ def frames_fit(network: Network) -> bool:
 
 
 def frames(network: Network, stacks: Sequence[Tensor], *, bases: bool = True) -> list[Frame]:
-    """Compute the frames of all batches, leaves first, from stacks of weights in double precision.
+    """Compute the frames of all batches, leaves first, from stacks of weights.
 
     Without ``bases`` the factors alone are kept. They are differentiable in the weights.
     """
     found, furthest = _frames(network, stacks, bases, by_column=False)
-    if bool(torch.stack(furthest).amax() < _MODERATE):
+    if bool(torch.stack(furthest).amax() < _MODERATE[stacks[0].real.dtype]):
         return found
     return _frames(network, stacks, bases, by_column=True)[0]
 
@@ -354,7 +356,7 @@ def _through(weight: Tensor, below: Sequence[Scaled | None], by_column: bool) ->
     size = (weight.detach().abs().log2() + total).flatten(1, -2).amax(1)
     top = torch.where(torch.isfinite(size), size, torch.zeros_like(size)).round()
     apart = total - top.reshape(len(top), *[1] * (weight.ndim - 2), -1)
-    half = torch.exp2((apart / 2).clamp(max=500))  # twice, as the whole power may overflow
+    half = torch.exp2((apart / 2).clamp(max=_HALF[apart.dtype]))  # twice, as the whole power may overflow
     return Scaled(climb(weight * half * half, factors), top)
 
 
@@ -392,7 +394,8 @@ def _rescale(matrix: Tensor, by_column: bool) -> Scaled:
     """
     if not by_column:
         norms = torch.linalg.vector_norm(matrix.detach(), dim=(1, 2)).tolist()
-        if all(_PLAIN[0] < norm < _PLAIN[1] for norm in norms):
+        plain = 2.0 ** _PLAIN[matrix.real.dtype]
+        if all(1 / plain < norm < plain for norm in norms):
             return Scaled(matrix, matrix.real.new_zeros(len(norms), 1))
     sizes = matrix.detach().abs().amax(1)
     log2 = powers_below(sizes if by_column else sizes.amax(1, keepdim=True))
@@ -494,7 +497,7 @@ def vectors_by_squares(network: Network, found: Sequence[Frame]) -> list[Values]
 
 
 def values_through_bonds(network: Network, stacks: Sequence[Tensor]) -> list[tuple[tuple[int, ...], Scaled]]:
-    """Compute singular values of all nodes but the root, differentiable in the weights (double precision).
+    """Compute singular values of all nodes but the root, differentiable in the weights.
 
     Return some nodes' positions and their values ``(nodes, count)`` with scales ``(nodes, 1)``, again and
     again, together for every node but the root.
@@ -556,7 +559,7 @@ def _through_bonds(
                 rows, more = moderate(basis.mH @ rows)
                 matrices[child].add(place, rows.mT)
                 scales[child].add(place, log2 + more)
-    return results, bool(torch.stack(furthest).amax() < _MODERATE)
+    return results, bool(torch.stack(furthest).amax() < _MODERATE[stacks[0].real.dtype])
 
 
 def _multiply(own: Scaled | None, outside: Sequence[Scaled]) -> Scaled:

@@ -28,7 +28,7 @@ from tnreg.ranks.frames import (
     values_in_frames,
     vectors_by_squares,
 )
-from tnreg.tensors.arrays import double, largest_of, times_power_of_two
+from tnreg.tensors.arrays import double, exact_scales, largest_of, power_below, single_of, times_power_of_two
 from tnreg.tensors.axes import rounding_rtol
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -378,9 +378,23 @@ def to_factorization(
     return model
 
 
-def finite_stacks(model: Factorization) -> list[Tensor]:
-    """Return a factorization's stacks in double precision, or raise if they are not finite."""
-    return [double(stack) for stack in check_finite(model)]
+def finite_stacks(model: Factorization, work: torch.dtype = torch.float64) -> tuple[list[Tensor], float]:
+    """Return stacks in a precision and the power of two that their tensor is to be multiplied by.
+
+    Refuse weights that are not finite.
+    """
+    stacks = check_finite(model)
+    if work == torch.float64:
+        return [double(stack) for stack in stacks], 0.0
+    scaled, log2 = list[Tensor](), 0.0
+    for stack in map(exact_scales, stacks):
+        if stack.dtype != single_of(stack.dtype):  # what is far out of range gets a scale
+            powers = power_below(stack.detach().abs().flatten(1).amax(1))
+            powers = torch.where(powers.abs() < 60, 0.0, powers)
+            log2 += float(powers.sum())
+            stack = stack / torch.exp2(powers).reshape(-1, *[1] * (stack.ndim - 1))
+        scaled.append(stack.to(single_of(stack.dtype)))
+    return scaled, log2
 
 
 def check_finite(model: Factorization) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Singular values and ranks along a tree, of dense tensors, factorizations and tensors larger than memory.
 
 Those of a factorization come from orthonormal frames, or through the bonds where gradients are needed or
-frames would not fit into memory, see ``tnreg.ranks.frames``. Both work in double precision at any scale, and
-values are right down to eps times the largest one.
+frames would not fit into memory, see ``tnreg.ranks.frames``. Both work at any scale, and values are right
+down to eps times the largest one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from tnreg.ranks.decompose import decompose
 from tnreg.ranks.dense import dense_spectra, numerical_rank, scaled_spectra
 from tnreg.ranks.frames import batches, frames, frames_fit, scale_of, values_in_frames, values_through_bonds
 from tnreg.ranks.rounding import finite_stacks
-from tnreg.tensors.arrays import Scaled, check_dense, double
+from tnreg.tensors.arrays import Scaled, check_dense, check_precision, double
 from tnreg.tensors.axes import rounding_rtol
 from tnreg.tensors.blocks import as_blocks, is_blocks, memory_of, whole
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 
-def spectra(x: Any, tree: ModeTree | None = None, *, memory: int | str | None = None) -> dict[Node, Tensor]:
+def spectra(
+    x: Any, tree: ModeTree | None = None, *, memory: int | str | None = None, precision: str = "double"
+) -> dict[Node, Tensor]:
     """Compute the singular values of the matricization at every node but the root.
 
     At node v the rows are the modes below v and the columns all other modes: ``[x]_v = Σ_i σ_i u_i w_i*``,
@@ -38,6 +40,9 @@ def spectra(x: Any, tree: ModeTree | None = None, *, memory: int | str | None = 
             an array of Dask, zarr or h5py, which may be larger than memory.
         tree: Mode tree over ``0..N-1``; the factorization's own if left out, and no other.
         memory: As in ``decompose``.
+        precision: ``"double"``, or ``"single"`` to compute in float32 or complex64, in half the memory, also
+            from numbers in double precision. Errors then stay below 1e-5 of the largest value of a dense
+            tensor's node. What is read block by block is computed in double precision.
 
     Returns:
         ``{node: singular values}``, descending, ``min(rows, columns)`` of them for a dense tensor
@@ -46,7 +51,8 @@ def spectra(x: Any, tree: ModeTree | None = None, *, memory: int | str | None = 
 
     Raises:
         ShapeError, DataError: ``x`` does not fit the tree, or has NaN, infinite or integer numbers.
-        OptionError: A dense tensor without a tree, or a factorization with another tree than its own.
+        OptionError: A dense tensor without a tree, a factorization with another tree than its own, or an
+            unknown precision.
         SizeError: Read block by block, the tensor's ranks do not let it become small enough for the
             memory allowed; ``spectra(decompose(x, tree, rtol=...))`` is then off by at most ``rtol ‖x‖``.
 
@@ -60,24 +66,26 @@ def spectra(x: Any, tree: ModeTree | None = None, *, memory: int | str | None = 
         >>> spectra(torch.einsum("ac,bd->abcd", pair, pair), tree)[0]
         tensor([1.7321, 1.7321, 1.7321])
     """
-    x = factorization_of(x)
+    x, work = factorization_of(x), check_precision(precision)
     if isinstance(x, Factorization):
         _check_own_tree(x, tree)
         real = x.stacks[0].real.dtype
         values: dict[int, Tensor] = {}
-        for positions, scaled in _factored_spectra(x):
+        for positions, scaled in _factored_spectra(x, work):
             values |= zip(positions, scaled.value().to(real).unbind(0), strict=True)
         return {node: values[i] for i, node in enumerate(x.tree.nodes[:-1])}
     tree = _check_tree(tree)
-    return _spectra_of_blocks(x, tree, memory) if is_blocks(x) else dense_spectra(x, tree)
+    return _spectra_of_blocks(x, tree, memory, work) if is_blocks(x) else dense_spectra(x, tree, work)
 
 
-def _spectra_of_blocks(x: Any, tree: ModeTree, memory: int | str | None) -> dict[Node, Tensor]:
+def _spectra_of_blocks(
+    x: Any, tree: ModeTree, memory: int | str | None, work: torch.dtype = torch.float64
+) -> dict[Node, Tensor]:
     """Decompose to rounding, and fill up with zeros what that cuts off."""
     array, allowed = as_blocks(x), memory_of(memory)
     small = whole(array, allowed)
     if small is not None:
-        return dense_spectra(small, tree)
+        return dense_spectra(small, tree, work)
     spectra_of = spectra(decompose(array, tree, memory=allowed).requires_grad_(False))
     total = math.prod(array.shape)
     for node, values in spectra_of.items():
@@ -168,18 +176,21 @@ def _check_own_tree(model: Factorization, tree: ModeTree | None) -> None:
         )
 
 
-def _factored_spectra(model: Factorization) -> list[tuple[tuple[int, ...], Scaled]]:
+def _factored_spectra(
+    model: Factorization, work: torch.dtype = torch.float64
+) -> list[tuple[tuple[int, ...], Scaled]]:
     """Return positions and singular values ``(positions, count)``, together of every node but the root."""
     net = model.network
-    stacks = finite_stacks(model)
+    stacks, power = finite_stacks(model, work)
     differentiable = torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks)
     if differentiable or not frames_fit(net):
-        return values_through_bonds(net, stacks)
+        found = values_through_bonds(net, stacks)
+        return [(nodes, Scaled(double(x), double(log2) + power)) for nodes, (x, log2) in found]
     with torch.no_grad():
         in_frames = frames(net, stacks)
         size, log2 = scale_of(in_frames)
         return [
-            (batch.nodes, Scaled(part.values * size, log2))
+            (batch.nodes, Scaled(double(part.values * size), double(log2) + power))
             for batch, part in zip(batches(net), values_in_frames(net, in_frames), strict=False)
             if not batch.step
         ]

@@ -57,10 +57,10 @@ def interchange(model: Factorization, *, rtol: float) -> Factorization:
 
 def _interchanged(model: Factorization, share: float) -> Factorization | None:
     """Return the model along the tree that is found; ``None`` if its nodes would not fit into memory."""
-    stacks = finite_stacks(model)
+    stacks, _ = finite_stacks(model)
     try:
         binary = _rebuilt(model, two_at_a_time=True)
-        stacks = [stack.cpu() for stack in finite_stacks(binary)]
+        stacks = [stack.cpu() for stack in finite_stacks(binary)[0]]
         first = round_network(
             binary.network, stacks, Budget(share=_FIRST * share or None), dtype=torch.float64
         )

@@ -216,21 +216,37 @@ def double(x: Tensor) -> Tensor:
     return x.to(wide)
 
 
-def to_core(x: Tensor, tree: ModeTree) -> tuple[Tensor, int]:
+def to_core(x: Tensor, tree: ModeTree, work: torch.dtype = torch.float64) -> tuple[Tensor, int]:
     """Return ``(core, log2)``, the tensor as ``core * 2**log2``, axes in the order of the tree's leaves.
 
-    In double precision, on a scale whose squares stay in range.
+    See ``to_range``.
     """
-    return to_range(double(x.detach().permute(tree.leaf_order)).contiguous())
+    core, log2 = to_range(x.detach().permute(tree.leaf_order), work)
+    return core.contiguous(), log2
 
 
-def to_range(x: Tensor) -> tuple[Tensor, int]:
-    """Return ``(y, log2)`` with ``x = y * 2**log2``, whose squares stay in range."""
-    largest = float(largest_of(x))
-    if squares_fit(largest):
-        return x, 0
-    log2 = math.frexp(largest)[1] - 1
-    return times_power_of_two(x, -log2), log2
+def to_range(x: Tensor, work: torch.dtype = torch.float64) -> tuple[Tensor, int]:
+    """Return ``(y, log2)``, ``x = y * 2**log2``, with ``y`` in a precision and squares that stay in range."""
+    x = double(x) if work == torch.float64 else exact_scales(x)
+    largest, log2 = float(largest_of(x.detach())), 0
+    if not squares_fit(largest, work):
+        log2 = math.frexp(largest)[1] - 1
+        x = times_power_of_two(x, -log2)
+    return x if work == torch.float64 else x.to(single_of(x.dtype)), log2
+
+
+def single_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the single precision of a real or complex dtype."""
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
+def check_precision(precision: Any) -> torch.dtype:
+    """Return the real dtype of a precision: ``"double"`` or ``"single"``."""
+    if precision not in ("double", "single"):
+        raise OptionError(
+            f"precision must be 'double' or 'single', found {precision!r}.", argument="precision"
+        )
+    return torch.float64 if precision == "double" else torch.float32
 
 
 def times_power_of_two(x: Any, exponent: int) -> Any:
@@ -239,9 +255,10 @@ def times_power_of_two(x: Any, exponent: int) -> Any:
     return x * 2.0**half * 2.0 ** (exponent - half)
 
 
-def squares_fit(largest: float) -> bool:
-    """Return whether squares of numbers up to this, and their sums, keep all digits of doubles."""
-    return largest == 0 or 1e-100 < largest < 1e100
+def squares_fit(largest: float, work: torch.dtype = torch.float64) -> bool:
+    """Return whether squares of numbers up to this, and their sums, keep all digits of a precision."""
+    low, high = (1e-100, 1e100) if work == torch.float64 else (1e-6, 1e12)
+    return largest == 0 or low < largest < high
 
 
 def largest_of(x: Tensor) -> Tensor:
