@@ -274,6 +274,16 @@ def test_refuses():
         ({"ranks": {(0, 1): 1.5}}, OptionError, r"node \(0, 1\) needs a positive integer"),
         ({"ranks": {(0, 1, 2, 3): 2}}, OptionError, "root .* has no bond above it"),
         ({"ranks": {9: 2}}, TreeError, "9"),
+        ({"rtol": {0: 1.0}}, OptionError, r"node 0: rtol must be a number in \[0, 1\)"),
+        ({"rtol": {9: 0.1}}, TreeError, "9"),
+        ({"rtol": {(0, 1, 2, 3): 0.1}}, OptionError, "rtol: the root .* has no bond above it"),
+        ({"rtol": {0: 0.1}, "atol": 1}, OptionError, "give one of them"),
+        *(({"atol": x}, OptionError, "atol must be a finite number >= 0") for x in (-1, math.inf, "x")),
+        ({"max_numbers": 0}, OptionError, "max_numbers must be an integer >= 1, found 0"),
+        ({"max_numbers": 9}, OptionError, "too few: with all bonds of size 1 there are 18 numbers"),
+        ({"leaves": "no"}, OptionError, "mode 0 needs 'auto', 'weights' or 'bare', found 'no'"),
+        ({"leaves": {(0, 1): "bare"}}, OptionError, r"node \(0, 1\) is no leaf"),
+        ({"leaves": {9: "bare"}}, TreeError, "9"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             decompose(model.to_tensor(), model.tree, **options)
@@ -327,3 +337,140 @@ def test_rounding_where_singular_values_are_equal(nested, dtype):
         reached = float((found.to_tensor().detach() - x).norm() / x.norm())
         assert reached <= rtol and reached <= found.error_bound / float(x.norm())
         assert max(found.network.bonds) < 36
+
+
+def error_of(found, tensor):
+    return float((found.to_tensor().detach() - tensor).norm() / tensor.norm())
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("leaves", ["auto", "weights", "bare"])
+@pytest.mark.parametrize("name", ["matrix", "single", "cp-4", "htf-4", "mixed-arity", "one-child", "uneven",
+                                  "across", "caterpillar", "named"])  # fmt: skip
+def test_the_error_allowed_is_spent(name, leaves):
+    """At least 0.97 of it; or no bond can be smaller by one, however the tensor is rounded then."""
+    tree = zoo.TREES[name]
+    sizes = zoo.sizes_of(tree)
+    noise = 1e-2 * zoo.randn(*sizes)
+    for tensor in (zoo.randn(*sizes, seed=3), decaying(sizes) + noise, decaying(sizes, torch.complex128)):
+        model = decompose(tensor, tree, leaves="weights")
+        for rtol in (0.02, 0.3):
+            for found in (decompose(tensor, tree, rtol=rtol, leaves=leaves),
+                          truncate(model, rtol=rtol, leaves=leaves)):  # fmt: skip
+                assert_kept(found, tensor, rtol)
+                if error_of(found, tensor) > 0.97 * rtol:
+                    continue
+                bare, bonds = found.network.bare, found.network.bonds
+                kept = {tree.nodes[i]: bond for i, bond in enumerate(bonds[:-1]) if i not in bare}
+                for node, bond in kept.items():
+                    if bond > 1:
+                        less = decompose(tensor, tree, ranks={**kept, node: bond - 1},
+                                         leaves=found.network.named_leaves)  # fmt: skip
+                        assert error_of(less, tensor) > rtol * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+def test_bare_leaves_where_that_saves_numbers(name):
+    tree = zoo.TREES[name]
+    for join in zoo.joins_of(tree).values():
+        model = zoo.model_of(tree, join, leaves={0: "bare"}, bonds=zoo.SIZES[0])
+        tensor = model.to_tensor().detach()
+        for rtol in (None, 1e-2, 0.4):
+            counts = {}
+            for leaves in ("auto", "weights", "bare", {0: "weights"}, {0: "bare"}):
+                for found in (decompose(tensor, tree, rtol=rtol, leaves=leaves),
+                              truncate(model, rtol=rtol, leaves=leaves)):  # fmt: skip
+                    assert_kept(found, tensor, rtol)
+                    asked = found.network.named_leaves
+                    if leaves in ("weights", "bare"):
+                        assert set(asked.values()) == {leaves}
+                    elif leaves != "auto":
+                        assert asked[0] == leaves[0]
+                counts[str(leaves)] = count(decompose(tensor, tree, rtol=rtol, leaves=leaves))
+            assert counts["auto"] <= min(counts.values())
+
+
+def test_a_train_has_the_numbers_of_its_cores():
+    cores = [
+        zoo.randn(*shape, seed=k) for k, shape in enumerate([(1, 9, 2), (2, 9, 5), (5, 9, 3), (3, 9, 1)])
+    ]
+    x = torch.einsum("xai,ibj,jck,kdy->abcd", *cores)
+    found = decompose(x, ModeTree.caterpillar(4), rtol=1e-10)
+    assert count(found) == sum(core.numel() for core in cores)
+    assert found.network.named_leaves == {0: "weights", 1: "bare", 2: "bare", 3: "bare"}
+    assert count(truncate(found, rtol=1e-10)) == count(found)
+
+
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "htf-4", "uneven", "caterpillar", "one-child"])
+def test_so_many_numbers(name):
+    """Never more, never a larger error with more, and the best that fits on a matrix."""
+    tree = zoo.TREES[name]
+    sizes = zoo.sizes_of(tree)
+    tensor = decaying(sizes) + 0.1 * zoo.randn(*sizes)
+    model = decompose(tensor, tree)
+    for options in ({}, {"leaves": "weights"}, {"rtol": 0.05}, {"ranks": 3, "leaves": "weights"}):
+        last = math.inf
+        for most in [40, 60, 90, 135, 200, 300, 10**6]:
+            found = decompose(tensor, tree, max_numbers=most, **options)
+            for one in (found, truncate(model, max_numbers=most, **options)):
+                assert count(one) <= most
+                assert error_of(one, tensor) <= one.error_bound / float(tensor.norm()) * (1 + 1e-9)
+            assert error_of(found, tensor) <= last * 1.02 + 1e-12
+            last = error_of(found, tensor)
+        alone = decompose(tensor, tree, **options)
+        assert count(found) == count(alone) and error_of(alone, tensor) == pytest.approx(last, abs=1e-12)
+    if name == "matrix":
+        rows, columns = sizes
+        for rank in range(1, rows):
+            found = decompose(tensor, tree, max_numbers=rank * (rows + columns))
+            tail = torch.linalg.svdvals(tensor)[rank:].norm() / tensor.norm()
+            assert error_of(found, tensor) == pytest.approx(float(tail), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["htf-4", "across", "mixed-arity", "caterpillar"])
+def test_a_tolerance_for_single_nodes(name):
+    """What is cut at a node is within its own tolerance, and the rank the smallest that is; others stay."""
+    tree = zoo.TREES[name]
+    tensor = decaying(zoo.sizes_of(tree)) + 0.1 * zoo.randn(*zoo.sizes_of(tree))
+    values, norm = spectra(tensor, tree), tensor.norm()
+    node = tree.interior[0]
+    for rtol in ({0: 0.1}, {node: 0.2}, {0: 0.1, node: 0.05}):
+        found = decompose(tensor, tree, rtol=rtol, leaves="weights")
+        again = truncate(decompose(tensor, tree), rtol=rtol, leaves="weights")
+        assert again.network.bonds == found.network.bonds
+        error = error_of(found, tensor)
+        assert (
+            error <= math.sqrt(sum(part**2 for part in rtol.values())) and error <= found.error_bound / norm
+        )
+        for v, part in rtol.items():
+            bond = found.network.bonds[tree.position(v)]
+            assert values[v][bond:].norm() <= part * norm < values[v][bond - 1 :].norm()
+
+
+def test_an_absolute_tolerance():
+    tree = zoo.TREES["uneven"]
+    for scale in (1.0, 1e-180, 1e200):
+        tensor = zoo.randn(*zoo.sizes_of(tree)) * scale
+        norm = float((tensor / scale).norm())
+        for relative, atol, rtol in ((0.3, 0.3, None), (0.3, 0.3, 0.1), (0.3, 0.1, 0.3), (0.999, 2, None)):
+            wanted = decompose(tensor, tree, rtol=relative)
+            found = decompose(tensor, tree, atol=atol * norm * scale, rtol=rtol)
+            rounded = truncate(decompose(tensor, tree), atol=atol * norm * scale, rtol=rtol)
+            assert found.network == wanted.network
+            unit = tensor / scale
+            for one in (found, rounded):
+                assert float((one.to_tensor().detach() / scale - unit).norm()) <= relative * norm
+    zero = decompose(0 * tensor, tree, atol=1.0, leaves="weights")
+    assert set(zero.network.bonds) == {1} and not zero.to_tensor().any()
+
+
+def test_equal_singular_values_are_cut_one_by_one():
+    x = torch.diag(torch.ones(8)).double()
+    for kept in range(1, 9):
+        rtol = math.sqrt(1 - kept / 8) * 1.0001
+        first, second = (decompose(x, ModeTree([0, 1]), rtol=min(rtol, 0.999), leaves=leaves) for leaves in
+                         ("weights", "weights"))  # fmt: skip
+        assert first.network.bonds[0] == kept and torch.equal(first.to_tensor(), second.to_tensor())

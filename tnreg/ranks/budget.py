@@ -125,13 +125,7 @@ class Chooser:
 
     def largest(self) -> Choice:
         """Choose the largest ranks."""
-        choice = self._choice(self._most, self._bare)
-        for _ in self._modes:
-            bare = self._turned(choice, math.inf)
-            if (bare == choice.bare).all():
-                break
-            choice = self._choice(self._most, bare)
-        return choice
+        return self._settled(self._most)
 
     def within(self, allowed: float) -> Choice:
         """Choose the fewest numbers where the squares that are cut sum up to what is allowed.
@@ -164,7 +158,8 @@ class Chooser:
         def merit(choice: Choice) -> tuple[float, float]:
             return max(choice.numbers, numbers), choice.spent
 
-        best = min(self._rounds(math.inf, least_cut), key=merit)
+        least = self._frozen(self._settled(np.ones_like(self._most)).bare)
+        best = min([*self._rounds(math.inf, least_cut), *least._rounds(math.inf, least_cut)], key=merit)
         for _ in range(_STEPS):  # what is left goes to single steps
             ranks, bare = best.ranks, best.bare
             costs = self._derivatives(ranks, bare) + (np.bincount(self._cut[~bare], minlength=len(ranks)) > 1)
@@ -185,9 +180,7 @@ class Chooser:
         free = np.flatnonzero(self._free)
         changed = [choice.bare ^ (np.arange(len(choice.bare)) == i) for i in free]
         for bare in [self._first, *changed] if len(free) <= _FEW else []:
-            other = copy.copy(self)
-            other._bare, other._free = bare, np.zeros_like(bare)
-            other._slopes = np.zeros_like(self._slopes)
+            other = self._frozen(bare)
             if (bare != choice.bare).any() and other.within(choice.spent).numbers < _WORSE * choice.numbers:
                 yield other
 
@@ -221,6 +214,22 @@ class Chooser:
         worth = np.where(can, self._derivatives(ranks, bare) / np.maximum(cost, 1e-300), 0.0)
         k = int(np.argmax(np.where(cost <= allowed - lost, worth * 1e30, worth)))
         return k, self._choice(ranks - (self._rows == k), bare)
+
+    def _frozen(self, bare: Marks) -> Chooser:
+        """Return a chooser for these bare leaves alone."""
+        other = copy.copy(self)
+        other._bare, other._free, other._slopes = bare, np.zeros_like(bare), np.zeros_like(self._slopes)
+        return other
+
+    def _settled(self, ranks: Integers) -> Choice:
+        """Choose bare leaves for ranks."""
+        choice = self._choice(ranks, self._bare)
+        for _ in self._modes:
+            bare = self._turned(choice, math.inf)
+            if (bare == choice.bare).all():
+                break
+            choice = self._choice(ranks, bare)
+        return choice
 
     def _keep(self, choice: Choice) -> Choice:
         """Begin the next search where this one ended."""
