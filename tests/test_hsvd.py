@@ -348,14 +348,13 @@ def count(model):
 
 
 @pytest.mark.parametrize("leaves", ["auto", "weights", "bare"])
-@pytest.mark.parametrize("name", ["matrix", "single", "cp-4", "htf-4", "mixed-arity", "one-child", "uneven",
-                                  "across", "caterpillar", "named"])  # fmt: skip
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "htf-4", "one-child", "across", "caterpillar"])
 def test_the_error_allowed_is_spent(name, leaves):
     """At least 0.97 of it; or no bond can be smaller by one, however the tensor is rounded then."""
     tree = zoo.TREES[name]
     sizes = zoo.sizes_of(tree)
     noise = 1e-2 * zoo.randn(*sizes)
-    for tensor in (zoo.randn(*sizes, seed=3), decaying(sizes) + noise, decaying(sizes, torch.complex128)):
+    for tensor in (decaying(sizes) + noise, decaying(sizes, torch.complex128)):
         model = decompose(tensor, tree, leaves="weights")
         for rtol in (0.02, 0.3):
             for found in (decompose(tensor, tree, rtol=rtol, leaves=leaves),
@@ -375,22 +374,21 @@ def test_the_error_allowed_is_spent(name, leaves):
 @pytest.mark.parametrize("name", zoo.TREES)
 def test_bare_leaves_where_that_saves_numbers(name):
     tree = zoo.TREES[name]
-    for join in zoo.joins_of(tree).values():
+    for join, rtol in zip(zoo.joins_of(tree).values(), (None, 0.4, 1e-2), strict=True):
         model = zoo.model_of(tree, join, leaves={0: "bare"}, bonds=zoo.SIZES[0])
         tensor = model.to_tensor().detach()
-        for rtol in (None, 1e-2, 0.4):
-            counts = {}
-            for leaves in ("auto", "weights", "bare", {0: "weights"}, {0: "bare"}):
-                for found in (decompose(tensor, tree, rtol=rtol, leaves=leaves),
-                              truncate(model, rtol=rtol, leaves=leaves)):  # fmt: skip
-                    assert_kept(found, tensor, rtol)
-                    asked = found.network.named_leaves
-                    if leaves in ("weights", "bare"):
-                        assert set(asked.values()) == {leaves}
-                    elif leaves != "auto":
-                        assert asked[0] == leaves[0]
-                counts[str(leaves)] = count(decompose(tensor, tree, rtol=rtol, leaves=leaves))
-            assert counts["auto"] <= min(counts.values())
+        counts = {}
+        for leaves in ("auto", "weights", "bare", {0: "weights"}, {0: "bare"}):
+            found = decompose(tensor, tree, rtol=rtol, leaves=leaves)
+            counts[str(leaves)] = count(found)
+            for one in (found, truncate(model, rtol=rtol, leaves=leaves)):
+                assert_kept(one, tensor, rtol)
+                asked = one.network.named_leaves
+                if leaves in ("weights", "bare"):
+                    assert set(asked.values()) == {leaves}
+                elif leaves != "auto":
+                    assert asked[0] == leaves[0]
+        assert counts["auto"] <= min(counts.values())
 
 
 def test_a_train_has_the_numbers_of_its_cores():

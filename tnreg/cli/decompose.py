@@ -22,8 +22,10 @@ def decompose(
     /,
     *,
     reading: InputOptions = DEFAULTS,
-    rtol: float = 1e-3,
+    rtol: float | None = None,
+    atol: float | None = None,
     ranks: int | None = None,
+    max_numbers: int | None = None,
     randomized: bool = False,
     out: Path | None = None,
     figure: Picture = None,
@@ -35,8 +37,11 @@ def decompose(
         file: A .npy, .npz, .safetensors or .pt file, a model that tnreg saved, or kinetic, il2, covid19,
             indian-pines; or a .zarr folder or .h5 file (FILE:NAME), read block by block.
         reading: How the file is read.
-        rtol: Largest relative error; only a limit on ranks can make it larger.
+        rtol: Largest relative error; only a limit on ranks or numbers can make it larger. 1e-3 if no
+            tolerance is given.
+        atol: Largest error as a norm; the larger of both counts.
         ranks: Largest bond.
+        max_numbers: Most numbers in all weights together.
         randomized: First approximate the columns of large nodes by products with random vectors.
         out: Save the factorization into this file.
         figure: Draw singular values and the tree with its ranks and error budget into this file.
@@ -45,16 +50,18 @@ def decompose(
     reply = Reply(json, out, figure)
     with reply.working("decomposing ..."):
         source = read_input(file, reading)
+        if rtol is None and atol is None:
+            rtol = 1e-3
+        budget: dict[str, Any] = {"rtol": rtol, "atol": atol, "ranks": ranks, "max_numbers": max_numbers}
         start = time.perf_counter()
         if source.tree is not None:
             model = hierarchical_svd(
-                source.x, source.tree, rtol=rtol, ranks=ranks, randomized=randomized,
-                memory=reading.memory,
-            )  # fmt: skip
+                source.x, source.tree, randomized=randomized, memory=reading.memory, **budget
+            )
         elif randomized:
             raise OptionError("--randomized is for tensors; leave it out, or give --tree.")
         else:
-            model = truncate(source.x, rtol=rtol, ranks=ranks)
+            model = truncate(source.x, **budget)
         seconds = time.perf_counter() - start
     with torch.no_grad(), reply.working("singular values and error ..."):
         # on disk only those that were kept: the others would take another pass for each node
@@ -67,7 +74,8 @@ def decompose(
     before = math.prod(source.sizes)
     if source.tree is None:
         before = sum(p.numel() for p in source.x.parameters())
-    errors = {"asked": rtol, "bound": (model.error_bound or 0.0) / norm, "reached": error / norm}
+    asked = max(rtol or 0.0, (atol or 0.0) / norm)
+    errors = {"asked": asked, "bound": (model.error_bound or 0.0) / norm, "reached": error / norm}
     cells = [{key: _in_table(value) for key, value in row.items()} for row in rows]
     for node, cell in zip(values, cells, strict=True):
         cell["node"] = source.labels.get(node, cell["node"])
