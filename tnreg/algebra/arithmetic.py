@@ -166,7 +166,8 @@ def scale(model: Factorization, factor: float | complex) -> Factorization:
             factor = times_power_of_two(factor, -log2)
         weights[root] = weights[root] * factor
         weights = {v: w if v == root else w.clone() for v, w in spread(weights, log2).items()}
-        return hold(replace(model.network, root_ones=False), weights)
+        net = model.network  # has cached what stands where
+        return hold(replace(net, root_ones=False) if net.root_ones else net, weights)
 
 
 def hadamard(
