@@ -90,7 +90,8 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
     if budget.share:
         first = _spend(chooser, attempt, allowed, allowed)
         spent, numbers = max(first.choice.spent, allowed), lambda attempt: attempt.choice.numbers
-        tried = [first, *(_spend(c, attempt, allowed, spent) for c in chooser.others(first.choice))]
+        others = () if _adds_up(chooser, first) else chooser.others(first.choice)
+        tried = [first, *(_spend(other, attempt, allowed, spent) for other in others)]
         best = min((_step(chooser, attempt, allowed, a) for a in sorted(tried, key=numbers)[:2]), key=numbers)
     else:
         choice = chooser.largest()
@@ -115,6 +116,11 @@ class _Attempt(NamedTuple):
     lost: float
 
 
+def _adds_up(chooser: Chooser, found: _Attempt) -> bool:
+    """Return whether the error is all of the squares that were cut, so that nothing was counted twice."""
+    return found.lost >= _ENOUGH**2 * chooser.bound(found.choice)
+
+
 def _spend(
     chooser: Chooser, attempt: Callable[[Choice], _Attempt], allowed: float, squares: float
 ) -> _Attempt:
@@ -132,7 +138,9 @@ def _spend(
             best, low = found, (squares, found.lost)
         else:
             high = (squares, found.lost)
-        if (best and not 0 < best.lost < _ENOUGH**2 * allowed) or high[0] < 1.005 * low[0]:
+        if best and not (0 < best.lost < _ENOUGH**2 * allowed and not _adds_up(chooser, best)):
+            break
+        if high[0] < 1.005 * low[0]:
             break
         goal = (1 + _ENOUGH**2) / 2 * allowed
         if high[0] == math.inf:
@@ -155,6 +163,9 @@ def _step(
         if step is None:
             break
         cut, choice = step
+        before, more = chooser.bound(best.choice), chooser.bound(choice)
+        if best.lost * (1 + 0.98 * (more / before - 1)) > allowed:  # those that seem to fit come first
+            break
         found = attempt(choice)
         if found.lost <= allowed:
             best = found
