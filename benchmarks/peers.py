@@ -20,13 +20,15 @@ from typing import Any
 Found = dict[str, dict[str, Any]]
 
 
-def machine_line(device: str = "cpu") -> str:
+def machine_line(device: str = "cpu", threads: int = 2) -> str:
     """Return the machine, as the tables name it."""
     if device != "cpu":
         import torch
 
         return str(torch.cuda.get_device_name(device))
-    return f"{platform.machine()} CPU, 2 threads, Python {platform.python_version()}"
+    return (
+        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}, Python {platform.python_version()}"
+    )
 
 
 def version(package: str) -> str:
@@ -56,6 +58,7 @@ def main(
     rounds: int = 2,
     turns: int = 3,
     line: Callable[[str, Mapping[str, Any], float], str],
+    threads: int = 2,
 ) -> dict[str, Any] | None:
     """Command line of such a benchmark; a worker process writes its times, the other one the table.
 
@@ -67,6 +70,7 @@ def main(
         rounds: How often every library gets its turn.
         turns: Timed calls in a round.
         line: A row of the printed table from the library, its result, and its time over the first one's.
+        threads: How many the worker sets.
 
     Returns:
         The results, with medians as ``seconds``; ``None`` in a worker process.
@@ -96,7 +100,7 @@ def main(
     for rows in results.values():
         for row in rows.values():
             row["seconds"] = statistics.median(row["seconds"])
-    figures = {"machine": machine_line(), "results": results}
+    figures = {"machine": machine_line(threads=threads), "results": results}
     print(figures["machine"])
     for case, rows in results.items():
         base = rows[chosen[0]]["seconds"] if chosen[0] in rows else float("nan")

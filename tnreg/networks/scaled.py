@@ -297,7 +297,7 @@ def _plain_inner_products(meetings: Sequence[_Meeting], stacks: Sequence[Sequenc
         nonlocal log2
         norm: float = torch.linalg.vector_norm(x.detach() if x.requires_grad else x).tolist()
         sizes.append(norm)
-        if not 1 / near < norm < near:
+        if 1 / far < norm < far and not 1 / near < norm < near:  # beyond that all is done again
             exponent = math.frexp(norm)[1]
             x, log2 = x * 2.0**-exponent, log2 + exponent * len(x)
         if x.ndim == 3:

@@ -82,7 +82,10 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
         return frozenset(choice.bare.nonzero()[0].tolist())
 
     def attempt(choice: Choice) -> _Attempt:
-        projection = _Projection(net, found, results, chooser.by_position(choice), bare_of(choice))
+        ranks, bare = chooser.by_position(choice), bare_of(choice)
+        projection = _Projection(net, found, results, ranks, bare)
+        if not projection.sound:
+            projection = _Projection(net, found, results, ranks, bare, by_gram=False)
         bound, lost = chooser.bound(choice), projection.lost + hidden
         return _Attempt(choice, projection, lost if by_squares and bound else min(bound, lost))
 
@@ -233,6 +236,8 @@ class _Projection:
         results: Its singular vectors in them.
         ranks: By position; modes at bare leaves.
         bare: Positions of the leaves that get no weight.
+        by_gram: Whether bases are made of their Gram matrices. They may be far from orthonormal then, which
+            makes the projection not ``sound``.
     """
 
     def __init__(
@@ -242,9 +247,11 @@ class _Projection:
         results: Sequence[Values],
         ranks: Sequence[int],
         bare: Collection[int],
+        by_gram: bool = True,
     ) -> None:
         self._net, self._ranks, self._bare = net, ranks, bare
-        self._blocks: list[tuple[Tensor, Tensor | None]] = []
+        self._blocks: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        diagonals = list[Tensor]()
         inside = Stacked()  # frames in the spaces, (nodes, rank, size of the frame)
         whole, plain = list[bool](), list[bool]()  # which of them are identities, and which have lost nothing
         axes_of: list[list[int]] = []  # what the first of those axes stands for
@@ -272,23 +279,30 @@ class _Projection:
                 vectors = _mask(vectors, own)
             before = all(plain[c] for c in below)
             block = _in_frame(batch, found[b], vectors if before else None)
-            node = batch.nodes[0]
-            must_fit(
-                f"rounding: the core of node {net.tree.nodes[node]!r}, {len(net.tree.links[node])} children,",
-                [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
-                "use a tree with fewer children per node, or smaller ranks", copies=3,
-            )  # fmt: skip
+            if len(axes) > 2:
+                node = batch.nodes[0]
+                must_fit(
+                    f"rounding: the core of node {net.tree.nodes[node]!r}, {len(axes)} children,",
+                    [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
+                    "use a tree with fewer children per node, or smaller ranks", copies=3,
+                )  # fmt: skip
             factors = [
                 None if whole[c] else inside.pick(child)[:, : math.prod(size)]
                 for c, child, size in zip(below, batch.below, sizes, strict=True)
             ]
-            block, matrix = climb_back(batch, block, factors).flatten(1, -2), None
+            block, triangle = climb_back(batch, block, factors).flatten(1, -2), None
             turned = block
-            if not (batch.step or batch.root or before):
-                block, matrix, turned = _orthonormal(block, vectors, own)
-            elif vectors is not None:
-                turned = vectors.mH
-            self._blocks.append((block.reshape(len(block), *axes, -1), matrix))
+            if batch.step or batch.root or before:
+                turned = block if vectors is None else vectors.mH
+            elif by_gram:
+                triangle, turned = _triangle(block, vectors, own)
+                diagonals.append(triangle.diagonal(dim1=1, dim2=2).flatten())
+            else:
+                frame = block
+                block = _mask(torch.linalg.qr(frame if vectors is None else frame @ vectors)[0], own)
+                turned = block.mH @ frame
+            last = None if triangle is None else vectors
+            self._blocks.append((block.reshape(len(block), *axes, -1), last, triangle))
             whole.append(before and vectors is None and not (batch.step or any(empty)))
             plain.append(before and vectors is None)
             axes_of.append(axes if batch.step else [max(own)])
@@ -299,6 +313,8 @@ class _Projection:
                 turned = pad(turned, (0, 0, 0, frame.shape[1] - turned.shape[-2]))
                 turned = torch.where(torch.tensor(empty, device=frame.device)[:, None, None], frame, turned)
             inside.append(turned)
+        # also false for NaN, where there is no triangle
+        self.sound = not diagonals or bool(torch.cat(diagonals).real.amin() > _SHORT)
         size, left = float(scale_of(found).x), float(torch.linalg.vector_norm(self._blocks[-1][0]))
         self.lost = max(1 - (left / size) ** 2, 0.0) if size else 0.0
 
@@ -309,37 +325,36 @@ class _Projection:
         own = [batch for batch in batches(self._net) if batch.join != "bare"]
         self._blocks.reverse()
         for batch in own:
-            block, matrix = self._blocks.pop()
-            if matrix is not None:
-                block = (block.flatten(1, -2) @ matrix).reshape(*block.shape[:-1], -1)
+            block, vectors, triangle = self._blocks.pop()
+            if triangle is not None:
+                flat = block.flatten(1, -2)
+                last = torch.linalg.solve_triangular(
+                    triangle.mH, flat if vectors is None else vectors, upper=True, left=False
+                )
+                block = (last if vectors is None else flat @ last).reshape(*block.shape[:-1], -1)
             for i, weight in zip(batch.nodes, block.unbind(0), strict=True):
                 if not batch.step and i not in self._bare:
                     weights[i] = weight[(*(ends[c] for c in self._net.tree.links[i]), ..., ends[i])]
         return weights
 
 
-def _orthonormal(
-    frame: Tensor, vectors: Tensor | None, own: Sequence[int]
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return a basis of vectors in a frame, or of all of it, as ``frame @ matrix``, and the frame in it.
+def _triangle(frame: Tensor, vectors: Tensor | None, own: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return a triangle by which, as ``triangle^H``, ``frame @ vectors`` is a basis; and the frame in that.
 
-    The frame's columns need not be orthonormal. Without a matrix what comes first is the basis itself.
+    The frame's columns need not be orthonormal; without vectors the basis is of all of them.
     """
     gram = frame.mH @ frame
-    half = gram if vectors is None else vectors.mH @ gram
-    square = gram if vectors is None else half @ vectors
+    if vectors is None:
+        triangle = torch.linalg.cholesky_ex(gram)[0]
+        return triangle, triangle.mH
+    half = vectors.mH @ gram
+    square = half @ vectors
     if min(own) < half.shape[1]:
-        beyond = (
-            torch.arange(half.shape[1], device=gram.device) >= torch.tensor(own, device=gram.device)[:, None]
-        )
+        counts = torch.tensor(own, device=gram.device)
+        beyond = torch.arange(half.shape[1], device=gram.device) >= counts.unsqueeze(1)
         square = square + torch.diag_embed(beyond.to(gram.dtype))
-    triangle = torch.linalg.cholesky_ex(square)[0]  # NaN or zeros on the diagonal where it fails
-    if bool(triangle.diagonal(dim1=1, dim2=2).real.amin() > _SHORT):
-        eye = torch.eye(half.shape[1], dtype=gram.dtype, device=gram.device) if vectors is None else vectors
-        matrix = torch.linalg.solve_triangular(triangle.mH, eye, upper=True, left=False)
-        return frame, matrix, triangle.mH if vectors is None else matrix.mH @ gram
-    basis = _mask(torch.linalg.qr(frame if vectors is None else frame @ vectors)[0], own)
-    return basis, None, basis.mH @ frame
+    triangle = torch.linalg.cholesky_ex(square)[0]
+    return triangle, torch.linalg.solve_triangular(triangle, half, upper=False)
 
 
 def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:
