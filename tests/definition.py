@@ -24,13 +24,26 @@ def dense(children: dict[Any, tuple], root: Any, weights: dict[Any, Any], diagon
     """
     complex_ = any(np.iscomplexobj(w) for w in weights.values())
     out = np.zeros(sizes, dtype=complex if complex_ else float)
+    known: dict[Any, Any] = {}  # values do not depend on modes that are not below a node
     for index in itertools.product(*(range(n) for n in sizes)):
-        out[index] = _value(root, None, index, children, root, weights, diagonal)
+        out[index] = _value(root, None, index, children, root, weights, diagonal, known)
     return out
 
 
-def _value(node, above, index, children, root, weights, diagonal):
+def _below(node, children):
+    """The modes below a node."""
+    return [m for c in children[node] for m in _below(c, children)] if children.get(node) else [node]
+
+
+def _value(node, above, index, children, root, weights, diagonal, known):
     """W^(node, above) at the multi-index, by recursion."""
+    key = node, above, *(index[m] for m in _below(node, children))
+    if key not in known:
+        known[key] = _compute(node, above, index, children, root, weights, diagonal, known)
+    return known[key]
+
+
+def _compute(node, above, index, children, root, weights, diagonal, known):
     weight = weights.get(node)
     if not children.get(node):
         return weight[index[node], above]
@@ -52,7 +65,7 @@ def _value(node, above, index, children, root, weights, diagonal):
         else:
             term = weight[(chosen[0], *tail)] if node in diagonal else weight[(*chosen, *tail)]
         for child, r in zip(below, chosen, strict=True):
-            term = term * _value(child, r, index, children, root, weights, diagonal)
+            term = term * _value(child, r, index, children, root, weights, diagonal, known)
         total = total + term
     return total
 
