@@ -133,7 +133,7 @@ def decompose(
         core, log2 = to_core(dense, tree)
         random = seeded(seed, "decompose: seed", core.device) if randomized else None
         budget = asked(tuple(dense.shape), dense.dtype)
-        sweep = _Sweep(Core(core, tree), budget.relative(norm(core), log2), dense.dtype, random)
+        sweep = _Sweep(Core(core, tree), budget, dense.dtype, random, log2=log2)
         return sweep.finish(sweep.run(range(top), top), log2)
 
 
@@ -179,12 +179,14 @@ class _Sweep:
         dtype: torch.dtype,
         random: torch.Generator | None = None,
         *,
+        log2: int = 0,
         total: float | None = None,
         lost: Sequence[float] = (0.0, 0.0),
     ) -> None:
-        self.core, self.budget, self.dtype, self.random = core, budget, dtype, random
-        self.limits, self.share = budget.limits, budget.share
+        self.core, self.dtype, self.random = core, dtype, random
         self.total = _square(core.tensor) if total is None else total
+        self.budget = budget.relative(math.sqrt(self.total), log2)
+        self.limits, self.share = self.budget.limits, self.budget.share
         self.lost = list(lost)
 
     def run(self, nodes: Sequence[int], last: int) -> dict[int, Tensor]:
@@ -358,16 +360,22 @@ def distance(tensor: Any, model: Factorization, *, memory: int | str | None = No
                 "a difference: its terms", [sizes], tensor.dtype, tensor.device, "take entries", copies=2
             )
             return norm(tensor - model.to_tensor()), norm(tensor)
-        weights = {node: w.detach().cpu() for node, w in model.weights.items()}
-        rows_of = partial(_dense_part, model.tree, weights, model.network.named_joins)
-        return distance_of(tensor, rows_of, memory_of(memory))
+        joins = model.network.named_joins
+        weights = {
+            node: w.cpu() for node, w in weights_of(model, bare="diagonal" not in joins.values()).items()
+        }
+        return distance_of(tensor, partial(_dense_part, model.tree, weights, joins), memory_of(memory))
 
 
 def _dense_part(tree: ModeTree, weights: Mapping[Node, Tensor], joins: Any, slab: Sequence[slice]) -> Tensor:
-    """Return the part of a factorization within slices by mode."""
-    part = {n: w[slab[n]] if isinstance(n, int) else w for n, w in weights.items()}
+    """Return the part of a factorization within slices by mode; bare leaves are below full joins alone."""
+    bare: dict[Any, str] = {mode: "bare" for mode in tree.leaves if mode not in weights}
+    part = {}
+    for node, weight in weights.items():
+        axes = [slab[c] if c in bare else slice(None) for c in tree.children(node)] or [slab[node]]  # type: ignore[call-overload]
+        part[node] = weight[tuple(axes)]
     with torch.no_grad():
-        return Factorization.from_weights(tree, part, join=joins).to_tensor()
+        return Factorization.from_weights(tree, part, join=joins, leaves=bare).to_tensor()
 
 
 def _square(x: Tensor) -> float:

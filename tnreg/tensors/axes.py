@@ -109,7 +109,7 @@ def left_vectors(
         The vectors, and the squared singular values, descending, rounded up (with a ``part``).
     """
     hidden = 2 * eps / math.sqrt(rows)
-    if part is not None and part > 8 * rows * hidden:
+    if part is not None and part > 2 * rows * hidden:
         product = gram()
         squares, vectors = torch.linalg.eigh(product)
         trace = float(product.diagonal().real.sum())

@@ -50,9 +50,9 @@ _ROWS = 256  # modes of a subtree are handled as one while together they have no
 _OFTEN = 20  # a pass that reads the tensor more often is warned about
 # Share of the tolerance that the first nodes may use. They count noise once each, although what one of
 # them cuts off is not there for the others; what they did not need is known once the core is.
-_SHARE = 0.9
+_SHARE = 0.5
 # The same if nodes above others are among them: what is cut below these later is not orthogonal to it.
-_SHARE_ABOVE = 0.5
+_SHARE_ABOVE = 0.02
 
 
 @dataclass(frozen=True)
