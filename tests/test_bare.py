@@ -5,7 +5,7 @@ import torch
 import zoo
 from refusals import refuses
 
-from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, load, plan
+from tnreg import Factorization, ModeTree, OptionError, ShapeError, TreeError, algebra, load, plan
 
 HTF, TRAIN = ModeTree.binary(4), ModeTree.caterpillar(5)
 
@@ -73,3 +73,23 @@ test_refusals = refuses([
     (lambda: Factorization.from_weights(TRAIN, WEIGHTS), ShapeError, "no weight for node 0"),
     (lambda: Factorization.from_weights(TRAIN, ROOT, leaves="bare"), ShapeError, "no weight"),
 ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model", [p for p in zoo.zoo(bare=True) if p.id.endswith(("full", "mixed", "some-bare"))]
+)
+def test_leaves_are_multiplied_in(model):
+    """By default where that saves numbers; the tensor is the same."""
+
+    def numbers(m):
+        return sum(w.numel() for w in m.weights.values())
+
+    full = algebra.full_joins(model)
+    every, some = algebra.bare_leaves(full, full.tree.leaves), algebra.bare_leaves(model)
+    assert len(every.network.bare) == model.tree.order and numbers(some) <= numbers(model)
+    for other in (every, some):
+        zoo.assert_close(other.to_tensor(), model.to_tensor())
+    wide = zoo.model_of(TRAIN, "full", sizes=(3,) * 5, bonds=3)
+    assert numbers(algebra.bare_leaves(wide)) == numbers(wide) - 5 * 9
+    with pytest.raises(OptionError, match="no leaf under a full join"):
+        algebra.bare_leaves(zoo.model_of(TRAIN), [0])

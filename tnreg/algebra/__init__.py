@@ -6,11 +6,12 @@ connect to theirs.
 """
 
 from tnreg.algebra.arithmetic import add, hadamard, linear_combination, scale, subtract
-from tnreg.algebra.joins import diagonal_joins, full_joins, reroot
+from tnreg.algebra.joins import bare_leaves, diagonal_joins, full_joins, reroot
 from tnreg.algebra.modes import contract_modes, marginal, mode_product, permute_modes, select
 
 __all__ = [
     "add",
+    "bare_leaves",
     "contract_modes",
     "diagonal_joins",
     "full_joins",

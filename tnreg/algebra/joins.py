@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -73,6 +74,38 @@ def full_joins(model: Factorization) -> Factorization:
         if join == "diagonal":
             weights[node] = full_weight(weights[node], len(model.tree.children(node)))
     return Factorization.from_weights(model.tree, weights, join="full", leaves=model.network.named_leaves)
+
+
+def bare_leaves(model: Factorization, modes: Iterable[int] | None = None) -> Factorization:
+    """Multiply weights of leaves into the full joins above them, exactly; these leaves are bare then.
+
+    Args:
+        model: A factorization; leaves under diagonal joins keep their weights.
+        modes: Which leaves; if left out those where that saves numbers, one after another.
+
+    Raises:
+        TreeError, OptionError: A mode that there is not, or whose leaf is under a diagonal join.
+        SizeError: A weight would not fit into memory.
+    """
+    weights, leaves = weights_of(model, ones=False), model.network.named_leaves
+    tree, joins = model.tree, model.network.named_joins
+    asked = None if modes is None else set(modes)
+    for mode in asked or ():
+        if tree.children(mode) or joins[tree.parent(mode)] == "diagonal":
+            message = f"bare_leaves: {mode!r} is no leaf under a full join; see full_joins."
+            raise OptionError(message, argument="modes")
+    for mode in tree.leaves:
+        parent = tree.parent(mode)
+        if leaves[mode] == "bare" or joins[parent] == "diagonal" or (asked is not None and mode not in asked):
+            continue
+        axis, (size, rank) = tree.children(parent).index(mode), weights[mode].shape
+        shape = [size if k == axis else n for k, n in enumerate(weights[parent].shape)]
+        if asked is None and math.prod(shape) >= weights[parent].numel() + size * rank:
+            continue
+        must_fit(f"bare_leaves: the weight of {parent!r}", [shape], model.dtype, model.device, copies=2)
+        turned = torch.tensordot(weights[parent], weights.pop(mode), ([axis], [1]))
+        weights[parent], leaves[mode] = turned.movedim(-1, axis), "bare"
+    return Factorization.from_weights(tree, weights, join=joins, leaves=leaves)
 
 
 def diagonal_joins(model: Factorization) -> Factorization:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tnreg.algebra.arithmetic import scale
+from tnreg.algebra.joins import bare_leaves
 from tnreg.errors import OptionError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
@@ -209,6 +210,10 @@ def complete(
         for mode, size in enumerate(units):
             model.weights[mode].div_(size)
         model = scale(model, unit)
+        # a matrix as wide as its mode is long holds nothing that its parent cannot
+        named, joins = model.network.named_bonds, model.network.named_joins
+        full = (m for m in model.tree.leaves if joins[model.tree.parent(m)] == "full")
+        model = bare_leaves(model, [m for m in full if named[m] >= model.sizes[m]])
     return Completed(
         model, _history(rows), error, (min(low, error), max(high, error)), mean_error, known,
         _times(held, unit, units), predictions * unit, tuple(notes),
