@@ -5,6 +5,7 @@ All of it holds by QR factorizations, as on a CPU, and by Gram matrices, as on a
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -13,11 +14,11 @@ import torch
 import zoo
 from hypothesis import given, settings
 
-from tnreg import Factorization, ModeTree, decompose, matricize, spectra, truncate
-from tnreg.ranks.frames import batches, by_gram, frames, scale_of
+from tnreg import Factorization, ModeTree, algebra, decompose, matricize, spectra, truncate
+from tnreg.ranks.frames import batches, by_gram, frames, scale_of, values_in_frames, vectors_by_squares
 
 frames_module = sys.modules["tnreg.ranks.frames"]
-spectra_module = sys.modules["tnreg.ranks.spectra"]
+spectra_module, scaled_module = sys.modules["tnreg.ranks.spectra"], sys.modules["tnreg.networks.scaled"]
 DTYPES = [torch.float64, torch.complex128]
 
 
@@ -31,7 +32,39 @@ def orthogonalized_by(request):
 def models_of(name, dtype):
     tree = zoo.TREES[name]
     models = [zoo.model_of(tree, join, dtype=dtype) for join in zoo.joins_of(tree).values()]
+    for join, step in (("full", 1), ("full", 2), ("diagonal", 1), ("diagonal", 2)):
+        model = zoo.bare_model(tree, join, dict.fromkeys(range(0, tree.order, step), "bare"))
+        stacks = [zoo.randn(*stack.shape, dtype=dtype, seed=k) for k, stack in enumerate(model.stacks)]
+        models.append(Factorization.holding(model.network, stacks))
     return [*models, zoo.model_of(tree, root="ones", dtype=dtype, seed=5)]
+
+
+def train(factor=1.0, dtype=torch.float64):
+    """A tensor train of order 64, every other core multiplied by a factor and the others divided by it."""
+    leaves = dict.fromkeys(range(1, 64), "bare")
+    model = Factorization(ModeTree.caterpillar(64), 3, 4, join="full", leaves=leaves, std=0.3, dtype=dtype,
+                          generator=zoo.random())  # fmt: skip
+    model.load_weights({v: w * factor ** (-1) ** i for i, (v, w) in enumerate(model.weights.items())})
+    return model
+
+
+@pytest.fixture
+def scaled_by_column(monkeypatch):
+    """Which of frames and inner products were computed with scales per column."""
+    taken = []
+    frames_of, products_of = frames_module._frames, scaled_module._scaled_inner_products
+
+    def frames_seen(network, stacks, bases, by_column):
+        taken.extend(["frames"] * by_column)
+        return frames_of(network, stacks, bases, by_column)
+
+    def products_seen(*arguments):
+        taken.append("inner")
+        return products_of(*arguments)
+
+    monkeypatch.setattr(frames_module, "_frames", frames_seen)
+    monkeypatch.setattr(scaled_module, "_scaled_inner_products", products_seen)
+    return taken
 
 
 def both_ways(model):
@@ -60,7 +93,7 @@ def test_spectra_both_ways(name, dtype):
 
 
 @settings(max_examples=40, deadline=None)
-@given(model=zoo.models())
+@given(model=zoo.models(bare=True))
 def test_spectra_of_random_models(model):
     tensor = model.to_tensor().detach()
     size = math.prod(torch.linalg.vector_norm(w).item() for w in model.weights.values())
@@ -181,6 +214,81 @@ def test_scales_that_drift_apart(leaves, size):
     for found in both_ways(model):
         for node, values in plain.items():
             assert torch.allclose(found[node], values, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("factor", "again"), [(1e25, False), (1e-25, False), (1e150, True), (1e-150, True)])
+def test_scales_per_column_only_where_the_range_asks(factor, again, scaled_by_column):
+    """What a common scale holds is computed once; weights near the end of the range twice, to the same."""
+    plain, model = train(), train(factor)
+    wanted = both_ways(plain)
+    norm, product = plain.norm(), plain.inner(plain)
+    assert scaled_by_column == []
+    for found, expected in zip(both_ways(model), wanted, strict=True):
+        for node, values in expected.items():
+            zoo.assert_close(found[node], values)
+    assert set(scaled_by_column) == ({"frames"} if again else set())
+    scaled_by_column.clear()
+    zoo.assert_close(model.norm(), norm)
+    zoo.assert_close(model.inner(plain), product)
+    assert set(scaled_by_column) == ({"inner"} if again else set())
+    assert algebra.subtract(truncate(model, rtol=1e-3), plain).norm() <= 1e-3 * norm
+
+
+def test_columns_without_a_common_scale_are_told(scaled_by_column):
+    """Columns that drift apart, zeros among them, and zero tensors: right, with scales of their own."""
+    tree = ModeTree.binary(4)
+    model = Factorization(tree, 3, 2, join="full", std=1.0, dtype=torch.float64, generator=zoo.random(1))
+    for scale in ([1e150, 1e-150], [1.0, 0.0], [0.0, 0.0]):
+        weights = {node: w.detach().clone() for node, w in model.weights.items()}
+        weights[0] *= torch.tensor(scale, dtype=torch.float64)
+        if all(scale):
+            weights[(0, 1)] /= torch.tensor(scale, dtype=torch.float64).reshape(-1, 1, 1)
+        changed = Factorization.from_weights(tree, weights)
+        tensor = model.to_tensor() if all(scale) else changed.to_tensor()
+        for found in both_ways(changed):
+            assert_spectra(found, tensor.detach(), tree, 1e-12)
+        zoo.assert_close(changed.norm(), tensor.norm())
+        assert set(scaled_by_column) == {"frames", "inner"}
+        scaled_by_column.clear()
+    assert algebra.subtract(model, model).norm() < 1e-6 * model.norm()
+    zoo.assert_close(algebra.scale(model, 1e-300).norm() * 1e300, model.norm())
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+def test_inner_products_of_all_kinds(name, scaled_by_column):
+    """Any joins and bare leaves in either: that of the dense tensors, in one pass."""
+    tree = zoo.TREES[name]
+    kinds = [{}, dict.fromkeys(range(tree.order), "bare"), dict.fromkeys(range(0, tree.order, 2), "bare")]
+    pairs = enumerate(itertools.product(zoo.joins_of(tree).values(), kinds))
+    models = [
+        Factorization(tree, 3, 3, join=join, leaves=leaves, std=1.0, dtype=DTYPES[1], generator=zoo.random(k))
+        for k, (join, leaves) in pairs
+    ]
+    dense = [model.to_tensor().detach() for model in models]
+    with torch.no_grad():
+        for (one, x), (other, y) in itertools.product(zip(models, dense, strict=True), repeat=2):
+            off = one.inner(other) - (x.conj() * y).sum()
+            assert off.abs() <= 1e-12 * x.norm() * y.norm()
+    assert scaled_by_column == []
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
+def test_vectors_by_squares(name):
+    """The squares of all values to rounding, and orthonormal vectors that belong to them."""
+    for model in models_of(name, torch.complex128):
+        net, stacks = model.network, [stack.detach() for stack in model.stacks]
+        found = frames(net, stacks)
+        for one, other in zip(
+            values_in_frames(net, found, vectors=True), vectors_by_squares(net, found), strict=True
+        ):
+            if one.vectors is None:
+                assert other.vectors is None
+                continue
+            squares, basis = other.values.square(), other.vectors
+            turned = (one.vectors.mH @ basis) * one.values.unsqueeze(2)
+            assert (one.values.square() - squares).abs().max() < 1e-13
+            assert (turned.mH @ turned - torch.diag_embed(squares)).abs().max() < 1e-13
+            assert (basis.mH @ basis - torch.eye(basis.shape[2])).abs().max() < 1e-13
 
 
 def test_what_does_not_fit_goes_through_the_bonds(monkeypatch):

@@ -280,9 +280,9 @@ class _Projection:
             before = all(plain[c] for c in below)
             block = _in_frame(batch, found[b], vectors if before else None)
             if len(axes) > 2:
-                node = batch.nodes[0]
+                node, children = net.tree.nodes[batch.nodes[0]], len(net.tree.links[batch.nodes[0]])
                 must_fit(
-                    f"rounding: the core of node {net.tree.nodes[node]!r}, {len(axes)} children,",
+                    f"rounding: the core of node {node!r}, {children} children,",
                     [(len(block), *axes, block.shape[-1])], block.dtype, block.device,
                     "use a tree with fewer children per node, or smaller ranks", copies=3,
                 )  # fmt: skip
