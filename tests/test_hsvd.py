@@ -7,6 +7,7 @@ import torch
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refuses
 
 from tnreg import Factorization, ModeTree, decompose, hierarchical_rank, spectra, truncate
 from tnreg.errors import OptionError, ShapeError, SizeError, TreeError
@@ -472,3 +473,49 @@ def test_equal_singular_values_are_cut_one_by_one():
         first, second = (decompose(x, ModeTree([0, 1]), rtol=min(rtol, 0.999), leaves=leaves) for leaves in
                          ("weights", "weights"))  # fmt: skip
         assert first.network.bonds[0] == kept and torch.equal(first.to_tensor(), second.to_tensor())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "htf-5", "one-child-root", "uneven", "caterpillar"])
+def test_single_precision_keeps_the_tolerance(name, dtype):
+    """Of tensors and factorizations, also where squares would leave the range of float32."""
+    tree, wide = zoo.TREES[name], torch.complex128 if dtype.is_complex else torch.float64
+    sizes = zoo.sizes_of(tree)
+    smooth, noise = decaying(sizes, wide), zoo.randn(*sizes, dtype=wide)
+
+    def dense(model):
+        weights = {v: weight.detach().to(wide) for v, weight in model.weights.items()}
+        named = model.network.named_joins, model.network.named_leaves
+        return Factorization.from_weights(tree, weights, join=named[0], leaves=named[1]).to_tensor().detach()
+
+    for x, scale in ((noise, 1.0), (smooth, 1e-30), (smooth, 1e30)):
+        x = (x * scale).to(dtype)
+        for rtol in (None, 1e-5, 0.1):
+            model = decompose(x, tree, rtol=rtol, precision="single")
+            rounded = truncate(model, rtol=rtol, precision="single")
+            assert model.dtype == rounded.dtype == dtype
+            tensors = [y.to(wide) / scale for y in (x, dense(model), dense(rounded))]
+            for before, after, found in zip(tensors, tensors[1:], (model, rounded), strict=False):
+                error, norm = (before - after).norm().item(), before.norm().item()
+                assert error <= min((rtol or 1e-4) * norm, found.error_bound / scale)
+
+
+test_precisions_are_refused = refuses(
+    [
+        (
+            lambda x: spectra(x, zoo.TREES["htf-4"], precision="half"),
+            "precision must be 'double' or 'single'",
+        ),
+        (lambda x: decompose(x, zoo.TREES["htf-4"], precision=32), "precision must be 'double' or 'single'"),
+        (
+            lambda x: decompose(x, zoo.TREES["htf-4"], rtol=1e-7, precision="single"),
+            "rtol=1e-07 is below what",
+        ),
+        (
+            lambda x: truncate(zoo.model_of(zoo.TREES["htf-4"]), rtol=0.0, precision="single"),
+            "rtol=0 is below",
+        ),
+    ],
+    lambda call: call(torch.ones(2, 3, 4, 5)),
+    OptionError,
+)

@@ -26,8 +26,25 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.memory import must_fit
 from tnreg.ranks.budget import Budget
 from tnreg.ranks.rounding import budget_of, finite_stacks, network_of, round_network, to_factorization
-from tnreg.tensors.arrays import as_tensor, check_dense, check_order, seeded, to_core
-from tnreg.tensors.axes import Core, axis_gram, axis_triangle, cut_smallest, left_vectors, rounding_rtol
+from tnreg.tensors.arrays import (
+    as_tensor,
+    check_dense,
+    check_order,
+    check_precision,
+    double,
+    seeded,
+    single_of,
+    to_core,
+)
+from tnreg.tensors.axes import (
+    Core,
+    axis_gram,
+    axis_gram_in_double,
+    axis_product,
+    axis_triangle,
+    left_vectors,
+    rounding_rtol,
+)
 from tnreg.tensors.blocks import (
     as_blocks,
     compress,
@@ -45,6 +62,10 @@ from tnreg.trees.tree import ModeTree
 # larger one makes the core smaller, a smaller one leaves more to where it is needed.
 _FIRST_SHARE, _INNER_SHARE = 0.2, 0.01
 
+# In single precision the squares of what is cut off are measured, where they may be a larger share of all
+# than this; singular values come from a QR factorization elsewhere.
+_MEASURED = 1e-7
+
 # What is kept of a node with more rows than this is looked for with random vectors first, if asked for.
 _RANDOMIZED_ROWS = 64
 
@@ -61,6 +82,7 @@ def decompose(
     randomized: bool = False,
     seed: int = 0,
     memory: int | str | None = None,
+    precision: str = "double",
 ) -> Factorization:
     """Decompose a dense tensor by hierarchical singular values, with full joins.
 
@@ -94,6 +116,10 @@ def decompose(
         seed: Draws those vectors.
         memory: Bytes that arrays may take where a tensor is read block by block, or text such as
             ``"1GiB"``; a quarter of what is available if left out.
+        precision: ``"double"``, or ``"single"`` to reduce the tensor to its core in float32 or complex64, in
+            half the memory, also from double precision. An ``rtol`` above 2e-6 is kept as well; smaller ones
+            are refused, and without any values below some 1e-5 of the largest are cut. What is read
+            block by block is computed in double precision.
 
     Returns:
         A ``Factorization`` of the tensor's dtype; its ``error_bound`` sums up what was cut off.
@@ -101,11 +127,11 @@ def decompose(
     Raises:
         ShapeError, DataError: The tensor does not fit the tree, or has NaN or infinite entries.
         OptionError: ``rtol`` outside ``[0, 1)``, ranks that are no positive integers, ``max_numbers`` that
-            bonds of 1 exceed, or unknown ``leaves``.
+            bonds of 1 exceed, unknown ``leaves`` or ``precision``, or an ``rtol`` too small for it.
         SizeError: Read block by block, the tensor does not get small enough for the memory allowed.
 
     Cost: a Gram matrix per node, of the tensor for the first leaf, of a smaller core afterwards; QR
-    factorizations where the tolerance is too tight for squares. Works in double precision. Block by
+    factorizations where the tolerance is too tight for squares. Block by
     block the tensor is read once per mode (small modes together) and once more.
 
     Example:
@@ -117,7 +143,7 @@ def decompose(
     if isinstance(tensor, Factorization):
         raise OptionError("decompose is for dense tensors; write truncate(model, rtol=...).")
     tree = tree if isinstance(tree, ModeTree) else ModeTree(tree)
-    top = len(tree.nodes) - 1
+    top, work = len(tree.nodes) - 1, check_precision(precision)
     asked = partial(
         budget_of, tree, ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves=leaves
     )
@@ -130,10 +156,10 @@ def decompose(
             return _decompose_blocks(array, tree, asked(array.shape, dtype), dtype, allowed)
     with torch.no_grad():
         dense = check_dense(tensor, tree).detach()
-        core, log2 = to_core(dense, tree)
+        budget = asked(tuple(dense.shape), dense.dtype, work=work)
+        core, log2 = to_core(dense, tree, work)
         random = seeded(seed, "decompose: seed", core.device) if randomized else None
-        budget = asked(tuple(dense.shape), dense.dtype)
-        sweep = _Sweep(Core(core, tree), budget, dense.dtype, random, log2=log2)
+        sweep = _Sweep(Core(core, tree), budget, dense.dtype, random, log2=log2, work=work)
         return sweep.finish(sweep.run(range(top), top), log2)
 
 
@@ -180,10 +206,11 @@ class _Sweep:
         random: torch.Generator | None = None,
         *,
         log2: int = 0,
+        work: torch.dtype = torch.float64,
         total: float | None = None,
         lost: Sequence[float] = (0.0, 0.0),
     ) -> None:
-        self.core, self.dtype, self.random = core, dtype, random
+        self.core, self.dtype, self.random, self.work = core, dtype, random, work
         self.total = _square(core.tensor) if total is None else total
         self.budget = budget.relative(math.sqrt(self.total), log2)
         self.limits, self.share = self.budget.limits, self.budget.share
@@ -214,10 +241,14 @@ class _Sweep:
             left = math.sqrt(max(self.share**2 * self.total - at_leaves, 0.0))
             share = max(left - above, 0.0) / math.sqrt(rest)
         budget = replace(self.budget, share=share)
-        rounded = round_network(*network_of(tree, weights), budget, dtype=self.dtype)
+        weights = {i: double(weight) for i, weight in weights.items()}
+        dtype = self.dtype
+        if torch.finfo(dtype).eps < torch.finfo(self.work).eps:
+            dtype = single_of(dtype)
+        rounded = round_network(*network_of(tree, weights), budget, dtype=dtype)
         lost = at_leaves + (above + math.sqrt(rounded.lost * rest)) ** 2
         rounded.weights[len(tree.nodes) - 1] *= 2.0**rounded.log2
-        return to_factorization(tree, rounded.weights, log2, self.dtype, math.sqrt(lost))
+        return to_factorization(tree, rounded.weights, log2, self.dtype, math.sqrt(lost), self.work)
 
     def _basis(self, i: int, allowed: float) -> tuple[Tensor, float]:
         """Bring a node's axis into a basis ``(rows, rank)``; return it, and the square of what is lost."""
@@ -233,20 +264,30 @@ class _Sweep:
         if self.share is not None:  # a Gram matrix of the short side only
             kept = self.total - sum(self.lost)
             part = allowed / kept if kept > 0 and width <= before * behind else 0.0
-        left, squares = left_vectors(
-            width, part, partial(axis_gram, view), partial(axis_triangle, view),
-            eps=torch.finfo(view.real.dtype).eps,
-        )  # fmt: skip
+        turned = None
+        if (part or 0) > _MEASURED and self.work == torch.float32:  # squares keep too few digits
+            left = torch.linalg.eigh(axis_gram_in_double(view))[1].flip(1).to(view.dtype)
+            turned = axis_product(view, left)
+            sizes = _lengths(turned, (0, 2))
+            squares = (sizes + torch.finfo(self.work).eps * sizes[0]).square()
+        else:
+            left, squares = left_vectors(
+                width, part, partial(axis_gram, view), partial(axis_triangle, view),
+                eps=torch.finfo(view.dtype).eps,
+            )  # fmt: skip
         if self.share is None:
-            zero = rounding_rtol(max(rows, others), self.dtype, squares.dtype)
+            zero = rounding_rtol(max(rows, others), self.dtype, self.work)
             rank = int((squares > zero**2 * squares[0]).sum())
         else:
-            rank = int((~cut_smallest([squares], allowed - outside)[0]).sum())
+            rank = int((squares.flip(0).cumsum(0) > allowed - outside).sum())
         rank = max(1, rank if limit is None else min(rank, limit))
         lost = outside + float(squares[rank:].sum())
         if rank < width:
             basis = left[:, :rank]
-            self.core.project(i, basis)
+            if turned is None:
+                self.core.project(i, basis)
+            else:
+                self.core.replace(i, turned[:, :rank].contiguous())
         else:
             basis = torch.eye(rank, dtype=view.dtype, device=view.device)
         return basis if inside is None else inside @ basis, lost
@@ -287,6 +328,7 @@ def truncate(
     atol: float | None = None,
     max_numbers: int | None = None,
     leaves: str | Mapping[int, str] = "auto",
+    precision: str = "double",
 ) -> Factorization:
     """Round a factorization to smaller bonds, with full joins, without its dense tensor.
 
@@ -301,6 +343,8 @@ def truncate(
         max_numbers: Most numbers in all weights together.
         leaves: Which leaves have a matrix. Under ``"auto"`` a bare leaf stays bare unless its parent has
             another one.
+        precision: ``"single"`` works in float32 or complex64. An ``rtol`` above 2e-6 is kept as well, but
+            less of it is spent: errors are the sum of what is cut, not measured.
 
     Returns:
         A ``Factorization`` of the same dtype; its ``error_bound`` bounds ``‖A - A_H‖``.
@@ -311,16 +355,16 @@ def truncate(
         SizeError: A core would not fit into memory, or would need more than 64 axes.
 
     Cost: QR and singular values per node: linear in the number of nodes, fourth order in the bonds of a
-    binary tree. Works in double precision and on logarithmic scales.
+    binary tree. Works on logarithmic scales.
     """
     if not isinstance(model, Factorization):
         raise OptionError(
             f"truncate is for factorizations, found {type(model).__name__}; write decompose(tensor, tree)."
         )
-    tree = model.tree
+    tree, work = model.tree, check_precision(precision)
     budget = budget_of(
         tree, model.sizes, model.dtype,
-        ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves=leaves,
+        ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves=leaves, work=work,
     )  # fmt: skip
     with torch.no_grad():
         bare = model.network.bare
@@ -330,15 +374,17 @@ def truncate(
             kept: dict[Any, str] = {tree.nodes[i]: "bare" for i in bare - asked}
             given = {v: weight for v, weight in weights_of(model, bare=False).items() if v not in kept}
             model = Factorization.from_weights(tree, given, join=model.network.named_joins, leaves=kept)
-        rounded = round_network(model.network, finite_stacks(model)[0], budget, dtype=model.dtype)
+        stacks, power = finite_stacks(model, work)
+        rounded = round_network(model.network, stacks, budget, power, dtype=model.dtype)
         reach = 0.9 * math.log2(torch.finfo(model.dtype).max)
         if abs(rounded.log2) > reach * len(rounded.weights) and budget.free:
             # too few weights are left for so large or small a tensor
             return truncate(
-                model, ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves="weights"
-            )
+                model, ranks=ranks, rtol=rtol, atol=atol, max_numbers=max_numbers, leaves="weights",
+                precision=precision,
+            )  # fmt: skip
         lost = math.sqrt(rounded.lost) * rounded.size
-        return to_factorization(tree, rounded.weights, rounded.log2, model.dtype, lost)
+        return to_factorization(tree, rounded.weights, rounded.log2, model.dtype, lost, work)
 
 
 def distance(tensor: Any, model: Factorization, *, memory: int | str | None = None) -> tuple[float, float]:
@@ -379,4 +425,10 @@ def _dense_part(tree: ModeTree, weights: Mapping[Node, Tensor], joins: Any, slab
 
 
 def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x)) ** 2
+    return float(_lengths(x)) ** 2
+
+
+def _lengths(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+    """Return norms over some axes, in double precision where the device has that."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=double(x[:0]).dtype)
+    return lengths

@@ -38,7 +38,7 @@ from tnreg.trees.tree import ModeTree
 _TRIES, _STEPS, _ENOUGH = 5, 40, 0.985
 # Above this tolerance squares of singular values are as good as the values: what rounding hides in them is
 # less than a part in a million of what is cut, and the error is measured.
-_BY_SQUARES = 1e-4
+_BY_SQUARES, _DOUBLE = 1e-4, torch.finfo(torch.float64).eps
 # A basis made of its Gram matrix is orthonormal to rounding if no column is this much shorter than before.
 _SHORT = 0.1
 
@@ -56,7 +56,9 @@ class Rounded:
     log2: float
 
 
-def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dtype: torch.dtype) -> Rounded:
+def round_network(
+    net: Network, stacks: Sequence[Tensor], budget: Budget, power: float = 0.0, *, dtype: torch.dtype
+) -> Rounded:
     """Round a network in orthonormal frames, equal nodes together.
 
     All weights but the root's have orthonormal columns, and the tensor is an orthogonal projection of what
@@ -64,19 +66,21 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
 
     Args:
         net: The network.
-        stacks: Its weights in double precision.
+        stacks: Its weights, in the precision of the work.
         budget: What the result may have.
-        dtype: That of the numbers before they were brought to double precision.
+        power: That of two that their tensor is to be multiplied by.
+        dtype: That of the numbers before they were brought to this precision.
     """
-    found = frames(net, stacks)
+    found, eps = frames(net, stacks), torch.finfo(stacks[0].dtype).eps
     size, log2 = map(float, scale_of(found))
+    log2 += power
     budget = budget.relative(size, log2)
-    by_squares = budget.share is not None and budget.share > _BY_SQUARES
+    by_squares = budget.share is not None and budget.share > _BY_SQUARES * math.sqrt(eps / _DOUBLE)
     own = vectors_by_squares(net, found) if by_squares else values_in_frames(net, found, vectors=True)
     results = _match_root(net, found, own)
-    chooser = _chooser(net, results, budget, dtype)
+    chooser = _chooser(net, results, budget, dtype, stacks[0].dtype)
     # what rounding may hide in a difference of squared norms
-    hidden = 4 * torch.finfo(torch.float64).eps * (len(net.tree.nodes) + 16)
+    hidden = 4 * eps * (len(net.tree.nodes) + 16)
 
     def bare_of(choice: Choice) -> frozenset[int]:
         return frozenset(choice.bare.nonzero()[0].tolist())
@@ -105,7 +109,7 @@ def round_network(net: Network, stacks: Sequence[Tensor], budget: Budget, *, dty
     weights = best.projection.weights()
     if chooser.idle(best.choice) and (budget.share is None or budget.share > 0):
         again = round_network(
-            *network_of(net.tree, weights), Budget(bare=bare_of(best.choice)), dtype=torch.float64
+            *network_of(net.tree, weights), Budget(bare=bare_of(best.choice)), dtype=stacks[0].dtype
         )
         return Rounded(again.weights, best.lost, size * 2.0**-again.log2, log2 + again.log2)
     return Rounded(weights, best.lost, size, log2)
@@ -200,25 +204,27 @@ def _match_root(net: Network, found: Sequence[Frame], results: Sequence[Values])
     return [Values(r.values, changed) if b == b1 else r for b, r in enumerate(results)]
 
 
-def _chooser(net: Network, results: Sequence[Values], budget: Budget, dtype: torch.dtype) -> Chooser:
+def _chooser(
+    net: Network, results: Sequence[Values], budget: Budget, dtype: torch.dtype, work: torch.dtype
+) -> Chooser:
     """Prepare the choice of ranks: what the values of all cuts are, and how many may be kept at most."""
     values, most = dict[int, Any](), dict[int, int]()
     for batch, part in zip(batches(net), results, strict=False):
         if not batch.fixed:
-            values |= zip(batch.nodes, part.values.cpu().numpy(), strict=True)
+            values |= zip(batch.nodes, double(part.values).cpu().numpy(), strict=True)
             most |= {node: min(batch.rank, budget.limits.get(node, batch.rank)) for node in batch.nodes}
     cuts = [[i for i in cut if i not in net.bare] for cut in net.tree.cuts]  # what is above bare leaves stays
     kept = [min((most[i] for i in cut), default=1) for cut in cuts]
     spectra = [values[cut[0]] if cut else np.ones(1) for cut in cuts]
     if budget.share is None:
-        zero = rounding_rtol(None, dtype, torch.float64)
+        zero = rounding_rtol(None, dtype, work)
         kept = [min(k, int((s > zero * s[0]).sum())) for k, s in zip(kept, spectra, strict=True)]
     for k, cut in enumerate(cuts):
         parts = [budget.parts[i] for i in cut if i in budget.parts]
         if parts:
             kept[k] = min(kept[k], int((np.cumsum(spectra[k][::-1] ** 2) > min(parts) ** 2).sum()))
     # rounded up by what rounding may hide, unless nothing may be discarded anyway
-    slack = 4 * torch.finfo(torch.float64).eps if budget.share else 0.0
+    slack = 4 * torch.finfo(work).eps if budget.share else 0.0
     squares, most_kept = [(s + slack) ** 2 for s in spectra], [max(k, 1) for k in kept]
     bare, free = budget.bare | net.bare, budget.free - net.bare
     return Chooser(net.tree, net.sizes, squares, most_kept, bare, free)
@@ -381,9 +387,17 @@ def _mask(vectors: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def to_factorization(
-    tree: ModeTree, weights: Mapping[int, Tensor], log2: float, dtype: torch.dtype, lost: float
+    tree: ModeTree,
+    weights: Mapping[int, Tensor],
+    log2: float,
+    dtype: torch.dtype,
+    lost: float,
+    work: torch.dtype = torch.float64,
 ) -> Factorization:
-    """Return the factorization of weights times ``2**log2``; its error bound is ``lost`` times that."""
+    """Return the factorization of weights times ``2**log2``; its error bound is ``lost`` times that.
+
+    The precision of the ``work`` counts in the bound.
+    """
     top, places = len(tree.nodes) - 1, sorted(weights)
     size, scales = float(torch.linalg.vector_norm(weights[top])), dict.fromkeys(places, 0)
     if size > 0 and abs(log2 + math.log2(size)) > 0.9 * math.log2(torch.finfo(dtype).max):
@@ -392,11 +406,16 @@ def to_factorization(
         scales = {i: each + (k < rest) for k, i in enumerate(places)}
     powers = {**scales, top: log2 - sum(scales[i] for i in places if i < top)}
     scaled = {
-        i: (times_power_of_two(w, round(powers[i])) if powers[i] else w).to(dtype) for i, w in weights.items()
+        i: (
+            times_power_of_two(w.to(torch.promote_types(w.dtype, dtype)), round(powers[i]))
+            if powers[i]
+            else w
+        ).to(dtype)
+        for i, w in weights.items()
     }
     model = Factorization.holding(*network_of(tree, scaled))
     # rounding of the weights and of the work, once per node, besides what was discarded
-    rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float64).eps) * (top + 1) * size
+    rounding = (4 * torch.finfo(dtype).eps + 64 * torch.finfo(work).eps) * (top + 1) * size
     try:
         model.error_bound = 2.0**log2 * (lost + rounding)
     except OverflowError:
@@ -499,11 +518,12 @@ def budget_of(
     atol: float | None,
     max_numbers: int | None,
     leaves: str | Mapping[int, str],
+    work: torch.dtype = torch.float64,
 ) -> Budget:
     """Check what ``decompose`` and ``truncate`` are asked for."""
     limits, parts, share = limits_of(tree, ranks), dict[int, float](), None
     if not isinstance(rtol, Mapping):
-        share = share_of(rtol, dtype)
+        share = share_of(rtol, dtype, work)
     elif atol is not None:
         raise OptionError(
             "atol is for the whole tensor, and rtol is given for single nodes; give one of them.",
@@ -525,7 +545,7 @@ def budget_of(
     bare = frozenset(i for i, (_, kind) in kind_of.items() if kind == "bare")
     # a leaf that is larger than its limit keeps its matrix
     free = {i for i, (m, kind) in kind_of.items() if kind == "auto" and limits.get(i, sizes[m]) >= sizes[m]}
-    budget = Budget(limits, share, error, rounding_of(dtype), parts, None, bare, frozenset(free))
+    budget = Budget(limits, share, error, rounding_of(dtype, work), parts, None, bare, frozenset(free))
     if max_numbers is not None:
         most = check_integer(max_numbers, 1, "max_numbers")
         ones = [1] * len(tree.cuts)
@@ -539,13 +559,20 @@ def budget_of(
     return budget
 
 
-def rounding_of(dtype: torch.dtype) -> float:
+def rounding_of(dtype: torch.dtype, work: torch.dtype = torch.float64) -> float:
     """Return what rounding of the work and of the weights may add to the error, relative to the norm."""
-    return max(16 * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps / 2)
+    return max(16 * torch.finfo(work).eps, torch.finfo(dtype).eps / 2)
 
 
-def share_of(rtol: float | None, dtype: torch.dtype) -> float | None:
+def share_of(rtol: float | None, dtype: torch.dtype, work: torch.dtype = torch.float64) -> float | None:
     """Return the tolerance less what rounding of the work and of the weights may add to the error."""
     if rtol is None:
         return None
-    return max(check_number(rtol, "rtol", 0, 1) - rounding_of(dtype), 0.0)
+    share = check_number(rtol, "rtol", 0, 1) - rounding_of(dtype, work)
+    if share <= 0 and work == torch.float32:
+        raise OptionError(
+            f"rtol={rtol:g} is below what single precision can keep, {rounding_of(dtype, work):.1e}; "
+            'write a larger one, or precision="double".',
+            argument="rtol",
+        )
+    return max(share, 0.0)

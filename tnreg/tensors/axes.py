@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tnreg.tensors.arrays import double
 from tnreg.trees.tree import ModeTree
 
 # Numbers in the products of one call, before they are summed.
 _CHUNK = 2**19
+# Columns whose products are summed in single precision.
+_PART = 2**13
 
 
 class Core:
@@ -43,8 +46,11 @@ class Core:
 
     def project(self, i: int, basis: Tensor) -> None:
         """Replace a node's axis by coordinates in a basis ``(rows, rank)``."""
-        self.tensor = axis_product(self.view(i), basis)
-        self.sizes[self.front.index(i)] = basis.shape[1]
+        self.replace(i, axis_product(self.view(i), basis))
+
+    def replace(self, i: int, view: Tensor) -> None:
+        """Replace the tensor by ``(before, rank, behind)`` around a node's axis."""
+        self.tensor, self.sizes[self.front.index(i)] = view, view.shape[1]
 
 
 def axis_gram(view: Tensor) -> Tensor:
@@ -62,6 +68,15 @@ def axis_gram(view: Tensor) -> Tensor:
     gram = view.new_zeros(rows, rows)
     for part in torch.split(view, chunk):
         gram += torch.bmm(part, part.mH).sum(0)
+    return gram
+
+
+def axis_gram_in_double(view: Tensor) -> Tensor:
+    """Return the same in double precision, of parts in single precision: their errors average out."""
+    flat = view.transpose(0, 1).reshape(view.shape[1], -1)
+    gram = double(flat.new_zeros(len(flat), len(flat)))
+    for part in torch.split(flat, _PART, 1):
+        gram += part @ part.mH
     return gram
 
 
