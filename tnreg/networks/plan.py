@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -204,7 +205,7 @@ def plan_of_similar(network: Network, batch: int) -> Plan:
 def plans_of_entries(network: Network, index: Tensor, *, others: bool = False) -> tuple[Plan, ...]:
     """Check an index and plan its entries: the chosen route, and ``others`` for who may need less memory."""
     # made to be kept: a plan made in inference mode could not be trained with later
-    with torch.inference_mode(False):
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         routes = _plans_of_entries(network, check_index(index, network.sizes).detach().clone())
         return next(routes), *(routes if others else ())
 
@@ -391,11 +392,12 @@ def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
     """Make the plans of all routes to entries, the chosen one first."""
     tree, samples, columns = network.tree, len(index), index.unbind(1)
     every = tuple(None if kind == "bare" else samples for kind in network.joins)
-    counted = {"per-sample": sum(_row_costs(network, tuple(n and 1 for n in every))) * samples}
+    costs = _row_costs(network, tuple(n and 1 for n in every))
+    counted = {"per-sample": sum(costs) * samples}
     if _may_be_dense(network):
         dense = _plans(network, None)[0]
         counted = {"dense": dense.flops + _FLOPS_PER_MOVE * (dense.held + samples), **counted}
-    taken, rows, ids = distinct_rows(network, index)
+    taken, rows, ids = distinct_rows(network, index, costs)
     each = zip(rows, _row_costs(network, tuple(n and 1 + (n != samples) for n in taken)), strict=True)
     counted["distinct"] = sum(n * cost for n, cost in each) + _FLOPS_PER_MOVE * samples
     for route in _ranked(counted):

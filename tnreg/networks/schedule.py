@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from opt_einsum.parser import get_symbol
@@ -27,6 +27,9 @@ from tnreg.tensors.arrays import Scaled
 
 # Samples of the batch that a search is for which serves all of them.
 TYPICAL = 64
+
+# To look for equal rows of one node takes about as long as so many flops.
+_FLOPS_TO_LOOK = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,11 +188,14 @@ def _node_einsum(
     return min(calls, key=lambda call: call.cost.flops)
 
 
-def distinct_rows(network: Network, index: Tensor) -> tuple[tuple[int | None, ...], list[int], list[Any]]:
+def distinct_rows(
+    network: Network, index: Tensor, costs: Sequence[float]
+) -> tuple[tuple[int | None, ...], list[int], list[Any]]:
     """Find the combinations of children's rows that occur among entries.
 
     Where more than half of all combinations occur, all are kept; where there are more than half as many as
-    entries, every entry has a row of its own. So indices alike in kind share a schedule.
+    entries, every entry has a row of its own. So indices alike in kind share a schedule. That many are taken
+    to occur where no more could be saved, by flops ``costs`` of a row of every node, than looking costs.
 
     Returns:
         For every node how many rows are taken, as ``schedule`` takes it; how many are distinct, or all that
@@ -198,31 +204,35 @@ def distinct_rows(network: Network, index: Tensor) -> tuple[tuple[int | None, ..
     links, samples = network.tree.links, len(index)
     columns = index.unbind(1)
     taken, counts = list[int | None]([None] * len(links)), list(network.bonds)
-    ids = list[Any]([None] * len(links))
+    ids, rows = list[Any]([None] * len(links)), [0] * len(links)  # no rows: every entry has its own
+    step = max(1, 2**20 // samples)  # as many nodes at once as take little memory
     for level in network.levels:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in level.positions:
-            if not links[i]:
+            heights = tuple([rows[c] for c in links[i]])
+            if not heights:
                 mode: int = network.tree.nodes[i]  # type: ignore[assignment]
-                ids[i], counts[i] = columns[mode], network.sizes[mode]
-            elif any(ids[c] is None for c in links[i]):  # entries that differ at a child differ here
+                ids[i], rows[i], counts[i] = columns[mode], network.sizes[mode], network.sizes[mode]
+            elif 0 in heights:  # entries that differ at a child differ here
                 taken[i] = counts[i] = samples
             else:
-                groups.setdefault(tuple(counts[c] for c in links[i]), []).append(i)
-        # as many nodes at once as take little memory
-        step = max(1, 2**20 // samples)
+                groups.setdefault(heights, []).append(i)
         for heights, nodes in (
             (h, g[k : k + step]) for h, g in groups.items() for k in range(0, len(g), step)
         ):
-            numbers, most = _combined([[ids[c] for c in links[i]] for i in nodes], heights)
             total = math.prod(heights)
-            for i, each, count in zip(nodes, numbers, _count_distinct(numbers, most), strict=True):
+            found, numbers = [min(total, samples)] * len(nodes), cast(Any, nodes)
+            look = found[0] * costs[nodes[0]] > _FLOPS_TO_LOOK
+            if look or total <= samples:
+                combined, most = _combined([[ids[c] for c in links[i]] for i in nodes], heights)
+                found, numbers = _count_distinct(combined, most) if look else found, combined.unbind(0)
+            for i, own, count in zip(nodes, numbers, found, strict=True):
                 if total <= min(samples, 2 * count):
-                    ids[i], counts[i] = each, total
+                    ids[i], rows[i], counts[i] = own, total, total
                 elif 2 * count > samples:
                     taken[i], counts[i] = samples, count
                 else:
-                    ids[i], taken[i], counts[i] = _ranks(each, most), count, count
+                    ids[i], rows[i], counts[i], taken[i] = _ranks(own, most), count, count, count
     return tuple(taken), counts, ids
 
 
