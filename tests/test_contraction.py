@@ -1,5 +1,7 @@
 """Plans as values: routes, printing, caching, and what is refused."""
 
+import copy
+import pickle
 import re
 from collections import Counter
 
@@ -23,10 +25,12 @@ from tnreg.networks import plan as plans
 from tnreg.networks import scaled
 from tnreg.networks.einsum import einsum, find_path
 from tnreg.networks.network import Network
+from tnreg.networks.recording import PATIENCE
 from tnreg.networks.scaled import Growth
 from tnreg.networks.schedule import schedule
 
 HTF = ModeTree.binary(4)
+SOME = [p for p in zoo.zoo(bare=True) if p.id.startswith(("single-", "cp-4-", "one-child-root-", "uneven-"))]
 
 
 EQUATIONS = """ab,bc,cd->ad ab,bc->ca ar,br,cr,r->abc gar,gbr,grs->gabs gbi,gbj,gijk->gbk bj,bj->b
@@ -133,6 +137,43 @@ def test_what_is_alike_shares_a_search(order, join, searches):
         index[:, : order // 2] %= 2
         plan(model, index=index)
     assert plans._row_costs.cache_info().misses <= 4 and len(searches) <= 12
+
+
+def test_small_calls_plan_little(searches):
+    """New batch sizes share plans and new indices of one kind schedules, by the same route as planned."""
+    model = Factorization(ModeTree.binary(8), 4, 6, join="full")
+    model(torch.ones(65, 8, 4)), model.entries(zoo.random_index(model.sizes, 300, seed=-1))
+    del searches[:]
+    before = schedule.cache_info().misses, plans._plans.cache_info().misses
+    for k in range(20):
+        model(torch.ones(66 + k, 8, 4))
+        index = zoo.random_index(model.sizes, 300, seed=k)
+        chosen = plan(model, index=index)
+        assert torch.equal(model.entries(index), model.entries(chosen))
+        assert chosen.candidates[chosen.route] == min(chosen.candidates.values())
+    assert searches == [] and before == (schedule.cache_info().misses, plans._plans.cache_info().misses)
+
+
+@pytest.mark.parametrize("model", SOME)
+def test_repeated_calls_are_recorded(model):
+    """The same values and gradients while weights change, in another dtype, and without gradients."""
+    index, model = zoo.random_index(model.sizes, 30), copy.deepcopy(model)
+    chosen = plan(model, index=index)
+    for step in range(3 * PATIENCE):
+        values, fresh = model.entries(chosen), model.entries(plan(model, index=index))
+        assert torch.equal(values, fresh)
+        ours, theirs = (torch.autograd.grad(x.abs().sum(), model.parameters()) for x in (values, fresh))
+        for one, two in zip(ours, theirs, strict=True):
+            zoo.assert_close(one, two)
+        with torch.no_grad():
+            assert torch.equal(model.entries(chosen), values)
+            for p in model.parameters():
+                p.mul_(1 + 0.01 * step)
+    assert len(chosen._repeated._recorded) == 2
+    single = copy.deepcopy(model).float()  # which leaves complex numbers as they are
+    for _ in range(2 * PATIENCE):
+        assert single.entries(chosen).dtype == single.dtype
+    assert pickle.loads(pickle.dumps(chosen))._repeated._recorded == {}
 
 
 def test_an_index_changed_in_place_is_planned_again():
@@ -290,9 +331,6 @@ def moved(model, spread, *, seed=0):
                 weights[v] *= torch.exp2(-step.double()).reshape(shape)
     net = model.network
     return Factorization.from_weights(net.tree, weights, join=net.named_joins, leaves=net.named_leaves)
-
-
-SOME = [p for p in zoo.zoo(bare=True) if p.id.startswith(("single-", "cp-4-", "one-child-root-", "uneven-"))]
 
 
 @pytest.mark.parametrize("model", SOME)

@@ -43,6 +43,7 @@ from tnreg.tensors.arrays import (
     check_features,
     draw_normal,
     exact_scales,
+    is_autocast,
     largest_of,
     without_autocast,
 )
@@ -425,9 +426,10 @@ class Factorization(NetworkModule):
         self, chosen: Plan, inputs: Tensor | Sequence[Tensor] = (), batch: int | None = None
     ) -> Tensor:
         stacks = list(self.stacks)
-        with without_autocast(stacks[0].device):
-            chosen = within_memory(chosen, stacks, batch=batch)
-            return contract(chosen, stacks, inputs, self._growth)
+        if is_autocast(stacks[0].device):
+            with without_autocast(stacks[0].device):
+                return self._contract(chosen, inputs, batch)
+        return contract(within_memory(chosen, stacks, batch=batch), stacks, inputs, self._growth)
 
     def _entry_plan(self, index: Tensor) -> Plan:
         if isinstance(index, Tensor):

@@ -79,6 +79,8 @@ class Einsum:
 
     def __call__(self, operands: Sequence[Tensor]) -> Tensor:
         """Carry out the steps."""
+        if len(self.steps) == 1:  # of all operands, the last one first
+            return self.steps[0].call(*reversed(operands))
         left = list(operands)
         for taken, _, call in self.steps:
             left.append(call(*map(left.pop, taken)))
@@ -224,17 +226,19 @@ def _matrix_product(parts: list[str], result: str) -> Callable[..., Tensor]:
     first, second = _view(left, groups[0]), _view(right, groups[1])
     axes = [*batch, *rows, *columns]
     order = None if axes == [*result] else [axes.index(s) for s in result]
-    wide = [(s in left, (left if s in left else right).index(s)) for s in axes]
     split = any(len(group) != 1 for group in groups[2])
+    if not split and order is None:
+        if swap:
+            return lambda a, b: product(first(b), second(a))
+        return lambda a, b: product(first(a), second(b))
+    wide = [(s in left, (left if s in left else right).index(s)) for s in axes]
 
     def call(a: Tensor, b: Tensor) -> Tensor:
-        if swap:
-            a, b = b, a
         x = product(first(a), second(b))
         x = x.reshape([(a if there else b).shape[k] for there, k in wide]) if split else x
         return x if order is None else x.permute(order)
 
-    return call
+    return (lambda a, b: call(b, a)) if swap else call
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ class Stacked:
     def slot(self, stack: int, slot: int) -> Tensor:
         """Return one slot, without the axis of slots."""
         if stack not in self._slots:
-            self._slots[stack] = self.tensors[stack].unbind(0)
+            whole = self.tensors[stack]
+            self._slots[stack] = (whole.squeeze(0),) if len(whole) == 1 else whole.unbind(0)
         return self._slots[stack][slot]
 
     def pick(self, places: Places) -> Tensor:

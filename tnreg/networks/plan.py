@@ -29,6 +29,7 @@ from tnreg.errors import DataError, OptionError, SizeError, check_integer
 from tnreg.machine.memory import MOST_AXES, does_not_fit, limit_of, shortage, written
 from tnreg.networks.einsum import Cost, Einsum, along, find_path, letters
 from tnreg.networks.network import Network
+from tnreg.networks.recording import Repeated
 from tnreg.networks.scaled import Growth, balance
 from tnreg.networks.schedule import (
     TYPICAL,
@@ -97,6 +98,7 @@ class Plan:
     joins: tuple[Join, ...] = field(default=(), repr=False)
     whole: Einsum | None = field(default=None, repr=False)
     take: Tensor | None = field(default=None, repr=False)
+    _repeated: Repeated = field(default_factory=Repeated, init=False, repr=False)
 
     @property
     def flops(self) -> int:
@@ -248,7 +250,7 @@ def contract(
     """
     network = plan.network
     out = _carry_out(plan, stacks, inputs)
-    if _readable(out) and (growth or Growth()).may_show(stacks, inputs, out):
+    if _readable(out) and (growth or Growth()).may_show(stacks, inputs, out, plan):
         out = _carry_out_scaled(plan, stacks, inputs)
     if plan.take is not None:
         return out.reshape(-1).index_select(0, plan.take)
@@ -267,7 +269,11 @@ def contract(
 
 
 def _carry_out(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return the result of the schedule or of the einsum."""
+    """Return the result of the schedule or of the einsum; batches are of any size, others always the same."""
+    return _once(plan, stacks, inputs) if len(inputs) else plan._repeated(_once, plan, stacks)
+
+
+def _once(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
     if plan.whole is None:
         return run(plan.network, plan.joins, stacks, inputs)
     return plan.whole(_of_whole(plan.network, stacks, inputs))

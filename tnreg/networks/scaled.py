@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from opt_einsum.parser import get_symbol
-from torch import Tensor
+from torch import Tensor, nn
 
 from tnreg.machine.memory import must_fit
 from tnreg.networks.einsum import Einsum, einsum
@@ -111,13 +111,23 @@ class Growth:
     def __init__(self) -> None:
         self._log2 = 0.0
         self._read_at: list[tuple[int, int]] = []
+        self._clear: object = None  # of which the result was far from the range when the weights were read
 
-    def may_show(self, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor], result: Tensor) -> bool:
-        """Tell whether a result may show what left the range: above it, it is NaN or infinite. Reads."""
+    def may_show(
+        self, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor], result: Tensor, of: object = None
+    ) -> bool:
+        """Tell whether a result may show what left the range: above it, it is NaN or infinite.
+
+        Reads the result; not between two readings of the weights if ``of`` is what it was of, without inputs.
+        """
+        recent = self._is_recent(stacks)
+        if recent and of is not None and of is self._clear and not len(inputs):
+            return False
         norm: float = torch.linalg.vector_norm(result.detach().reshape(-1)).tolist()
         if not norm < math.inf:  # squares may overflow where the result does not
             norm = largest_of(result.detach()).tolist()  # type: ignore[assignment]
         if not norm < math.inf:
+            self._read_at = []  # they were not
             return True
         info = torch.finfo(result.dtype)
         # down to 2**-20 of the result, or to what is below the range itself
@@ -127,20 +137,24 @@ class Growth:
             order = inputs.shape[1] if isinstance(inputs, Tensor) else len(inputs)
             samples = inputs.flatten(1) if isinstance(inputs, Tensor) else torch.cat(list(inputs), 1)
             allowed -= _mean_growth(torch.linalg.vector_norm(samples.detach(), dim=1).max(), order)
-        if self._log2 + 32 <= allowed and self._is_recent(stacks):
+        if recent and self._log2 + 32 <= allowed:
             return False
         self._log2 = sum(_mean_growth(torch.linalg.vector_norm(s.detach()), len(s)) for s in stacks)
+        # results may go down as much as weights go up
+        far = self._log2 + 64 <= min(allowed, math.log2(info.max))
+        self._clear = of if far else None
         return not self._log2 <= allowed
 
     def _is_recent(self, stacks: Sequence[Tensor]) -> bool:
         """Tell whether no more than 32 updates of all stacks came after the weights were read."""
-        if not torch.is_grad_enabled() or not all(s.requires_grad and s.is_leaf for s in stacks):
+        if not torch.is_grad_enabled() or {*map(type, stacks)} != {nn.Parameter}:
             return False
         now = [(s.data_ptr(), s._version) for s in stacks]
-        pairs = zip(self._read_at, now, strict=False)
-        updates = {new[1] - old[1] if new[0] == old[0] else -1 for old, new in pairs}
-        if len(updates) == 1 and 0 <= updates.pop() <= 32:
-            return True
+        if len(now) == len(self._read_at):
+            updates = now[0][1] - self._read_at[0][1]
+            pairs = zip(self._read_at, now, strict=True)
+            if 0 <= updates <= 32 and all(p == q and n - m == updates for (p, m), (q, n) in pairs):
+                return True
         self._read_at = now
         return False
 

@@ -317,7 +317,7 @@ def check_dtype(dtype: Any, *, real: bool = False) -> torch.dtype:
 def is_autocast(device: torch.device) -> bool:
     """Return whether ``torch.autocast`` is on for a device."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
