@@ -28,7 +28,7 @@ Marks = NDArray[np.bool_]
 _ROUNDS, _STEPS = 8, 64
 # With so many leaves that may be bare all single changes are tried, if by the squares that are cut they do
 # not take so many times the numbers.
-_FEW, _WORSE = 12, 1.3
+_FEW, _WORSE = 12, 1.5
 # Logarithms of equal values are told apart by less than this: a limit may fall between any two.
 _APART = 1e-6
 
@@ -143,7 +143,10 @@ class Chooser:
             if not can.any():
                 break
             worth = np.where(can, self._derivatives(ranks, best.bare) / np.maximum(last, 1e-300), 0.0)
-            best = self._choice(ranks - (self._rows == np.argmax(worth)), best.bare)
+            less = self._choice(ranks - (self._rows == np.argmax(worth)), best.bare)
+            if less.spent > allowed:  # a rank had come down before for its children's sake
+                break
+            best = less
         return self._keep(best)
 
     def fitting(self, numbers: float) -> Choice:

@@ -34,8 +34,8 @@ from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
 
 # Choices tried for one with an error just below what is allowed, single steps tried after that, and the
-# share of the error allowed that is enough.
-_TRIES, _STEPS, _ENOUGH = 5, 40, 0.985
+# share of the error allowed that is enough. With so few cuts also steps are tried that seem to be too large.
+_TRIES, _STEPS, _ENOUGH, _FEW = 5, 24, 0.99, 16
 # Above this tolerance squares of singular values are as good as the values: what rounding hides in them is
 # less than a part in a million of what is cut, and the error is measured.
 _BY_SQUARES, _DOUBLE = 1e-4, torch.finfo(torch.float64).eps
@@ -94,14 +94,13 @@ def round_network(
         return _Attempt(choice, projection, lost if by_squares and bound else min(bound, lost))
 
     allowed, most = (budget.share or 0.0) ** 2, budget.numbers or math.inf
-    if budget.share:
+    choice = chooser.largest()
+    if budget.share and choice.spent < allowed:  # else limits on ranks cut more
         first = _spend(chooser, attempt, allowed, allowed)
         spent, numbers = max(first.choice.spent, allowed), lambda attempt: attempt.choice.numbers
-        others = () if _adds_up(chooser, first) else chooser.others(first.choice)
-        tried = [first, *(_spend(other, attempt, allowed, spent) for other in others)]
+        tried = [first, *(_spend(other, attempt, allowed, spent) for other in chooser.others(first.choice))]
         best = min((_step(chooser, attempt, allowed, a) for a in sorted(tried, key=numbers)[:2]), key=numbers)
     else:
-        choice = chooser.largest()
         best = attempt(choice if choice.numbers <= most else chooser.fitting(most))
     if best.choice.numbers > most:
         best = attempt(chooser.fitting(most))
@@ -139,8 +138,6 @@ def _spend(
     for _ in range(_TRIES):
         choice = chooser.within(squares)
         found = best if best and chooser.same(choice, best.choice) else attempt(choice)
-        if choice.spent > squares:  # limits on ranks cut more
-            return found
         if found.lost <= allowed:
             best, low = found, (squares, found.lost)
         else:
@@ -164,15 +161,15 @@ def _step(
     """Bring single ranks down by one, where the error is still smaller than it might be."""
     refused = set[int]()
     for _ in range(_STEPS):
-        if not 0 < best.lost < _ENOUGH**2 * allowed:
-            break
-        step = chooser.step(best.choice, best.lost, allowed, refused)
+        step = None
+        if 0 < best.lost < _ENOUGH**2 * allowed:
+            step = chooser.step(best.choice, best.lost, allowed, refused)
         if step is None:
             break
         cut, choice = step
         before, more = chooser.bound(best.choice), chooser.bound(choice)
-        if best.lost * (1 + 0.98 * (more / before - 1)) > allowed:  # those that seem to fit come first
-            break
+        if len(choice.ranks) > _FEW and best.lost * (1 + 0.98 * (more / before - 1)) > allowed:
+            break  # those that seem to fit come first
         found = attempt(choice)
         if found.lost <= allowed:
             best = found
