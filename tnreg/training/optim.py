@@ -86,7 +86,7 @@ class GroupRMSprop(torch.optim.Optimizer):
         """Add a squared gradient to the average; return ``1 / (root + eps)``, a float on the CPU."""
         group, on_host = self.param_groups[0], _on_host(square)
         # state lives at the first parameter, where torch saves and loads it like any other
-        alpha, shared = group["alpha"], self.state[group["params"][0]]
+        alpha, eps, shared = group["alpha"], group["eps"], self.state[group["params"][0]]
         if not shared:
             shared["step"] = 0 if on_host else torch.zeros_like(square)
             shared["square_average"], shared["scale"] = square * 0, square * 0
@@ -94,12 +94,16 @@ class GroupRMSprop(torch.optim.Optimizer):
         elif not on_host:
             shared["step"] = shared["step"].to(square.device)  # read from a file, it is on the host
         shared["step"] += 1
-        average = shared["square_average"] * alpha + square * (1 - alpha)
-        scale = 1 / ((average / _correction(alpha, shared["step"])).sqrt() + group["eps"])
         # in place, and counted on the device: a captured CUDA graph replays exactly this
-        shared["square_average"].copy_(average)
-        shared["scale"].copy_(scale)
-        result = float(scale) if on_host else scale
+        average = shared["square_average"].mul_(alpha).add_(square, alpha=1 - alpha)
+        correction = _correction(alpha, shared["step"])
+        result: float | Tensor
+        if on_host:
+            root = math.sqrt(float(average) / correction) + eps
+            result = 1 / root if root else math.inf
+            shared["scale"].fill_(result)
+        else:
+            result = shared["scale"].copy_(1 / ((average / correction).sqrt() + eps))
         shared["elapsed"] += group["lr"] * result
         return result
 
