@@ -130,10 +130,11 @@ def _factored() -> Rows:
     yield "order/rank", "library", "ms", "of tnreg", "error", "largest bond"
     for case, rows in _results("factored-cpu").items():
         for library, row in rows.items():
-            ours = rows["tnreg, tensor train" if library == "torchTT" else "tnreg"]["seconds"]
+            trains = "tnreg, tensor train", "torchTT"
+            ours = rows[trains[0] if library in trains else "tnreg"]["seconds"]
             reached = (f"{row['error']:.1e}", row["rank"]) if "error" in row else ("|",)
-            yield (case, f"{library} {row['version']}", f"{1e3 * row['seconds']:.0f}",
-                   f"{row['seconds'] / ours:.1f}", *reached)  # fmt: skip
+            yield (case, f"{library} {row['version']}", f"{1e3 * row['seconds']:.1f}",
+                   f"{row['seconds'] / ours:.2f}", *reached)  # fmt: skip
 
 
 def _spectra() -> Rows:

@@ -335,9 +335,11 @@ def _plain_inner_products(meetings: Sequence[_Meeting], stacks: Sequence[Sequenc
         gram = meeting.call(operands) if meeting.axis is None else _along_axis(meeting.axis, *operands)
         gram = moderate(gram)
         grams.append(gram)
+    largest = list[Tensor]()
     for group in products.values():  # equal ones of a chain together
         x = (torch.cat(group) if len(group) > 1 else group[0]).detach().abs()
-        sizes += torch.stack([*torch.aminmax(x.amax(1)), *torch.aminmax(x.amax(2))]).tolist()
+        largest += [x.amax(1).flatten(), x.amax(2).flatten()]
+    sizes += [torch.cat(largest).amin().item()] if largest else []
     if not all(1 / far < size < far for size in sizes):
         return None
     return Scaled(gram[0], gram.real.new_tensor(float(log2)))
