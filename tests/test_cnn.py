@@ -54,13 +54,13 @@ def check_network(model):
         check_equal(model, to_cnn(model, scaled=scaled), features)
 
 
-@pytest.mark.parametrize("model", list(zoo.zoo()))
+@pytest.mark.parametrize("model", list(zoo.zoo(bare=True)))
 def test_network_is_the_factorization(model):
     check_network(model)
 
 
 @pytest.mark.slow
-@given(zoo.models())
+@given(zoo.models(bare=True))
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_network_is_the_factorization_random(model):
     check_network(model)
@@ -92,12 +92,31 @@ def test_grids(shape, window, share):
 
 @pytest.mark.parametrize("make", ["binary 8", "half 8", "star 5", "binary 7", "caterpillar 5"])
 @pytest.mark.parametrize("join", ["diagonal", "full"])
-def test_shared_filters_on_sequences(make, join):
+@pytest.mark.parametrize("leaves", ["weights", "bare"])
+def test_shared_filters_on_sequences(make, join, leaves):
     shape, order = make.split()
-    net = random_net(getattr(ModeTree, shape)(int(order)), 3, 3, join=join, share=True)
+    net = random_net(getattr(ModeTree, shape)(int(order)), 3, 3, join=join, share=True, leaves=leaves)
+    assert ("1x1 convolution, shared" in repr(net).split("\n")[1]) == (leaves == "weights")
     x = randn(6, 3, int(order))
     assert_close(net(x), from_cnn(net)(x.mT))
     assert_close(net(list(x.unbind(2))), net(x))
+
+
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+def test_bare_leaves_are_not_convolved(join):
+    """Images as one map through shared filters, several outputs, and bare classes."""
+    grid, images = ModeTree.grid((4, 4)), randn(5, 3, 4, 4)
+    net = random_net(grid, 3, 3, join=join, leaves="bare", share=True, outputs=4)
+    local = ConvNet.holding(net.network, net.weights, outputs=4)
+    assert net.nodes_of(0)[0] not in net.weights and "layer0" not in net.convs
+    assert_close(net(images), local(images))
+    model = from_cnn(net)
+    assert model.network.bare and 16 in model.weights
+    assert_close(to_cnn(model, classes=True)(images), net(images))
+    tree = ModeTree([[0, 1], 2])
+    model = zoo.model_of(tree, join, sizes=(3, 3, 5), bonds=5, leaves={0: "bare", 1: "bare", 2: "bare"})
+    x = randn(6, 3, 2)
+    assert_close(to_cnn(model, classes=True)(x), by_class(model, x))
 
 
 def test_conserved_quantity_of_shared_filters():

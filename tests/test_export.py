@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def networks():
     random, grid = zoo.random(), ModeTree.grid((4, 4))
     deep = ConvNet(grid, 3, 4, share=True, std=0.7, generator=random)
-    uneven = to_cnn(zoo.model_of(zoo.TREES["uneven"], "full"))
+    uneven = to_cnn(zoo.bare_model(zoo.TREES["uneven"], "full", {1: "bare", 3: "bare"}))
     representation = Representation(3, kind="gaussian", patch=(2, 2), generator=random)
     classifier = ConvAC(representation, ConvNet(grid, 3, 4, outputs=5))
     classifier.start_averaging_(generator=random)
@@ -95,7 +95,7 @@ def test_plain_weights_name_their_layers(tmp_path, name):
     inner = net.net if name == "classifier" else net
     assert set(state) == set(net.state_dict()) >= {layer["weight"] for layer in layers}
     named = [(node, layer["layer"]) for layer in layers for node in layer["nodes"]]
-    assert sorted(named) == sorted((str(v), inner.layer_of(v)) for v in inner.tree.nodes)
+    assert sorted(named) == sorted((str(v), inner.layer_of(v)) for v in inner.weights)
 
 
 def test_a_network_by_hand_from_plain_weights(tmp_path):

@@ -157,6 +157,8 @@ def newton(model, loss, steps=60, **options):
 @pytest.mark.parametrize(("join", "options", "reached"), [
     ("full", {}, 1e-13),
     ("diagonal", {"root": "ones"}, 1e-13),
+    ("full", {"leaves": {2: "bare", 3: "bare"}}, 1e-13),
+    ("diagonal", {"leaves": {2: "bare"}, "root": "ones"}, 1e-13),
     ({(0, 1): "full"}, {"dtype": torch.complex128}, 1e-13),
     ("full", {"dtype": torch.float32}, 1e-6),
     ("full", {"dtype": torch.float16}, 1e-2),

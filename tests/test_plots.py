@@ -156,6 +156,10 @@ def test_network_shows_every_layer():
     assert "4 × 2–7" in texts(plots.network(to_cnn(MODEL)))
     assert "1 × 27" in texts(plots.network(ConvNet(ModeTree.star(3), 2, 3, join="full")))
     assert len(ax.patches) == 1 + 3 + 2  # input, convolutions, poolings
+    bare = ConvNet(ModeTree.star(3), 2, 3, leaves="bare")
+    assert (
+        "1x1\nconv" not in texts(plots.network(bare)) and len(plots.component(bare, (0, 1, 2))[1].images) == 1
+    )
     assert texts(plots.network(tnreg.ConvAC(tnreg.Representation(3), net))) == texts(ax)
     with pytest.raises(OptionError, match=r"a ConvNet, found Factorization; .*to_cnn\(model\)"):
         plots.network(MODEL)

@@ -181,6 +181,8 @@ def network(data: ConvNet, ax: Axes | None = None) -> Axes:
     piles: list[tuple[str, str, Sequence[int]]] = [("", "input", net.sizes)]
     for layer in range(data.depth):
         places = [tree.position(node) for node in data.nodes_of(layer)]
+        if net.bare.issuperset(places):  # inputs that are pooled as they are
+            continue
         if layer:
             window = max(len(tree.links[p]) for p in places)
             pooled = [math.prod(map(net.index_size, net.inner(p))) for p in places]
@@ -231,7 +233,7 @@ def component(data: ConvNet, node: Node, r: int = 0, axes: Sequence[Axes] | None
     left.set_title(plain_label(f"local component ({node_text(node)}, {r})"), fontsize=10)
     weights = {v: as_array(w.abs().float()) for v, w in data.weights.items()}
     x, tallest = 0, 0
-    for v in [*children, *([node] if node in weights else [])]:
+    for v in [v for v in (*children, node) if v in weights]:
         own, w = v == node, weights[v]
         matrix = w.reshape(len(w), -1) if own else w.reshape(-1, w.shape[-1])
         rows, columns = matrix.shape

@@ -40,8 +40,8 @@ class ConvNet(NetworkModule):
 
     Layer h holds the nodes of height h. Layer 0 convolves the inputs; the others multiply the channels of
     siblings (product pooling; under a full join all pairs of channels) and convolve; nodes whose parent
-    is higher wait. The root is linear. Without ``share`` every position has filters of its own (locally
-    connected); with it every layer is one ``nn.Conv2d``.
+    is higher wait. Inputs at bare leaves are pooled as they are. The root is linear. Without ``share`` every
+    position has filters of its own (locally connected); with it every layer is one ``nn.Conv2d``.
 
     Args:
         tree: The mode tree, or what ``ModeTree`` takes.
@@ -49,6 +49,7 @@ class ConvNet(NetworkModule):
         ranks: Channels of every convolution: one integer, or ``{non-root node: integer}``.
         join: ``"diagonal"``, ``"full"``, or ``{interior node: either}``.
         root: ``"trained"``, or ``"ones"`` to sum the channels of a diagonal root.
+        leaves: ``"weights"``, ``"bare"`` for no convolution of the inputs, or ``{mode: either}``.
         outputs: Number of outputs; ``None`` for one output without an axis.
         share: The same filters at all nodes of a layer.
         scaled: Multiply on scales that are powers of two, so that any number of positions neither
@@ -83,6 +84,7 @@ class ConvNet(NetworkModule):
         *,
         join: str | Mapping[Node, str] = "diagonal",
         root: str = "trained",
+        leaves: str | Mapping[int, str] = "weights",
         outputs: int | None = None,
         share: bool = False,
         scaled: bool | None = None,
@@ -94,7 +96,7 @@ class ConvNet(NetworkModule):
     ) -> None:
         super().__init__()
         model = Factorization(
-            tree, sizes, ranks, join=join, root=root, std=std, dtype=dtype, device=device,
+            tree, sizes, ranks, join=join, root=root, leaves=leaves, std=std, dtype=dtype, device=device,
             generator=generator,
         )  # fmt: skip
         weights = weights_of(model)
@@ -108,8 +110,8 @@ class ConvNet(NetworkModule):
             weights[model.tree.root] = check_number(std, "std", 0) * noise
         if share:
             first: dict[int, Tensor] = {}
-            for height, (node, weight) in zip(model.tree.heights, weights.items(), strict=False):
-                filters = first.setdefault(height, weight)
+            for node, weight in weights.items():
+                filters = first.setdefault(model.tree.heights[model.tree.position(node)], weight)
                 if filters.shape == weight.shape:  # else an error below
                     weights[node] = filters
         self._assemble(model.network, weights, outputs, share, scaled, shape)
@@ -157,7 +159,7 @@ class ConvNet(NetworkModule):
         They are no buffers: those are averaged by ``AveragedModel``, and emptied by ``to_empty``.
         """
         every = list(self.tree.leaves)
-        modes = [self._modes(level) if level.join == "leaf" else every for level in self._levels]
+        modes = [every if level.children else self._modes(level) for level in self._levels]
         with torch.inference_mode(False):  # else nothing could be trained with them
             self._orders = [None if m == every else torch.tensor(m, device=self.device) for m in modes]
 
@@ -334,7 +336,7 @@ class ConvNet(NetworkModule):
         """Return ``(B, outputs)``; values are ``(positions, B, channels)`` on the way."""
         values = Stacked()
         for g, level in enumerate(self._levels):
-            if level.join != "leaf":
+            if level.children:
                 parts = values.children(level)
             else:
                 if not isinstance(x, Tensor):
@@ -343,7 +345,7 @@ class ConvNet(NetworkModule):
                     order = self._order(g, x)
                     block = x.permute(2, 0, 1)[slice(None) if order is None else order].contiguous()
                 parts = [self._rescale(block, 2, logs)]
-            values.append(self._convolve(g, parts, 2, logs))
+            values.append(parts[0] if level.join == "bare" else self._convolve(g, parts, 2, logs))
         return values.tensors[-1][0]
 
     def _through_maps(self, x: Tensor | list[Tensor], logs: list[Tensor]) -> Tensor:
@@ -352,7 +354,8 @@ class ConvNet(NetworkModule):
         x = self._rescale(cast(Tensor, x), 1, logs)
         if self._maps.order is not None:
             x = x.index_select(2, cast(Tensor, self._order(0, x)))
-        x = self._convolve(0, [x.reshape(*x.shape[:2], *self._maps.shape)], 1, logs)
+        x = x.reshape(*x.shape[:2], *self._maps.shape)
+        x = x if self._levels[0].join == "bare" else self._convolve(0, [x], 1, logs)
         for g, (rows, columns) in enumerate(self._maps.windows, 1):
             b, c, height, width = x.shape
             cut = x.reshape(b, c, height // rows, rows, width // columns, columns)
@@ -410,8 +413,10 @@ class ConvNet(NetworkModule):
     def _describe(self, level: Level, layer: int) -> list[str]:
         """Return a line for the pooling of a level, and one for its convolution."""
         first, where, lines = level.positions[0], _nodes(len(level.positions)), list[str]()
+        if level.join == "bare":
+            return [f"{'identity':25s} {where}, {level.shape[0]} channels"]
         channels = math.prod(self.network.index_size(i) for i in self.network.inner(first))
-        if level.join != "leaf":
+        if level.children:
             over = f"over {len(level.children)}"
             if self._windows is not None:
                 over = "x".join(map(str, self._windows[layer - 1]))
@@ -491,7 +496,7 @@ def to_cnn(
         message = f"to_cnn takes a Factorization, found {type(model).__name__}."
         raise OptionError(message, argument="model")
     network, outputs = model.network, None
-    weights = weights_of(model, ones=not classes)
+    weights = weights_of(model, ones=not classes, bare=not classes)
     if classes:
         network, weights = _without_classes(network, weights)
         outputs = model.sizes[-1]
@@ -527,7 +532,8 @@ def _with_classes(network: Network, outputs: int) -> Network:
     bonds[tree.order] = outputs
     if network.joins[-1] == "diagonal":
         bonds[tree.order], root = bonds[tree.children(tree.root)[0]], "ones"
-    return Network.build(ModeTree(graph), sizes, bonds, join=network.named_joins, root=root)
+    leaves = network.named_leaves
+    return Network.build(ModeTree(graph), sizes, bonds, join=network.named_joins, root=root, leaves=leaves)
 
 
 def _without_classes(network: Network, weights: dict[Node, Tensor]) -> tuple[Network, dict[Node, Tensor]]:
@@ -540,6 +546,10 @@ def _without_classes(network: Network, weights: dict[Node, Tensor]) -> tuple[Net
             argument="classes",
         )
     leaf = weights.pop(last)
+    leaves = {mode: kind for mode, kind in network.named_leaves.items() if mode != last}
+    for mode, kind in leaves.items():
+        if kind == "bare":
+            del weights[mode]
     if network.joins[-1] == "diagonal":
         weights[tree.root] = weights[tree.root].unsqueeze(-1) * leaf.mT
     else:
@@ -548,5 +558,7 @@ def _without_classes(network: Network, weights: dict[Node, Tensor]) -> tuple[Net
     graph: nx.DiGraph[Any] = nx.DiGraph(tree.graph)
     graph.remove_node(last)
     bonds = {node: bond for node, bond in network.named_bonds.items() if node != last}
-    joins = network.named_joins
-    return Network.build(ModeTree(graph), network.sizes[:-1], bonds, join=joins), weights
+    smaller = Network.build(
+        ModeTree(graph), network.sizes[:-1], bonds, join=network.named_joins, leaves=leaves
+    )
+    return smaller, weights

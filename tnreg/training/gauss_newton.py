@@ -13,7 +13,7 @@ from tnreg.errors import OptionError
 from tnreg.factorizations.factorization import Factorization
 from tnreg.factorizations.stacks import Stacks
 from tnreg.tensors.arrays import largest_of, times_power_of_two, without_autocast
-from tnreg.training.solver import LevenbergMarquardt, Samples, Weights, predict, to_weights
+from tnreg.training.solver import LevenbergMarquardt, Samples, Weights, predict, to_weights, with_all_leaves
 from tnreg.training.tasks import Completion, Sensing, root_mean_square
 
 
@@ -53,9 +53,9 @@ class GaussNewton(torch.optim.Optimizer):
             weights, exponents = self._lifted(to_weights(model))
             weights, before, after = solver.step(_scaled(weights, exponents, -1), gauge=False)
         if after < before:
-            pairs = zip(model.network.weighted, _scaled(weights, exponents, 1), strict=False)
-            shape, slots = model.network.shape, model.network.slots
-            self._stacks.write({slots[i]: w.reshape(shape(i)).to(model.dtype) for i, w in pairs})
+            found, shape = _scaled(weights, exponents, 1), model.network.shape
+            slots = model.network.slots.items()
+            self._stacks.write({slot: found[i].reshape(shape(i)).to(model.dtype) for i, slot in slots})
         group["damping"] = solver.damping
         self.converged = after >= before and solver.damping > 1e12
         return loss
@@ -80,8 +80,9 @@ class GaussNewton(torch.optim.Optimizer):
         self._some = samples[rows]
         slots = model.network.slots
         frozen = [i for i in slots if not self._stacks.trained(slots[i][0])[slots[i][1]]]
-        self._free = [i for i in model.network.weighted if i not in frozen]
-        return LevenbergMarquardt(samples, model.network, frozen=frozen, dtype=model.dtype)
+        self._free = [i for i in slots if i not in frozen]
+        net, frozen = with_all_leaves(model.network), [*frozen, *model.network.bare]
+        return LevenbergMarquardt(samples, net, frozen=frozen, dtype=model.dtype)
 
     def _lifted(self, weights: Weights) -> tuple[Weights, list[int]]:
         """Return weights, and powers of two that bring each near 1 and what they predict to the data's unit.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -109,11 +109,18 @@ def relative_residual(samples: Samples, network: Network, weights: Sequence[Tens
     return float(left) / samples.norm if samples.norm > 0 else float(left)
 
 
+def with_all_leaves(net: Network) -> Network:
+    """Return the network whose bare leaves have weights, as ``to_weights`` gives them: identities."""
+    return replace(net, joins=tuple("leaf" if join == "bare" else join for join in net.joins))
+
+
 def to_weights(model: Factorization) -> Weights:
-    """Weights of a model in double precision."""
+    """Weights of a model in double precision, by position; see ``with_all_leaves``."""
     net = model.network
     stacks = [double(stack.detach()) for stack in model.stacks]
-    found = [stacks[k][slot] for k, slot in (net.slots[i] for i in net.weighted)]
+    eyes = {i: torch.eye(net.bonds[i], dtype=stacks[0].dtype, device=stacks[0].device) for i in net.bare}
+    own = {i: stacks[k][slot] for i, (k, slot) in net.slots.items()} | eyes
+    found = [own[i] for i in sorted(own)]
     if net.root_ones:
         return [*found, found[-1].new_ones((*net.shape(len(net.tree.nodes) - 1), 1))]
     return [*found[:-1], found[-1].unsqueeze(-1)]
