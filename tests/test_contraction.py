@@ -419,6 +419,29 @@ def test_scales_are_looked_at_again(monkeypatch):
     assert len(reads) == 4 * len(model.stacks)
 
 
+def test_results_are_looked_at_again():
+    """As often as the weights in a training; at once for another plan or other weights."""
+    model = Factorization(ModeTree.star(8), 2, 1, std=0.0)
+    model.load_weights({v: torch.ones(w.shape) for v, w in model.weights.items()})
+    chosen, other = (plan(model, index=torch.full((1, 8), k)) for k in (0, 1))
+    stacks = list(model.stacks)
+    model.entries(chosen)
+    for updates, clear in ((0, True), (32, True), (1, False)):
+        for stack in stacks:
+            for _ in range(updates):
+                stack.detach().mul_(1)
+        assert model._growth.is_clear(chosen, stacks) == clear
+        assert not model._growth.is_clear(other, stacks)
+    with torch.no_grad():  # both results are 1, on the way to the second are 1e-48 and 1e48
+        stacks[0][:4, 1], stacks[0][4:, 1] = 1e-12, 1e12
+    for _ in range(3):
+        assert model.entries(chosen).item() == 1
+    assert not model._growth.is_clear(chosen, stacks)
+    assert model.entries(other).item() == pytest.approx(1)
+    model.load_weights({0: torch.ones(2, 1), 7: torch.ones(2, 1)})
+    assert model.entries(other).item() == pytest.approx(1)
+
+
 @pytest.mark.slow  # the compiler
 @pytest.mark.parametrize(("tree", "options"), [
     (zoo.TREES["uneven"], {}), (zoo.TREES["one-child"], {"join": "full"}),

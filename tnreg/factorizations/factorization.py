@@ -208,14 +208,13 @@ class Factorization(NetworkModule):
 
     @property
     def _first(self) -> Tensor:
-        if isinstance(self.stacks, list):
-            return self.stacks[0]
+        stacks = self.stacks
+        if isinstance(stacks, list):
+            return stacks[0]
         # the plain ones are at hand: walking through modules takes longer than some contractions
-        plain: Any = self.stacks._parameters
-        found: Tensor | None = next(iter(plain.values() if plain else self.stacks.parameters()), None)
-        if found is None:
-            found = self.stacks[0]
-        return found
+        plain: Any = stacks._parameters
+        found: Tensor | None = next(iter(plain.values() if plain else stacks.parameters()), None)
+        return stacks[0] if found is None else found
 
     @property
     def weights(self) -> Mapping[Node, Tensor]:

@@ -7,11 +7,12 @@ each multiply-add of a sum.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from itertools import accumulate, pairwise
+from itertools import accumulate, dropwhile, pairwise
 from typing import Any, NamedTuple
 
 import opt_einsum
@@ -196,7 +197,9 @@ def _call(parts: list[str], result: str) -> Callable[..., Tensor]:
     if len(parts) == 2 and all(s in result or terms.count(s) == 2 for s in terms):
         if any(s not in result for s in terms):
             return _matrix_product(parts, result)
-        first, second = (_view(term, [[s] if s in term else [] for s in result]) for term in parts)
+        groups = ([[s] if s in term else [] for s in result] for term in parts)
+        # broadcasting puts axes in front by itself
+        first, second = (_view(t, [*dropwhile(operator.not_, g)]) for t, g in zip(parts, groups, strict=True))
         return lambda a, b: first(a) * second(b)
     return partial(torch.einsum, letters(f"{','.join(parts)}->{result}"))
 

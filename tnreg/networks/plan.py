@@ -250,10 +250,9 @@ def contract(
     """
     network = plan.network
     out = _carry_out(plan, stacks, inputs)
-    if _readable(out) and (growth or Growth()).may_show(stacks, inputs, out, plan):
+    growth = growth or Growth()
+    if not growth.is_clear(plan, stacks) and _readable(out) and growth.may_show(stacks, inputs, out, plan):
         out = _carry_out_scaled(plan, stacks, inputs)
-    if plan.take is not None:
-        return out.reshape(-1).index_select(0, plan.take)
     if plan.kind != "dense":
         return out.reshape(-1)
     if (
@@ -275,8 +274,10 @@ def _carry_out(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[T
 
 def _once(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
     if plan.whole is None:
-        return run(plan.network, plan.joins, stacks, inputs)
-    return plan.whole(_of_whole(plan.network, stacks, inputs))
+        out = run(plan.network, plan.joins, stacks, inputs)
+    else:
+        out = plan.whole(_of_whole(plan.network, stacks, inputs))
+    return out if plan.take is None else out.reshape(-1).index_select(0, plan.take)
 
 
 def _carry_out_scaled(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
@@ -291,7 +292,8 @@ def _carry_out_scaled(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Seq
         parts = _of_whole(plan.network, stacks, inputs)
         operands = [Scaled(x, x.real.new_zeros([1] * x.ndim)) for x in parts]
         x, log2 = plan.whole.scaled(operands, plan.whole.equation.split("->")[1])
-    return Scaled(x, log2 + top).value().to(dtype)
+    out = Scaled(x, log2 + top).value().to(dtype)
+    return out if plan.take is None else out.reshape(-1).index_select(0, plan.take)
 
 
 def _of_whole(network: Network, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -65,26 +65,40 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def program(self, tensors: Sequence[Tensor], result: Tensor) -> Callable[..., Tensor]:
-        """Return a function that makes these calls with other tensors in place of the given ones."""
+        """Return a function that makes these calls with other tensors in place of the given ones.
+
+        What is reshaped twice is reshaped once, and what nothing is made of is left out.
+        """
         names = {id(x): f"x{k}" for k, x in enumerate(tensors)}
         constants: dict[str, Any] = {}
+        unshaped: dict[int, Tensor] = {}
+        used = {id(result)}
 
         def written(value: Any) -> str:
             if isinstance(value, Tensor) and id(value) in names:
+                used.add(id(value))
                 return names[id(value)]
             if type(value) in (tuple, list):
                 return f"[{', '.join(map(written, value))}]"
             constants[name := f"c{len(constants)}"] = value
             return name
 
-        lines = [f"def program({', '.join(names.values())}):"]
-        for func, args, kwargs, out in self._calls:
-            given = [*map(written, args), *(f"{key}={written(value)}" for key, value in kwargs.items())]
-            each = [out] if isinstance(out, Tensor) else out
-            call = f"{written(func)}({', '.join(given)})"
-            for x in each:
+        for _, _, _, out in self._calls:
+            for x in [out] if isinstance(out, Tensor) else out:
                 names[id(x)] = f"y{len(names)}"
-            lines.append(f"    {', '.join(names[id(x)] for x in each)}{',' * (each is out)} = {call}")
-        exec("\n".join([*lines, f"    return {names[id(result)]}"]), constants)
+        for func, args, _, out in self._calls:
+            if func is Tensor.reshape:
+                unshaped[id(out)] = unshaped.get(id(args[0]), args[0])
+        lines = [f"    return {names[id(result)]}"]
+        for func, args, kwargs, out in reversed(self._calls):
+            each = [out] if isinstance(out, Tensor) else out
+            if not used.isdisjoint(map(id, each)):
+                if func is Tensor.reshape:
+                    args = (unshaped[id(out)], *args[1:])
+                given = [*map(written, args), *(f"{key}={written(value)}" for key, value in kwargs.items())]
+                made = ", ".join(names[id(x)] for x in each) + "," * (each is out)
+                lines.append(f"    {made} = {written(func)}({', '.join(given)})")
+        lines.append(f"def program({', '.join(names[id(x)] for x in tensors)}):")
+        exec("\n".join(reversed(lines)), constants)
         program: Callable[..., Tensor] = constants["program"]
         return program

@@ -113,21 +113,21 @@ class Growth:
         self._read_at: list[tuple[int, int]] = []
         self._clear: object = None  # of which the result was far from the range when the weights were read
 
+    def is_clear(self, of: object, stacks: Sequence[Tensor]) -> bool:
+        """Tell without reading whether ``of``, without inputs, was far from the range a short time ago."""
+        return of is self._clear and self._is_recent(stacks)
+
     def may_show(
-        self, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor], result: Tensor, of: object = None
+        self, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor], result: Tensor, of: object
     ) -> bool:
         """Tell whether a result may show what left the range: above it, it is NaN or infinite.
 
-        Reads the result; not between two readings of the weights if ``of`` is what it was of, without inputs.
+        Reads the result, and not all weights each time; remembers ``of`` what it was if that was far from it.
         """
-        recent = self._is_recent(stacks)
-        if recent and of is not None and of is self._clear and not len(inputs):
-            return False
         norm: float = torch.linalg.vector_norm(result.detach().reshape(-1)).tolist()
         if not norm < math.inf:  # squares may overflow where the result does not
             norm = largest_of(result.detach()).tolist()  # type: ignore[assignment]
         if not norm < math.inf:
-            self._read_at = []  # they were not
             return True
         info = torch.finfo(result.dtype)
         # down to 2**-20 of the result, or to what is below the range itself
@@ -137,11 +137,12 @@ class Growth:
             order = inputs.shape[1] if isinstance(inputs, Tensor) else len(inputs)
             samples = inputs.flatten(1) if isinstance(inputs, Tensor) else torch.cat(list(inputs), 1)
             allowed -= _mean_growth(torch.linalg.vector_norm(samples.detach(), dim=1).max(), order)
-        if recent and self._log2 + 32 <= allowed:
+        if self._log2 + 32 <= allowed and self._is_recent(stacks):
             return False
+        self._read_at = _versions(stacks)
         self._log2 = sum(_mean_growth(torch.linalg.vector_norm(s.detach()), len(s)) for s in stacks)
         # results may go down as much as weights go up
-        far = self._log2 + 64 <= min(allowed, math.log2(info.max))
+        far = self._log2 + 64 <= min(allowed, math.log2(info.max)) and not len(inputs)
         self._clear = of if far else None
         return not self._log2 <= allowed
 
@@ -149,14 +150,16 @@ class Growth:
         """Tell whether no more than 32 updates of all stacks came after the weights were read."""
         if not torch.is_grad_enabled() or {*map(type, stacks)} != {nn.Parameter}:
             return False
-        now = [(s.data_ptr(), s._version) for s in stacks]
-        if len(now) == len(self._read_at):
-            updates = now[0][1] - self._read_at[0][1]
-            pairs = zip(self._read_at, now, strict=True)
-            if 0 <= updates <= 32 and all(p == q and n - m == updates for (p, m), (q, n) in pairs):
-                return True
-        self._read_at = now
-        return False
+        now = _versions(stacks)
+        if len(now) != len(self._read_at):
+            return False
+        updates = now[0][1] - self._read_at[0][1]
+        pairs = zip(self._read_at, now, strict=True)
+        return 0 <= updates <= 32 and all(p == q and n - m == updates for (p, m), (q, n) in pairs)
+
+
+def _versions(stacks: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(s.data_ptr(), s._version) for s in stacks]
 
 
 def _mean_growth(norm: Tensor, count: int) -> float:
