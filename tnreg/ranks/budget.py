@@ -119,7 +119,8 @@ class Chooser:
         self._slopes = np.zeros(len(cuts))
         self._bare, self._free = (np.isin(np.arange(top), list(which)) for which in (bare, free))
         pair = cuts[-1] if len(cuts[-1]) == 2 else ()
-        if not self._bare[[*pair]].any():  # next to the matrix of a binary root a leaf's own saves nothing
+        self._pair = np.array(pair, np.intp)
+        if not self._bare[self._pair].any():  # next to the matrix of a binary root a leaf's own saves nothing
             self._bare[[i for i in pair[::-1] if self._free[i]][:1]] = True
         self._first = self._bare
 
@@ -162,16 +163,19 @@ class Chooser:
             return max(choice.numbers, numbers), choice.spent
 
         least = self._frozen(self._settled(np.ones_like(self._most)).bare)
-        best = min([*self._rounds(math.inf, least_cut), *least._rounds(math.inf, least_cut)], key=merit)
+        found = [*self._rounds(math.inf, least_cut), *least._rounds(math.inf, least_cut)]
+        best, dead = min(found, key=merit), ~np.isfinite(self._slopes)
         for _ in range(_STEPS):  # what is left goes to single steps
             ranks, bare = best.ranks, best.bare
             costs = self._derivatives(ranks, bare) + (np.bincount(self._cut[~bare], minlength=len(ranks)) > 1)
             worth = self._squares[self._rows, np.minimum(ranks, self._squares.shape[1] - 1)] / costs
-            can = (ranks < self._most) & (costs <= numbers - best.numbers) & self._counted(bare)
+            can = (ranks < self._most) & (costs <= numbers - best.numbers) & self._counted(bare) & ~dead
             k = int(np.argmax(np.where(can, worth, 0.0)))
             if not can[k] or worth[k] == 0:
                 break
-            best = self._choice(ranks + (self._rows == k), bare)
+            more = self._choice(ranks + (self._rows == k), bare)
+            dead[k] = more.numbers > numbers  # where another bond grows with it
+            best = best if dead[k] else more
         return self._keep(best)
 
     def bound(self, choice: Choice) -> float:
@@ -221,12 +225,13 @@ class Chooser:
     def _frozen(self, bare: Marks) -> Chooser:
         """Return a chooser for these bare leaves alone."""
         other = copy.copy(self)
-        other._bare, other._free, other._slopes = bare, np.zeros_like(bare), np.zeros_like(self._slopes)
+        other._first = other._bare = bare
+        other._free, other._slopes = np.zeros_like(bare), np.zeros_like(self._slopes)
         return other
 
     def _settled(self, ranks: Integers) -> Choice:
         """Choose bare leaves for ranks."""
-        choice = self._choice(ranks, self._bare)
+        choice = self._choice(ranks, self._first)
         for _ in self._modes:
             bare = self._turned(choice, math.inf)
             if (bare == choice.bare).all():
@@ -274,8 +279,9 @@ class Chooser:
         spent = float(self._tails[self._rows, ranks] @ self._counted(bare))
         while True:
             _, products, costs = self._costs(ranks, bare)
-            room = np.full(len(ranks), math.inf)
-            np.minimum.at(room, self._cut[~bare], products[~bare])
+            room, own = np.full(len(ranks), math.inf), ~bare
+            own[self._pair] = False
+            np.minimum.at(room, self._cut[own], products[own])
             if (ranks <= room).all():
                 return Choice(ranks, bare, float(costs.sum()), spent)
             ranks = np.minimum(ranks, room).astype(np.intp)
@@ -285,11 +291,17 @@ class Chooser:
         return np.bincount(self._cut[~bare], minlength=len(self._rows)) > 0
 
     def _costs(self, ranks: Integers, bare: Marks) -> tuple[Floats, Floats, Floats]:
-        """Return sizes of the bonds, products of those below, and numbers, by position; 1 above the root."""
+        """Return sizes of the bonds, products of those below, and numbers, by position; 1 above the root.
+
+        The two ends of a binary root's cut are as large as their children allow: one may be smaller.
+        """
         sizes = np.ones(len(bare) + 1)
         sizes[:-1] = np.where(bare, self._modes, ranks[self._cut])
         products = np.append(self._modes, 1.0)
         products[self._inner] = np.multiply.reduceat(sizes[self._children], self._starts)
+        if len(self._pair):
+            sizes[self._pair] = np.minimum(sizes, products)[self._pair]
+            products[-1] = sizes[self._pair].prod()
         costs = sizes * products
         costs[:-1][bare] = 0.0
         return sizes[:-1], products[:-1], costs
