@@ -273,6 +273,16 @@ def test_inner_products_of_all_kinds(name, scaled_by_column):
 
 
 @pytest.mark.parametrize("name", zoo.TREES)
+def test_rounded_models_own_their_weights(name):
+    """No memory is shared: between two weights, or with the model that was rounded."""
+    for model in models_of(name, torch.float64):
+        for options in ({"rtol": 0.3}, {"rtol": 1e-3}, {}):
+            rounded = truncate(model, **options)
+            memory = [p.untyped_storage().data_ptr() for p in (*model.parameters(), *rounded.parameters())]
+            assert len(set(memory)) == len(memory)
+
+
+@pytest.mark.parametrize("name", zoo.TREES)
 def test_vectors_by_squares(name):
     """The squares of all values to rounding, and orthonormal vectors that belong to them."""
     for model in models_of(name, torch.complex128):

@@ -182,13 +182,19 @@ class Chooser:
         """Return the sum of all squares that are cut with these ranks."""
         return float(self._tails[self._rows, choice.ranks] @ self._counted(choice.bare))
 
-    def others(self, choice: Choice) -> Iterator[Chooser]:
-        """List choosers for other leaves, where there are few: the first ones, and any one changed."""
+    def others(self, choice: Choice, *, steps: int | None) -> Iterator[Chooser]:
+        """List choosers for other leaves, where there are few: the first ones, and any one changed.
+
+        Those with more numbers have to make up for them: by that many steps, or by what their cuts overlap.
+        """
+        most = choice.numbers * _WORSE
+        if steps is not None:
+            most = choice.numbers + steps * float(self._derivatives(choice.ranks, choice.bare).max())
         free = np.flatnonzero(self._free)
         changed = [choice.bare ^ (np.arange(len(choice.bare)) == i) for i in free]
         for bare in [self._first, *changed] if len(free) <= _FEW else []:
             other = self._frozen(bare)
-            if (bare != choice.bare).any() and other.within(choice.spent).numbers < _WORSE * choice.numbers:
+            if (bare != choice.bare).any() and other.within(choice.spent).numbers < most:
                 yield other
 
     def by_position(self, choice: Choice) -> list[int]:

@@ -98,7 +98,9 @@ def round_network(
     if budget.share and choice.spent < allowed:  # else limits on ranks cut more
         first = _spend(chooser, attempt, allowed, allowed)
         spent, numbers = max(first.choice.spent, allowed), lambda attempt: attempt.choice.numbers
-        tried = [first, *(_spend(other, attempt, allowed, spent) for other in chooser.others(first.choice))]
+        steps = int(first.lost < _ENOUGH**2 * allowed) if _adds_up(chooser, first) else None
+        others = chooser.others(first.choice, steps=steps)
+        tried = [first, *(_spend(other, attempt, allowed, spent) for other in others)]
         best = min((_step(chooser, attempt, allowed, a) for a in sorted(tried, key=numbers)[:2]), key=numbers)
     else:
         best = attempt(choice if choice.numbers <= most else chooser.fitting(most))
@@ -367,7 +369,7 @@ def _in_frame(batch: Batch, frame: Frame, vectors: Tensor | None) -> Tensor:
             return frame.rows
         assert frame.factor is not None
         vectors = torch.eye(batch.rank, dtype=frame.factor.x.dtype, device=frame.factor.x.device)
-        vectors = vectors.expand(len(batch.nodes), -1, -1)
+        vectors = vectors.repeat(len(batch.nodes), 1, 1)
     elif frame.rows is not None:
         vectors = frame.rows.flatten(1, -2) @ vectors
     return vectors.reshape(len(vectors), *batch.shape, -1)
