@@ -440,6 +440,12 @@ def test_results_are_looked_at_again():
     assert model.entries(other).item() == pytest.approx(1)
     model.load_weights({0: torch.ones(2, 1), 7: torch.ones(2, 1)})
     assert model.entries(other).item() == pytest.approx(1)
+    with torch.inference_mode():  # which counts no changes
+        model = copy.deepcopy(model)
+    for sign in (1, -1):
+        assert model.entries(other).item() == pytest.approx(sign)
+        with torch.inference_mode():
+            model.stacks[0][0].neg_()
 
 
 @pytest.mark.slow  # the compiler

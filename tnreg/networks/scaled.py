@@ -151,7 +151,7 @@ class Growth:
         if not torch.is_grad_enabled() or {*map(type, stacks)} != {nn.Parameter}:
             return False
         now = _versions(stacks)
-        if len(now) != len(self._read_at):
+        if not now or len(now) != len(self._read_at):
             return False
         updates = now[0][1] - self._read_at[0][1]
         pairs = zip(self._read_at, now, strict=True)
@@ -159,7 +159,8 @@ class Growth:
 
 
 def _versions(stacks: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(s.data_ptr(), s._version) for s in stacks]
+    # what was made in inference mode does not tell
+    return [] if any(s.is_inference() for s in stacks) else [(s.data_ptr(), s._version) for s in stacks]
 
 
 def _mean_growth(norm: Tensor, count: int) -> float:
