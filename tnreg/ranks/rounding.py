@@ -218,7 +218,7 @@ def _chooser(
     if budget.share is None:
         zero = rounding_rtol(None, dtype, work)
         kept = [min(k, int((s > zero * s[0]).sum())) for k, s in zip(kept, spectra, strict=True)]
-    for k, cut in enumerate(cuts):
+    for k, cut in enumerate(cuts if budget.parts else ()):
         parts = [budget.parts[i] for i in cut if i in budget.parts]
         if parts:
             kept[k] = min(kept[k], int((np.cumsum(spectra[k][::-1] ** 2) > min(parts) ** 2).sum()))
@@ -332,11 +332,10 @@ class _Projection:
         for batch in own:
             block, vectors, triangle = self._blocks.pop()
             if triangle is not None:
-                flat = block.flatten(1, -2)
-                last = torch.linalg.solve_triangular(
-                    triangle.mH, flat if vectors is None else vectors, upper=True, left=False
-                )
-                block = (last if vectors is None else flat @ last).reshape(*block.shape[:-1], -1)
+                if vectors is None:
+                    vectors = torch.eye(triangle.shape[1], dtype=block.dtype, device=block.device)
+                last = torch.linalg.solve_triangular(triangle.mH, vectors, upper=True, left=False)
+                block = (block.flatten(1, -2) @ last).reshape(*block.shape[:-1], -1)
             for i, weight in zip(batch.nodes, block.unbind(0), strict=True):
                 if not batch.step and i not in self._bare:
                     weights[i] = weight[(*(ends[c] for c in self._net.tree.links[i]), ..., ends[i])]
