@@ -158,6 +158,8 @@ def test_decompose(cli, answer, tensor):
     reached = float(re.search(r"bound \S+, reached (\S+)", out)[1])
     assert reached == pytest.approx(error, rel=1e-3)
     assert "asked 1e-09" in cli("decompose x.npy --randomized --rtol 1e-9")[0]
+    single = answer("decompose x.npy --precision single --rtol 0.01")["relative error"]
+    assert single["reached"] <= single["bound"] and single["reached"] <= 0.01
     few = answer("decompose x.npy --max-numbers 60")
     assert few["numbers"] <= 60 and few["relative error"]["asked"] == 1e-3
     far = answer(f"decompose x.npy --atol {float(tensor.norm()) / 2}")["relative error"]
@@ -403,6 +405,7 @@ def test_names_from_files_are_plain_text(cli, answer, tensor, name):
     ("decompose covid19 --rtol -1", "rtol must be a number in [0, 1)", "--rtol"),
     ("decompose covid19 --ranks 0", "needs a positive integer", "--ranks"),
     ("decompose covid19 --max-numbers 3", "is too few: with all bonds of size 1", "--max-numbers"),
+    ("decompose covid19 --precision single --rtol 1e-8", "is below what single precision", "--rtol"),
     ("decompose covid19 --atol -1", "atol must be a finite number >= 0", "--atol"),
     ("decompose covid19 --out nowhere/x.safetensors", "there is no folder", "--out"),
     ("decompose covid19 --figure .", "give the path of a file", "--figure"),

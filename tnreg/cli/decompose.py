@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ def decompose(
     ranks: int | None = None,
     max_numbers: int | None = None,
     randomized: bool = False,
+    precision: Literal["double", "single"] = "double",
     out: Path | None = None,
     figure: Picture = None,
     json: bool = False,
@@ -43,6 +44,7 @@ def decompose(
         ranks: Largest bond.
         max_numbers: Most numbers in all weights together.
         randomized: First approximate the columns of large nodes by products with random vectors.
+        precision: Precision of the work; in single precision rtol must be above 2e-6.
         out: Save the factorization into this file.
         figure: Draw singular values and the tree with its ranks and error budget into this file.
         json: Print one JSON document instead of the table.
@@ -52,7 +54,9 @@ def decompose(
         source = read_input(file, reading)
         if rtol is None and atol is None:
             rtol = 1e-3
-        budget: dict[str, Any] = {"rtol": rtol, "atol": atol, "ranks": ranks, "max_numbers": max_numbers}
+        budget: dict[str, Any] = {
+            "rtol": rtol, "atol": atol, "ranks": ranks, "max_numbers": max_numbers, "precision": precision,
+        }  # fmt: skip
         start = time.perf_counter()
         if source.tree is not None:
             model = hierarchical_svd(
