@@ -39,10 +39,9 @@ from tnreg.tensors.arrays import (
 from tnreg.tensors.axes import (
     Core,
     axis_gram,
-    axis_gram_in_double,
-    axis_product,
     axis_triangle,
     left_vectors,
+    left_vectors_of_single,
     rounding_rtol,
 )
 from tnreg.tensors.blocks import (
@@ -61,10 +60,6 @@ from tnreg.trees.tree import ModeTree
 # Shares of the tolerance that decompose may spend on the way up, at leaves and at nodes above others: a
 # larger one makes the core smaller, a smaller one leaves more to where it is needed.
 _FIRST_SHARE, _INNER_SHARE = 0.2, 0.01
-
-# In single precision the squares of what is cut off are measured, where they may be a larger share of all
-# than this; singular values come from a QR factorization elsewhere.
-_MEASURED = 1e-7
 
 # What is kept of a node with more rows than this is looked for with random vectors first, if asked for.
 _RANDOMIZED_ROWS = 64
@@ -264,12 +259,8 @@ class _Sweep:
         if self.share is not None:  # a Gram matrix of the short side only
             kept = self.total - sum(self.lost)
             part = allowed / kept if kept > 0 and width <= before * behind else 0.0
-        turned = None
-        if (part or 0) > _MEASURED and self.work == torch.float32:  # squares keep too few digits
-            left = torch.linalg.eigh(axis_gram_in_double(view))[1].flip(1).to(view.dtype)
-            turned = axis_product(view, left)
-            sizes = _lengths(turned, (0, 2))
-            squares = (sizes + torch.finfo(self.work).eps * sizes[0]).square()
+        if part and self.work == torch.float32:
+            left, squares = left_vectors_of_single(view, allowed - outside)
         else:
             left, squares = left_vectors(
                 width, part, partial(axis_gram, view), partial(axis_triangle, view),
@@ -284,10 +275,7 @@ class _Sweep:
         lost = outside + float(squares[rank:].sum())
         if rank < width:
             basis = left[:, :rank]
-            if turned is None:
-                self.core.project(i, basis)
-            else:
-                self.core.replace(i, turned[:, :rank].contiguous())
+            self.core.project(i, basis)
         else:
             basis = torch.eye(rank, dtype=view.dtype, device=view.device)
         return basis if inside is None else inside @ basis, lost
@@ -425,10 +413,10 @@ def _dense_part(tree: ModeTree, weights: Mapping[Node, Tensor], joins: Any, slab
 
 
 def _square(x: Tensor) -> float:
-    return float(_lengths(x)) ** 2
-
-
-def _lengths(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
-    """Return norms over some axes, in double precision where the device has that."""
-    lengths: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=double(x[:0]).dtype)
-    return lengths
+    """Return the squared norm; in single precision summed in double precision over parts."""
+    if x.dtype not in (torch.float32, torch.complex64):
+        return float(torch.linalg.vector_norm(x)) ** 2
+    flat = x.reshape(-1)
+    length = len(flat) - len(flat) % 1024
+    parts = [flat[length:].reshape(1, -1), flat[:length].reshape(-1, 1024)]
+    return sum(float(double(torch.linalg.vector_norm(part, dim=1)).square().sum()) for part in parts)

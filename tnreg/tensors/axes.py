@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from tnreg.trees.tree import ModeTree
 
 # Numbers in the products of one call, before they are summed.
 _CHUNK = 2**19
-# Columns whose products are summed in single precision.
-_PART = 2**13
+# In single precision: columns whose products are summed at once; the share of the largest square from which
+# others are far below; and how often these are looked at again.
+_PART, _FAR, _LEVELS = 2**13, 1e-5, 4
 
 
 class Core:
@@ -46,11 +47,8 @@ class Core:
 
     def project(self, i: int, basis: Tensor) -> None:
         """Replace a node's axis by coordinates in a basis ``(rows, rank)``."""
-        self.replace(i, axis_product(self.view(i), basis))
-
-    def replace(self, i: int, view: Tensor) -> None:
-        """Replace the tensor by ``(before, rank, behind)`` around a node's axis."""
-        self.tensor, self.sizes[self.front.index(i)] = view, view.shape[1]
+        self.tensor = axis_product(self.view(i), basis)
+        self.sizes[self.front.index(i)] = basis.shape[1]
 
 
 def axis_gram(view: Tensor) -> Tensor:
@@ -68,15 +66,6 @@ def axis_gram(view: Tensor) -> Tensor:
     gram = view.new_zeros(rows, rows)
     for part in torch.split(view, chunk):
         gram += torch.bmm(part, part.mH).sum(0)
-    return gram
-
-
-def axis_gram_in_double(view: Tensor) -> Tensor:
-    """Return the same in double precision, of parts in single precision: their errors average out."""
-    flat = view.transpose(0, 1).reshape(view.shape[1], -1)
-    gram = double(flat.new_zeros(len(flat), len(flat)))
-    for part in torch.split(flat, _PART, 1):
-        gram += part @ part.mH
     return gram
 
 
@@ -131,6 +120,43 @@ def left_vectors(
         return vectors.flip(1), squares.flip(0).clamp_min(0) + hidden * trace
     left, values, _ = torch.linalg.svd(factor().mH, full_matrices=False)
     return left, (values + (0 if part is None else 4 * eps * values[0])).square()
+
+
+def left_vectors_of_single(view: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+    """Compute left singular vectors of single precision, from Gram matrices summed in double precision.
+
+    Squares keep too few digits for small values: rows that are far below the largest, in the basis found so
+    far, get a Gram matrix of their own, until what rounding may hide is a part of what is ``allowed`` to be
+    cut off. Return what ``left_vectors`` does.
+    """
+    rows, start = view.shape[1], 0
+    basis = double(torch.eye(rows, dtype=view.dtype, device=view.device))
+    squares = basis.real.new_zeros(rows)
+    for _ in range(_LEVELS):
+        tail = basis[:, start:]
+        turn, gram = tail.mH.to(view.dtype), tail.new_zeros(rows - start, rows - start)
+        for part in _parts(view):
+            turned = turn @ part if start else part
+            gram += turned @ turned.mH
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.flip(0).clamp_min(0)
+        hidden = 2 * torch.finfo(view.dtype).eps / math.sqrt(rows) * float(values.sum())
+        basis[:, start:] = tail @ vectors.flip(1)
+        squares[start:] = values + hidden
+        start += int((values > _FAR * values[0]).sum())
+        if 8 * rows * hidden <= allowed or start == rows:
+            break
+    return basis.to(view.dtype), squares
+
+
+def _parts(view: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of a view in parts of some columns, which stay in the cache."""
+    before, rows, behind = view.shape
+    if before == 1:
+        yield from torch.split(view[0], _PART, 1)
+    else:
+        for part in torch.split(view, max(_PART // behind, 1)):
+            yield part.transpose(0, 1).reshape(rows, -1)
 
 
 def rounding_rtol(longest: int | None, dtype: torch.dtype, work: torch.dtype) -> float:
