@@ -3,8 +3,8 @@
 ``python benchmarks/spectra.py [--out FILE.json]``. Tensors in float64 on a binary tree, and on a caterpillar
 and a star where the name says so: ``normal`` (random numbers), ``low`` (rank 3), ``graded`` (over four
 decades at the leaves) and ``smooth`` (1 / (1 + sum of coordinates), values down to rounding). Every way runs
-in a process of its own, with one thread and with two; medians. The largest difference of the two, relative to
-the largest value of its node, is checked to be below 1e-11.
+in a process of its own; processor time on one thread, medians. The largest difference of the two, relative
+to the largest value of its node, is checked to be below 1e-11.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from peers import main, timed
@@ -51,16 +53,14 @@ def tensor(kind: str, sizes: tuple[int, ...]) -> Any:
     return x
 
 
-def cases() -> Iterator[tuple[str, int, str, tuple[int, ...], str]]:
-    """List name, threads, tree, sizes and kind of every row."""
-    for threads in (1, 2):
-        for name, sizes in SHAPES.items():
-            large = math.prod(sizes) > 2**20
-            for tree in ("binary",) if large or threads == 2 else ("binary", "caterpillar", "star"):
-                for kind in ("normal", "smooth") if large else ("normal", "graded", "low", "smooth"):
-                    of = "" if tree == "binary" else f", {tree}"
-                    if tree != "star" or len(sizes) < 10:
-                        yield f"{name} {kind}{of}, {threads} thr.", threads, tree, sizes, kind
+def cases() -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """List name, tree, sizes and kind of every row."""
+    for name, sizes in SHAPES.items():
+        large = math.prod(sizes) > 2**20
+        for tree in ("binary",) if large else ("binary", "caterpillar", "star"):
+            for kind in ("normal", "smooth") if large else ("normal", "graded", "low", "smooth"):
+                if tree != "star" or len(sizes) < 10:
+                    yield f"{name} {kind}" + ("" if tree == "binary" else f", {tree}"), tree, sizes, kind
 
 
 def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
@@ -69,15 +69,16 @@ def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
 
     import tnreg
 
+    torch.set_num_threads(1)
     out: dict[str, dict[str, Any]] = {}
     values: dict[str, dict[Any, Any]] = {}
-    for case, threads, name, sizes, kind in cases():
-        torch.set_num_threads(threads)
+    for case, name, sizes, kind in cases():
         tree, x = getattr(tnreg.ModeTree, name)(len(sizes)), tensor(kind, sizes)
         many = turns if x.numel() > 2**18 else 10 * turns
         if library == "tnreg":
             values[case] = tnreg.spectra(x, tree)
-            out[case] = {"seconds": timed(lambda x=x, tree=tree: tnreg.spectra(x, tree), many)}
+            call = partial(tnreg.spectra, x, tree)
+            out[case] = {"seconds": timed(call, many, process_time)}
             continue
         found: dict[Any, Any] = {}
 
@@ -87,7 +88,7 @@ def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
                 found[node] = torch.linalg.svdvals(matrix)
 
         # the largest ones take a minute: once
-        seconds = timed(each, many) if x.numel() <= 2**20 else _once(each)
+        seconds = timed(each, many, process_time) if x.numel() <= 2**20 else _once(each)
         ours = torch.load(KEPT, weights_only=False)[case]
         worst = max(float((ours[v] - s).abs().max() / s[0]) for v, s in found.items())
         assert worst < 1e-11, (case, worst)
@@ -98,11 +99,9 @@ def worker(library: str, turns: int) -> dict[str, dict[str, Any]]:
 
 
 def _once(call: Any) -> list[float]:
-    import time
-
-    start = time.perf_counter()
+    start = process_time()
     call()
-    return [time.perf_counter() - start]
+    return [process_time() - start]
 
 
 def line(library: str, row: Mapping[str, Any], ratio: float) -> str:

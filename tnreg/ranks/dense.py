@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tnreg.errors import DataError, ShapeError, check_number
-from tnreg.tensors.arrays import as_tensor, check_dense, double, seeded, times_power_of_two, to_range
+from tnreg.tensors.arrays import (
+    as_tensor,
+    check_largest,
+    check_order,
+    double,
+    seeded,
+    times_power_of_two,
+    to_range,
+)
 from tnreg.tensors.axes import axis_gram, triangle
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree
@@ -58,22 +66,25 @@ def dense_spectra(
     Errors stay below 1e-11 of the largest singular value (float64), in single precision below 1e-5. A small
     tensor gets one SVD per node; so does one that requires a gradient, which is then differentiable.
     """
-    x = check_dense(x, tree)
+    x = as_tensor(x)
+    check_order(tuple(x.shape), tree)
+    largest = check_largest(x)
     if x.requires_grad and torch.is_grad_enabled():
-        scaled, log2 = to_range(x, work)
+        scaled, log2 = to_range(x, work, largest)
         values = _svdvals_of_nodes(scaled, tree)
     else:
-        values, log2 = scaled_spectra(x, tree, work)
+        values, log2 = scaled_spectra(x, tree, work, largest)
     if log2:  # the power alone may leave the range of single precision
         values = {node: times_power_of_two(double(s), log2) for node, s in values.items()}
-    return {node: s.to(x.real.dtype) for node, s in values.items()}
+    dtype = x.real.dtype
+    return {node: s if s.dtype == dtype else s.to(dtype) for node, s in values.items()}
 
 
 def scaled_spectra(
-    x: Tensor, tree: ModeTree, work: torch.dtype = torch.float64
+    x: Tensor, tree: ModeTree, work: torch.dtype = torch.float64, largest: float | None = None
 ) -> tuple[dict[Node, Tensor], int]:
     """Compute ``(values, log2)`` of a checked tensor; its singular values are ``values * 2**log2``."""
-    x, log2 = to_range(x.detach(), work)
+    x, log2 = to_range(x.detach(), work, largest)
     if x.numel() <= _SMALL:
         return _svdvals_of_nodes(x, tree), log2
     branches = _branches_of(tree, tuple(x.shape))
@@ -86,10 +97,10 @@ def scaled_spectra(
 
 
 def _svdvals_of_nodes(x: Tensor, tree: ModeTree) -> dict[Node, Tensor]:
-    spectra: dict[int, Tensor] = {}
+    spectra, total = dict[int, Tensor](), x.numel()
     for cut, order, columns in _matrices_of(tree, tuple(x.shape)):
         matrix = x.permute(order).reshape(-1, columns)
-        if len(matrix) >= 32 * columns and not x.requires_grad:  # with two threads a fourth of the time
+        if total >= 32 * columns**2 and not x.requires_grad:  # with two threads a fourth of the time
             matrix = triangle(matrix)
         spectra |= dict.fromkeys(cut, torch.linalg.svdvals(matrix))
     return {node: spectra[i] for i, node in enumerate(tree.nodes[:-1])}

@@ -187,6 +187,12 @@ def check_order(shape: Sequence[int], tree: ModeTree) -> None:
 
 def check_numbers(tensor: Tensor) -> Tensor:
     """Refuse integers, dtypes that cannot be computed with, and empty, NaN and infinite data."""
+    check_largest(tensor)
+    return tensor
+
+
+def check_largest(tensor: Tensor) -> float:
+    """Refuse what ``check_numbers`` does; return the largest magnitude, as ``largest_of`` does."""
     if tensor.dtype not in _DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise DataError(
@@ -195,7 +201,8 @@ def check_numbers(tensor: Tensor) -> Tensor:
         )
     if tensor.numel() == 0:
         raise DataError(f"the tensor is empty: shape {tuple(tensor.shape)}.")
-    if not math.isfinite(float(largest_of(tensor.detach()))):  # so far without arrays of its size
+    largest = float(largest_of(tensor.detach()))
+    if not math.isfinite(largest):  # so far without arrays of its size
         bad = int((~torch.isfinite(tensor)).sum())
         nan = int(torch.isnan(tensor).sum())
         raise DataError(
@@ -204,7 +211,7 @@ def check_numbers(tensor: Tensor) -> Tensor:
             "  if NaN marks missing entries: tnreg.complete(tensor).completed()",
             argument="missing",
         )
-    return tensor
+    return largest
 
 
 def double(x: Tensor) -> Tensor:
@@ -225,10 +232,15 @@ def to_core(x: Tensor, tree: ModeTree, work: torch.dtype = torch.float64) -> tup
     return core.contiguous(), log2
 
 
-def to_range(x: Tensor, work: torch.dtype = torch.float64) -> tuple[Tensor, int]:
-    """Return ``(y, log2)``, ``x = y * 2**log2``, with ``y`` in a precision and squares that stay in range."""
+def to_range(
+    x: Tensor, work: torch.dtype = torch.float64, largest: float | None = None
+) -> tuple[Tensor, int]:
+    """Return ``(y, log2)``, ``x = y * 2**log2``, with ``y`` in a precision and squares that stay in range.
+
+    The largest magnitude is looked for unless it is known.
+    """
     x = double(x) if work == torch.float64 else exact_scales(x)
-    largest, log2 = float(largest_of(x.detach())), 0
+    largest, log2 = float(largest_of(x.detach())) if largest is None else largest, 0
     if not squares_fit(largest, work):
         log2 = math.frexp(largest)[1] - 1
         x = times_power_of_two(x, -log2)
