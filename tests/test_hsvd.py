@@ -349,7 +349,7 @@ def count(model):
 
 
 @pytest.mark.parametrize("leaves", ["auto", "weights", "bare"])
-@pytest.mark.parametrize("name", ["matrix", "cp-4", "htf-4", "one-child", "across", "caterpillar"])
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "across", "caterpillar"])
 def test_the_error_allowed_is_spent(name, leaves):
     """At least 0.97 of it; or no bond can be smaller by one, however the tensor is rounded then."""
     tree = zoo.TREES[name]
@@ -372,7 +372,7 @@ def test_the_error_allowed_is_spent(name, leaves):
                         assert error_of(less, tensor) > rtol * (1 - 1e-3)
 
 
-@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("name", ["single", "htf-4", "deep-chain", "mixed-arity", "uneven", "one-child-root"])
 def test_bare_leaves_where_that_saves_numbers(name):
     tree = zoo.TREES[name]
     for join, rtol in zip(zoo.joins_of(tree).values(), (None, 0.4, 1e-2), strict=True):
@@ -403,7 +403,7 @@ def test_a_train_has_the_numbers_of_its_cores():
     assert count(truncate(found, rtol=1e-10)) == count(found)
 
 
-@pytest.mark.parametrize("name", ["matrix", "cp-4", "htf-4", "uneven", "caterpillar", "one-child"])
+@pytest.mark.parametrize("name", ["matrix", "cp-4", "uneven", "one-child"])
 def test_so_many_numbers(name):
     """Never more, never a larger error with more, and the best that fits on a matrix."""
     tree = zoo.TREES[name]
@@ -412,7 +412,7 @@ def test_so_many_numbers(name):
     model = decompose(tensor, tree)
     for options in ({}, {"leaves": "weights"}, {"rtol": 0.05}, {"ranks": 3, "leaves": "weights"}):
         last = math.inf
-        for most in [40, 60, 90, 135, 200, 300, 10**6]:
+        for most in (40, 60, 90, 200, 10**6):
             found = decompose(tensor, tree, max_numbers=most, **options)
             for one in (found, truncate(model, max_numbers=most, **options)):
                 assert count(one) <= most
@@ -470,9 +470,8 @@ def test_equal_singular_values_are_cut_one_by_one():
     x = torch.diag(torch.ones(8)).double()
     for kept in range(1, 9):
         rtol = math.sqrt(1 - kept / 8) * 1.0001
-        first, second = (decompose(x, ModeTree([0, 1]), rtol=min(rtol, 0.999), leaves=leaves) for leaves in
-                         ("weights", "weights"))  # fmt: skip
-        assert first.network.bonds[0] == kept and torch.equal(first.to_tensor(), second.to_tensor())
+        pair = [decompose(x, ModeTree([0, 1]), rtol=min(rtol, 0.999), leaves="weights") for _ in range(2)]
+        assert pair[0].network.bonds[0] == kept and torch.equal(pair[0].to_tensor(), pair[1].to_tensor())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])

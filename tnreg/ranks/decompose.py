@@ -221,6 +221,9 @@ class _Sweep:
             left = max(min(most**2 * tolerated - self.lost[inner], tolerated - sum(self.lost)), 0.0)
             for count, i in enumerate(part):
                 shape = core.merge(i)
+                if i in self.budget.bare:  # its mode as it is, without an error
+                    weights[i] = torch.eye(shape[0], dtype=core.tensor.dtype, device=core.tensor.device)
+                    continue
                 basis, lost = self._basis(i, left / (len(part) - count))
                 left -= min(lost, left)
                 self.lost[inner] += lost
