@@ -156,11 +156,11 @@ def test_small_calls_plan_little(searches):
 
 @pytest.mark.parametrize("model", SOME)
 def test_repeated_calls_are_recorded(model):
-    """The same values and gradients while weights change, in another dtype, and without gradients."""
-    index, model = zoo.random_index(model.sizes, 30), copy.deepcopy(model)
-    chosen = plan(model, index=index)
-    for step in range(3 * PATIENCE):
-        values, fresh = model.entries(chosen), model.entries(plan(model, index=index))
+    """Same values and gradients while weights and index change, in another dtype, and without gradients."""
+    model = copy.deepcopy(model)
+    for step in range(2 * PATIENCE):
+        chosen = plan(model, index=zoo.random_index(model.sizes, 30 + step % 2, seed=step % 3))
+        values, fresh = model.entries(chosen), plans._once(chosen, list(model.stacks)).reshape(-1)
         assert torch.equal(values, fresh)
         ours, theirs = (torch.autograd.grad(x.abs().sum(), model.parameters()) for x in (values, fresh))
         for one, two in zip(ours, theirs, strict=True):
@@ -169,7 +169,11 @@ def test_repeated_calls_are_recorded(model):
             assert torch.equal(model.entries(chosen), values)
             for p in model.parameters():
                 p.mul_(1 + 0.01 * step)
-    assert len(chosen._repeated._recorded) == 2
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for _ in range(PATIENCE):
+                model.entries(chosen)
+    assert {key[2] for key in chosen._repeated._recorded if key[0] == model.dtype} == {True, False}
     single = copy.deepcopy(model).float()  # which leaves complex numbers as they are
     for _ in range(2 * PATIENCE):
         assert single.entries(chosen).dtype == single.dtype

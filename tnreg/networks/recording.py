@@ -33,21 +33,28 @@ class Repeated:
         return Repeated, ()
 
     def __call__(
-        self, call: Callable[[Any, Sequence[Tensor]], Tensor], of: Any, tensors: Sequence[Tensor]
+        self,
+        call: Callable[[Any, Sequence[Tensor]], Tensor],
+        of: Any,
+        tensors: Sequence[Tensor],
+        rows: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Return ``call(of, tensors)``, ``of`` and the shapes always the same, or what was recorded of it."""
+        """Return ``call(of, tensors)``, or what was recorded of it.
+
+        ``of`` may be another one each time by its tensors ``rows`` alone.
+        """
         if torch.compiler.is_compiling():
             return call(of, tensors)
-        key = tensors[0].dtype, tensors[0].device, torch.is_grad_enabled()
+        key = tensors[0].dtype, tensors[0].device, torch.is_grad_enabled(), len(rows)
         recorded = self._recorded.get(key)
         if recorded is not None and _PLAIN.issuperset(map(type, tensors)):
-            return recorded(*tensors)
+            return recorded(*tensors, *rows)
         count = self._counts[key] = self._counts.get(key, 0) + 1
         if count != PATIENCE:
             return call(of, tensors)
         with _Recorder() as recorder:
             result = call(of, tensors)
-        self._recorded[key] = recorder.program(tensors, result)
+        self._recorded[key] = recorder.program([*tensors, *rows], result)
         return result
 
 
