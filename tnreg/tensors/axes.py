@@ -174,19 +174,10 @@ def rounding_rtol(longest: int | None, dtype: torch.dtype, work: torch.dtype) ->
     return min(8 * torch.finfo(dtype).eps + length * torch.finfo(work).eps, 0.5)
 
 
-def cut_smallest(
-    squares: Sequence[Tensor], allowed: float, crossing: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """Return for each group which squares may go: the smallest of all whose sum is within what is allowed.
-
-    The root of the sum of ``squares * crossing²`` counts beside, twice (``crossing`` as the squares).
-    """
+def cut_smallest(squares: Sequence[Tensor], allowed: float) -> list[Tensor]:
+    """Return for each group which squares may go: the smallest of all whose sum is within what is allowed."""
     ascending, places = torch.cat([group.flatten() for group in squares]).sort(stable=True)
-    sums = ascending.cumsum(0)
-    if crossing is not None:
-        factors = torch.cat([group.flatten() for group in crossing])[places]
-        sums = sums + 2 * (ascending * factors.square()).cumsum(0).sqrt()
     cut = torch.zeros_like(ascending, dtype=torch.bool)
-    cut[places[sums <= allowed]] = True
+    cut[places[ascending.cumsum(0) <= allowed]] = True
     masks = torch.split(cut, [group.numel() for group in squares])
     return [mask.reshape(group.shape) for mask, group in zip(masks, squares, strict=True)]
