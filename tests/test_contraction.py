@@ -1,7 +1,6 @@
 """Plans as values: routes, printing, caching, and what is refused."""
 
 import copy
-import pickle
 import re
 from collections import Counter
 
@@ -25,7 +24,6 @@ from tnreg.networks import plan as plans
 from tnreg.networks import scaled
 from tnreg.networks.einsum import einsum, find_path
 from tnreg.networks.network import Network
-from tnreg.networks.recording import PATIENCE
 from tnreg.networks.scaled import Growth
 from tnreg.networks.schedule import schedule
 
@@ -152,32 +150,6 @@ def test_small_calls_plan_little(searches):
         assert torch.equal(model.entries(index), model.entries(chosen))
         assert chosen.candidates[chosen.route] == min(chosen.candidates.values())
     assert searches == [] and before == (schedule.cache_info().misses, plans._plans.cache_info().misses)
-
-
-@pytest.mark.parametrize("model", SOME)
-def test_repeated_calls_are_recorded(model):
-    """Same values and gradients while weights and index change, in another dtype, and without gradients."""
-    model = copy.deepcopy(model)
-    for step in range(2 * PATIENCE):
-        chosen = plan(model, index=zoo.random_index(model.sizes, 30 + step % 2, seed=step % 3))
-        values, fresh = model.entries(chosen), plans._once(chosen, list(model.stacks)).reshape(-1)
-        assert torch.equal(values, fresh)
-        ours, theirs = (torch.autograd.grad(x.abs().sum(), model.parameters()) for x in (values, fresh))
-        for one, two in zip(ours, theirs, strict=True):
-            zoo.assert_close(one, two)
-        with torch.no_grad():
-            assert torch.equal(model.entries(chosen), values)
-            for p in model.parameters():
-                p.mul_(1 + 0.01 * step)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            for _ in range(PATIENCE):
-                model.entries(chosen)
-    assert {key[2] for key in chosen._repeated._recorded if key[0] == model.dtype} == {True, False}
-    single = copy.deepcopy(model).float()  # which leaves complex numbers as they are
-    for _ in range(2 * PATIENCE):
-        assert single.entries(chosen).dtype == single.dtype
-    assert pickle.loads(pickle.dumps(chosen))._repeated._recorded == {}
 
 
 def test_an_index_changed_in_place_is_planned_again():

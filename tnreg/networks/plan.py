@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from tnreg.errors import DataError, OptionError, SizeError, check_integer
 from tnreg.machine.memory import MOST_AXES, does_not_fit, limit_of, shortage, written
 from tnreg.networks.einsum import Cost, Einsum, along, find_path, letters
 from tnreg.networks.network import Network
-from tnreg.networks.recording import Repeated
 from tnreg.networks.scaled import Growth, balance
 from tnreg.networks.schedule import (
     TYPICAL,
@@ -98,7 +97,6 @@ class Plan:
     joins: tuple[Join, ...] = field(default=(), repr=False)
     whole: Einsum | None = field(default=None, repr=False)
     take: Tensor | None = field(default=None, repr=False)
-    _repeated: Repeated = field(default_factory=Repeated, repr=False)  # what plans of one schedule share
 
     @property
     def flops(self) -> int:
@@ -119,12 +117,6 @@ class Plan:
     def peak(self) -> int:
         """Entries of those that are there at the same time without gradients."""
         return self.cost.peak
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, ...]:
-        """What tells an index from others of the same schedule."""
-        rows = (x for join in self.joins for x in (*join.gathers, join.picks))
-        return tuple(x for x in (*rows, self.take) if x is not None)
 
     def __str__(self) -> str:
         of = "" if self.batch is None else f" of {self.batch} samples"
@@ -274,11 +266,7 @@ def contract(
 
 
 def _carry_out(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return the result of the schedule or of the einsum; batches are of any size, others always the same."""
-    return _once(plan, stacks, inputs) if len(inputs) else plan._repeated(_once, plan, stacks, plan._rows)
-
-
-def _once(plan: Plan, stacks: Sequence[Tensor], inputs: Tensor | Sequence[Tensor] = ()) -> Tensor:
+    """Return the result of the schedule or of the einsum, with the entries taken."""
     if plan.whole is None:
         out = run(plan.network, plan.joins, stacks, inputs)
     else:
@@ -419,13 +407,13 @@ def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
         if route == "per-sample":
             own = {tree.position(mode): column for mode, column in enumerate(columns)}
             read = {i: tuple(own.get(c) for c in below or (i,)) for i, below in enumerate(tree.links)}
-            joins, cost, repeated = _of_entries(network, samples, every)
+            joins, cost = _of_entries(network, samples, every)
             joins = gather(joins, read)
         elif route == "distinct":
-            joins, cost, repeated = _of_entries(network, samples, taken)
+            joins, cost = _of_entries(network, samples, taken)
             joins, take = gather(joins, rows_to_take(network, taken, ids)), ids[-1]
         else:
-            cost, joins, whole, repeated = dense.cost, dense.joins, dense.whole, dense._repeated
+            cost, joins, whole = dense.cost, dense.joins, dense.whole
             # the tree leaves its rows in the order of its leaves, opt_einsum in that of the modes
             first, *others = tree.leaf_order if whole is None else range(tree.order)
             take = columns[first]
@@ -433,16 +421,16 @@ def _plans_of_entries(network: Network, index: Tensor) -> Iterator[Plan]:
                 take = torch.add(columns[mode], take, alpha=network.sizes[mode])
         if take is not None:
             cost = Cost(cost.flops, cost.largest, cost.held + samples, cost.peak + samples)
-        yield Plan(network, "entries", route, cost, counted, samples, joins, whole, take, repeated)
+        yield Plan(network, "entries", route, cost, counted, samples, joins, whole, take)
 
 
 @lru_cache(maxsize=256)
 def _of_entries(
     network: Network, samples: int, taken: tuple[int | None, ...]
-) -> tuple[tuple[Join, ...], Cost, Repeated]:
-    """Return a schedule of entries, without the rows to take, what it costs, and what it repeats."""
+) -> tuple[tuple[Join, ...], Cost]:
+    """Return a schedule of entries, without the rows to take, and what it costs."""
     joins = schedule(network, batch=samples, taken=taken)
-    return joins, cost_of(network, joins), Repeated()
+    return joins, cost_of(network, joins)
 
 
 @lru_cache(maxsize=256)
@@ -469,12 +457,7 @@ def _within(
     if min(sizes) > limit and first.kind != "entries":  # the smallest intermediates, at whatever cost
         whole = _whole(first.network, first.batch, "smallest")
         if whole is not None:
-            plans = (
-                *plans,
-                replace(
-                    first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole, _repeated=Repeated()
-                ),
-            )
+            plans = (*plans, replace(first, route="opt_einsum", cost=whole.cost, joins=(), whole=whole))
             sizes.append(item * whole.cost.entries(gradients))
     for plan, size in zip(plans, sizes, strict=True):
         if size <= limit:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from opt_einsum.parser import get_symbol
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.factorizations.factorization import Factorization
@@ -420,8 +421,7 @@ def _check_model(model: Factorization, sizes: tuple[int, ...]) -> None:
 
 def _mean_square(x: Tensor, expected: Tensor) -> Tensor:
     if x.dtype == expected.dtype and not (x.is_complex() or expected.is_inference()):
-        # one node of the gradient's graph instead of three; the mean is its reduction 1
-        return torch._C._nn.mse_loss(x, expected, 1)  # type: ignore[arg-type]
+        return mse_loss(x, expected)  # one node of the gradient's graph instead of three
     difference = x - expected
     return (difference.abs() if difference.is_complex() else difference).square().mean()
 
