@@ -109,9 +109,9 @@ def round_network(
     found.clear()  # what takes its place needs as much memory
     weights = best.projection.weights()
     if chooser.idle(best.choice) and (budget.share is None or budget.share > 0):
-        again = round_network(
-            *network_of(net.tree, weights), Budget(bare=bare_of(best.choice)), dtype=stacks[0].dtype
-        )
+        # in double precision, as nothing is to be lost
+        exact = network_of(net.tree, {i: double(weight) for i, weight in weights.items()})
+        again = round_network(*exact, Budget(bare=bare_of(best.choice)), dtype=torch.float64)
         return Rounded(again.weights, best.lost, size * 2.0**-again.log2, log2 + again.log2)
     return Rounded(weights, best.lost, size, log2)
 
@@ -566,11 +566,11 @@ def share_of(rtol: float | None, dtype: torch.dtype, work: torch.dtype = torch.f
     """Return the tolerance less what rounding of the work and of the weights may add to the error."""
     if rtol is None:
         return None
-    share = check_number(rtol, "rtol", 0, 1) - rounding_of(dtype, work)
-    if share <= 0 and work == torch.float32:
+    least = rounding_of(work, work)
+    if check_number(rtol, "rtol", 0, 1) <= least and work == torch.float32:
         raise OptionError(
-            f"rtol={rtol:g} is below what single precision can keep, {rounding_of(dtype, work):.1e}; "
+            f"rtol={rtol:g} is below what single precision can keep, {least:.1e}; "
             'write a larger one, or precision="double".',
             argument="rtol",
         )
-    return max(share, 0.0)
+    return max(rtol - rounding_of(dtype, work), 0.0)
