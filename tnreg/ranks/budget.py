@@ -182,10 +182,13 @@ class Chooser:
         """Return the sum of all squares that are cut with these ranks."""
         return float(self._tails[self._rows, choice.ranks] @ self._counted(choice.bare))
 
-    def others(self, choice: Choice, *, steps: int | None) -> Iterator[Chooser]:
+    def others(self, choice: Choice, *, steps: int | None, unspent: bool) -> Iterator[Chooser]:
         """List choosers for other leaves, where there are few: the first ones, and any one changed.
 
-        Those with more numbers have to make up for them: by that many steps, or by what their cuts overlap.
+        Where error is ``unspent`` those of the choice are another try, as they cannot change any more.
+
+        Of the latter those with more numbers have to make up for them: by that many steps, or by what their
+        cuts overlap.
         """
         most = choice.numbers * _WORSE
         if steps is not None:
@@ -194,7 +197,8 @@ class Chooser:
         changed = [choice.bare ^ (np.arange(len(choice.bare)) == i) for i in free]
         for bare in [self._first, *changed] if len(free) <= _FEW else []:
             other = self._frozen(bare)
-            if (bare != choice.bare).any() and other.within(choice.spent).numbers < most:
+            promising = bare is self._first or other.within(choice.spent).numbers < most
+            if ((bare != choice.bare).any() or unspent) and promising:
                 yield other
 
     def by_position(self, choice: Choice) -> list[int]:

@@ -98,8 +98,10 @@ def round_network(
     if budget.share and choice.spent < allowed:  # else limits on ranks cut more
         first = _spend(chooser, attempt, allowed, allowed)
         spent, numbers = max(first.choice.spent, allowed), lambda attempt: attempt.choice.numbers
-        steps = int(first.lost < _ENOUGH**2 * allowed) if _adds_up(chooser, first) else None
-        others = chooser.others(first.choice, steps=steps)
+        unspent, steps = first.lost < _ENOUGH**2 * allowed, None
+        if _adds_up(chooser, first):
+            unspent, steps = False, int(unspent)
+        others = chooser.others(first.choice, steps=steps, unspent=unspent)
         tried = [first, *(_spend(other, attempt, allowed, spent) for other in others)]
         best = min((_step(chooser, attempt, allowed, a) for a in sorted(tried, key=numbers)[:2]), key=numbers)
     else:
