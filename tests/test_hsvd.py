@@ -88,6 +88,7 @@ def test_rounding_below_what_was_cut_block_by_block(monkeypatch):
         assert_kept(found, x, rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("randomized", [False, True])
 def test_no_search_breaks_the_promise(randomized, monkeypatch):
     """Climb to tensors and tolerances with a larger error over what was promised."""

@@ -124,17 +124,20 @@ def bare_model(
 
 
 def bare_zoo() -> Iterator[Any]:
-    """(name, model) over all trees, with all leaves bare or some."""
+    """(name, model) over all trees, with all leaves bare or some; of trees like others in the slow tests."""
     import pytest
 
+    usual = {"single", "cp-4", "htf-4", "one-child", "across", "caterpillar"}
     for name, tree in TREES.items():
+        marks = [] if name in usual else [pytest.mark.slow]
         everyone, some = (dict.fromkeys(range(0, tree.order, step), "bare") for step in (1, 2))
         kinds = {"full-bare": ("full", everyone), "mixed-some-bare": (joins_of(tree)["mixed"], some)}
         kinds["diagonal-bare"] = ("diagonal", everyone)
         for kind, case in kinds.items():
-            yield pytest.param(bare_model(tree, *case), id=f"{name}-{kind}")
+            yield pytest.param(bare_model(tree, *case), id=f"{name}-{kind}", marks=marks)
         if tree.order > 1:
-            yield pytest.param(bare_model(tree, "diagonal", {1: "bare"}, "ones"), id=f"{name}-ones-bare")
+            model = bare_model(tree, "diagonal", {1: "bare"}, "ones")
+            yield pytest.param(model, id=f"{name}-ones-bare", marks=marks)
 
 
 @st.composite

@@ -193,12 +193,13 @@ class Chooser:
         most = choice.numbers * _WORSE
         if steps is not None:
             most = choice.numbers + steps * float(self._derivatives(choice.ranks, choice.bare).max())
-        free = np.flatnonzero(self._free)
+        free, small = np.flatnonzero(self._free), len(self._bare) <= 2 * _FEW
         changed = [choice.bare ^ (np.arange(len(choice.bare)) == i) for i in free]
         for bare in [self._first, *changed] if len(free) <= _FEW else []:
             other = self._frozen(bare)
-            promising = bare is self._first or other.within(choice.spent).numbers < most
-            if ((bare != choice.bare).any() or unspent) and promising:
+            new = (bare != choice.bare).any() or (unspent and small)
+            first = bare is self._first and small  # where another try costs little
+            if new and (first or other.within(choice.spent).numbers < most):
                 yield other
 
     def by_position(self, choice: Choice) -> list[int]:

@@ -568,8 +568,8 @@ def share_of(rtol: float | None, dtype: torch.dtype, work: torch.dtype = torch.f
     """Return the tolerance less what rounding of the work and of the weights may add to the error."""
     if rtol is None:
         return None
-    least = rounding_of(work, work)
-    if check_number(rtol, "rtol", 0, 1) <= least and work == torch.float32:
+    least, rtol = rounding_of(work, work), check_number(rtol, "rtol", 0, 1)
+    if rtol <= least and work == torch.float32:
         raise OptionError(
             f"rtol={rtol:g} is below what single precision can keep, {least:.1e}; "
             'write a larger one, or precision="double".',
