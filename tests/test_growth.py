@@ -47,7 +47,7 @@ def tensors(draw):
         dtype=torch.float64,
         generator=zoo.random(draw(st.integers(0, 99))),
     )
-    return truncate(model)
+    return truncate(model, leaves="weights")
 
 
 @pytest.mark.slow

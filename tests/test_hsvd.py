@@ -14,6 +14,7 @@ from tnreg.errors import OptionError, ShapeError, SizeError, TreeError
 
 TOLERANCES = [None, 0.0, 1e-12, 1e-6, 1e-2, 0.3, 0.9]
 DTYPES = [torch.float64, torch.complex128, torch.float32, torch.complex64]
+MOSTLY_SLOW = [pytest.param(d, marks=[pytest.mark.slow] * (d not in DTYPES[::3])) for d in DTYPES]
 
 
 def decaying(sizes, dtype=torch.float64):
@@ -35,7 +36,7 @@ def assert_kept(found, tensor, rtol):
 
 
 @pytest.mark.parametrize("name", zoo.TREES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOSTLY_SLOW, ids=str)
 def test_decompose_keeps_its_promise(name, dtype):
     tree = zoo.TREES[name]
     sizes = zoo.sizes_of(tree)
@@ -46,7 +47,7 @@ def test_decompose_keeps_its_promise(name, dtype):
 
 
 @pytest.mark.parametrize("name", zoo.TREES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOSTLY_SLOW, ids=str)
 def test_truncate_keeps_its_promise(name, dtype):
     tree = zoo.TREES[name]
     models = [zoo.model_of(tree, join, dtype=dtype) for join in zoo.joins_of(tree).values()]

@@ -68,7 +68,7 @@ def crossed(blocks, size=4):
     nested, weights = [], {}
     for k in range(blocks):
         pairs = torch.einsum("ac,bd->abcd", *randn(2, size, size, seed=k))
-        block = decompose(pairs, ModeTree.binary(4))
+        block = decompose(pairs, ModeTree.binary(4), leaves="weights")
         modes = [4 * k + m for m in range(4)]
         nested.append([modes[:2], modes[2:]])
         for node, weight in block.weights.items():

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tnreg import Factorization, ModeTree, completion, decompose, find_tree, interchange
+import torch
+
+from tnreg import Factorization, ModeTree, completion, decompose, find_tree, hierarchical_rank, interchange
 from tnreg.cli.inputs import DEFAULTS, is_model, read_input
 from tnreg.errors import DataError
 from tnreg.search.pairs import interactions, linkage_tree
@@ -25,7 +27,8 @@ def find(file: str, rtol: float) -> Found:
     """Find a tree for the tensor or the model in a file."""
     if is_model(file):
         model = read_input(file, DEFAULTS).x
-        return _with_ranks(interchange(model, rtol=rtol), model, "its own tree", {"sizes": model.sizes})
+        found = interchange(model, rtol=rtol)
+        return _with_ranks(found, model, rtol, "its own tree", {"sizes": model.sizes})
     if is_large_file(file):
         x = read_input(file, DEFAULTS).x
         document: dict[str, Any] = {"sizes": x.shape}
@@ -45,11 +48,17 @@ def find(file: str, rtol: float) -> Found:
             return Found(linkage_tree(strengths), {}, text, {**document, "pairs": pairs})
         x = entries.dense()
     model = decompose(x, find_tree(x, rtol=rtol), rtol=rtol)
-    return _with_ranks(model, decompose(x, ModeTree.binary(x.ndim), rtol=rtol), "the binary tree", document)
+    other = decompose(x, ModeTree.binary(x.ndim), rtol=rtol)
+    return _with_ranks(model, other, rtol, "the binary tree", document)
 
 
-def _with_ranks(model: Factorization, other: Factorization, whose: str, document: dict[str, Any]) -> Found:
+def _with_ranks(
+    model: Factorization, other: Factorization, rtol: float, whose: str, document: dict[str, Any]
+) -> Found:
     numbers, before = (sum(p.numel() for p in m.parameters()) for m in (model, other))
     ranks = dict(zip(model.tree.nodes[:-1], model.network.bonds, strict=False))
+    with torch.no_grad():  # bonds above leaves without a weight of their own say nothing of ranks
+        needed = hierarchical_rank(model, rtol=rtol)
+    ranks |= {mode: max(1, min(ranks[mode], needed[mode])) for mode in model.tree.leaves}
     text = f"numbers: {numbers}; along {whose} {before}"
     return Found(model.tree, ranks, text, {**document, "numbers": numbers, f"numbers along {whose}": before})
