@@ -376,6 +376,7 @@ def decaying(tree, size, rank, seed, dtype=torch.float64):
     return Factorization.from_weights(tree, weights, join="full")
 
 
+@pytest.mark.slow
 def test_rounded_products_keep_the_tolerance(models):
     for one, other in zip(models, [*models[1:], models[0]], strict=True):
         exact = dense(one) * dense(other)
@@ -385,6 +386,7 @@ def test_rounded_products_keep_the_tolerance(models):
             assert error <= rtol * exact.norm() and error <= found.error_bound * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [ModeTree.binary(8), ModeTree.caterpillar(8)], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounded_products_of_wide_bonds(tree, dtype):

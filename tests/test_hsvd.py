@@ -476,6 +476,7 @@ def test_equal_singular_values_are_cut_one_by_one():
         assert pair[0].network.bonds[0] == kept and torch.equal(pair[0].to_tensor(), pair[1].to_tensor())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
 @pytest.mark.parametrize("name", ["matrix", "cp-4", "htf-5", "one-child-root", "uneven", "caterpillar"])
 def test_single_precision_keeps_the_tolerance(name, dtype):
