@@ -319,11 +319,9 @@ class _Search:
         top = max((float(s[0]) for s in new.values() if len(s)), default=0.0)
         if top <= self.exact * 1e-2 * max((float(s[0]) for s in values.values()), default=0.0):
             return None
-        return truncate(
-            wide,
-            ranks={v: bonds[v] + int((s >= share * top).sum()) for v, s in new.items()},
-            leaves="weights",
-        )
+        grown = {v: bonds[v] + int((s >= share * top).sum()) for v, s in new.items()}
+        # without a tolerance bonds would come down that wait for others to grow
+        return truncate(wide, ranks=grown, rtol=0.0, leaves="weights")
 
     def _mixed(self, model: Factorization, limits: Mapping[Node, int]) -> Factorization:
         """Let every component take part a little in the others, or trees of diagonal joins stay sums."""
