@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from tnreg import plots
+from tnreg.far.interaction import InteractionEnergy
 from tnreg.far.patches import PresetPatches
 from tnreg.far.probe import locality_profile
-from tnreg.far.regularizers import InteractionEnergy
 
 
 def train(net: nn.Module, x: Tensor, y: Tensor, weight: float, epochs: int) -> float:

@@ -128,9 +128,9 @@ def test_all_arms_see_the_images_in_one_order(run, monkeypatch):
     """Also those that draw random numbers in between."""
     step, orders = locality_run._State.step, {}
 
-    def record(self, index, *arguments):
+    def record(self, index, *arguments, **options):
         orders.setdefault(arm, []).append(index.tolist())
-        step(self, index, *arguments)
+        step(self, index, *arguments, **options)
 
     monkeypatch.setattr(locality_run._State, "step", record)
     for arm in locality_run.ARMS:

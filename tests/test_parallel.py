@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_regularizers import PAIR, batch, network
+from test_regularizers import PAIR, Rank, batch, network
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -34,8 +34,9 @@ from tnreg.errors import DataError, FileError, OptionError, ShapeError
 from tnreg.experiments.locality import train as locality_run
 from tnreg.experiments.locality.settings import Settings
 from tnreg.experiments.locality.train import train
+from tnreg.far.interaction import InteractionEnergy, _all_crossed_values
 from tnreg.far.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
-from tnreg.far.regularizers import InputGradientChange, InteractionEnergy, _all_crossed_values
+from tnreg.far.regularizers import InputGradientChange
 from tnreg.machine.processes import Processes, joined, unwrapped
 
 pytestmark = pytest.mark.slow
@@ -96,13 +97,16 @@ CASES = {  # sampler, options, classes, sizes of the processes' batches
     "energy, of a user": ("a user's", {"samples": 4}, 3, UNEVEN),
     "energy, above the target": ("fixed", {"target": 0.05}, 3, UNEVEN),
     "energy, below the target": ("fixed", {"target": 0.999}, 3, UNEVEN),
+    "rank, classes, batches of one": ("anywhere", {}, 3, ONES),
+    "rank, differing": ("differing", {"samples": 4, "target": 0.1}, 1, UNEVEN),
+    "rank, below the target": ("fixed", {"target": 0.999}, 3, UNEVEN),
 }
 
 
 def penalty_of(name, seed):
     sampler, options, *_ = CASES[name]
-    kind = InteractionEnergy if name.startswith("energy") else InputGradientChange
-    seeds = {"seed": seed} if kind is InteractionEnergy else {}
+    kind = {"energy": InteractionEnergy, "rank": Rank}.get(name.split(",")[0], InputGradientChange)
+    seeds = {} if kind is InputGradientChange else {"seed": seed}
     return kind(SAMPLERS[sampler](seed), **options, **seeds)
 
 
@@ -265,10 +269,10 @@ def test_a_process_without_a_share_of_the_energy_has_a_graph(monkeypatch):
     """Else DistributedDataParallel would wait for its gradients for ever."""
     net, (x, _), box = net_of(1), batch(2), torch.tensor(PAIR[1])
     monkeypatch.setattr(Processes, "sum", lambda self, part: part)
-    parts = [_all_crossed_values(net, x, box, Processes(rank, 6)) for rank in range(6)]
+    parts = [_all_crossed_values(net, x, x, box, Processes(rank, 6)) for rank in range(6)]
     assert [int((part != 0).sum()) for part in parts] == [1, 1, 1, 1, 0, 0]
     assert all(part.requires_grad for part in parts)
-    assert torch.allclose(sum(parts), _all_crossed_values(net, x, box, Processes()))
+    assert torch.allclose(sum(parts), _all_crossed_values(net, x, x, box, Processes()))
 
 
 # 130 images in batches of 33 and 31: four steps an epoch, with unequal parts for two processes
@@ -394,11 +398,11 @@ def ended(folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's may come before they have spoken
     step, done = locality_run._State.step, []
 
-    def cut(self, *arguments):
+    def cut(self, *arguments, **options):
         done.append(1)
         if os.environ["RANK"] == "1" and len(done) == 14:  # of four an epoch
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *arguments)
+        return step(self, *arguments, **options)
 
     locality_run._State.step = cut
     main([*LONG, "--out", folder])

@@ -11,15 +11,25 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import randn, random
 
-from tnreg import InputGradientChange, InteractionEnergy
+from tnreg import InputGradientChange, InteractionEnergy, InteractionRank, effective_rank
 from tnreg.errors import DataError, OptionError, ShapeError
 from tnreg.far import input_gradient as second_order
 from tnreg.far.input_gradient import input_gradient
+from tnreg.far.interaction import crossed_values, interaction_energy, interaction_rank
+from tnreg.far.modes import evaluation
 from tnreg.far.patches import DifferingPatches, FixedPatches, PresetPatches, RandomPatches
-from tnreg.far.regularizers import crossed_values, evaluation, interaction_energy
 
 PAIR = ((0, 0, 3, 3), (4, 5, 7, 8))
-BOTH = (InputGradientChange, InteractionEnergy)
+
+
+class Rank(InteractionRank):
+    """The term at every step, of weight one."""
+
+    def __init__(self, patches, samples=8, *, weight=1.0, start=0, until=None, target=None, **options):
+        super().__init__(patches, samples, weight=weight, start=start, until=until, target=target, **options)
+
+
+KINDS = (InputGradientChange, InteractionEnergy, Rank)
 
 
 class Residual(nn.Module):
@@ -95,6 +105,21 @@ def plain_energy(net, x, y, box):
     return 1 - above / below
 
 
+def plain_rank(net, x, y, box, floor=1e-3):
+    """The definition with k = B by the eigenvalues of S, one image at a time."""
+    k, shares, below = len(x), 0, 0
+    values = torch.stack([net(swapped(a, b, box)[None])[0] for a, b in itertools.product(x, x)])
+    values = values.reshape(k, k, -1)
+    for c in [0] if values.shape[-1] == 1 else y:
+        m = values[..., c]
+        parts = [[m[i, j] - m[i].mean() - m[:, j].mean() + m.mean() for j in range(k)] for i in range(k)]
+        parts = torch.stack([torch.stack(row) for row in parts])
+        shares, below = shares + parts @ parts.T, below + ((m - m.mean()) ** 2).sum()
+    directions = torch.linalg.eigvalsh(shares / below)[1:]  # the smallest is zero: columns of M° add to it
+    none, most = (torch.tensor(n, dtype=torch.float64).log() for n in (floor, 1 + floor))
+    return (most - ((k - 1) * directions + floor).log().mean()) / (most - none)
+
+
 def gradients_of(value, net):
     options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     parts = torch.autograd.grad(value, list(net.parameters()), **options)
@@ -112,10 +137,11 @@ def assert_same(net, value, expected):
 DEFINITIONS = [
     (InputGradientChange(PAIR), lambda net, x, y: plain_change(net, x, y, PAIR)),
     (InteractionEnergy(PAIR, samples=9, eps=0), lambda net, x, y: plain_energy(net, x, y, PAIR[1])),
+    (Rank(PAIR, samples=9), lambda net, x, y: plain_rank(net, x, y, PAIR[1])),
 ]
 
 
-@pytest.mark.parametrize(("penalty", "definition"), DEFINITIONS, ids=["change", "energy"])
+@pytest.mark.parametrize(("penalty", "definition"), DEFINITIONS, ids=["change", "energy", "rank"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("smooth", [False, True])
@@ -177,7 +203,7 @@ def test_operations_outside_the_list_are_torchs_own():
     assert_same(net, *(g(values, x).pow(3).sum() for g in (cheap_gradient, plain_gradient)))
 
 
-@pytest.mark.parametrize(("penalty", "definition"), DEFINITIONS, ids=["change", "energy"])
+@pytest.mark.parametrize(("penalty", "definition"), DEFINITIONS, ids=["change", "energy", "rank"])
 def test_transformers(penalty, definition):
     """Fused attention has no second derivative; the penalty must not need it."""
 
@@ -223,9 +249,10 @@ def linear(classes=1):
     (InputGradientChange, Split(PAIR[0], torch.mul)), (InputGradientChange, Split(PAIR[0], torch.add)),
     (InputGradientChange, linear()), (InteractionEnergy, Split(PAIR[1], torch.add)),
     (InteractionEnergy, linear()), (InteractionEnergy, linear(3)),
+    (Rank, Split(PAIR[1], torch.add)), (Rank, linear()), (Rank, linear(3)),
 ])  # fmt: skip
 def test_functions_without_interaction_give_one(kind, net):
-    """The gradient change of separable and additive ones, the energy of additive ones."""
+    """The gradient change of separable and additive ones, energy and rank of additive ones."""
     value = kind(PAIR)(net, *batch())
     assert value.item() == pytest.approx(1, abs=1e-12)
     assert gradients_of(value, net).abs().max() < 1e-8
@@ -248,7 +275,68 @@ def test_energy_of_a_product_and_of_a_constant():
     assert interaction_energy(torch.full((4, 4), 3.0)).item() == 1
 
 
-@pytest.mark.parametrize("kind", BOTH)
+def test_rank_of_a_product_and_of_all_directions():
+    """One direction of a known share; all of them, equal, which explain everything; in any order."""
+    net, (x, _) = Split(PAIR[1], torch.mul), batch()
+    energy, penalty = InteractionEnergy(PAIR)(net, x), Rank(PAIR, floor=0.01)
+    directions = torch.tensor([4 * (1 - energy.item()), 0, 0, 0], dtype=torch.float64) + 0.01
+    expected = 1 - (directions.log().mean() - torch.tensor(0.01).log()) / torch.tensor(101.0).log()
+    assert penalty(net, x).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert penalty.last_effective_rank == pytest.approx(1)
+    for order in (torch.randperm(6, generator=random(0)), torch.arange(6)):
+        every = torch.eye(6, dtype=torch.float64)[order]
+        assert interaction_rank(1e200 * every + 7e199).item() == pytest.approx(0, abs=1e-12)
+        assert interaction_rank(every[:, :3]).item() < 0.1 < interaction_rank(torch.ones(6, 6).tril()).item()
+    values = randn(4, 5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(interaction_rank, values)
+    flat = torch.full((4, 5), 3.0, requires_grad=True)
+    value = interaction_rank(flat)
+    value.backward()
+    assert value == 1 and not flat.grad.any()
+
+
+@pytest.mark.parametrize("kind", [InteractionEnergy, Rank])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_columns_are_samples_that_differ_in_the_patch(kind, classes):
+    """Three contents of J in nine samples: nine images are evaluated, of any three that have them."""
+    net, (x, y) = Counted(network(norm=True, classes=classes)), batch(9)
+    inside = torch.zeros(8, 9, dtype=torch.bool)
+    top, left, bottom, right = PAIR[1]
+    inside[top:bottom, left:right] = True
+    x[3:6] = torch.where(inside, x[0], x[3:6])
+    x[6:] = torch.where(inside, x[1], x[6:])
+    x[2] = torch.where(inside, x[0], x[2])
+    penalty = kind(PAIR, samples=4)
+    drawn = penalty.draw(net, x)
+    found = penalty.value(net, x, y, drawn)
+    assert len(drawn.samples) == 4 and len(drawn.columns) == 2 and net.images == [8]
+    others = dataclasses.replace(drawn, columns=torch.tensor([6, 4]))
+    assert_same(net, found, penalty.value(net, x, y, others))
+    # where nobody looks, repetitions of the first column do not count
+    repeated = dataclasses.replace(drawn, columns=drawn.columns[[0, 1, 0, 0]])
+    assert_same(net, found, penalty.value(net, x, y, repeated))
+    assert penalty.last_effective_rank == effective_rank(torch.ones(1)) or classes == 3
+    alone = dataclasses.replace(drawn, columns=drawn.columns[:1].expand(4))
+    assert penalty.value(net, x, y, alone) == 1
+    net.images.clear()
+    same = kind(((4, 5, 7, 8), (0, 0, 3, 3)), weight=0.5)(net, x[:1].expand(4, 2, 8, 9), y[:4])
+    assert same == 0.5 and not same.requires_grad and net.images == []
+
+
+def test_rank_only_where_energy_is_above_the_target():
+    net, (x, _) = network(), batch()
+    energy, whole = InteractionEnergy(PAIR)(net, x).item(), Rank(PAIR)(net, x)
+    assert_same(net, Rank(PAIR, weight=2.0, target=energy - 1e-6)(net, x), 2 * whole)
+    penalty = Rank(PAIR, target=energy + 1e-6)
+    none = penalty(net, x)
+    assert none == 0 and not gradients_of(none, net).any() and penalty.last_value == whole
+    default = InteractionRank(PAIR)
+    weights = [default.next_weight() for _ in range(600)]
+    assert weights == [0.0] * 200 + [0.2] * 300 + [0.0] * 100
+    assert "start" not in repr(default)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_degenerate_patches_give_one_without_nan(kind):
     """A network that never sees the patches, one that is constant, and one that is dead."""
     sees, dead = (nn.Sequential(nn.Conv2d(2, 3, n), nn.ReLU()).double() for n in (2, 8))
@@ -265,7 +353,7 @@ def test_degenerate_patches_give_one_without_nan(kind):
         assert not value.requires_grad or gradients_of(value, module).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "power"), [(torch.float32, 30), (torch.float64, 150)])
 def test_no_unit_matters(kind, dtype, power):
     """Neither that of the network's values nor that of the images, for value and gradients."""
@@ -293,7 +381,7 @@ def test_eps_is_in_units_of_the_network():
     assert energy == 1 and not zero.grad.any()
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_nan_is_not_hidden(kind):
     """Also where gradients know nothing of it, and where a swap changes nothing."""
     x, _ = batch()
@@ -328,7 +416,7 @@ class Checkpointed(nn.Module):
         return self.last(x.flatten(1))
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("reentrant", "statistics"), [(True, "frozen"), (False, "frozen"), (False, "batch")])
 def test_what_is_checkpointed_runs_again_in_the_same_modes(kind, reentrant, statistics):
     (x, _), found, penalty = batch(), [], kind(PAIR, statistics=statistics)
@@ -354,7 +442,7 @@ def test_what_is_checkpointed_runs_again_in_the_same_modes(kind, reentrant, stat
         penalty(net, x)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_inference_mode(kind):
     """The same value, of images made there as well; networks made there cannot be differentiated."""
     net, (x, _) = network(norm=True), batch()
@@ -377,7 +465,7 @@ class InPlace(nn.Module):
         return x.div_(0.25)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", [InPlace(), nn.ReLU(inplace=True)])
 def test_networks_that_change_their_input(kind, first):
     rest, (x, _) = tangents(), batch()
@@ -407,7 +495,7 @@ class Named(nn.Module):
         return {"logits": self.net(x), "other": None}
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_functions_and_outputs(kind):
     """Modules that a function calls are switched too; ``output`` reads what a network gives."""
     net, (x, y) = Named().train(), batch()
@@ -426,7 +514,7 @@ def test_functions_and_outputs(kind):
         kind(PAIR, output="logits")
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_shares_of_classes(kind):
     net, (x, y) = tangents(3), batch()
     expected = kind(PAIR)(net, x, y)
@@ -436,7 +524,7 @@ def test_shares_of_classes(kind):
     assert_same(net, kind(PAIR)(net, x, shares.expand(5, 3)), expected)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_what_made_the_images(kind):
     net, (x, _) = tangents(), batch(3)
 
@@ -448,7 +536,7 @@ def test_gradients_reach_what_made_the_images(kind):
     assert min(g.abs() for g in torch.autograd.grad(value(*numbers), numbers)) > 1e-4
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_numpy_images_and_labels(kind):
     net, (x, y) = tangents(3), batch()
     expected = kind(PAIR)(net, x, y)
@@ -460,7 +548,7 @@ def test_numpy_images_and_labels(kind):
     assert kind(PAIR, weight=0)(net, images, y) == 0
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_log_needs(kind):
     net, (x, _) = network(), batch()
     penalty = kind(RandomPatches(2, seed=3), weight=0.5, target=0.1)
@@ -469,17 +557,22 @@ def test_what_a_log_needs(kind):
     pair = RandomPatches(2, seed=3).draw(x)
     found = penalty(net, x)
     assert torch.equal(penalty.last_pair, pair) and not penalty.last_value.requires_grad
-    assert torch.allclose(found, 0.5 * (penalty.last_value - 0.1))
+    assert torch.allclose(found, 0.5 * (penalty.last_value - 0.1 * (kind is not Rank)))
     assert copy.deepcopy(penalty).last_value == penalty.last_value
     assert (
         penalty.state_dict().keys() == kind(PAIR).state_dict().keys() and str(penalty.state_dict()) != state
     )
     name = kind.__name__
     assert repr(penalty) == f"{name}(patches=RandomPatches(seed=3), weight=0.5, target=0.1)"
+    if kind is not InputGradientChange:
+        parts = penalty.last_values[..., 0]
+        parts = parts - parts.mean(0) - parts.mean(1, keepdim=True) + parts.mean()
+        assert torch.allclose(penalty.last_effective_rank, effective_rank(torch.linalg.svdvals(parts)))
+        assert kind(PAIR).last_effective_rank is None
     assert repr(kind(PAIR)) == f"{name}(patches={PAIR})"
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
 def test_nothing_of_the_network_changes(kind, statistics):
     net, (x, _) = network(norm=True, dropout=True).train(), batch()
@@ -494,7 +587,7 @@ def test_nothing_of_the_network_changes(kind, statistics):
     assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_statistics(kind):
     """Frozen and batch differ, neither sees dropout, and batch is the network in training mode."""
     net, (x, _) = network(norm=True).train(), batch()
@@ -545,7 +638,7 @@ def train(make_penalty, steps=6, resume_at=None, autocast=False):
     return net, values
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_weight_zero_is_no_regularizer_and_another_changes_training(kind):
     plain, _ = train(lambda: None)
     penalty = kind(RandomPatches(2), weight=0)
@@ -564,7 +657,7 @@ def test_weight_zero_is_no_regularizer_and_another_changes_training(kind):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_warmup_until_and_target(kind):
     net, (x, _) = network(), batch()
     whole = kind(PAIR)(net, x)
@@ -575,7 +668,11 @@ def test_every_warmup_until_and_target(kind):
         assert found.item() == pytest.approx(weight * full) and found.requires_grad == (weight > 0)
     short = kind(PAIR, every=2, until=4)
     assert [short(net, x).item() > 0 for _ in range(8)] == [True, False, True] + [False] * 5
+    late = kind(PAIR, start=2, warmup=4, every=2, until=6, weight=4)
+    assert [late.next_weight() for _ in range(8)] == [0, 0, 1, 0, 3, 0, 0, 0]
 
+    if kind is Rank:  # whose target is of the energy
+        return
     # what is above the target counts; below it there is no gradient
     none = kind(PAIR, target=full + 1e-6)(net, x)
     assert none.item() == 0 and not gradients_of(none, net).any()
@@ -584,7 +681,7 @@ def test_every_warmup_until_and_target(kind):
     assert torch.allclose(gradients_of(part, net), 2 * gradients_of(whole, net), rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler", [RandomPatches, DifferingPatches, PresetPatches, FixedPatches])
 def test_a_resumed_training_is_the_same(kind, sampler):
     def make():
@@ -597,7 +694,7 @@ def test_a_resumed_training_is_the_same(kind, sampler):
     assert_equal_states(net, again)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_mixed_precision(kind):
     net, (x, y) = network(classes=3, norm=True).float(), batch()
     x = 5 * x.float()  # bfloat16 has three digits: the function must vary by more
@@ -612,7 +709,7 @@ def test_mixed_precision(kind):
     assert all(p.isfinite().all() for p in trained.parameters())
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_shape_b_are_the_same_and_without_gradients_only_the_value(kind):
     net, (x, _) = network(), batch()
     expected = kind(PAIR)(net, x)
@@ -629,7 +726,7 @@ def test_logits_of_shape_b_are_the_same_and_without_gradients_only_the_value(kin
 def test_compiled_networks_and_the_energy_as_a_whole():
     net, (x, _) = network(norm=True).train(), batch()
     compiled = torch.compile(net, backend="aot_eager")
-    for kind in BOTH:
+    for kind in KINDS:
         for f in (compiled, lambda z: compiled(z)):
             assert_same(net, kind(PAIR)(f, x), kind(PAIR)(net, x))
         assert compiled.training and net.training
@@ -644,7 +741,7 @@ def test_compiled_networks_and_the_energy_as_a_whole():
 # a graph break keeps the loss so far, and dynamo asks for its gradient
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_training_step(kind):
     """The whole step: random draws and gradient change stay outside the graphs, the rest compiles."""
     net, (x, _) = network(dropout=True).train(), batch()
@@ -659,7 +756,7 @@ def test_a_compiled_training_step(kind):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_refuses_what_it_is_called_with(kind):
     net, (x, y) = network(classes=3), batch()
     for given, error, message in [
@@ -680,19 +777,24 @@ def test_refuses_what_it_is_called_with(kind):
         kind(PAIR).load_state_dict({"calls": 3})
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_refuses_options(kind):
     for name, value, message in [
         ("weight", -1, "a finite number >= 0"), ("weight", float("nan"), "a finite number >= 0"),
         ("every", 0, "an integer >= 1"), ("warmup", -1, "an integer >= 0"),
-        ("until", 0, "an integer >= 1"), ("target", 2, r"a number in \[0, 1\), found 2"),
+        ("start", -1, "an integer >= 0"), ("until", 0, "an integer >= 1"),
+        ("target", 2, r"a number in \[0, 1\), found 2"),
         ("statistics", "own", "'frozen' or 'batch', found 'own'"),
         ("patches", "random", "a pair of boxes"),
-        *([("samples", 1, "an integer >= 2"), ("eps", -1, "a finite number")] * (kind is InteractionEnergy)),
+        *([("samples", 1, "an integer >= 2")] * (kind is not InputGradientChange)),
+        *([("eps", -1, "a finite number")] * (kind is InteractionEnergy)),
+        *([("floor", 0, "a number in")] * (kind is Rank)),
     ]:  # fmt: skip
         with pytest.raises(OptionError, match=f"{kind.__name__}: {name} must be {message}") as told:
             kind(**{"patches": PAIR, name: value})
         assert told.value.argument == name
+    with pytest.raises(OptionError, match="until must be more than start, 5, found 5"):
+        kind(PAIR, start=5, until=5)
 
 
 class Counted(nn.Module):

@@ -26,7 +26,8 @@ from tnreg.cnns.classifier import ConvAC, Representation
 from tnreg.cnns.export import export_onnx, export_pt2, export_state
 from tnreg.cnns.penalties import EffectiveRankPenalty, LocalComponentPenalty
 from tnreg.far.patches import DifferingPatches, PresetPatches, RandomPatches
-from tnreg.far.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.far.interaction import InteractionEnergy, InteractionRank
+from tnreg.far.regularizers import InputGradientChange
 from tnreg.far.grids import grid_tensor
 from tnreg.far.probe import LocalityProfile, locality_profile, separation_spectrum
 from tnreg import algebra, convert, dynamics, images, plots
@@ -47,7 +48,8 @@ __all__ = [
     "ConvNet", "to_cnn", "from_cnn", "ConvAC", "Representation", "export_onnx", "export_pt2", "export_state",
     "LocalComponentPenalty", "EffectiveRankPenalty", "grid_tensor",
     # seeing far
-    "InputGradientChange", "InteractionEnergy", "RandomPatches", "PresetPatches", "DifferingPatches",
+    "InputGradientChange", "InteractionEnergy", "InteractionRank",
+    "RandomPatches", "PresetPatches", "DifferingPatches",
     "separation_spectrum", "locality_profile", "LocalityProfile", "images",
     # theory, pictures and errors
     "dynamics", "plots",

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tnreg.errors import ShapeError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -99,11 +101,11 @@ def checkpoints(again: Callable[[Callable[..., Any]], Callable[..., Any]] | None
         module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, other
 
 
-def uncompiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def uncompiled(method: Callable[..., T]) -> Callable[..., T]:
     """Let a method run as it was written where it is called from a compiled function."""
 
     @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
+    def run(*args: Any, **kwargs: Any) -> T:
         if torch.compiler.is_compiling():  # else torch.compiler.disable would import dynamo, which takes long
             return torch.compiler.disable(method)(*args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
         return method(*args, **kwargs)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from tnreg.errors import DataError, OptionError, ShapeError, blame, check_integer
+from tnreg.far.interaction import crossed_values, interaction_energy
 from tnreg.far.modes import evaluation, logits_of
 from tnreg.far.patches import DifferingPatches, RandomPatches, RandomStream, as_given, box_mask, check_images
-from tnreg.far.regularizers import crossed_values, interaction_energy
 from tnreg.machine.progress import advancing
 from tnreg.ranks.dense import effective_rank
 from tnreg.tensors.arrays import Scaled, as_tensor, rescale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tnreg.errors import OptionError, ShapeError, check_integer, check_number
+from tnreg.errors import DataError, OptionError, ShapeError, check_integer, check_number
 from tnreg.far.modes import logits_of
 from tnreg.far.patches import as_given, as_sampler, call_of, check_images
 from tnreg.machine.processes import Processes, unwrapped
@@ -25,12 +26,15 @@ class Draw:
 
     pair: Tensor  # the boxes I and J, int64 (2, 4)
     samples: Tensor | None  # numbers of the samples that are evaluated, int64; None for all
+    columns: Tensor | None = None  # of the interaction terms: numbers of those that give their pixels in J
 
     def to(self, device: torch.device) -> Draw:
         """Return the same on another device, without waiting for it."""
-        samples = self.samples
-        samples = None if samples is None else samples.to(device, non_blocking=True)
-        return Draw(self.pair.to(device, non_blocking=True), samples)
+
+        def there(x: Tensor | None) -> Any:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return Draw(there(self.pair), there(self.samples), there(self.columns))
 
 
 class Scheduled(ABC):
@@ -52,6 +56,7 @@ class Scheduled(ABC):
         weight: float = 1.0,
         every: int = 1,
         warmup: int = 0,
+        start: int = 0,
         until: int | None = None,
         target: float | None = None,
         statistics: str = "frozen",
@@ -62,7 +67,11 @@ class Scheduled(ABC):
         self.weight = check_number(weight, f"{name}: weight", 0)
         self.every = check_integer(every, 1, f"{name}: every")
         self.warmup = check_integer(warmup, 0, f"{name}: warmup")
+        self.start = check_integer(start, 0, f"{name}: start")
         self.until = None if until is None else check_integer(until, 1, f"{name}: until")
+        if self.until is not None and self.until <= self.start:
+            message = f"{name}: until must be more than start, {self.start}, found {self.until}."
+            raise OptionError(message, argument="until")
         self.target = None if target is None else check_number(target, f"{name}: target", 0, 1)
         if statistics not in ("frozen", "batch"):
             message = f"{name}: statistics must be 'frozen' or 'batch', found {statistics!r}."
@@ -85,10 +94,11 @@ class Scheduled(ABC):
     def next_weight(self) -> float:
         """Count a call and return its weight; 0 where there is no penalty."""
         self.calls += 1
+        begun = self.calls - self.start
         ended = self.until is not None and self.calls > self.until
-        if ended or (self.calls - 1) % self.every:
+        if begun < 1 or ended or (begun - 1) % self.every:
             return 0.0
-        return self.weight * (min(1.0, self.calls / self.warmup) if self.warmup else 1.0)
+        return self.weight * (min(1.0, begun / self.warmup) if self.warmup else 1.0)
 
     @abstractmethod
     def draw(self, net: Net, x: Tensor, *, multiple: int = 1) -> Draw:
@@ -150,9 +160,12 @@ class Scheduled(ABC):
                 raise OptionError(f"{self.name}: {message}statistics='frozen'.", argument="statistics")
         return inner, x, y, drawn, processes
 
-    def _above_target(self, value: Tensor, drawn: Draw) -> Tensor:
-        """Note the value and the boxes; return what is above the target."""
+    def _note(self, value: Tensor, drawn: Draw) -> None:
+        """Keep the value and the boxes for a log."""
         self.last_value, self.last_pair = value.detach(), drawn.pair
+
+    def _above_target(self, value: Tensor) -> Tensor:
+        """Return what is above the target."""
         return value if self.target is None else (value - self.target).clamp(min=0)
 
 
@@ -160,3 +173,31 @@ def zero(x: Tensor) -> Tensor:
     """Return a scalar zero as penalties have it, on the device of ``x``."""
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=x.device)
+
+
+def nan_of(*tensors: Tensor) -> Tensor:
+    """Return NaN if one of the tensors holds a NaN, else 0, without waiting for the device."""
+    first, *others = (t.detach().isnan().any() for t in tensors)
+    for other in others:
+        first = first | other.to(first.device)
+    return torch.where(first, math.nan, 0.0)
+
+
+def check_labels(y: Any, batch: int, count: int) -> Tensor:
+    """Return class numbers, int64 ``(batch,)``, or shares of classes, floating point ``(batch, count)``."""
+    if y is None:
+        message = f"the network has {count} logits and the penalty is on that of the true class"
+        raise OptionError(f"{message}: write penalty(net, x, y).", argument="y")
+    if isinstance(y, Tensor) and y.is_floating_point() and y.shape == (batch, count):
+        return y
+    integer = isinstance(y, Tensor) and y.dtype in (torch.int64, torch.int32)
+    if not integer or y.shape != (batch,):
+        found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        message = f"y must hold {batch} class numbers, int64 ({batch},), or shares of the classes, floating "
+        raise ShapeError(f"{message}point ({batch}, {count}), found {found}.", argument="y")
+    # on a GPU looking at the values would wait for it; torch reports them there
+    if y.device.type == "cpu" and not bool(((y >= 0) & (y < count)).all()):
+        message = f"y must be in 0..{count - 1}, found {int(y.min())}..{int(y.max())}, as the network has "
+        raise DataError(f"{message}{count} logits.", argument="y")
+    classes: Tensor = y.long()
+    return classes

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tnreg.errors import OptionError
+from tnreg.far.interaction import InteractionEnergy
 from tnreg.far.patches import DifferingPatches, PatchSampler, PresetPatches, RandomPatches
-from tnreg.far.regularizers import InputGradientChange, InteractionEnergy
+from tnreg.far.regularizers import InputGradientChange
 from tnreg.images.sets import ImageSet
 
 ARMS = ("plain", "weight-decay", "dropout", "igc", "interaction")

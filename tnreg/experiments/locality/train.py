@@ -291,12 +291,12 @@ class _State:
 
     def update(self, index: Tensor, weight: float, drawn: Draw | None, share: float = 1.0) -> None:
         """Do one step, as a CUDA graph where that is asked for; see ``step``."""
-        pair, samples = (None, None) if drawn is None else (drawn.pair, drawn.samples)
+        changing = () if drawn is None else (drawn.pair, drawn.samples, drawn.columns)
         if self.graphs is None:
-            self.step(index, weight, pair, samples, share)
+            self.step(index, weight, *changing, share=share)
         else:
-            changing = (torch.tensor(weight, dtype=_dtype(self.settings)), pair, samples)
-            self.graphs(index, *(value for value in changing if value is not None))
+            numbers = (torch.tensor(weight, dtype=_dtype(self.settings)), *changing)
+            self.graphs(index, *(value for value in numbers if value is not None))
 
     def step(
         self,
@@ -304,6 +304,8 @@ class _State:
         weight: float | Tensor,
         pair: Tensor | None = None,
         samples: Tensor | None = None,
+        columns: Tensor | None = None,
+        *,
         share: float = 1.0,
     ) -> None:
         """Update once by the images of some numbers, with the boxes and samples that the penalty has drawn.
@@ -316,7 +318,7 @@ class _State:
             if pair is None or self.penalty is None:
                 logits = self.wrapped(images)
             else:
-                drawn = Draw(pair, samples)
+                drawn = Draw(pair, samples, columns)
                 logits, value = self.penalty.with_logits(self.wrapped, images, labels, drawn)
                 penalty = weight * value
             loss = _loss(logits, labels)
