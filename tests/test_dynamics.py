@@ -1,6 +1,7 @@
 """The laws of gradient flow: exact ones to machine precision, the others as slopes in the step."""
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +258,64 @@ def test_dead_components_stay():
         assert dy.predicted_rate(model, loss, form=form)[(0, 1)].abs().max() == 0
 
 
+@pytest.mark.parametrize("model", [p for p in MODELS if p.id.split("-")[0] in ("cp", "mixed", "one")])
+def test_flow_conserves_and_descends(model):
+    """Law 1 to rounding, also of complex weights; the loss falls at the rate of the squared gradient."""
+    model, task = copy.deepcopy(model), task_of(model)
+    before = model.component_norms()
+    run = dy.flow(model, task.loss, [0, 0.1, 0.2], observe={"end": Factorization.to_tensor})
+    scale = max(norms.square().max().item() for norms in before.values())
+    assert dy.conservation_drift(before, model.component_norms()) < 1e-10 * scale
+    assert (run["loss"][1:] < run["loss"][:-1]).all() and run["flow time"].tolist() == [0, 0.1, 0.2]
+    assert run.steps[0] == 0 and (run.steps[1:] > run.steps[:-1]).all() and run.stop_reason == "times"
+    assert torch.equal(torch.as_tensor(run["end"][-1]), model.to_tensor())
+
+
+@pytest.mark.parametrize("vectors", [2, 3, 5])
+def test_flow_solves_a_constant_drive(vectors):
+    """Law 5 with a loss that pulls at one entry."""
+    model = Factorization(ModeTree.star(vectors), 1, 1, root="ones", std=0.0, dtype=torch.float64)
+    model.load_weights(dict.fromkeys(model.weights, torch.full((1, 1), 0.5 ** (1 / vectors)).double()))
+    sigma, times = model.to_tensor().item(), torch.linspace(1, 1.4, 3)
+    run = dy.flow(model, lambda m: -m.to_tensor().sum(), times, observe={"x": lambda m: m.to_tensor().sum()})
+    wanted = dy.constant_drive(sigma, 1.0, vectors, times - 1)
+    assert run["x"] == pytest.approx(wanted.tolist(), rel=1e-8)
+
+
+def test_descent_approaches_the_flow_linearly():
+    """Halving the step halves how far gradient descent is from the flow after the same time."""
+    start = zoo.model_of(zoo.TREES["uneven"])
+    task, end = task_of(start), copy.deepcopy(start)
+    dy.flow(end, task.loss, [0, 1])
+
+    def apart(steps):
+        model = copy.deepcopy(start)
+        tnreg.fit(model, task.loss, steps=steps, optimizer="sgd", lr=1 / steps, progress=False)
+        return (model.to_tensor() - end.to_tensor()).norm().item()
+
+    assert 1.9 < apart(50) / apart(100) < 2.1
+
+
+@pytest.mark.slow
+def test_flow_ends_where_it_must(monkeypatch):
+    start = zoo.model_of(zoo.TREES["cp-4"])
+    ends = {"half": lambda run: "half" if run["loss"][-1] < run["loss"][0] / 2 else False, "stop": len}
+    for reason, stop in ends.items():
+        model, task = copy.deepcopy(start), task_of(start)
+        assert dy.flow(model, task.loss, range(9), stop=stop).stop_reason == reason
+    one = zoo.model_of(ModeTree.star(3), sizes=1, bonds=1, root="ones")
+    run = dy.flow(one, lambda m: -m.to_tensor().square().sum(), [0, 9])  # infinite before
+    assert run.stop_reason == "the flow cannot be followed beyond time 0" and len(run) == 1
+    assert dy.flow(one, lambda m: m.norm() * torch.inf, [0, 1]).stop_reason == "the loss became inf at time 0"
+    model = copy.deepcopy(start)
+    model.stacks[0].requires_grad_(False)
+    dy.flow(model, task_of(model).loss, [0, 1])
+    assert torch.equal(model.stacks[0], start.stacks[0]) and not torch.equal(model.stacks[1], start.stacks[1])
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(OptionError, match=r"needs torchdiffeq: pip install 'tnreg\[flow\]'"):
+        dy.flow(model, task_of(model).loss, [0, 1])
+
+
 HTF = zoo.model_of(zoo.TREES["htf-4"])
 LOSS = task_of(HTF).loss
 test_refuses = refuses([
@@ -266,6 +325,15 @@ test_refuses = refuses([
     (lambda: dy.distance_bound(HTF, -1), "ranks must be an integer >= 0"),
     (lambda: dy.conservation_drift({}, {}), "nothing to conserve"),
     (lambda: dy.constant_drive(1.0, 1.0, 0, 1.0), "vectors must be an integer >= 1"),
+    (lambda: dy.flow(HTF, LOSS, [1, 0]), r"times must be increasing numbers, found \[1, 0\]"),
+    (lambda: dy.flow(HTF, LOSS, [[0, 1]]), "times must be increasing numbers"),
+    (lambda: dy.flow(HTF, LOSS, [0, 1j]), "times must be increasing numbers"),
+    (lambda: dy.flow(HTF, LOSS, []), "times must be increasing numbers"),
+    (lambda: dy.flow(HTF, LOSS, [0], observe={"flow time": len}), "'flow time' is taken"),
+    (lambda: dy.flow(HTF, LOSS, [0], observe={"x": 3}), "flow: 'x' must be a function"),
+    (lambda: dy.flow(HTF, LOSS, [0, 1], rtol=-1), "flow: rtol must be"),
+    (lambda: dy.flow(HTF, lambda m: 3.0, [0, 1]), r"flow: loss\(model\) must return a real scalar"),
+    (lambda: dy.flow(copy.deepcopy(HTF).requires_grad_(False), LOSS, [0]), "no parameters that are trained"),
 ], error=OptionError)  # fmt: skip
 
 

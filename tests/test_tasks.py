@@ -1,6 +1,7 @@
 """Completion and sensing: what is drawn, loss and errors by hand, and what is refused."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,19 @@ import torch
 import zoo
 from refusals import refuses
 
-from tnreg import DataError, Factorization, ModeTree, OptionError, ShapeError, completion, decompose, sensing
+from tnreg import (
+    DataError,
+    Factorization,
+    ModeTree,
+    OptionError,
+    ShapeError,
+    SizeError,
+    complete,
+    completion,
+    decompose,
+    fit,
+    sensing,
+)
 from tnreg.training.tasks import relative_error
 
 TREE, SIZES = ModeTree.binary(4), (2, 3, 5, 7)
@@ -163,6 +176,67 @@ def test_sensing_measures_the_target():
         sensing(values, 0)
 
 
+@pytest.mark.parametrize("join", ["diagonal", "full"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_dense_sensing(join, dtype):
+    """Inner products with Gaussian tensors of norm 1 on average, with any factorization and its wrappers."""
+    values, model = target(dtype), zoo.model_of(TREE, join, dtype=dtype)
+    task, dense = sensing(values, 400, seed=4, kind="dense"), model.to_tensor().detach()
+    assert task.features.shape == (400, *SIZES) and task.sizes == SIZES
+    assert task.features.abs().square().sum((1, 2, 3, 4)).mean().item() == pytest.approx(1.0, rel=0.02)
+    assert torch.allclose(task.values, torch.einsum("bijkl,ijkl->b", task.features, values))
+    assert torch.equal(task.values, sensing(values, 400, seed=4, kind="dense").values)
+    predicted = torch.einsum("bijkl,ijkl->b", task.features, dense)
+    loss = (predicted - task.values).abs().square().mean().item()
+    wrapped = torch.nn.Module()
+    wrapped.module, wrapped.forward = model, lambda x: model(x)
+    for m in (model, wrapped):
+        assert task.loss(m).item() == pytest.approx(loss)
+        assert task.test_error(m) == relative(dense, values)
+        assert task.train_error(m) == relative(predicted, task.values)
+    narrow = task.to(dtype=torch.complex64 if dtype.is_complex else torch.float32)
+    assert repr(narrow) == "<Sensing of (2, 3, 5, 7): 400 dense measurements>"
+    with pytest.raises(DataError, match="write task.to"):
+        narrow.loss(model)
+    # measurements of your own
+    rest = {"test_features": task.features[300:], "test_values": task.values[300:]}
+    own = sensing(features=task.features[:300], values=task.values[:300], kind="dense", **rest)
+    assert own.test_error(model) == relative(predicted[300:], task.values[300:])
+    exact = decompose(values, TREE)
+    assert own.loss(exact).item() < 1e-24 and own.test_error(exact) < 1e-12
+    for call in (lambda: fit(model, own.loss, steps=1, optimizer="gauss-newton"), lambda: complete(own)):
+        with pytest.raises(OptionError, match=r"those of this task are dense.\n  train it by gradients"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("make", [completion, sensing, partial(sensing, kind="dense")])
+def test_other_losses_by_hand(make, dtype):
+    model, residual = zoo.model_of(TREE, dtype=dtype), None
+    for loss in ("mse", "l1", "huber"):
+        task = make(2 * target(dtype), 60, loss=loss)
+        if residual is None:
+            index = getattr(task, "index", None)
+            found = task._predict(model) if index is not None else task._predict(model, task.features)
+            residual = (found - task.values).detach().abs()
+            assert residual.min() < 1 < residual.max()
+        huber = torch.where(residual < 1, residual**2 / 2, residual - 0.5)
+        wanted = {"mse": residual**2, "l1": residual, "huber": huber}[loss].mean().item()
+        assert task.loss(model).item() == pytest.approx(wanted) and not task.loss(model).is_complex()
+        narrow = task.to(dtype=torch.complex64)
+        assert narrow.criterion == loss and (f", loss {loss}>" in repr(narrow)) == (loss != "mse")
+        model.zero_grad()
+        task.loss(model).backward()
+        assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in model.gradients.values())
+    if make is completion:
+        for call in (
+            lambda: fit(model, task.loss, steps=1, optimizer="gauss-newton"),
+            lambda: complete(task),
+        ):
+            with pytest.raises(OptionError, match="lowers squares, and the loss of this task is 'huber'"):
+                call()
+
+
 def test_own_features_are_regression():
     """Powers of two variables, as lists, numpy arrays of any precision or one array; tested on others."""
     x, y = zoo.randn(2, 40)
@@ -220,6 +294,8 @@ test_completion_refuses = refuses([
     ((), own(index=torch.full((1, 2), 2)), DataError, "row 0 has 2 at mode 0, whose size is 2"),
     ((), own(value=math.nan), DataError, "not finite"),
     ((), own(test_index=torch.zeros(1, 2).long()), OptionError, "test_index and test_values together"),
+    ((target(), 5), {"loss": "l2"}, OptionError, "unknown loss='l2'; there is 'mse', 'huber', 'l1'"),
+    ((), own(loss=None), OptionError, "unknown loss=None"),
 ], by=lambda arguments, options: completion(*arguments, **options))  # fmt: skip
 
 
@@ -251,6 +327,14 @@ test_sensing_refuses = refuses([
     ((), measured(test_values=torch.ones(1)), OptionError, "test_features and test_values together"),
     ((), measured(**{**BOTH, "test_features": [torch.ones(1, 2)]}), ShapeError, r"with D = \(2, 2\), as the"),
     ((), measured(**{**BOTH, "test_values": torch.ones(1) * 1j}), DataError, "values: they are complex"),
+    ((target(), 5), {"kind": "gaussian"}, OptionError, "unknown kind='gaussian'; there is 'rank-one'"),
+    ((target(), 5), {"loss": "mae"}, OptionError, "unknown loss='mae'"),
+    ((target(), 10**12), {"kind": "dense"}, SizeError, "its dense measurements would not fit"),
+    ((), measured(features=torch.ones(3, 2, 2), kind="dense"), ShapeError, "features dense: one array"),
+    ((), measured(features=torch.ones(4), kind="dense"), ShapeError, "features and values do not fit"),
+    ((), measured(features=torch.full((4, 2, 2), math.inf), kind="dense"), DataError, "features: the tens"),
+    ((), measured(features=torch.ones(4, 2, 2), kind="dense", test_values=torch.ones(1),
+                  test_features=torch.ones(1, 2, 3)), ShapeError, r"\(B, \*D\) with D = \(2, 2\)"),
 ], by=lambda arguments, options: sensing(*arguments, **options))  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tnreg.recovery.holdout import row_keys
 from tnreg.tensors.arrays import as_tensor, exact_scales
 from tnreg.tensors.loading import DenseTensor, load_entries
 from tnreg.tensors.tables import Entries, floating, known_entries
-from tnreg.training.tasks import Completion, Sensing
+from tnreg.training.tasks import Completion, Sensing, check_squares
 
 
 def read_known(
@@ -39,6 +39,8 @@ def read_known(
         message = "complete: give a task or an array, or index=, values= and sizes=."
         raise OptionError(message, argument="task")
     notes: list[str] = []
+    if isinstance(task, Completion | Sensing):
+        check_squares(task, "complete")
     if isinstance(task, Sensing):
         known: Completion | Sensing = _sensing(task)
     else:

@@ -64,6 +64,9 @@ def fit(
     of the weights stays, and frozen ones as well; the unit of the data does not matter. It does not follow
     the gradient flow of the theory, and takes neither ``graph`` nor ``scheduler``.
 
+    ``"group-rmsprop"`` and ``"sgd"`` follow that flow; ``"adam"`` does not find the low rank that it has,
+    and ``"lbfgs"`` may stay where it starts, at the saddle near zero (figures in docs/dynamics.md).
+
     Args:
         model: Any module; trained in place.
         loss: Called with the model, returns a real scalar, e.g. ``task.loss``.
@@ -114,7 +117,7 @@ def fit(
     """
     steps = check_integer(steps, 0, "fit: steps")
     every = check_integer(every, 1, "fit: every")
-    watched = _check_functions(model, observe, stop=stop, each_step=each_step)
+    watched = check_functions("fit", model, observe, stop=stop, each_step=each_step)
     made = _gauss_newton(model, loss, task) if optimizer == "gauss-newton" else optimizer
     update = _make_optimizer(made, model, lr)
     if isinstance(update, GaussNewton) and (graph or scheduler is not None):
@@ -178,7 +181,7 @@ class _Loop:
             is_row = step % every == 0 or step in (first, steps) or self._converged
             value: Tensor | None = None
             if is_row:
-                value = self.saved.loss_at_row(lambda: _check_loss(self.loss(self.model)), self.run)
+                value = self.saved.loss_at_row(lambda: check_loss("fit", self.loss(self.model)), self.run)
             elif self.update_alone is None:
                 value = self.loss(self.model)
             if value is not None and (is_row or value.device.type == "cpu"):
@@ -267,32 +270,35 @@ def _captured_step(step: Callable[[], Any], model: nn.Module, needs_closure: boo
     return CapturedStep(step, device)
 
 
-def _check_functions(model: nn.Module, observe: Mapping[str, Any] | None, **called: Any) -> dict[str, Any]:
-    """Return a copy of ``observe``."""
+def check_functions(
+    who: str, model: nn.Module, observe: Mapping[str, Any] | None, **called: Any
+) -> dict[str, Any]:
+    """Return a copy of ``observe``, of functions as all that is called."""
     watched = dict(observe or {})
     if "loss" in watched:
-        message = "fit: the name 'loss' is taken by the training loss; call it something else."
+        message = f"{who}: the name 'loss' is taken by the training loss; call it something else."
         raise OptionError(message, argument="observe")
     others = [(name, function) for name, function in called.items() if function is not None]
     for name, function in [*watched.items(), *others]:
         if not callable(function):
-            message = f"fit: {name!r} must be a function, found {function!r}."
+            message = f"{who}: {name!r} must be a function, found {function!r}."
             raise OptionError(message, argument="observe" if name in watched else name)
     if not torch.is_grad_enabled():
-        raise OptionError("fit: gradients are switched off here (torch.no_grad or inference_mode).")
+        raise OptionError(f"{who}: gradients are switched off here (torch.no_grad or inference_mode).")
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise OptionError("fit: the model was made under torch.inference_mode; make it outside.")
+        raise OptionError(f"{who}: the model was made under torch.inference_mode; make it outside.")
     return watched
 
 
-def _check_loss(value: Any) -> Tensor:
+def check_loss(who: str, value: Any) -> Tensor:
+    """Return what a loss returned if it can be minimised."""
     found = type(value).__name__
     if isinstance(value, Tensor):
         if value.numel() == 1 and value.is_floating_point() and value.requires_grad:
             return value
         grad = value.requires_grad
         found = f"shape {tuple(value.shape)}, dtype {value.dtype}, requires_grad={grad}"
-    message = "fit: loss(model) must return a real scalar tensor that depends on the model's parameters."
+    message = f"{who}: loss(model) must return a real scalar tensor that depends on the model's parameters."
     raise OptionError(f"{message}\n  found: {found}", argument="loss")
 
 

@@ -14,7 +14,7 @@ from tnreg.factorizations.factorization import Factorization
 from tnreg.factorizations.stacks import Stacks
 from tnreg.tensors.arrays import largest_of, times_power_of_two, without_autocast
 from tnreg.training.solver import LevenbergMarquardt, Samples, Weights, predict, to_weights, with_all_leaves
-from tnreg.training.tasks import Completion, Sensing, root_mean_square
+from tnreg.training.tasks import Completion, Sensing, check_squares, root_mean_square
 
 
 class GaussNewton(torch.optim.Optimizer):
@@ -129,4 +129,5 @@ def _check_task(task: Any) -> Completion | Sensing:
         found = "nothing" if task is None else type(task).__name__
         hint = "fit(model, task.loss, optimizer='gauss-newton', task=task), task from completion or sensing"
         raise OptionError(f"{message}, found {found}.\n  write {hint}", argument="task")
+    check_squares(task, "fit: optimizer='gauss-newton'")
     return task
