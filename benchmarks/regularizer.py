@@ -32,8 +32,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tnreg.far import input_gradient, regularizers
+from tnreg.far import input_gradient
+from tnreg.far.interaction import InteractionEnergy, InteractionRank
 from tnreg.far.patches import PresetPatches, RandomPatches
+from tnreg.far.regularizers import InputGradientChange
 
 Call = Callable[[], object]
 
@@ -89,7 +91,7 @@ def training_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor, penalty: Cal
     return step
 
 
-def torchs_own(penalty: regularizers.InputGradientChange) -> Call:
+def torchs_own(penalty: InputGradientChange) -> Call:
     """Return the same penalty without the replacements of ``input_gradient``."""
     replaced = input_gradient._REPLACEMENTS
 
@@ -144,7 +146,7 @@ def compare(
         def patches(shape: tuple[int, int] = shape) -> object:
             return PresetPatches(digits) if shape == (8, 40) else RandomPatches(4)
 
-        change, energy = regularizers.InputGradientChange, regularizers.InteractionEnergy
+        change, energy, rank = InputGradientChange, InteractionEnergy, InteractionRank
         penalties: dict[str, Call | None] = {
             "plain": None,
             "gradient change, torch's own second derivatives": torchs_own(change(patches())),
@@ -152,6 +154,7 @@ def compare(
             "interaction energy, k = 8": energy(patches(), 8),
             "interaction energy, k = 6": energy(patches(), 6),
             "interaction energy, k = 5": energy(patches(), 5),
+            "interaction rank, k = 8": rank(patches(), 8, weight=1.0, start=0, until=None, target=None),
         }
         rows = {row: training_step(make().to(device), x, y, penalty) for row, penalty in penalties.items()}
         times = measure(rows, device, options.rounds, options.burst, clock)

@@ -272,10 +272,13 @@ def penalty_of(kind: str, statistics: str, smooth: bool, case: Case) -> float | 
     ):
         # through the dtype that is tried, so that both have the same weights
         mine = copy.deepcopy(net).to(case.dtype).to(device, dtype)
+        options: dict[str, Any] = {"weight": 1.0, "statistics": statistics}
         if kind == "change":
-            penalty: Any = tnreg.InputGradientChange(pair, statistics=statistics)
+            penalty: Any = tnreg.InputGradientChange(pair, **options)
+        elif kind == "energy":
+            penalty = tnreg.InteractionEnergy(pair, samples=len(y), **options)
         else:
-            penalty = tnreg.InteractionEnergy(pair, samples=len(y), statistics=statistics)
+            penalty = tnreg.InteractionRank(pair, len(y), start=0, until=None, target=None, **options)
         value = penalty(mine, part, y.to(device))
         value.backward()
         values.append(value)
@@ -333,7 +336,7 @@ ONCE: dict[str, Law] = {
         f"{kind}, {statistics} statistics, {'smooth' if smooth else 'with kinks'}": partial(
             penalty_of, kind, statistics, smooth
         )
-        for kind in ("change", "energy")
+        for kind in ("change", "energy", "rank")
         for statistics in ("frozen", "batch")
         for smooth in (True, False)
     },
@@ -506,6 +509,7 @@ def steps(bench: Bench) -> dict[str, Callable[[], Any]]:
     for name, penalty in (
         ("gradient change", tnreg.InputGradientChange(patches)),
         ("interaction energy", tnreg.InteractionEnergy(patches)),
+        ("interaction rank", tnreg.InteractionRank(patches, start=0, until=None)),
     ):
         for how, loss in (("", with_called), (", drawn on the CPU", with_drawn)):
             found[f"CNN step with {name}{how}"] = partial(step, partial(loss, penalty), sgd(plain))
