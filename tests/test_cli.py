@@ -307,6 +307,49 @@ def test_probe(cli, answer):
     assert "effective rank" in cli("probe ac.safetensors --data y.npy --pairs 2")[0]
 
 
+def test_probe_says_what_it_found_and_compares(cli, answer):
+    """Words come first; several models are compared; a network may give a dict."""
+    Path("mine.py").write_text(
+        "import torch\nfrom tnreg.experiments.nets import SmallCNN\n"
+        "class Net(SmallCNN):\n    def forward(self, x):\n"
+        "        return {'other': None, 'logits': super().forward(x)}\n"
+    )
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = build("small-cnn", 1)
+        os.mkdir(f"run{seed}")
+        safetensors.torch.save_model(net, f"run{seed}/model.safetensors")
+        about = {"tnreg": "0.1.0", "experiment": "locality_run", "config": {"model": "small-cnn"}}
+        Path(f"run{seed}/config.json").write_text(json.dumps(about))
+    words = "--data digits:24 --distances 0 4 --pairs 4 --samples 4"
+    out, _ = cli(f"probe run0 run1 {words} --map 2x4 --figure m.png")
+    assert out.startswith("run0: ") and Path("m.png").exists()
+    lines = out.splitlines()
+    assert "of the pair interaction lies within" in lines[0] and lines[1].startswith("run1: ")
+    assert " run0" in lines[2] and "\nrun1, 2 x 4 regions: " in out and "of 28 pairs interact" in out
+    document = answer(f"probe run0 run1 {words} --map 2x4")
+    assert [found["summary"] for found in document["models"]] == [line[6:] for line in lines[:2]]
+    [comparison] = document["comparisons"]
+    assert comparison["summary"] == lines[2] and len(document["models"][0]["map"]["interaction"]) == 8
+    change = [found["distances"][0]["interaction"] for found in document["models"]]
+    assert comparison["distances"][0]["difference"] == pytest.approx(change[1] - change[0])
+    net = "mine.py:Net --weights run0/model.safetensors"
+    tables = [
+        cli(f"probe {model} {words}")[0].split("pixels\n")[1]
+        for model in ("run0", net, f"{net} --output logits")
+    ]
+    assert tables[0] == tables[1] == tables[2]
+    same = cli(f"probe run0 run0 {words}")[0].splitlines()[2]
+    assert same == "run0 against run0: no difference beyond noise at 0, 4 pixels."
+    for options, message, option in (
+        ("--output nowhere", "no 'nowhere' in the dict that the network gives; there is other, logits", ""),
+        ("--map 4", "a grid is ROWSxCOLUMNS, e.g. 4x8, found '4'", ""),
+        ("--map 9x1", "at most 8 rows and 40 columns in these images, found 9 x 1", "option: --map"),
+    ):  # fmt: skip
+        error = cli(f"probe {net} {words} {options}", 1)[1]
+        assert message in error and option in error
+
+
 @pytest.mark.filterwarnings("ignore:.* times in one pass")
 def test_tensors_on_disk(cli):
     """Files of zarr and HDF5 are read block by block; ranks are those of the tensor in memory."""

@@ -1,5 +1,8 @@
 """Probe: separation spectra of functions of known rank, and what a locality profile sees."""
 
+from collections import namedtuple
+from dataclasses import make_dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,8 @@ from zoo import randn, random
 from tnreg import ConvNet, ModeTree, plots
 from tnreg.errors import DataError, FileError, OptionError, ShapeError
 from tnreg.experiments.nets import build
-from tnreg.experiments.probed import network_of
+from tnreg.experiments.probed import logits_at, network_of
+from tnreg.far.interaction_map import interaction_map
 from tnreg.far.probe import LocalityProfile, locality_profile, separation_spectrum
 
 A, B, W = randn(7, 3), randn(9, 4, seed=1), randn(3, 4, seed=2)
@@ -216,6 +220,187 @@ test_profile_refuses = refuses([
     (Near(3), images(), {"samples": 1}, OptionError, "samples must be an integer >= 2"),
     (Near(3), images(), {"pairs": 0}, OptionError, "pairs must be an integer >= 1"),
 ], by=lambda net, data, options: locality_profile(net, data, **options))  # fmt: skip
+
+
+def profile_of(means, distances=(0, 3, 6, 12, 24), pairs=4):
+    """A profile with these means, a standard error of 1 % of them, and distances in any order."""
+    spread = np.linspace(0.99, 1.01, pairs) if pairs > 1 else np.ones(1)
+    shares = np.array(means)[:, None] * spread
+    return LocalityProfile(np.array(distances), shares, shares, shares[..., None], 2)
+
+
+@pytest.mark.parametrize(("means", "words"), [
+    # whole pixels 0 to 1.5, 1.5 to 4.5, ... count as 2, 3, 4.5, 9 and 6.5
+    ([0.5, 0.3, 0.2, 0, 0], "67 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
+    ([0.5, 0.4, 0.2, 0.04, 0], "89 % of the pair interaction lies within 6 pixels; nothing beyond 12."),
+    ([0.5, 0.4, 0.2, 0.0049, 0], "Only 70 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
+    ([0.5, 0, 0, 0, 0], "100 % of the pair interaction lies within 0 pixels; nothing beyond 0."),
+    ([0, 0, 0, 0, 0.5], "Only 0 % of the pair interaction lies within 12 pixels; it reaches 24, as far as"),
+    ([0.5, 0.5, 0.5, 0.5, 0.01], "99 % of the pair interaction lies within 12 pixels; it reaches 24, as far"),
+    ([0] * 5, "No pair interaction. Measured at 0, 3, 6, 12, 24 pixels."),
+    ([1e-7] * 5, "No pair interaction."),  # rounding of a network
+])  # fmt: skip
+def test_words_of_a_profile(means, words):
+    assert words in profile_of(means).summary
+    shuffled = profile_of(means[::-1], (24, 12, 6, 3, 0))
+    assert shuffled.summary == profile_of(means).summary
+    assert f"{profile_of(means, pairs=1).summary} ".split(" It is")[0] in profile_of(means).summary + " "
+
+
+def test_words_say_how_much_and_where_it_was_measured():
+    assert profile_of([0.5, 0.25, 0, 0, 0]).summary.endswith(
+        "It is largest at 0, 50 ± 0.22 % of the variance. Measured at 0, 3, 6, 12, 24 pixels."
+    )
+    single = "Pair interaction is 100 % of the variance. Measured at 8 pixels, the only distance."
+    assert profile_of([1.0], [8], pairs=1).summary == single  # without a standard error
+    assert "No pair interaction. Measured at 8 pixels, the only" in profile_of([0.0], [8]).summary
+
+
+def test_profiles_are_compared_over_the_same_patches():
+    a, b = profile_of([0.5, 0.3, 0.1, 0.01, 0]), profile_of([0.5, 0.1, 0.1, 0.4, 0.02])
+    found = a.compare(b, ("plain", "term"))
+    assert found.summary == (
+        "term ties more at 12, 24 pixels (most at 24: plain ties nothing), less at 3 pixels (0.33 times as "
+        "much) than plain; no difference beyond noise at 0, 6."
+    )
+    assert (
+        "(40 times as much)"
+        in profile_of([0.1, 0.01], (0, 9)).compare(profile_of([0.1, 0.4], (0, 9))).summary
+    )
+    assert np.allclose(found.difference.mean(1), [0, -0.2, 0, 0.39, 0.02])
+    assert np.allclose(found.standard_error, found.difference.std(1, ddof=1) / 2)
+    assert found.differs.tolist() == [False, True, False, True, True] and str(found).count("*") == 3
+    assert "single pair" in profile_of([0.1], [3], pairs=1).compare(profile_of([0.9], [3], pairs=1)).summary
+
+
+def test_a_network_differs_from_others_and_not_from_itself():
+    options = {"size": 2, "distances": [0, 3, 9], "pairs": 40, "samples": 4}
+    near, same, far = (locality_profile(Near(n), images(), **options) for n in (1, 1, 4))
+    assert near.compare(same).summary == "B against A: no difference beyond noise at 0, 3, 9 pixels."
+    assert (
+        "B ties more at 3 pixels (A ties nothing), less at 0 pixels (0 times as much)"
+        in near.compare(far).summary
+    )
+    for other, what in (
+        ({"distances": [0, 3, 8]}, "distances"), ({"size": 1}, "size"), ({"pairs": 5}, "number of pairs"),
+        ({"seed": 1}, "boxes"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=f"the profiles differ in {what}; measure both with the same"):
+            near.compare(locality_profile(Near(1), images(), **options | other))
+
+
+def region(x, n):
+    """The sum of the pixels of region n of 2 x 3 in images of 6 x 16."""
+    top, left = 3 * (n // 3), (0, 5, 10, 16)[n % 3 : n % 3 + 2]
+    return x[..., top : top + 3, left[0] : left[1]].sum((-3, -2, -1))
+
+
+def test_a_map_shows_the_pairs_that_interact():
+    """Products of two regions, whatever the unit; a sum of functions of regions ties nothing."""
+    x = images()
+    options = {"grid": (2, 3), "samples": 4, "repetitions": 3}
+
+    def net(x):
+        return 1e20 * (region(x, 0) * region(x, 5) + 3 * region(x, 1) * region(x, 2) + region(x, 3).exp())
+
+    found = interaction_map(net, x, **options)
+    share = found.interaction
+    assert set(found.ties) == {(0, 5), (1, 2)} and (share == share.T).all()
+    assert (
+        share[0, 5] > 0.5
+        and np.count_nonzero(share > 1e-6) == 4
+        and found.boxes[5].tolist() == [3, 10, 6, 16]
+    )
+    assert "2 x 3 regions: 2 of 15 pairs interact" in str(found) and len(str(found).splitlines()) == 3
+    assert found.standard_error.shape == (6, 6)
+    single = interaction_map(net, x.numpy(), **options | {"repetitions": 1})
+    assert single.ties == found.ties and "± nan" in str(single)
+    mirrored = interaction_map(lambda x: net(x.flip(-1)), x.flip(-1), (2, 1), samples=4)
+    assert np.allclose(mirrored.interaction, interaction_map(net, x, (2, 1), samples=4).interaction)
+    for order in range(3):  # other images, the same pairs
+        shuffled = x[torch.randperm(20, generator=random(order))]
+        assert set(interaction_map(net, shuffled, **options).ties) == set(found.ties)
+    nothing = interaction_map(lambda x: sum(region(x, n).sin() for n in range(6)), x.double(), **options)
+    assert not nothing.interaction.any() and nothing.summary == "2 x 3 regions: none of 15 pairs interact."
+    for drawn, count in ((found, 2), (nothing, 0)):
+        axes = plots.interaction_map(drawn, Figure().subplots())
+        axes.figure.canvas.draw()
+        assert len(axes.texts) == count and len(axes.collections[0].get_array().ravel()) == 6
+
+
+def test_a_map_is_the_profile_of_its_boxes():
+    """Of two regions there is one pair: the share of one crossing by definition."""
+    x, calls = images(3, 1, 2), []
+
+    def net(z):
+        calls.append(len(z))
+        return z[:, 0, 0, 0] * z[:, 0, 0, 1]
+
+    [value] = {
+        round(float(v), 5)
+        for v in interaction_map(net, x, (1, 2), samples=2, repetitions=1).interaction.ravel()
+    } - {0}
+    shares = set()
+    for rest in ([0, 1], [0, 2], [1, 2]):
+        m = torch.outer(x[rest, 0, 0, 0], x[rest, 0, 0, 1]).double()
+        centred = m - m.mean(0) - m.mean(1, keepdim=True) + m.mean()
+        shares.add(round(float(centred.square().sum() / (m - m.mean()).square().sum()), 5))
+    assert value in shares and calls == [4]
+    x[..., 1] = 0.5  # the same everywhere: nothing is evaluated
+    assert not interaction_map(net, x, (1, 2), samples=2).interaction.any() and len(calls) == 1
+
+
+test_map_refuses = refuses([
+    (images(), {"grid": (1, 1)}, ShapeError, "two regions or more.*found 1 x 1"),
+    (images(), {"grid": (7, 1)}, ShapeError, "at most 6 rows and 16 columns .* found 7 x 1"),
+    (images(), {"grid": (0, 2)}, OptionError, "grid must be an integer >= 1"),
+    (images(), {"repetitions": 0}, OptionError, "repetitions must be an integer >= 1"),
+    (images(8), {}, ShapeError, "interaction_map: .* give 9 samples or more"),
+    (NAN, {}, DataError, "interaction_map: images are NaN"),
+    ([], {}, ShapeError, "interaction_map: data holds no batch"),
+], by=lambda data, options: interaction_map(Near(3), data, **options))  # fmt: skip
+
+
+class ViT(nn.Module):
+    """Patches of 2 x 4 pixels as tokens, a position embedding, attention; what it gives is called logits."""
+
+    def __init__(self, wrap=lambda logits: {"logits": logits}):
+        super().__init__()
+        self.position, self.wrap = nn.Parameter(torch.randn(12, 8)), wrap
+        self.embed, self.head = nn.Conv2d(1, 8, (2, 4), (2, 4)), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        return self.wrap(self.head(self.layer(tokens).mean(1)))
+
+
+Output = make_dataclass("Output", ["loss", "logits"])
+KINDS = {
+    "tensor": (lambda y: y, None), "dict": (lambda y: {"loss": None, "logits": y}, None),
+    "dataclass": (lambda y: Output(None, y), None), "attribute": (lambda y: Output(None, y), "logits"),
+    "tuple": (lambda y: (None, y), "1"), "named tuple": (lambda y: namedtuple("Pair", "a b")(None, y), "b"),
+    "key": (lambda y: {"out": y}, "out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transformer_and_what_it_gives(kind):
+    torch.manual_seed(0)
+    wrap, where = KINDS[kind]
+    net, options = ViT(wrap), {"size": 2, "distances": [0, 8], "pairs": 2, "samples": 3}
+    found = locality_profile(net, images(), output=logits_at(where), **options)
+    net.wrap = KINDS["tensor"][0]
+    assert np.array_equal(found.interaction, locality_profile(net, images(), **options).interaction)
+    assert (found.interaction > 1e-5).all() and net.layer.training
+
+
+test_no_logits_there = refuses([
+    ({"a": 1, "b": 2}, None, r"no 'logits' in the dict that the network gives; there is a, b.\n.*--output"),
+    ((1, 2), None, "no 'logits' in the tuple .*; there is 0, 1"),
+    (Output(1, 2), "out", "no 'out' in the Output .*; there is loss, logits"),
+    (torch.zeros(1), "out", "no 'out' in the Tensor .*; there is nothing by name"),
+], by=lambda out, where: logits_at(where)(out), error=OptionError)  # fmt: skip
 
 
 def test_plot():

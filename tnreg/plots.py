@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from tnreg.cnns.convnet import ConvNet
     from tnreg.factorizations.factorization import Factorization
+    from tnreg.far.interaction_map import InteractionMap
     from tnreg.far.probe import LocalityProfile
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "component",
     "components",
     "decomposition",
+    "interaction_map",
     "locality_profile",
     "network",
     "node_text",
@@ -315,6 +317,32 @@ def locality_profile(data: LocalityProfile | Mapping[str, LocalityProfile], ax: 
     ax.set_ylim(bottom=0)
     if any(profiles):
         ax.legend(fontsize=8)
+    return ax
+
+
+def interaction_map(data: InteractionMap, ax: Axes | None = None, *, top: int = 20) -> Axes:
+    """Draw what ``tnreg.interaction_map`` returns: the image's regions, and lines between those tied most.
+
+    The colour of a region is its mean interaction with the others; the ``top`` strongest ties are arcs, the
+    wider the stronger.
+    """
+    ax, boxes, shares = _axes(ax, "pixels", "pixels"), as_array(data.boxes), as_array(data.interaction)
+    rows, columns = data.grid
+    across, down = (
+        [0, *boxes[some, end]] for some, end in ((slice(columns), 3), (slice(None, None, columns), 2))
+    )
+    mean = (shares.sum(axis=1) / (len(boxes) - 1)).reshape(rows, columns)
+    drawn = ax.pcolormesh(across, down, mean, cmap="Blues", vmin=0, edgecolors="0.85", lw=1)
+    ax.figure.colorbar(drawn, ax=ax, label="mean interaction with the others", location="bottom", shrink=0.7)
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    for pair in data.ties[:top]:
+        (y, x), (other_y, other_x) = middle[list(pair)]
+        strength = shares[pair] / shares[data.ties[0]]
+        line = {"arrowstyle": "-", "connectionstyle": "arc3,rad=0.15", "color": "C1",
+                "lw": 0.5 + 3 * strength, "alpha": 0.75}  # fmt: skip
+        ax.annotate("", (x, y), (other_x, other_y), arrowprops=line)
+    ax.set_aspect("equal")
+    ax.invert_yaxis()
     return ax
 
 

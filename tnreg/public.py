@@ -29,7 +29,8 @@ from tnreg.far.patches import DifferingPatches, PresetPatches, RandomPatches
 from tnreg.far.interaction import InteractionEnergy, InteractionRank
 from tnreg.far.regularizers import InputGradientChange
 from tnreg.far.grids import grid_tensor
-from tnreg.far.probe import LocalityProfile, locality_profile, separation_spectrum
+from tnreg.far.probe import LocalityProfile, ProfileComparison, locality_profile, separation_spectrum
+from tnreg.far.interaction_map import InteractionMap, interaction_map
 from tnreg import algebra, convert, dynamics, images, plots
 
 __all__ = [
@@ -50,7 +51,8 @@ __all__ = [
     # seeing far
     "InputGradientChange", "InteractionEnergy", "InteractionRank",
     "RandomPatches", "PresetPatches", "DifferingPatches",
-    "separation_spectrum", "locality_profile", "LocalityProfile", "images",
+    "separation_spectrum", "locality_profile", "LocalityProfile", "ProfileComparison",
+    "interaction_map", "InteractionMap", "images",
     # theory, pictures and errors
     "dynamics", "plots",
     "TnregError", "TreeError", "ShapeError", "SizeError", "DataError", "OptionError", "FileError",

@@ -53,7 +53,7 @@ COMMANDS = {
 }  # fmt: skip
 
 # Arguments of the library whose options have another name.
-_OPTIONS = {"folder": "out", "sizes": "tree"}
+_OPTIONS = {"folder": "out", "sizes": "tree", "grid": "map"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

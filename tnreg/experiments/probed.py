@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,6 +75,38 @@ def network_of(
         net = build(source, channels, num_classes=logits[-1])
     with blame("weights"):
         return _load_state(net, state, weights)
+
+
+def logits_at(where: str | None) -> Callable[[Any], Any]:
+    """Return what takes the logits out of what a network gives: ``output`` of ``locality_profile``.
+
+    Args:
+        where: A key, an attribute, or a number in a tuple; if left out, a tensor is the logits itself, and
+            of anything else its ``logits``. Penalties do not guess so: they would train what was guessed.
+
+    Raises:
+        OptionError: From the function, if there is nothing of that name; it says what there is.
+    """
+
+    def read(out: Any) -> Any:
+        if isinstance(out, Tensor) and where is None:
+            return out
+        parts: dict[str, Any] = dict(vars(out)) if hasattr(out, "__dict__") else {}
+        if isinstance(out, Sequence):
+            parts |= {str(n): part for n, part in enumerate(out)}
+            parts |= out._asdict() if hasattr(out, "_asdict") else {}
+        elif isinstance(out, Mapping):
+            parts = {str(key): part for key, part in out.items()}
+        if (name := where or "logits") in parts:
+            return parts[name]
+        there = ", ".join(name for name in parts if not isinstance(out, Tensor)) or "nothing by name"
+        raise OptionError(
+            f"no {name!r} in the {type(out).__name__} that the network gives; there is {there}.\n"
+            "  say where the logits are, e.g. --output logits or --output 0 for the first of a tuple",
+            argument="output",
+        )
+
+    return read
 
 
 def _of_run(folder: Path, channels: int, model: str | None) -> Net:
