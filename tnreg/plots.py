@@ -34,6 +34,7 @@ __all__ = [
     "bars",
     "component",
     "components",
+    "data_entanglement",
     "decomposition",
     "interaction_map",
     "locality_profile",
@@ -343,6 +344,33 @@ def interaction_map(data: InteractionMap, ax: Axes | None = None, *, top: int = 
         ax.annotate("", (x, y), (other_x, other_y), arrowprops=line)
     ax.set_aspect("equal")
     ax.invert_yaxis()
+    return ax
+
+
+def data_entanglement(
+    data: Mapping[Any, Any],
+    tree: ModeTree,
+    ax: Axes | None = None,
+    *,
+    unit: str = "entanglement entropy, nats",
+) -> Axes:
+    """Draw the average cut of every size: what ``tnreg.data_entanglement`` returns, or several by name.
+
+    The size of a cut is the number of features below its node in the tree, on a logarithmic axis.
+    """
+    ax = _axes(ax, "features below the node", f"{unit}, average cut")
+    several = all(isinstance(found, Mapping) for found in data.values())
+    for name, found in data.items() if several else [("", data)]:
+        cuts: dict[int, list[float]] = {}
+        for node, value in found.items():
+            cuts.setdefault(len(tree.modes_below(node)), []).append(value)
+        sizes = sorted(cuts)
+        label = plain_label(str(name)) if several else None
+        ax.plot(sizes, [np.mean(cuts[size]) for size in sizes], marker="o", ms=3, lw=1.2, label=label)
+    ax.set_xscale("log", base=2)
+    ax.set_ylim(bottom=0)
+    if several:
+        ax.legend(fontsize=8)
     return ax
 
 

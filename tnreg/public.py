@@ -19,6 +19,7 @@ from tnreg.training.fit import fit
 from tnreg.search.cross import cross
 from tnreg.search.find import find_tree
 from tnreg.search.interchange import interchange
+from tnreg.search.samples import data_entanglement, rearrange
 from tnreg.recovery.complete import complete
 from tnreg.cnns.convnet import from_cnn, to_cnn
 from tnreg.cnns.convnet import ConvNet
@@ -41,6 +42,8 @@ __all__ = [
     "algebra", "convert",
     # ranks
     "matricize", "spectra", "hierarchical_rank", "effective_rank", "entanglement_entropy",
+    # what data suits a tree
+    "data_entanglement", "rearrange",
     # training
     "load_tensor", "open_tensor", "completion", "sensing", "fit", "GroupRMSprop", "Trajectory",
     # completion
