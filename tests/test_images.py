@@ -3,12 +3,14 @@
 import functools
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
+import torch
 from refusals import Bomb, refuses
 
-from tnreg import DataError, FileError, OptionError, images
+from tnreg import DataError, FileError, OptionError, ShapeError, images
 from tnreg.images.scene import longest, render, sample_scene, window
 
 
@@ -180,6 +182,57 @@ def test_pairs_are_of_the_classes_that_the_labels_say():
     assert not used["train"] & used["test"]
 
 
+@pytest.mark.parametrize("source", ["photographs", "spectra"])
+def test_pairs_from_files_inside_packages(source):
+    draw = functools.partial(images.is_same_class, 200, source=source, noise=0)
+    shown = {split: draw(distance=24, split=split, seed=2) for split in ("train", "test")}
+    used = {}
+    for split, found in shown.items():
+        assert found.images.shape == (200, 1, 8, 40) and found.labels.sum() == 100
+        assert found.images.dtype == np.float32 and np.isfinite(found.images).all()
+        left, right = (found.images[..., box[1] : box[3]] for box in found.boxes)
+        alike = (left == right).all((1, 2, 3))
+        if source == "photographs":
+            assert np.array_equal(alike, found.labels == 1)
+            assert np.allclose(left.mean((1, 2, 3)), 0, atol=1e-6) and np.allclose(left.std((1, 2, 3)), 0.35)
+        else:
+            assert not alike.any()
+        used[split] = {x.tobytes() for x in (*left, *right)}
+    assert not used["train"] & used["test"]
+    again, other = draw(distance=0, seed=2), draw(distance=0, seed=3)
+    assert np.array_equal(again.images[..., 12:20], shown["train"].images[..., :8])
+    assert not np.array_equal(other.images, again.images)
+    assert (
+        images.is_same_class(2, source=source, distance=0).config["noise"] == (source == "photographs") * 0.3
+    )
+
+
+@pytest.mark.parametrize("package", ["skimage", "tensorly.datasets"])
+def test_packages_that_are_missing(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    source, extra = {"skimage": ("photographs", "images")}.get(package, ("spectra", "data"))
+    with pytest.raises(OptionError, match=rf"not installed: pip install 'tnreg\[{extra}\]'"):
+        images.is_same_class(2, source=source, distance=0)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.uint8, torch.bfloat16])
+def test_pairs_of_ones_own_images(kind):
+    """Of any shape; two thirds of every class for training, and the pixels of the rest for test."""
+    classes = np.repeat([7, -2, 40], [4, 10, 30])
+    small = np.arange(44)[:, None, None, None] + np.zeros((44, 3, 2, 5))
+    given = torch.tensor(small, dtype=kind) if isinstance(kind, torch.dtype) else small.astype(kind)
+    used, counts = [], {}
+    for split in ("train", "test"):
+        found = images.is_same_class(600, distance=3, source=(given, classes), split=split, canvas=(4, 15))
+        assert found.images.shape == (600, 3, 4, 15) and found.boxes == ((1, 1, 3, 6), (1, 9, 3, 14))
+        assert found.images.dtype == (np.uint8 if kind == np.uint8 else np.float32)
+        left, right = (found.images[:, 0, 1, box[1]].astype(int) for box in found.boxes)
+        assert np.array_equal(classes[left] == classes[right], found.labels == 1) and (left != right).all()
+        used.append(set(left) | set(right))
+        counts[split] = [sum(classes[i] == value for i in used[-1]) for value in (7, -2, 40)]
+    assert not used[0] & used[1] and counts == {"train": [2, 6, 20], "test": [2, 4, 10]}
+
+
 @pytest.mark.parametrize("distance", [0, 8, 16, 24])
 def test_control_boxes(distance):
     pairs = images.is_same_class(2, distance=distance)
@@ -200,6 +253,11 @@ def test_control_boxes_without_room():
 
 PATHS = functools.partial(images.pathfinder, 5)
 PAIRS = functools.partial(images.is_same_class, 10)
+SMALL, CLASSES = np.random.default_rng(0).random((12, 1, 2, 3)), np.arange(12) % 3
+
+
+def own(small=SMALL, classes=CLASSES, **options):
+    return {"source": (small, classes), "distance": 0, **options}
 
 
 test_refuses = refuses([
@@ -213,9 +271,24 @@ test_refuses = refuses([
     (PATHS, {"workers": 0}, OptionError, "workers must be an integer >= 1"),
     (PAIRS, {"distance": 25}, OptionError, "25 apart, do not fit on 8x40.\n  distance: at most 24"),
     (PAIRS, {"distance": 0, "noise": -1.0}, OptionError, "noise must be a finite number >= 0"),
-    (PAIRS, {"distance": 0, "source": "x", "noise": 0.1}, OptionError, "noise is for the digits only"),
     (PAIRS, {"distance": -1}, OptionError, "distance must be an integer >= 0"),
     (PAIRS, {"distance": 0, "source": "nowhere"}, FileError, "no such file: .*data_batch_1"),
+    (PAIRS, {"distance": 0, "canvas": (8.5, 40)}, OptionError, "canvas must be an integer >= 1, found 8.5"),
+    (PAIRS, own(distance=10), OptionError, "2x3 pixels, 10 apart, do not fit on 2x15.\n  distance: at most"),
+    (PAIRS, {"distance": 0, "source": SMALL}, OptionError, "'spectra', the folder of CIFAR-10, or .images"),
+    (PAIRS, own(np.where(SMALL > 0.9, np.nan, SMALL)), DataError, "of 12 images have pixels that are not"),
+    (PAIRS, own(SMALL * 1e300), DataError, "12 of 12 images have pixels that are not finite in single"),
+    (PAIRS, own(SMALL[:, 0]), ShapeError, "images needs 4 axes, found shape .12, 2, 3."),
+    (PAIRS, own(classes=CLASSES[:, None]), ShapeError, "classes needs 1 axes"),
+    (PAIRS, own(classes=CLASSES[1:]), ShapeError, r"found images \(12, 1, 2, 3\) and classes \(11,\)"),
+    (PAIRS, own(SMALL[:0], CLASSES[:0]), ShapeError, "images need pixels, and a class each"),
+    (PAIRS, own(SMALL.astype(int)), DataError, "floating point or uint8, .* found torch.int64"),
+    (PAIRS, own(classes=CLASSES / 2), DataError, "classes whole numbers; found .* torch.float64"),
+    (PAIRS, own(classes=["a"] * 12), DataError, "source: classes cannot be read"),
+    (PAIRS, own(classes=0 * CLASSES), DataError, "found 1 classes, and 12 images of class 0"),
+    (PAIRS, own(classes=CLASSES + 5 * (np.arange(12) == 3)), DataError, "4 classes, and 1 images of class 5"),
+    (PAIRS, own(classes=np.arange(12) // 9), DataError, "2 classes, and 3 images of class 1"),
+    (PAIRS, own(np.ones((12, 1, 2, 3), "u1"), noise=0.1), OptionError, "noise is for images of floating"),
 ], by=lambda make, options: make(**options))  # fmt: skip
 
 

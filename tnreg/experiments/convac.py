@@ -28,7 +28,7 @@ from tnreg.errors import OptionError
 from tnreg.experiments.folder import UNREADABLE, plain_config, read_about, reading, write_about
 from tnreg.experiments.sweep.pictures import means
 from tnreg.factorizations.components import drop_components
-from tnreg.images.sets import load_digits
+from tnreg.images.sources import load_digits
 from tnreg.machine.files import folder_written_whole
 from tnreg.machine.progress import advancing
 from tnreg.plots import save_figure

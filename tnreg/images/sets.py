@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from tnreg.errors import DataError, FileError, OptionError, check_integer, check_number
 from tnreg.far.patches import Box
 from tnreg.images.scene import longest, render, sample_scene
+from tnreg.images.sources import Small, small_images
 from tnreg.machine.files import write_whole
 from tnreg.machine.progress import advancing
 from tnreg.machine.versions import __version__
@@ -32,11 +32,6 @@ Array = np.ndarray[Any, Any]
 _FORMAT = "tnreg.images/1"
 _SPLITS = {"train": 0, "test": 1}
 _CHUNK = 25  # images that a worker makes at a time
-# What pickles of numpy arrays need, as Python 2 and 3 write them; none of it runs code.
-_PICKLED = {
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
-    "numpy.dtype", "_codecs.encode",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ def is_same_class(
     count: int,
     *,
     distance: int,
-    source: str = "digits",
+    source: str | os.PathLike[str] | tuple[Any, Any] = "digits",
     split: Literal["train", "test"] = "train",
     seed: int = 0,
     noise: float | None = None,
@@ -200,55 +195,69 @@ def is_same_class(
     Args:
         count: How many pairs.
         distance: Pixels between the two.
-        source: "digits": the 8x8 digits of scikit-learn, from -0.3 to 0.7, two thirds of them for
-            training, on a canvas of 8x40. Or the folder ``cifar-10-batches-py`` (or the folder it is
-            in) of the CIFAR-10 archive for Python, unpacked: 32x32 pixels in colour, on 224x224.
+        source: Where the small images come from. No two splits share one.
+
+            - "digits": the 8x8 digits of scikit-learn, from -0.3 to 0.7, two thirds of them for training.
+            - "photographs": those inside scikit-learn and scikit-image, gray and of half their size, in
+              squares of 8x8, each of mean 0 and standard deviation 0.35; 12 photographs for training, 7 for
+              test. Label 1: the same square twice. Label 0: two squares of one photograph.
+            - "spectra": pixels of the hyperspectral scene Indian Pines (in tensorly) of the nine crops that
+              have more than 400, their bands three by three as 8x8 images, standardised; a third of the
+              scene's blocks of 8x8 pixels is for test.
+            - ``(images, classes)`` of your own: ``(N, channels, height, width)``, floating point or uint8,
+              and ``(N,)`` whole numbers, as arrays of any kind; two thirds of every class for training.
+            - The folder ``cifar-10-batches-py`` (or the folder it is in) of the CIFAR-10 archive for
+              Python, unpacked: 32x32 pixels in colour.
         split: Train or test pairs.
-        seed: Draws the split of the digits, the pairs and the noise.
-        noise: Standard deviation of noise on the pixels of the digits, drawn once for every pair; 0.2 if
-            left out (without it a plain network solves the longest distance). Digits only.
-        canvas: Height and width in pixels, if others.
+        seed: Draws the split of digits and of your own images, the pairs and the noise.
+        noise: Standard deviation of noise on the pixels of both images, drawn once for every pair; if left
+            out 0.2 for digits and 0.3 for photographs (without it a plain network solves the longest
+            distance), else 0. Not for uint8.
+        canvas: Height and width in pixels; if left out 224x224 for CIFAR-10, for others the height of a small
+            image and five times its width.
 
     Returns:
-        Images ``(count, 1, 8, 40)`` float32 for digits, ``(count, 3, 224, 224)`` uint8 for CIFAR-10:
-        0.15 MB a pair. The canvas is 0. ``boxes`` has the two places.
+        Images ``(count, channels, height, width)``, float32 or uint8: ``(count, 1, 8, 40)`` for digits, 0.15
+        MB a pair for CIFAR-10. The canvas is 0. ``boxes`` has the two places.
 
     Raises:
-        OptionError: An argument out of its range, or scikit-learn is missing.
+        OptionError: An argument out of its range, or a package is missing.
         FileError: No such folder, or files that are not those of CIFAR-10.
+        ShapeError, DataError: Images of your own that do not fit their classes, are not finite, or are
+            fewer than four of a class.
     """
     count = check_integer(count, 2, "is_same_class: count")
     distance = check_integer(distance, 0, "is_same_class: distance")
     number = check_integer(seed, 0, "is_same_class: seed")
-    part, digits = _split(split), source == "digits"
-    if noise is not None and not digits:
-        message = "is_same_class: noise is for the digits only; leave it out for CIFAR-10."
+    part = _split(split)
+    small = small_images(source, number, part)
+    side, wide = small.images.shape[-2:]
+    if noise is not None and small.images.dtype == np.uint8:
+        message = "is_same_class: noise is for images of floating point; leave it out for bytes."
         raise OptionError(message, argument="noise")
-    std = 0.2 * digits if noise is None else check_number(noise, "is_same_class: noise", 0)
-    small, classes = _digits(number, part) if digits else _cifar(source, split)
-    side = small.shape[-1]
-    height, width = canvas or ((8, 40) if digits else (224, 224))
-    room = width - 2 * side
+    std = small.noise if noise is None else check_number(noise, "is_same_class: noise", 0)
+    usual = (224, 224) if small.name == "cifar-10" else (side, 5 * wide)
+    height, width = (check_integer(n, 1, "is_same_class: canvas") for n in canvas or usual)
+    room = width - 2 * wide
     if distance > room or height < side:
         raise OptionError(
-            f"is_same_class: two images of {side}x{side} pixels, {distance} apart, do not fit on "
+            f"is_same_class: two images of {side}x{wide} pixels, {distance} apart, do not fit on "
             f"{height}x{width}.\n  distance: at most {max(room, 0)} there",
             argument="distance",
         )
-    first, second, labels = _draw_pairs(np.random.default_rng([number, part, 1]), classes, count)
+    first, second, labels = _draw_pairs(np.random.default_rng([number, part, 1]), small, count)
     top, left = (height - side) // 2, (room - distance) // 2
-    boxes = tuple((top, x, top + side, x + side) for x in (left, left + side + distance))
-    images = np.zeros((count, small.shape[1], height, width), dtype=small.dtype)
+    boxes = tuple((top, x, top + side, x + wide) for x in (left, left + wide + distance))
+    images = np.zeros((count, small.images.shape[1], height, width), dtype=small.images.dtype)
     rng = np.random.default_rng([number, part, 2])
     for (y, x, bottom, right), members in zip(boxes, (first, second), strict=True):
-        pixels = small[members]
+        pixels = small.images[members]
         if std:
             pixels = pixels + rng.normal(0, std, pixels.shape).astype(pixels.dtype)
         images[:, :, y:bottom, x:right] = pixels
     config = {
         "tnreg": __version__, "set": "is_same_class", "count": count, "distance": distance,
-        "source": "digits" if digits else "cifar-10", "split": split, "seed": number,
-        "noise": std, "canvas": [height, width],
+        "source": small.name, "split": split, "seed": number, "noise": std, "canvas": [height, width],
     }  # fmt: skip
     return ImageSet(images, labels, boxes, np.empty(0), config)
 
@@ -351,73 +360,18 @@ def _split(split: str) -> int:
     return _SPLITS[split]
 
 
-def load_digits() -> tuple[Array, Array]:
-    """Return the digits of scikit-learn, ``(1797, 64)`` from 0 to 16, and their classes.
-
-    OptionError if scikit-learn is missing.
-    """
-    try:
-        from sklearn import datasets
-    except ImportError:
-        message = "the digits come with scikit-learn, which is not installed: pip install 'tnreg[images]'"
-        raise OptionError(message) from None
-    values, classes = datasets.load_digits(return_X_y=True)
-    return values, classes
-
-
-def _digits(seed: int, part: int) -> tuple[Array, Array]:
-    values, classes = load_digits()
-    small = (values / 16 - 0.3).astype(np.float32).reshape(-1, 1, 8, 8)
-    order = np.random.default_rng([seed, 0]).permutation(len(small))
-    picked = np.split(order, [2 * len(small) // 3])[part]
-    return small[picked], classes[picked]
-
-
-def _cifar(source: str, split: str) -> tuple[Array, Array]:
-    inside = Path(source) / "cifar-10-batches-py"
-    folder = inside if inside.is_dir() else Path(source)
-    names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    images, classes = [], []
-    for name in names:
-        path = folder / name
-        try:
-            batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-            data, labels = np.asarray(batch[b"data"]), batch[b"labels"]
-            if data.dtype != np.uint8 or data.shape != (len(labels), 3072):
-                raise ValueError(f"data {data.shape} {data.dtype} beside {len(labels)} labels")
-        except FileNotFoundError:
-            raise FileError(
-                f"no such file: {path}\n"
-                "  source is 'digits', or the folder cifar-10-batches-py of the CIFAR-10 archive for "
-                "Python (cifar-10-python.tar.gz), unpacked",
-                argument="source",
-            ) from None
-        except Exception as error:
-            message = f"not a batch of CIFAR-10: {path}\n  {type(error).__name__}: {error}"
-            raise FileError(message, argument="source") from None
-        images.append(data.reshape(-1, 3, 32, 32))
-        classes.append(np.asarray(labels))
-    return np.concatenate(images), np.concatenate(classes)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Read dicts, lists, numbers, bytes and numpy arrays; anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" in _PICKLED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not needed for images")
-
-
-def _draw_pairs(rng: np.random.Generator, classes: Array, count: int) -> tuple[Array, Array, Array]:
+def _draw_pairs(rng: np.random.Generator, small: Small, count: int) -> tuple[Array, Array, Array]:
     """Return numbers of the first and the second images, and the labels, half of them 1."""
+    classes = small.classes
     labels = rng.permutation(np.arange(count) % 2).astype(np.int64)
     first = rng.integers(len(classes), size=count)
     second = np.empty(count, dtype=np.int64)
     for value in np.unique(classes):
         same, different = np.flatnonzero(classes == value), np.flatnonzero(classes != value)
         for i in np.flatnonzero(classes[first] == value):
-            partners = same[same != first[i]] if labels[i] else different
+            others = same[same != first[i]]
+            alike, unlike = (first[i : i + 1], others) if small.copies else (others, different)
+            partners = alike if labels[i] else unlike
             if not len(partners):
                 raise DataError(f"class {value} has too few images to make pairs.")
             second[i] = rng.choice(partners)
