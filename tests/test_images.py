@@ -1,5 +1,6 @@
 """Image sets: the same from any number of workers, matched in distance, read without running code."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -11,6 +12,7 @@ import torch
 from refusals import Bomb, refuses
 
 from tnreg import DataError, FileError, OptionError, ShapeError, images
+from tnreg.experiments import locality
 from tnreg.images.scene import longest, render, sample_scene, window
 
 
@@ -182,7 +184,7 @@ def test_pairs_are_of_the_classes_that_the_labels_say():
     assert not used["train"] & used["test"]
 
 
-@pytest.mark.parametrize("source", ["photographs", "spectra"])
+@pytest.mark.parametrize("source", ["photos", "spectra"])
 def test_pairs_from_files_inside_packages(source):
     draw = functools.partial(images.is_same_class, 200, source=source, noise=0)
     shown = {split: draw(distance=24, split=split, seed=2) for split in ("train", "test")}
@@ -192,7 +194,7 @@ def test_pairs_from_files_inside_packages(source):
         assert found.images.dtype == np.float32 and np.isfinite(found.images).all()
         left, right = (found.images[..., box[1] : box[3]] for box in found.boxes)
         alike = (left == right).all((1, 2, 3))
-        if source == "photographs":
+        if source == "photos":
             assert np.array_equal(alike, found.labels == 1)
             assert np.allclose(left.mean((1, 2, 3)), 0, atol=1e-6) and np.allclose(left.std((1, 2, 3)), 0.35)
         else:
@@ -202,15 +204,21 @@ def test_pairs_from_files_inside_packages(source):
     again, other = draw(distance=0, seed=2), draw(distance=0, seed=3)
     assert np.array_equal(again.images[..., 12:20], shown["train"].images[..., :8])
     assert not np.array_equal(other.images, again.images)
-    assert (
-        images.is_same_class(2, source=source, distance=0).config["noise"] == (source == "photographs") * 0.3
-    )
+    assert images.is_same_class(2, source=source, distance=0).config["noise"] == (source == "photos") * 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["photos", "spectra"])
+def test_presets_train_on_them(name, tmp_path):
+    few = {"train": 66, "test": 30, "epochs": 2, "distances": (24,), "seeds": (1,), "arms": ("plain", "igc")}
+    rows = locality.run(dataclasses.replace(locality.SETS[name], **few), tmp_path / "sweep")
+    assert [row["arm"] for row in rows] == ["plain", "igc"] and rows[0]["penalty"] == 0 < rows[1]["penalty"]
 
 
 @pytest.mark.parametrize("package", ["skimage", "tensorly.datasets"])
 def test_packages_that_are_missing(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    source, extra = {"skimage": ("photographs", "images")}.get(package, ("spectra", "data"))
+    source, extra = {"skimage": ("photos", "images")}.get(package, ("spectra", "data"))
     with pytest.raises(OptionError, match=rf"not installed: pip install 'tnreg\[{extra}\]'"):
         images.is_same_class(2, source=source, distance=0)
 

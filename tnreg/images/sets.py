@@ -198,7 +198,7 @@ def is_same_class(
         source: Where the small images come from. No two splits share one.
 
             - "digits": the 8x8 digits of scikit-learn, from -0.3 to 0.7, two thirds of them for training.
-            - "photographs": those inside scikit-learn and scikit-image, gray and of half their size, in
+            - "photos": those inside scikit-learn and scikit-image, gray and of half their size, in
               squares of 8x8, each of mean 0 and standard deviation 0.35; 12 photographs for training, 7 for
               test. Label 1: the same square twice. Label 0: two squares of one photograph.
             - "spectra": pixels of the hyperspectral scene Indian Pines (in tensorly) of the nine crops that

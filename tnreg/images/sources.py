@@ -104,7 +104,7 @@ def _photographs(seed: int, part: int) -> Small:
     deviation = small.std((1, 2, 3), keepdims=True)
     small = 0.35 * (small - small.mean((1, 2, 3), keepdims=True)) / np.maximum(deviation, 1e-6)
     picked = _some(photograph, deviation.ravel() > 0.04, 500, np.random.default_rng([seed, 0]))
-    return Small(small[picked], photograph[picked], "photographs", noise=0.3, copies=True)
+    return Small(small[picked], photograph[picked], "photos", noise=0.3, copies=True)
 
 
 def _spectra(seed: int, part: int) -> Small:
@@ -129,7 +129,7 @@ def _spectra(seed: int, part: int) -> Small:
     return Small(small[picked].astype(np.float32), classes[picked], "spectra")
 
 
-_INSIDE = {"digits": _digits, "photographs": _photographs, "spectra": _spectra}
+_INSIDE = {"digits": _digits, "photos": _photographs, "spectra": _spectra}
 
 
 def _some(groups: Array, allowed: Array, most: int, rng: np.random.Generator) -> Array:

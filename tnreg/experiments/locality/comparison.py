@@ -27,8 +27,8 @@ class Images(Settings):
     """Settings of the images, which all trainings of a sweep share.
 
     Attributes:
-        set: The preset that the other defaults come from: pairs of digits, pairs of CIFAR-10 images,
-            or Pathfinder.
+        set: The preset that the other defaults come from: pairs of digits, of squares of photos, of spectra
+            or of CIFAR-10 images, or Pathfinder.
         data_seed: Seed of the images; if left out every seed has images of its own.
         train: Training images.
         test: Test images.
@@ -37,7 +37,7 @@ class Images(Settings):
         source: For CIFAR-10: the folder cifar-10-batches-py of its archive for Python.
     """
 
-    set: Literal["digits", "cifar", "pathfinder", "tiny"] = "digits"
+    set: Literal["digits", "photos", "spectra", "cifar", "pathfinder", "tiny"] = "digits"
     data_seed: int | None = None
     train: int = 2000
     test: int = 2000
@@ -90,6 +90,8 @@ class Config(Images):
 
 
 digits = Config()
+photos = Config(set="photos")
+spectra = Config(set="spectra", distances=(0, 24))
 pathfinder = Config(
     set="pathfinder", distances=(3, 5, 7, 9), seeds=(1, 2, 3, 4, 5), data_seed=0, train=10_000,
     test=10_000, model="resnet-18", epochs=150, stop_above=1.0, stop_epochs=21, lr=0.01, test_every=1,
@@ -102,7 +104,10 @@ cifar = dataclasses.replace(
 tiny = Config(
     set="tiny", distances=(0, 24), seeds=(1, 2), train=60, test=50, epochs=2, test_every=1, igc_every=1
 )  # fmt: skip
-SETS = {"digits": digits, "cifar": cifar, "pathfinder": pathfinder, "tiny": tiny}
+SETS = {
+    "digits": digits, "photos": photos, "spectra": spectra, "cifar": cifar, "pathfinder": pathfinder,
+    "tiny": tiny,
+}  # fmt: skip
 
 
 def run(config: Config, folder: str | Path, *, progress: bool = False) -> list[dict[str, Any]]:
@@ -277,7 +282,8 @@ def _images(training: Training, place: Path, split: _Split, progress: bool = Fal
     """Return the set of a training."""
     distance, (count, seed, path) = training.distance, _set_of(training, place, split)
     if training.set != "pathfinder":
-        source = training.source if training.set == "cifar" else "digits"
+        named = {"cifar": training.source, "tiny": "digits"}
+        source = named.get(training.set, training.set)
         return images.is_same_class(count, distance=distance, source=source, split=split, seed=seed)
     if not path.exists():  # making it takes minutes
         path.parent.mkdir(exist_ok=True)
