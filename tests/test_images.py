@@ -210,7 +210,7 @@ def test_pairs_from_files_inside_packages(source):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["photos", "spectra"])
 def test_presets_train_on_them(name, tmp_path):
-    few = {"train": 66, "test": 30, "epochs": 2, "distances": (24,), "seeds": (1,), "arms": ("plain", "igc")}
+    few = {"train": 64, "test": 30, "epochs": 1, "distances": (24,), "seeds": (1,), "arms": ("plain", "igc")}
     rows = locality.run(dataclasses.replace(locality.SETS[name], **few), tmp_path / "sweep")
     assert [row["arm"] for row in rows] == ["plain", "igc"] and rows[0]["penalty"] == 0 < rows[1]["penalty"]
 
