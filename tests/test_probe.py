@@ -202,8 +202,9 @@ def test_profile_of_batches_and_defaults():
     assert "nan" in str(single) and np.isnan(single.standard_error).all()
     named = locality_profile(lambda z: {"a": Near(3)(z)}, x, pairs=3, output=lambda out: out["a"])
     assert np.array_equal(named.interaction, share)
-    # functions without interaction
-    for net in (nn.Sequential(nn.Flatten(), nn.Linear(96, 1)), lambda x: torch.zeros(len(x))):
+    # functions without interaction, in half precision as well
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(96, 1))
+    for net in (linear, lambda x: torch.zeros(len(x)), lambda x: linear(x).bfloat16()):
         profile = locality_profile(net, images(), size=2, pairs=4)
         assert (profile.interaction < 1e-5).all() and (profile.effective_rank == 0).all()
 
@@ -273,6 +274,7 @@ def test_profiles_are_compared_over_the_same_patches():
     assert "single pair" in profile_of([0.1], [3], pairs=1).compare(profile_of([0.9], [3], pairs=1)).summary
 
 
+@pytest.mark.slow
 def test_a_network_differs_from_others_and_not_from_itself():
     options = {"size": 2, "distances": [0, 3, 9], "pairs": 40, "samples": 4}
     near, same, far = (locality_profile(Near(n), images(), **options) for n in (1, 1, 4))
@@ -354,6 +356,7 @@ test_map_refuses = refuses([
     (images(), {"grid": (1, 1)}, ShapeError, "two regions or more.*found 1 x 1"),
     (images(), {"grid": (7, 1)}, ShapeError, "at most 6 rows and 16 columns .* found 7 x 1"),
     (images(), {"grid": (0, 2)}, OptionError, "grid must be an integer >= 1"),
+    (images(), {"grid": 4}, OptionError, r"grid is \(rows, columns\), e.g. \(4, 8\), found 4"),
     (images(), {"repetitions": 0}, OptionError, "repetitions must be an integer >= 1"),
     (images(8), {}, ShapeError, "interaction_map: .* give 9 samples or more"),
     (NAN, {}, DataError, "interaction_map: images are NaN"),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnreg.errors import ShapeError, check_integer
+from tnreg.errors import OptionError, ShapeError, check_integer
 from tnreg.far.patches import RandomStream
 from tnreg.far.probe import cross, read_images, some_images, worth_naming
 from tnreg.machine.progress import advancing
@@ -108,7 +108,12 @@ def interaction_map(
     """
     samples = check_integer(samples, 2, "interaction_map: samples")
     repetitions = check_integer(repetitions, 1, "interaction_map: repetitions")
-    rows, columns = (check_integer(n, 1, "interaction_map: grid") for n in grid)
+    try:
+        rows, columns = grid
+    except (TypeError, ValueError):
+        message = f"interaction_map: grid is (rows, columns), e.g. (4, 8), found {grid!r}."
+        raise OptionError(message, argument="grid") from None
+    rows, columns = (check_integer(n, 1, "interaction_map: grid") for n in (rows, columns))
     images = read_images(data, net, "interaction_map", samples + 1)
     height, width = images.shape[-2:]
     if rows > height or columns > width or rows * columns < 2:

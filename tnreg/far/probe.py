@@ -337,7 +337,6 @@ def cross(
         values = values.transpose(0, 1)
     if not torch.isfinite(values).all():
         raise DataError(f"{name}: the model gave NaN or infinite values.", argument="net")
-    values = values if values.dtype == torch.float64 else values.float()
     wide = values.double()
     centred = wide - wide.mean(0, keepdim=True)
     centred = centred - centred.mean(1, keepdim=True)

@@ -1,0 +1,167 @@
+"""The claim as a picture: training makes CNNs local, and a term in the loss undoes it.
+
+``python benchmarks/locality_claim.py FOLDER... [--out FILE.json] [--figure FILE.png]`` takes folders of
+``tnreg run locality`` or ``tnreg sweep locality`` on digits, reads every run of one training that is there,
+and measures each network on test images of its run:
+
+- the interaction share of the two digits: 60 contents of one crossed with 60 of the other, and the
+  effective rank of what neither explains;
+- the profile over distance of 3x3 patches, within a digit and from digit to digit.
+
+The same is measured at initialization, which the seed of a run tells. A line over epochs needs trainings
+that end early, a sweep over ``--epochs``:
+
+    tnreg run locality --arms plain igc interaction --distances 24 --out runs/a
+    tnreg sweep locality --arm plain,igc --distance 24 --seed 101 --epochs 1,2,4,8,16,32 --out runs/b
+    python benchmarks/locality_claim.py runs/a runs/b --figure docs/claim.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import tnreg
+from tnreg import images, plots
+from tnreg.experiments.folder import experiment_of, read_about
+from tnreg.experiments.nets import build
+from tnreg.experiments.probed import network_of
+from tnreg.far.interaction import crossed_values, interaction_energy
+
+CROSSED, SIZE, INSIDE = 60, 3, (0, 1, 2)
+LABELS = {"igc": "gradient change", "interaction": "interaction energy", "rank": "interaction rank"}
+Row = dict[str, Any]
+
+
+def measure(net: nn.Module, x: Tensor, boxes: Any, distance: int) -> Row:
+    """Return interaction share and effective rank of the two digits, and the profile over distance."""
+    some, second = x[:CROSSED], torch.tensor(boxes[1])
+    with torch.no_grad():
+        values = crossed_values(net, some, some, second).double()
+    centred = values - values.mean(0) - values.mean(1, keepdim=True) + values.mean((0, 1))
+    across = range(distance, distance + 7, 2)
+    profile = tnreg.locality_profile(net, x[:512], distances=[*INSIDE, *across], size=SIZE)
+    return {
+        "share": 1 - float(interaction_energy(values)),
+        "effective rank": float(tnreg.effective_rank(torch.linalg.svdvals(centred.flatten(1)))),
+        "distances": profile.distances.tolist(),
+        "profile": profile.interaction.mean(1).tolist(),
+        "standard error": profile.standard_error.tolist(),
+        "in words": profile.summary,
+    }
+
+
+def rows_of(folders: list[Path], distance: int) -> list[Row]:
+    """Return a row for each run of this distance, and one at epoch 0 for each of their seeds."""
+    rows, begun = [], set()
+    for run in sorted(run for folder in folders for run in folder.iterdir()):
+        if experiment_of(run) != "locality_run":
+            continue
+        about = read_about(run)
+        config, summary = about["config"], about["summary"]
+        if config["distance"] != distance:
+            continue
+        seed = config["seed"]
+        data = config["data_seed"] if config["data_seed"] is not None else seed
+        pairs = images.is_same_class(config["test"], distance=distance, split="test", seed=data)
+        x = torch.from_numpy(pairs.images)
+        if seed not in begun:
+            begun.add(seed)
+            torch.manual_seed(seed)
+            net = build(config["model"], x.shape[1]).eval()
+            rows.append({"arm": "start", "seed": seed, "epochs": 0, **measure(net, x, pairs.boxes, distance)})
+        net = network_of(str(run), x.shape[1])
+        how = {"epochs": summary["epochs"], "test accuracy": summary["test accuracy"]}
+        rows.append({"arm": config["arm"], "seed": seed, **how, **measure(net, x, pairs.boxes, distance)})
+        row = rows[-1]
+        print(f"{run.name:40} {row['epochs']:3} epochs, {row['share']:.3f} rank {row['effective rank']:.1f}")
+    return rows
+
+
+def ends(rows: list[Row], arm: str) -> list[Row]:
+    """Return the longest training of every seed of an arm."""
+    last = {row["seed"]: row for row in sorted(rows, key=lambda row: row["epochs"]) if row["arm"] == arm}
+    return list(last.values())
+
+
+def figure(rows: list[Row], path: Path) -> None:
+    """Draw the share of the digits over epochs, and the profiles at the start and the end."""
+    drawn = Figure(figsize=(11, 4), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
+    start = ends(rows, "start")
+    profile_of(right, start, "before training", "0.5")
+    arms = sorted({row["arm"] for row in rows} - {"start"}, key=lambda arm: (arm != "plain", arm))
+    for k, arm in enumerate(arms):
+        for last in ends(rows, arm):
+            here = [row for row in rows if row["arm"] == arm and row["seed"] == last["seed"]]
+            if len(here) > 1:  # over epochs
+                here += [row for row in start if row["seed"] == last["seed"]]
+                line = sorted((row["epochs"], max(row["share"], 1e-4)) for row in here)
+                left.plot(*zip(*line, strict=True), "o-", ms=3, lw=1.2, color=f"C{k}")
+            else:
+                left.plot(last["epochs"], max(last["share"], 1e-4), "o", ms=5, mfc="none", color=f"C{k}")
+        profile_of(right, ends(rows, arm), LABELS.get(arm, arm), f"C{k}")
+    left.set_xscale("symlog", linthresh=1)
+    left.set_yscale("log")
+    left.set_xticks(ticks := [0, 1, 2, 4, 8, 16, 32, 60], map(str, ticks))
+    left.set_xticks([], minor=True)
+    left.set_xlim(-0.1, 70)
+    left.set_xlabel("epochs (circles: other seeds, at the end)")
+    left.set_ylabel("interaction share of the two digits")
+    names = [f"{d}\n{'inside' if d in INSIDE else 'across'}" for d in rows[0]["distances"]]
+    right.set_xticks(range(len(names)), names, fontsize=8)
+    right.set_xlabel(f"pixels between patches of {SIZE}x{SIZE}, inside or across digits")
+    right.set_ylabel("share of variance by interaction")
+    right.set_yscale("log")
+    right.legend(fontsize=8)
+    plots.save_figure(drawn, path)
+
+
+def profile_of(ax: Any, rows: list[Row], label: str, color: str) -> None:
+    """Draw the mean profile of these networks."""
+    mean = np.maximum(np.mean([row["profile"] for row in rows], axis=0), 1e-5)
+    for part, name in ((slice(len(INSIDE)), label), (slice(len(INSIDE), None), None)):
+        ax.plot(np.arange(len(mean))[part], mean[part], "o-", ms=4, lw=1.2, color=color, label=name)
+
+
+def main() -> None:
+    """Measure, print, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--distance", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+    rows = rows_of(arguments.folders, arguments.distance)
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = ends(rows, arm)
+        shares = np.array([row["share"] for row in own])
+        ranks = np.mean([row["effective rank"] for row in own])
+        print(
+            f"{arm:12} {len(own)} seeds, share {shares.mean():.3f} (median {np.median(shares):.3f}), "
+            f"rank {ranks:.1f}"
+        )
+    if arguments.out:
+        machine = f"{platform.machine()} CPU, torch {torch.__version__}"
+        about = {
+            "machine": machine,
+            "crossed": CROSSED,
+            "patches": SIZE,
+            "distance": arguments.distance,
+            "rows": rows,
+        }
+        arguments.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if arguments.figure:
+        figure(rows, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
