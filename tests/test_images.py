@@ -13,6 +13,7 @@ from refusals import Bomb, refuses
 
 from tnreg import DataError, FileError, OptionError, ShapeError, images
 from tnreg.experiments import locality
+from tnreg.experiments.locality.settings import Settings, penalty_of
 from tnreg.images.scene import longest, render, sample_scene, window
 
 
@@ -213,6 +214,21 @@ def test_presets_train_on_them(name, tmp_path):
     few = {"train": 64, "test": 30, "epochs": 1, "distances": (24,), "seeds": (1,), "arms": ("plain", "igc")}
     rows = locality.run(dataclasses.replace(locality.SETS[name], **few), tmp_path / "sweep")
     assert [row["arm"] for row in rows] == ["plain", "igc"] and rows[0]["penalty"] == 0 < rows[1]["penalty"]
+
+
+def test_patches_as_far_apart_as_the_discs():
+    paths, settings = (
+        images.pathfinder(30, length=5, size=40, seed=1),
+        Settings(patches="discs", patch_size=6),
+    )
+    sampler = penalty_of(settings, "igc", 3, paths).patches
+    assert sampler.distance == round(np.median(paths.distances)) - 6 > 0
+    shown = torch.from_numpy(paths.images).float()
+    for box, other in (sampler.draw(shown).tolist() for _ in range(5)):
+        assert max(abs(a - b) for a, b in zip(box[:2], other[:2], strict=True)) == sampler.distance + 6
+    pairs = images.is_same_class(10, distance=0)
+    with pytest.raises(OptionError, match="no patches 'discs'; there is images"):
+        penalty_of(settings, "igc", 3, pairs)
 
 
 @pytest.mark.parametrize("package", ["skimage", "tensorly.datasets"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from tnreg.errors import OptionError
 from tnreg.far.interaction import InteractionEnergy
 from tnreg.far.patches import DifferingPatches, PatchSampler, PresetPatches, RandomPatches
@@ -31,7 +33,8 @@ class Settings:
         dropout: Share of features that the arm dropout drops before the last layer.
         patches: Where penalties look: the two boxes of a pair; "off", boxes that touch neither image;
             "near", the upper and the lower half of one image; "random" squares, or squares where the
-            images of a batch are "differing".
+            images of a batch are "differing"; for Pathfinder such squares with a gap as that of its "discs",
+            whose middles are the median of their distances apart.
         patch_size: Side of random and differing squares.
         statistics: What batch normalization uses inside penalties: its running statistics, "frozen", or
             those of the "batch", as published.
@@ -63,7 +66,7 @@ class Settings:
     test_every: int = 10
     weight_decay: float = 1e-3
     dropout: float = 0.5
-    patches: Literal["images", "off", "near", "random", "differing"] = "images"
+    patches: Literal["images", "off", "near", "random", "differing", "discs"] = "images"
     patch_size: int = 2
     statistics: Literal["frozen", "batch"] = "frozen"
     standardize: bool = False
@@ -122,9 +125,12 @@ def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:
     if kind in ("random", "differing"):
         squares = RandomPatches if kind == "random" else DifferingPatches
         return squares(settings.patch_size, seed=seed)
+    if kind == "discs" and len(data.distances):
+        gap = max(round(float(np.median(data.distances))) - settings.patch_size, 0)
+        return DifferingPatches(settings.patch_size, gap, exact=True, seed=seed)
     if not boxes:
-        message = f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random' or "
-        raise OptionError(f"{message}'differing'.", argument="patches")
+        message = f"patches {kind!r} need the boxes of image pairs; Pathfinder takes 'random', "
+        raise OptionError(f"{message}'differing' or 'discs'.", argument="patches")
     if kind == "off":
         boxes = data.control_boxes
     elif kind == "near":
@@ -132,6 +138,6 @@ def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:
         middle = (top + bottom) // 2
         boxes = ((top, left, middle, right), (middle, left, bottom, right))
     elif kind != "images":
-        message = f"no patches {kind!r}; there is images, off, near, random, differing."
+        message = f"no patches {kind!r}; there is images, off, near, random, differing, discs."
         raise OptionError(message, argument="patches")
     return PresetPatches(boxes, seed=seed)
