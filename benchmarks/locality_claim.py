@@ -1,12 +1,12 @@
 """The claim as a picture: training makes CNNs local, and a term in the loss undoes it.
 
 ``python benchmarks/locality_claim.py FOLDER... [--out FILE.json] [--figure FILE.png]`` takes folders of
-``tnreg run locality`` or ``tnreg sweep locality`` on digits, reads every run of one training that is there,
-and measures each network on test images of its run:
+``tnreg run locality`` or ``tnreg sweep locality`` on pairs of images (digits, photos, ...), reads every run
+of one training that is there, and measures each network on the test images of its run:
 
-- the interaction share of the two digits: 60 contents of one crossed with 60 of the other, and the
-  effective rank of what neither explains;
-- the profile over distance of 3x3 patches, within a digit and from digit to digit.
+- the interaction share of the two images of a pair: 60 contents of one crossed with 60 of the other, and
+  the effective rank of what neither explains;
+- the profile over distance of patches of 3/8 of an image's side, within an image and from one to the other.
 
 The same is measured at initialization, which the seed of a run tells. A line over epochs needs trainings
 that end early, a sweep over ``--epochs``:
@@ -27,32 +27,34 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 import tnreg
-from tnreg import images, plots
+from tnreg import plots
 from tnreg.experiments.folder import experiment_of, read_about
-from tnreg.experiments.nets import build
+from tnreg.experiments.locality.comparison import Training, _images
+from tnreg.experiments.nets import as_input, build
 from tnreg.experiments.probed import network_of
 from tnreg.far.interaction import crossed_values, interaction_energy
 
-CROSSED, SIZE, INSIDE = 60, 3, (0, 1, 2)
+CROSSED = 60
 LABELS = {"igc": "gradient change", "interaction": "interaction energy", "rank": "interaction rank"}
 Row = dict[str, Any]
 
 
-def measure(net: nn.Module, x: Tensor, boxes: Any, distance: int) -> Row:
-    """Return interaction share and effective rank of the two digits, and the profile over distance."""
-    some, second = x[:CROSSED], torch.tensor(boxes[1])
+def measure(net: Any, x: Tensor, boxes: Any, distance: int) -> Row:
+    """Return interaction share and effective rank of the two images, and the profile over distance."""
+    some, second, side = x[:CROSSED], torch.tensor(boxes[1]), boxes[0][2] - boxes[0][0]
     with torch.no_grad():
         values = crossed_values(net, some, some, second).double()
     centred = values - values.mean(0) - values.mean(1, keepdim=True) + values.mean((0, 1))
-    across = range(distance, distance + 7, 2)
-    profile = tnreg.locality_profile(net, x[:512], distances=[*INSIDE, *across], size=SIZE)
+    gaps = [*(n * side // 8 for n in range(3)), *(distance + n * side // 4 for n in range(4))]
+    profile = tnreg.locality_profile(net, x[:512], distances=gaps, size=3 * side // 8)
     return {
         "share": 1 - float(interaction_energy(values)),
         "effective rank": float(tnreg.effective_rank(torch.linalg.svdvals(centred.flatten(1)))),
-        "distances": profile.distances.tolist(),
+        "patches": profile.size,
+        "distances": gaps,
         "profile": profile.interaction.mean(1).tolist(),
         "standard error": profile.standard_error.tolist(),
         "in words": profile.summary,
@@ -70,9 +72,8 @@ def rows_of(folders: list[Path], distance: int) -> list[Row]:
         if config["distance"] != distance:
             continue
         seed = config["seed"]
-        data = config["data_seed"] if config["data_seed"] is not None else seed
-        pairs = images.is_same_class(config["test"], distance=distance, split="test", seed=data)
-        x = torch.from_numpy(pairs.images)
+        pairs = _images(Training(**config), run.parent, "test")
+        x = as_input(torch.from_numpy(pairs.images))
         if seed not in begun:
             begun.add(seed)
             torch.manual_seed(seed)
@@ -93,7 +94,7 @@ def ends(rows: list[Row], arm: str) -> list[Row]:
 
 
 def figure(rows: list[Row], path: Path) -> None:
-    """Draw the share of the digits over epochs, and the profiles at the start and the end."""
+    """Draw the share of the two images over epochs, and the profiles at the start and the end."""
     drawn = Figure(figsize=(11, 4), layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
     start = ends(rows, "start")
@@ -115,10 +116,10 @@ def figure(rows: list[Row], path: Path) -> None:
     left.set_xticks([], minor=True)
     left.set_xlim(-0.1, 70)
     left.set_xlabel("epochs (circles: other seeds, at the end)")
-    left.set_ylabel("interaction share of the two digits")
-    names = [f"{d}\n{'inside' if d in INSIDE else 'across'}" for d in rows[0]["distances"]]
+    left.set_ylabel("interaction share of the two images")
+    names = [f"{d}\n{'inside' if k < 3 else 'across'}" for k, d in enumerate(rows[0]["distances"])]
     right.set_xticks(range(len(names)), names, fontsize=8)
-    right.set_xlabel(f"pixels between patches of {SIZE}x{SIZE}, inside or across digits")
+    right.set_xlabel(f"pixels between patches of side {rows[0]['patches']}, inside an image or across")
     right.set_ylabel("share of variance by interaction")
     right.set_yscale("log")
     right.legend(fontsize=8)
@@ -128,7 +129,7 @@ def figure(rows: list[Row], path: Path) -> None:
 def profile_of(ax: Any, rows: list[Row], label: str, color: str) -> None:
     """Draw the mean profile of these networks."""
     mean = np.maximum(np.mean([row["profile"] for row in rows], axis=0), 1e-5)
-    for part, name in ((slice(len(INSIDE)), label), (slice(len(INSIDE), None), None)):
+    for part, name in ((slice(3), label), (slice(3, None), None)):
         ax.plot(np.arange(len(mean))[part], mean[part], "o-", ms=4, lw=1.2, color=color, label=name)
 
 
@@ -151,13 +152,7 @@ def main() -> None:
         )
     if arguments.out:
         machine = f"{platform.machine()} CPU, torch {torch.__version__}"
-        about = {
-            "machine": machine,
-            "crossed": CROSSED,
-            "patches": SIZE,
-            "distance": arguments.distance,
-            "rows": rows,
-        }
+        about = {"machine": machine, "crossed": CROSSED, "distance": arguments.distance, "rows": rows}
         arguments.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if arguments.figure:
         figure(rows, arguments.figure)
