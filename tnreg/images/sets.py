@@ -109,10 +109,11 @@ class ImageSet:
         columns = check_integer(columns, 1, "sheet: columns")
         zoom = max(1, 128 // max(self.images.shape[-2:]))
         lines = []
-        for label in (0, 1):
-            images = self.images[np.flatnonzero(self.labels == label)[: half * columns]]
+        picked = [np.flatnonzero(self.labels == label)[: half * columns] for label in (0, 1)]
+        visible = _visible(self.images[np.concatenate(picked)])
+        for images in np.split(visible, [len(picked[0])]):
             cells = np.zeros((half * columns, *self.images.shape[1:]), dtype=np.float32)
-            cells[: len(images)] = _visible(images)
+            cells[: len(images)] = images
             cells = cells.repeat(zoom, 2).repeat(zoom, 3)
             cells = np.pad(cells, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
             lines += [np.concatenate(list(line), -1) for line in np.split(cells, half)]
