@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -26,7 +27,8 @@ from tnreg.experiments.locality import comparison
 from tnreg.experiments.locality import pictures as locality_figure
 from tnreg.experiments.locality import state as locality_state
 from tnreg.experiments.locality import train as locality_run
-from tnreg.experiments.locality.settings import Execution, Settings
+from tnreg.experiments.locality.augment import AUGMENTATIONS, Augmentation
+from tnreg.experiments.locality.settings import PENALTIES, Execution, Settings
 from tnreg.experiments.locality.train import train
 from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.experiments.sweep.cell import Unfinished
@@ -35,7 +37,7 @@ from tnreg.training import cuda_graph
 
 pytestmark = pytest.mark.slow
 
-QUICK = Settings(epochs=4, test_every=2, igc_every=1, interaction_every=2, lr=0.02)
+QUICK = Settings(epochs=4, test_every=2, igc_every=1, interaction_every=2, rank_start=0, lr=0.02)
 SETS = {"train": 130, "test": 50}
 
 
@@ -49,7 +51,7 @@ def run(pairs, tmp_path):
     """Train into a folder of the test by settings like QUICK."""
 
     def run(name, arm="plain", data=pairs, **changes):
-        options = {k: changes.pop(k) for k in ("execution", "deadline") if k in changes}
+        options = {k: changes.pop(k) for k in ("execution", "deadline", "before") if k in changes}
         settings = dataclasses.replace(QUICK, **changes)
         return train(settings, arm, 1, *data, tmp_path / name, **options)
 
@@ -68,16 +70,43 @@ def assert_same_run(one, other):
     assert all(np.array_equal(a[name], b[name], equal_nan=True) for name in a.names)
 
 
-@pytest.mark.parametrize(("make", "count"), [(nets.SmallCNN, 76_593), (nets.ResNet18, 11_170_753)])
-def test_networks(make, count):
-    net = make()
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("small-cnn", 76_593), ("wide-cnn", 415_793), ("dilated-cnn", 76_593), ("normalized-cnn", 77_041),
+        ("small-resnet", 97_009), ("resnet-18", 11_170_753), ("small-vit", 135_169),
+    ],
+)  # fmt: skip
+def test_networks(name, count):
+    net = nets.build(name, 1)
     assert sum(p.numel() for p in net.parameters()) == count
-    assert net(torch.randn(2, 1, 64, 64)).shape == (2, 1)
-    assert make(3, 5)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
-    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in make(dropout=0.5).modules())
-    first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).weight
-    he = (2 / (9 if count < 1e6 else 64 * 49)) ** 0.5
-    assert float(first.detach().std()) == pytest.approx(he, rel=0.15)
+    for size in ((64, 64), (8, 40)):
+        assert net(torch.randn(2, 1, *size)).shape == (2, 1)
+    assert nets.build(name, 3, num_classes=5)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    dropping = [m.p for m in nets.build(name, 1, dropout=0.5).modules() if isinstance(m, torch.nn.Dropout)]
+    assert 0.5 in dropping
+    if name in ("small-cnn", "resnet-18"):
+        first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).weight
+        he = (2 / (9 if count < 1e6 else 64 * 49)) ** 0.5
+        assert float(first.detach().std()) == pytest.approx(he, rel=0.15)
+
+
+def test_where_networks_look(pairs):
+    """A ViT tells places apart; the residual network sees as far as the CNN; dropout is where published."""
+    x = torch.from_numpy(pairs[0].images[:4])
+    vit = nets.build("small-vit", 1)
+    assert not torch.allclose(vit(x), vit(x.roll(16, -1)), atol=1e-4)
+    for name in ("small-cnn", "small-resnet"):
+        net = nets.build(name, 1).eval()
+        features = net.features if name == "small-cnn" else torch.nn.Sequential(net.stem, net.blocks)
+        x = torch.randn(64, 1, 8, 80, requires_grad=True)
+        seen = torch.autograd.grad(features(x)[..., 5].sum(), x)[0].abs().sum((0, 1, 2)).nonzero()
+        assert int(seen.max() - seen.min()) == 38
+    net = nets.build("resnet-18", 1, dropout=0.5)
+    calls = []
+    net.drop.register_forward_hook(lambda module, inputs, out: calls.append(inputs[0].shape[1]))
+    net(torch.randn(2, 1, 64, 64))
+    assert calls == [64, 128, 256]
 
 
 def test_network_by_import_path(monkeypatch):
@@ -103,6 +132,10 @@ def test_network_by_import_path(monkeypatch):
             nets.build(name, channels, **options)
 
 
+# Images through the network for one that is shown; of batches of 64, 64 and 2 there are 132 crossed ones.
+IMAGES = {"sam": 2, "igc": 3, "interaction": 1 + 132 / 2 / 130, "rank": 1 + 132 / 130}
+
+
 @pytest.mark.parametrize("arm", locality_run.ARMS)
 def test_every_arm(arm, run, tmp_path):
     before = torch.get_rng_state()
@@ -110,7 +143,8 @@ def test_every_arm(arm, run, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
     assert summary["epochs"] == 4 and summary["stopped by"] == "epochs"
     assert 0 <= summary["test accuracy"] <= 1 and summary["cpu seconds"] > 0
-    assert (summary["penalty"] > 0) == (arm in ("igc", "interaction"))
+    assert (summary["penalty"] > 0) == (arm in PENALTIES)
+    assert summary["images"] == pytest.approx(IMAGES.get(arm, 1))
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["config"]["arm"] == arm and about["summary"] == summary
     history = Trajectory.load(tmp_path / "run" / "trajectory.npz")
@@ -122,6 +156,94 @@ def test_every_arm(arm, run, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     assert [float(row["loss"]) for row in rows] == history["loss"].tolist()
+
+
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_augmentations_by_their_definition(kind):
+    """Image by image, and with strength 0 nothing changes."""
+    settings = dataclasses.replace(QUICK, augment=kind, shift=2)
+    pictures = torch.rand(9, 2, 6, 10)
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1])
+    order = torch.tensor([4, 8, 2, 5])
+
+    def of(index):
+        return pictures[index], labels[index]
+
+    augment = Augmentation(settings, 1)
+    drawn = augment.draw(order, pictures.shape[1:])
+    assert len(drawn) == AUGMENTATIONS[kind] and all(len(part) == 4 for part in drawn)
+    found, targets = augment(of, order, drawn)
+    if kind in ("mixup", "cutmix"):
+        partners, keep = drawn
+        assert sorted(partners.tolist()) == sorted(order.tolist())
+        assert ((keep == 0) | (keep == 1)).all() == (kind == "cutmix")
+    for i, n in enumerate(order):
+        x, y = pictures[n], int(labels[n])
+        if kind == "noise":
+            assert torch.equal(found[i], x + drawn[0][i])
+        elif kind == "shift":
+            down, right = drawn[0][i].tolist()
+            for row, column in itertools.product(range(6), range(10)):
+                there = x[:, min(max(row - down, 0), 5), min(max(column - right, 0), 9)]
+                assert torch.equal(found[i, :, row, column], there)
+        elif kind == "none":
+            assert torch.equal(found[i], x)
+        else:
+            other, its = pictures[partners[i]], int(labels[partners[i]])
+            assert torch.allclose(found[i], keep[i] * x + (1 - keep[i]) * other)
+            one = float(keep[i].mean())
+            assert targets[i].tolist() == pytest.approx(
+                [one * (y == k) + (1 - one) * (its == k) for k in (0, 1)]
+            )
+    if targets.ndim == 1:
+        assert torch.equal(targets, labels[order])
+    else:  # one logit or two, the loss is the same
+        logits = torch.randn(4, 1)
+        both = torch.cat([torch.zeros(4, 1), logits], 1)
+        assert torch.allclose(locality_run._loss(logits, targets), locality_run._loss(both, targets))
+        assert locality_run._right(logits, targets) == ((logits[:, 0] > 0) == (targets[:, 1] > 0.5)).sum()
+    if kind in ("noise", "shift"):
+        augment = Augmentation(dataclasses.replace(settings, noise=0.0, shift=0), 1)
+        assert torch.equal(augment(of, order, augment.draw(order, (2, 6, 10)))[0], pictures[order])
+
+
+def test_augmentations_take_their_strength():
+    """The noise has its deviation, images move by up to so many pixels, shares are from Beta."""
+    found = {
+        kind: torch.stack(
+            [Augmentation(dataclasses.replace(QUICK, augment=kind, mixup=2.0), seed)
+             .draw(torch.arange(50), (1, 40, 40))[-1].double() for seed in range(200)]
+        )
+        for kind in ("noise", "shift", "mixup", "cutmix")
+    }  # fmt: skip
+    assert float(found["noise"].std()) == pytest.approx(0.2, rel=0.01)
+    assert found["shift"].unique().tolist() == [-1, 0, 1]
+    shares = {kind: found[kind][:, 0].mean((1, 2, 3)) for kind in ("mixup", "cutmix")}
+    assert float(shares["mixup"].mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(shares["mixup"].var()) == pytest.approx(1 / 20, rel=0.3)  # a b / (a + b)² / (a + b + 1)
+    assert 0 <= shares["cutmix"].min() < 0.2 and 0.9 < shares["cutmix"].max() <= 1
+
+
+def test_pretraining_on_shorter_distances(pairs, run, tmp_path):
+    """Its epochs show the other images without a penalty; the stop rule looks at what follows."""
+    near = images.is_same_class(130, distance=0, seed=1)
+    run("near", data=[near, pairs[1]], epochs=2)
+    options = {"pretrain_epochs": 2, "stop_above": 0.0, "epochs": 9}
+    summary = run("run", "igc", before=[near], **options)
+    assert summary["epochs"] == 2 + QUICK.stop_epochs
+    rows, other = (Trajectory.load(tmp_path / name / "trajectory.npz") for name in ("run", "near"))
+    assert rows["loss"][:2].tolist() == other["loss"].tolist()
+    assert rows["penalty"][:2].tolist() == [0, 0] and (rows["penalty"][2:] > 0).all()
+    config = dataclasses.replace(
+        locality.tiny, arms=("plain",), distances=(0, 24), seeds=(1,), pretrain_epochs=1, epochs=3
+    )
+    cells = locality.cells(config)
+    sets = [comparison._sets(locality.Training(**cell)) for cell in cells]
+    assert [[(one.distance, split) for one, split in some] for some in sets] == [
+        [(0, "train"), (0, "test")],
+        [(0, "train"), (8, "train"), (16, "train"), (24, "train"), (24, "test")],
+    ]
+    assert [row["epochs"] for row in locality.run(config, tmp_path / "s")] == [3, 3]
 
 
 def test_all_arms_see_the_images_in_one_order(run, monkeypatch):
@@ -144,7 +266,7 @@ def test_arms_that_add_nothing_are_plain(run, tmp_path):
     """With weight 0, and with patches off the digits: a swap of background changes nothing."""
     run("plain")
     plain = weights(tmp_path / "plain")
-    for arm in ("igc", "interaction"):
+    for arm in PENALTIES:
         for changes, tolerance in (({arm: 0.0}, 0), ({"patches": "off"}, 1e-4)):
             run(f"{arm}-{tolerance}", arm, **changes)
             there = weights(tmp_path / f"{arm}-{tolerance}")
@@ -180,10 +302,16 @@ def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("portable", [False, True])
-@pytest.mark.parametrize("arm", ["dropout", "igc", "interaction"])
-def test_a_deadline_ends_with_the_state_written(arm, portable, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arm", "augment", "portable"),
+    [
+        ("dropout", "none", False), ("igc", "noise", True), ("interaction", "cutmix", False),
+        ("rank", "shift", True), ("sam", "mixup", False),
+    ],
+)  # fmt: skip
+def test_a_deadline_ends_with_the_state_written(arm, augment, portable, run, tmp_path, monkeypatch):
     execution = Execution(portable=portable, checkpoint_seconds=1e9)
+    run = functools.partial(run, augment=augment)
     run("whole", arm)
     with monkeypatch.context() as patched:
         deadline = deadline_after(2, patched)
@@ -248,7 +376,7 @@ def test_a_state_that_travels(limit, kept, run, tmp_path, monkeypatch):
 def test_a_network_too_large_to_travel_is_refused_before_it_is_trained(run, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="leave out portable, and the state is one file"):
         locality_state.check_travels(torch.nn.Linear(4000, 4000))
-    locality_state.check_travels(nets.ResNet18())
+    locality_state.check_travels(nets.ResNet())
     monkeypatch.setattr(locality_state, "_WHOLE", 2**20)
     with pytest.raises(OptionError, match="the network has 306,372 bytes of weights"):
         run("a", execution=Execution(portable=True))
@@ -256,7 +384,7 @@ def test_a_network_too_large_to_travel_is_refused_before_it_is_trained(run, tmp_
 
 
 def test_the_state_of_resnet_18_travels_without_momentum(tmp_path):
-    net = nets.ResNet18()
+    net = nets.ResNet()
     optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
@@ -302,18 +430,22 @@ def test_inputs_are_standardized(pairs, run, tmp_path):
     assert np.allclose(numbers["deviation"], (colours.images / 255).std((0, 2, 3)))
 
 
-@pytest.mark.parametrize("arm", ["plain", "igc", "interaction"])
+@pytest.mark.parametrize(
+    ("arm", "augment"),
+    [("plain", "cutmix"), ("sam", "none"), ("igc", "shift"), ("interaction", "noise"), ("rank", "mixup")],
+)
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
-def test_a_step_reads_nothing_from_the_device(arm, statistics):
+def test_a_step_reads_nothing_from_the_device(arm, augment, statistics):
     """On the device "meta" nothing can be read: an epoch of steps that waits for it would be an error."""
     data = images.pathfinder(10, length=3, size=32, seed=1)
     settings = dataclasses.replace(
-        QUICK, batch=4, statistics=statistics, standardize=True, patches="random", interaction_every=1
+        QUICK, batch=4, statistics=statistics, standardize=True, patches="random", interaction_every=1,
+        augment=augment,
     )  # fmt: skip
     processes = Processes(device=torch.device("meta"))
     state = locality_run._State(settings, arm, 1, data, processes, Execution())
     state.net.train()
-    assert state.steps() == (10, 0 if arm == "plain" else 3)
+    assert state.steps() == (10, 3 if arm in PENALTIES else 0)
     assert state.sums.device.type == "meta"
 
 
@@ -330,11 +462,20 @@ class Replayed:
         self.step()
 
 
-@pytest.mark.parametrize("arm", ["plain", "igc", "interaction"])
-def test_steps_by_tensors_that_stay_are_the_same(arm, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arm", "augment"), [("plain", "mixup"), ("sam", "none"), ("igc", "none"), ("rank", "noise")]
+)
+def test_steps_by_tensors_that_stay_are_the_same(arm, augment, run, tmp_path, monkeypatch):
     """What CUDA graphs replay, on a CPU: all that changes from step to step is copied in."""
     data = [images.pathfinder(40, length=3, size=32, seed=1)] * 2
-    changes = {"batch": 12, "patches": "random", "patch_size": 6, "igc_warmup": 5, "epochs": 2}
+    changes = {
+        "batch": 12,
+        "patches": "random",
+        "patch_size": 6,
+        "igc_warmup": 5,
+        "epochs": 2,
+        "augment": augment,
+    }
     run("eager", arm, data, **changes)
     graph = Execution(graph=True)
     with pytest.raises(OptionError, match="graph needs a CUDA device and one process, found cpu"):
@@ -378,6 +519,11 @@ def test_trainings_refuse(pairs, run, tmp_path):
     for name, arm, changes, data, error, message in [
         ("a", "none", {}, pairs, OptionError, "no arm 'none'; there is plain, weight-decay"),
         ("a", "plain", {"epochs": 0}, pairs, OptionError, "epochs must be an integer >= 1"),
+        ("a", "plain", {"augment": "blur"}, pairs, OptionError, "no augment 'blur'; there is none, noise"),
+        ("a", "plain", {"noise": -1.0}, pairs, OptionError, "noise must be"),
+        ("a", "plain", {"shift": 0.5}, pairs, OptionError, "shift must be an integer"),
+        ("a", "plain", {"mixup": 0.0}, pairs, OptionError, "mixup must be"),
+        ("a", "plain", {"pretrain_epochs": -1}, pairs, OptionError, "pretrain_epochs must be"),
         ("a", "igc", {"patches": "all"}, pairs, OptionError, "no patches 'all'; there is images"),
         ("a", "igc", {}, dots, OptionError, "patches 'images' need the boxes of image pairs"),
         ("a", "plain", {"lr": 1e30}, pairs, DataError, "the loss is not finite in epoch 1"),
@@ -390,10 +536,10 @@ def test_trainings_refuse(pairs, run, tmp_path):
 def test_sweep(tmp_path):
     place = tmp_path / "sweep"
     rows = locality.run(locality.tiny, place, progress=True)
-    assert [(r["arm"], r["distance"], r["seed"]) for r in rows[:4]] == [
-        ("plain", 0, 1), ("igc", 0, 1), ("interaction", 0, 1), ("plain", 24, 1),
+    assert [(r["arm"], r["distance"], r["seed"]) for r in rows[:5]] == [
+        ("plain", 0, 1), ("igc", 0, 1), ("interaction", 0, 1), ("rank", 0, 1), ("plain", 24, 1),
     ]  # fmt: skip
-    assert len(rows) == 12 and all(row["seconds"] > 0 for row in rows)
+    assert len(rows) == 16 and all(row["seconds"] > 0 for row in rows)
     about = json.loads((place / "config.json").read_text())
     assert about["experiment"] == "locality" and about["summary"] == rows
     with open(place / "results.csv", newline="") as file:
@@ -409,7 +555,7 @@ def test_sweep(tmp_path):
     before = (place / "plain-0-seed-1" / "config.json").stat().st_mtime_ns
     more = dataclasses.replace(locality.tiny, arms=("plain",), seeds=(1, 3, 4), distances=(24,))
     again = locality.run(dataclasses.replace(more, workers=2), place)
-    assert len(again) == 3 and again[0] == rows[3]
+    assert len(again) == 3 and again[0] == rows[4]
     assert (place / "plain-0-seed-1" / "config.json").stat().st_mtime_ns == before
     (place / "locality.png").unlink()
     assert locality.figure(place).stat().st_size > 1000
@@ -424,7 +570,7 @@ def test_sweep_of_pathfinder(tmp_path, monkeypatch):
         matched=True, model="small-cnn",
     )  # fmt: skip
     rows = locality.run(config, tmp_path / "p")
-    assert [row["arm"] for row in rows] == ["plain", "igc", "interaction"]
+    assert [row["arm"] for row in rows] == ["plain", "igc", "interaction", "rank"]
     names = sorted(path.name for path in (tmp_path / "p" / "sets").iterdir())
     assert names == ["matched-3-32-test-0-10.npz", "matched-3-32-train-0-20.npz"]
     assert images.load(tmp_path / "p" / "sets" / names[1]).config["length"] == 3

@@ -99,7 +99,7 @@ def assert_all_but_one(place, found):
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_started_again(sign, tmp_path, capsys):
     """Through the command line: twelve trainings, ended in the middle, none trained twice."""
-    options = ["--set", "tiny", "--epochs", "3", "--out", str(tmp_path / "s")]
+    options = [*"--set tiny --epochs 3 --arm plain,igc,interaction --out".split(), str(tmp_path / "s")]
     command = ["sweep", "locality", *options, "--no-progress", "--workers"]
     with start("from tnreg.cli import main; main()", *command, "2") as running:
         wait(lambda: len(cells_there(tmp_path)) >= 3, running)

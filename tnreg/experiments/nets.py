@@ -1,9 +1,12 @@
-"""Networks for images with one logit: a small CNN, a ResNet-18, or any of your own by its import path.
+"""Networks for images with one logit, built in, or any of your own by its import path.
 
-The small CNN has five 3x3 convolutions with ReLU (32, 48, 48, 48, 48 channels; the first, second and
-fourth with stride 2), global average pooling and a linear layer, and no normalization. Its weights
-are He-normal: from PyTorch's own initial weights it does not start to learn. The ResNet-18 is that of He
-et al. (2016), arXiv:1512.03385, for images of 60 pixels or more.
+- small-cnn: five 3x3 convolutions with ReLU (32, 48, 48, 48, 48 channels; the first, second and fourth with
+  stride 2), global average pooling and a linear layer, and no normalization. Its weights are He-normal: from
+  PyTorch's own initial weights it does not start to learn. wide-cnn has 7x7 convolutions, dilated-cnn has
+  dilation 2, normalized-cnn batch normalization before each ReLU.
+- resnet-18: that of He et al. (2016), arXiv:1512.03385, for images of 60 pixels or more. small-resnet has
+  three blocks of 32, 48 and 48 channels, and sees as far as small-cnn.
+- small-vit: four transformer blocks of 64 channels over patches of 4x4 pixels, for images of any size.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import inspect
 import os
 import runpy
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,11 +33,22 @@ class SmallCNN(nn.Module):
     features that is dropped in training.
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 1,
+        dropout: float = 0.0,
+        *,
+        kernel: int = 3,
+        dilation: int = 1,
+        normalize: bool = False,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for channels, stride in ((32, 2), (48, 2), (48, 1), (48, 2), (48, 1)):
-            layers += [nn.Conv2d(in_channels, channels, 3, stride, padding=1), nn.ReLU()]
+            padding = dilation * (kernel // 2)
+            layers.append(nn.Conv2d(in_channels, channels, kernel, stride, padding, dilation))
+            layers += [nn.BatchNorm2d(channels), nn.ReLU()] if normalize else [nn.ReLU()]
             in_channels = channels
         self.features, self.drop = nn.Sequential(*layers), nn.Dropout(dropout)
         self.head = nn.Linear(in_channels, num_classes)
@@ -43,24 +59,37 @@ class SmallCNN(nn.Module):
         return cast(Tensor, self.head(self.drop(self.features(x).mean((2, 3)))))
 
 
-class ResNet18(nn.Module):
-    """Eight residual blocks of two 3x3 convolutions with batch normalization; otherwise as ``SmallCNN``."""
+class ResNet(nn.Module):
+    """Residual blocks of two 3x3 convolutions with batch normalization, one between each two ``widths``.
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
+    The first convolution has kernels of ``stem``, and is pooled if they are 7x7. A block with more channels
+    than the one before begins a stage, and there ``dropout`` drops what the stage before gives.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 1,
+        dropout: float = 0.0,
+        *,
+        widths: Sequence[int] = (64, 64, 64, 128, 128, 256, 256, 512, 512),
+        stem: int = 7,
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.MaxPool2d(3, 2, padding=1),
-        )  # fmt: skip
-        widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
+        first = nn.Conv2d(in_channels, widths[0], stem, 2, padding=stem // 2, bias=False)
+        pool = [nn.MaxPool2d(3, 2, padding=1)] if stem == 7 else []
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(widths[0]), nn.ReLU(), *pool)
         self.blocks = nn.Sequential(*map(_Block, widths, widths[1:]))
-        self.drop, self.head = nn.Dropout(dropout), nn.Linear(512, num_classes)
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(widths[-1], num_classes)
         _he_normal(self.stem, "fan_out")
         _he_normal(self.blocks, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        return cast(Tensor, self.head(self.drop(self.blocks(self.stem(x)).mean((2, 3)))))
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x if isinstance(block.shortcut, nn.Identity) else self.drop(x))
+        return cast(Tensor, self.head(x.mean((2, 3))))
 
 
 class _Block(nn.Module):
@@ -82,6 +111,42 @@ class _Block(nn.Module):
         return cast(Tensor, self.last(self.straight(x) + self.shortcut(x)))
 
 
+class SmallViT(nn.Module):
+    """Transformer blocks over patches of 4x4 pixels, whose mean gives the logits; otherwise as ``SmallCNN``.
+
+    Positions are told by fixed sines and cosines, so that images may have any size.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, 64, 4, 4)
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    64, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(4)
+            ),
+            nn.LayerNorm(64),
+        )
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        x = self.patches(x)
+        x = (x + _positions(x.shape[1:], x.device)).flatten(2).mT
+        return cast(Tensor, self.head(self.drop(self.blocks(x).mean(1))))
+
+
+def _positions(shape: torch.Size, device: torch.device) -> Tensor:
+    """Return sines and cosines of rows and columns, ``(channels, height, width)``."""
+    channels, height, width = shape
+    frequencies = 100 ** -torch.linspace(0, 1, channels // 4, device=device)[:, None]
+    rows, columns = (frequencies * torch.arange(n, device=device) for n in (height, width))
+    waves = [f(x) for x in (rows[..., None], columns[:, None]) for f in (torch.sin, torch.cos)]
+    return torch.cat([wave.expand(-1, height, width) for wave in waves])
+
+
 class _Repeated(nn.Module):
     """A network for colours that is given gray images."""
 
@@ -93,14 +158,22 @@ class _Repeated(nn.Module):
         return cast(Tensor, self.net(x.expand(-1, self.channels, -1, -1)))
 
 
-BUILT_IN: dict[str, Any] = {"small-cnn": SmallCNN, "resnet-18": ResNet18}
+BUILT_IN: dict[str, Any] = {
+    "small-cnn": SmallCNN,
+    "wide-cnn": partial(SmallCNN, kernel=7),
+    "dilated-cnn": partial(SmallCNN, dilation=2),
+    "normalized-cnn": partial(SmallCNN, normalize=True),
+    "small-resnet": partial(ResNet, widths=(32, 32, 48, 48), stem=3),
+    "resnet-18": ResNet,
+    "small-vit": SmallViT,
+}
 
 
 @blame("model")
 def build(name: str, in_channels: int, *, num_classes: int = 1, dropout: float = 0.0) -> nn.Module:
     """Return a network by name, with initial weights from torch's own random numbers.
 
-    A name is "small-cnn", "resnet-18", an import path such as ``torchvision.models:resnet18`` (modules of
+    A name is one of ``BUILT_IN``, an import path such as ``torchvision.models:resnet18`` (modules of
     the working directory are found), or ``FILE.py:NAME``: anything that returns an ``nn.Module``. It is
     called with those of the other arguments that its signature names; ``num_classes`` also where it takes
     any keyword. Where ``in_channels`` is not one of them and the first

@@ -294,12 +294,9 @@ def interaction_rank(
     columns = parts.new_ones(parts.shape[1]) if counted is None else counted
     outputs = parts.shape[2] if outputs is None else outputs
     n = ((columns.sum(dtype=torch.float64) - 1) * outputs).clamp(max=k - 1)
-    with torch.autocast(parts.device.type, enabled=False):
-        wide = parts.flatten(1).double()
-        share = n * (wide @ wide.mT) / below
-        lower = torch.linalg.cholesky_ex(share + floor * torch.eye(k, dtype=wide.dtype, device=wide.device))[
-            0
-        ]
+    wide = parts.flatten(1).double()  # which autocast leaves alone
+    share = n * (wide @ wide.mT) / below + floor * torch.eye(k, dtype=wide.dtype, device=wide.device)
+    lower = torch.linalg.cholesky_ex(share)[0]
     none, all_ = math.log(floor), math.log1p(floor)
     mean = (2 * lower.diagonal().log().sum() - (k - n) * none) / n.clamp(min=1)
     return torch.where(n > 0, (all_ - mean) / (all_ - none), 1.0).to(parts.dtype)

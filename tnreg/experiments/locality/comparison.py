@@ -35,6 +35,7 @@ class Images(Settings):
         size: Height and width of Pathfinder images.
         matched: Pathfinder whose negatives have the disc distances of positives.
         source: For CIFAR-10: the folder cifar-10-batches-py of its archive for Python.
+        pretrain_distances: Distances of the pretraining that ``pretrain_epochs`` asks for.
     """
 
     set: Literal["digits", "photos", "spectra", "cifar", "pathfinder", "tiny"] = "digits"
@@ -44,6 +45,7 @@ class Images(Settings):
     size: int = 150
     matched: bool = False
     source: str = "cifar-10-batches-py"
+    pretrain_distances: tuple[int, ...] = (0, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Training(Images):
     """Everything that one training is made from, its images included.
 
     Attributes:
-        arm: What is added to plain training: plain, weight-decay, dropout, igc, interaction.
+        arm: What is added to plain training: plain, weight-decay, dropout, sam, igc, interaction, rank.
         distance: Pixels between the two images of a pair; for Pathfinder paddles of a path.
         seed: Draws initial weights, the order of the images, and patches.
     """
@@ -63,7 +65,6 @@ class Training(Images):
 
 _EXECUTION = Execution()
 _Split = Literal["train", "test"]
-_SPLITS: tuple[_Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Config(Images):
     """Settings of one sweep.
 
     Attributes:
-        arms: What is compared: plain, weight-decay, dropout, igc, interaction.
+        arms: What is compared: plain, weight-decay, dropout, sam, igc, interaction, rank.
         distances: Pixels between the two images of a pair; for Pathfinder paddles of a path.
         seeds: Each draws initial weights, the order of the images, and patches.
         workers: Trainings at a time, each in a process of its own with one thread, on one GPU as well; 1 for
@@ -81,7 +82,7 @@ class Config(Images):
         execution: How trainings are carried out.
     """
 
-    arms: tuple[str, ...] = ("plain", "igc", "interaction")
+    arms: tuple[str, ...] = ("plain", "igc", "interaction", "rank")
     distances: tuple[int, ...] = (0, 8, 16, 24)
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     workers: int = 1
@@ -96,13 +97,16 @@ pathfinder = Config(
     set="pathfinder", distances=(3, 5, 7, 9), seeds=(1, 2, 3, 4, 5), data_seed=0, train=10_000,
     test=10_000, model="resnet-18", epochs=150, stop_above=1.0, stop_epochs=21, lr=0.01, test_every=1,
     patches="random", statistics="batch", standardize=True, igc=9.0, igc_every=1, interaction=0.1,
-    interaction_until=0, interaction_target=0.0, execution=Execution(checkpoint_seconds=30.0),
+    interaction_until=0, interaction_target=0.0, rank=0.02, rank_start=2000, rank_until=8000,
+    pretrain_distances=(3, 5, 7), execution=Execution(checkpoint_seconds=30.0),
 )  # fmt: skip
 cifar = dataclasses.replace(
-    pathfinder, set="cifar", distances=(0, 40, 80, 120, 160), train=5_000, patches="images", igc=1.0
-)
+    pathfinder, set="cifar", distances=(0, 40, 80, 120, 160), train=5_000, patches="images", igc=1.0,
+    pretrain_distances=(0, 40, 80, 120),
+)  # fmt: skip
 tiny = Config(
-    set="tiny", distances=(0, 24), seeds=(1, 2), train=60, test=50, epochs=2, test_every=1, igc_every=1
+    set="tiny", distances=(0, 24), seeds=(1, 2), train=60, test=50, epochs=2, test_every=1, igc_every=1,
+    rank_start=0,
 )  # fmt: skip
 SETS = {
     "digits": digits, "photos": photos, "spectra": spectra, "cifar": cifar, "pathfinder": pathfinder,
@@ -249,12 +253,12 @@ def _work(
     def load() -> list[ImageSet]:
         if time.monotonic() >= deadline:
             raise Unfinished("the time is over before it was begun")
-        return [_images(training, place, split) for split in _SPLITS]
+        return [_images(one, place, split) for one, split in _sets(training)]
 
     with joined(training.device) as processes:
-        data, test = processes.from_first(load)
+        *before, data, test = processes.from_first(load)
     return train(
-        training, training.arm, training.seed, data, test, folder, checkpoint=checkpoint,
+        training, training.arm, training.seed, data, test, folder, before=before, checkpoint=checkpoint,
         execution=execution, deadline=deadline,
     )  # fmt: skip
 
@@ -262,12 +266,20 @@ def _work(
 def _prepare(missing: list[dict[str, Any]], place: Path, progress: bool) -> None:
     """Make the sets of Pathfinder, or see that they can be read, each once and with all processors."""
     sets = {
-        _set_of(training, place, split): (training, split)
-        for training in (Training(**cell) for cell in missing if cell["set"] == "pathfinder")
-        for split in _SPLITS
+        _set_of(one, place, split): (one, split)
+        for cell in missing
+        if cell["set"] == "pathfinder"
+        for one, split in _sets(Training(**cell))
     }
     for training, split in sets.values():
         _images(training, place, split, progress)
+
+
+def _sets(training: Training) -> list[tuple[Training, _Split]]:
+    """Return the sets of a training: those of its pretraining, its own, and that of the test."""
+    shorter = training.pretrain_distances if training.pretrain_epochs else ()
+    before = [dataclasses.replace(training, distance=d) for d in shorter if d < training.distance]
+    return [(one, "train") for one in (*before, training)] + [(training, "test")]
 
 
 def _set_of(training: Training, place: Path, split: _Split) -> tuple[int, int, Path]:
@@ -303,7 +315,7 @@ def _name(cell: Mapping[str, Any], fields: Sequence[str]) -> str:
 
 def _row(cell: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     seconds = summary["cpu seconds"] if summary["device"] == "cpu" else summary["seconds"]
-    columns = ("test accuracy", "train accuracy", "penalty", "epochs")
+    columns = ("test accuracy", "train accuracy", "penalty", "epochs", "images")
     return {**{name: summary[name] for name in columns}, "seconds": seconds}
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from tnreg.errors import OptionError
-from tnreg.far.interaction import InteractionEnergy
+from tnreg.far.interaction import InteractionEnergy, InteractionRank
 from tnreg.far.patches import DifferingPatches, PatchSampler, PresetPatches, RandomPatches
 from tnreg.far.regularizers import InputGradientChange
 from tnreg.images.sets import ImageSet
 
-ARMS = ("plain", "weight-decay", "dropout", "igc", "interaction")
+ARMS = ("plain", "weight-decay", "dropout", "sam", "igc", "interaction", "rank")
+Penalty = InputGradientChange | InteractionEnergy | InteractionRank
+PENALTIES: dict[str, type[Penalty]] = {
+    "igc": InputGradientChange, "interaction": InteractionEnergy, "rank": InteractionRank,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,11 @@ class Settings:
     """Settings of one training, whatever its arm, its images and its seed.
 
     Attributes:
-        model: "small-cnn", "resnet-18", or an import path such as torchvision.models:resnet18.
-        epochs: Passes over the training images, at most.
+        model: "small-cnn" or another one of ``nets``, or an import path such as
+            torchvision.models:resnet18.
+        epochs: Passes over the training images, at most, those of ``pretrain_epochs`` among them.
+        pretrain_epochs: Passes over images of each distance of ``pretrain_distances`` that is shorter,
+            before; without a penalty.
         stop_above: Stop when the train accuracy, counted while training, is at least this ...
         stop_epochs: ... in so many epochs in a row.
         lr: Learning rate of SGD.
@@ -30,7 +37,16 @@ class Settings:
         batch: Images of a step.
         test_every: Epochs from one row of the history with a test accuracy to the next.
         weight_decay: That of the arm weight-decay.
-        dropout: Share of features that the arm dropout drops before the last layer.
+        dropout: Share of features that the arm dropout drops: before the last layer of a CNN, after each of
+            the first three stages of a ResNet, as published.
+        sam: How far the arm sam (sharpness-aware minimization) goes up the gradient.
+        augment: What changes training images in every step anew, for penalties as well: "noise" on what the
+            network takes, a "shift" of the whole image whose edge is repeated, "mixup" or "cutmix" of two
+            images and their labels.
+        noise: Standard deviation of the noise.
+        shift: Pixels of the shift, at most, in each direction.
+        mixup: Shares of the two images are from Beta(mixup, mixup).
+        cutmix: The same for areas.
         patches: Where penalties look: the two boxes of a pair; "off", boxes that touch neither image;
             "near", the upper and the lower half of one image; "random" squares, or squares where the
             images of a batch are "differing"; for Pathfinder such squares with a gap as that of its "discs",
@@ -43,14 +59,24 @@ class Settings:
         igc: Weight of the input gradient change.
         igc_every: A penalty only every so many steps.
         igc_warmup: Steps over which its weight grows.
+        igc_start: Steps before the first one.
         igc_until: Steps after which there is no penalty; 0 for none.
         igc_target: Value that is low enough: only what is above it counts; 0 for none.
         interaction: Weight of the interaction energy.
         interaction_every: That penalty only every so many steps.
         interaction_warmup: Steps over which its weight grows.
+        interaction_start: Steps before the first one.
         interaction_until: Steps after which it is left out; 0 for none.
         interaction_target: Value that is low enough: only what is above it counts; 0 for none.
         interaction_samples: Images whose patches are crossed.
+        rank: Weight of the interaction rank.
+        rank_every: That penalty only every so many steps.
+        rank_warmup: Steps over which its weight grows.
+        rank_start: Steps before the first one.
+        rank_until: Steps after which it is left out; 0 for none.
+        rank_target: Interaction energy that is low enough to leave it out; 0 for none.
+        rank_samples: Images whose patches are crossed.
+        rank_floor: Share of the variance that counts as none.
         device: Torch device.
         precision: "bfloat16" computes the network in that precision (autocast); "float64" holds and
             computes everything in double precision.
@@ -58,6 +84,7 @@ class Settings:
 
     model: str = "small-cnn"
     epochs: int = 60
+    pretrain_epochs: int = 0
     stop_above: float = 0.998
     stop_epochs: int = 3
     lr: float = 0.05
@@ -66,6 +93,12 @@ class Settings:
     test_every: int = 10
     weight_decay: float = 1e-3
     dropout: float = 0.5
+    sam: float = 0.05
+    augment: Literal["none", "noise", "shift", "mixup", "cutmix"] = "none"
+    noise: float = 0.2
+    shift: int = 1
+    mixup: float = 0.2
+    cutmix: float = 1.0
     patches: Literal["images", "off", "near", "random", "differing", "discs"] = "images"
     patch_size: int = 2
     statistics: Literal["frozen", "batch"] = "frozen"
@@ -73,14 +106,24 @@ class Settings:
     igc: float = 2.0
     igc_every: int = 4
     igc_warmup: int = 0
+    igc_start: int = 0
     igc_until: int = 0
     igc_target: float = 0.0
     interaction: float = 0.3
     interaction_every: int = 1
     interaction_warmup: int = 0
+    interaction_start: int = 0
     interaction_until: int = 300
     interaction_target: float = 0.6
     interaction_samples: int = 8
+    rank: float = 0.2
+    rank_every: int = 1
+    rank_warmup: int = 0
+    rank_start: int = 200
+    rank_until: int = 500
+    rank_target: float = 0.6
+    rank_samples: int = 8
+    rank_floor: float = 1e-3
     device: str = "cpu"
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
 
@@ -105,19 +148,16 @@ class Execution:
     graph: bool = False
 
 
-def penalty_of(
-    settings: Settings, arm: str, seed: int, data: ImageSet
-) -> InputGradientChange | InteractionEnergy | None:
+def penalty_of(settings: Settings, arm: str, seed: int, data: ImageSet) -> Penalty | None:
     """Return the penalty that an arm adds, at ``settings.patches``; ``None`` for arms without one."""
-    if arm not in ("igc", "interaction"):
+    if arm not in PENALTIES:
         return None
-    patches = _patches(settings, seed, data)
-    options = {name: getattr(settings, f"{arm}_{name}") for name in ("every", "warmup")}
-    options |= {name: getattr(settings, f"{arm}_{name}") or None for name in ("until", "target")}
+    patches, own = _patches(settings, seed, data), f"{arm}_"
+    options: dict[str, Any] = {k.removeprefix(own): v for k, v in vars(settings).items() if k.startswith(own)}
+    options |= {name: options[name] or None for name in ("until", "target")}
     options |= {"weight": getattr(settings, arm), "statistics": settings.statistics}
-    if arm == "igc":
-        return InputGradientChange(patches, **options)
-    return InteractionEnergy(patches, samples=settings.interaction_samples, seed=seed, **options)
+    options |= {} if arm == "igc" else {"seed": seed}
+    return PENALTIES[arm](patches, **options)
 
 
 def _patches(settings: Settings, seed: int, data: ImageSet) -> PatchSampler:

@@ -26,7 +26,7 @@ from tnreg.machine.files import write_whole
 from tnreg.training.checkpoint import no_checkpoint, read_state_bytes, save_whole, state_bytes
 from tnreg.training.trajectory import Trajectory
 
-FORMAT = "tnreg.locality/2"
+FORMAT = "tnreg.locality/3"
 _PARTS = "tnreg.locality-parts/1"
 _PART, _WHOLE = 14 * 2**20, 56 * 2**20
 _BESIDE = 2**20  # random numbers, history and names, beside the weights

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import RandomSampler
 
-from tnreg.errors import DataError, OptionError, check_integer
+from tnreg.errors import DataError, OptionError, check_integer, check_number
 from tnreg.experiments.folder import write_about
+from tnreg.experiments.locality.augment import Augmentation
 from tnreg.experiments.locality.settings import ARMS, Execution, Settings, penalty_of
 from tnreg.experiments.locality.state import (
     FORMAT,
@@ -45,6 +46,7 @@ from tnreg.experiments.locality.state import (
 )
 from tnreg.experiments.nets import as_input, build
 from tnreg.experiments.sweep.cell import Unfinished
+from tnreg.far.modes import evaluation
 from tnreg.far.scheduled import Draw
 from tnreg.images.sets import ImageSet
 from tnreg.machine.files import check_folder, folder_written_whole
@@ -66,6 +68,7 @@ def train(
     test: ImageSet,
     folder: str | Path,
     *,
+    before: Sequence[ImageSet] = (),
     checkpoint: str | Path | None = None,
     execution: Execution = _EXACT,
     deadline: float = math.inf,
@@ -85,6 +88,7 @@ def train(
         data: Training images.
         test: Test images. They choose nothing: the accuracy that counts is that of the last epoch.
         folder: Where the run goes.
+        before: Sets of the pretraining, in their order: each for ``settings.pretrain_epochs``.
         checkpoint: Where the state is kept while it trains; ``FOLDER.checkpoint`` if left out.
         execution: How it is carried out.
         deadline: Reading of ``time.monotonic()`` before which the training ends, with its state written. No
@@ -104,6 +108,8 @@ def train(
         raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.", argument="arm")
     for name in ("epochs", "stop_epochs", "batch", "test_every"):
         check_integer(getattr(settings, name), 1, f"locality: {name}")
+    check_integer(settings.pretrain_epochs, 0, "locality: pretrain_epochs")
+    check_number(settings.sam, "locality: sam", 0)
     run = _Run({"arm": arm, "seed": seed, **dataclasses.asdict(settings)})
 
     def places() -> tuple[Path, Path]:
@@ -117,7 +123,7 @@ def train(
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), _fast():
             torch.manual_seed(seed)
-            state = _State(settings, arm, seed, data, processes, execution)
+            state = _State(settings, arm, seed, data, processes, execution, before)
             try:
                 return _train(state, test, run, deadline)
             finally:
@@ -135,7 +141,7 @@ def _train(state: _State, test: ImageSet, run: _Run, deadline: float) -> dict[st
 
     state.read(run)
     test_x, test_y = (part.to(state.x.device) for part in _tensors(test))
-    longest = state.seconds["seconds"] / max(len(state.rows), 1)
+    longest = state.spent["seconds"] / max(len(state.rows), 1)
     written = time.monotonic()
     while not state.stopped():
         # of the longest epoch and half of it more, for the state and what else has to end
@@ -197,6 +203,7 @@ class _State:
         data: ImageSet,
         processes: Processes,
         execution: Execution,
+        before: Sequence[ImageSet] = (),
     ) -> None:
         self.settings, self.seed = settings, seed
         self.processes, self.execution = processes, execution
@@ -207,6 +214,8 @@ class _State:
         net = net.double() if settings.precision == "float64" else net
         # channels last: a fifth faster on a CPU, with and without gradient change
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.passed = 0  # images through the network in this epoch and process, of penalties as well
+        self.net.register_forward_pre_hook(self._count)
         self.wrapped: nn.Module = self.net
         if processes.count > 1:
             _check_batches(len(data.images), settings.batch, processes.count)
@@ -215,13 +224,15 @@ class _State:
             self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
         )
         self.penalty = penalty_of(settings, arm, seed, data)
+        self.climbs = arm == "sam"
         self.shuffle = torch.Generator().manual_seed(seed)
+        self.augment = Augmentation(settings, seed)
         self.rows = Trajectory()
-        self.seconds = {"cpu seconds": 0.0, "seconds": 0.0}
+        self.spent = {"cpu seconds": 0.0, "seconds": 0.0, "images": 0.0}
         self.epoch_seconds: list[float] = []  # in this process
         self.resumed: list[dict[str, Any]] = []
-        self.host, labels = _tensors(data)  # images on the CPU, for what is drawn
-        self.x, self.y = self.host.to(device), labels.to(device)
+        self.data, self.before = data, [one for one in before for _ in range(settings.pretrain_epochs)]
+        self._show(data)
         self.inputs = _standard(data) if settings.standardize else None
         self.scale = [
             torch.tensor(numbers, dtype=_dtype(settings), device=device).view(-1, 1, 1)
@@ -236,24 +247,39 @@ class _State:
             check_graph(device, processes.count)
             self.graphs = CapturedSteps(self.step, device)
 
+    def _count(self, net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.passed += len(inputs[0])
+
+    def _show(self, data: ImageSet) -> None:
+        """Put training images on the device; on the CPU they stay for what is drawn."""
+        self.shown, device = data, self.processes.device
+        self.host, self.host_labels = _tensors(data)
+        self.x, self.y = self.host.to(device), self.host_labels.to(device)
+
     def epoch(self) -> dict[str, float]:
         """Go once over the images; return mean loss, mean penalty where there was one, train accuracy."""
+        data = (*self.before, self.data)[min(len(self.rows), len(self.before))]
+        if data is not self.shown:
+            self._show(data)
         cpu, wall = time.process_time(), time.perf_counter()
         self.net.train()
         self.sums.zero_()
+        self.passed = 0
         if self.processes.rank:  # masks of dropout of its own in each epoch; all else is drawn alike
             own = np.random.SeedSequence([self.seed, self.processes.rank, len(self.rows)])
             torch.manual_seed(int(own.generate_state(1)[0]))
         shown, penalized = self.steps()
-        sums = [*self.sums.tolist(), time.process_time() - cpu]  # on a GPU this waits for the epoch
+        sums = self.sums.tolist()  # on a GPU this waits for the epoch
+        sums += [time.process_time() - cpu, self.passed]
         self.epoch_seconds.append(time.perf_counter() - wall)
-        self.seconds["seconds"] += self.epoch_seconds[-1]
+        self.spent["seconds"] += self.epoch_seconds[-1]
         total = self.processes.sum(torch.tensor(sums, dtype=torch.float64, device=self.x.device))
         if not bool(torch.isfinite(total).all()):
             message = f"the loss is not finite in epoch {len(self.rows) + 1}"
             raise DataError(f"{message}; take a smaller lr or penalty.")
-        loss, right, penalty, cpu_seconds = total.tolist()
-        self.seconds["cpu seconds"] += cpu_seconds
+        loss, right, penalty, cpu_seconds, passed = total.tolist()
+        self.spent["cpu seconds"] += cpu_seconds
+        self.spent["images"] += passed / shown
         return {
             "loss": loss / shown,
             "penalty": penalty / self.processes.count / penalized if penalized else 0.0,
@@ -266,11 +292,14 @@ class _State:
         there = order.to(self.x.device, non_blocking=True)
         penalized = first = 0
         for size in _sizes(len(order), self.settings.batch):
-            own, own_there = (self._own(part[first : first + size]) for part in (order, there))
-            weight = 0.0 if self.penalty is None else self.penalty.next_weight()
-            drawn = self._draw(own, own_there) if weight else None
+            whole = order[first : first + size]
+            own, own_there = self._own(whole), self._own(there[first : first + size])
+            changed = [self._own(part) for part in self.augment.draw(whole, self.host.shape[1:])]
+            penalty = self.penalty if self.shown is self.data else None
+            weight = 0.0 if penalty is None else penalty.next_weight()
+            drawn = self._draw(own, own_there, changed) if weight else None
             # gradients are averaged over processes, whose parts may differ by one image
-            self.update(own_there, weight, drawn, self.processes.count * len(own) / size)
+            self.update(own_there, weight, drawn, changed, self.processes.count * len(own) / size)
             penalized += weight > 0
             first += size
         return first, penalized
@@ -279,58 +308,86 @@ class _State:
         """Return this process's part of some rows; the first parts are larger by one."""
         return x.tensor_split(self.processes.count)[self.processes.rank]
 
-    def _draw(self, order: Tensor, there: Tensor) -> Draw:
+    def _draw(self, order: Tensor, there: Tensor, changed: Sequence[Tensor] = ()) -> Draw:
         """Draw for the penalty of a batch, from the images on the CPU where that will do."""
         assert self.penalty is not None
         if getattr(self.penalty.patches, "shape_only", False) and self.processes.count == 1:
             # few different shapes for a GPU; on a CPU no image more than needed
             multiple = 1 if self.x.device.type == "cpu" else 8
             images = self.host[order]
+            if changed:
+                images, _ = self.augment(
+                    lambda i: (as_input(self.host[i]), self.host_labels[i]), order, changed
+                )
             return self.penalty.draw(self.wrapped, images, multiple=multiple).to(self.x.device)
-        return self.penalty.draw(self.wrapped, self._scaled(self.x[there]))
+        changed = [part.to(self.x.device) for part in changed]
+        return self.penalty.draw(self.wrapped, self._batch(there, changed)[0])
 
-    def update(self, index: Tensor, weight: float, drawn: Draw | None, share: float = 1.0) -> None:
-        """Do one step, as a CUDA graph where that is asked for; see ``step``."""
-        changing = () if drawn is None else (drawn.pair, drawn.samples, drawn.columns)
-        if self.graphs is None:
-            self.step(index, weight, *changing, share=share)
-        else:
-            numbers = (torch.tensor(weight, dtype=_dtype(self.settings)), *changing)
-            self.graphs(index, *(value for value in numbers if value is not None))
-
-    def step(
+    def update(
         self,
         index: Tensor,
-        weight: float | Tensor,
-        pair: Tensor | None = None,
-        samples: Tensor | None = None,
-        columns: Tensor | None = None,
-        *,
+        weight: float,
+        drawn: Draw | None,
+        changed: Sequence[Tensor] = (),
         share: float = 1.0,
     ) -> None:
-        """Update once by the images of some numbers, with the boxes and samples that the penalty has drawn.
+        """Do one step, as a CUDA graph where that is asked for; see ``step``."""
+        pair = () if drawn is None else (drawn.pair, drawn.samples, drawn.columns)
+        given = [part for part in (*changed, *pair) if part is not None]
+        if self.graphs is None:
+            there = [part.to(self.x.device, non_blocking=True) for part in given]
+            self.step(index, weight, *there, share=share)
+        else:
+            self.graphs(index, torch.tensor(weight, dtype=_dtype(self.settings)), *given)
 
-        Without boxes there is no penalty. ``share`` is a factor of the loss.
+    def step(self, index: Tensor, weight: float | Tensor, *given: Tensor, share: float = 1.0) -> None:
+        """Update once by the images of some numbers.
+
+        ``given`` is what their augmentation has drawn, then what the penalty has drawn; without that there
+        is no penalty. ``share`` is a factor of the loss.
         """
-        images, labels = self._scaled(self.x[index]), self.y[index]
+        changed, drawn = given[: self.augment.drawn], given[self.augment.drawn :]
+        images, labels = self._batch(index, changed)
         penalty = None
         with _precision(self.settings):
-            if pair is None or self.penalty is None:
+            if self.penalty is None or not drawn:
                 logits = self.wrapped(images)
             else:
-                drawn = Draw(pair, samples, columns)
-                logits, value = self.penalty.with_logits(self.wrapped, images, labels, drawn)
+                draw = Draw(*drawn) if len(drawn) > 1 else Draw(drawn[0], None)
+                logits, value = self.penalty.with_logits(self.wrapped, images, labels, draw)
                 penalty = weight * value
             loss = _loss(logits, labels)
             total = loss * share if penalty is None else loss * share + penalty
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
+        if self.climbs:
+            self._climb(images, labels, share)
         self.optimizer.step()
         with torch.no_grad():
             self.sums[0] += loss.detach() * len(labels)
             self.sums[1] += _right(logits, labels)
             if penalty is not None:
                 self.sums[2] += penalty.detach()
+
+    def _climb(self, images: Tensor, labels: Tensor, share: float) -> None:
+        """Replace gradients by those at weights that lie ``sam`` up the gradient (Foret et al. 2021).
+
+        Running statistics are those of the pass before.
+        """
+        weights = [p for p in self.net.parameters() if p.grad is not None]
+        before, gradients = [p.detach().clone() for p in weights], [p.grad for p in weights]
+        length = torch.stack(torch._foreach_norm(gradients)).norm().clamp(min=1e-12)
+        with torch.no_grad():
+            torch._foreach_add_(weights, torch._foreach_mul(gradients, self.settings.sam / length))
+        self.optimizer.zero_grad(set_to_none=True)
+        with evaluation(self.net, "batch"), _precision(self.settings):
+            torch.autograd.backward(_loss(self.wrapped(images), labels) * share)
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
+
+    def _batch(self, index: Tensor, changed: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return augmented images and labels of some numbers."""
+        return self.augment(lambda i: (self._scaled(self.x[i]), self.y[i]), index, changed)
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Return images as the network takes them."""
@@ -353,7 +410,8 @@ class _State:
     def stopped(self) -> bool:
         """Return whether this is the last epoch, or there were enough good ones in a row; note which."""
         epochs, wanted = len(self.rows), self.settings.stop_epochs
-        last = self.rows.last("train accuracy", wanted) if epochs >= wanted else [-math.inf]
+        enough = epochs - len(self.before) >= wanted
+        last = self.rows.last("train accuracy", wanted) if enough else [-math.inf]
         good = bool(min(last) >= self.settings.stop_above)
         ended = epochs >= self.settings.epochs
         if ended or good:
@@ -367,7 +425,8 @@ class _State:
             **{name: float(self.rows[name][-1]) for name in self.rows.names},
             "test accuracy": test_accuracy,
             "epochs": len(self.rows),
-            **self.seconds,
+            **self.spent,
+            "images": None if self.graphs else self.spent["images"] / len(self.rows),
             "seconds an epoch": float(np.median(seconds)) if seconds else None,
             "processes": self.processes.count,
             **({"resumed": self.resumed} if self.resumed else {}),
@@ -389,9 +448,10 @@ class _State:
             "penalty": None,
             **{name: part.state_dict() for name, part in self._parts().items()},
             "shuffle": self.shuffle.get_state(),
+            "augment": self.augment.stream.get_state(),
             "random": torch.get_rng_state(),
             "cuda": cuda,
-            "seconds": self.seconds,
+            "spent": self.spent,
             "resumed": self.resumed,
             "device": _device_name(self.x.device),
             "found": torch.frombuffer(bytearray(self.rows.to_bytes()), dtype=torch.uint8),
@@ -411,10 +471,11 @@ class _State:
             for name, part in self._parts().items():
                 part.load_state_dict(state[name])
             self.shuffle.set_state(state["shuffle"])
+            self.augment.stream.set_state(state["augment"])
             torch.set_rng_state(state["random"])
             if state["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(state["cuda"])
-            self.seconds = dict(state["seconds"])
+            self.spent = dict(state["spent"])
             self.rows = Trajectory.from_bytes(state["found"].numpy().tobytes())
             now = {"epoch": len(self.rows), "momentum": state.get("momentum", "exact")}
             devices = {"from": state["device"], "on": _device_name(self.x.device)}
@@ -488,17 +549,20 @@ def _device_name(device: torch.device) -> str:
 
 
 def _loss(out: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy with classes ``(B,)``, or their shares ``(B, 2)``."""
     logits = (out if out.dtype == torch.float64 else out.float()).reshape(len(labels), -1)
+    shares = labels.to(logits.dtype) if labels.ndim == 2 else labels
     if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
+        wanted = shares[:, 1] if labels.ndim == 2 else labels.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits[:, 0], wanted)
+    return F.cross_entropy(logits, shares)
 
 
 def _right(out: Tensor, labels: Tensor) -> Tensor:
-    """Return how many answers are right."""
+    """Return how many answers are right; of two classes that are mixed the larger share counts."""
     logits = out.reshape(len(labels), -1)
     answers = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
-    return (answers == labels).sum()
+    return (answers == (labels.argmax(1) if labels.ndim == 2 else labels)).sum()
 
 
 def _precision(settings: Settings) -> Any:
