@@ -121,5 +121,5 @@ def test_far_dependencies(example):
     assert picture(path) == ("PNG", 1)
     pattern = r"(\S+) % of the training images, (\S+) % of new ones$"
     [[_, plain]] = rows(said, rf"^plain: {pattern}")
-    [[_, regularized]] = rows(said, rf"^with interaction energy: {pattern}")
+    [[_, regularized]] = rows(said, rf"^with interaction rank: {pattern}")
     assert plain < 60 and regularized > plain + 8
