@@ -142,6 +142,22 @@ def test_stop_rule():
     assert verdicts[:7] == [False] * 7 and verdicts[7] == "loss below 1 at 4 checks in a row"
 
 
+def test_descent_follows_the_flow_within_its_bounds(tmp_path):
+    """Descent in steps is nearer to the flow the shorter they are, and rates keep to the bounds of law 4."""
+    tracked = []
+    for name, lr in (("flow", 0.5), ("sgd", 0.5), ("sgd", 0.25)):
+        config = small(optimizer=name, lr=lr, std=0.4, unbalance=2.0, bounds=True, off_tree=())
+        config = dataclasses.replace(config, steps=round(30 / lr), every=round(2 / lr))
+        dynamics.run(config, tmp_path / f"{name}-{lr}", pictures=name == "flow")
+        tracked.append(dynamics.tracks(read_run(tmp_path / f"{name}-{lr}").trajectory))
+    flow, *others = tracked
+    low, high = flow.bounds[..., 0], flow.bounds[..., 1]
+    assert (low < high).all() and flow.rate_error() < 0.02
+    assert (flow.measured >= low - 1e-9).all() and (flow.measured <= high + 1e-9).all()
+    coarse, fine = (np.abs(one.norms - flow.norms).max() for one in others)
+    assert fine < 0.6 * coarse < 0.1 * flow.norms.max()
+
+
 def small(**changes):
     return dataclasses.replace(dynamics.tiny, steps=40, **changes)
 
@@ -177,14 +193,21 @@ def test_own_tree_and_target(tmp_path):
          "target_sizes": (9, 9), "target_root": "ones"},
         {"samples": 81, "dtype": "float32"},
         {"target": "il2", "missing": "nan", "tree": "il2-4", "samples": 500, "off_tree": ("1,3",)},
+        {"task": "dense-sensing", "loss": "huber", "optimizer": "adam"},
+        {"optimizer": "lbfgs", "lr": 1.0, "loss": "l1", "std": 0.5},
+        {"optimizer": "momentum", "unbalance": 3.0, "bounds": True, "std": 0.5},
+        {"optimizer": "flow", "lr": 1.0, "std": 0.5},
     ],
 )  # fmt: skip
 def test_other_settings(tmp_path, changes):
-    summary = dynamics.run(small(**changes), tmp_path / "run")
+    pictures = "optimizer" not in changes
+    summary = dynamics.run(small(**changes), tmp_path / "run", pictures=pictures)
     found = read_run(tmp_path / "run").trajectory
-    assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists()
+    assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists() == pictures
     assert ("components" in summary) == (changes.get("join") != "full")
-    assert ("predicted rate" in found) == ("rates" not in changes and "join" not in changes)
+    rated = changes.get("optimizer") not in ("adam", "lbfgs")
+    assert ("predicted rate" in found) == ("rates" not in changes and "join" not in changes and rated)
+    assert ("flow time" in found) == rated and ("lower bound" in found) == ("bounds" in changes)
     assert ("test error" in summary) == (changes.get("samples") != 81)
     assert ("target ranks" in summary) == ("missing" not in changes)
     if changes.get("target_sizes") == (9, 9):  # a matrix: singular values
@@ -203,6 +226,13 @@ def test_other_settings(tmp_path, changes):
         ({"target": "nope.npy"}, FileError, "no such tensor"),
         ({"target": "il2"}, DataError, "not finite"),
         ({"tree": "star-3"}, OptionError, "4 mode sizes for a tree over 3 modes"),
+        ({"task": "senses"}, OptionError, "unknown kind='senses'"),
+        ({"loss": "l2"}, OptionError, "unknown loss='l2'"),
+        ({"optimizer": "adamw"}, OptionError, "unknown optimizer 'adamw'; there is group-rmsprop, sgd"),
+        ({"optimizer": "sgd", "graph": True}, OptionError, "graph is for the optimizer group-rmsprop"),
+        ({"lr": -1.0}, OptionError, "lr must be a finite number >= 0"),
+        ({"unbalance": 0.0}, OptionError, "unbalance must be a finite number >= 1e-06"),
+        ({"bounds": True, "join": "full"}, OptionError, "bounds are on the rates of local components"),
     ],
 )
 def test_refuses(tmp_path, changes, error, message):

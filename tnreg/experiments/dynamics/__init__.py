@@ -18,16 +18,20 @@ from tnreg.experiments.dynamics.train import (
     Config,
     Preset,
     cp,
+    cp_small,
     figure,
     htf,
     htf_small,
     mf,
+    mixed,
     row,
     run,
+    ternary,
     tiny,
+    unbalanced,
 )
 
 __all__ = [
-    "MODELS", "Config", "Preset", "cp", "figure", "htf", "htf_small", "mf", "panels",
-    "row", "run", "tiny", "tracks",
+    "MODELS", "Config", "Preset", "cp", "cp_small", "figure", "htf", "htf_small", "mf", "mixed", "panels",
+    "row", "run", "ternary", "tiny", "tracks", "unbalanced",
 ]  # fmt: skip

@@ -86,12 +86,16 @@ def spectra_figure(run: Run) -> Any:
 
 
 def rates_figure(run: Run) -> Any:
-    """Draw predicted and measured growth: along the training at the root, and against each other."""
+    """Draw predicted and measured growth: along the training at the root and against each other."""
     figure, [(left, right)] = _new_figure(10, 4, 1, 2)
     root = tracks(run.trajectory)
     alive = np.flatnonzero(root.norms[-1] > 0.01 * root.norms[-1].max())
     plots.rates(root.measured[:, alive], left, predicted=root.predicted[:, alive], steps=root.steps[1:-1])
     left.set_title("at the root: measured (wide), predicted (dashed)")
+    if np.isfinite(root.bounds).any():
+        left.set_title("at the root: measured (wide), predicted (dashed), bounds (shaded)")
+        for k, component in enumerate(alive):
+            left.fill_between(root.steps[1:-1], *root.bounds[:, component].T, color=f"C{k}", alpha=0.15, lw=0)
     for node in run.trajectory["components"]:
         local = tracks(run.trajectory, node)
         both = (local.measured > 0) & (local.predicted > 0)

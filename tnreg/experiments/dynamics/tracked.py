@@ -26,12 +26,16 @@ class Tracks:
             the edge of stability jumps to and fro with every step.
         predicted: Mean over the same flow time of the rates that theory predicts, ``(rows - 2, k)``;
             NaN if they were not recorded.
+        bounds: The same of the lower and upper bounds for unbalanced weights, ``(rows - 2, k, 2)``.
+
+    Without a flow time, as of Adam, rates are NaN.
     """
 
     steps: Array
     norms: Array
     measured: Array
     predicted: Array
+    bounds: Array
 
     def jumps(self, share: float = 0.01) -> list[list[int]]:
         """Return ``[first step above 10 %, first step above 90 %]`` of its last norm, by component.
@@ -74,13 +78,20 @@ def tracks(found: Trajectory, node: Node | None = None) -> Tracks:
         return np.where(known, np.take_along_axis(values.astype(float), places, 1), np.nan)
 
     norms = follow(recorded[node])
-    time = np.diff(found["flow time"])[:, None]
+    time = np.diff(found.get("flow time", np.full(len(found), np.nan)))[:, None]
     around = time[1:] + time[:-1]
+
+    def mean(rates: Array | None) -> Array:
+        if rates is None:
+            return np.full_like(norms[2:], np.nan)
+        rates = follow(rates)
+        growth = time * (rates[1:] + rates[:-1]) / 2
+        return np.asarray((growth[1:] + growth[:-1]) / around)
+
     with np.errstate(invalid="ignore", divide="ignore"):
         measured = (norms[2:] - norms[:-2]) / around
-        predicted = np.full_like(measured, np.nan)
-        if "predicted rate" in found:
-            rates = follow(found["predicted rate"][node])
-            growth = time * (rates[1:] + rates[:-1]) / 2
-            predicted = (growth[1:] + growth[:-1]) / around
-    return Tracks(found.steps, norms, measured, predicted)
+        predicted, low, high = (
+            mean(found[name][node] if name in found else None)
+            for name in ("predicted rate", "lower bound", "upper bound")
+        )
+    return Tracks(found.steps, norms, measured, predicted, np.stack([low, high], -1))

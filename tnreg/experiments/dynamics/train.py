@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tnreg.dynamics import predicted_rate, predicted_singular_rate
-from tnreg.errors import DataError, FileError, OptionError, blame
+from tnreg.dynamics import predicted_rate, predicted_singular_rate, rate_bounds
+from tnreg.errors import DataError, FileError, OptionError, blame, check_number
 from tnreg.experiments.dynamics.pictures import rates_figure, spectra_figure, training_figure
 from tnreg.experiments.dynamics.tracked import tracks
+from tnreg.experiments.dynamics.updates import Name, Updates
 from tnreg.experiments.folder import RUN_FILES, plain_config, read_run, write_run
 from tnreg.factorizations.factorization import Factorization
 from tnreg.machine.files import check_folder, folder_written_whole
@@ -25,14 +26,12 @@ from tnreg.ranks.dense import effective_rank, numerical_rank
 from tnreg.ranks.spectra import hierarchical_rank, spectra
 from tnreg.tensors.arrays import as_tensor, check_numbers, matricize
 from tnreg.tensors.loading import load_tensor
-from tnreg.training.fit import fit
-from tnreg.training.optim import GroupRMSprop
 from tnreg.training.tasks import Completion, Sensing, completion, relative_error, root_mean_square, sensing
 from tnreg.training.trajectory import Trajectory
 from tnreg.trees.reading import Node
 from tnreg.trees.tree import ModeTree, read_tree
 
-Preset = Literal["mf", "cp", "htf", "htf-small", "tiny"]
+Preset = Literal["mf", "cp", "htf", "htf-small", "cp-small", "ternary", "mixed", "unbalanced", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Config:
         join: Kind of join at every node of the model.
         root: Weight of the model's root: trained, or fixed to ones.
         std: Standard deviation of the initial weights.
+        unbalance: The first mode's weights start so many times larger, the last mode's so many times smaller.
         target: A tensor's name or file, for ``tnreg.load_tensor``; if left out, a random
             factorization with N(0, 1) weights.
         missing: "nan": entries of the target that are NaN were not measured.
@@ -54,21 +54,26 @@ class Config:
         target_rank: Size of every bond of a random target.
         target_root: Weight of a random target's root: trained (that is, random), or ones.
         target_rms: The target is scaled to this root mean square of its entries.
-        task: Observe single entries, or inner products with random rank-one tensors.
+        task: Observe single entries, or inner products with random rank-one or dense tensors.
         samples: How many of them.
-        lr: Learning rate of the group RMSprop of the paper.
+        loss: Of the residuals: squares, Huber's (see ``tnreg.completion``) or magnitudes.
+        optimizer: Group RMSprop as in the paper; others; or gradient flow itself (needs the extra ``flow``,
+            and float64), whose time is that of gradient descent: ``lr`` for each of the ``steps``.
+        lr: Learning rate.
         steps: Updates, at most.
         every: Updates between two observations, which are also the checks of the stop rule.
         stop_below: Stop when the loss is below this ...
         stop_checks: ... at more than so many checks in a row.
         top: How many of the largest components are recorded at every node.
         off_tree: Sets of modes, such as "0,2", whose matricization is watched as well.
-        rates: Record the rates that the theory predicts; costs one backward pass per observation.
+        rates: Record the rates that the theory predicts; costs one backward pass per observation. Neither
+            Adam nor L-BFGS follows a flow that has such rates.
+        bounds: Record the bounds on these rates that hold for unbalanced weights, at as much again.
         rtol: Threshold of the numerical ranks, relative to the largest singular value.
         seed: Draws the target, what is observed of it, and the initial weights.
         device: Torch device.
         dtype: Type of the weights.
-        graph: Replay each step as a CUDA graph.
+        graph: Replay each step as a CUDA graph; for group RMSprop.
     """
 
     model: Preset = "htf"
@@ -77,6 +82,7 @@ class Config:
     join: Literal["diagonal", "full"] = "diagonal"
     root: Literal["trained", "ones"] = "trained"
     std: float = 0.01
+    unbalance: float = 1.0
     target: str | None = None
     missing: Literal["nan"] | None = None
     target_tree: str = "htf-4"
@@ -84,8 +90,10 @@ class Config:
     target_rank: int = 5
     target_root: Literal["trained", "ones"] = "trained"
     target_rms: float = 1.0
-    task: Literal["completion", "sensing"] = "completion"
+    task: Literal["completion", "sensing", "dense-sensing"] = "completion"
     samples: int = 2048
+    loss: Literal["mse", "huber", "l1"] = "mse"
+    optimizer: Name = "group-rmsprop"
     lr: float = 0.01
     steps: int = 100_000
     every: int = 25
@@ -94,6 +102,7 @@ class Config:
     top: int = 10
     off_tree: tuple[str, ...] = ()
     rates: bool = True
+    bounds: bool = False
     rtol: float = 1e-2
     seed: int = 0
     device: str = "cpu"
@@ -115,7 +124,22 @@ tiny = dataclasses.replace(
     htf, model="tiny", target_sizes=(3, 3, 3, 3), target_rank=1, rank=8, std=0.1, samples=60, steps=300,
     every=10, dtype="float64",
 )  # fmt: skip
-MODELS: dict[str, Config] = {"mf": mf, "cp": cp, "htf": htf, "htf-small": htf_small, "tiny": tiny}
+cp_small = dataclasses.replace(
+    cp, model="cp-small", rank=30, std=0.01, target_sizes=(10, 10, 10), target_rank=3, samples=500,
+    steps=10_000,
+)  # fmt: skip
+ternary = dataclasses.replace(
+    htf, model="ternary", tree="[[0,1,2],[3,4,5]]", target_tree="[[0,1,2],[3,4,5]]", rank=32, std=0.1,
+    target_sizes=(4,) * 6, target_rank=3, steps=12_000, off_tree=("0,3",),
+)  # fmt: skip
+mixed = dataclasses.replace(
+    ternary, model="mixed", tree="[[0,1,2],[3,4]]", target_tree="[[0,1,2],[3,4]]",
+    target_sizes=(5,) * 5, samples=1562,
+)  # fmt: skip
+unbalanced = dataclasses.replace(cp_small, model="unbalanced", std=0.03, unbalance=3.0, bounds=True)
+MODELS: dict[str, Config] = {
+    one.model: one for one in (mf, cp, htf, htf_small, cp_small, ternary, mixed, unbalanced, tiny)
+}
 
 _FILES = (*RUN_FILES, "dynamics.png", "spectra.png", "rates.png")
 
@@ -159,25 +183,19 @@ def run(
     file = Path(checkpoint or place.with_name(f"{place.name}.checkpoint"))
     model_tree = read_tree(config.tree) if tree is None else tree
     task, dense, scale = _task(config, target)
-    model = Factorization(
-        model_tree, task.sizes, config.rank, join=config.join, root=config.root, std=config.std,
-        dtype=getattr(torch, config.dtype), device=config.device,
-        # not the numbers that the target was drawn with
-        generator=torch.Generator().manual_seed(config.seed + 1_000_003),
-    )  # fmt: skip
-    optimizer = GroupRMSprop(model.parameters(), lr=config.lr)
-    observations = _Observations(config, task, optimizer, model)
+    model = _model(config, model_tree, task.sizes)
+    updates = Updates(config.optimizer, model, config.lr, config.graph)
+    observations = _Observations(config, task, updates, model)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot write {place}: {error.strerror or error}") from None
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("steps", "rtol")}
     resumed, start = file.exists(), time.perf_counter()
-    trajectory = fit(
-        model, task.loss, steps=config.steps, optimizer=optimizer, observe=observations.functions,
-        every=config.every, stop=_stays_below(config.stop_below, config.stop_checks),
-        progress=progress, checkpoint=file, checkpoint_seconds=checkpoint_seconds,
-        settings={**settings, "tree": repr(model_tree)}, graph=config.graph,
+    trajectory = updates.train(
+        model, task.loss, config.steps, config.every, observe=observations.functions,
+        stop=_stays_below(config.stop_below, config.stop_checks), progress=progress, checkpoint=file,
+        checkpoint_seconds=checkpoint_seconds, settings={**settings, "tree": repr(model_tree)},
     )  # fmt: skip
     if trajectory.stop_reason == "interrupted":
         raise KeyboardInterrupt
@@ -242,10 +260,26 @@ def _task(config: Config, target: Any) -> tuple[Completion | Sensing, Tensor, fl
     dense = dense / scale
     task: Completion | Sensing
     if config.task == "completion":
-        task = completion(dense, config.samples, config.seed, missing=config.missing)
+        task = completion(dense, config.samples, config.seed, missing=config.missing, loss=config.loss)
     else:
-        task = sensing(dense, config.samples, config.seed)
+        kind = {"sensing": "rank-one", "dense-sensing": "dense"}.get(config.task, config.task)
+        task = sensing(dense, config.samples, config.seed, kind=kind, loss=config.loss)
     return task.to(config.device, getattr(torch, config.dtype)), dense, scale
+
+
+def _model(config: Config, tree: ModeTree, sizes: tuple[int, ...]) -> Factorization:
+    """Return the model with its initial weights."""
+    model = Factorization(
+        tree, sizes, config.rank, join=config.join, root=config.root, std=config.std,
+        dtype=getattr(torch, config.dtype), device=config.device,
+        # not the numbers that the target was drawn with
+        generator=torch.Generator().manual_seed(config.seed + 1_000_003),
+    )  # fmt: skip
+    factor = check_number(config.unbalance, "unbalance", 1e-6)
+    first, last = 0, len(sizes) - 1
+    model.load_weights({first: model.weights[first] * factor})
+    model.load_weights({last: model.weights[last] / factor})
+    return model
 
 
 def _stays_below(value: float, checks: int) -> Callable[[Trajectory], bool | str]:
@@ -263,7 +297,7 @@ class _Observations:
     """What is observed; an observation leaves to those after it what they need as well."""
 
     def __init__(
-        self, config: Config, task: Completion | Sensing, optimizer: GroupRMSprop, model: Factorization
+        self, config: Config, task: Completion | Sensing, updates: Updates, model: Factorization
     ) -> None:
         self.config, self.task = config, task
         self.small = math.prod(model.sizes) <= _SMALL
@@ -272,6 +306,10 @@ class _Observations:
         self.off_tree = {text: _modes(text, model.tree.order) for text in config.off_tree}
         components = self.matrix or self.diagonal
         tested = isinstance(task, Sensing) or task.test_values is not None
+        rated = components and config.rates and updates.follow_flow
+        if config.bounds and (self.matrix or not self.diagonal):
+            message = "bounds are on the rates of local components: of diagonal joins, of order 3 and more."
+            raise OptionError(message, argument="bounds")
         functions: dict[str, tuple[bool, Callable[[Factorization], Any]]] = {
             "train error": (True, task.train_error),
             "spectra": (True, self._spectra),
@@ -280,10 +318,11 @@ class _Observations:
             "off-tree": (bool(self.off_tree), self._off_tree),
             "components": (components, self._components),
             "component ids": (components, lambda _: self.ids),
-            "predicted rate": (components and config.rates, self._rates),
+            "predicted rate": (rated, self._rates),
+            "lower bound": (rated and config.bounds, self._lower_bounds),
+            "upper bound": (rated and config.bounds, self._upper_bounds),
             "unbalancedness": (self.diagonal, self._unbalancedness),
-            "step size": (True, lambda _: optimizer.step_size),
-            "flow time": (True, lambda _: optimizer.flow_time),
+            **{name: (True, observe) for name, observe in updates.observations.items()},
         }
         self.functions = {name: observe for name, (wanted, observe) in functions.items() if wanted}
 
@@ -324,6 +363,13 @@ class _Observations:
         else:
             rates = predicted_rate(model, self.task.loss, norms=self.norms)
         return {node: rates[node][ids] for node, ids in self.ids.items()}
+
+    def _lower_bounds(self, model: Factorization) -> dict[Node, Tensor]:
+        self.bounds = rate_bounds(model, self.task.loss)
+        return {node: self.bounds[node][0][ids] for node, ids in self.ids.items()}
+
+    def _upper_bounds(self, _: Factorization) -> dict[Node, Tensor]:
+        return {node: self.bounds[node][1][ids] for node, ids in self.ids.items()}
 
     def _unbalancedness(self, _: Factorization) -> Tensor:
         squares = [norms.double().square() for norms in self.norms.values()]
