@@ -38,12 +38,12 @@ def main() -> None:
     config = dataclasses.replace(htf, device=str(device), std=0.05)
     task, _, _ = train._task(config, None)
 
-    def fresh() -> tuple[tnreg.Factorization, tnreg.GroupRMSprop]:
+    def fresh() -> tuple[tnreg.Factorization, train.Updates]:
         model = tnreg.Factorization(
             tnreg.ModeTree.binary(4), 8, 512, std=config.std, device=device,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
-        return model, tnreg.GroupRMSprop(model.parameters(), lr=1e-4)
+        return model, train.Updates("group-rmsprop", model, 1e-4, graph=False)
 
     def step_of(predict: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[], None]:
         optimizer = tnreg.GroupRMSprop(parameters, lr=1e-4)
@@ -56,15 +56,16 @@ def main() -> None:
         return step
 
     def training(*, watched: bool, graph: bool = False) -> Callable[[], object]:
-        model, optimizer = fresh()
-        observations = train._Observations(config, task, optimizer, model)
+        model, updates = fresh()
+        observations = train._Observations(config, task, updates, model)
         observe = observations.functions if watched else {}
         return lambda: tnreg.fit(
-            model, task.loss, steps=FIT_STEPS, optimizer=optimizer, observe=observe, every=25,
+            model, task.loss, steps=FIT_STEPS, optimizer=updates.optimizer, observe=observe, every=25,
             progress=False, graph=graph,
         )  # fmt: skip
 
-    model, optimizer = fresh()
+    model, updates = fresh()
+    optimizer = updates.optimizer
 
     def bare() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -83,7 +84,7 @@ def main() -> None:
     def quiet(function: Callable[[tnreg.Factorization], object]) -> None:
         function(model)
 
-    observations = train._Observations(config, task, optimizer, model)
+    observations = train._Observations(config, task, updates, model)
     rows: dict[str, Callable[[], object]] = {
         "step: tnreg": bare,
         "step: hand-written dense then index": step_of(*by_hand["hand-written dense then index"]),

@@ -97,8 +97,9 @@ class Training:
             dtype=getattr(torch, config.dtype), device=config.device,
             generator=torch.Generator().manual_seed(config.seed + 1_000_003),  # as dynamics.run
         )  # fmt: skip
-        self.optimizer = tnreg.GroupRMSprop(self.model.parameters(), lr=config.lr)
-        seen = train._Observations(config, self.task, self.optimizer, self.model)
+        updates = train.Updates(config.optimizer, self.model, config.lr, config.graph)
+        self.optimizer = updates.optimizer
+        seen = train._Observations(config, self.task, updates, self.model)
         self.observe = seen.functions
 
     def fit(self, *, watched: bool = True, seconds: float = float("inf")) -> tnreg.Trajectory:
