@@ -39,6 +39,7 @@ PARTS: dict[str, locality.Config] = {
     "mixup": change(FAR, augment="mixup"),
     "cutmix": change(FAR, augment="cutmix"),
     "regularized": dataclasses.replace(FAR, arms=("weight-decay", "dropout", "sam")),
+    "normalized": change(FAR, model="normalized-cnn"),
     "wide kernels": change(FAR, model="wide-cnn"),
     "dilation": change(FAR, model="dilated-cnn"),
     "longer": change(FAR, epochs=180, stop_above=1.1),
