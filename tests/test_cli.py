@@ -589,7 +589,7 @@ class Net(nn.Sequential):
 def test_json_of_convac_and_locality(answer, monkeypatch):
     """NaN becomes null."""
     cell = {"arm": "plain", "distance": 8, "test accuracy": 0.5, "deviation": math.nan, "epochs": 2,
-            "seconds": 1.0, "cost": math.nan, "cost an epoch": 1.0}  # fmt: skip
+            "seconds": 1.0, "cost": math.nan, "cost an epoch": 1.0, "images": 1.0, "seed": 1}  # fmt: skip
     summary = {"accuracy": [], "mean and spread": {}, "smaller": [], "seconds": 2.0}
     runs = Mock(return_value=summary), Mock(return_value=[cell])
     monkeypatch.setattr(convac, "run", runs[0])
@@ -598,7 +598,7 @@ def test_json_of_convac_and_locality(answer, monkeypatch):
     document = {"folder": "r", "experiment": "convac", **summary}
     assert answer("run convac --out r") == document
     document = answer("run locality --set tiny --out r")
-    assert document["means"] == [{**cell, "deviation": None, "cost": None}]
+    assert document["means"] == [{**cell, "deviation": None, "cost": None}] and document["paired"] == []
     assert [run.call_args.kwargs for run in runs] == [{"progress": False}] * 2  # no terminal here
 
 

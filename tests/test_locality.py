@@ -74,7 +74,7 @@ def assert_same_run(one, other):
     ("name", "count"),
     [
         ("small-cnn", 76_593), ("wide-cnn", 415_793), ("dilated-cnn", 76_593), ("normalized-cnn", 77_041),
-        ("small-resnet", 97_009), ("resnet-18", 11_170_753), ("small-vit", 135_169),
+        ("small-resnet", 97_009), ("resnet-18", 11_170_753), ("small-vit", 68_225),
     ],
 )  # fmt: skip
 def test_networks(name, count):
@@ -311,7 +311,7 @@ def test_killed_and_resumed_bit_for_bit(pairs, tmp_path):
 )  # fmt: skip
 def test_a_deadline_ends_with_the_state_written(arm, augment, portable, run, tmp_path, monkeypatch):
     execution = Execution(portable=portable, checkpoint_seconds=1e9)
-    run = functools.partial(run, augment=augment)
+    run = functools.partial(run, augment=augment, optimizer="adam" if arm == "rank" else "sgd")
     run("whole", arm)
     with monkeypatch.context() as patched:
         deadline = deadline_after(2, patched)
@@ -520,6 +520,7 @@ def test_trainings_refuse(pairs, run, tmp_path):
         ("a", "none", {}, pairs, OptionError, "no arm 'none'; there is plain, weight-decay"),
         ("a", "plain", {"epochs": 0}, pairs, OptionError, "epochs must be an integer >= 1"),
         ("a", "plain", {"augment": "blur"}, pairs, OptionError, "no augment 'blur'; there is none, noise"),
+        ("a", "plain", {"optimizer": "lion"}, pairs, OptionError, "no optimizer 'lion'; there is sgd, adam"),
         ("a", "plain", {"noise": -1.0}, pairs, OptionError, "noise must be"),
         ("a", "plain", {"shift": 0.5}, pairs, OptionError, "shift must be an integer"),
         ("a", "plain", {"mixup": 0.0}, pairs, OptionError, "mixup must be"),
@@ -550,6 +551,10 @@ def test_sweep(tmp_path):
     assert means["igc", 24]["test accuracy"] == np.mean(some)
     assert means["igc", 24]["deviation"] == np.std(some, ddof=1)
     assert means["plain", 0]["cost"] == 1 and means["igc", 24]["seeds"] == 2
+    assert means["plain", 0]["images"] == 1 and means["igc", 24]["images"] == 3
+    assert [(row["arm"], row["minus"]) for row in about["paired"][:3]] == [
+        ("igc", "plain"), ("interaction", "plain"), ("rank", "plain"),
+    ]  # fmt: skip
 
     # what is there is not trained again; more seeds and arms are added to it
     before = (place / "plain-0-seed-1" / "config.json").stat().st_mtime_ns
@@ -639,6 +644,18 @@ def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
     assert lines["published: λ = 9"] == [98.42, 96.6, 91.64, 85.48]
 
 
+def test_the_picture_has_a_line_for_each_augmentation_and_network(tmp_path, monkeypatch):
+    rows = [
+        {**ROW, "arm": arm, "augment": augment, "model": model}
+        for arm in ("plain", "rank") for augment in ("none", "noise") for model in ("a", "b")
+    ]  # fmt: skip
+    fields = ["arm", "distance", "model", "augment", "seed"]
+    ax = draw(tmp_path, monkeypatch, locality_figure, rows, fields, "digits")
+    names = [f"{arm}{augment}, {model} (1 seed)" for arm in ("plain", "interaction rank")
+             for augment in ("", ", noise") for model in "ab"]  # fmt: skip
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == names
+
+
 @pytest.mark.parametrize("more", [["lr"], ["lr", "statistics"]])
 def test_a_sweep_over_another_setting_is_drawn_as_any_other(more, tmp_path, monkeypatch):
     """Values of lr must not be taken for seeds of one line."""
@@ -659,6 +676,26 @@ def test_presets_are_the_published_settings():
     cifar = locality.SETS["cifar"]
     assert cifar.distances == (0, 40, 80, 120, 160) and cifar.train == 5_000
     assert cifar.patches == "images"
+
+
+def test_differences_of_arms_on_the_same_seeds():
+    accuracy = {"plain": [0.5, 0.6, 0.7], "igc": [0.7, 0.7, 0.7], "rank": [0.6, 0.7, 0.8]}
+    rows = [
+        {"arm": arm, "distance": 24, "seed": seed, "test accuracy": value}
+        for arm, values in accuracy.items()
+        for seed, value in enumerate(values)
+    ]
+    rows += [{**row, "distance": 0} for row in rows if row["seed"] == 1 or row["arm"] == "plain"]
+    found = {(row["arm"], row["minus"], row["distance"]): row for row in locality.paired(rows)}
+    assert len(found) == 6
+    one = found["igc", "plain", 24]
+    assert one["seeds"] == 3 and one["difference"] == pytest.approx(0.1)
+    assert one["deviation"] == pytest.approx(0.1) and one["t"] == pytest.approx(3**0.5)
+    one = found["rank", "plain", 0]  # seed 1 alone is in both
+    assert one["seeds"] == 1 and one["difference"] == pytest.approx(0.1) and np.isnan(one["t"])
+    rows = [{**row, "lr": lr} for row in rows for lr in (1, 2)]
+    assert len(locality.paired(rows, ["arm", "distance", "lr", "seed"])) == 12
+    assert locality.paired(rows[:1]) == []
 
 
 def test_sweeps_refuse(tmp_path):

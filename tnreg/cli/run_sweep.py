@@ -106,7 +106,8 @@ def make_sweep(model: str, image_set: str) -> Callable[..., None]:
                 sweep_command.KINDS[name][0], cells, folder, workers=workers, threads=threads,
                 scheduler=scheduler, retries=retries, progress=reply.shows(progress),
             )  # fmt: skip
-        reply.table(tables.sweep_table(result, name))
+        for table in tables.sweep_tables(result, name):
+            reply.table(table)
         counts = f"{len(result.rows)} runs, {len(result.computed)} of them now"
         reply.note(f"{counts}\nwrote {folder}")
         failed = {run.cell.name: str(run.error) for run in result.failed}
@@ -154,9 +155,11 @@ def _run(config: Any, out: Path | None, progress: bool) -> tuple[Path, list[Tabl
         answer, shown = {"rows": result}, [tables.init_scale_table(result, config.model)]
     elif module is locality:
         means, begun = locality.table(result), locality.going_on(folder)
-        answer = {"rows": result, "means": means, "going on": begun}
+        pairs = locality.paired(result)
+        answer = {"rows": result, "means": means, "paired": pairs, "going on": begun}
         title = f"{config.set}, {config.model}, {len(config.seeds)} seeds"
-        shown = [tables.locality_table(means, title)]
+        shown = [tables.locality_table(means, title)] if means else []
+        shown += tables.paired_tables(pairs)
         if len(result) < len(locality.cells(config)):
             shown.append(tables.unfinished_table(begun))
     else:

@@ -1,5 +1,6 @@
 """Tables of the results of experiments."""
 
+import itertools
 import math
 from typing import Any
 
@@ -11,10 +12,12 @@ from tnreg.experiments.dynamics import init_scale
 from tnreg.machine.progress import plain_text
 
 
-def sweep_table(result: sweep.Result, name: str) -> Table:
-    """Return means over seeds."""
-    if result.fields == locality.EXPERIMENT.fields:
-        return locality_table(result.table, name)
+def sweep_tables(result: sweep.Result, name: str) -> list[Table]:
+    """Return means over seeds; of locality what arms differ by as well."""
+    if name == "locality" and result.table:
+        return [
+            locality_table(result.table, name), *paired_tables(locality.paired(result.rows, result.fields))
+        ]  # fmt: skip
     fields = [field for field in result.fields if field != "seed"]
     rows = [
         {**{field: short(row[field]) for field in fields}, "seeds": row["seeds"],
@@ -22,21 +25,42 @@ def sweep_table(result: sweep.Result, name: str) -> Table:
         for row in result.table
     ]  # fmt: skip
     columns = (*fields, "seeds", result.headline)
-    return table_of(rows, columns, len(fields), title=name, caption=init_scale.on_plateau(result.rows))
+    caption = init_scale.on_plateau(result.rows)
+    return [table_of(rows, columns, len(fields), title=name, caption=caption)]
 
 
 def locality_table(means: list[dict[str, Any]], title: str) -> Table:
-    """Return accuracies against the distance, and what they cost."""
+    """Return accuracies against the distance and all else that varies, and what they cost."""
     rows = []
     for row in means:
         accuracy = _mean(100 * row["test accuracy"], 100 * row["deviation"], ".1f", ".1f")
-        costs = {key: "" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in ("cost", "cost an epoch")}
+        some = ("cost", "cost an epoch", "images")
+        costs = {key: "" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in some}
         rows.append({**row, **costs, "accuracy": accuracy})
-    columns = {
-        "arm": "{arm}", "distance": "{distance}", "accuracy": "{accuracy}", "epochs": "{epochs:.0f}",
-        "seconds": "{seconds:.1f}", "x plain": "{cost}", "an epoch": "{cost an epoch}",
-    }  # fmt: skip
+    columns = {**_fields(means), "accuracy": "{accuracy}", "epochs": "{epochs:.0f}",
+               "seconds": "{seconds:.1f}", "x plain": "{cost}", "an epoch": "{cost an epoch}",
+               "images": "{images}"}  # fmt: skip
+    if set(_fields(means)) - set(locality.EXPERIMENT.fields):  # their columns need the room
+        del columns["seconds"], columns["an epoch"]
     return table_of(rows, columns, title=f"{title}: test accuracy (%) of the last epoch")
+
+
+def paired_tables(pairs: list[dict[str, Any]]) -> list[Table]:
+    """Return what arms differ by on the same seeds; nothing if none has two."""
+    rows = [
+        {**row, "difference": _mean(100 * row["difference"], 100 * row["deviation"], "+.1f", ".1f"),
+         "t": "" if math.isnan(row["t"]) else f"{row['t']:.1f}"}
+        for row in pairs if row["seeds"] > 1
+    ]  # fmt: skip
+    if not rows:
+        return []
+    columns = {**_fields(rows), "seeds": "{seeds}", "difference": "{difference}", "t": "{t}"}
+    return [table_of(rows, columns, title="arm minus arm on the same seeds, points")]
+
+
+def _fields(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return columns for what rows are about."""
+    return {name: f"{{{name}}}" for name in itertools.takewhile(lambda key: key != "seeds", rows[0])}
 
 
 def unfinished_table(trainings: list[dict[str, Any]]) -> Table:

@@ -6,7 +6,8 @@
   dilation 2, normalized-cnn batch normalization before each ReLU.
 - resnet-18: that of He et al. (2016), arXiv:1512.03385, for images of 60 pixels or more. small-resnet has
   three blocks of 32, 48 and 48 channels, and sees as far as small-cnn.
-- small-vit: four transformer blocks of 64 channels over patches of 4x4 pixels, for images of any size.
+- small-vit: two transformer blocks of 64 channels over patches of 4x4 pixels, for images of any size. On
+  digits it learns by Adam (``optimizer="adam", lr=2e-3``), and not by SGD.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class SmallViT(nn.Module):
                 nn.TransformerEncoderLayer(
                     64, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
                 )
-                for _ in range(4)
+                for _ in range(2)
             ),
             nn.LayerNorm(64),
         )

@@ -24,9 +24,9 @@ from tnreg.experiments.locality.comparison import (
     run,
     tiny,
 )  # fmt: skip
-from tnreg.experiments.locality.pictures import figure, going_on, table
+from tnreg.experiments.locality.pictures import figure, going_on, paired, table
 
 __all__ = [
     "EXPERIMENT", "SETS", "Config", "Training", "cells", "check", "cifar", "digits", "figure", "going_on",
-    "pathfinder", "run", "table", "tiny",
+    "paired", "pathfinder", "run", "table", "tiny",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tnreg import images
 from tnreg.errors import OptionError, TnregError, check_integer
 from tnreg.experiments import sweep
-from tnreg.experiments.locality.pictures import figure, going_on, table
+from tnreg.experiments.locality.pictures import figure, going_on, paired, table
 from tnreg.experiments.locality.settings import ARMS, Execution, Settings
 from tnreg.experiments.locality.train import train
 from tnreg.experiments.sweep.cell import Unfinished
@@ -323,4 +323,5 @@ _FIELDS = ("arm", "distance", "seed")
 EXPERIMENT = sweep.Experiment(
     _work, title="locality", fields=_FIELDS, name=_name, row=_row, headline="test accuracy",
     prepare=_prepare, table=lambda rows, fields, _: table(rows, fields), figure=figure,
+    also=lambda rows, fields: {"paired": paired(rows, fields)},
 )  # fmt: skip

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tnreg.experiments.folder import read_about, reading
+from tnreg.experiments.locality.settings import PENALTIES
 from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.plots import save_figure
 from tnreg.trees.drawing import plain_label
@@ -21,7 +25,8 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 _LABELS = {
-    "igc": "input gradient change", "interaction": "interaction energy", "weight-decay": "weight decay",
+    "igc": "input gradient change", "interaction": "interaction energy", "rank": "interaction rank",
+    "sam": "sharpness-aware", "weight-decay": "weight decay",
 }  # fmt: skip
 
 # Means and deviations of test accuracy (%) by distance, ResNet-18, Razin, Maman and Cohen (2022): Pathfinder
@@ -42,25 +47,54 @@ def table(rows: Rows, fields: Sequence[str] = ("arm", "distance", "seed")) -> Ro
     """Return mean and standard deviation over seeds, one row for each arm, distance and other field.
 
     ``cost`` is the mean of processor seconds over that of the plain arm with the same other fields,
-    ``cost an epoch`` the same by epoch; NaN without a plain arm. The deviation is that of a sample (n - 1).
+    ``cost an epoch`` the same by epoch; NaN without a plain arm. ``images`` is how many pass through the
+    network for each image that is shown. The deviation is that of a sample (n - 1).
     """
     by = [name for name in fields if name != "seed"]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
 
     def costs(mean: dict[str, Any], arm: str) -> list[float]:
-        """Return mean epochs, seconds and seconds an epoch of an arm with the same other fields."""
+        """Return mean epochs, seconds, seconds an epoch and images of an arm with the same other fields."""
         group = [row for row in rows if all(row[n] == {**mean, "arm": arm}[n] for n in by)]
-        numbers = [(row["epochs"], row["seconds"], row["seconds"] / row["epochs"]) for row in group]
-        return [float(number) for number in np.mean(numbers or [(np.nan, np.nan, np.nan)], axis=0)]
+        numbers = [
+            (row["epochs"], row["seconds"], row["seconds"] / row["epochs"], row.get("images") or np.nan)
+            for row in group
+        ]
+        return [float(number) for number in np.mean(numbers or [(np.nan,) * 4], axis=0)]
 
     means = []
     ordered = sorted(rows, key=lambda row: arms.index(row["arm"]))
     for mean in sweep_figure.means(ordered, fields, "test accuracy"):
-        epochs, seconds, epoch = costs(mean, mean["arm"])
-        _, plain, plain_epoch = costs(mean, "plain")
-        relative = {"cost": seconds / plain, "cost an epoch": epoch / plain_epoch}
+        epochs, seconds, epoch, passed = costs(mean, mean["arm"])
+        _, plain, plain_epoch, _ = costs(mean, "plain")
+        relative = {"cost": seconds / plain, "cost an epoch": epoch / plain_epoch, "images": passed}
         means.append({**mean, "epochs": epochs, "seconds": seconds, **relative})
     return means
+
+
+def paired(rows: Rows, fields: Sequence[str] = ("arm", "distance", "seed")) -> Rows:
+    """Return the difference of each two arms over the seeds that both have.
+
+    There is one row for each pair, distance and other field: ``difference`` is the mean test accuracy of
+    ``arm`` less that of ``minus``, ``deviation`` that of a sample over ``seeds``, and ``t`` the mean over its
+    standard error; both are NaN for one seed, and t where all differences are equal.
+    """
+    groups: dict[str, dict[str, dict[Any, float]]] = {}
+    for row in rows:
+        key = json.dumps({name: row[name] for name in fields if name not in ("arm", "seed")})
+        groups.setdefault(key, {}).setdefault(row["arm"], {})[row["seed"]] = row["test accuracy"]
+    found = []
+    for key, arms in groups.items():
+        for (minus, before), (arm, after) in itertools.combinations(arms.items(), 2):
+            if not (both := [seed for seed in before if seed in after]):
+                continue
+            differences = [after[seed] - before[seed] for seed in both]
+            deviation = float(np.std(differences, ddof=1)) if len(both) > 1 else math.nan
+            mean = float(np.mean(differences))
+            t = mean / deviation * len(both) ** 0.5 if deviation else math.nan
+            about = {"arm": arm, "minus": minus, **json.loads(key), "seeds": len(both)}
+            found.append({**about, "difference": mean, "deviation": deviation, "t": t})
+    return found
 
 
 def figure(folder: str | Path, png: str | Path | None = None) -> Path:
@@ -68,7 +102,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
 
     Finished trainings are filled marks, those that go on open ones at their last epoch; Pathfinder and
     CIFAR-10 have the published values beside them. The legend has the number of seeds. A sweep where more
-    varies than arm, distance, seed and statistics is drawn as any other one is.
+    varies than arm, distance, seed, statistics, augmentation and network is drawn as any other one is.
 
     Raises:
         FileError: Not a sweep of locality, or nothing was trained yet.
@@ -84,7 +118,7 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
         if not rows and not begun:
             raise ValueError("no results yet")
         means = table(rows, fields)
-    if set(fields) - {"arm", "distance", "seed", "statistics"}:
+    if set(fields) - {"arm", "distance", "seed", "statistics", "augment", "model"}:
         return sweep_figure.figure(place, png or place / "locality.png")
     return save_figure(picture(means, begun, fields, config), png or place / "locality.png")
 
@@ -129,7 +163,8 @@ def picture(means: Rows, begun: Rows, fields: Sequence[str], config: Mapping[str
     pathfinder = config["set"] == "pathfinder"
     ax.set_xlabel("paddles of a path" if pathfinder else "distance between the images (pixels)")
     ax.set_ylabel("test accuracy (%)")
-    ax.set_title(plain_label(f"{config['set']}, {config['model']}"), fontsize=10)
+    title = [config["set"]] + [config["model"]] * ("model" not in fields)
+    ax.set_title(plain_label(", ".join(title)), fontsize=10)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8)
     return canvas
@@ -150,6 +185,11 @@ def going_on(folder: str | Path) -> Rows:
 
 
 def _label(row: dict[str, Any], fields: Sequence[str]) -> str:
-    label = _LABELS.get(row["arm"], row["arm"])
-    shown = "statistics" in fields and row["arm"] in ("igc", "interaction")
-    return f"{label}, statistics {row['statistics']}" if shown else label
+    parts = [_LABELS.get(row["arm"], row["arm"])]
+    if "augment" in fields and row["augment"] != "none":
+        parts.append(row["augment"])
+    if "model" in fields:
+        parts.append(row["model"])
+    if "statistics" in fields and row["arm"] in PENALTIES:
+        parts.append(f"statistics {row['statistics']}")
+    return ", ".join(parts)

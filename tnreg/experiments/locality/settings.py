@@ -32,8 +32,9 @@ class Settings:
             before; without a penalty.
         stop_above: Stop when the train accuracy, counted while training, is at least this ...
         stop_epochs: ... in so many epochs in a row.
-        lr: Learning rate of SGD.
-        momentum: Its momentum.
+        optimizer: "sgd" or "adam".
+        lr: Its learning rate.
+        momentum: Momentum of SGD.
         batch: Images of a step.
         test_every: Epochs from one row of the history with a test accuracy to the next.
         weight_decay: That of the arm weight-decay.
@@ -87,6 +88,7 @@ class Settings:
     pretrain_epochs: int = 0
     stop_above: float = 0.998
     stop_epochs: int = 3
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
     batch: int = 64

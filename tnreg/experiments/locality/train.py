@@ -108,6 +108,9 @@ def train(
         raise OptionError(f"no arm {arm!r}; there is {', '.join(ARMS)}.", argument="arm")
     for name in ("epochs", "stop_epochs", "batch", "test_every"):
         check_integer(getattr(settings, name), 1, f"locality: {name}")
+    if settings.optimizer not in ("sgd", "adam"):
+        message = f"locality: no optimizer {settings.optimizer!r}; there is sgd, adam."
+        raise OptionError(message, argument="optimizer")
     check_integer(settings.pretrain_epochs, 0, "locality: pretrain_epochs")
     check_number(settings.sam, "locality: sam", 0)
     run = _Run({"arm": arm, "seed": seed, **dataclasses.asdict(settings)})
@@ -220,8 +223,11 @@ class _State:
         if processes.count > 1:
             _check_batches(len(data.images), settings.batch, processes.count)
             self.wrapped = _distributed(self.net, processes)
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(), settings.lr, settings.momentum, weight_decay=decay
+        weights = self.net.parameters()
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=decay)
+            if settings.optimizer == "sgd"
+            else torch.optim.Adam(weights, settings.lr, weight_decay=decay, capturable=execution.graph)
         )
         self.penalty = penalty_of(settings, arm, seed, data)
         self.climbs = arm == "sam"

@@ -49,6 +49,7 @@ class Experiment:
         prepare: ``prepare(cells, folder, progress)`` is called first, with the cells that are missing.
         table: ``table(rows, fields, headline)`` gives means over seeds.
         figure: ``figure(folder)`` draws the picture.
+        also: ``also(rows, fields)`` gives what else ``config.json`` holds.
     """
 
     work: Work
@@ -60,6 +61,7 @@ class Experiment:
     prepare: Callable[[list[Row], Path, bool], Any] = lambda *_: None
     table: Callable[[list[Row], Sequence[str], str], list[Row]] = pictures.means
     figure: Callable[[Path], Any] = pictures.figure
+    also: Callable[[list[Row], Sequence[str]], Row] = lambda *_: {}
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def _write(
 
     write_whole(place / "results.csv", write_rows)
     new = {"headline": headline, "summary": rows, "failed": reports, "table": table}
-    _write_about(place, about | new)
+    _write_about(place, about | new | what.also(rows, fields))
     if headline:
         try:
             what.figure(place)
