@@ -104,6 +104,12 @@ def test_equal_halves_share_all_they_have():
     assert entanglement(x, TREE, method="correlation")[0, 1] == pytest.approx(2.0)
 
 
+def test_a_parity_shows_in_the_entropy_and_in_no_correlation():
+    x = torch.cat([SIGNS[::2, :3], SIGNS[::2, :3].sum(1, keepdim=True) % 2], 1)
+    assert entanglement(x, TREE, theta=0.5)[0, 1] == pytest.approx(math.log(2))
+    assert max(entanglement(x, TREE, method="correlation").values()) < 1e-12
+
+
 def test_correlations_by_definition():
     """On any tree, with a constant feature, at any scale and offset."""
     for tree in zoo.TREES.values():
@@ -116,6 +122,14 @@ def test_correlations_by_definition():
             for node, value in entanglement(scale * x, tree, method="correlation").items():
                 rest = sorted(set(tree.leaves) - set(tree.modes_below(node)))
                 assert value == pytest.approx(float(wanted[list(tree.modes_below(node))][:, rest].sum()))
+
+
+def test_few_features_and_many(monkeypatch):
+    """Products of few vectors and eigendecompositions tell the same."""
+    x, tree = randn(30, 8), ModeTree.binary(8)
+    wanted = entanglement(x, tree)
+    monkeypatch.setattr("tnreg.search.samples._FEW", 0)
+    assert_same(entanglement(x, tree), wanted)
 
 
 def test_images_integers_and_nodes():
@@ -183,6 +197,7 @@ test_refused = refuses(
         (lambda: entanglement(X, TREE, method="corr"), OptionError, "'correlation', found 'corr'"),
         (lambda: entanglement(X, TREE, nodes=[TREE.root]), TreeError, "above the root"),
         (lambda: entanglement(X, TREE, nodes=["top"]), TreeError, "no node 'top'"),
+        (lambda: entanglement(X, TREE, nodes=0), OptionError, "a list of the tree's nodes, found 0"),
         (lambda: entanglement(X, [[0, 1], 3]), TreeError, "not a mode tree"),
         (lambda: rearrange(X[0]), ShapeError, r"expected: \(M, N\)"),
         (lambda: rearrange(X[:1]), DataError, "rearrange: at least two samples"),
