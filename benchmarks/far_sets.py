@@ -24,25 +24,25 @@ from tnreg.experiments import locality, sweep
 from tnreg.experiments.sweep import pictures
 
 FIELDS = ("arm", "patches", "patch_size", "distance", "seed")
-ARMS = ("plain", "igc", "interaction", "rank")
-# Networks, budgets and weights for 5,000 small images instead of 10,000 large ones.
+# 5,000 small images instead of 10,000 large ones, and a network and weights for them.
 SMALL_PATHS = dataclasses.replace(
     locality.pathfinder, size=32, train=5_000, test=2_000, model="small-cnn", statistics="frozen", lr=0.05,
-    epochs=25, stop_above=0.998, stop_epochs=3, test_every=25,
+    epochs=20, stop_above=0.998, stop_epochs=3, test_every=20, igc=2.0, igc_every=4, interaction=0.3,
+    interaction_until=300, interaction_target=0.6, rank=0.1, rank_start=200, rank_until=500,
 )  # fmt: skip
 
 
-def pairs(name: str, distances: tuple[int, ...], seeds: range) -> list[dict[str, Any]]:
+def pairs(name: str, distances: tuple[int, ...], arms: str, seeds: range) -> list[dict[str, Any]]:
     """Return the trainings on pairs, a seed after the other."""
-    config = locality.SETS[name]
-    return locality.cells(dataclasses.replace(config, arms=ARMS, distances=distances, seeds=tuple(seeds)))
+    lists = {"arms": tuple(arms.split()), "distances": distances, "seeds": tuple(seeds)}
+    return locality.cells(dataclasses.replace(locality.SETS[name], **lists))
 
 
 def paths(config: locality.Config, length: int, matched: bool, seeds: range) -> list[dict[str, Any]]:
     """Return the trainings on Pathfinder: each term with the patches that it is tried with."""
     trained = (
-        ("plain", "random", 2), ("igc", "random", 2), ("igc", "discs", 6), ("interaction", "differing", 6),
-        ("rank", "random", 2), ("rank", "differing", 6), ("rank", "discs", 6),
+        ("plain", "random", 2), ("igc", "random", 2), ("igc", "discs", 6), ("rank", "discs", 6),
+        ("rank", "differing", 6),
     )  # fmt: skip
     return [
         cell
@@ -56,10 +56,10 @@ def paths(config: locality.Config, length: int, matched: bool, seeds: range) -> 
 
 
 SETS = {
-    "photos": functools.partial(pairs, "photos", (0, 16, 24), range(401, 406)),
-    "spectra": functools.partial(pairs, "spectra", (0, 24), range(401, 404)),
-    "pathfinder-32": functools.partial(paths, SMALL_PATHS, 7, True, range(401, 404)),
-    "pathfinder-32-published": functools.partial(paths, SMALL_PATHS, 7, False, range(401, 404)),
+    "photos": functools.partial(pairs, "photos", (0, 16, 24), "plain igc interaction rank", range(401, 404)),
+    "spectra": functools.partial(pairs, "spectra", (0, 24), "plain igc rank", range(401, 403)),
+    "pathfinder-32": functools.partial(paths, SMALL_PATHS, 5, True, range(401, 403)),
+    "pathfinder-32-published": functools.partial(paths, SMALL_PATHS, 5, False, range(401, 402)),
 }
 
 

@@ -206,6 +206,22 @@ def _locality() -> Rows:
                f"{r['cost']:.2f}", f"{r['cost an epoch']:.2f}")  # fmt: skip
 
 
+def _far_pairs() -> Rows:
+    arms = ("plain", "igc", "interaction", "rank")
+    yield "pairs of", "pixels apart", "plain", "gradient change", "interaction energy", "interaction rank"
+    for name in ("photos",):
+        found = {(r["distance"], r["arm"]): r for r in _results("far-sets", name)["table"]}
+        distances = list(dict.fromkeys(distance for distance, _ in found))
+        for distance in distances:
+            yield name, distance, *(_percent(found.get((distance, arm))) for arm in arms)
+        costs = ([found[d, arm]["cost an epoch"] for d in distances if (d, arm) in found] for arm in arms)
+        yield name, "time an epoch", *(f"{sum(some) / len(some):.2f}" if some else "–" for some in costs)
+
+
+def _percent(row: dict[str, Any] | None) -> str:
+    return f"{100 * row['test accuracy']:.1f} ± {100 * row['deviation']:.1f}" if row else "–"
+
+
 def _regularizer() -> Rows:
     yield "net", "step", "ms", "over plain", "over plain, memory kept"
     results = _results("regularizer-cpu")
@@ -343,6 +359,7 @@ PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header beg
     ("docs/cnn.md", "| network | ms ", _cnn),
     ("docs/seeing_far.md", "| arm | distance ", _locality),
     ("docs/seeing_far.md", "| net | step ", _regularizer),
+    ("docs/seeing_far.md", "| pairs of | pixels apart ", _far_pairs),
     ("docs/complete.md", "| task | tnreg ", _completed),
     ("docs/complete.md", "| task | seed ", _ours),
     ("docs/past_one_machine.md", "| pass | ", _blocks),
