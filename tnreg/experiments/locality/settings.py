@@ -41,7 +41,7 @@ class Settings:
         dropout: Share of features that the arm dropout drops: before the last layer of a CNN, after each of
             the first three stages of a ResNet, as published.
         sam: How far the arm sam (sharpness-aware minimization) goes up the gradient.
-        augment: What changes training images in every step anew, for penalties as well: "noise" on what the
+        augment: What changes training images in every step anew, but for penalties: "noise" on what the
             network takes, a "shift" of the whole image whose edge is repeated, "mixup" or "cutmix" of two
             images and their labels.
         noise: Standard deviation of the noise.

@@ -303,7 +303,7 @@ class _State:
             changed = [self._own(part) for part in self.augment.draw(whole, self.host.shape[1:])]
             penalty = self.penalty if self.shown is self.data else None
             weight = 0.0 if penalty is None else penalty.next_weight()
-            drawn = self._draw(own, own_there, changed) if weight else None
+            drawn = self._draw(own, own_there) if weight else None
             # gradients are averaged over processes, whose parts may differ by one image
             self.update(own_there, weight, drawn, changed, self.processes.count * len(own) / size)
             penalized += weight > 0
@@ -314,20 +314,14 @@ class _State:
         """Return this process's part of some rows; the first parts are larger by one."""
         return x.tensor_split(self.processes.count)[self.processes.rank]
 
-    def _draw(self, order: Tensor, there: Tensor, changed: Sequence[Tensor] = ()) -> Draw:
+    def _draw(self, order: Tensor, there: Tensor) -> Draw:
         """Draw for the penalty of a batch, from the images on the CPU where that will do."""
         assert self.penalty is not None
         if getattr(self.penalty.patches, "shape_only", False) and self.processes.count == 1:
             # few different shapes for a GPU; on a CPU no image more than needed
             multiple = 1 if self.x.device.type == "cpu" else 8
-            images = self.host[order]
-            if changed:
-                images, _ = self.augment(
-                    lambda i: (as_input(self.host[i]), self.host_labels[i]), order, changed
-                )
-            return self.penalty.draw(self.wrapped, images, multiple=multiple).to(self.x.device)
-        changed = [part.to(self.x.device) for part in changed]
-        return self.penalty.draw(self.wrapped, self._batch(there, changed)[0])
+            return self.penalty.draw(self.wrapped, self.host[order], multiple=multiple).to(self.x.device)
+        return self.penalty.draw(self.wrapped, self._as_it_is(there)[0])
 
     def update(
         self,
@@ -353,14 +347,18 @@ class _State:
         is no penalty. ``share`` is a factor of the loss.
         """
         changed, drawn = given[: self.augment.drawn], given[self.augment.drawn :]
-        images, labels = self._batch(index, changed)
+        images, labels = self.augment(self._as_it_is, index, changed)
         penalty = None
         with _precision(self.settings):
             if self.penalty is None or not drawn:
                 logits = self.wrapped(images)
             else:
                 draw = Draw(*drawn) if len(drawn) > 1 else Draw(drawn[0], None)
-                logits, value = self.penalty.with_logits(self.wrapped, images, labels, draw)
+                if changed:  # what is drawn afresh would count as interaction
+                    logits = self.wrapped(images)
+                    value = self.penalty.value(self.wrapped, *self._as_it_is(index), draw)
+                else:
+                    logits, value = self.penalty.with_logits(self.wrapped, images, labels, draw)
                 penalty = weight * value
             loss = _loss(logits, labels)
             total = loss * share if penalty is None else loss * share + penalty
@@ -391,9 +389,9 @@ class _State:
         with torch.no_grad():
             torch._foreach_copy_(weights, before)
 
-    def _batch(self, index: Tensor, changed: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return augmented images and labels of some numbers."""
-        return self.augment(lambda i: (self._scaled(self.x[i]), self.y[i]), index, changed)
+    def _as_it_is(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and labels of some numbers, without augmentation."""
+        return self._scaled(self.x[index]), self.y[index]
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Return images as the network takes them."""
