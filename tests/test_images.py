@@ -336,6 +336,7 @@ def test_cifar(tmp_path):
     assert found.images.shape == (20, 3, 64, 128) and found.images.dtype == np.uint8
     assert found.boxes == ((16, 12, 48, 44), (16, 84, 48, 116)) and found.labels.sum() == 10
     assert found.images[:, 0, 16, 12].max() < 5
+    assert (found.images[:, :, :16] == np.array([125, 123, 114])[:, None, None]).all()  # the mean colour
     folder = str(tmp_path / "cifar-10-batches-py")
     test = images.is_same_class(4, distance=160, source=folder, split="test")
     assert test.images.shape == (4, 3, 224, 224) and (test.images[:, 0, 96, 0] == 5).all()

@@ -28,7 +28,7 @@ from tnreg.experiments.locality import pictures as locality_figure
 from tnreg.experiments.locality import state as locality_state
 from tnreg.experiments.locality import train as locality_run
 from tnreg.experiments.locality.augment import AUGMENTATIONS, Augmentation
-from tnreg.experiments.locality.settings import PENALTIES, Execution, Settings
+from tnreg.experiments.locality.settings import PENALTIES, Execution, Settings, penalty_of
 from tnreg.experiments.locality.train import train
 from tnreg.experiments.sweep import pictures as sweep_figure
 from tnreg.experiments.sweep.cell import Unfinished
@@ -412,9 +412,8 @@ def test_states_are_written_every_so_many_seconds(seconds, count, run, monkeypat
 def test_inputs_are_standardized(pairs, run, tmp_path):
     """Training and test images by the numbers of the training images; what was trained is probed so."""
     data, test = pairs
-    by_hand = [
-        dataclasses.replace(s, images=(s.images - data.images.mean()) / data.images.std()) for s in pairs
-    ]
+    digits = np.concatenate([data.images[:, :, a:c, b:d] for a, b, c, d in data.boxes])
+    by_hand = [dataclasses.replace(s, images=(s.images - digits.mean()) / digits.std()) for s in pairs]
     run("run", "igc", standardize=True)
     run("hand", "igc", by_hand)
     a, b = (weights(tmp_path / name) for name in ("run", "hand"))
@@ -666,16 +665,41 @@ def test_a_sweep_over_another_setting_is_drawn_as_any_other(more, tmp_path, monk
     assert line.lines[0].get_ydata().tolist() == [0.1, 0.2]
 
 
-def test_presets_are_the_published_settings():
-    path = locality.SETS["pathfinder"]
-    assert (path.lr, path.momentum, path.batch, path.epochs, path.igc) == (0.01, 0.9, 64, 150, 9.0)
-    assert (path.stop_above, path.stop_epochs, path.size, path.patch_size) == (1.0, 21, 150, 2)
-    assert (path.train, path.test, path.model) == (10_000, 10_000, "resnet-18")
-    # both passes of the penalty in training mode, inputs standardized
-    assert path.statistics == "batch" and path.standardize
-    cifar = locality.SETS["cifar"]
-    assert cifar.distances == (0, 40, 80, 120, 160) and cifar.train == 5_000
-    assert cifar.patches == "images"
+# Razin, Maman and Cohen (2022) and their code, both tasks: batch statistics in both passes of the penalty,
+# standardized inputs, a stop after more than 20 perfect epochs in a row, nothing that changes or augments.
+PUBLISHED = {
+    "model": "resnet-18", "epochs": 150, "pretrain_epochs": 0, "stop_above": 1.0, "stop_epochs": 21,
+    "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "batch": 64, "test_every": 1, "augment": "none",
+    "statistics": "batch", "standardize": True, "igc_every": 1, "igc_warmup": 0, "igc_start": 0,
+    "igc_until": 0, "igc_target": 0.0, "precision": "float32", "test": 10_000, "matched": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("pathfinder", {"igc": 9.0, "train": 10_000, "size": 150, "patches": "random", "patch_size": 2,
+                        "distances": (3, 5, 7, 9)}),
+        ("cifar", {"igc": 1.0, "train": 5_000, "patches": "images", "distances": (0, 40, 80, 120, 160)}),
+    ],
+)  # fmt: skip
+def test_presets_are_the_published_settings(name, own):
+    preset = locality.SETS[name]
+    assert {key: getattr(preset, key) for key in PUBLISHED | own} == PUBLISHED | own
+    cell = locality.cells(preset)[1]
+    assert cell["arm"] == "igc"
+    few = (
+        images.pathfinder(4, length=3, size=32)
+        if name == "pathfinder"
+        else images.is_same_class(4, distance=0)
+    )
+    penalty = penalty_of(locality.Training(**cell), "igc", 1, few)
+    assert (penalty.statistics, penalty.weight, penalty.every) == ("batch", own["igc"], 1)
+    assert (penalty.until, penalty.target, penalty.patches.distance if name == "pathfinder" else 0) == (
+        None,
+        None,
+        0,
+    )
 
 
 def test_differences_of_arms_on_the_same_seeds():

@@ -45,11 +45,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "igc": {"arm": "igc"},
     "igc-frozen": {"arm": "igc", "statistics": "frozen"},
     "interaction": {"arm": "interaction", "patches": "differing", "patch_size": 8},
+    "rank": {"arm": "rank", "patches": "differing", "patch_size": 8, "statistics": "frozen"},
 }
 # Arm and paddles of a path, in order of worth; seed 1 of each.
 WANTED = (
-    ("plain", 7), ("igc-frozen", 7), ("interaction", 7), ("plain", 9), ("igc-frozen", 9), ("interaction", 9),
-    ("igc", 7), ("igc", 9),
+    ("plain", 7), ("igc-frozen", 7), ("rank", 7), ("interaction", 7), ("plain", 9), ("igc-frozen", 9),
+    ("rank", 9), ("interaction", 9), ("igc", 7), ("igc", 9),
 )  # fmt: skip
 FIELDS = ("arm", "distance", "statistics", "seed")
 ENDS, LATE, POLL = 30.0, 12.0, 2.0  # seconds: to end in, to be killed in, between two looks
@@ -242,7 +243,7 @@ def cell_of(bench: Bench, arm: str, length: int, **more: Any) -> dict[str, Any]:
     if bench.rehearse:
         values |= {
             "train": 16, "test": 8, "size": 48, "batch": 8, "model": "small-cnn", "epochs": 2,
-            "precision": "float32",
+            "precision": "float32", "rank_start": 0,
         }  # fmt: skip
     return dataclasses.asdict(locality.Training(**{**values, **ARMS[arm], **more}))
 

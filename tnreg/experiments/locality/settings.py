@@ -56,7 +56,7 @@ class Settings:
         statistics: What batch normalization uses inside penalties: its running statistics, "frozen", or
             those of the "batch", as published.
         standardize: Bring every channel of the training images to mean 0 and standard deviation 1, and the
-            test images by the same numbers.
+            test images by the same numbers; of pairs without the canvas.
         igc: Weight of the input gradient change.
         igc_every: A penalty only every so many steps.
         igc_warmup: Steps over which its weight grows.

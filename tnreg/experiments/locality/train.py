@@ -534,13 +534,18 @@ def _dtype(settings: Settings) -> torch.dtype:
 
 
 def _standard(data: ImageSet) -> dict[str, list[float]]:
-    """Return mean and standard deviation of every channel, of images as networks get them without."""
+    """Return mean and standard deviation of every channel, of images as networks get them without.
+
+    Of pairs those of the two images, without the canvas.
+    """
     images = torch.from_numpy(data.images)
+    shown = [images[:, :, a:c, b:d] for a, b, c, d in data.boxes] or [images]
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = torch.split(images, _EVALUATED)  # not all in double precision at once
+        # not all in double precision at once
+        parts = (part for pixels in shown for part in torch.split(pixels, _EVALUATED))
         sums = (function(as_input(part, torch.float64)).sum((0, 2, 3)) for part in parts)
-        return sum(sums, torch.zeros(1, dtype=torch.float64)) / images[:, 0].numel()
+        return sum(sums, torch.zeros(1, dtype=torch.float64)) / sum(part[:, 0].numel() for part in shown)
 
     mean = mean_of(lambda part: part)
     deviation = mean_of(lambda part: (part - mean.view(-1, 1, 1)).square()).sqrt()
