@@ -298,6 +298,7 @@ test_refuses = refuses([
     (PAIRS, {"distance": -1}, OptionError, "distance must be an integer >= 0"),
     (PAIRS, {"distance": 0, "source": "nowhere"}, FileError, "no such file: .*data_batch_1"),
     (PAIRS, {"distance": 0, "canvas": (8.5, 40)}, OptionError, "canvas must be an integer >= 1, found 8.5"),
+    (PAIRS, {"distance": 0, "canvas": 40}, OptionError, r"canvas is \(height, width\) in pixels, found 40"),
     (PAIRS, own(distance=10), OptionError, "2x3 pixels, 10 apart, do not fit on 2x15.\n  distance: at most"),
     (PAIRS, {"distance": 0, "source": SMALL}, OptionError, "'spectra', the folder of CIFAR-10, or .images"),
     (PAIRS, own(np.where(SMALL > 0.9, np.nan, SMALL)), DataError, "of 12 images have pixels that are not"),

@@ -240,6 +240,9 @@ def is_same_class(
         raise OptionError(message, argument="noise")
     std = small.noise if noise is None else check_number(noise, "is_same_class: noise", 0)
     usual = (224, 224) if small.name == "cifar-10" else (side, 5 * wide)
+    if np.shape(canvas or usual) != (2,):
+        message = f"is_same_class: canvas is (height, width) in pixels, found {canvas!r}."
+        raise OptionError(message, argument="canvas")
     height, width = (check_integer(n, 1, "is_same_class: canvas") for n in canvas or usual)
     room = width - 2 * wide
     if distance > room or height < side:
