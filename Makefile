@@ -60,7 +60,7 @@ runs/init-scale-%/init-scale.png: | $(READY)
 
 # Digits at four distances, three arms, five seeds: sixty trainings, goes on where it stopped.
 figure-locality: $(READY)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/tnreg run locality --set digits --workers 2 --out runs/locality
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/seeing_far.py --only main
 
 # The tests with the lowest versions that pyproject.toml allows. The extra onnx asks for a newer torch than
 # tnreg itself and is left out, and with it the tests that write ONNX files. torch 2.9 itself warns where it

@@ -24,8 +24,10 @@ SEEDS = (401, 402, 403, 404, 405)
 STUDY = dataclasses.replace(locality.digits, seeds=SEEDS)
 FAR = dataclasses.replace(STUDY, distances=(0, 24))
 TERMS = ("plain", "igc", "interaction", "rank")
-# A term at every step from the first to the last, with nothing that ends it.
-ALWAYS = dataclasses.replace(STUDY, augment="noise", rank=0.07, rank_start=0, rank_until=0, rank_target=0.0)
+# The term at every step from the first to the last, whatever the energy.
+ALWAYS = dataclasses.replace(
+    FAR, arms=("rank",), augment="noise", rank=0.07, rank_start=0, rank_until=0, rank_target=0.0
+)
 
 
 def change(config: locality.Config, **settings: Any) -> locality.Config:
@@ -36,7 +38,8 @@ def change(config: locality.Config, **settings: Any) -> locality.Config:
 # Each is a sweep in a folder of its own.
 PARTS: dict[str, locality.Config] = {
     "main": dataclasses.replace(STUDY, arms=TERMS),
-    "noise": dataclasses.replace(ALWAYS, arms=("plain", "igc", "rank")),
+    "noise": dataclasses.replace(STUDY, arms=("plain", "igc", "rank"), augment="noise"),
+    "noise, always": ALWAYS,
     "shift": change(FAR, augment="shift"),
     "mixup": change(FAR, augment="mixup"),
     "cutmix": change(FAR, augment="cutmix"),
@@ -44,11 +47,11 @@ PARTS: dict[str, locality.Config] = {
     "normalized": change(FAR, model="normalized-cnn"),
     "wide kernels": change(FAR, model="wide-cnn"),
     "dilation": change(FAR, model="dilated-cnn"),
-    "longer": change(FAR, epochs=180, stop_above=1.1),
+    "longer": change(FAR, distances=(24,), epochs=180, stop_above=1.1),
     "shorter distances first": change(FAR, distances=(24,), pretrain_epochs=7),
     "residual": dataclasses.replace(FAR, arms=TERMS, model="small-resnet"),
     "transformer": dataclasses.replace(
-        FAR, arms=TERMS, model="small-vit", optimizer="adam", lr=2e-3, epochs=40
+        FAR, arms=TERMS, model="small-vit", optimizer="adam", lr=2e-3, epochs=40, seeds=SEEDS[:3]
     ),
 }
 
@@ -66,7 +69,7 @@ def main() -> None:
     found["machine"] = machine_name(torch.device("cpu"), 1)
     for name in options.only:
         config = dataclasses.replace(PARTS[name], workers=options.workers, until=60 * options.minutes)
-        rows = locality.run(config, options.runs / name.replace(" ", "-"))
+        rows = locality.run(config, options.runs / name.replace(",", "").replace(" ", "-"))
         found[name] = {"rows": rows, "table": locality.table(rows), "paired": locality.paired(rows)}
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(name)

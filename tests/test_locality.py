@@ -636,7 +636,7 @@ def test_the_picture_has_the_published_values(tmp_path, monkeypatch):
     fields = ["arm", "distance", "statistics", "seed"]
     ax = draw(tmp_path, monkeypatch, locality_figure, rows, fields, "pathfinder")
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "plain (2 seeds)", "input gradient change, statistics batch (1 seed)",
+        "plain (2 seeds)", "input gradient change, statistics batch (1 seed, time x 1.0)",
         "input gradient change, statistics frozen (1 seed)", "published: plain", "published: λ = 9",
     ]  # fmt: skip
     lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
@@ -650,8 +650,11 @@ def test_the_picture_has_a_line_for_each_augmentation_and_network(tmp_path, monk
     ]  # fmt: skip
     fields = ["arm", "distance", "model", "augment", "seed"]
     ax = draw(tmp_path, monkeypatch, locality_figure, rows, fields, "digits")
-    names = [f"{arm}{augment}, {model} (1 seed)" for arm in ("plain", "interaction rank")
-             for augment in ("", ", noise") for model in "ab"]  # fmt: skip
+    arms = {"plain": "", "interaction rank": ", time x 1.0"}
+    names = [
+        f"{arm}{augment}, {model} (1 seed{time})"
+        for arm, time in arms.items() for augment in ("", ", noise") for model in "ab"
+    ]  # fmt: skip
     assert [text.get_text() for text in ax.get_legend().get_texts()] == names
 
 

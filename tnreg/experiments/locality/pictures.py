@@ -101,7 +101,8 @@ def figure(folder: str | Path, png: str | Path | None = None) -> Path:
     """Draw test accuracy against distance, with error bars, into ``locality.png`` or another file.
 
     Finished trainings are filled marks, those that go on open ones at their last epoch; Pathfinder and
-    CIFAR-10 have the published values beside them. The legend has the number of seeds. A sweep where more
+    CIFAR-10 have the published values beside them. The legend has the number of seeds, and the time of an
+    epoch over that of plain training. A sweep where more
     varies than arm, distance, seed, statistics, augmentation and network is drawn as any other one is.
 
     Raises:
@@ -139,10 +140,12 @@ def picture(means: Rows, begun: Rows, fields: Sequence[str], config: Mapping[str
         aside = 0.02 * step * (i - (len(lines) - 1) / 2)  # error bars must not hide each other
         fewest, most = (of(row["seeds"] for row in rows) for of in (min, max))
         seeds = f"{fewest} to {most}" if fewest < most else most
+        cost = float(np.mean([row["cost an epoch"] for row in rows]))
+        time = "" if math.isnan(cost) or rows[0]["arm"] == "plain" else f", time x {cost:.1f}"
         ax.errorbar(
             [row["distance"] + aside for row in rows], [100 * row["test accuracy"] for row in rows],
             yerr=np.nan_to_num([100 * row["deviation"] for row in rows]), marker="o", ms=4, lw=1.5,
-            capsize=3, color=f"C{i}", label=plain_label(f"{label} ({seeds} seed{'s' * (most > 1)})"),
+            capsize=3, color=f"C{i}", label=plain_label(f"{label} ({seeds} seed{'s' * (most > 1)}{time})"),
         )  # fmt: skip
     for row in begun:
         at = (row["distance"], 100 * row["test accuracy"])
