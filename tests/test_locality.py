@@ -273,6 +273,9 @@ def test_arms_that_add_nothing_are_plain(run, tmp_path):
             assert all(torch.allclose(plain[key], there[key], atol=tolerance) for key in plain)
     run("igc", "igc")
     assert not torch.equal(weights(tmp_path / "igc")["head.weight"], plain["head.weight"])
+    for name, arm in (("noise", "plain"), ("none", "rank")):
+        run(name, arm, rank=0.0, augment="noise")
+    assert_same_run(tmp_path / "noise", tmp_path / "none")
 
 
 KILLED = """

@@ -277,10 +277,10 @@ def test_a_process_without_a_share_of_the_energy_has_a_graph(monkeypatch):
 
 # 130 images in batches of 33 and 31: four steps an epoch, with unequal parts for two processes
 TWENTY = Settings(
-    epochs=5, test_every=2, batch=33, lr=0.02, precision="float64", igc_every=1, igc_target=0.2,
-    interaction_until=18, interaction_target=0.0,
+    epochs=5, test_every=2, batch=33, lr=0.02, precision="float64", augment="mixup", igc_every=1,
+    igc_target=0.2, interaction_until=18, interaction_target=0.0,
 )  # fmt: skip
-ARMS = ("plain", "igc", "interaction")
+ARMS = ("plain", "sam", "igc", "interaction")
 LONG = [
     "run", "locality", "--set", "tiny", "--arms", "igc", "--distances", "0", "--seeds", "1",
     "--epochs", "6", "--batch", "16", "--precision", "float64", "--no-progress",
@@ -364,7 +364,7 @@ def test_twenty_steps_are_those_of_one_process(trained, arm, tmp_path):
     assert (there["processes"], summary["processes"]) == (2, 1)
     for key in ("loss", "penalty", "train accuracy", "test accuracy", "epochs"):
         assert there[key] == pytest.approx(summary[key], rel=1e-9)
-    assert (summary["penalty"] > 0) == (arm != "plain")
+    assert (summary["penalty"] > 0) == (arm in ("igc", "interaction"))
     if arm != "plain":
         plain = weights(trained / "plain")["head.weight"]
         assert not torch.allclose(plain, weights(tmp_path / arm)["head.weight"], atol=1e-4)

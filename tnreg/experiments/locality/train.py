@@ -259,8 +259,8 @@ class _State:
     def _show(self, data: ImageSet) -> None:
         """Put training images on the device; on the CPU they stay for what is drawn."""
         self.shown, device = data, self.processes.device
-        self.host, self.host_labels = _tensors(data)
-        self.x, self.y = self.host.to(device), self.host_labels.to(device)
+        self.host, labels = _tensors(data)
+        self.x, self.y = self.host.to(device), labels.to(device)
 
     def epoch(self) -> dict[str, float]:
         """Go once over the images; return mean loss, mean penalty where there was one, train accuracy."""
