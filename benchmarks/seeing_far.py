@@ -40,6 +40,10 @@ PARTS: dict[str, locality.Config] = {
     "main": dataclasses.replace(STUDY, arms=TERMS),
     "noise": dataclasses.replace(STUDY, arms=("plain", "igc", "rank"), augment="noise"),
     "noise, always": ALWAYS,
+    "early": dataclasses.replace(
+        FAR, arms=("rank",), distances=(24,), seeds=(0, 1, 2, *SEEDS), rank_start=0, rank_until=300
+    ),
+    "near": dataclasses.replace(FAR, arms=("rank",), distances=(24,), patches="near"),
     "shift": change(FAR, augment="shift"),
     "mixup": change(FAR, augment="mixup"),
     "cutmix": change(FAR, augment="cutmix"),
