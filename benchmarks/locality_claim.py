@@ -38,7 +38,12 @@ from tnreg.experiments.probed import network_of
 from tnreg.far.interaction import crossed_values, interaction_energy
 
 CROSSED = 60
-LABELS = {"igc": "gradient change", "interaction": "interaction energy", "rank": "interaction rank"}
+LABELS = {
+    "start": "before training",
+    "igc": "gradient change",
+    "interaction": "interaction energy",
+    "rank": "interaction rank",
+}
 Row = dict[str, Any]
 
 
@@ -83,7 +88,7 @@ def rows_of(folders: list[Path], distance: int) -> list[Row]:
         how = {"epochs": summary["epochs"], "test accuracy": summary["test accuracy"]}
         rows.append({"arm": config["arm"], "seed": seed, **how, **measure(net, x, pairs.boxes, distance)})
         row = rows[-1]
-        print(f"{run.name:40} {row['epochs']:3} epochs, {row['share']:.3f} rank {row['effective rank']:.1f}")
+        print(f"{run.name:40} {row['epochs']:3} epochs, {row['share']:.4f} rank {row['effective rank']:.1f}")
     return rows
 
 
@@ -93,33 +98,46 @@ def ends(rows: list[Row], arm: str) -> list[Row]:
     return list(last.values())
 
 
+def arms_of(rows: list[Row]) -> list[str]:
+    """Return the arms, plain training first."""
+    return sorted({row["arm"] for row in rows} - {"start"}, key=lambda arm: (arm != "plain", arm))
+
+
+def mean_of(rows: list[Row], arm: str) -> Row:
+    """Return means over seeds, and the standard deviation of the share."""
+    shares, ranks = (np.array([row[name] for row in rows]) for name in ("share", "effective rank"))
+    deviation = float(shares.std(ddof=1)) if len(rows) > 1 else 0.0
+    mean = {"share": float(shares.mean()), "deviation": deviation, "effective rank": float(ranks.mean())}
+    return {"arm": LABELS.get(arm, arm), "seeds": len(rows), **mean}
+
+
 def figure(rows: list[Row], path: Path) -> None:
     """Draw the share of the two images over epochs, and the profiles at the start and the end."""
     drawn = Figure(figsize=(11, 4), layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
     start = ends(rows, "start")
-    profile_of(right, start, "before training", "0.5")
-    arms = sorted({row["arm"] for row in rows} - {"start"}, key=lambda arm: (arm != "plain", arm))
-    for k, arm in enumerate(arms):
+    profile_of(right, start, LABELS["start"], "0.5")
+    for k, arm in enumerate(arms_of(rows)):
         for last in ends(rows, arm):
             here = [row for row in rows if row["arm"] == arm and row["seed"] == last["seed"]]
             if len(here) > 1:  # over epochs
                 here += [row for row in start if row["seed"] == last["seed"]]
-                line = sorted((row["epochs"], max(row["share"], 1e-4)) for row in here)
+                line = sorted((row["epochs"], max(row["share"], 1e-5)) for row in here)
                 left.plot(*zip(*line, strict=True), "o-", ms=3, lw=1.2, color=f"C{k}")
             else:
-                left.plot(last["epochs"], max(last["share"], 1e-4), "o", ms=5, mfc="none", color=f"C{k}")
+                left.plot(last["epochs"], max(last["share"], 1e-5), "o", ms=5, mfc="none", color=f"C{k}")
         profile_of(right, ends(rows, arm), LABELS.get(arm, arm), f"C{k}")
+    left.plot([0] * len(start), [row["share"] for row in start], "o", ms=5, mfc="none", color="0.5")
     left.set_xscale("symlog", linthresh=1)
     left.set_yscale("log")
     left.set_xticks(ticks := [0, 1, 2, 4, 8, 16, 32, 60], map(str, ticks))
     left.set_xticks([], minor=True)
     left.set_xlim(-0.1, 70)
-    left.set_xlabel("epochs (circles: other seeds, at the end)")
+    left.set_xlabel("epochs (circles: other seeds, before and after)")
     left.set_ylabel("interaction share of the two images")
     names = [f"{d}\n{'inside' if k < 3 else 'across'}" for k, d in enumerate(rows[0]["distances"])]
     right.set_xticks(range(len(names)), names, fontsize=8)
-    right.set_xlabel(f"pixels between patches of side {rows[0]['patches']}, inside an image or across")
+    right.set_xlabel(f"pixels between patches of side {rows[0]['patches']}")
     right.set_ylabel("share of variance by interaction")
     right.set_yscale("log")
     right.legend(fontsize=8)
@@ -142,17 +160,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     rows = rows_of(arguments.folders, arguments.distance)
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = ends(rows, arm)
-        shares = np.array([row["share"] for row in own])
-        ranks = np.mean([row["effective rank"] for row in own])
-        print(
-            f"{arm:12} {len(own)} seeds, share {shares.mean():.3f} (median {np.median(shares):.3f}), "
-            f"rank {ranks:.1f}"
-        )
+    summary = [mean_of(ends(rows, arm), arm) for arm in ("start", *arms_of(rows))]
+    for row in summary:
+        print(*row.values())
     if arguments.out:
         machine = f"{platform.machine()} CPU, torch {torch.__version__}"
-        about = {"machine": machine, "crossed": CROSSED, "distance": arguments.distance, "rows": rows}
+        about = {"machine": machine, "crossed": CROSSED, "distance": arguments.distance}
+        about |= {"summary": summary, "rows": rows}
         arguments.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if arguments.figure:
         figure(rows, arguments.figure)

@@ -222,6 +222,13 @@ def _percent(row: dict[str, Any] | None) -> str:
     return f"{100 * row['test accuracy']:.1f} ± {100 * row['deviation']:.1f}" if row else "–"
 
 
+def _claim() -> Rows:
+    yield "training", "interaction share of the digits", "effective rank"
+    for r in _results("claim-cpu", "summary"):
+        share = f"{r['share']:.4f} ± {r['deviation']:.4f}"
+        yield r["arm"], share, f"{r['effective rank']:.1f}"
+
+
 def _regularizer() -> Rows:
     yield "net", "step", "ms", "over plain", "over plain, memory kept"
     results = _results("regularizer-cpu")
@@ -357,6 +364,7 @@ PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header beg
     ("docs/cnn.md", "| classifier | ", _convac),
     ("docs/cnn.md", "| tree | how ", _truncated),
     ("docs/cnn.md", "| network | ms ", _cnn),
+    ("docs/seeing_far.md", "| training | interaction share ", _claim),
     ("docs/seeing_far.md", "| arm | distance ", _locality),
     ("docs/seeing_far.md", "| net | step ", _regularizer),
     ("docs/seeing_far.md", "| pairs of | pixels apart ", _far_pairs),

@@ -231,10 +231,10 @@ def profile_of(means, distances=(0, 3, 6, 12, 24), pairs=4):
 
 
 @pytest.mark.parametrize(("means", "words"), [
-    # whole pixels 0 to 1.5, 1.5 to 4.5, ... count as 2, 3, 4.5, 9 and 6.5
-    ([0.5, 0.3, 0.2, 0, 0], "67 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
-    ([0.5, 0.4, 0.2, 0.04, 0], "89 % of the pair interaction lies within 6 pixels; nothing beyond 12."),
-    ([0.5, 0.4, 0.2, 0.0049, 0], "Only 70 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
+    ([0.5, 0.3, 0.2, 0, 0], "80 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
+    ([0.5, 0.4, 0.2, 0.04, 0], "96 % of the pair interaction lies within 6 pixels; nothing beyond 12."),
+    ([0.5, 0.4, 0.2, 0.0049, 0], "81 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
+    ([0.4, 0.1, 0.4, 0, 0], "Only 55 % of the pair interaction lies within 3 pixels; nothing beyond 6."),
     ([0.5, 0, 0, 0, 0], "100 % of the pair interaction lies within 0 pixels; nothing beyond 0."),
     ([0, 0, 0, 0, 0.5], "Only 0 % of the pair interaction lies within 12 pixels; it reaches 24, as far as"),
     ([0.5, 0.5, 0.5, 0.5, 0.01], "99 % of the pair interaction lies within 12 pixels; it reaches 24, as far"),

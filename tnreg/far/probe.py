@@ -121,8 +121,7 @@ class LocalityProfile:
     def summary(self) -> str:
         """What was found, in words.
 
-        *Within*: every whole number of pixels from the smallest distance to the largest counts equally,
-        with the mean interaction at the measured distance nearest to it (half of each between two). It is
+        *Within*: every distance measured counts equally, with its mean interaction, and no other does. It is
         not weighted by how many pairs of patches an image has at a distance, as its shape decides that.
         The distance named is the first one measured within which there is 80 % of the sum.
         *Nothing*: below 1 % of the largest mean, or below a millionth of the variance. Shares of single
@@ -139,16 +138,15 @@ class LocalityProfile:
         largest = f"{_percent(mean[top])}{spread} % of the variance"
         if len(at) == 1:
             return f"Pair interaction is {largest}. {measured}"
-        edges = np.concatenate([[at[0] - 0.5], (at[1:] + at[:-1]) / 2, [at[-1] + 0.5]])
-        within = np.cumsum(np.diff(edges) * mean)
-        within = within / within[-1] + 1e-9  # against rounding
+        within = np.cumsum(mean) / mean.sum() + 1e-9  # against rounding
         near, far = int(np.argmax(within >= 0.8)), int(mean.nonzero()[0][-1])
         short = 0 < near == far
         near -= short
-        lies = f"{'Only ' * short}{int(100 * within[near])} % of the pair interaction lies within {at[near]}"
+        pixels = f"{at[near]} pixel{'s' * int(at[near] != 1)}"
+        lies = f"{'Only ' * short}{int(100 * within[near])} % of the pair interaction lies within {pixels}"
         last = far == len(at) - 1
         reach = f"it reaches {at[far]}, as far as measured" if last else f"nothing beyond {at[far]}"
-        return f"{lies} pixels; {reach}. It is largest at {at[top]}, {largest}. {measured}"
+        return f"{lies}; {reach}. It is largest at {at[top]}, {largest}. {measured}"
 
     def compare(self, other: LocalityProfile, names: tuple[str, str] = ("A", "B")) -> ProfileComparison:
         """Return how another model differs from this one, paired over the pairs of patches.
