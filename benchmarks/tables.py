@@ -109,6 +109,20 @@ def _dynamics() -> Rows:
             )
 
 
+def _studies() -> Rows:
+    yield "study", "what", "unseen error", "components", "effective rank", "target's ranks", "moves at step"
+    rows = _results("dynamics-studies", "rows")
+    for study, name in dict.fromkeys((row["study"], row["name"]) for row in rows):
+        seeds = [row for row in rows if (row["study"], row["name"]) == (study, name)]
+        errors = ", ".join(f"{row['test error']:.2g}" for row in seeds)
+        alive = [sum(c > 0.1 * row["components"][0] for c in row["components"]) for row in seeds]
+        ranks = sum(row["ranks"] == row["target ranks"] for row in seeds)
+        effective = ", ".join(f"{row['effective rank']:.2f}" for row in seeds)
+        moved = [row["first left"] or None for row in seeds]
+        yield (study, name, errors, ", ".join(f"{n}" if n < 10 else "≥ 10" for n in alive), effective,
+               f"{ranks} of {len(seeds)}", ", ".join(f"{m:,}" if m else "–" for m in moved))  # fmt: skip
+
+
 def _cost() -> Rows:
     yield "what", "ms", "of a step"
     times = _results("dynamics-cpu", "milliseconds")
@@ -352,6 +366,7 @@ PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header beg
     ("docs/speed.md", "| work | against ", _steps),
     ("docs/complete.md", "| function | method ", _cross),
     ("docs/dynamics.md", "| run | ", _dynamics),
+    ("docs/dynamics.md", "| study | ", _studies),
     ("docs/dynamics.md", "| what | ms ", _cost),
     ("docs/trees.md", "| tensor, modes permuted | ", _trees),
     ("docs/trees.md", "| factors | ", _tree_factors),

@@ -91,9 +91,9 @@ def rates_figure(run: Run) -> Any:
     root = tracks(run.trajectory)
     alive = np.flatnonzero(root.norms[-1] > 0.01 * root.norms[-1].max())
     plots.rates(root.measured[:, alive], left, predicted=root.predicted[:, alive], steps=root.steps[1:-1])
-    left.set_title("at the root: measured (wide), predicted (dashed)")
-    if np.isfinite(root.bounds).any():
-        left.set_title("at the root: measured (wide), predicted (dashed), bounds (shaded)")
+    title, bounded = "at the root: measured (wide), predicted (dashed)", np.isfinite(root.bounds).any()
+    left.set_title(f"{title}, bounds" if bounded else title, fontsize=10)
+    if bounded:
         for k, component in enumerate(alive):
             left.fill_between(root.steps[1:-1], *root.bounds[:, component].T, color=f"C{k}", alpha=0.15, lw=0)
     for node in run.trajectory["components"]:
