@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,23 @@ def _seeds(values: Iterable[Any]) -> str:
     return "; ".join(dict.fromkeys(map(str, values)))
 
 
+def _data_suits() -> Rows:
+    nets, forms = ("convolutional", "locally connected"), {"entropy": ".5f", "entropy with labels": ".3f"}
+    forms["correlation"] = ",.0f"
+    found = ("entropy, 128 features", "with labels", "correlations", "neighbours, %")
+    yield "order", *found, *(f"{net}, %" for net in nets)
+    seeds = list(_results("data_suits").values())
+    for name in seeds[0]:
+        rows = [seed[name] for seed in seeds]
+        yield (name, *(_mean([row[key]["128"] for row in rows], form) for key, form in forms.items()),
+               _mean([100 * row["neighbours"] for row in rows], ".0f"),
+               *(_mean([100 * row[net][1] for row in rows], ".1f") for net in nets))  # fmt: skip
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
 def _completed() -> Rows:
     results = _results("complete")
     names = {method for rows in results.values() for method in rows}
@@ -365,6 +383,7 @@ def _ours() -> Rows:
 PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header begins, table
     ("docs/speed.md", "| work | against ", _steps),
     ("docs/complete.md", "| function | method ", _cross),
+    ("docs/data.md", "| order | entropy", _data_suits),
     ("docs/dynamics.md", "| run | ", _dynamics),
     ("docs/dynamics.md", "| study | ", _studies),
     ("docs/dynamics.md", "| what | ms ", _cost),

@@ -124,7 +124,7 @@ def rearrange(samples: Any, *, seed: int = 0) -> Tensor:
         OptionError: The seed is no integer.
         SizeError: Four matrices ``N × N`` would not fit into memory.
 
-    Cost: some 2 s for 1,000 features, 16 s for 4,000. Each feature keeps its 32 strongest edges.
+    Cost: some 3 s for 1,000 features, 17 s for 4,000. Each feature keeps its 32 strongest edges.
 
     Example:
         >>> z = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
