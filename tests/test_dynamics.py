@@ -331,8 +331,9 @@ test_refuses = refuses([
     (lambda: dy.flow(HTF, LOSS, []), "times must be increasing numbers"),
     (lambda: dy.flow(HTF, LOSS, [0], observe={"flow time": len}), "'flow time' is taken"),
     (lambda: dy.flow(HTF, LOSS, [0], observe={"x": 3}), "flow: 'x' must be a function"),
-    (lambda: dy.flow(HTF, LOSS, [0, 1], rtol=-1), "flow: rtol must be"),
+    (lambda: dy.flow(HTF, LOSS, [0, 1], rtol=0), "flow: rtol must be"),
     (lambda: dy.flow(HTF, lambda m: 3.0, [0, 1]), r"flow: loss\(model\) must return a real scalar"),
+    (lambda: dy.flow(HTF, Factorization.to_tensor, [0]), r"a real scalar(.|\n)*shape \(2, 3, 5, 7\)"),
     (lambda: dy.flow(copy.deepcopy(HTF).requires_grad_(False), LOSS, [0]), "no parameters that are trained"),
 ], error=OptionError)  # fmt: skip
 

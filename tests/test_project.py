@@ -104,7 +104,7 @@ def test_lower_bounds_cover_what_is_pinned():
 def test_import_needs_no_extra():
     """``import tnreg`` works where nothing but its own requirements is, and loads nothing that is slow."""
     extras = "dask distributed zarr h5py pyarrow xarray sklearn tensorly quimb onnx onnxruntime onnxscript"
-    slow = "scipy pandas matplotlib torchvision tensornetwork tyro rich IPython"
+    slow = "torchdiffeq scipy pandas matplotlib torchvision tensornetwork tyro rich IPython"
     script = (
         "import sys\nbefore = set(sys.modules)\nimport torch\nof_torch = set(sys.modules) - before\n"
         "import tnreg\nprint(*{name.split('.')[0] for name in set(sys.modules) - of_torch})"

@@ -352,7 +352,7 @@ def test_tasks_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("kind", [completion, sensing])
+@pytest.mark.parametrize("kind", [completion, sensing, partial(sensing, kind="dense", loss="huber")])
 def test_tasks_made_in_inference_mode_train(kind):
     with torch.inference_mode():
         task = kind(target(), 20)

@@ -298,7 +298,7 @@ def flow(
     if not parameters:
         raise OptionError("flow: the model has no parameters that are trained.", argument="model")
     narrow = any(torch.finfo(p.dtype).eps > 1e-10 for p in parameters)
-    rtol = (1e-5 if narrow else 1e-9) if rtol is None else check_number(rtol, "flow: rtol", 0)
+    rtol = (1e-5 if narrow else 1e-9) if rtol is None else check_number(rtol, "flow: rtol", 1e-15)
     state, run, count = _flat(parameters), Trajectory(), 0
     options = {"method": "dopri8", "rtol": rtol, "atol": rtol * float(state.square().mean().sqrt() or 1.0)}
 
@@ -320,7 +320,8 @@ def flow(
                 except AssertionError:  # steps that became too small to be steps
                     run.stop_reason = f"the flow cannot be followed beyond time {float(between[0]):g}"
             _unflatten(state, parameters)
-            value = float(loss(model))
+            with torch.enable_grad():
+                value = float(check_loss("flow", loss(model)).detach())
             if not math.isfinite(value):
                 run.stop_reason = f"the loss became {value} at time {float(moment):g}"
             if run.stop_reason:
