@@ -309,7 +309,7 @@ def test_probe(cli, answer):
 
 def test_probe_says_what_it_found_and_compares(cli, answer):
     """Words come first; several models are compared; a network may give a dict."""
-    Path("mine.py").write_text(
+    Path("wrapped.py").write_text(
         "import torch\nfrom tnreg.experiments.nets import SmallCNN\n"
         "class Net(SmallCNN):\n    def forward(self, x):\n"
         "        return {'other': None, 'logits': super().forward(x)}\n"
@@ -333,7 +333,7 @@ def test_probe_says_what_it_found_and_compares(cli, answer):
     assert comparison["summary"] == lines[2] and len(document["models"][0]["map"]["interaction"]) == 8
     change = [found["distances"][0]["interaction"] for found in document["models"]]
     assert comparison["distances"][0]["difference"] == pytest.approx(change[1] - change[0])
-    net = "mine.py:Net --weights run0/model.safetensors"
+    net = "wrapped.py:Net --weights run0/model.safetensors"
     tables = [
         cli(f"probe {model} {words}")[0].split("pixels\n")[1]
         for model in ("run0", net, f"{net} --output logits")
