@@ -50,6 +50,7 @@ STUDIES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "sensing": {
         "MF, rank-one": ("mf", {"task": "sensing"}),
+        "MF, dense": ("mf", {"task": "dense-sensing"}),
         "CP, rank-one": ("cp", {"task": "sensing"}),
         "small CP, dense": ("cp-small", {"task": "dense-sensing"}),
         "small HTF, completion": ("htf-small", HTF),

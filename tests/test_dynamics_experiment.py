@@ -30,7 +30,7 @@ from tnreg import (
 )
 from tnreg.cli import tables
 from tnreg.experiments import dynamics
-from tnreg.experiments.dynamics import init_scale, train
+from tnreg.experiments.dynamics import init_scale, pictures, train
 from tnreg.experiments.folder import read_run
 
 pytestmark = pytest.mark.slow
@@ -148,8 +148,10 @@ def test_descent_follows_the_flow_within_its_bounds(tmp_path):
     for name, lr in (("flow", 0.5), ("sgd", 0.5), ("sgd", 0.25)):
         config = small(optimizer=name, lr=lr, std=0.4, unbalance=2.0, bounds=True, off_tree=())
         config = dataclasses.replace(config, steps=round(30 / lr), every=round(2 / lr))
-        dynamics.run(config, tmp_path / f"{name}-{lr}", pictures=name == "flow")
+        dynamics.run(config, tmp_path / f"{name}-{lr}", pictures=False)
         tracked.append(dynamics.tracks(read_run(tmp_path / f"{name}-{lr}").trajectory))
+    drawn = pictures.rates_figure(read_run(tmp_path / "flow-0.5"))
+    assert drawn.axes[0].collections and drawn.axes[0].get_title().endswith("bounds")
     flow, *others = tracked
     low, high = flow.bounds[..., 0], flow.bounds[..., 1]
     assert (low < high).all() and flow.rate_error() < 0.02
@@ -200,10 +202,10 @@ def test_own_tree_and_target(tmp_path):
     ],
 )  # fmt: skip
 def test_other_settings(tmp_path, changes):
-    pictures = "optimizer" not in changes
-    summary = dynamics.run(small(**changes), tmp_path / "run", pictures=pictures)
+    drawn = "optimizer" not in changes
+    summary = dynamics.run(small(**changes), tmp_path / "run", pictures=drawn)
     found = read_run(tmp_path / "run").trajectory
-    assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists() == pictures
+    assert found["loss"][-1] < found["loss"][0] and (tmp_path / "run" / "dynamics.png").exists() == drawn
     assert ("components" in summary) == (changes.get("join") != "full")
     rated = changes.get("optimizer") not in ("adam", "lbfgs")
     assert ("predicted rate" in found) == ("rates" not in changes and "join" not in changes and rated)
