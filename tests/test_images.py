@@ -185,6 +185,7 @@ def test_pairs_are_of_the_classes_that_the_labels_say():
     assert not used["train"] & used["test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["photos", "spectra"])
 def test_pairs_from_files_inside_packages(source):
     draw = functools.partial(images.is_same_class, 200, source=source, noise=0)
