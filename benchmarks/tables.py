@@ -233,6 +233,13 @@ def _far_pairs() -> Rows:
         yield name, "time an epoch", *(f"{sum(some) / len(some):.2f}" if some else "–" for some in costs)
 
 
+def _far_paths() -> Rows:
+    yield "Pathfinder 32×32, L = 5", "patches", "matched, %", "time an epoch"
+    for r in _results("far-sets", "pathfinder-32")["table"]:
+        where = "–" if r["arm"] == "plain" else f"{r['patches']}, {r['patch_size']}×{r['patch_size']}"
+        yield r["arm"], where, _percent(r), f"{r['cost an epoch']:.2f}"
+
+
 def _percent(row: dict[str, Any] | None) -> str:
     """Mean and deviation; of one seed its value."""
     if row is None:
@@ -406,6 +413,7 @@ PAGES: list[tuple[str, str, Callable[[], Rows]]] = [  # page, how the header beg
     ("docs/seeing_far.md", "| arm | distance ", _locality),
     ("docs/seeing_far.md", "| net | step ", _regularizer),
     ("docs/seeing_far.md", "| pairs of | pixels apart ", _far_pairs),
+    ("docs/seeing_far.md", "| Pathfinder 32×32, L = 5 | ", _far_paths),
     ("docs/complete.md", "| task | tnreg ", _completed),
     ("docs/complete.md", "| task | seed ", _ours),
     ("docs/past_one_machine.md", "| pass | ", _blocks),
