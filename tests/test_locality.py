@@ -200,7 +200,9 @@ def test_augmentations_by_their_definition(kind):
     else:  # one logit or two, the loss is the same
         logits = torch.randn(4, 1)
         both = torch.cat([torch.zeros(4, 1), logits], 1)
-        assert torch.allclose(locality_run._loss(logits, targets), locality_run._loss(both, targets))
+        three = torch.cat([both, torch.full((4, 1), -1e9)], 1)
+        losses = [locality_run._loss(some, targets) for some in (logits, both, three)]
+        assert torch.allclose(losses[0], losses[1]) and torch.allclose(losses[1], losses[2])
         assert locality_run._right(logits, targets) == ((logits[:, 0] > 0) == (targets[:, 1] > 0.5)).sum()
     if kind in ("noise", "shift"):
         augment = Augmentation(dataclasses.replace(settings, noise=0.0, shift=0), 1)

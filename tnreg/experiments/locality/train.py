@@ -560,11 +560,12 @@ def _device_name(device: torch.device) -> str:
 def _loss(out: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy with classes ``(B,)``, or their shares ``(B, 2)``."""
     logits = (out if out.dtype == torch.float64 else out.float()).reshape(len(labels), -1)
-    shares = labels.to(logits.dtype) if labels.ndim == 2 else labels
     if logits.shape[1] == 1:
-        wanted = shares[:, 1] if labels.ndim == 2 else labels.to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits[:, 0], wanted)
-    return F.cross_entropy(logits, shares)
+        wanted = labels[:, 1] if labels.ndim == 2 else labels
+        return F.binary_cross_entropy_with_logits(logits[:, 0], wanted.to(logits.dtype))
+    if labels.ndim == 2:
+        labels = F.pad(labels.to(logits.dtype), (0, logits.shape[1] - 2))
+    return F.cross_entropy(logits, labels)
 
 
 def _right(out: Tensor, labels: Tensor) -> Tensor:
