@@ -38,10 +38,7 @@ def locality_table(means: list[dict[str, Any]], title: str) -> Table:
         costs = {key: "" if math.isnan(row[key]) else f"{row[key]:.2f}" for key in some}
         rows.append({**row, **costs, "accuracy": accuracy})
     columns = {**_fields(means), "accuracy": "{accuracy}", "epochs": "{epochs:.0f}",
-               "seconds": "{seconds:.1f}", "x plain": "{cost}", "an epoch": "{cost an epoch}",
-               "images": "{images}"}  # fmt: skip
-    if set(_fields(means)) - set(locality.EXPERIMENT.fields):  # their columns need the room
-        del columns["seconds"], columns["an epoch"]
+               "x plain": "{cost}", "a step": "{cost an epoch}", "images": "{images}"}  # fmt: skip
     return table_of(rows, columns, title=f"{title}: test accuracy (%) of the last epoch")
 
 
