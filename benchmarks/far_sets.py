@@ -57,9 +57,12 @@ def paths(config: locality.Config, length: int, matched: bool, seeds: range) -> 
 
 SETS = {
     "photos": functools.partial(pairs, "photos", (0, 16, 24), "plain igc interaction rank", range(401, 404)),
-    "spectra": functools.partial(pairs, "spectra", (0, 24), "plain igc rank", range(401, 402)),
-    "pathfinder-32": functools.partial(paths, SMALL_PATHS, 5, True, range(401, 402)),
-    "pathfinder-32-published": functools.partial(paths, SMALL_PATHS, 5, False, range(401, 402)),
+    "spectra": functools.partial(pairs, "spectra", (0, 24), "plain igc rank", range(401, 404)),
+    "pathfinder-32": functools.partial(paths, SMALL_PATHS, 5, True, range(401, 404)),
+    "pathfinder-32-published": functools.partial(paths, SMALL_PATHS, 5, False, range(401, 404)),
+    "pathfinder-64": functools.partial(
+        paths, dataclasses.replace(SMALL_PATHS, size=64), 7, True, range(401, 402)
+    ),
 }
 
 
