@@ -24,7 +24,7 @@ from tnreg import ConvAC, ConvNet, ModeTree, Representation, load, spectra
 from tnreg.cli.entry import COMMANDS
 from tnreg.cli.output import Reply, plain
 from tnreg.experiments import completion, convac, locality
-from tnreg.experiments.dynamics import init_scale, train
+from tnreg.experiments.dynamics import init_scale
 from tnreg.experiments.nets import build
 from tnreg.machine.files import read_safetensors
 from tnreg.trees.tree import read_tree, tree_from_json
@@ -222,7 +222,7 @@ def test_defaults_of_the_preset(cli, words, option, default):
 
 def test_an_interrupted_run_says_how_to_go_on(cli, monkeypatch):
     interrupt = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr(train, "fit", interrupt)
+    monkeypatch.setattr("tnreg.experiments.dynamics.updates.fit", interrupt)
     _, err = cli("run dynamics --model tiny", 130)
     assert "the same command goes on where this one stopped" in err
     monkeypatch.setattr("tnreg.cli.tree.read_tree", interrupt)
