@@ -226,6 +226,7 @@ def test_random_models(model, data):
     assert_equal(al.diagonal_joins(al.full_joins(model)), x, size)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     dtype=st.sampled_from([torch.float32, torch.float64, torch.complex64, torch.complex128]),

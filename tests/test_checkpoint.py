@@ -97,6 +97,7 @@ def test_a_killed_process_goes_on(tmp_path, monkeypatch, optimizer):
     assert_equal(train(tmp_path / "c", **options), train(None, **options))
 
 
+@pytest.mark.slow
 def test_more_steps_than_before_and_a_verdict(tmp_path):
     train(tmp_path / "c", steps=30)
     assert_equal(train(tmp_path / "c"), train(None))

@@ -327,6 +327,7 @@ def test_copy_nodes_wired_by_hand():
     assert np.allclose(values(model), summed["A"].tensor.sum(1))
 
 
+@pytest.mark.slow
 def test_a_long_chain_of_nodes():
     """More nodes than Python recurses."""
     model = zoo.model_of(ModeTree.caterpillar(1030), "full", sizes=2, bonds=1, std=1.0)

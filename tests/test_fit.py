@@ -332,6 +332,7 @@ def fake_cuda(monkeypatch):
     return events
 
 
+@pytest.mark.slow
 def test_a_graph_makes_the_same_steps(monkeypatch):
     """Three ordinary steps, one recording that changes nothing, then replays."""
     _, expected = train(10, every=5)

@@ -92,6 +92,7 @@ def test_spectra_both_ways(name, dtype):
             assert_spectra(found, tensor, model.tree, 1e-13)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(model=zoo.models(bare=True))
 def test_spectra_of_random_models(model):

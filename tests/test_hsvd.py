@@ -207,6 +207,7 @@ def test_weights_are_orthonormal(dtype):
                 assert torch.allclose(basis.mH @ basis, identity, atol=1e-12), node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_random_vectors_find_large_nodes(dtype):
     """A node of 300 rows and rank 12 with a tail: found from few products, within the tolerance."""

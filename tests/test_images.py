@@ -70,6 +70,7 @@ def test_distractors(length):
     assert max(counts) <= most and np.mean(counts) > 0.9 * most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [3, 7])
 def test_distances_match_in_both_classes(length):
     """The two means differ by a small share of what they differ by in the published images."""

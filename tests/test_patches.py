@@ -134,6 +134,7 @@ def test_places_without_weight_are_never_drawn():
         assert drawn_place.tolist() == [place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 def test_places_of_images_with_more_of_them_than_single_precision_counts(exact):
     x = torch.empty(1, device="meta").expand(2, 1, 4100, 4100)
@@ -143,6 +144,7 @@ def test_places_of_images_with_more_of_them_than_single_precision_counts(exact):
         assert counts[place] == places.allowed(torch.tensor([place])).count_nonzero()
 
 
+@pytest.mark.slow
 def test_random_pairs_are_equally_likely_in_a_large_image():
     """Where there are more pairs than single precision counts."""
     pairs = drawn(patches.RandomPatches(2, seed=9), torch.zeros(2, 1, 150, 150), 3000)

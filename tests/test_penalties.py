@@ -128,6 +128,7 @@ def test_products_of_many_norms_stay_in_range():
     assert float(LocalComponentPenalty()(model).detach()) == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_on_it_changes_the_rank():
     """Fitted with the penalty the effective rank falls; with promote it rises."""
     tree, ranks = ModeTree.binary(4), []

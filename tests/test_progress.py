@@ -40,6 +40,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "draw"), DRAWN.items(), ids=DRAWN)
 def test_drawn_on_a_terminal_and_not_into_a_file(text, draw, capsys, monkeypatch, tmp_path):
     draw(tmp_path / "file")
