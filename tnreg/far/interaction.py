@@ -356,6 +356,9 @@ def _contents(x: Tensor, box: Tensor) -> Tensor:
 def _differing(contents: Tensor, order: Tensor, count: int) -> Tensor:
     """Return the first ``count`` numbers in ``order`` whose contents differ, and the first where all do."""
     contents = contents[order]
+    first = contents[:count]
+    if contents.device.type == "cpu" and int((first[:, None] == first).all(-1).sum()) == count:
+        return order[:count]
     places = torch.arange(len(order), device=order.device)
     new, chosen = torch.ones_like(places, dtype=torch.bool), []
     for _ in range(count):
