@@ -40,6 +40,7 @@ def change(config: locality.Config, **settings: Any) -> locality.Config:
 # Each is a sweep in a folder of its own.
 PARTS: dict[str, locality.Config] = {
     "main": dataclasses.replace(STUDY, arms=TERMS),
+    "more seeds": dataclasses.replace(STUDY, arms=("igc", "rank"), seeds=(406, 407, 408, 409, 410)),
     "noise": dataclasses.replace(STUDY, arms=("plain", "igc", "rank"), augment="noise"),
     "noise, always": ALWAYS,
     "early": dataclasses.replace(FAR, arms=("rank",), distances=(0, 16, 24), rank_start=0, rank_until=300),
