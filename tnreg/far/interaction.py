@@ -204,7 +204,7 @@ class InteractionRank(_Interaction):
     where few samples differ in J, their number replaces k-1.
 
     The schedule is that of a term which waits until the network has learned what it learns by itself:
-    from step 200 to step 500, and only while interaction is weak. ``weight`` is that of R as it is here,
+    at the steps 201 to 500, and only while interaction is weak. ``weight`` is that of R as it is here,
     0.2 for some 0.03 with the bracket alone.
 
     Calls, errors and the other arguments are those of ``InputGradientChange``.
@@ -252,11 +252,11 @@ class InteractionRank(_Interaction):
         self.floor = check_number(floor, f"{self.name}: floor", 1e-9, 1)
 
     def _measure(self, values: Tensor, counted: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-        rank = interaction_rank(values, self.floor, counted=counted, outputs=outputs)
+        parts, below = _variance(values, 0.0, counted)
+        rank = _rank(parts, below, self.floor, counted, outputs)
         if self.target is None:
             return rank, rank
-        weak = interaction_energy(values.detach(), counted=counted) > self.target
-        return rank, torch.where(weak, rank, 0.0)
+        return rank, torch.where(_energy(parts, below).detach() > self.target, rank, 0.0)
 
 
 def interaction_energy(values: Tensor, eps: float = 0.0, *, counted: Tensor | None = None) -> Tensor:
@@ -270,8 +270,7 @@ def interaction_energy(values: Tensor, eps: float = 0.0, *, counted: Tensor | No
     Returns:
         Scalar in [0, 1], differentiable, computed in at least float32; 1 for a constant matrix.
     """
-    parts, below = _variance(values, eps, counted)
-    return 1 - parts.square().sum() / below
+    return _energy(*_variance(values, eps, counted))
 
 
 def interaction_rank(
@@ -289,17 +288,7 @@ def interaction_rank(
         Scalar in [0, 1], differentiable; 1 for a constant matrix. The determinant is computed in double
         precision.
     """
-    parts, below = _variance(values, 0.0, counted)
-    k = len(parts)
-    columns = parts.new_ones(parts.shape[1]) if counted is None else counted
-    outputs = parts.shape[2] if outputs is None else outputs
-    n = ((columns.sum(dtype=torch.float64) - 1) * outputs).clamp(max=k - 1)
-    wide = parts.flatten(1).double()  # which autocast leaves alone
-    share = n * (wide @ wide.mT) / below + floor * torch.eye(k, dtype=wide.dtype, device=wide.device)
-    lower = torch.linalg.cholesky_ex(share)[0]
-    none, all_ = math.log(floor), math.log1p(floor)
-    mean = (2 * lower.diagonal().log().sum() - (k - n) * none) / n.clamp(min=1)
-    return torch.where(n > 0, (all_ - mean) / (all_ - none), 1.0).to(parts.dtype)
+    return _rank(*_variance(values, 0.0, counted), floor, counted, outputs)
 
 
 def interaction_spectrum(values: Tensor, *, counted: Tensor | None = None) -> Tensor:
@@ -343,6 +332,23 @@ def _variance(values: Tensor, eps: float, counted: Tensor | None) -> tuple[Tenso
     floor = (eps**0.5 / log2.exp2()).square().squeeze() + rounding**2 * values.detach().square().mean()
     below = (whole.square() * weights).sum() * factor + floor
     return parts * (factor * weights).sqrt(), torch.where(below == 0, 1.0, below)
+
+
+def _energy(parts: Tensor, below: Tensor) -> Tensor:
+    return 1 - parts.square().sum() / below
+
+
+def _rank(parts: Tensor, below: Tensor, floor: float, counted: Tensor | None, outputs: int | None) -> Tensor:
+    k = len(parts)
+    columns = parts.new_ones(parts.shape[1]) if counted is None else counted
+    outputs = parts.shape[2] if outputs is None else outputs
+    n = ((columns.sum(dtype=torch.float64) - 1) * outputs).clamp(max=k - 1)
+    wide = parts.flatten(1).double()  # which autocast leaves alone
+    share = n * (wide @ wide.mT) / below + floor * torch.eye(k, dtype=wide.dtype, device=wide.device)
+    lower = torch.linalg.cholesky_ex(share)[0]
+    none, most = math.log(floor), math.log1p(floor)
+    mean = (2 * lower.diagonal().log().sum() - (k - n) * none) / n.clamp(min=1)
+    return torch.where(n > 0, (most - mean) / (most - none), 1.0).to(parts.dtype)
 
 
 def _contents(x: Tensor, box: Tensor) -> Tensor:
